@@ -1,0 +1,53 @@
+# Everything runs from .venv, which is made at first need and again only when the requirements change.
+#   make demo [SEED=n]   make test   make lint   make help
+PYTHON ?= python3
+SEED ?= 0
+
+hash = $(shell cat $(1) | sha256sum | cut -c1-16)
+RUN_READY := .venv/.ready-$(call hash,requirements.txt)
+DEV_READY := .venv/.ready-dev-$(call hash,requirements.txt requirements-dev.txt)
+PYTEST := .venv/bin/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-all test-packages lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(RUN_READY) ## make .venv and compile DeepSpeed's CPU communication operation
+	@.venv/bin/python -m eve_ds.build_ops
+
+demo: setup ## the whole road on a small embedded data set; ends with runs/demo/report.html
+	@.venv/bin/python -m eve_ds.demo --seed $(SEED)
+
+test: $(DEV_READY) setup test-packages ## what CI runs
+	$(PYTEST) -m "not long" tests
+
+test-unit: $(DEV_READY) ## unit tests alone
+	$(PYTEST) tests/unit
+
+test-all: $(DEV_READY) setup test-packages ## the long tests too
+	$(PYTEST) tests
+
+test-packages: # root gets Slurm, MPI, pdsh and sshd for tests/cluster; others are told by those tests what to install
+	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then launch/install_test_packages.sh; fi
+
+lint: $(DEV_READY) ## ruff and the type checker
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+clean: ## remove .venv, the compiled operation and all caches; runs/ stays
+	rm -rf .venv .torch_extensions .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN_READY):
+	@echo "== making .venv with $$($(PYTHON) --version) (torch, DeepSpeed and what they need: one to three minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	@touch $@
+
+$(DEV_READY): | $(RUN_READY)
+	@echo "== adding the test tools to .venv"
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,128 @@
+"""What the three commands share: reading with errors that name the culprit, writing whole files, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class InputError(ValueError):
+    """A user's bad input; ``str(error)`` is one line that names the file, row or option at fault."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line on stderr and exit code 2."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; it means nothing here
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, a byte order mark removed.
+
+    Raises:
+        InputError: the file is missing, unreadable or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text, byte {error.start} is 0x{error.object[error.start]:02x}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: unreadable or not JSON; the message has line and column.
+    """
+    return _parse(read_text(path), str(path))
+
+
+def read_json_rows(path: str | Path) -> list[Any]:
+    """The rows of a JSON lines file, or of a file that is one JSON list. Empty lines are skipped.
+
+    Raises:
+        InputError: unreadable, empty or not JSON; the message has line and column.
+    """
+    text = read_text(path)
+    rows: list[Any]
+    if text.lstrip().startswith("["):
+        rows = _parse(text, str(path))
+    else:
+        rows = [_parse(line, str(path), number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
+
+
+def _parse(text: str, name: str, line: int = 1) -> Any:
+    """Decode JSON; ``line`` is the number that the first line of ``text`` has in file ``name``."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1} column {error.colno}"
+        raise InputError(f"{name}: invalid JSON at {where}: {error.msg}") from error
+    except RecursionError as error:
+        raise InputError(f"{name}: JSON nested too deeply from line {line}") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in one piece: a reader sees the old content or the new, never half of it.
+
+    Raises:
+        InputError: the folder cannot be made or the file cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that others cannot read
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as JSON, as ``write_text``."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def run(command: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:
+    """Run a command; a user's mistake becomes one line on stderr. Returns the exit code: 0, or 2 for bad input."""
+    try:
+        command(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def some(names: list[Any], limit: int = 3) -> str:
+    """``"'a', 'b', 'c' and 7 more"``: enough of a long list to find the fault by."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,114 @@
+"""NLVR2: accuracy and consistency, as the official ``nlvr2/eval/metrics.py`` of lil-lab/nlvr (Suhr et al., ACL 2019).
+
+An example's identifier reads ``split-set-PAIR-sentence``. The examples that differ in PAIR alone share one sentence;
+consistency is the share of sentences with every one of their examples right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation.files import InputError, Parser, read_json_rows, read_text, run, some, write_json
+
+TRUTHS = ("true", "false")
+
+
+def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy over the examples and consistency over their sentences.
+
+    Args:
+        predictions: identifier -> "True" or "False", in any case of letters. Identifiers that no example has are not
+            counted: one file serves the balanced and the unbalanced parts of a split, which are subsets of it.
+        examples: the official objects; ``identifier`` and ``label`` are read.
+    Returns:
+        ``{"accuracy": ..., "consistency": ...}`` as fractions.
+    Raises:
+        InputError: an example without prediction, a duplicate identifier, a value that is neither true nor false.
+    """
+    if not examples:
+        raise InputError("there are no examples to score")
+    labels: dict[str, str] = {}
+    for row, example in enumerate(examples, 1):
+        identifier, label = _read_example(example, row)
+        if identifier in labels:
+            raise InputError(f"example {row}: identifier {identifier!r} occurs twice")
+        labels[identifier] = label
+    missing = [identifier for identifier in labels if identifier not in predictions]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(labels)} examples have no prediction: {some(missing)}")
+    consistent: dict[tuple[str, ...], bool] = {}
+    right = 0
+    for identifier, label in labels.items():
+        if (answer := predictions[identifier].lower()) not in TRUTHS:
+            raise InputError(f"prediction of {identifier!r} is {predictions[identifier]!r}, neither True nor False")
+        right += answer == label
+        parts = identifier.split("-")
+        sentence = (*parts[:2], *parts[3:])
+        consistent[sentence] = consistent.get(sentence, True) and answer == label
+    return {"accuracy": right / len(labels), "consistency": sum(consistent.values()) / len(consistent)}
+
+
+def _read_example(example: Any, row: int) -> tuple[str, str]:
+    """Identifier and lower-case label of one official example."""
+    if not isinstance(example, Mapping) or not isinstance(example.get("identifier"), str):
+        raise InputError(f"example {row}: no JSON object with a text 'identifier'")
+    identifier, label = example["identifier"], example.get("label")
+    if identifier.count("-") < 3:
+        raise InputError(f"example {row}: identifier {identifier!r} does not read split-set-pair-sentence")
+    if str(label).lower() not in TRUTHS:
+        raise InputError(f"example {row}: label of {identifier!r} is {label!r}, neither True nor False")
+    return identifier, str(label).lower()
+
+
+def read_predictions(path: str) -> dict[str, str]:
+    """Read ``identifier,prediction`` lines; a first line with just these two words is taken for a header.
+
+    Raises:
+        InputError: unreadable, empty, a line of another form, or an identifier twice; the message has the line.
+    """
+    predictions: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        fields = [field.strip() for field in line.split(",")]
+        if fields == [""] or (number == 1 and fields == ["identifier", "prediction"]):
+            continue
+        if len(fields) != 2 or fields[1].lower() not in TRUTHS:
+            raise InputError(f"{path}: line {number}: {line[:80]!r} is not 'identifier,True' or 'identifier,False'")
+        if fields[0] in predictions:
+            raise InputError(f"{path}: line {number}: identifier {fields[0]!r} occurs twice")
+        predictions[fields[0]] = fields[1]
+    if not predictions:
+        raise InputError(f"{path}: holds no predictions")
+    return predictions
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command ``python -m evaluation.nlvr``."""
+    parser = Parser(prog="python -m evaluation.nlvr", description=__doc__)
+    parser.add_argument("--predictions", required=True, metavar="P.csv", help="lines of identifier,prediction")
+    parser.add_argument(
+        "--annotations", required=True, metavar="SPLIT.json", help="the official JSON lines, or a JSON list of them"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="M.json", help="where accuracy and consistency go, as fractions"
+    )
+    options = parser.parse_args(arguments)
+    predictions = read_predictions(options.predictions)
+    examples = read_json_rows(options.annotations)
+    try:
+        scores = score(predictions, examples)
+    except InputError as error:
+        raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
+    write_json(options.out, scores)
+    print(" ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    if len(predictions) > len(examples):
+        extra = len(predictions) - len(examples)
+        print(
+            f"note: {extra} predictions belong to no example of {options.annotations} and were not counted",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

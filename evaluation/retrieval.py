@@ -1,0 +1,161 @@
+"""Image-text retrieval: the share of queries whose right answer is among the first 1, 5 and 10.
+
+Text retrieval (``txt_*``): the query is an image, a hit is *any* of its texts. Image retrieval (``img_*``): the query
+is a text, a hit is its image. As in Karpathy & Fei-Fei (CVPR 2015) and the evaluation code of ALBEF, X-VLM and EVE.
+
+Ties count against the model: a wrong candidate with the same score as the right one is taken to stand before it. So a
+model that gives every pair one score gets 0, where sorting would give whatever the order of the file gives.
+
+I images, T texts. Ranks come from counting the better candidates of one query at a time: no sorted copy of the scores.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.files import InputError, Parser, run, write_json
+
+CUTOFFS = (1, 5, 10)
+ARRAYS = ("image_to_text", "text_to_image", "text_image_index")
+
+
+def recalls(
+    image_to_text: NDArray[np.generic], text_to_image: NDArray[np.generic], text_image_index: NDArray[np.integer]
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions, their means, and the mean of those.
+
+    Args:
+        image_to_text: scores [I, T], any real dtype; row i ranks the texts for image i, higher is better. ``-inf``
+            marks candidates that were never scored.
+        text_to_image: scores [T, I]; row t ranks the images for text t.
+        text_image_index: [T] integers, the image of each text. Every image needs at least one text.
+    Returns:
+        ``txt_r1 txt_r5 txt_r10 txt_r_mean img_r1 img_r5 img_r10 img_r_mean r_mean`` in percent.
+    Raises:
+        InputError: shapes that do not fit, an index out of range, an image without text, NaN or +inf among the scores.
+    """
+    return summary(text_ranks(image_to_text, text_image_index), image_ranks(text_to_image, text_image_index))
+
+
+def text_ranks(image_to_text: NDArray[np.generic], text_image_index: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The rank, from 0, of the first right text of each image: [I, T] scores -> [I]. Raises as ``recalls``."""
+    images = _check(image_to_text, text_image_index, "image_to_text", image_axis=0)
+    by_image = np.argsort(text_image_index, kind="stable")
+    ends = np.cumsum(np.bincount(text_image_index, minlength=images))
+    ranks = np.empty(images, np.int64)
+    for i, row in enumerate(image_to_text):
+        _check_row(row, "image_to_text", i)
+        right = row[by_image[ends[i - 1] if i else 0 : ends[i]]]
+        best = right.max()
+        ranks[i] = np.count_nonzero(row >= best) - np.count_nonzero(right >= best)  # wrong ones at least as good
+    return ranks
+
+
+def image_ranks(text_to_image: NDArray[np.generic], text_image_index: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The rank, from 0, of the right image of each text: [T, I] scores -> [T]. Raises as ``recalls``."""
+    _check(text_to_image, text_image_index, "text_to_image", image_axis=1)
+    ranks = np.empty(len(text_image_index), np.int64)
+    for t, row in enumerate(text_to_image):
+        _check_row(row, "text_to_image", t)
+        ranks[t] = np.count_nonzero(row >= row[text_image_index[t]]) - 1
+    return ranks
+
+
+def summary(text: NDArray[np.int64], image: NDArray[np.int64]) -> dict[str, float]:
+    """Ranks from 0 of the text queries' and image queries' right answers, [I] and [T] -> the keys of ``recalls``."""
+    scores: dict[str, float] = {}
+    for name, ranks in (("txt", text), ("img", image)):
+        at = [100.0 * int(np.count_nonzero(ranks < k)) / len(ranks) for k in CUTOFFS]
+        scores |= {f"{name}_r{k}": value for k, value in zip(CUTOFFS, at, strict=True)}
+        scores[f"{name}_r_mean"] = sum(at) / len(at)
+    scores["r_mean"] = (scores["txt_r_mean"] + scores["img_r_mean"]) / 2
+    return scores
+
+
+def _check(scores: NDArray[np.generic], index: NDArray[np.integer], name: str, image_axis: int) -> int:
+    """Check shapes and dtypes; returns the number of images."""
+    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+        raise InputError(f"text_image_index must be whole numbers of shape [T], got {index.dtype} {list(index.shape)}")
+    if scores.ndim != 2 or not (np.issubdtype(scores.dtype, np.floating) or np.issubdtype(scores.dtype, np.integer)):
+        want = "[I, T]" if image_axis == 0 else "[T, I]"
+        raise InputError(f"{name} must be real numbers of shape {want}, got {scores.dtype} {list(scores.shape)}")
+    images, texts = int(scores.shape[image_axis]), scores.shape[1 - image_axis]
+    if not images or texts != len(index):
+        shape = list(scores.shape)
+        raise InputError(
+            f"{name} {shape} has {images} images and {texts} texts, but text_image_index has {len(index)} texts"
+        )
+    if index.min() < 0 or index.max() >= images:
+        t = int(np.argmax((index < 0) | (index >= images)))
+        raise InputError(
+            f"text_image_index[{t}] = {index[t]}, but {name} {list(scores.shape)} has images 0 to {images - 1}"
+        )
+    counts = np.bincount(index, minlength=images)
+    if not counts.all():
+        raise InputError(
+            f"text_image_index: image {int(np.argmin(counts))} has no text, so its text recall is undefined"
+        )
+    return images
+
+
+def _check_row(row: NDArray[np.generic], name: str, number: int) -> None:
+    bad = ~np.less(row, np.inf)  # NaN is below nothing
+    if bad.any():
+        column = int(np.argmax(bad))
+        raise InputError(
+            f"{name}[{number}, {column}] is {row[column]}: scores must be real numbers (or -inf: not scored)"
+        )
+
+
+def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.generic]:
+    try:
+        return archive[name]
+    except KeyError:
+        raise InputError(f"array {name!r} is missing, found {sorted(archive)}; needed: {', '.join(ARRAYS)}") from None
+    except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"array {name!r} cannot be read: the file is damaged or holds no plain numbers") from error
+
+
+def score_file(path: str) -> dict[str, float]:
+    """``recalls`` of an .npz file. Holds one of its two score arrays in memory at a time.
+
+    Raises:
+        InputError: the file is missing or no .npz, and as ``recalls``.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a NumPy .npz file") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise InputError(f"{path}: one bare array; save the three of them with numpy.savez: {', '.join(ARRAYS)}")
+    with archive:
+        try:
+            index = _load(archive, "text_image_index")
+            texts = text_ranks(_load(archive, "image_to_text"), index)  # type: ignore[arg-type]  # checked in there
+            images = image_ranks(_load(archive, "text_to_image"), index)  # type: ignore[arg-type]
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    return summary(texts, images)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command ``python -m evaluation.retrieval``."""
+    parser = Parser(prog="python -m evaluation.retrieval", description=__doc__)
+    parser.add_argument("--scores", required=True, metavar="S.npz", help=f"arrays {', '.join(ARRAYS)}")
+    parser.add_argument("--out", required=True, metavar="M.json", help="where the recalls go, in percent")
+    options = parser.parse_args(arguments)
+    scores = score_file(options.scores)
+    write_json(options.out, scores)
+    print(" ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

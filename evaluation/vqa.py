@@ -1,0 +1,195 @@
+"""VQA accuracy as the official evaluation computes it (GT-Vision-Lab/VQA; Agrawal, Lu, Antol et al., ICCV 2015).
+
+A question has (ten) human answers. An answer's accuracy is the mean, over the sets that leave one human out, of
+``min(1, matches in the set / 3)``: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3 and at least 4 matches of ten. Answers are
+compared after the official normalisation, oddities included (``normalise`` lists them), but *only if* the human answers
+are not all the same text: where they are, the prediction must equal that text to the letter.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from evaluation.contractions import CONTRACTIONS
+from evaluation.files import InputError, Parser, read_json, run, some, write_json
+
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}
+ARTICLES = {"a", "an", "the"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not ' : $ % nor the period, which has a rule of its own
+DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+PERIOD = re.compile(r"\.(?!\d)")
+PERIODS_REMOVED = 32  # the official code passes the flag re.UNICODE, 32, where re.sub expects a count
+DECIMALS = 6  # scores are rounded as the official evaluation rounds them, with its precision n = 6
+
+
+def clean(text: str) -> str:
+    """Newlines and tabs to spaces, none at the ends."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalise(text: str) -> str:
+    """The official normal form of an answer that ``clean`` has been through.
+
+    - A punctuation mark is deleted wherever it stands if it touches a space somewhere in the *original* text, or if
+      that has digit-comma-digit anywhere; otherwise it becomes a space.
+    - Of the periods with no digit behind them, the first 32 are deleted.
+    - Lower case; "none", "zero" to "ten" become digits; articles go; words lacking their apostrophe get it.
+    """
+    result = text
+    keep_together = DIGIT_COMMA_DIGIT.search(text) is not None
+    for mark in PUNCTUATION:
+        if mark in text:
+            touches_space = f"{mark} " in text or f" {mark}" in text
+            result = result.replace(mark, "" if touches_space or keep_together else " ")
+    result = PERIOD.sub("", result, count=PERIODS_REMOVED)
+    words = [DIGITS.get(word, word) for word in result.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """The accuracy of one prediction, in percent, against the human answers (ten in VQA v2, at least two)."""
+    prediction, humans = clean(prediction), [clean(answer) for answer in answers]
+    if len(set(humans)) > 1:
+        prediction, humans = normalise(prediction), [normalise(answer) for answer in humans]
+    matches = sum(answer == prediction for answer in humans)
+    # Over leave-one-out sets: `matches` of them have one match fewer. In whole thirds, so that the result is exact.
+    thirds = matches * min(3, matches - 1) + (len(humans) - matches) * min(3, matches)
+    return 100.0 * thirds / (3 * len(humans))
+
+
+def per_question(
+    predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]
+) -> dict[Hashable, float]:
+    """Accuracy of each question in percent, by ``question_id``, in the order of the annotations.
+
+    Args:
+        predictions: ``{"question_id": ..., "answer": text}`` each, the official results; one for each annotation.
+        annotations: the official objects, of which ``question_id``, ``answers[].answer``, ``answer_type`` and
+            ``question_type`` are read.
+    Raises:
+        InputError: an object of another form, and a missing, duplicate or unknown ``question_id``.
+    """
+    given = _by_id(predictions, "prediction", _read_prediction)
+    humans = _by_id(annotations, "annotation", _read_annotation)
+    if not humans:
+        raise InputError("there are no annotations to score against")
+    if unknown := [question for question in given if question not in humans]:
+        raise InputError(f"predictions with a question_id that is not in the annotations: {some(unknown)}")
+    if missing := [question for question in humans if question not in given]:
+        raise InputError(f"{len(missing)} of {len(humans)} questions have no prediction: question_id {some(missing)}")
+    return {question: accuracy(given[question], answers) for question, answers in humans.items()}
+
+
+def score(predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``{"overall": ..., "per_answer_type": {...}, "per_question_type": {...}}`` in percent, rounded to 6 decimals.
+
+    Arguments and errors are those of ``per_question``.
+    """
+    return _summary(per_question(predictions, annotations), annotations)
+
+
+def _summary(by_question: Mapping[Hashable, float], annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {"overall": round(sum(by_question.values()) / len(by_question), DECIMALS)}
+    for key in ("answer_type", "question_type"):
+        groups = defaultdict(list)
+        for annotation in annotations:
+            groups[annotation[key]].append(by_question[annotation["question_id"]])
+        result[f"per_{key}"] = {name: round(sum(g) / len(g), DECIMALS) for name, g in sorted(groups.items())}
+    return result
+
+
+def _by_id(rows: Sequence[Mapping[str, Any]], kind: str, read: Any) -> dict[Hashable, Any]:
+    """``question_id`` -> what ``read`` makes of its row."""
+    result: dict[Hashable, Any] = {}
+    for number, row in enumerate(rows):
+        if (question := _question_id(row)) is None:
+            raise InputError(f"{kind} {number}: no JSON object with a 'question_id'")
+        if question in result:
+            raise InputError(f"{kind} {number}: question_id {question!r} occurs twice")
+        result[question] = read(row, f"{kind} {number} (question_id {question!r})")
+    return result
+
+
+def _question_id(row: Any) -> int | str | None:
+    """The id of a row, None where it has none."""
+    question = row.get("question_id") if isinstance(row, Mapping) else None
+    return question if isinstance(question, int | str) and not isinstance(question, bool) else None
+
+
+def _read_prediction(row: Mapping[str, Any], where: str) -> str:
+    if not isinstance(row.get("answer"), str):
+        raise InputError(f"{where}: 'answer' must be text, got {row.get('answer')!r}")
+    return str(row["answer"])
+
+
+def _read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
+    for key in ("answer_type", "question_type"):
+        if not isinstance(row.get(key), str):
+            raise InputError(f"{where}: {key!r} must be text, got {row.get(key)!r}")
+    answers = row.get("answers")
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise InputError(f"{where}: 'answers' must list at least two answers (VQA v2 has ten)")
+    if not all(isinstance(a, Mapping) and isinstance(a.get("answer"), str) for a in answers):
+        raise InputError(f"{where}: 'answers' must hold objects with a text 'answer'")
+    return [answer["answer"] for answer in answers]
+
+
+def _read_list(path: str, key: str | None) -> list[Any]:
+    """The list in a JSON file, under ``key`` if one is given."""
+    value = read_json(path)
+    if key is not None:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, list):
+        raise InputError(f"{path}: must be " + (f"a JSON object with a list {key!r}" if key else "a JSON list"))
+    return value
+
+
+def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[Any]:
+    """The annotations of the questions listed in file ``path``, each of which must have one."""
+    try:
+        wanted = _by_id(questions, "question", lambda row, where: None)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    kept = [row for row in annotations if _question_id(row) in wanted]
+    found = {_question_id(row) for row in kept}
+    if lacking := [question for question in wanted if question not in found]:
+        raise InputError(f"{path}: questions without annotation: question_id {some(lacking)}")
+    return kept
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command ``python -m evaluation.vqa``."""
+    parser = Parser(prog="python -m evaluation.vqa", description=__doc__)
+    parser.add_argument(
+        "--predictions", required=True, metavar="P.json", help='official results: [{"question_id", "answer"}]'
+    )
+    parser.add_argument("--annotations", required=True, metavar="A.json", help="official VQA v2 annotations")
+    parser.add_argument("--questions", metavar="Q.json", help="official VQA v2 questions: score these alone")
+    parser.add_argument("--per_question", metavar="D.json", help="also write the accuracy of each question")
+    parser.add_argument("--out", required=True, metavar="M.json", help="where the accuracies go, in percent")
+    options = parser.parse_args(arguments)
+    predictions = _read_list(options.predictions, None)
+    annotations = _read_list(options.annotations, "annotations")
+    against = options.annotations
+    if options.questions:
+        annotations = _restrict(annotations, _read_list(options.questions, "questions"), options.questions)
+        against += f" restricted to {options.questions}"
+    try:
+        by_question = per_question(predictions, annotations)
+    except InputError as error:
+        raise InputError(f"{options.predictions} against {against}: {error}") from error
+    scores = _summary(by_question, annotations)
+    write_json(options.out, scores)
+    if options.per_question:
+        write_json(options.per_question, {str(question): value for question, value in by_question.items()})
+    types = " ".join(f"{name} {value:.2f}" for name, value in scores["per_answer_type"].items())
+    print(f"overall {scores['overall']:.2f} {types}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,70 @@
+"""``metrics.jsonl``: every record of a run, one JSON object a line, readable while the run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from eve_ds.engine.callback import Callback
+from eve_ds.files import write_text
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+FILE = "metrics.jsonl"
+
+
+class MetricsFile(Callback):
+    """Appends training and evaluation records to ``output_dir/metrics.jsonl`` on rank 0, each written at once.
+
+    A resumed run goes on from the step of its checkpoint, so what the file holds of later steps is cut off first: no
+    step stands in it twice. Values that are not finite are written as null, which JSON can hold.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not trainer.is_main:
+            return
+        path = trainer.output_dir / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            write_text(path, "".join(_lines_until(path, trainer.start_step)))
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # by line
+
+    def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        self._write(record)
+
+    def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        self._write(record)
+
+    def close(self, trainer: Trainer) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: dict[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}, default=float) + "\n")
+
+
+def _plain(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lines_until(path: Path, last_step: int) -> list[str]:
+    """The lines of steps 1 to ``last_step``; a line that a killed run left half written is dropped with a warning."""
+    kept = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            warnings.warn(f"{path}: line {number} is not a record with a step and was dropped", stacklevel=2)
+            continue
+        if 0 < step <= last_step:
+            kept.append(line + "\n")
+    return kept

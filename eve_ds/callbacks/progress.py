@@ -1,0 +1,91 @@
+"""What a run says of itself while it trains: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from eve_ds.engine.callback import Callback
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+
+class Progress(Callback):
+    """Steps, loss, samples/s and time left, on rank 0.
+
+    Args:
+        stream: where to; stderr if None.
+        interval: seconds between two lines where ``stream`` is no terminal.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, interval: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream, self._interval, self._clock = stream, interval, clock
+        self._bar: tqdm[Any] | None = None
+        self._began = self._said = 0.0
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not trainer.is_main:
+            return
+        self._began = self._said = self._clock()
+        stream = self._stream or sys.stderr
+        if stream.isatty():
+            self._bar = tqdm(
+                total=trainer.total_steps, initial=trainer.start_step, desc=trainer.task_name, unit="step", file=stream
+            )
+            return
+        start = f"from step {trainer.start_step} " if trainer.start_step else ""
+        self._say(trainer, f"training {start}to step {trainer.total_steps} on {trainer.world_size} rank(s)")
+
+    def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        if not trainer.is_main:
+            return
+        speed = f"{record['samples_per_second']:.0f} samples/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
+            self._bar.update(1)
+            return
+        now = self._clock()
+        first = trainer.step == trainer.start_step + 1  # told at once: it shows that the run runs
+        if not first and now - self._said < self._interval and trainer.step < trainer.total_steps:
+            return
+        self._said = now
+        left = (now - self._began) / (trainer.step - trainer.start_step) * (trainer.total_steps - trainer.step)
+        where = f"step {trainer.step}/{trainer.total_steps}"
+        self._say(trainer, f"{where}  loss {record['loss']:.4f}  {speed}  {duration(left)} left")
+
+    def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        scores = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if "/" in name)
+        self._say(trainer, f"step {trainer.step}  {scores}")
+
+    def checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
+        self._say(trainer, f"step {trainer.step}  saved {path}")
+
+    def fit_end(self, trainer: Trainer) -> None:
+        done = "finished" if trainer.step == trainer.total_steps else "stopped early; the same command goes on from here"
+        self._say(trainer, f"step {trainer.step}/{trainer.total_steps}  {done} after {duration(self._clock() - self._began)}")
+
+    def close(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _say(self, trainer: Trainer, text: str) -> None:
+        if trainer.is_main:
+            tqdm.write(f"{trainer.task_name}: {text}", file=self._stream or sys.stderr)
+            (self._stream or sys.stderr).flush()
+
+
+def duration(seconds: float) -> str:
+    """``0:07``, ``12:34`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

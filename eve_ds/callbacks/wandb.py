@@ -1,0 +1,112 @@
+"""Weights & Biases: the run's curves and config, offline unless there is a key. Never a reason for training to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import secrets
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eve_ds.engine.callback import Callback
+from eve_ds.files import write_text
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+ID_FILE = "wandb_id"
+INIT_TIMEOUT_S = 60
+FINISH_TIMEOUT_S = 120
+
+
+class WandbLog(Callback):
+    """Sends every record to one wandb run, on rank 0. Leave it out of the callbacks (``logging.wandb``) to switch it off.
+
+    Online where WANDB_API_KEY is set, offline elsewhere; WANDB_MODE, if set, wins. Files go to ``output_dir/wandb``. The
+    run's id is kept in ``output_dir/wandb_id``, so that a resumed run goes on in the same curves; offline pieces of it
+    become one run when uploaded (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
+
+    Whatever fails in here (no network, a full disk, wandb not installed) is told in one warning and ends the logging alone.
+    """
+
+    def __init__(self, project: str = "eve-ds") -> None:
+        self._project = project
+        self._run: Any = None
+        self._finished = False
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not trainer.is_main:
+            return
+        try:
+            self._run = self._init(trainer)
+        except Exception as error:  # by design: see the class
+            self._give_up(error)
+
+    def _init(self, trainer: Trainer) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self._project,
+            name=trainer.output_dir.resolve().name,
+            id=run_id(trainer.output_dir),
+            resume="allow",
+            mode=mode(),
+            dir=trainer.output_dir,
+            job_type=trainer.task_name,
+            config=dataclasses.asdict(trainer.config) | {"world_size": trainer.world_size},
+            settings=wandb.Settings(
+                console="off",  # its capture of stdout is slow and garbles the progress bar
+                silent=True,
+                init_timeout=INIT_TIMEOUT_S,
+                finish_timeout=FINISH_TIMEOUT_S,
+            ),
+        )
+
+    def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        self._log(record)
+
+    def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        self._log(record)
+
+    def _log(self, record: dict[str, float]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(record, step=int(record["step"]))
+        except Exception as error:  # by design: see the class
+            self._give_up(error)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        self._finished = True
+
+    def close(self, trainer: Trainer) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=0 if self._finished else 1)
+        except Exception as error:  # by design: see the class
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"Weights & Biases logs no more of this run: {reason}", stacklevel=3)
+
+
+def mode() -> str:
+    """WANDB_MODE if it is set, else online or offline by whether there is a key."""
+    return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
+
+def run_id(output_dir: Path) -> str:
+    """The id kept in ``output_dir``, a new random one if there is none (or a damaged one)."""
+    path = output_dir / ID_FILE
+    stored = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if re.fullmatch(r"[0-9a-z]{8}", stored):
+        return stored
+    new = secrets.token_hex(4)
+    write_text(path, new + "\n")
+    return new

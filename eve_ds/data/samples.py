@@ -1,0 +1,278 @@
+"""Map-style data sets over prepared shards: dataset[sample, epoch] -> what one sample adds to a batch.
+
+A sample is (row, caption index), for VQA (row, question index), for NLVR (row, statement index). Its `sample_id`, which all
+random choices made for it depend on, is epoch x n + sample: unique in a run, the same on any rank and in any batch. The
+look-ups (caption, question, identifier ...) are for evaluation and reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eve_ds.data.shards import Row, Split
+from eve_ds.data.transforms import Transform, may_mirror
+from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError
+from preprocessing.tokenizer import Tokenizer
+
+Sample = dict[str, Any]
+Key = tuple[int, int]  # (sample index, epoch)
+
+
+class Samples:
+    """What the kinds of data set have in common.
+
+    Args:
+        directory: a prepared split folder of this kind.
+        tokenizer: of the text.
+        transform: of the pictures.
+        max_text_length: longest text, tokens, [CLS] and [SEP] included.
+        vocab_size: of the model; None if there is none to check against.
+    Raises:
+        DataError: the split is broken or of another kind, or the tokenizer has ids beyond the model's vocabulary.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | Split,
+        tokenizer: Tokenizer,
+        transform: Transform,
+        max_text_length: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.split = directory if isinstance(directory, Split) else Split(directory)
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.max_text_length = max_text_length
+        if self.split.kind != self.kind:
+            raise DataError(
+                f"{self.split.directory}: holds {self.split.kind} data, {self.kind} data is needed; prepare it with "
+                "another converter or choose the task that it is for"
+            )
+        if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+            raise DataError(
+                f"{tokenizer.path or 'tokenizer'}: its token ids go up to {tokenizer.vocab_size - 1}, beyond the model's "
+                f"vocabulary; set model.vocab_size to {tokenizer.vocab_size} or train a tokenizer of at most {vocab_size}"
+            )
+
+    def __len__(self) -> int:
+        return self.split.samples
+
+    @property
+    def rows(self) -> int:
+        return self.split.rows
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    def __getitem__(self, key: Key) -> Sample:
+        raise NotImplementedError
+
+    def text(self, sample: int) -> str:
+        """The sample's caption, question or statement."""
+        _, row, item = self.split.sample(sample)
+        return _text(row, SAMPLE_COLUMN[self.kind], item)
+
+    def image_bytes(self, sample: int, picture: int = 0) -> bytes:
+        """The file of one of the sample's pictures, as it was prepared."""
+        _, row, _ = self.split.sample(sample)
+        return row.blob(IMAGE_COLUMNS[self.kind][picture])
+
+    def _sample_id(self, key: Key) -> int:
+        sample, epoch = key
+        return int(epoch) * len(self) + int(sample)
+
+    def _tokens(self, text: str) -> np.ndarray:
+        """[l] int64 token ids, l at most `max_text_length`."""
+        return np.array(self.tokenizer.encode(text, self.max_text_length), dtype=np.int64)
+
+    def _picture(self, row: Row, sample_id: int, mirror: bool, picture: int = 0) -> np.ndarray:
+        """[H, W, 3] uint8. Raises DataError naming shard and row."""
+        data = row.blob(IMAGE_COLUMNS[self.kind][picture])
+        try:
+            return self.transform(data, sample_id, mirror, picture)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}; prepare the split again, which drops and lists such pictures") from error
+
+
+class CaptionSamples(Samples):
+    """Pictures with captions; a sample is one caption with its picture.
+
+    dataset[sample, epoch] -> images [H,W,3] uint8, text_ids [l] int64, sample_id, image_index (the row)
+    """
+
+    kind = "caption"
+
+    def __getitem__(self, key: Key) -> Sample:
+        image_index, row, item = self.split.sample(int(key[0]))
+        sample_id = self._sample_id(key)
+        text = _text(row, "caption", item)
+        return {
+            "images": self._picture(row, sample_id, may_mirror([text])),
+            "text_ids": self._tokens(text),
+            "sample_id": sample_id,
+            "image_index": image_index,
+        }
+
+    def row_image_bytes(self, image_index: int) -> bytes:
+        """The file of picture `image_index`."""
+        return self.split.row(image_index).blob("image")
+
+    def row_captions(self, image_index: int) -> list[str]:
+        """All captions of picture `image_index`."""
+        captions = self.split.row(image_index).value("caption")
+        return captions if isinstance(captions, list) else [captions]
+
+    def text_image_index(self) -> np.ndarray:
+        """[samples] int64: the picture of every caption."""
+        return self.split.sample_rows()
+
+
+class CaptionImages(CaptionSamples):
+    """Every picture of a caption split once, without text: dataset[image_index, epoch] -> images, sample_id, image_index.
+
+    `sample_id` equals the picture's row in epoch 0.
+    """
+
+    def __len__(self) -> int:
+        return self.split.rows
+
+    def __getitem__(self, key: Key) -> Sample:
+        sample_id, image_index = self._sample_id(key), int(key[0])
+        image = self._picture(self.split.row(image_index), sample_id, mirror=True)
+        return {"images": image, "sample_id": sample_id, "image_index": image_index}
+
+
+class CaptionTexts(CaptionSamples):
+    """Every caption of a caption split once, no picture decoded: dataset[sample, epoch] -> text_ids, sample_id, image_index."""
+
+    def __getitem__(self, key: Key) -> Sample:
+        image_index, row, item = self.split.sample(int(key[0]))
+        tokens = self._tokens(_text(row, "caption", item))
+        return {"text_ids": tokens, "sample_id": self._sample_id(key), "image_index": image_index}
+
+
+class VqaSamples(Samples):
+    """Pictures with questions; a sample is one question with its picture.
+
+    Args:
+        num_answers: length A of the answer list; the model's classes.
+
+    dataset[sample, epoch] -> images, text_ids, sample_id, question_id, answer_targets [A] float32 soft scores (zeros where
+    the answers are unknown or none is in the list)
+    """
+
+    kind = "vqa"
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | Split,
+        tokenizer: Tokenizer,
+        transform: Transform,
+        max_text_length: int,
+        vocab_size: int | None = None,
+        *,
+        num_answers: int,
+    ) -> None:
+        super().__init__(directory, tokenizer, transform, max_text_length, vocab_size)
+        self.num_answers = num_answers
+
+    def __getitem__(self, key: Key) -> Sample:
+        _, row, item = self.split.sample(int(key[0]))
+        sample_id = self._sample_id(key)
+        question = _text(row, "questions", item)
+        mirror = may_mirror([question, *(row.item("answers", item) or ())])
+        return {
+            "images": self._picture(row, sample_id, mirror),
+            "text_ids": self._tokens(question),
+            "sample_id": sample_id,
+            "question_id": int(row.item("question_id", item)),
+            "answer_targets": self._targets(row, item),
+        }
+
+    def _targets(self, row: Row, item: int) -> np.ndarray:
+        targets = np.zeros(self.num_answers, dtype=np.float32)
+        labels = row.item("answer_labels", item) or []
+        if labels and not 0 <= min(labels) <= max(labels) < self.num_answers:
+            raise DataError(
+                f"{row.where}: answer label {max(labels)} is not in the answer list of {self.num_answers}; use the "
+                f"{ANSWER_LIST} that the split was prepared with"
+            )
+        targets[labels] = row.item("answer_scores", item) or []
+        return targets
+
+    def question_id(self, sample: int) -> int:
+        """The official id of a question."""
+        _, row, item = self.split.sample(sample)
+        return int(row.item("question_id", item))
+
+    def answers(self, sample: int) -> dict[str, float]:
+        """Those answers to a question that are in the answer list, with their soft scores."""
+        _, row, item = self.split.sample(sample)
+        return dict(zip(row.item("answers", item) or [], row.item("answer_scores", item) or [], strict=True))
+
+
+class NlvrSamples(Samples):
+    """Pairs of pictures with statements; a sample is one statement with its pair.
+
+    dataset[sample, epoch] -> images_0 (left), images_1 (right), text_ids, sample_id, label (1 true, 0 false, -1 unknown),
+    question_index (the sample)
+    """
+
+    kind = "nlvr"
+
+    def __getitem__(self, key: Key) -> Sample:
+        _, row, item = self.split.sample(int(key[0]))
+        sample_id = self._sample_id(key)
+        text = _text(row, "questions", item)
+        mirror = may_mirror([text])
+        return {
+            "images_0": self._picture(row, sample_id, mirror, 0),
+            "images_1": self._picture(row, sample_id, mirror, 1),
+            "text_ids": self._tokens(text),
+            "sample_id": sample_id,
+            "label": _label(row, item),
+            "question_index": int(key[0]),
+        }
+
+    def identifier(self, sample: int) -> str:
+        """The official identifier of a statement, `split-set-PAIR-sentence`."""
+        _, row, item = self.split.sample(sample)
+        return str(row.item("identifier", item))
+
+    def label(self, sample: int) -> int:
+        """1 true, 0 false, -1 unknown."""
+        _, row, item = self.split.sample(sample)
+        return _label(row, item)
+
+
+def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
+    """The answers of a prepared VQA data set, in the order of their labels. Raises DataError naming the file."""
+    path = Path(directory) / ANSWER_LIST
+    try:
+        answers = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; prepare the data set with a VQA converter") from None
+    except ValueError as error:
+        raise DataError(f"{path}: invalid JSON ({error}); prepare the data set again") from None
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"{path}: is no list of answers; prepare the data set again")
+    return answers
+
+
+def _text(row: Row, column: str, item: int) -> str:
+    value = row.item(column, item)
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: column {column!r} entry {item} is {value!r}, not text; prepare the split again")
+    return value
+
+
+def _label(row: Row, item: int) -> int:
+    return {"true": 1, "false": 0}.get(str(row.item("answers", item)).lower(), -1)

@@ -1,0 +1,264 @@
+"""Pictures: from the bytes of a file to an upright RGB square, augmented by draws that depend on the sample alone.
+
+EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, colour jitter or
+RandAugment in training; a straight bicubic resize to a square in evaluation; mean = std = 0.5 throughout. Pillow and numpy
+alone do the work: torchvision, whose formulae these are, cannot be installed beside this version of torch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from preprocessing.schema import DataError
+
+Augmentation = Literal["none", "color", "rand"]
+
+_BICUBIC = Image.Resampling.BICUBIC
+_BILINEAR = Image.Resampling.BILINEAR
+_ORIENTATION = 0x0112
+# EXIF orientation -> what makes the picture upright (EXIF 2.32, tag 0x0112; 1 is upright already).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_CARRIERS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+
+_JITTER = 0.4
+_CROP_ASPECTS = (3 / 4, 4 / 3)
+# RandAugment(2, 7) on a scale of 10, as X-VLM's code has it, on which EVE's builds (its own file was not published).
+_RAND_OPS = 2
+_RAND_LEVEL = 0.7
+_RAND_PROBABILITY = 0.5
+_RAND_FILL = (128, 128, 128)
+_ENHANCE = _RAND_LEVEL * 1.8 + 0.1
+_SHEAR = _RAND_LEVEL * 0.3
+_TRANSLATE = _RAND_LEVEL * 10  # pixels, whatever the picture's size
+_ROTATE = _RAND_LEVEL * 30  # degrees
+
+# "leftmost" and "bottomright" say a side; "bright" and "cleft" do not.
+_SAYS_A_SIDE = re.compile(r"(?<![a-z])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
+
+
+def may_mirror(texts: Sequence[str]) -> bool:
+    """Whether a mirrored picture still fits the texts: none of them says left or right."""
+    return not any(_SAYS_A_SIDE.search(text) for text in texts)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a picture file: upright by its EXIF orientation, RGB, first frame of an animation, white behind transparency.
+
+    Sixteen bits a channel become their upper eight.
+
+    Raises:
+        DataError: the bytes are no whole picture that Pillow knows, or one of absurd size.
+    """
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data))
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image)
+    except Exception as error:  # on corrupt bytes, decoders raise whatever they stumble over
+        raise DataError(f"the picture cannot be decoded ({' '.join(str(error).split())})") from error
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    if not (_EXIF_CARRIERS & image.info.keys() or image.format == "TIFF"):
+        return 1  # parsing costs as much as decoding a small picture
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block does not make the picture unreadable
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip to 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGB", image.size, (255, 255, 255))
+        ground.paste(image, mask=image.getchannel("A"))
+        return ground
+    return image.convert("RGB")
+
+
+def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+    """RandomResizedCrop's box (left, top, right, bottom), pixels, as torchvision's `RandomResizedCrop.get_params` draws it.
+
+    Args:
+        draw: source of randomness.
+        width, height: of the picture, pixels.
+        scale: range of the share of the area that is kept. The aspect ratio is log-uniform from 3/4 to 4/3; when ten
+            draws do not fit into the picture, the greatest middle part whose aspect is in that range is taken.
+    """
+    low, high = math.log(_CROP_ASPECTS[0]), math.log(_CROP_ASPECTS[1])
+    for _ in range(10):
+        area = width * height * _uniform(draw, *scale)
+        aspect = math.exp(_uniform(draw, low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(draw.random() * (height - h + 1))
+            left = int(draw.random() * (width - w + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < _CROP_ASPECTS[0]:
+        h = round(width / _CROP_ASPECTS[0])
+    elif width / height > _CROP_ASPECTS[1]:
+        w = round(height * _CROP_ASPECTS[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def color_jitter(image: Image.Image, draw: random.Random) -> Image.Image:
+    """Brightness, contrast and saturation, each by a factor from 0.6 to 1.4, in random order (torchvision's ColorJitter)."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    while enhancers:
+        enhancer = enhancers.pop(int(draw.random() * len(enhancers)))
+        image = enhancer(image).enhance(_uniform(draw, 1 - _JITTER, 1 + _JITTER))
+    return image
+
+
+def _affine(image: Image.Image, *inverse: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, inverse, _BILINEAR, fillcolor=_RAND_FILL)
+
+
+# EVE's ten operations; `sign`, +1 or -1, turns the geometric ones round. An affine map is given by its inverse.
+RAND_OPERATIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "Identity": lambda image, sign: image,
+    "AutoContrast": lambda image, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, sign: ImageOps.equalize(image),
+    "Brightness": lambda image, sign: ImageEnhance.Brightness(image).enhance(_ENHANCE),
+    "Sharpness": lambda image, sign: ImageEnhance.Sharpness(image).enhance(_ENHANCE),
+    "ShearX": lambda image, sign: _affine(image, 1, -sign * _SHEAR, 0, 0, 1, 0),
+    "ShearY": lambda image, sign: _affine(image, 1, 0, 0, -sign * _SHEAR, 1, 0),
+    "TranslateX": lambda image, sign: _affine(image, 1, 0, -sign * _TRANSLATE, 0, 1, 0),
+    "TranslateY": lambda image, sign: _affine(image, 1, 0, 0, 0, 1, -sign * _TRANSLATE),
+    "Rotate": lambda image, sign: image.rotate(sign * _ROTATE, _BILINEAR, fillcolor=_RAND_FILL),
+}
+
+
+def rand_augment(image: Image.Image, draw: random.Random) -> Image.Image:
+    """RandAugment(2, 7): two of the ten operations, drawn with replacement, each applied with probability 0.5."""
+    operations = list(RAND_OPERATIONS.values())
+    for _ in range(_RAND_OPS):
+        operation = operations[int(draw.random() * len(operations))]
+        sign = 1 if draw.random() < 0.5 else -1
+        if draw.random() < _RAND_PROBABILITY:
+            image = operation(image, sign)
+    return image
+
+
+@dataclass(frozen=True)
+class Transform:
+    """See `build_transform`, which checks the arguments."""
+
+    image_size: int
+    train: bool
+    augmentation: Augmentation
+    crop_scale: tuple[float, float] | None
+    flip: bool
+    seed: int
+
+    def __call__(self, data: bytes, sample_id: int, mirror: bool = True, picture: int = 0) -> np.ndarray:
+        """One picture, ready for `normalize`.
+
+        Args:
+            data: the picture file's bytes.
+            sample_id: what the random draws depend on, with the seed and `picture`, and on nothing else.
+            mirror: False where the text says left or right; the other draws stay the same.
+            picture: its number among the sample's pictures.
+        Returns:
+            [image_size, image_size, 3] uint8, RGB.
+        Raises:
+            DataError: the picture cannot be decoded.
+        """
+        image = decode_image(data)
+        if not self.train:
+            return np.asarray(self._square(image))
+        draw = random.Random((self.seed << 72) | (picture << 64) | sample_id)
+        if self.crop_scale is not None:
+            # Cropped first: resize(box=...) would let the filter see pixels outside the box.
+            image = image.crop(crop_box(draw, *image.size, self.crop_scale))
+        image = self._square(image)
+        if self.flip and draw.random() < 0.5 and mirror:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.augmentation == "color":
+            image = color_jitter(image, draw)
+        elif self.augmentation == "rand":
+            image = rand_augment(image, draw)
+        return np.asarray(image)
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        size = (self.image_size, self.image_size)
+        return image if image.size == size else image.resize(size, _BICUBIC)
+
+
+def build_transform(
+    image_size: int,
+    train: bool,
+    augmentation: Augmentation = "none",
+    crop_scale: Sequence[float] | None = (0.5, 1.0),
+    flip: bool = True,
+    seed: int = 0,
+) -> Transform:
+    """What turns a picture file into a training or evaluation picture.
+
+    Args:
+        image_size: side of the square, pixels.
+        train: False for evaluation, which resizes straight to the square and ignores all that follows.
+        augmentation: none, color (jitter 0.4) or rand (RandAugment(2, 7) with EVE's ten operations).
+        crop_scale: RandomResizedCrop's range of areas; None keeps whole pictures.
+        flip: mirror half the pictures, but not those whose text says left or right.
+        seed: of the draws, at least 0.
+    Raises:
+        DataError: an argument is outside its range.
+    """
+    if image_size < 1:
+        raise DataError(f"image_size={image_size}: must be at least 1")
+    if augmentation not in get_args(Augmentation):
+        raise DataError(f"augmentation={augmentation!r}: must be one of {', '.join(get_args(Augmentation))}")
+    if seed < 0:
+        raise DataError(f"seed={seed}: must be at least 0")
+    scale = None
+    if crop_scale is not None:
+        if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise DataError(f"crop_scale={list(crop_scale)}: must be two numbers, 0 < low <= high <= 1")
+        scale = (float(crop_scale[0]), float(crop_scale[1]))
+    return Transform(image_size, train, augmentation, scale, flip, seed)
+
+
+def normalize(images: np.ndarray) -> Tensor:
+    """[B, H, W, 3] uint8 to [B, 3, H, W] float32 from -1 to 1: (value / 255 - 0.5) / 0.5, EVE's mean and deviation."""
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # moved as bytes: a quarter of the traffic
+    return planes.to(torch.float32).div_(127.5).sub_(1)  # doubling is exact, so these are the formula's very bits
+
+
+def denormalize(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] normalised pictures back to [B, H, W, 3] uint8, clipped; the inverse of `normalize`."""
+    values = images.detach().float().mul(0.5).add(0.5).mul(255).round().clamp(0, 255)
+    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _uniform(draw: random.Random, low: float, high: float) -> float:
+    # Python promises that random() stays the same from version to version, and nothing of the kind for its other methods.
+    return low + (high - low) * draw.random()

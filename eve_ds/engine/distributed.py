@@ -1,0 +1,129 @@
+"""Start and end of the process group, whatever launched the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
+from eve_ds.errors import UserError
+
+LAUNCHER_VARIABLES = {  # ours: (torchrun and deepspeed, srun, mpirun)
+    "RANK": ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
+    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"),
+    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
+
+
+def launched_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a process started by hand."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        found = next((os.environ[v] for v in LAUNCHER_VARIABLES[name] if v in os.environ and _launcher(v)), default)
+        values.append(int(found))
+    return values[0], values[1], values[2]
+
+
+def _launcher(variable: str) -> bool:
+    """Slurm's variables stand in a batch shell, too, where no srun started us: SLURM_STEP_ID tells them apart."""
+    return not variable.startswith("SLURM_") or "SLURM_STEP_ID" in os.environ
+
+
+def check_world(expert_parallel_size: int, num_experts: int) -> None:
+    """Raise UserError unless ``expert_parallel_size`` divides both the world size and the number of experts."""
+    world_size = launched_world()[1]
+    option = f"engine.expert_parallel_size={expert_parallel_size}"
+    if expert_parallel_size < 1:
+        raise UserError(f"{option} must be at least 1")
+    if world_size % expert_parallel_size:
+        raise UserError(f"{option} does not divide the world size {world_size}; choose a divisor of the number of ranks")
+    if num_experts % expert_parallel_size:
+        raise UserError(f"{option} does not divide model.num_experts={num_experts}; choose a divisor of it")
+
+
+def start() -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo elsewhere) and return this rank's device.
+
+    Raises:
+        UserError: several ranks were launched but nothing says where they meet.
+    """
+    rank, world_size, local_rank = launched_world()
+    prepare_environment()
+    _quiet()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        if "OMPI_COMM_WORLD_RANK" in os.environ and world_size > 1:
+            _meet_by_mpi()
+        elif world_size == 1:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        else:
+            raise UserError(
+                f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (launch/slurm/pretrain.sbatch "
+                "shows how) or use deepspeed or torchrun"
+            )
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_world = next((os.environ[v] for v in LAUNCHER_VARIABLES["LOCAL_WORLD_SIZE"] if v in os.environ), str(world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_world.split("(")[0])))
+    if local_rank == 0:
+        remove_shm_leftovers()
+    import deepspeed
+
+    skip_unbuilt_operation()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    dist.barrier()
+    release_own_buffer(rank)
+    return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[torch.device]:
+    """``start``, and at the end leave the process group and remove what dead ranks left in shared memory."""
+    device = start()
+    try:
+        yield device
+        dist.barrier()  # not after an error: the other ranks may never come
+    finally:
+        dist.destroy_process_group()
+        if launched_world()[2] == 0:
+            remove_shm_leftovers()
+
+
+def _quiet() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _meet_by_mpi() -> None:
+    """mpirun sets ranks but no meeting place: rank 0 tells its address through MPI itself."""
+    from mpi4py import MPI
+
+    communicator = MPI.COMM_WORLD
+    place = (_own_address(), _free_port()) if communicator.Get_rank() == 0 else None
+    address, port = communicator.bcast(place, root=0)
+    os.environ.update(MASTER_ADDR=str(address), MASTER_PORT=str(port))
+
+
+def _own_address() -> str:
+    try:
+        addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        addresses = []
+    return addresses[0] if addresses else "127.0.0.1"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,57 @@
+"""Held-out losses and predictions of a split, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eve_ds.tasks.base import Task
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+Batch = dict[str, Tensor]
+Arrays = dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "val") -> dict[str, float]:
+    """Means of the task's metrics, and of the sum of its losses, over ``batches``; the same on every rank.
+
+    Nothing is random: masks depend on the sample, and rows that only make the ranks even (``valid`` False) do not count.
+    """
+    totals: dict[str, list[float]] = {}
+    for batch in batches:
+        output = trainer.engine({key: value.to(trainer.device) for key, value in batch.items()})
+        for name, pair in output.metrics.items():
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += float(pair[0])
+            total[1] += float(pair[1])
+    names = sorted(totals)
+    packed = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=trainer.device)
+    dist.all_reduce(packed)
+    means = {name: total / count for name, (total, count) in zip(names, packed.tolist(), strict=True) if count > 0}
+    means["loss"] = sum(value for name, value in means.items() if name.endswith("_loss") and name != "aux_loss")
+    return {f"{prefix}/{name}": value for name, value in means.items()}
+
+
+@torch.no_grad()
+def predict(task: Task, batches: Iterable[Batch], device: torch.device) -> Arrays | None:
+    """``task.predict_batch`` over all batches of all ranks, rows joined in rank order; None but on rank 0."""
+    parts = []
+    for batch in batches:
+        parts.append(task.predict_batch({key: value.to(device) for key, value in batch.items()}))
+    mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    if not dist.is_initialized():
+        return mine
+    gathered: list[Arrays | None] = [None] * dist.get_world_size()
+    dist.gather_object(mine, gathered if dist.get_rank() == 0 else None)
+    if dist.get_rank() != 0:
+        return None
+    whole = [part for part in gathered if part]
+    return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]} if whole else {}

@@ -1,0 +1,47 @@
+"""The trained model as one folder that loads without DeepSpeed: safetensors (fp32 master weights), config, tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from eve_ds import config as config_tree
+from eve_ds.model.moe import MoE
+from preprocessing.schema import write_atomic
+from preprocessing.tokenizer import Tokenizer
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """{name: fp32 CPU tensor} of all weights, experts of all ranks included. Called by all ranks; empty but on rank 0."""
+    groups = {}
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, MoE) and layer.ep_size > 1:
+            groups.update({f"{prefix}.experts.{name}": layer.ep_group for name, _ in layer.experts.named_parameters()})
+    state = {}
+    for name, parameter in module.named_parameters():
+        value = safe_get_full_fp32_param(parameter)
+        value = (parameter.detach().float() if value is None else value.detach()).contiguous()
+        if name in groups:
+            parts = [torch.empty_like(value) for _ in range(dist.get_world_size(groups[name]))]
+            dist.all_gather(parts, value, group=groups[name])
+            value = torch.cat(parts)
+        if dist.get_rank() == 0:
+            state[name] = value.cpu().clone()
+    return state
+
+
+def export_model(module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json), each file atomically. Called by all ranks."""
+    state = full_state(module)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        config_tree.save(config, folder / "config.yaml")
+        tokenizer.save(folder)
+        write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata={"format": "eve-ds"}))
+    dist.barrier()

@@ -1,0 +1,53 @@
+"""Parameter groups and the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import nn
+
+from eve_ds.config import OptimizerConfig
+
+NO_DECAY = ("pos_embed", "position", "type_embed", "class_embed", "class_token", "layer_scale", "gamma", "experts.w3")
+
+
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices decay; biases, norms, LayerScale, tokens, type and position embeddings do not (w3 holds expert biases)."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) >= 2 and not any(word in name for word in NO_DECAY)
+
+
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups by weight decay, learning rate and expert placement.
+
+    Each group has ``lr`` and ``peak_lr``: the schedule multiplies the latter. Experts stand in groups of their own with
+    ``moe: True``, as ZeRO needs them to reduce and partition their gradients among the ranks that share them.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays, in_backbone = has_weight_decay(name, parameter), name.startswith("backbone.")
+        key = f"{'backbone' if in_backbone else 'head'}_{'decay' if decays else 'no_decay'}"
+        lr = config.lr * (1.0 if in_backbone else config.head_lr_mult)
+        group = groups.setdefault(
+            key,
+            {"name": key, "params": [], "weight_decay": config.weight_decay if decays else 0.0, "lr": lr, "peak_lr": lr},
+        )
+        group["params"].append(parameter)
+    split = split_params_into_different_moe_groups_for_optimizer(list(groups.values()))
+    return [group for group in split if group["params"]]
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, offload: bool = False) -> torch.optim.Optimizer:
+    """AdamW over ``parameter_groups``: DeepSpeed's CPU kernel where ZeRO keeps the states in host memory, else torch's
+    fused one (FACTS: 66 ms against 218 ms for the default on 52 M parameters and one core)."""
+    groups = parameter_groups(module, config)
+    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)

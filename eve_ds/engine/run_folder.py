@@ -1,0 +1,68 @@
+"""A run's folder belongs to one run: the same config goes on in it, another is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from eve_ds import config as config_tree
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.errors import UserError
+
+FREE = ("logging", "checkpoint", "output_dir", "data.num_workers", "optimizer.total_steps", "optimizer.epochs", "deepspeed_config")
+
+
+def claim(config: PretrainConfig | FinetuneConfig) -> Path:
+    """Make ``config.output_dir`` this run's and store the resolved config in it.
+
+    Settings that do not change what is learnt up to a step (``FREE``) may differ from the stored ones. Called by all ranks.
+
+    Raises:
+        UserError: no folder named, it holds another run (the first differing key is named) or files that are no run.
+    """
+    if not config.output_dir:
+        raise UserError("--output_dir is missing; name a folder for checkpoints, metrics and the resolved config")
+    folder = Path(config.output_dir)
+    stored = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; name a folder")
+    if stored.is_file():
+        if not config.checkpoint.resume:
+            raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
+        try:
+            before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{stored}: not valid YAML; choose another --output_dir") from error
+        now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))
+        differing = _first_difference(before, now)
+        if differing:
+            raise UserError(
+                f"--output_dir {folder} holds another run: {differing[0]} is {differing[1]!r} there and {differing[2]!r} here; "
+                "choose another folder, or make the settings equal to resume"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
+    if dist.is_initialized():
+        dist.barrier()  # all ranks have looked before rank 0 writes
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        config_tree.save(config, stored)
+    return folder
+
+
+def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
+    before = before if isinstance(before, dict) else {}
+    for key, value in now.items():
+        path = f"{prefix}{key}"
+        if path in FREE:
+            continue
+        if isinstance(value, dict):
+            found = _first_difference(before.get(key), value, path + ".")
+            if found:
+                return found
+        elif before.get(key) != value:
+            return path, before.get(key), value
+    return None

@@ -1,0 +1,176 @@
+"""The training loop. What cuts across it (logging, progress, samples) is a callback; what is learnt is a task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.engine import checkpoint
+from eve_ds.engine.callback import Callback
+from eve_ds.engine.checkpoint import Topology
+from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.optim import build_optimizer
+from eve_ds.engine.schedule import lr_factor
+from eve_ds.engine.signals import StopRequest
+from eve_ds.errors import USER_ERRORS, RankError
+from eve_ds.tasks.base import Task
+
+Batch = dict[str, Tensor]
+Evaluate = Callable[["Trainer"], dict[str, float]]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+class Trainer:
+    """Trains ``task`` under DeepSpeed ZeRO for ``total_steps`` optimizer steps.
+
+    Every task returns its share of the loss, such that the ranks' shares add up to the loss of the global micro-batch;
+    DeepSpeed averages gradients over ranks, so each share is multiplied by the world size before the backward pass.
+
+    Args:
+        config: the resolved tree.
+        task: the module to train, in fp32; DeepSpeed casts it.
+        total_steps: optimizer steps of the whole run.
+        device: this rank's.
+        callbacks: told of steps, evaluations, checkpoints.
+        evaluate: called every ``logging.eval_every`` steps and at the end; returns scalars for the log.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig | FinetuneConfig,
+        task: Task,
+        total_steps: int,
+        device: torch.device,
+        callbacks: Sequence[Callback] = (),
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.config, self.task, self.device, self.evaluate = config, task, device, evaluate
+        self.callbacks, self.total_steps = list(callbacks), total_steps
+        self.task_name = getattr(config, "task", "pretrain")
+        self.output_dir = Path(config.output_dir)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.is_main = self.rank == 0
+        self.step = self.start_step = 0
+        self.stopped_early = False
+        settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
+        self.accumulation_steps = settings["gradient_accumulation_steps"]
+        zero = settings["zero_optimization"]
+        self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
+        optimizer = build_optimizer(task, config.optimizer, offload="offload_optimizer" in zero)
+        self.engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint of this run, if there is one; returns the step to go on from."""
+        path = checkpoint.newest(self.checkpoint_dir)
+        if path is not None:
+            state = checkpoint.check(path, self.topology)
+            self.engine.load_checkpoint(str(path.parent), tag=path.name)
+            self.step = self.start_step = int(state["step"])
+        return self.start_step
+
+    def fit(self, batches: Iterator[Batch]) -> None:
+        """Train from ``start_step`` to ``total_steps`` on micro-batches that begin with the next sample to be seen."""
+        try:
+            with StopRequest() as stop:
+                self._tell("fit_start")
+                while self.step < self.total_steps and not self.stopped_early:
+                    record = self._train_step(batches, stop)
+                    self._tell("step_end", record)
+                    self._between_steps()
+                self._tell("fit_end")
+        finally:
+            for callback in self.callbacks:
+                callback.close(self)
+
+    def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> dict[str, float]:
+        """One optimizer step; returns its record: means over the global batch."""
+        began = time.perf_counter()
+        seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
+        torch.manual_seed(seed % 2**63)  # drop path and dropout: a function of the step, so a resumed run repeats it
+        lr = self._set_lr()
+        self.engine.train()
+        totals: dict[str, Tensor] = {}
+        waited = 0.0
+        for _ in range(self.accumulation_steps):
+            asked = time.perf_counter()
+            batch = to_device(self._next(batches), self.device)
+            waited += time.perf_counter() - asked
+            output = self.engine(batch)
+            self.engine.backward(output.loss * self.world_size)
+            self.engine.step()
+            share = torch.stack([output.loss.detach().double(), torch.ones((), dtype=torch.float64, device=self.device)])
+            share[1] /= self.world_size
+            for name, pair in {"loss": share, **output.metrics}.items():
+                value = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair])
+                totals[name] = totals[name] + value if name in totals else value
+        means, asked_to_stop = self._reduce(totals, stop.requested)
+        self.step += 1
+        self.stopped_early = asked_to_stop
+        seconds = time.perf_counter() - began
+        samples = self.config.engine.global_batch_size
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": self.step,
+            "samples": self.step * samples,
+            **means,
+            "lr": lr,
+            "grad_norm": float(norm) if norm is not None else 0.0,
+            "samples_per_second": samples / seconds,
+            "step_seconds": seconds,
+            "data_wait_fraction": waited / seconds,
+        }
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            return next(batches)
+        except USER_ERRORS as error:
+            raise RankError(f"rank {self.rank}: {error}") from error
+
+    def _set_lr(self) -> float:
+        factor = lr_factor(self.step, self.total_steps, self.config.optimizer)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self.config.optimizer.lr * factor
+
+    def _reduce(self, totals: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+        """Sum the (sum, count) pairs over ranks in one collective; any rank's wish to stop stops all."""
+        names = sorted(totals)
+        flag = torch.tensor([float(stop), 0.0], dtype=torch.float64, device=self.device)
+        packed = torch.stack([totals[name] for name in names] + [flag])
+        dist.all_reduce(packed)
+        values = packed.tolist()
+        means = {name: total / count for name, (total, count) in zip(names, values, strict=False) if count > 0}
+        return means, values[-1][0] > 0
+
+    def _between_steps(self) -> None:
+        """Evaluate and save when it is time, at the end, and on a request to stop."""
+        last = self.step == self.total_steps
+        every = self.config.logging.eval_every
+        if self.evaluate and (last or (every and self.step % every == 0)) and not self.stopped_early:
+            self.engine.eval()
+            self._tell("evaluation_end", {"step": self.step, **self.evaluate(self)})
+        every = self.config.checkpoint.every
+        if last or self.stopped_early or (every and self.step % every == 0):
+            path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, {"step": self.step})
+            if self.is_main:
+                checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
+            self._tell("checkpoint_saved", path)
+
+    def _tell(self, event: str, *details: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *details)

@@ -1,0 +1,56 @@
+"""Fine-tuning and scoring on image-text retrieval, VQA and NLVR2.
+
+    deepspeed --module eve_ds.finetune --config eve_ds/configs/X.yaml --task vqa --checkpoint RUN --data DIR --output_dir OUT
+"""
+
+from __future__ import annotations
+
+import sys
+
+from eve_ds.config import FinetuneConfig, parse
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.errors import run_command
+from eve_ds.finetune_options import expand_options, help_text
+
+
+def main() -> None:
+    argv, defaults = expand_options(sys.argv[1:])
+    config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
+    prepare_environment()
+    # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
+    from eve_ds.callbacks import standard_callbacks
+    from eve_ds.engine import distributed, run_folder, setup
+    from eve_ds.engine.export import export_model
+    from eve_ds.engine.trainer import Trainer
+    from eve_ds.scoring import Scorer
+    from eve_ds.tasks.initial import load_initial
+
+    distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
+    tokenizer = setup.tokenizer(config)
+    splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
+    scored = {split: setup.samples(config, split, tokenizer, train=False) for split in splits}
+    training = None if config.evaluate else setup.samples(config, config.data.train_split, tokenizer, train=True)
+    setup.check_batch(config, (training or scored[config.split]).rows)
+
+    with distributed.joined() as device:
+        output_dir = run_folder.claim(config)
+        task = setup.build_task(config, tokenizer, scored[config.split])
+        if config.init_from:
+            load_initial(task, config.init_from, load_head=config.load_head or config.evaluate)
+        scorer = Scorer(config, scored, device)
+        if training is None:
+            scorer.score(task.to(device), config.split, output_dir)
+            return
+        evaluate = scorer.while_training if config.data.val_split else None
+        steps = setup.total_steps(config, len(training))
+        trainer = Trainer(config, task, steps, device, standard_callbacks(config), evaluate)
+        start = trainer.resume()
+        trainer.fit(setup.training_batches(config, training, start))
+        if not trainer.stopped_early:
+            scorer.score(task, config.split, output_dir)
+            if config.checkpoint.export:
+                export_model(task, config, tokenizer, output_dir / "model")
+
+
+if __name__ == "__main__":
+    run_command(main)

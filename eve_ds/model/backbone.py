@@ -1,0 +1,156 @@
+"""EVE's backbone: one Transformer for pictures, texts and pairs.
+
+Shapes: B samples, P patches, K kept patches, L text tokens, N = all tokens (class token, patches, text), D dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from eve_ds.model.attention import key_bias
+from eve_ds.model.block import HardBlock, SoftBlock
+from eve_ds.model.config import ModelConfig
+from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
+from eve_ds.model.moe import IMAGE, TEXT, MoE
+
+
+@dataclass
+class BackboneOutput:
+    """What the backbone makes of a batch.
+
+    Attributes:
+        hidden: [B, N, D] after the final norm; class token, (kept) patches, text.
+        before_norm: [B, N, D], the same before the final norm (published retrieval evaluation reads these).
+        aux_per_layer: [soft layers] float32, this rank's share of each layer's load-balancing loss, unweighted.
+        aux_loss: their mean, float32 scalar; 0 without soft layers.
+        num_image_tokens: tokens of the picture, class token included; 0 for text alone.
+    """
+
+    hidden: Tensor
+    before_norm: Tensor
+    aux_per_layer: Tensor
+    aux_loss: Tensor
+    num_image_tokens: int
+
+
+class Backbone(nn.Module):
+    """Embeddings, blocks and final norm.
+
+    First values: normal with deviation 0.02, biases 0 (BEiT), LayerScale constant, from torch's global generator; experts
+    have their own generators, which take one seed a layer from it: the same values whatever the expert-parallel size.
+
+    Args:
+        config: the shape.
+        moe_layer: class (or factory) of the softly routing layers, called with MoE's keywords.
+        published_routing: route and count padding as the published code does.
+    Raises:
+        ModelConfigError: the config makes no model.
+    """
+
+    def __init__(
+        self, config: ModelConfig, moe_layer: Callable[..., MoE] = MoE, published_routing: bool = False
+    ) -> None:
+        super().__init__()
+        config.check()
+        self.config = config
+        self.image_embedding = ImageEmbedding(config.dim, config.patch_size, config.num_patches)
+        self.text_embedding = TextEmbedding(config.dim, config.vocab_size, config.text_positions, config.norm_eps)
+        self.embedding_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.blocks = nn.ModuleList(self._block(i, moe_layer, published_routing) for i in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.apply(_initialise)
+
+    def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> HardBlock | SoftBlock:
+        config = self.config
+        drop_path = config.drop_path * index / max(1, config.depth - 1)
+        if index not in config.soft_layers:
+            return HardBlock(config, drop_path)
+        moe = moe_layer(
+            dim=config.dim,
+            hidden=config.mlp_hidden,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            activation=config.activation,
+            capacity_factor=config.capacity_factor,
+            modality_to_experts=config.modality_to_experts,
+            published_routing=published_routing,
+            seed=int(torch.randint(2**31, (), device="cpu")),
+        )
+        return SoftBlock(config, drop_path, moe)
+
+    def moe_layers(self) -> list[MoE]:
+        """The softly routing layers, in order."""
+        return [block.moe for block in self.blocks if isinstance(block, SoftBlock)]
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        patch_keep: Tensor | None = None,
+    ) -> BackboneOutput:
+        """Encode pictures, texts, or pairs. With a process group a collective of all ranks (see ``MoE.forward``).
+
+        Args:
+            images: [B, 3, H, W] float.
+            text_ids: [B, L] int64; masked words are [MASK] ids already.
+            text_mask: [B, L] bool or int, true on words, false on padding. None: no padding.
+            patch_keep: [B, K] int64, the visible patches, encoded in this order. None: all.
+        Raises:
+            ValueError: neither pictures nor texts, or sizes that do not fit the model.
+        """
+        if images is None and text_ids is None:
+            raise ValueError("the backbone needs images, text_ids or both")
+        parts = []
+        if images is not None:
+            parts.append(self.image_embedding(images, patch_keep))
+        num_image_tokens = parts[0].shape[1] if parts else 0
+        if text_ids is not None:
+            parts.append(self.text_embedding(text_ids))
+        x = self.embedding_norm(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        valid = _valid(x, num_image_tokens, text_mask if text_ids is not None else None)
+        modality = torch.full((x.shape[1],), TEXT, device=x.device)
+        modality[:num_image_tokens] = IMAGE
+        x, aux = self._through_blocks(x, valid, modality, num_image_tokens)
+        aux_per_layer = torch.stack(aux) if aux else torch.zeros(0, device=x.device)
+        aux_loss = aux_per_layer.sum() / max(1, len(aux))
+        return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, num_image_tokens)
+
+    def _through_blocks(
+        self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        bias = None if valid is None else key_bias(valid, x.dtype)
+        aux = []
+        for block in self.blocks:
+            soft = isinstance(block, SoftBlock)
+            args = (x, bias, modality, valid) if soft else (x, bias, num_image_tokens)
+            if self.config.checkpoint_activations and torch.is_grad_enabled():
+                out = checkpoint(block, *args, use_reentrant=False)
+            else:
+                out = block(*args)
+            x = out[0] if soft else out
+            if soft:
+                aux.append(out[1])
+        return x, aux
+
+
+def _valid(x: Tensor, num_image_tokens: int, text_mask: Tensor | None) -> Tensor | None:
+    """[B, N] bool, False on padding; None when nothing is padded."""
+    if text_mask is None:
+        return None
+    image = torch.ones(x.shape[0], num_image_tokens, dtype=torch.bool, device=x.device)
+    return torch.cat([image, text_mask.bool()], dim=1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """First values of the modules that torch would initialise otherwise."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)

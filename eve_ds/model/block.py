@@ -1,0 +1,93 @@
+"""A Transformer block: attention, then a feed-forward part that routes hard by modality or softly among experts.
+
+Shapes: B samples, N tokens (image tokens first, then text), D dim, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from eve_ds.model.attention import Attention
+from eve_ds.model.config import ModelConfig
+from eve_ds.model.experts import ACTIVATIONS
+from eve_ds.model.moe import MoE
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1(x))), D -> H -> D."""
+
+    def __init__(self, dim: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class Block(nn.Module):
+    """What both kinds of block share: pre-LayerNorm attention, LayerScale, drop path.
+
+    Args:
+        config: the model's shape.
+        drop_path: probability of dropping a sample's residual branch in training.
+    """
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config.dim, config.num_heads)
+        self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+        self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [B, N, D] after the attention branch."""
+        return self.add(x, self.attention(self.attention_norm(x), bias), self.attention_scale)
+
+    def add(self, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        """x + scale * branch; in training a sample's whole branch is dropped at times, the kept ones made up for it."""
+        if self.training and self.drop_path > 0:
+            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
+            branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
+        return torch.addcmul(x, branch, scale)
+
+
+class HardBlock(Block):
+    """Image tokens to an image network, text tokens to a text network, each behind its own LayerNorm."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.image_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.text_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.image_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
+        self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
+
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int) -> Tensor:
+        """x [B, N, D], its first ``num_image_tokens`` tokens from the picture -> [B, N, D]."""
+        x = self.attend(x, bias)
+        parts = []
+        if num_image_tokens:
+            parts.append(self.image_mlp(self.image_norm(x[:, :num_image_tokens])))
+        if num_image_tokens < x.shape[1]:
+            parts.append(self.text_mlp(self.text_norm(x[:, num_image_tokens:])))
+        branch = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self.add(x, branch, self.mlp_scale)
+
+
+class SoftBlock(Block):
+    """All tokens, behind one LayerNorm, to a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, drop_path: float, moe: MoE) -> None:
+        super().__init__(config, drop_path)
+        self.moe_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.moe = moe
+
+    def forward(self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, N, D], modality [N], valid [B, N] bool or None -> ([B, N, D], share of the load-balancing loss)."""
+        x = self.attend(x, bias)
+        branch, aux = self.moe(self.moe_norm(x), modality, valid)
+        return self.add(x, branch, self.mlp_scale), aux

@@ -1,0 +1,129 @@
+"""Light heads for masked modelling: tokens back to pixels and to words; and patches back to pictures.
+
+Legend: B samples, P patches, K visible, M masked, p side of a patch, D width of the backbone, d of the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.model.attention import Attention
+from eve_ds.model.block import MLP
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of ``embeddings.patches`` for square pictures: [B, P, 3 p p] -> [B, 3, H, W]."""
+    batch, count, values = patches.shape
+    side, channels = int(count**0.5), values // patch_size**2
+    grid = patches.reshape(batch, side, side, channels, patch_size, patch_size)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, side * patch_size, side * patch_size)
+
+
+def grid_positions(dim: int, side: int) -> Tensor:
+    """Fixed sine-cosine positions of a square grid, zeros for the class token (MAE, arXiv 2111.06377).
+
+    Args:
+        dim: a multiple of 4: a quarter each for sine and cosine of row and column.
+        side: patches in a row.
+    Returns:
+        [1 + side * side, dim] float32, class token first, then row by row.
+    """
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    one_axis = torch.cat([angle.sin(), angle.cos()], dim=1)
+    rows = one_axis[:, None].expand(side, side, -1)
+    columns = one_axis[None].expand(side, side, -1)
+    grid = torch.cat([rows, columns], dim=2).reshape(side * side, dim)
+    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), grid]).float()
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm attention and feed-forward over all tokens, without mask.
+
+    Args:
+        dim: d.
+        heads: divides ``dim``.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads)
+        self.mlp_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, 4 * dim, "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, d] -> [B, N, d]."""
+        x = x + self.attention(self.attention_norm(x), None)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class PixelDecoder(nn.Module):
+    """Pixels of the masked patches from the encoded visible ones (MAE's decoder, arXiv 2111.06377).
+
+    Args:
+        dim: D.
+        num_patches: P of the whole picture.
+        patch_size: p.
+        decoder_dim: d, a multiple of 4 and of ``heads``.
+        depth: blocks.
+        heads: attention heads.
+    """
+
+    def __init__(self, dim: int, num_patches: int, patch_size: int, decoder_dim: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(decoder_dim))
+        positions = grid_positions(decoder_dim, int(num_patches**0.5))
+        self.register_buffer("positions", positions, persistent=False)
+        self.positions: Tensor
+        self.blocks = nn.ModuleList(DecoderBlock(decoder_dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.head = nn.Linear(decoder_dim, 3 * patch_size**2)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, encoded: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+        """Predict masked patches.
+
+        Args:
+            encoded: [B, 1 + K, D] class token and visible patches from the backbone.
+            kept: [B, K] int64, their places.
+            masked: [B, M] int64, the places to predict.
+        Returns:
+            [B, M, 3 p p], in the order of ``masked``.
+        """
+        positions = self.positions.to(encoded.dtype)
+        place = F.pad(kept + 1, (1, 0))
+        visible = self.embed(encoded) + positions[place]
+        x = torch.cat([visible, self.mask_token + positions[masked + 1]], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, visible.shape[1] :]))
+
+
+class WordDecoder(nn.Module):
+    """Word scores from tokens: dense, GELU, norm, then the word embedding as projection (BERT's head).
+
+    Args:
+        dim: D.
+        vocab_size: V.
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, tokens: Tensor, word_embedding: Tensor) -> Tensor:
+        """tokens [n, D], word_embedding [V, D] (the backbone's own table) -> scores [n, V]."""
+        return F.linear(self.norm(F.gelu(self.dense(tokens))), word_embedding, self.bias)

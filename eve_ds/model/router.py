@@ -1,0 +1,112 @@
+"""Which experts a token visits, and with what weight.
+
+Shapes: T tokens, D dim, E experts, k choices per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds import parallel
+
+MIN_CAPACITY = 4  # of an expert, tokens; EVE's published code
+
+
+class Routing(NamedTuple):
+    """A routing decision.
+
+    Attributes:
+        gates: [T, E] float32, softmax over the experts; differentiable.
+        experts: [T, k] int64, best first.
+        weights: [T, k] float32, of each choice in the token's output; differentiable.
+    """
+
+    gates: Tensor
+    experts: Tensor
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """Linear scores and their softmax, in float32 whatever the tokens' dtype (a bf16 score would tie experts).
+
+    Args:
+        dim: width of the tokens.
+        num_experts: experts to choose from.
+        top_k: choices per token.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Routing:
+        """Route tokens [T, D]. The weights are the gates of the chosen, divided by their sum.
+
+        With one choice the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself it
+        would be 1, and the router would learn nothing.
+        """
+        gates = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
+        chosen, experts = gates.topk(self.top_k, dim=-1)
+        return Routing(gates, experts, renormalise(chosen))
+
+
+def renormalise(chosen: Tensor) -> Tensor:
+    """Weights [T, k] that sum to 1 over the choices that are not zero; a single choice (k = 1) is left as it is."""
+    if chosen.shape[-1] == 1:
+        return chosen
+    return chosen / chosen.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(chosen.dtype).eps)
+
+
+def capacity(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
+    """Most choices an expert serves: ceil(k T / E x factor), at least 4 (EVE's published code); scalar in, scalar out."""
+    return (num_tokens.double() * top_k / num_experts * factor).ceil().clamp_min(MIN_CAPACITY)
+
+
+def within_capacity(experts: Tensor, valid: Tensor | None, num_experts: int, factor: float) -> Tensor:
+    """Which choices an expert still serves: tokens queue in order, second choices after all first ones.
+
+    Args:
+        experts: [T, k] int64.
+        valid: [T] bool; other tokens neither queue nor count. None: all.
+        factor: the capacity factor.
+    Returns:
+        [T, k] bool.
+    """
+    top_k = experts.shape[1]
+    if valid is None:
+        valid = torch.ones_like(experts[:, 0], dtype=torch.bool)
+    queue = F.one_hot(experts.t().reshape(-1), num_experts)  # [k T, E]: all first choices, then all second ones
+    queue = queue * valid.repeat(top_k).unsqueeze(1)
+    place = (queue.cumsum(dim=0) * queue).sum(dim=1)  # 1-based; 0 where the token does not count
+    limit = capacity(valid.sum(), num_experts, top_k, factor)
+    return ((place > 0) & (place <= limit)).view(top_k, -1).t()
+
+
+def balance_share(gates: Tensor, first: Tensor, valid: Tensor | None) -> Tensor:
+    """This rank's share of the load-balancing loss E x sum_e (mean gate of e) x (part of the first choices that are e).
+
+    Both are over the tokens of all ranks; only this rank's gates have a gradient; the ranks' shares add up to the loss of
+    one process that holds the whole batch (EVE, Chen et al. 2024; GShard, Lepikhin et al. 2021). A collective.
+
+    Args:
+        gates: [T, E] float32.
+        first: [T] int64, first choices.
+        valid: [T] bool, tokens that count. None: all.
+    Returns:
+        float32 scalar.
+    """
+    num_experts = gates.shape[1]
+    one = torch.ones_like(first) if valid is None else valid.long()
+    counts = gates.new_zeros(num_experts + 1, dtype=torch.int64)
+    counts.scatter_add_(0, first, one)
+    counts[num_experts] = one.sum()
+    counts = parallel.all_reduce_sum(counts).to(gates.dtype)
+    total = counts[num_experts].clamp_min(1)
+    gate_sum = gates.sum(dim=0) if valid is None else valid.to(gates.dtype) @ gates
+    return num_experts * torch.dot(gate_sum / total, counts[:num_experts] / total)

@@ -1,0 +1,12 @@
+"""What ranks tell each other: sums, uneven all-to-alls and gathers, differentiable where a gradient must cross."""
+
+from eve_ds.parallel.collectives import (
+    all_reduce_sum,
+    all_to_all_uneven,
+    exchange_counts,
+    gather_with_gradient,
+    rank,
+    world_size,
+)
+
+__all__ = ["all_reduce_sum", "all_to_all_uneven", "exchange_counts", "gather_with_gradient", "rank", "world_size"]

@@ -1,0 +1,52 @@
+"""Pre-training: masked prediction of pixels and words on image-text pairs.
+
+    deepspeed --module eve_ds.pretrain --config eve_ds/configs/X.yaml --data.path DIR --data.tokenizer T --output_dir RUN
+"""
+
+from __future__ import annotations
+
+import sys
+
+from eve_ds.config import PretrainConfig, parse
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.errors import run_command
+
+
+def main() -> None:
+    config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
+    prepare_environment()
+    # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
+    from eve_ds.callbacks import standard_callbacks
+    from eve_ds.callbacks.report import PretrainExamples
+    from eve_ds.engine import distributed, run_folder, setup
+    from eve_ds.engine.evaluation import held_out_metrics
+    from eve_ds.engine.export import export_model
+    from eve_ds.engine.trainer import Trainer
+
+    distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
+    tokenizer = setup.tokenizer(config)
+    training = setup.samples(config, config.data.train_split, tokenizer, train=True)
+    setup.check_batch(config, training.rows)
+    steps = setup.total_steps(config, len(training))
+    held_out = setup.samples(config, config.data.val_split, tokenizer, train=False) if config.data.val_split else None
+
+    with distributed.joined() as device:
+        output_dir = run_folder.claim(config)
+        task = setup.build_task(config, tokenizer)
+        callbacks = standard_callbacks(config)
+        if held_out is not None:
+            callbacks.append(PretrainExamples(held_out, config.logging.samples))
+
+        def evaluate(trainer: Trainer) -> dict[str, float]:
+            batches = setup.evaluation_batches(config, held_out, config.logging.eval_samples) if held_out else iter(())
+            return held_out_metrics(trainer, batches)
+
+        trainer = Trainer(config, task, steps, device, callbacks, evaluate if held_out else None)
+        start = trainer.resume()
+        trainer.fit(setup.training_batches(config, training, start))
+        if config.checkpoint.export and not trainer.stopped_early:
+            export_model(task, config, tokenizer, output_dir / "model")
+
+
+if __name__ == "__main__":
+    run_command(main)

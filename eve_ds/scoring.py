@@ -1,0 +1,131 @@
+"""Scores of a fine-tuned model on a split: predictions in the official file formats, metrics from ``evaluation``, examples.
+
+Files written below the run folder, rank 0 alone:
+
+    scores_<split>.json                       the metrics
+    predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
+    samples/                                  examples for the report
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from eve_ds import examples
+from eve_ds.config import FinetuneConfig
+from eve_ds.data.loader import build_loader
+from eve_ds.data.samples import CaptionSamples, NlvrSamples, VqaSamples
+from eve_ds.engine import setup
+from eve_ds.engine.distributed import launched_world
+from eve_ds.engine.evaluation import Arrays, predict
+from eve_ds.files import write_json, write_text
+from eve_ds.tasks.base import Task
+from evaluation import nlvr, retrieval
+from preprocessing.schema import write_atomic
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+Samples = CaptionSamples | VqaSamples | NlvrSamples
+Scores = dict[str, float]
+
+
+class Scorer:
+    """Predicts splits of one data set with whatever weights the task has.
+
+    Args:
+        config: the resolved tree.
+        samples: {split: its samples, with evaluation transforms}.
+        device: this rank's.
+    """
+
+    def __init__(self, config: FinetuneConfig, samples: Mapping[str, Samples], device: torch.device) -> None:
+        self.config, self.samples, self.device = config, samples, device
+        self.rank, self.world_size, _ = launched_world()
+
+    def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
+        """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
+        loader = build_loader(
+            self.samples[split],
+            setup.evaluation_batch(self.config, self.world_size),
+            world_size=self.world_size,
+            rank=self.rank,
+            train=False,
+            limit=limit,
+            num_workers=self.config.data.num_workers,
+        )
+        return predict(task, loader, self.device)
+
+    def while_training(self, trainer: Trainer) -> Scores:
+        """Metrics on the validation split for the log; empty but on rank 0."""
+        split = self.config.data.val_split
+        if split is None:
+            return {}
+        arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
+        return {f"val/{name}": value for name, value in self._metrics(arrays, split).items()} if arrays else {}
+
+    def score(self, task: Task, split: str, folder: Path) -> None:
+        """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
+        arrays = self.predict(task, split)
+        if arrays is None:
+            return
+        samples, count = self.samples[split], self.config.logging.samples
+        scores = self._metrics(arrays, split)
+        if isinstance(samples, CaptionSamples):
+            buffer = io.BytesIO()
+            np.savez(buffer, **similarity(arrays))
+            write_atomic(folder / f"predictions_{split}.npz", buffer.getvalue())
+            examples.write_retrieval(folder, samples, similarity(arrays), count)
+        elif isinstance(samples, VqaSamples):
+            rows = vqa_rows(arrays, samples)
+            write_json(folder / f"predictions_{split}.json", rows)
+            examples.write_vqa(folder, samples, rows, count)
+        else:
+            predictions = nlvr_predictions(arrays, samples)
+            write_text(folder / f"predictions_{split}.csv", "".join(f"{k},{v}\n" for k, v in predictions.items()))
+            examples.write_nlvr(folder, samples, arrays, count)
+        write_json(folder / f"scores_{split}.json", scores)
+        print(f"{split}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()), flush=True)
+
+    def _metrics(self, arrays: Arrays, split: str) -> Scores:
+        samples = self.samples[split]
+        if isinstance(samples, CaptionSamples):
+            return retrieval.recalls(**similarity(arrays))
+        if isinstance(samples, VqaSamples):
+            return {"soft_accuracy": 100 * float(arrays["score"].mean())}
+        known = arrays["label"] >= 0
+        if not known.all():
+            return {}
+        predictions = nlvr_predictions(arrays, samples)
+        labels = dict(zip(predictions, arrays["label"].tolist(), strict=True))
+        return nlvr.score(predictions, [{"identifier": key, "label": str(bool(label))} for key, label in labels.items()])
+
+
+def similarity(arrays: Arrays) -> Arrays:
+    """Cosine scores of all pictures and texts: image_to_text [I, T], text_to_image [T, I], text_image_index [T]."""
+    rows, first = np.unique(arrays["image_index"], return_index=True)
+    image = arrays["image"][first]
+    order = np.argsort(arrays["sample_id"], kind="stable")
+    scores = image @ arrays["text"][order].T
+    index = np.searchsorted(rows, arrays["text_image_index"][order])
+    return {"image_to_text": scores, "text_to_image": np.ascontiguousarray(scores.T), "text_image_index": index}
+
+
+def vqa_rows(arrays: Arrays, samples: VqaSamples) -> list[dict[str, int | str]]:
+    """VQA v2 result rows, by question id."""
+    answers = samples.answers
+    order = np.argsort(arrays["question_id"], kind="stable")
+    pairs = zip(arrays["question_id"][order].tolist(), arrays["answer"][order].tolist(), strict=True)
+    return [{"question_id": question, "answer": answers[answer]} for question, answer in pairs]
+
+
+def nlvr_predictions(arrays: Arrays, samples: NlvrSamples) -> dict[str, str]:
+    """{official identifier: "True" or "False"}, in the order of the arrays."""
+    pairs = zip(arrays["question_index"].tolist(), arrays["prediction"].tolist(), strict=True)
+    return {samples.identifier(index): str(bool(prediction)) for index, prediction in pairs}

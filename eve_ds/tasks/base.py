@@ -1,0 +1,155 @@
+"""What every objective is: a module that owns a backbone and turns a batch into this rank's share of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.parallel import all_reduce_sum, world_size
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class TaskOutput:
+    """What a task's forward gives.
+
+    Args:
+        loss: this rank's share of the global loss, scalar fp32: local sum / all-reduced count + weighted auxiliary
+            share. Shares add up over ranks to the loss of the whole batch.
+        metrics: named (sum, count) pairs of this rank, detached scalars; sum of sums / sum of counts is the mean.
+    """
+
+    loss: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Task(nn.Module):
+    """An objective over a backbone.
+
+    Args:
+        backbone: the shared Transformer.
+
+    Attributes:
+        heads: prefixes of the names of what the task adds to the backbone.
+        pad_text_to: pad every text to this length first, as the published code does; None leaves it as it comes.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = backbone.config
+        self.pad_text_to: int | None = None
+
+    def forward(self, batch: Batch) -> TaskOutput:
+        """Loss share and metrics of one micro-batch; random choices depend on ``batch["sample_id"]`` alone."""
+        raise NotImplementedError
+
+    def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
+        """What evaluation needs of one batch, on the CPU; rows where ``batch["valid"]`` is False are left out.
+
+        Pre-training has none: its evaluation is ``forward`` on held-out pairs.
+        """
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of what goes through them."""
+        return self.backbone.image_embedding.class_token.dtype
+
+    def encode(
+        self,
+        images: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        patch_keep: Tensor | None = None,
+    ) -> BackboneOutput:
+        """The backbone's forward, with texts padded if ``pad_text_to`` asks for it."""
+        if text_ids is not None and text_mask is not None and self.pad_text_to is not None:
+            missing = max(self.pad_text_to - text_ids.shape[1], 0)
+            text_ids, text_mask = F.pad(text_ids, (0, missing)), F.pad(text_mask, (0, missing))
+        return self.backbone(images, text_ids, text_mask, patch_keep)
+
+    def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Weighted load-balancing share (mean over the step's passes, as in EVE's code), and its metric."""
+        aux = torch.stack([output.aux_loss.float() for output in passes]).mean()
+        metric = (aux.detach(), torch.tensor(1.0 / world_size(), device=aux.device))
+        return self.config.aux_loss_weight * aux, {"aux_loss": metric}
+
+
+def joint_first_text(output: BackboneOutput) -> Tensor:
+    """[B, D] the first text token ([CLS]) of a joint pass, which EVE's heads read."""
+    return output.hidden[:, output.num_image_tokens]
+
+
+def valid_rows(batch: Batch) -> Batch:
+    """The batch without the rows that an evaluation loader repeated only to make the ranks even (``valid`` False)."""
+    if "valid" not in batch:
+        return batch
+    valid = batch["valid"].bool()
+    return {name: value[valid] for name, value in batch.items() if name != "valid"}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; what was before is restored."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def global_counts(*local: Tensor) -> list[Tensor]:
+    """Sum each count over all ranks, in one all-reduce; never below 1, so that an empty batch divides cleanly."""
+    total = all_reduce_sum(torch.stack([count.to(torch.float64) for count in local]))
+    return list(total.clamp(min=1).float().unbind())
+
+
+def to_numpy(values: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Detached arrays on the CPU; floats as float32."""
+    return {
+        name: (value.detach().float() if value.is_floating_point() else value.detach()).cpu().numpy()
+        for name, value in values.items()
+    }
+
+
+def init_head(module: nn.Module) -> None:
+    """EVE's initial values for task heads: normal with deviation 0.02, biases 0, norms the identity."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def classifier(width: int, hidden: int, classes: int) -> nn.Sequential:
+    """EVE's classification head: Linear, LayerNorm (epsilon 1e-5), GELU, Linear."""
+    head = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
+    init_head(head)
+    return head
+
+
+TASKS: dict[str, type[Task]] = {}
+
+
+def register(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: enter a task in TASKS."""
+
+    def enter(task: type[Task]) -> type[Task]:
+        TASKS[name] = task
+        return task
+
+    return enter

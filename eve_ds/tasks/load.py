@@ -1,0 +1,129 @@
+"""A trained task from its files, ready to predict: no DeepSpeed, no process group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from torch import Tensor
+
+from eve_ds.errors import UserError
+from eve_ds.model.backbone import Backbone
+from eve_ds.model.config import ModelConfig
+from eve_ds.tasks.base import TASKS, Task
+from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.vqa import VQA
+from eve_ds.weights import WeightsError, from_published, is_published, load_state, load_weights, resize_positions
+from eve_ds.weights.model_folder import ModelFolder
+from eve_ds.weights.positions import POSITIONS
+from preprocessing.tokenizer import Tokenizer
+
+PUBLISHED_POSITIONS = "backbone.pos_embed_vision"
+State = dict[str, Tensor]
+Config = TypeVar("Config", ModelConfig, ObjectiveConfig)
+
+
+def load_task_model(
+    task: str,
+    checkpoint: str | Path,
+    vlmo_config: str | Path | None = None,
+    image_size: int | None = None,
+    capacity_factor: float | None = None,
+    published_routing: bool = False,
+) -> Task:
+    """Build a task and load its weights; evaluation mode, fp32, on the CPU.
+
+    Args:
+        task: pretrain, retrieval, vqa or nlvr.
+        checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own. The size
+            of the task's head is read off its tensors.
+        vlmo_config: EVE's ``config_vlmo*.json``; None reads the ``config.yaml`` beside the weights.
+        image_size: pictures' side, pixels; positions are interpolated to it. None: as the weights have it.
+        capacity_factor: None drops no token; see ``ModelConfig``.
+        published_routing: pad texts to 40 tokens, and route and count the padding, as the published code does.
+    Raises:
+        UserError: unknown task, or no config.
+        WeightsError, DataError, ModelConfigError: weights missing, unreadable or of another model; a bad config.
+    """
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}: choose one of {', '.join(sorted(TASKS))}")
+    files = ModelFolder.find(checkpoint)
+    state = load_weights(files.weights)
+    config = replace(_model_config(files, vlmo_config, image_size, state), capacity_factor=capacity_factor)
+    if is_published(state):
+        state = from_published(state, config)
+    backbone = Backbone(config, published_routing=published_routing)
+    try:
+        model = _BUILDERS[task](backbone, state, files)
+    except KeyError as missing:
+        raise WeightsError(f"{files.weights}: no head for task {task}: {missing} is missing") from missing
+    may_lack = model.heads if task == "pretrain" else ()
+    own = {name: tensor for name, tensor in state.items() if name.startswith(("backbone.", *model.heads))}
+    load_state(model, resize_positions(own, config), files.weights, may_lack)
+    model.pad_text_to = config.max_text_length if published_routing else None
+    return model.eval()
+
+
+def _model_config(
+    files: ModelFolder, vlmo_config: str | Path | None, image_size: int | None, state: State
+) -> ModelConfig:
+    if vlmo_config is not None:
+        config = ModelConfig.from_vlmo(vlmo_config, image_size)
+        positions = state.get(PUBLISHED_POSITIONS, state.get(POSITIONS))
+        if image_size is None and positions is not None:
+            config = replace(config, image_size=math.isqrt(positions.shape[0] - 1) * config.patch_size)
+        return config
+    if files.config is None:
+        raise UserError(f"{files.weights}: no config.yaml beside it; name EVE's config_vlmo JSON with vlmo_config")
+    config = _stored(ModelConfig, files.config, "model")
+    config = replace(config, image_size=image_size or config.image_size)
+    config.check()
+    return config
+
+
+def _stored(kind: type[Config], path: Path, section: str) -> Config:
+    """A section of the config that a run stores."""
+    try:
+        return kind(**yaml.safe_load(path.read_text(encoding="utf-8"))[section])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not the config.yaml of a run, section {section!r} is wrong ({reason})") from error
+
+
+def _pretrain(backbone: Backbone, state: State, files: ModelFolder) -> MaskedModelling:
+    """Decoders that the file does not hold have default sizes and first values (published files have none)."""
+    objective = ObjectiveConfig()
+    if files.config is not None and "pixel_decoder.embed.weight" in state:
+        objective = _stored(ObjectiveConfig, files.config, "objective")
+    mask_id = Tokenizer.load(files.tokenizer).mask_id if files.tokenizer is not None else DEFAULT_MASK_ID
+    return MaskedModelling(backbone, objective, mask_id)
+
+
+def _retrieval(backbone: Backbone, state: State, files: ModelFolder) -> Retrieval:
+    return Retrieval(backbone, embed_dim=state["itc_vision_proj_head.weight"].shape[0])
+
+
+def _vqa(backbone: Backbone, state: State, files: ModelFolder) -> VQA:
+    return VQA(backbone, state["output.3.weight"].shape[0], head_hidden=state["output.0.weight"].shape[0])
+
+
+def _nlvr(backbone: Backbone, state: State, files: ModelFolder) -> NLVR:
+    if "attn1.in_proj_weight" in state:
+        return NLVR(backbone, biattn=True)
+    return NLVR(backbone, head_hidden=state["output.0.weight"].shape[0])
+
+
+DEFAULT_MASK_ID = 4  # [MASK] of the tokenizers that EVE-DS trains
+
+_BUILDERS: dict[str, Callable[[Backbone, State, ModelFolder], Task]] = {
+    "pretrain": _pretrain,
+    "retrieval": _retrieval,
+    "vqa": _vqa,
+    "nlvr": _nlvr,
+}

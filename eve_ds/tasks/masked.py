@@ -1,0 +1,212 @@
+"""EVE's pre-training (Chen et al., AAAI 2024, arXiv 2308.11971): masked pixels and masked words, and nothing else.
+
+Two passes a pair: 75 % of the patches dropped and rebuilt, text whole; then 50 % of the words masked and predicted,
+picture whole. ``mode: joint`` masks both in one pass.
+Legend: B samples, P patches, K kept, M masked, L text length, p side of a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eve_ds.errors import UserError
+from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
+from eve_ds.model.embeddings import patches
+from eve_ds.tasks.base import Batch, Task, TaskOutput, evaluating, global_counts, register, to_numpy, valid_rows
+from eve_ds.tasks.masking import choose_words, split_patches
+
+
+@dataclass
+class ObjectiveConfig:
+    """Masked modelling.
+
+    Args:
+        mode: separate: two passes a pair, as EVE; joint: one pass with patches and words masked at once.
+        image_mask_ratio: share of patches masked.
+        text_mask_ratio: share of words masked; at least one a text.
+        decoder_dim: width of the pixel decoder; a multiple of 4 and of ``decoder_heads``.
+        decoder_depth: blocks of the pixel decoder.
+        decoder_heads: its attention heads.
+        seed: of the masks.
+    """
+
+    mode: Literal["separate", "joint"] = "separate"
+    image_mask_ratio: float = 0.75
+    text_mask_ratio: float = 0.5
+    decoder_dim: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 8
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UserError naming the first field that makes no objective."""
+        if self.mode not in ("separate", "joint"):
+            raise UserError(f"objective.mode={self.mode!r} must be separate or joint")
+        for name in ("image_mask_ratio", "text_mask_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"objective.{name}={getattr(self, name)} must lie between 0 and 1")
+        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"objective.{name}={getattr(self, name)} must be at least 1")
+        if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
+            heads = f"objective.decoder_heads={self.decoder_heads}"
+            raise UserError(f"objective.decoder_dim={self.decoder_dim} must be a multiple of 4 and of {heads}")
+
+
+@dataclass
+class _Picture:
+    """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (normalised a patch); kept [B, K], masked [B, M]."""
+
+    predicted: Tensor
+    target: Tensor
+    kept: Tensor
+    masked: Tensor
+
+
+@dataclass
+class _Words:
+    """Predicted words: scores [n, V] float32 and truth [n] at the n True places of mask [B, L]."""
+
+    scores: Tensor
+    truth: Tensor
+    mask: Tensor
+
+
+@register("pretrain")
+class MaskedModelling(Task):
+    """Pixels and words from context.
+
+    Args:
+        backbone: the shared Transformer.
+        objective: ratios, mode and the decoder's size.
+        mask_id: id of [MASK].
+    Raises:
+        UserError: ``objective`` makes no objective, or the picture has a single patch.
+    """
+
+    heads = ("pixel_decoder.", "word_decoder.")
+
+    def __init__(self, backbone: Backbone, objective: ObjectiveConfig, mask_id: int) -> None:
+        super().__init__(backbone)
+        objective.check()
+        config = self.config
+        if config.num_patches < 2:
+            raise UserError(f"model.image_size={config.image_size} gives a single patch; masking needs two or more")
+        self.objective, self.mask_id = objective, mask_id
+        self.pixel_decoder = PixelDecoder(
+            config.dim,
+            config.num_patches,
+            config.patch_size,
+            objective.decoder_dim,
+            objective.decoder_depth,
+            objective.decoder_heads,
+        )
+        self.word_decoder = WordDecoder(config.dim, config.vocab_size)
+
+    def forward(self, batch: Batch) -> TaskOutput:
+        """Squared error of normalised pixels, mean over masked patches, + cross entropy, mean over masked words."""
+        batch = valid_rows(batch)
+        picture, words, passes = self._predict(batch)
+        errors = (picture.predicted - picture.target).square().mean(dim=-1)
+        mim_sum = errors.sum()
+        mlm_sum = F.cross_entropy(words.scores, words.truth, reduction="sum")
+        masked_patches = torch.tensor(float(errors.numel()), device=errors.device)
+        masked_words = torch.tensor(float(words.truth.numel()), device=errors.device)
+        patch_count, word_count = global_counts(masked_patches, masked_words)
+        aux, metrics = self.aux_share(*passes)
+        right = (words.scores.argmax(dim=1) == words.truth).sum().float()
+        metrics |= {
+            "mim_loss": (mim_sum.detach(), masked_patches),
+            "mlm_loss": (mlm_sum.detach(), masked_words),
+            "mlm_accuracy": (right, masked_words),
+        }
+        return TaskOutput(mim_sum / patch_count + mlm_sum / word_count + aux, metrics)
+
+    def reconstruct(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Pictures for the report: ``original``, ``masked`` (grey where masked), ``rebuilt``; uint8 [B, H, W, 3].
+
+        Rebuilt patches have the mean and the contrast of the true ones, since those are not predicted.
+        """
+        batch = valid_rows(batch)
+        with evaluating(self):
+            picture = self._predict(batch)[0]
+        size, images = self.config.patch_size, batch["images"].float()
+        pixels = patches(images, size)
+        place = picture.masked[:, :, None].expand(-1, -1, pixels.shape[-1])
+        mean, deviation = _moments(pixels.gather(1, place))
+        masked = unpatchify(pixels.scatter(1, place, torch.zeros_like(picture.predicted)), size)
+        rebuilt = unpatchify(pixels.scatter(1, place, picture.predicted * deviation + mean), size)
+        values = {"original": images, "masked": masked, "rebuilt": rebuilt}
+        return to_numpy({name: _to_pixels(value) for name, value in values.items()})
+
+    def predict_words(self, batch: Batch) -> list[dict[str, Any]]:
+        """Words for the report, one dict a sample.
+
+        ``sample_id``; ``text_ids``, the true text without padding; ``positions`` of the masked places in it; ``truth``
+        and ``predicted`` ids there.
+        """
+        batch = valid_rows(batch)
+        with evaluating(self):
+            words = self._predict(batch)[1]
+        predicted = torch.zeros_like(batch["text_ids"])
+        predicted[words.mask] = words.scores.argmax(dim=1)
+        found = []
+        for row, mask in enumerate(words.mask):
+            found.append(
+                {
+                    "sample_id": int(batch["sample_id"][row]),
+                    "text_ids": batch["text_ids"][row][batch["text_mask"][row].bool()].tolist(),
+                    "positions": mask.nonzero()[:, 0].tolist(),
+                    "truth": batch["text_ids"][row][mask].tolist(),
+                    "predicted": predicted[row][mask].tolist(),
+                }
+            )
+        return found
+
+    def _predict(self, batch: Batch) -> tuple[_Picture, _Words, list[BackboneOutput]]:
+        """Mask, encode (once or twice) and decode."""
+        objective, text_ids, text_mask = self.objective, batch["text_ids"], batch["text_mask"]
+        kept, masked = split_patches(
+            objective.seed, batch["sample_id"], self.config.num_patches, objective.image_mask_ratio
+        )
+        mask = choose_words(objective.seed, batch["sample_id"], text_mask, objective.text_mask_ratio)
+        masked_ids = text_ids.masked_fill(mask, self.mask_id)
+        if objective.mode == "joint":
+            for_pixels = for_words = self.encode(batch["images"], masked_ids, text_mask, kept)
+            passes = [for_pixels]
+        else:
+            for_pixels = self.encode(batch["images"], text_ids, text_mask, kept)
+            for_words = self.encode(batch["images"], masked_ids, text_mask)
+            passes = [for_pixels, for_words]
+        return self._pixels(for_pixels, batch["images"], kept, masked), self._words(for_words, text_ids, mask), passes
+
+    def _pixels(self, output: BackboneOutput, images: Tensor, kept: Tensor, masked: Tensor) -> _Picture:
+        predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], kept, masked).float()
+        pixels = patches(images.float(), self.config.patch_size)
+        target = pixels.gather(1, masked[:, :, None].expand(-1, -1, pixels.shape[-1]))
+        mean, deviation = _moments(target)
+        return _Picture(predicted, (target - mean) / deviation, kept, masked)
+
+    def _words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> _Words:
+        """Only the masked rows go through the projection to the vocabulary."""
+        text = output.hidden[:, output.num_image_tokens :][:, : mask.shape[1]]
+        scores = self.word_decoder(text[mask], self.backbone.text_embedding.words.weight).float()
+        return _Words(scores, text_ids[mask], mask)
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch, [..., 1] each (MAE's normalised pixels)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def _to_pixels(images: Tensor) -> Tensor:
+    """[B, 3, H, W] with mean = std = 0.5 -> uint8 [B, H, W, 3]."""
+    return ((images * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

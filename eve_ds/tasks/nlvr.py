@@ -1,0 +1,153 @@
+"""NLVR2: is a statement true of two pictures? EVE's two heads, plain and bi-attention, as published.
+
+Legend: B statements, N tokens of a joint pass (class token, patches, text), D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve_ds.model.attention import key_bias
+from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.tasks.base import (
+    Batch,
+    Task,
+    TaskOutput,
+    classifier,
+    evaluating,
+    global_counts,
+    joint_first_text,
+    register,
+    to_numpy,
+    valid_rows,
+)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from one sequence to another; parameters named as in ``nn.MultiheadAttention``.
+
+    Args:
+        dim: D.
+        heads: attention heads; divides ``dim``.
+        dropout: on the attention weights, in training.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = nn.Dropout(dropout)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, own: Tensor, other: Tensor, other_mask: Tensor) -> Tensor:
+        """own, other: [B, N, D]; other_mask: [B, N] bool, True for tokens that may be attended to. Gives [B, N, D]."""
+        dim = own.shape[-1]
+        query = F.linear(own, self.in_proj_weight[:dim], self.in_proj_bias[:dim])
+        key, value = F.linear(other, self.in_proj_weight[dim:], self.in_proj_bias[dim:]).chunk(2, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        scores = query @ key.transpose(2, 3) * key.shape[-1] ** -0.5 + key_bias(other_mask, own.dtype)
+        weights = self.dropout(scores.softmax(dim=-1, dtype=torch.float32)).to(own.dtype)
+        return self.out_proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+class AttentionPool(nn.Module):
+    """A learned weighted mean of the tokens.
+
+    Args:
+        dim: D.
+        dropout: on the weights, in training.
+    """
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(dim, 1), nn.ReLU())
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens: [B, N, D]; mask: [B, N] bool, False for padding. Gives [B, D]."""
+        score = self.fc(tokens).squeeze(-1).float() - 1e4 * (~mask)
+        weights = self.dropout(score.softmax(dim=1)).to(tokens.dtype)
+        return (weights.unsqueeze(1) @ tokens).squeeze(1)
+
+
+@register("nlvr")
+class NLVR(Task):
+    """True or false, from the joint passes of both pictures with the statement.
+
+    Args:
+        backbone: the shared Transformer.
+        biattn: the bi-attention head: each pass attends to the other, then both are pooled; else the first text
+            tokens of both passes go through a classifier.
+        head_hidden: hidden width of the plain head; None takes twice the backbone's, as published.
+        head_dropout: in the bi-attention head, in training; published: 0.1 (the plain head has none).
+    """
+
+    heads = ("output.", "attn1.", "attn2.", "fc.", "attn_pool.", "nlvr2_output.")
+
+    def __init__(
+        self, backbone: Backbone, biattn: bool = False, head_hidden: int | None = None, head_dropout: float = 0.1
+    ) -> None:
+        super().__init__(backbone)
+        width, heads = self.config.dim, self.config.num_heads
+        self.biattn = biattn
+        if not biattn:
+            self.output = classifier(2 * width, head_hidden or 2 * width, 2)
+            return
+        self.attn1 = CrossAttention(width, heads, head_dropout)
+        self.attn2 = CrossAttention(width, heads, head_dropout)
+        self.fc = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(head_dropout))
+        self.attn_pool = AttentionPool(width, head_dropout)
+        self.nlvr2_output = nn.Linear(2 * width, 2)
+
+    def predict(self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Logits [B, 2] (index 1: true) of two pictures [B, 3, H, W] each and a statement [B, L]."""
+        return self._logits(images, text_ids, text_mask)[0]
+
+    def forward(self, batch: Batch) -> TaskOutput:
+        """Cross entropy, mean over the statements whose ``label`` is known (not -1)."""
+        batch = valid_rows(batch)
+        label = batch["label"]
+        images = (batch["images_0"], batch["images_1"])
+        logits, output = self._logits(images, batch["text_ids"], batch["text_mask"])
+        loss_sum = F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum")
+        rows = (label >= 0).sum().float()
+        (count,) = global_counts(rows)
+        aux, metrics = self.aux_share(output)
+        right = (logits.argmax(dim=1) == label).sum().float()
+        metrics |= {"nlvr_loss": (loss_sum.detach(), rows), "nlvr_accuracy": (right, rows)}
+        return TaskOutput(loss_sum / count + aux, metrics)
+
+    def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
+        """``question_index`` [B], ``prediction`` [B] (1: true), ``probability`` of true [B], ``label`` [B]."""
+        batch = valid_rows(batch)
+        images = (batch["images_0"], batch["images_1"])
+        with evaluating(self):
+            logits = self.predict(images, batch["text_ids"], batch["text_mask"]).float()
+        values = {
+            "question_index": batch["question_index"],
+            "prediction": logits.argmax(dim=1),
+            "probability": logits.softmax(dim=1)[:, 1],
+            "label": batch["label"],
+        }
+        return to_numpy(values)
+
+    def _logits(
+        self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, BackboneOutput]:
+        """Both pictures go through the backbone as one batch of 2 B."""
+        output = self.encode(torch.cat(images), text_ids.repeat(2, 1), text_mask.repeat(2, 1))
+        if not self.biattn:
+            return self.output(torch.cat(joint_first_text(output).chunk(2), dim=1)), output
+        mask = F.pad(text_mask.bool(), (output.num_image_tokens, 0), value=True)
+        mask = F.pad(mask, (0, output.hidden.shape[1] - mask.shape[1]))
+        left, right = output.hidden.chunk(2)
+        left_seen = self.fc(torch.cat([self.attn1(left, right, mask), left], dim=-1))
+        right_seen = self.fc(torch.cat([self.attn2(right, left, mask), right], dim=-1))
+        pooled = torch.cat([self.attn_pool(left_seen, mask), self.attn_pool(right_seen, mask)], dim=-1)
+        return self.nlvr2_output(pooled), output

@@ -1,0 +1,120 @@
+"""Weights from files into modules, strictly: every tensor is accounted for, or the error lists it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from eve_ds.model.config import ModelConfig
+from eve_ds.model.moe import MoE
+from eve_ds.weights.errors import WeightsError, listed
+from eve_ds.weights.names import from_published, is_published
+from eve_ds.weights.positions import resize_positions
+
+TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of tensors on the CPU, whatever its naming; nothing in it is executed (``weights_only=True``).
+
+    Args:
+        path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}`` or the tensors themselves.
+    Raises:
+        WeightsError: no such file, unreadable, or not a dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix not in TORCH_SUFFIXES:
+            raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: holds neither tensors by name nor {{'model': tensors by name}}")
+    return state
+
+
+def load_state(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str | Path,
+    may_lack: Sequence[str] = (),
+    may_exceed: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """Copy a state with EVE-DS names into a module. An expert-parallel rank takes its part of each layer's experts.
+
+    Args:
+        module: its parameters take the values, in their own dtype and place.
+        state: all experts in each w1, w2, w3.
+        source: named in errors.
+        may_lack: prefixes of names that the state need not have (new heads keep their first values).
+        may_exceed: prefixes of names in the state that the module need not have (heads of another task).
+    Returns:
+        names of the module that kept their values, names of the state left out; both sorted.
+    Raises:
+        WeightsError: other names are missing or unknown, or shapes differ; all are listed.
+    """
+    state = _local_experts(module, state)
+    own = module.state_dict()
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    faults = []
+    for word, names, allowed in (("missing", missing, may_lack), ("unknown", unknown, may_exceed)):
+        bad = [name for name in names if not name.startswith(tuple(allowed))]
+        if bad:
+            faults.append(f"{word}: {listed(bad)}")
+    shared = {name: tensor for name, tensor in state.items() if name in own}
+    shapes = [
+        f"{name} is {list(tensor.shape)}, the model has {list(own[name].shape)}"
+        for name, tensor in shared.items()
+        if tensor.shape != own[name].shape
+    ]
+    if shapes:
+        faults.append(f"other sizes: {listed(shapes)}")
+    if faults:
+        raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
+    module.load_state_dict(shared, strict=False)
+    return missing, unknown
+
+
+def load_into(
+    module: nn.Module,
+    path: str | Path,
+    config: ModelConfig,
+    may_lack: Sequence[str] = (),
+    may_exceed: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """Load a weights file, published or EVE-DS naming, into a module whose backbone is at ``.backbone``.
+
+    Picture positions are interpolated to ``config.image_size``. Arguments, result and errors as in ``load_state``.
+    """
+    state = load_weights(path)
+    if is_published(state):
+        try:
+            state = from_published(state, config)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    return load_state(module, resize_positions(state, config), path, may_lack, may_exceed)
+
+
+def _local_experts(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    local = dict(state)
+    for prefix, layer in module.named_modules():
+        if not isinstance(layer, MoE) or layer.ep_size == 1:
+            continue
+        for name in (f"{prefix}.experts.{weight}" for weight in ("w1", "w2", "w3")):
+            if name in state and state[name].shape[0] == layer.num_experts:
+                local[name] = state[name].chunk(layer.ep_size)[layer.ep_rank]
+    return local

@@ -1,0 +1,137 @@
+"""`python -m preprocessing inspect DIR`: schema, counts and a few rows; with --html a page with thumbnails."""
+
+import argparse
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from preprocessing.reading import read_rows, split_folders
+from preprocessing.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, DataError, read_manifest, write_atomic
+
+_ROWS, _PAGE_ROWS = 3, 48
+_THUMBNAIL = 160  # pixels, the longer side
+_STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}
+table{border-collapse:collapse}td,th{border-bottom:1px solid #ddd;padding:.3rem .8rem;text-align:left}
+.rows{display:grid;grid-template-columns:repeat(auto-fill,minmax(21rem,1fr));gap:1rem}
+.row{border:1px solid #ddd;border-radius:.4rem;padding:.7rem;overflow-wrap:anywhere}
+.row img{image-rendering:pixelated;margin:0 .4rem .4rem 0;min-width:4rem}ul{margin:.3rem 0;padding-left:1.2rem}
+.id,.a{color:#777}"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `inspect`."""
+    parser.add_argument("directory", metavar="DIR", help="a data set folder, or one split of it")
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help=f"rows shown of each split (default {_ROWS}; on the page {_PAGE_ROWS})"
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write a self-contained page with thumbnails")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what the splits hold, and write the page. Raises DataError when there is no prepared data set."""
+    if args.rows is not None and args.rows < 0:
+        raise DataError(f"--rows {args.rows}: must be 0 or more")
+    folders = split_folders(Path(args.directory))
+    sections = []
+    for folder in folders:
+        manifest = read_manifest(folder)
+        print("\n".join(_summary(folder, manifest)))
+        for row in islice(_rows(folder, manifest), _ROWS if args.rows is None else args.rows):
+            print("  " + json.dumps(_printable(row), ensure_ascii=False))
+        if args.html:
+            shown = islice(_rows(folder, manifest), _PAGE_ROWS if args.rows is None else args.rows)
+            sections.append(_section(folder, manifest, [_card(manifest["kind"], row) for row in shown]))
+    if args.html:
+        title = html.escape(str(args.directory))
+        head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        write_atomic(args.html, f"{head}<h1>{title}</h1>{''.join(sections)}</html>\n".encode())
+        print(f"{args.html}: page written")
+
+
+def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for shard in manifest["shards"]:
+        yield from read_rows(folder / shard["file"])
+
+
+def _summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
+    lines = [
+        f"{folder}: {manifest['kind']}, split {manifest['split']}",
+        f"  {manifest['rows']} rows, {manifest['samples']} samples, {len(manifest['shards'])} shards, {size:.1f} MB",
+        "  columns: " + ", ".join(f"{column.name} {column.type}" for column in KINDS[manifest["kind"]]),
+    ]
+    lines += [f"  dropped: {count} ({reason})" for reason, count in sorted(manifest["dropped"].items())]
+    if (folder / PROVENANCE).exists():
+        made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        lines.append(f"  made by: {made.get('command')} on {made.get('time')}")
+    return lines
+
+
+def _printable(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with images told by their size and format."""
+    return {name: _describe(value) if isinstance(value, bytes) else value for name, value in row.items()}
+
+
+def _describe(data: bytes) -> str:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception:  # decoders raise whatever they like on broken files
+        return f"no image, {len(data)} bytes"
+    return f"{image.format} {image.width}x{image.height}, {len(data)} bytes"
+
+
+def _section(folder: Path, manifest: dict[str, Any], cards: list[str]) -> str:
+    facts = [
+        ("kind", manifest["kind"]),
+        ("rows", manifest["rows"]),
+        ("samples", manifest["samples"]),
+        *((f"dropped: {reason}", count) for reason, count in sorted(manifest["dropped"].items())),
+        *((f"source: {name}", count) for name, count in sorted(manifest.get("source", {}).items())),
+    ]
+    table = "".join(
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>" for name, value in facts
+    )
+    return f'<h2>{html.escape(folder.name)}</h2><table>{table}</table><div class="rows">{"".join(cards)}</div>'
+
+
+def _card(kind: str, row: dict[str, Any]) -> str:
+    pictures = "".join(_thumbnail(row[column]) for column in IMAGE_COLUMNS[kind])
+    if kind == "caption":
+        lines = [html.escape(text) for text in row["caption"]]
+    elif kind == "vqa":
+        lines = [
+            f"{html.escape(text)} <span class=a>{html.escape(_scored(answers, scores))}</span>"
+            for text, answers, scores in zip(row["questions"], row["answers"], row["answer_scores"], strict=True)
+        ]
+    else:
+        lines = [
+            f"{html.escape(text)} <span class=a>{html.escape(answer)}</span>"
+            for text, answer in zip(row["questions"], row["answers"], strict=True)
+        ]
+    name = row["identifier"][0] if kind == "nlvr" else row["image_id"]
+    items = "".join(f"<li>{line}</li>" for line in lines)
+    return f'<div class="row">{pictures}<div class=id>{html.escape(name)}</div><ul>{items}</ul></div>'
+
+
+def _scored(answers: list[str], scores: list[float]) -> str:
+    return (
+        ", ".join(f"{answer} {score:.1f}" for answer, score in zip(answers, scores, strict=True)) or "no listed answer"
+    )
+
+
+def _thumbnail(data: bytes) -> str:
+    buffer = io.BytesIO()
+    try:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        image.save(buffer, format="PNG")
+    except Exception:  # decoders raise whatever they like on broken files
+        return "<em>does not decode</em>"
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,0 +1,46 @@
+"""Statements over pairs of images -> NLVR rows: what the NLVR converters share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from preprocessing.convert import Row, Source
+from preprocessing.schema import DataError
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One example as a raw data set has it."""
+
+    images: tuple[Path, Path]  # left, right
+    pair: str  # how a message calls the pair
+    sentence: str
+    label: str  # "True" or "False"
+    identifier: str
+    where: str  # file and record, for messages
+
+
+def parse_label(label: object, where: str) -> str:
+    """ "True" or "False", from the official strings in any case or a JSON truth value. Raises DataError."""
+    text = str(label).capitalize()
+    if text not in ("True", "False"):
+        raise DataError(f"{where}: label {label!r} is neither True nor False; mend the file")
+    return text
+
+
+def nlvr_source(statements: Sequence[Statement], inputs: list[Path]) -> Source:
+    """Group statements by pair of images, in the order of first mention. Raises DataError on an identifier twice."""
+    rows: dict[tuple[Path, Path], Row] = {}
+    identifiers: set[str] = set()
+    for statement in statements:
+        if statement.identifier in identifiers:
+            raise DataError(f"{statement.where}: identifier {statement.identifier} stands twice; make them unique")
+        identifiers.add(statement.identifier)
+        if statement.images not in rows:
+            columns: dict[str, list[str]] = {"questions": [], "answers": [], "identifier": []}
+            rows[statement.images] = Row(statement.pair, statement.images, columns)
+        columns = rows[statement.images].columns
+        columns["questions"].append(statement.sentence)
+        columns["answers"].append(statement.label)
+        columns["identifier"].append(statement.identifier)
+    return Source("nlvr", list(rows.values()), inputs, {"statements": len(statements), "pairs": len(rows)})

@@ -1,0 +1,133 @@
+"""What a prepared data set looks like on disk: columns, file names, the manifest. A leaf that anyone may import.
+
+DIR/answer_list.json                    VQA alone: JSON list of strings, an answer's label is its index
+DIR/{train,val,test}/shard-00000.arrow  Arrow IPC file format, several record batches a file
+                     manifest.json      counts, sizes and hashes: the same bytes for the same input
+                     provenance.json    command, host, time, versions: differs from run to run
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
+ANSWER_LIST = "answer_list.json"
+SPLITS = ("train", "val", "test")
+
+
+class DataError(ValueError):
+    """A user's bad input. `str(error)` is one line that names the file, row or option, and how to mend it."""
+
+
+# One row an image: `caption` holds all its captions. A sample is (row, caption index).
+CAPTION_SCHEMA = pa.schema(
+    [
+        ("image", pa.binary()),  # the image file's own bytes, never re-encoded
+        ("caption", pa.list_(pa.string())),
+        ("image_id", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+
+# One row an image: the outer lists run over its questions. A sample is (row, question index). `answers`,
+# `answer_labels` and `answer_scores` hold those answers of a question that stand in the answer list.
+VQA_SCHEMA = pa.schema(
+    [
+        ("image", pa.binary()),
+        ("questions", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.list_(pa.string()))),
+        ("answer_labels", pa.list_(pa.list_(pa.int64()))),
+        ("answer_scores", pa.list_(pa.list_(pa.float32()))),
+        ("question_id", pa.list_(pa.int64())),
+        ("image_id", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+
+# One row a pair of images: the lists run over its statements. A sample is (row, statement index).
+NLVR_SCHEMA = pa.schema(
+    [
+        ("image_0", pa.binary()),  # left
+        ("image_1", pa.binary()),  # right
+        ("questions", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),  # "True" or "False"
+        ("identifier", pa.list_(pa.string())),  # split-set-PAIR-sentence
+        ("split", pa.string()),
+    ]
+)
+
+KINDS: dict[str, pa.Schema] = {"caption": CAPTION_SCHEMA, "vqa": VQA_SCHEMA, "nlvr": NLVR_SCHEMA}
+IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {"caption": ("image",), "vqa": ("image",), "nlvr": ("image_0", "image_1")}
+SAMPLE_COLUMN: dict[str, str] = {"caption": "caption", "vqa": "questions", "nlvr": "questions"}  # its length = samples
+
+_MANIFEST_FIELDS = {"kind": str, "split": str, "rows": int, "samples": int, "shards": list, "dropped": dict}
+_SHARD_FIELDS = {"file": str, "rows": int, "samples": int, "bytes": int, "sha256": str}
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check `directory/manifest.json`, the manifest of one split folder.
+
+    Raises DataError when it is missing, is not valid JSON, has another schema version or lacks a field.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: no such file; {directory} is not a prepared split folder, run a converter") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); prepare the split again") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: invalid JSON at line {error.lineno} column {error.colno} ({error.msg}); prepare the split again"
+        ) from None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; prepare it again")
+    _check_fields(path, "", manifest, _MANIFEST_FIELDS)
+    if manifest["kind"] not in KINDS:
+        raise DataError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(KINDS)}; prepare the split again")
+    for index, shard in enumerate(manifest["shards"]):
+        _check_fields(path, f"shards[{index}].", shard, _SHARD_FIELDS)
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type]) -> None:
+    for name, kind in fields.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DataError(f"{path}: field {prefix}{name} is missing or no {kind.__name__}; prepare the split again")
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
+
+    Raises DataError when the folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the data from colleagues
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
+
+
+def dump_json(value: Any) -> bytes:
+    """`value` as JSON bytes that depend on nothing but `value`: sorted keys, one trailing newline."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,71 @@
+"""`python -m preprocessing tokenizer train | inspect`."""
+
+import argparse
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from preprocessing.reading import read_texts
+from preprocessing.schema import DataError
+from preprocessing.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommands of `tokenizer`."""
+    commands = parser.add_subparsers(dest="tokenizer_command", required=True, metavar="train|inspect")
+    train = commands.add_parser("train", help="train lower-casing byte-level BPE")
+    train.add_argument(
+        "--data", nargs="+", default=[], metavar="DIR", help="prepared data sets: their train splits' texts"
+    )
+    train.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="text files, a text a line; .gz is unpacked"
+    )
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="at most N tokens, at least 261")
+    train.add_argument("--out", required=True, metavar="DIR", help=f"folder to write {FILE_NAME} to")
+    train.add_argument("--overwrite", action="store_true", help=f"replace an existing {FILE_NAME}")
+    inspect = commands.add_parser("inspect", help="show how a tokenizer splits a text")
+    inspect.add_argument("tokenizer", metavar="FOLDER", help=f"folder with {FILE_NAME}, or such a file")
+    inspect.add_argument("text", metavar="TEXT")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train or inspect. Raises DataError on bad input."""
+    if args.tokenizer_command == "inspect":
+        _inspect(Tokenizer.load(args.tokenizer), args.text)
+        return
+    if not args.data and not args.text:
+        raise DataError("--data or --text: give one of them, or there is nothing to train on")
+    file = Path(args.out) / FILE_NAME
+    if file.exists() and not args.overwrite:
+        raise DataError(f"{file}: exists; give --overwrite to replace it, or another --out")
+    tokenizer = train_tokenizer(_texts(args), args.vocab_size)
+    tokenizer.save(args.out)
+    print(f"{file}: {tokenizer.vocab_size} tokens")
+
+
+def _texts(args: argparse.Namespace) -> Iterator[str]:
+    for directory in args.data:
+        yield from read_texts(Path(directory))
+    for name in args.text:
+        yield from _lines(Path(name))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            yield from (line for line in map(str.strip, file) if line)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check --text") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); check --text") from None
+
+
+def _inspect(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, max_length=1 << 20)
+    names = ("pad", "unk", "cls", "sep", "mask")
+    special = ", ".join(f"{name} {index}" for name, index in zip(names, tokenizer.special_ids, strict=True))
+    print(f"{tokenizer.path}: {tokenizer.vocab_size} tokens; {special}")
+    for index, token in zip(ids, tokenizer.tokens(ids), strict=True):
+        print(f"{index:>8}  {token}")
+    print(f"{len(ids)} tokens; back to text: {tokenizer.decode(ids)}")

@@ -1,0 +1,109 @@
+"""Questions with raw answers -> VQA rows with labels and soft scores: what all VQA converters share."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preprocessing.answers import normalize_answer, read_answer_list, resolve_answer_list, soft_score
+from preprocessing.convert import Row, Source
+from preprocessing.schema import DataError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question as a raw data set has it."""
+
+    image: Path
+    image_id: str
+    text: str
+    question_id: int
+    answers: tuple[str, ...]  # what people said, as they wrote it: ten, one, or none on test splits
+    main_answer: str | None  # what the answer list counts; None: the most frequent of `answers`
+    where: str  # file and record, for messages
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that set the answer list."""
+    parser.add_argument(
+        "--answer-list",
+        metavar="FILE",
+        help="JSON list of answers, such as X-VLM's (default: built from the train split)",
+    )
+    parser.add_argument(
+        "--min-answers",
+        type=int,
+        default=9,
+        metavar="N",
+        help="a built list holds the answers that are right for at least N training questions (default 9)",
+    )
+
+
+def given_answers(args: argparse.Namespace) -> list[str] | None:
+    """The list that --answer-list names, if any. Raises DataError when it is none."""
+    return None if args.answer_list is None else read_answer_list(Path(args.answer_list))
+
+
+def vqa_source(
+    asked: Sequence[Asked],
+    inputs: list[Path],
+    args: argparse.Namespace,
+    given: Sequence[str] | None,
+    min_answers: int,
+) -> Source:
+    """Group questions by image, in the order of first mention, and label them by the data set's answer list.
+
+    That list is `given`, or is found or built as resolve_answer_list says.
+
+    Training questions without a listed answer are left out; elsewhere they stay, with empty lists. Raises DataError on
+    a question id or an image id that stands twice, and as resolve_answer_list does.
+    """
+    _check_unique(asked)
+    said = [Counter(normalize_answer(answer) for answer in question.answers) for question in asked]
+    main = Counter(
+        normalize_answer(question.main_answer) if question.main_answer is not None else answers.most_common(1)[0][0]
+        for question, answers in zip(asked, said, strict=True)
+        if answers
+    )
+    if not asked:
+        return Source("vqa", [], inputs, {"questions": 0})
+    listed = resolve_answer_list(Path(args.out), args.split, given, main, min_answers, args.overwrite)
+    labels = {answer: label for label, answer in enumerate(listed)}
+
+    rows: dict[str, Row] = {}
+    source = Source("vqa", [], inputs, {"questions": len(asked)}, answer_list=listed)
+    for question, answers in zip(asked, said, strict=True):
+        known = [answer for answer in answers if answer in labels]
+        if not known and args.split == "train":
+            source.left_out["question without a listed answer"] += 1
+            continue
+        known.sort(key=lambda answer: (-answers[answer], labels[answer]))
+        only = len(question.answers) == 1  # Visual Genome, easy-VQA: one answer, which is right
+        row = rows.get(question.image_id) or rows.setdefault(question.image_id, _empty_row(question))
+        row.columns["questions"].append(question.text)
+        row.columns["question_id"].append(question.question_id)
+        row.columns["answers"].append(known)
+        row.columns["answer_labels"].append([labels[answer] for answer in known])
+        row.columns["answer_scores"].append([1.0 if only else soft_score(answers[answer]) for answer in known])
+    source.rows = list(rows.values())
+    source.counts["images"] = len({question.image_id for question in asked})
+    return source
+
+
+def _empty_row(question: Asked) -> Row:
+    lists = ("questions", "question_id", "answers", "answer_labels", "answer_scores")
+    columns: dict[str, Any] = {name: [] for name in lists}
+    return Row(question.image_id, (question.image,), {**columns, "image_id": question.image_id})
+
+
+def _check_unique(asked: Sequence[Asked]) -> None:
+    questions: set[int] = set()
+    images: dict[str, Path] = {}
+    for question in asked:
+        if question.question_id in questions:
+            raise DataError(f"{question.where}: question_id {question.question_id} stands twice; make ids unique")
+        questions.add(question.question_id)
+        if images.setdefault(question.image_id, question.image) != question.image:
+            raise DataError(f"{question.where}: image_id {question.image_id} stands for two images; make ids unique")

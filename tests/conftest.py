@@ -1,0 +1,26 @@
+"""What holds for every test: one compute thread a process, compiled operations from the project's own folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eve_ds.engine.environment import prepare_environment
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share few cores; torch reads it when it is imported
+os.environ.setdefault("WANDB_MODE", "offline")
+prepare_environment()
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout; commands in README are typed there."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Small golden files."""
+    return Path(__file__).resolve().parent / "assets"

@@ -1,0 +1,134 @@
+"""Tiny prepared data sets for tests, written by plain pyarrow: what the reader promises holds for any writer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from preprocessing.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION, dump_json, write_atomic
+from preprocessing.tokenizer import Tokenizer, train_tokenizer
+
+COLORS = ("red", "green", "blue", "yellow")
+ANSWERS = ("yes", "no", *COLORS)
+_RGB = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
+
+
+def picture(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
+    """The file of picture `index`: a square of colour COLORS[index % 4] on speckled grey, different for each index."""
+    noise = np.random.default_rng(index).integers(100, 140, (size, size, 3)).astype(np.uint8)
+    noise[size // 4 : size // 2, size // 4 : size // 2] = _RGB[COLORS[index % 4]]
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, fmt)
+    return buffer.getvalue()
+
+
+def tiny_tokenizer(folder: Path | None = None) -> Tokenizer:
+    """Byte-level BPE with fewer than 400 entries; saved in `folder` if that is given."""
+    words = [f"picture {i} shows a {color} square" for i in range(10) for color in COLORS]
+    tokenizer = train_tokenizer([*words, "is the square", "what colour has it", "both pictures show", "left right"], 400)
+    if folder is not None:
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def write_split(
+    folder: Path, kind: str, rows: Sequence[dict[str, Any]], shard_rows: int = 8, batch_rows: int = 3, split: str | None = None
+) -> Path:
+    """Write rows (column -> value) as shards with their manifest; `folder` is the split's own. Returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for start in range(0, len(rows), shard_rows):
+        part = list(rows[start : start + shard_rows])
+        path = folder / f"shard-{len(shards):05d}.arrow"
+        table = pa.Table.from_pylist(part, schema=KINDS[kind])
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=batch_rows)
+        shards.append(shard_record(path, len(part), sum(len(row[SAMPLE_COLUMN[kind]]) for row in part)))
+    return write_manifest(folder, kind, split or folder.name, shards)
+
+
+def shard_record(path: Path, rows: int, samples: int) -> dict[str, Any]:
+    """A shard's entry in the manifest."""
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"file": path.name, "rows": rows, "samples": samples, "bytes": len(content), "sha256": digest}
+
+
+def write_manifest(folder: Path, kind: str, split: str, shards: Sequence[dict[str, Any]]) -> Path:
+    """Write the manifest of shards that are there. Returns the folder."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "split": split,
+        "rows": sum(shard["rows"] for shard in shards),
+        "samples": sum(shard["samples"] for shard in shards),
+        "shards": list(shards),
+        "dropped": {},
+        "dropped_items": [],
+        "source": {},
+    }
+    write_atomic(folder / MANIFEST, dump_json(manifest))
+    return folder
+
+
+def make_caption_set(
+    root: Path, rows: int = 10, split: str = "train", captions: int = 2, image_size: int = 32, **layout: int
+) -> Path:
+    """`rows` pictures with `captions` captions each in root/split; `layout`: shard_rows, batch_rows. Returns that folder."""
+    table = [
+        {
+            "image": picture(i, image_size),
+            "caption": [f"picture {i} caption {c} shows a {COLORS[i % 4]} square" for c in range(captions)],
+            "image_id": f"image-{i}",
+            "split": split,
+        }
+        for i in range(rows)
+    ]
+    return write_split(root / split, "caption", table, split=split, **layout)
+
+
+def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
+    """`rows` pictures with two questions each in root/split, and root/answer_list.json (ANSWERS). Returns root/split.
+
+    Question ids are 10 x row and 10 x row + 1; the first is yes/no, the second asks for the colour (score 0.9, and 0.3 yes).
+    """
+    table = []
+    for i in range(rows):
+        color, yes = COLORS[i % 4], ANSWERS[i % 2]
+        table.append(
+            {
+                "image": picture(i, image_size),
+                "questions": [f"is the square of picture {i} red", f"what colour has the square of picture {i}"],
+                "answers": [[yes], [color, "yes"]],
+                "answer_labels": [[ANSWERS.index(yes)], [ANSWERS.index(color), 0]],
+                "answer_scores": [[1.0], [0.9, 0.3]],
+                "question_id": [10 * i, 10 * i + 1],
+                "image_id": f"image-{i}",
+                "split": split,
+            }
+        )
+    write_atomic(root / ANSWER_LIST, dump_json(list(ANSWERS)))
+    return write_split(root / split, "vqa", table, split=split, **layout)
+
+
+def make_nlvr_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
+    """`rows` pairs of pictures, each with a true and a false statement, in root/split. Returns that folder."""
+    table = [
+        {
+            "image_0": picture(i, image_size),
+            "image_1": picture(i + 4, image_size),
+            "questions": [f"both pictures show a {COLORS[i % 4]} square", f"both pictures show a {COLORS[(i + 1) % 4]} square"],
+            "answers": ["True", "False"],
+            "identifier": [f"{split}-{i}-0-0", f"{split}-{i}-0-1"],
+            "split": split,
+        }
+        for i in range(rows)
+    ]
+    return write_split(root / split, "nlvr", table, split=split, **layout)

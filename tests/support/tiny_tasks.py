@@ -1,0 +1,95 @@
+"""Tiny models, tasks and batches: every task at a size where a step takes milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eve_ds.model.backbone import Backbone
+from eve_ds.model.config import ModelConfig
+from eve_ds.tasks import NLVR, VQA, MaskedModelling, ObjectiveConfig, Retrieval, Task
+
+Batch = dict[str, Tensor]
+
+CLS, SEP, MASK = 2, 3, 4
+NUM_ANSWERS = 7
+PER_TOKEN = ("text_ids", "text_mask")
+
+OBJECTIVE = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
+JOINT = ObjectiveConfig(mode="joint", decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
+
+TASKS: dict[str, Callable[[Backbone], Task]] = {
+    "pretrain": lambda backbone: MaskedModelling(backbone, OBJECTIVE, MASK),
+    "pretrain_joint": lambda backbone: MaskedModelling(backbone, JOINT, MASK),
+    "retrieval": lambda backbone: Retrieval(backbone, embed_dim=16, seed=5),
+    "vqa": lambda backbone: VQA(backbone, NUM_ANSWERS),
+    "nlvr_plain": lambda backbone: NLVR(backbone),
+    "nlvr_biattn": lambda backbone: NLVR(backbone, biattn=True, head_dropout=0.0),
+}
+
+
+def tiny_config() -> ModelConfig:
+    """Three blocks, the last one soft with four experts; nothing is drawn at random in training."""
+    return ModelConfig(
+        image_size=32,
+        patch_size=8,
+        dim=32,
+        depth=3,
+        num_heads=4,
+        mlp_hidden=64,
+        vocab_size=50,
+        max_text_length=12,
+        text_positions=16,
+        soft_layers=[2],
+        num_experts=4,
+        drop_path=0.0,
+        aux_loss_weight=0.1,
+    )
+
+
+def tiny_task(name: str, seed: int = 0) -> Task:
+    """A task with the same weights every time; a backbone with larger ones than usual, so that experts differ."""
+    torch.manual_seed(seed)
+    task = TASKS[name](Backbone(tiny_config()))
+    with torch.no_grad():
+        for parameter in task.backbone.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return task
+
+
+def tiny_batch(rows: int, seed: int = 0) -> Batch:
+    """All columns that any task reads. Two rows in a row show the same picture; texts have 3 to 12 tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    length = torch.randint(3, 13, (rows,), generator=draw)
+    length[rows // 2] = 12
+    position = torch.arange(12)
+    text_mask = position < length[:, None]
+    text_ids = torch.randint(5, 50, (rows, 12), generator=draw)
+    text_ids[:, 0] = CLS
+    text_ids[position == length[:, None] - 1] = SEP
+    pictures = torch.randn((rows + 1) // 2, 3, 32, 32, generator=draw)
+    label = torch.randint(0, 2, (rows,), generator=draw)
+    label[0] = -1
+    return {
+        "images": pictures.repeat_interleave(2, dim=0)[:rows],
+        "images_0": torch.randn(rows, 3, 32, 32, generator=draw),
+        "images_1": torch.randn(rows, 3, 32, 32, generator=draw),
+        "text_ids": text_ids * text_mask,
+        "text_mask": text_mask,
+        "sample_id": torch.arange(rows) * 7919 + 2**40,
+        "image_index": torch.arange(rows) // 2 + 100,
+        "question_id": torch.arange(rows) + 9000,
+        "question_index": torch.arange(rows) + 10,
+        "answer_targets": torch.rand(rows, NUM_ANSWERS, generator=draw) * (torch.rand(rows, 1, generator=draw) < 0.7),
+        "label": label,
+    }
+
+
+def rows_of(batch: Batch, rows: slice | Tensor) -> Batch:
+    """Some rows, their texts padded only as far as they need."""
+    part = {name: value[rows] for name, value in batch.items()}
+    width = max(int(part["text_mask"].sum(dim=1).max()), 1) if len(part["sample_id"]) else 1
+    return part | {name: part[name][:, :width] for name in PER_TOKEN}

@@ -1,0 +1,178 @@
+"""Masked modelling: what is hidden is hidden, what is asked is asked, and it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eve_ds.errors import UserError
+from eve_ds.model.decoders import PixelDecoder, grid_positions, unpatchify
+from eve_ds.model.embeddings import patches
+from eve_ds.tasks import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks.masking import choose_words, split_patches
+from tests.support.tiny_tasks import JOINT, MASK, OBJECTIVE, Batch, rows_of, tiny_batch, tiny_task
+
+
+def masked_task(name: str = "pretrain") -> MaskedModelling:
+    task = tiny_task(name)
+    assert isinstance(task, MaskedModelling)
+    return task
+
+
+def losses(task: MaskedModelling, batch: Batch) -> dict[str, float]:
+    with torch.no_grad():
+        return {name: float(total / count) for name, (total, count) in task(batch).metrics.items()}
+
+
+@pytest.mark.parametrize("name", ["pretrain", "pretrain_joint"])
+def test_loss_is_the_formula(name: str) -> None:
+    """Recomputed from the backbone and the decoders, sample by sample."""
+    task, batch = masked_task(name), tiny_batch(4)
+    joint = name == "pretrain_joint"
+    squares, entropies, aux = [], [], []
+    for row in range(4):
+        one = rows_of(batch, slice(row, row + 1))
+        kept, masked = split_patches(5, one["sample_id"], 16, 0.75)
+        chosen = choose_words(5, one["sample_id"], one["text_mask"], 0.5)
+        masked_ids = one["text_ids"].masked_fill(chosen, MASK)
+        image_out = task.backbone(one["images"], masked_ids if joint else one["text_ids"], one["text_mask"], kept)
+        text_out = image_out if joint else task.backbone(one["images"], masked_ids, one["text_mask"])
+        predicted = task.pixel_decoder(image_out.hidden[:, :5], kept, masked)[0]
+        for patch, place in zip(predicted, masked[0].tolist(), strict=True):
+            y, x = divmod(place, 4)
+            truth = one["images"][0, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].flatten()
+            squares.append(F.mse_loss(patch, (truth - truth.mean()) / (truth.var() + 1e-6).sqrt()))
+        words = text_out.hidden[0, text_out.num_image_tokens :][chosen[0]]
+        scores = task.word_decoder(words, task.backbone.text_embedding.words.weight)
+        entropies += list(F.cross_entropy(scores, one["text_ids"][chosen], reduction="none"))
+        aux.append(text_out.num_image_tokens)
+    assert set(aux) == {5 if joint else 17}
+    output = task(batch)
+    mim, mlm = torch.stack(squares).mean(), torch.stack(entropies).mean()
+    aux_sum, aux_count = output.metrics["aux_loss"]
+    assert float(aux_count) == 1
+    assert torch.allclose(output.loss, mim + mlm + 0.1 * aux_sum, atol=1e-5)
+    found = losses(task, batch)
+    assert found["mim_loss"] == pytest.approx(float(mim), abs=1e-5)
+    assert found["mlm_loss"] == pytest.approx(float(mlm), abs=1e-5)
+
+
+def test_masked_pixels_and_words_are_not_seen() -> None:
+    """Change them all: no prediction moves."""
+    task, batch = masked_task(), tiny_batch(4)
+    _, masked = split_patches(5, batch["sample_id"], 16, 0.75)
+    chosen = choose_words(5, batch["sample_id"], batch["text_mask"], 0.5)
+    pixels = patches(batch["images"], 8)
+    noise = torch.randn(4, 12, 192)
+    hidden = unpatchify(pixels.scatter(1, masked[:, :, None].expand(-1, -1, 192), noise), 8)
+    with torch.no_grad():
+        picture = task._predict(batch)[0].predicted
+        assert torch.allclose(task._predict(batch | {"images": hidden})[0].predicted, picture, atol=1e-6)
+        words = task._predict(batch)[1].scores
+        other = batch["text_ids"].masked_fill(chosen, 7)
+        assert torch.allclose(task._predict(batch | {"text_ids": other})[1].scores, words, atol=1e-6)
+        assert not torch.allclose(task._predict(batch | {"text_ids": other})[0].predicted, picture, atol=1e-6)
+
+
+def test_repeated_rows_do_not_count() -> None:
+    task, batch = masked_task(), tiny_batch(5)
+    valid = torch.tensor([True, False, True, True, False])
+    assert losses(task, batch | {"valid": valid}) == pytest.approx(losses(task, rows_of(batch, valid)), abs=1e-5)
+
+
+def test_the_same_masks_whatever_the_padding_and_the_global_state() -> None:
+    task, batch = masked_task(), tiny_batch(4)
+    padded = batch | {name: F.pad(batch[name], (0, 4)) for name in ("text_ids", "text_mask")}
+    first = losses(task, batch)
+    torch.manual_seed(123)
+    assert losses(task, padded) == pytest.approx(first, abs=1e-5)
+
+
+def test_it_learns_the_batch() -> None:
+    task, batch = masked_task(), tiny_batch(4)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    first = losses(task, batch)
+    for _ in range(60):
+        optimizer.zero_grad()
+        task(batch).loss.backward()
+        optimizer.step()
+    last = losses(task, batch)
+    assert last["mlm_loss"] < 0.3 * first["mlm_loss"]
+    assert last["mim_loss"] < 0.9 * first["mim_loss"]
+
+
+def test_pictures_for_the_report() -> None:
+    task, batch = masked_task(), tiny_batch(3)
+    batch["images"] = batch["images"].clamp(-1, 1)
+    shown = task.reconstruct(batch)
+    assert {name: (value.shape, str(value.dtype)) for name, value in shown.items()} == dict.fromkeys(
+        ("original", "masked", "rebuilt"), ((3, 32, 32, 3), "uint8")
+    )
+    assert task.training
+    kept, _ = split_patches(5, batch["sample_id"], 16, 0.75)
+    y, x = divmod(int(kept[0, 0]), 4)
+    window = (0, slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+    assert (shown["rebuilt"][window] == shown["original"][window]).all()
+    assert (shown["masked"] == 128).all(axis=(2, 3)).sum() == 0
+    assert (shown["masked"] == 128).mean() > 0.7
+
+
+def test_words_for_the_report() -> None:
+    task, batch = masked_task(), tiny_batch(3)
+    for row, found in enumerate(task.predict_words(batch)):
+        text = batch["text_ids"][row][batch["text_mask"][row]].tolist()
+        assert found["text_ids"] == text
+        assert found["truth"] == [text[place] for place in found["positions"]]
+        assert len(found["predicted"]) == len(found["truth"]) >= 1
+        assert found["sample_id"] == int(batch["sample_id"][row])
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 4]))
+@settings(max_examples=10, deadline=None)
+def test_unpatchify_undoes_patches(batch: int, side: int, patch: int) -> None:
+    images = torch.randn(batch, 3, side * patch, side * patch)
+    assert torch.equal(unpatchify(patches(images, patch), patch), images)
+
+
+def test_grid_positions_tell_places_apart() -> None:
+    positions = grid_positions(16, 4)
+    assert positions.shape == (17, 16)
+    distance = torch.cdist(positions, positions) + torch.eye(17)
+    assert float(distance.min()) > 0.1
+
+
+def test_pixel_decoder_does_not_mind_the_order_of_patches() -> None:
+    torch.manual_seed(0)
+    decoder = PixelDecoder(8, 16, 4, 16, 1, 2)
+    kept, masked = split_patches(0, torch.arange(2), 16, 0.75)
+    encoded = torch.randn(2, 5, 8)
+    flipped = torch.cat([encoded[:, :1], encoded[:, 1:].flip(1)], dim=1)
+    a, b = decoder(encoded, kept, masked), decoder(flipped, kept.flip(1), masked.flip(1))
+    assert torch.allclose(a, b.flip(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"image_mask_ratio": 1.0}, "objective.image_mask_ratio=1.0"),
+        ({"text_mask_ratio": 0.0}, "objective.text_mask_ratio=0.0"),
+        ({"decoder_dim": 18}, "objective.decoder_dim=18"),
+        ({"decoder_depth": 0}, "objective.decoder_depth=0"),
+        ({"mode": "both"}, "objective.mode='both'"),
+    ],
+)
+def test_an_impossible_objective_is_named(change: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        dataclasses.replace(OBJECTIVE, **change).check()
+
+
+def test_defaults_are_the_papers() -> None:
+    objective = ObjectiveConfig()
+    objective.check()
+    assert (objective.image_mask_ratio, objective.text_mask_ratio, objective.mode) == (0.75, 0.5, "separate")
+    assert JOINT.mode == "joint"

@@ -1,0 +1,149 @@
+"""Contrast and matching: positives by picture, negatives that are negatives, a temperature that stays in its range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eve_ds.tasks import Retrieval
+from eve_ds.tasks.contrastive import contrastive_sum, hard_negatives
+from eve_ds.tasks.masking import random_bits
+from tests.support.tiny_tasks import Batch, rows_of, tiny_batch, tiny_task
+
+
+def retrieval_task() -> Retrieval:
+    task = tiny_task("retrieval")
+    assert isinstance(task, Retrieval)
+    return task
+
+
+def vectors(task: Retrieval, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return task.encode_image(batch["images"]), task.encode_text(batch["text_ids"], batch["text_mask"])
+
+
+def test_contrast_is_cross_entropy_when_every_picture_is_another() -> None:
+    logits = torch.randn(5, 5)
+    expected = F.cross_entropy(logits, torch.arange(5), reduction="sum")
+    assert torch.allclose(contrastive_sum(logits, torch.eye(5, dtype=torch.bool)), expected)
+
+
+def test_contrast_weighs_captions_of_one_picture_equally() -> None:
+    logits = torch.randn(1, 4)
+    same = torch.tensor([[True, False, True, False]])
+    log = logits.log_softmax(dim=1)[0]
+    assert torch.allclose(contrastive_sum(logits, same), -(log[0] + log[2]) / 2)
+
+
+def test_negatives_follow_the_similarities() -> None:
+    """Gumbel noise draws from softmax + 1e-5 without the positives, over many seeds."""
+    logits, same = torch.tensor([[3.0, 1.0, 0.0, 2.0]]), torch.tensor([[True, False, False, False]])
+    rows = torch.arange(20000)
+    bits = random_bits(0, 3, rows[:, None], torch.arange(4))
+    column, found = hard_negatives(logits.expand(20000, 4), same.expand(20000, 4), bits)
+    assert found.all()
+    share = torch.bincount(column, minlength=4) / 20000
+    weight = torch.tensor([0.0, 1.0, 0.0, 2.0]).exp() * torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert torch.allclose(share, weight / weight.sum(), atol=0.015)
+
+
+def test_no_negative_among_captions_of_one_picture() -> None:
+    same = torch.tensor([[True, True], [True, False]])
+    column, found = hard_negatives(torch.zeros(2, 2), same, torch.zeros(2, 2, dtype=torch.int64))
+    assert found.tolist() == [False, True]
+    assert int(column[1]) == 1
+
+
+def test_vectors_are_unit_and_a_function_of_the_sample_alone() -> None:
+    task, batch = retrieval_task().eval(), tiny_batch(4)
+    image, text = vectors(task, batch)
+    assert torch.allclose(image.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert torch.allclose(text.norm(dim=1), torch.ones(4), atol=1e-5)
+    image_alone, text_alone = vectors(task, rows_of(batch, slice(2, 3)))
+    assert torch.allclose(image[2:3], image_alone, atol=1e-5)
+    assert torch.allclose(text[2:3], text_alone, atol=1e-5)
+
+
+def test_contrastive_loss_is_the_formula() -> None:
+    """Rows 0 and 1 show one picture, 2 and 3 another, 4 a third."""
+    task, batch = retrieval_task(), tiny_batch(5)
+    image, text = vectors(task, batch)
+    logits = image @ text.t() / 0.07
+    targets = torch.block_diag(torch.full((2, 2), 0.5), torch.full((2, 2), 0.5), torch.ones(1, 1))
+    expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.t(), targets)) / 2
+    total, count = task(batch).metrics["itc_loss"]
+    assert torch.allclose(total / count, expected, atol=1e-4)
+
+
+def test_matching_loss_is_the_formula() -> None:
+    """Recomputed pair by pair from the drawn negatives."""
+    task, batch = retrieval_task().eval(), tiny_batch(5)
+    image, text = vectors(task, batch)
+    logits, same = image @ text.t() / 0.07, batch["image_index"][:, None] == batch["image_index"]
+    ids = batch["sample_id"]
+    texts, _ = hard_negatives(logits, same, random_bits(5, 3, ids[:, None], ids))
+    images, _ = hard_negatives(logits.t(), same, random_bits(5, 4, ids[:, None], ids))
+    assert (batch["image_index"][texts] != batch["image_index"]).all()
+    losses = []
+    for row in range(5):
+        for picture, caption, label in ((row, row, 1), (row, int(texts[row]), 0), (int(images[row]), row, 0)):
+            one = rows_of(batch, slice(caption, caption + 1))
+            scores = task.match(batch["images"][picture : picture + 1], one["text_ids"], one["text_mask"])
+            losses.append(F.cross_entropy(scores, torch.tensor([label])))
+    total, count = task(batch).metrics["itm_loss"]
+    assert float(count) == 15
+    assert torch.allclose(total / count, torch.stack(losses).mean(), atol=1e-5)
+
+
+def test_one_picture_has_no_negatives_and_they_do_not_count() -> None:
+    task, batch = retrieval_task(), tiny_batch(2)
+    output = task(batch)
+    assert float(output.metrics["itm_loss"][1]) == 2
+    scores = task.match(batch["images"], batch["text_ids"], batch["text_mask"])
+    expected = F.cross_entropy(scores, torch.ones(2, dtype=torch.int64), reduction="sum")
+    assert torch.allclose(output.metrics["itm_loss"][0], expected, atol=1e-5)
+
+
+def test_the_order_of_the_rows_does_not_matter() -> None:
+    task, batch = retrieval_task().eval(), tiny_batch(6)
+    shuffled = rows_of(batch, torch.tensor([3, 0, 5, 1, 4, 2]))
+    with torch.no_grad():
+        assert torch.allclose(task(batch).loss, task(shuffled).loss, atol=1e-5)
+
+
+def test_the_temperature_is_clamped_and_can_come_back() -> None:
+    task, batch = retrieval_task(), tiny_batch(4)
+    with torch.no_grad():
+        task.itc_temp.fill_(0.9)
+    assert float(task._temperature()) == pytest.approx(0.5)
+    task(batch).loss.backward()
+    assert task.itc_temp.grad is not None
+    assert float(task.itc_temp.grad) != 0
+
+
+def test_predictions_encode_each_picture_once() -> None:
+    task, batch = retrieval_task().eval(), tiny_batch(5)
+    found = task.predict_batch(batch | {"valid": torch.tensor([True, True, True, True, False])})
+    image, text = vectors(task, batch)
+    assert found["image_index"].tolist() == [100, 101]
+    assert found["text_image_index"].tolist() == [100, 100, 101, 101]
+    assert found["image"] == pytest.approx(image[[0, 2]].numpy(), abs=1e-5)
+    assert found["text"] == pytest.approx(text[:4].numpy(), abs=1e-5)
+    assert found["sample_id"].tolist() == batch["sample_id"][:4].tolist()
+
+
+def test_it_learns_the_batch() -> None:
+    task = retrieval_task()
+    batch = rows_of(tiny_batch(10), torch.arange(0, 10, 2))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        task(batch).loss.backward()
+        optimizer.step()
+    image, text = vectors(task.eval(), batch)
+    assert (image @ text.t()).argmax(dim=1).tolist() == list(range(5))
+    with torch.no_grad():
+        matching = task.match(batch["images"], batch["text_ids"], batch["text_mask"]).argmax(dim=1)
+        other = task.match(batch["images"].roll(1, 0), batch["text_ids"], batch["text_mask"]).argmax(dim=1)
+    assert matching.sum() - other.sum() >= 3

@@ -1,0 +1,173 @@
+"""The house's rules that a machine can hold: who may import whom, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("eve_ds", "preprocessing", "evaluation")
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 60
+
+# Each imports itself and those of a lower number. All other modules of eve_ds are entry points and their helpers.
+LAYERS = {
+    "eve_ds.parallel": 0,
+    "eve_ds.kernels": 0,
+    "eve_ds.model": 1,
+    "eve_ds.data": 1,
+    "eve_ds.weights": 2,
+    "eve_ds.errors": 3,
+    "eve_ds.files": 3,
+    "eve_ds.tasks": 4,
+    "eve_ds.config": 5,
+    "eve_ds.engine": 6,
+    "eve_ds.callbacks": 7,
+}
+ENTRY_POINTS = 8
+LEAVES = ("preprocessing.schema", "preprocessing.tokenizer", "evaluation")
+LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.doctor")  # in functions alone
+PRIVATE_API = ("deepspeed.module_inject", "deepspeed.checkpoint.autoep")
+PRIVATE_API_USER = "eve_ds.engine.moe_deepspeed"
+
+Import = tuple[str, bool]  # what is imported, and whether at the module's top level
+
+
+def imports(source: str) -> Iterator[Import]:
+    """All absolute imports of a module: ``from a import b`` counts as a.b, which may be a module."""
+    tree = ast.parse(source)
+    top_level = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top_level
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import: write it in full"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in top_level
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def layer(name: str) -> tuple[str, int]:
+    for package, number in LAYERS.items():
+        if within(name, package):
+            return package, number
+    return "entry points", ENTRY_POINTS
+
+
+def violations(module: str, source: str) -> list[str]:
+    """The rules of DESIGN.md ("Who may import whom") that ``source``, as the module of that name, breaks."""
+    broken = []
+    for name, top_level in imports(source):
+        outside = not within(name, *PACKAGES) and name.split(".")[0] not in sys.stdlib_module_names
+        if within(module, "eve_ds") and within(name, "eve_ds"):
+            broken += _layering(module, name)
+        if within(module, "eve_ds") and within(name, "preprocessing") and not within(name, *LEAVES):
+            broken.append(f"{module} imports {name}: only {LEAVES[0]} and {LEAVES[1]} are for everyone")
+        if within(name, "deepspeed"):
+            broken += _deepspeed(module, name, top_level)
+        if within(name, "mpi4py") and top_level:
+            broken.append(f"{module} imports mpi4py at its top level: it fails where no MPI library is")
+        if within(module, "preprocessing") and within(name, "torch", "eve_ds", "evaluation"):
+            broken.append(f"{module} imports {name}: preprocessing runs without torch and eve_ds")
+        if module in LEAVES and within(name, *PACKAGES) and not within(name, "preprocessing.schema"):
+            broken.append(f"{module} imports {name}: it is a leaf")
+        if module == "preprocessing.schema" and outside and not within(name, "pyarrow"):
+            broken.append(f"{module} imports {name}: pyarrow and the standard library are enough")
+        if within(module, "evaluation") and (within(name, "eve_ds", "preprocessing") or outside and not within(name, "numpy")):
+            broken.append(f"{module} imports {name}: evaluation works on files alone, with numpy")
+        if within(module, "eve_ds.parallel") and outside and not within(name, "torch"):
+            broken.append(f"{module} imports {name}: torch.distributed only")
+    return broken
+
+
+def _layering(module: str, name: str) -> list[str]:
+    (own, number), (other, other_number) = layer(module), layer(name)
+    if own == other or other_number < number:
+        return []
+    return [f"{module} imports {name}: {own} comes before {other}"]
+
+
+def _deepspeed(module: str, name: str, top_level: bool) -> list[str]:
+    if name.startswith(PRIVATE_API):
+        return [] if module == PRIVATE_API_USER else [f"{module} imports {name}: only {PRIVATE_API_USER} may"]
+    if within(module, "eve_ds.engine") or (within(module, *LAZY_DEEPSPEED) and not top_level):
+        return []
+    return [f"{module} imports {name}: deepspeed is imported in eve_ds/engine alone"]
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    assert found
+    return found
+
+
+def test_modules_import_what_the_design_lets_them() -> None:
+    assert [line for name, path in modules() for line in violations(name, path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("eve_ds.model.moe", "from eve_ds.tasks import masked"),
+        ("eve_ds.model.moe", "def f():\n    import deepspeed"),
+        ("eve_ds.model.block", "from eve_ds import engine"),
+        ("eve_ds.data.loader", "from eve_ds.model.config import ModelConfig"),
+        ("eve_ds.engine.trainer", "from eve_ds.callbacks.metrics import MetricsFile"),
+        ("eve_ds.engine.trainer", "from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer"),
+        ("eve_ds.engine.trainer", "from preprocessing.writer import ShardWriter"),
+        ("eve_ds.engine.distributed", "from mpi4py import MPI"),
+        ("eve_ds.bench", "import deepspeed"),
+        ("eve_ds.predict", "import deepspeed"),
+        ("eve_ds.parallel.collectives", "import numpy"),
+        ("preprocessing.coco", "import torch.nn"),
+        ("preprocessing.tokenizer", "from preprocessing.writer import ShardWriter"),
+        ("preprocessing.schema", "import PIL"),
+        ("evaluation.vqa", "from preprocessing.schema import DataError"),
+        ("evaluation.vqa", "import torch"),
+        ("evaluation.vqa", "import pandas"),
+    ],
+)
+def test_a_broken_rule_is_seen(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("eve_ds.bench", "def f():\n    import deepspeed"),
+        ("eve_ds.engine.distributed", "def f():\n    from mpi4py import MPI"),
+        ("eve_ds.engine.moe_deepspeed", "from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer"),
+        ("eve_ds.tasks.vqa", "from eve_ds.model.backbone import Backbone"),
+        ("eve_ds.data.shards", "from preprocessing.schema import DataError"),
+        ("eve_ds.scoring", "from evaluation import vqa"),
+    ],
+)
+def test_what_the_design_allows_passes(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_files_and_functions_are_short() -> None:
+    too_long = []
+    for folder in (*PACKAGES, "tests"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            if source.count("\n") > LONGEST_FILE:
+                too_long.append(f"{path.relative_to(ROOT)}: {source.count(chr(10))} lines")
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    length = (node.end_lineno or 0) - node.lineno + 1
+                    if length > LONGEST_FUNCTION:
+                        too_long.append(f"{path.relative_to(ROOT)}: {node.name} has {length} lines")
+    assert too_long == []
