@@ -139,7 +139,7 @@ def _read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
     return [answer["answer"] for answer in answers]
 
 
-def _read_list(path: str, key: str | None) -> list[Any]:
+def read_list(path: str, key: str | None) -> list[Any]:
     """The list in a JSON file, under ``key`` if one is given."""
     value = read_json(path)
     if key is not None:
@@ -173,11 +173,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per_question", metavar="D.json", help="also write the accuracy of each question")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the accuracies go, in percent")
     options = parser.parse_args(arguments)
-    predictions = _read_list(options.predictions, None)
-    annotations = _read_list(options.annotations, "annotations")
+    predictions = read_list(options.predictions, None)
+    annotations = read_list(options.annotations, "annotations")
     against = options.annotations
     if options.questions:
-        annotations = _restrict(annotations, _read_list(options.questions, "questions"), options.questions)
+        annotations = _restrict(annotations, read_list(options.questions, "questions"), options.questions)
         against += f" restricted to {options.questions}"
     try:
         by_question = per_question(predictions, annotations)

@@ -189,7 +189,6 @@ class FinetuneConfig(_Common):
         load_head: take the task head from there too.
         evaluate: score ``split`` and train nothing.
         split: folder under ``data.path`` that is scored at the end.
-        gather_garbage: collect garbage by hand every 100 steps (``--gc``), so that ranks do not stall one by one.
         output_dir: folder of the run.
         deepspeed_config: DeepSpeed JSON file; its "auto" values are filled in from this tree.
     """
@@ -200,7 +199,6 @@ class FinetuneConfig(_Common):
     load_head: bool = False
     evaluate: bool = False
     split: str = "test"
-    gather_garbage: bool = False
 
 
 ConfigType = TypeVar("ConfigType", PretrainConfig, FinetuneConfig)
@@ -269,7 +267,7 @@ def parse(
                 raise UserError(f"unknown option --{key}{_nearest(key, known_keys(root), '--')}")
     try:
         parsed = parser.parse_args(argv)
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(_one_line(error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}

@@ -22,7 +22,9 @@ VALUE_OPTIONS = {
 }
 FLAGS = {
     "biattn": ("objective.biattn", "NLVR: bi-attention head"),
-    "gc": ("gather_garbage", "collect garbage by hand, on all ranks at once"),
+    "gc": ("model.checkpoint_activations", "gradient checkpointing: recompute blocks in the backward pass"),
+    "load_head": ("load_head", "take the head from the checkpoint, too"),
+    "evaluate": ("evaluate", "score --split and train nothing"),
 }
 
 
@@ -41,8 +43,6 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         short.add_argument(f"--{name}")
     for name in FLAGS:
         short.add_argument(f"--{name}", action="store_true")
-    short.add_argument("--load_head", action="store_true")
-    short.add_argument("--evaluate", action="store_true")
     short.add_argument("--vlmo_config")
     short.add_argument("--init_from")
     try:
@@ -52,7 +52,7 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for name, (key, _) in VALUE_OPTIONS.items():
         if getattr(given, name) is not None:
             rest += [f"--{key}", getattr(given, name)]
-    for name, key in {name: key for name, (key, _) in FLAGS.items()} | {"load_head": "load_head", "evaluate": "evaluate"}.items():
+    for name, (key, _) in FLAGS.items():
         if getattr(given, name):
             rest += [f"--{key}", "true"]
     source = given.checkpoint or given.init_from

@@ -15,35 +15,34 @@ class BadImage(Exception):
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of the image file `path`. Raises BadImage when it is missing or `check_image` finds fault."""
+    """The bytes of the image file `path`. Raises BadImage when it is missing, broken or too large."""
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise BadImage("missing") from None
+        raise BadImage("is missing") from None
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from None
-    check_image(data, max_pixels)
+    decode_image(data, max_pixels)
     return data
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of an encoded image. Raises BadImage unless all of it decodes and it is not too large."""
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded image, in the mode of its file. Raises BadImage unless all of it decodes and it is not too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF data; the bound below decides
         try:
             image = Image.open(io.BytesIO(data))
         except Image.DecompressionBombError:
-            raise BadImage("too many pixels") from None
-        except Exception:  # decoders raise whatever they like on broken files
-            raise BadImage("no image") from None
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadImage("too many pixels")
+            raise BadImage("has too many pixels") from None
+        except Exception as error:  # decoders raise whatever they like on broken files
+            raise BadImage("is no image") from error
+        if image.width * image.height > max_pixels:
+            raise BadImage("has too many pixels")
         try:
             if image.format == "PNG":  # load() skips the checksums of PNG's pixel data
                 image.verify()
                 image = Image.open(io.BytesIO(data))
             image.load()
-        except Exception:
-            raise BadImage("does not decode") from None
-    return width, height
+        except Exception as error:
+            raise BadImage("does not decode") from error
+    return image

@@ -10,8 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.reading import read_rows, split_folders
 from preprocessing.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, DataError, read_manifest, write_atomic
 
@@ -75,16 +74,16 @@ def _summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def _printable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with images told by their size and format."""
+    """The row with images told by their size."""
     return {name: _describe(value) if isinstance(value, bytes) else value for name, value in row.items()}
 
 
 def _describe(data: bytes) -> str:
     try:
-        image = Image.open(io.BytesIO(data))
-    except Exception:  # decoders raise whatever they like on broken files
-        return f"no image, {len(data)} bytes"
-    return f"{image.format} {image.width}x{image.height}, {len(data)} bytes"
+        image = decode_image(data, PILLOW_PIXELS)
+    except BadImage as error:
+        return f"{error}, {len(data)} bytes"
+    return f"{image.width}x{image.height} {image.mode}, {len(data)} bytes"
 
 
 def _section(folder: Path, manifest: dict[str, Any], cards: list[str]) -> str:
@@ -127,11 +126,11 @@ def _scored(answers: list[str], scores: list[float]) -> str:
 
 
 def _thumbnail(data: bytes) -> str:
-    buffer = io.BytesIO()
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        image.save(buffer, format="PNG")
-    except Exception:  # decoders raise whatever they like on broken files
-        return "<em>does not decode</em>"
+        image = decode_image(data, PILLOW_PIXELS).convert("RGB")
+    except BadImage as error:
+        return f"<em>{error}</em>"
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

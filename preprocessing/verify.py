@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.answers import read_answer_list
-from preprocessing.images import PILLOW_PIXELS, BadImage, check_image
+from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.reading import open_shard, read_rows, split_folders
 from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, DataError, read_manifest
 from preprocessing.writer import file_sha256
@@ -106,7 +106,7 @@ class _RowChecker:
             return
         for column in IMAGE_COLUMNS[self.kind]:
             try:
-                check_image(row[column], PILLOW_PIXELS)
+                decode_image(row[column], PILLOW_PIXELS)
             except BadImage as error:
                 yield f"{column} {error}"
         if row["split"] != self._split:

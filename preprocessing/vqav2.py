@@ -57,10 +57,10 @@ def _read_annotations(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
     records: list[Any] = field(read_json(path), "annotations", list, f"{path}")
     for index, record in enumerate(records):
         where = f"{path}: annotations[{index}]"
-        people = field(record, "answers", list, where)
-        answers = tuple(
-            field(answer, "answer", str, f"{where}.answers[{place}]") for place, answer in enumerate(people)
-        )
+        try:
+            answers = tuple([answer["answer"].strip() for answer in field(record, "answers", list, where)])
+        except (TypeError, KeyError, AttributeError):
+            raise DataError(f"{where}: field 'answers' is no list of objects with an 'answer' string") from None
         main = field(record, "multiple_choice_answer", str, where)
         result[field(record, "question_id", int, where)] = (main, answers)
     return result
@@ -69,8 +69,8 @@ def _read_annotations(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
 class _ImageIndex:
     """Finds a COCO image by its number. The questions name no file: its name follows from subset and number.
 
-    Looks in `folder` and in `folder/subset`, for COCO_{subset}_{number:012d} (2014, 2015) and {number:012d} (2017), with
-    any extension.
+    Looks in `folder` and in `folder/subset`, for COCO_{subset}_{number:012d} (2014, 2015) and {number:012d} (2017),
+    with any extension.
     """
 
     def __init__(self, folder: Path, subset: str) -> None:

@@ -44,8 +44,8 @@ class ShardWriter:
         self._batch: list[dict[str, Any]] = []
         self._batch_bytes = 0
         self._shards: list[dict[str, Any]] = []
-        self._file: pa.OSFile | None = None
-        self._writer: pa.RecordBatchFileWriter | None = None
+        self._file: Any = None
+        self._writer: Any = None
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row: a value for every column of the schema but `split`."""
@@ -106,7 +106,7 @@ def write_manifest(folder: Path, kind: str, split: str, shards: list[dict[str, A
 def write_provenance(folder: Path, inputs: Iterable[Path]) -> None:
     """Write `folder/provenance.json`: by whom, when, where and from which annotation files the split was made."""
     provenance = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "preprocessing", *sys.argv[1:]]),
         "directory": os.getcwd(),
         "host": platform.node(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

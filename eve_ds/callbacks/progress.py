@@ -70,8 +70,12 @@ class Progress(Callback):
         self._say(trainer, f"step {trainer.step}  saved {path}")
 
     def fit_end(self, trainer: Trainer) -> None:
-        done = "finished" if trainer.step == trainer.total_steps else "stopped early; the same command goes on from here"
-        self._say(trainer, f"step {trainer.step}/{trainer.total_steps}  {done} after {duration(self._clock() - self._began)}")
+        done = (
+            "finished" if trainer.step == trainer.total_steps else "stopped early; the same command goes on from here"
+        )
+        self._say(
+            trainer, f"step {trainer.step}/{trainer.total_steps}  {done} after {duration(self._clock() - self._began)}"
+        )
 
     def close(self, trainer: Trainer) -> None:
         if self._bar is not None:

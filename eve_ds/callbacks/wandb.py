@@ -22,13 +22,14 @@ FINISH_TIMEOUT_S = 120
 
 
 class WandbLog(Callback):
-    """Sends every record to one wandb run, on rank 0. Leave it out of the callbacks (``logging.wandb``) to switch it off.
+    """Sends every record to one wandb run, on rank 0. It is left out of the callbacks where ``logging.wandb`` is false.
 
-    Online where WANDB_API_KEY is set, offline elsewhere; WANDB_MODE, if set, wins. Files go to ``output_dir/wandb``. The
-    run's id is kept in ``output_dir/wandb_id``, so that a resumed run goes on in the same curves; offline pieces of it
-    become one run when uploaded (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
+    Online where WANDB_API_KEY is set, offline elsewhere; WANDB_MODE, if set, wins. Files go to ``output_dir/wandb``.
+    The run's id is kept in ``output_dir/wandb_id``, so that a resumed run goes on in the same curves; offline pieces of
+    it become one run when uploaded (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
 
-    Whatever fails in here (no network, a full disk, wandb not installed) is told in one warning and ends the logging alone.
+    Whatever fails in here (no network, a full disk, wandb not installed) is told in one warning and ends the logging,
+    not the training.
     """
 
     def __init__(self, project: str = "eve-ds") -> None:
@@ -41,7 +42,7 @@ class WandbLog(Callback):
             return
         try:
             self._run = self._init(trainer)
-        except Exception as error:  # by design: see the class
+        except Exception as error:  # noqa: BLE001  # see the class
             self._give_up(error)
 
     def _init(self, trainer: Trainer) -> Any:
@@ -75,7 +76,7 @@ class WandbLog(Callback):
             return
         try:
             self._run.log(record, step=int(record["step"]))
-        except Exception as error:  # by design: see the class
+        except Exception as error:  # noqa: BLE001  # see the class
             self._give_up(error)
 
     def fit_end(self, trainer: Trainer) -> None:
@@ -87,7 +88,7 @@ class WandbLog(Callback):
             return
         try:
             run.finish(exit_code=0 if self._finished else 1)
-        except Exception as error:  # by design: see the class
+        except Exception as error:  # noqa: BLE001  # see the class
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -96,7 +97,7 @@ class WandbLog(Callback):
         warnings.warn(f"Weights & Biases logs no more of this run: {reason}", stacklevel=3)
 
 
-def mode() -> str:
+def mode() -> Any:
     """WANDB_MODE if it is set, else online or offline by whether there is a key."""
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 

@@ -47,7 +47,7 @@ class _Reader:
 
 
 class Loader:
-    """An iterable of this rank's micro-batches; made by `build_loader`.
+    """An iterable of this rank's micro-batches; made by `build_loader`. Closing an iterator ends its readers at once.
 
     Attributes:
         position: samples of all ranks that were handed out, for checkpoints. A training loader goes on from there when it is
@@ -63,8 +63,8 @@ class Loader:
         self.position = start
         self.wait_seconds = 0.0
         self._prefetch = prefetch
+        self._num_workers = num_workers
         self._reader = _Reader(dataset, pad_to_multiple)
-        self._workers = self._start_workers(num_workers) if num_workers else None
 
     def __len__(self) -> int:
         """Micro-batches of one pass. Raises TypeError for a training loader, which has no end."""
@@ -75,7 +75,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if isinstance(self.order, EvalOrder):
             self.position = 0
-        source = iter(self._workers) if self._workers is not None else self._read_ahead()
+        source = self._from_workers() if self._num_workers else self._read_ahead()
         while True:
             began = time.perf_counter()
             try:
@@ -89,21 +89,20 @@ class Loader:
             self.position = block.end
             yield batch
 
-    def blocks(self) -> Iterator[Block]:
-        """What is yet to be read, in order."""
-        return self.order.blocks(self.position)
-
-    def _start_workers(self, num_workers: int) -> DataLoader[Any]:
-        return DataLoader(
-            self._reader,
-            batch_size=None,  # a block is a batch already
-            sampler=_Blocks(self),  # type: ignore[arg-type]
-            num_workers=num_workers,
-            prefetch_factor=self._prefetch,
-            persistent_workers=True,
-            collate_fn=_as_it_is,
-            # torch draws a seed for its workers, which have no use for it: not from the global stream, which dropout reads.
-            generator=torch.Generator(),
+    def _from_workers(self) -> Iterator[tuple[Block, Batch | _Failure]]:
+        """Read in processes. They live as long as the iterator: an evaluation's do not idle through the training."""
+        blocks: Any = self.order.blocks(self.position)
+        return iter(
+            DataLoader(
+                self._reader,
+                batch_size=None,  # a block is a batch already
+                sampler=blocks,
+                num_workers=self._num_workers,
+                prefetch_factor=self._prefetch,
+                collate_fn=_as_it_is,
+                # torch draws a seed for its workers, which need none: not from the global stream, which dropout reads.
+                generator=torch.Generator(),
+            )
         )
 
     def _read_ahead(self) -> Iterator[tuple[Block, Batch | _Failure]]:
@@ -111,7 +110,7 @@ class Loader:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         pending: deque[Future[tuple[Block, Batch | _Failure]]] = deque()
         try:
-            for block in self.blocks():
+            for block in self.order.blocks(self.position):
                 pending.append(pool.submit(self._reader.__getitem__, block))
                 if len(pending) > self._prefetch:
                     yield pending.popleft().result()
@@ -119,16 +118,6 @@ class Loader:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Blocks:
-    """The loader's blocks as a torch sampler: each pass starts at the loader's position."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def __iter__(self) -> Iterator[Block]:
-        return self._loader.blocks()
 
 
 def _as_it_is(value: Any) -> Any:

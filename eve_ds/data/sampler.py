@@ -45,7 +45,8 @@ def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
     A Feistel network (alternating, halves of unequal width allowed) permutes the smallest power of two that holds `size`;
     values beyond `size` walk on along their cycle until they are back inside (Black and Rogaway, CT-RSA 2002). The domain
-    is less than twice `size` (but for sizes under 4), so that a place takes fewer than two passes on average.
+    is at most twice `size`, so that a place takes two passes or fewer on average; sizes under 9 have a domain of 16, since
+    halves of one bit mix badly.
 
     Args:
         places: int64, each at least 0 and below `size`.
@@ -55,7 +56,7 @@ def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     Returns:
         int64 of the shape of `places`: a bijection of 0 .. size - 1.
     """
-    bits = max(int(size - 1).bit_length(), 2)
+    bits = max(int(size - 1).bit_length(), 4)
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class Callback:
     """Does nothing; override what is needed. Hooks run on every rank, in the order in which callbacks are listed.
 
-    A hook that talks or writes does so only where ``trainer.is_main``. Of the trainer a callback may read ``output_dir``,
-    ``is_main``, ``total_steps``, ``start_step``, ``step``, ``config``, ``task_name`` and ``world_size``; it changes nothing.
+    A hook that talks or writes does so only where ``trainer.is_main``. Callbacks read the trainer (``output_dir``,
+    ``total_steps``, ``start_step``, ``step``, ``config``, ``task_name``, ``world_size``, ...) and change nothing in it.
     """
 
     def fit_start(self, trainer: Trainer) -> None:

@@ -19,6 +19,7 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json
 
 COMPLETE = "complete.json"
+MISLEADING = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed copies these in; with experts they lose weights in silence
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
         shutil.rmtree(target)  # the rest of a save that was killed: it has no complete.json, or we would have resumed
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    if dist.get_rank() == 0:
+        for script in MISLEADING:
+            (folder / script).unlink(missing_ok=True)
     dist.barrier()
     hashes = _hash_together(target)
     if dist.get_rank() == 0:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import subprocess
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -103,6 +104,7 @@ def joined() -> Iterator[torch.device]:
 def _quiet() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
 
 
 def _meet_by_mpi() -> None:

@@ -19,7 +19,8 @@ FREE = ("logging", "checkpoint", "output_dir", "data.num_workers", "optimizer.to
 def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     """Make ``config.output_dir`` this run's and store the resolved config in it.
 
-    Settings that do not change what is learnt up to a step (``FREE``) may differ from the stored ones. Called by all ranks.
+    Settings that do not change what is learnt (``FREE``) may differ from the stored ones, and so may the length of the run: to
+    raise it trains on, along the longer schedule. Called by all ranks.
 
     Raises:
         UserError: no folder named, it holds another run (the first differing key is named) or files that are no run.

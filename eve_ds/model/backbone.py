@@ -41,8 +41,8 @@ class BackboneOutput:
 class Backbone(nn.Module):
     """Embeddings, blocks and final norm.
 
-    First values: normal with deviation 0.02, biases 0 (BEiT), LayerScale constant, from torch's global generator; experts
-    have their own generators, which take one seed a layer from it: the same values whatever the expert-parallel size.
+    First values: normal with deviation 0.02, biases 0 (BEiT), LayerScale constant, from torch's global generator. The
+    experts have their own generators, which take one seed a layer from it: the same values at any expert-parallel size.
 
     Args:
         config: the shape.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 Activation = Literal["gelu", "quick_gelu"]
+_POSITIVE = ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts")
 
 
 class ModelConfigError(ValueError):
@@ -32,7 +33,7 @@ class ModelConfig:
         num_experts: experts E of a softly routing block.
         top_k: experts that a token visits there.
         capacity_factor: None drops no token; a number limits an expert to ceil(k T / E x factor) tokens, at least 4.
-        modality_to_experts: the experts, too, see token + modality vector (as the published files need), not the router alone.
+        modality_to_experts: experts see token + modality vector (as the published files need), not the router alone.
         activation: of all feed-forward networks.
         drop_path: largest probability of dropping a residual branch; rises linearly with depth.
         layer_scale: first value of the learned per-channel scale on each residual branch.
@@ -68,24 +69,33 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise ModelConfigError naming the first field that makes no model."""
-        if self.image_size % self.patch_size:
-            raise ModelConfigError(f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}")
-        if self.dim % self.num_heads:
-            raise ModelConfigError(f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}")
-        for name in ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts"):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.image_size % self.patch_size:
+            raise ModelConfigError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
+            )
+        if self.dim % self.num_heads:
+            raise ModelConfigError(f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}")
         if not 1 <= self.top_k <= self.num_experts:
-            raise ModelConfigError(f"model.top_k={self.top_k} must lie between 1 and model.num_experts={self.num_experts}")
+            raise ModelConfigError(
+                f"model.top_k={self.top_k} must lie between 1 and model.num_experts={self.num_experts}"
+            )
         if not 3 <= self.max_text_length <= self.text_positions:
             raise ModelConfigError(
-                f"model.max_text_length={self.max_text_length} must lie between 3 and model.text_positions={self.text_positions}"
+                f"model.max_text_length={self.max_text_length} must lie between 3 and"
+                f" model.text_positions={self.text_positions}"
             )
         bad = [i for i in self.soft_layers if not 0 <= i < self.depth]
         if bad or len(set(self.soft_layers)) != len(self.soft_layers):
-            raise ModelConfigError(f"model.soft_layers={self.soft_layers} must be distinct indices below model.depth={self.depth}")
+            raise ModelConfigError(
+                f"model.soft_layers={self.soft_layers} must be distinct indices below model.depth={self.depth}"
+            )
         if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ModelConfigError(f"model.capacity_factor={self.capacity_factor} must be positive, or null to drop no token")
+            raise ModelConfigError(
+                f"model.capacity_factor={self.capacity_factor} must be positive, or null to drop no token"
+            )
         if not 0 <= self.drop_path < 1:
             raise ModelConfigError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
 

@@ -48,8 +48,8 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor) -> Routing:
         """Route tokens [T, D]. The weights are the gates of the chosen, divided by their sum.
 
-        With one choice the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself it
-        would be 1, and the router would learn nothing.
+        With one choice the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself
+        it would be 1, and the router would learn nothing.
         """
         gates = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
         chosen, experts = gates.topk(self.top_k, dim=-1)
@@ -64,7 +64,7 @@ def renormalise(chosen: Tensor) -> Tensor:
 
 
 def capacity(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
-    """Most choices an expert serves: ceil(k T / E x factor), at least 4 (EVE's published code); scalar in, scalar out."""
+    """Most choices an expert serves: ceil(k T / E x factor), at least 4 (EVE's published code). Both scalars."""
     return (num_tokens.double() * top_k / num_experts * factor).ceil().clamp_min(MIN_CAPACITY)
 
 
@@ -91,8 +91,8 @@ def within_capacity(experts: Tensor, valid: Tensor | None, num_experts: int, fac
 def balance_share(gates: Tensor, first: Tensor, valid: Tensor | None) -> Tensor:
     """This rank's share of the load-balancing loss E x sum_e (mean gate of e) x (part of the first choices that are e).
 
-    Both are over the tokens of all ranks; only this rank's gates have a gradient; the ranks' shares add up to the loss of
-    one process that holds the whole batch (EVE, Chen et al. 2024; GShard, Lepikhin et al. 2021). A collective.
+    Both are over the tokens of all ranks; only this rank's gates have a gradient; the ranks' shares add up to the loss
+    of one process that holds the whole batch (EVE, Chen et al. 2024; GShard, Lepikhin et al. 2021). A collective.
 
     Args:
         gates: [T, E] float32.

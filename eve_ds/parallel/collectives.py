@@ -1,7 +1,7 @@
 """Collectives on ``torch.distributed`` alone. Without a process group they act as the only rank of a world of one.
 
-All ranks of a group must call them in the same order, and run their backward passes in the same order. Autograd does that
-by itself when the ranks build the same graph (with no rows, too: a tensor of shape [0, D] has a gradient).
+All ranks of a group must call them in the same order, and run their backward passes in the same order. Autograd does
+that by itself when the ranks build the same graph (with no rows, too: a tensor of shape [0, D] has a gradient).
 """
 
 from __future__ import annotations

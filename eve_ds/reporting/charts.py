@@ -22,7 +22,13 @@ from eve_ds.reporting.html import Html
 from eve_ds.reporting.read import Curve
 
 INK, GRID = "#010203", "#040506"
-COLOURS = {INK: "var(--muted)", GRID: "var(--grid)", "#0a0b01": "var(--c1)", "#0a0b02": "var(--c2)", "#0a0b03": "var(--c3)"}
+COLOURS = {
+    INK: "var(--muted)",
+    GRID: "var(--grid)",
+    "#0a0b01": "var(--c1)",
+    "#0a0b02": "var(--c2)",
+    "#0a0b03": "var(--c3)",
+}
 SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")
 WIDTH, HEIGHT = 4.1, 2.25  # inches of 72 points
 POINTS = 240  # drawn at most; longer curves are averaged over equal stretches
@@ -39,12 +45,14 @@ class Line:
         curve: what is drawn.
         colour: index in the page's colours.
         dots: show each point, as for the few evaluations of a run.
+        smooth: draw a running mean on top if it is long.
     """
 
     label: str
     curve: Curve
     colour: int = 0
     dots: bool = False
+    smooth: bool = True
 
 
 def line_chart(name: str, lines: list[Line], zero: bool = False) -> Html:
@@ -71,7 +79,7 @@ def _draw(axes: Any, line: Line) -> NDArray[np.float64]:
     """Draws a curve; returns the values that must be in view."""
     steps, values = condense(line.curve)
     colour = SERIES[line.colour]
-    if line.dots or len(values) < SMOOTHED_FROM:
+    if line.dots or not line.smooth or len(values) < SMOOTHED_FROM:
         marker = "o" if line.dots or len(values) < 3 else None
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
         return values
@@ -108,7 +116,7 @@ def _thousands(value: float) -> str:
 
 
 def condense(curve: Curve, points: int = POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Steps and values of at most ``points`` equal stretches, each their mean; NaN where none of a stretch is finite."""
+    """Means over at most ``points`` equal stretches of steps and values; NaN where none of a stretch is finite."""
     steps, values = np.asarray(curve.steps), np.asarray(curve.values)
     if len(steps) <= points:
         return steps, values
@@ -121,20 +129,19 @@ def condense(curve: Curve, points: int = POINTS) -> tuple[NDArray[np.float64], N
 
 
 def running_mean(values: NDArray[np.float64], window: float = WINDOW) -> NDArray[np.float64]:
-    """Mean over a centred window, a share of the length wide and narrower at the ends; ignores NaN."""
+    """Mean over a centred window, a share of the length wide and cut off at the ends; ignores NaN."""
     half = max(1, round(len(values) * window / 2))
     finite = np.isfinite(values)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     place = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(place, len(values) - 1 - place))  # symmetric, or the ends would lean
-    first, last = place - reach, place + reach + 1
+    first, last = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
     number = counts[last] - counts[first]
     return np.divide(sums[last] - sums[first], number, out=np.full(len(values), np.nan), where=number > 0)
 
 
 def _inline(svg: str, description: str) -> Html:
-    """Matplotlib's file as an element of an HTML page: no prologue, metadata, style sheet, fixed size or group names."""
+    """Matplotlib's file as an element of an HTML page: no prologue, metadata, style sheet, fixed size, group names."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<title>.*?</title>", "", svg, flags=re.DOTALL)

@@ -15,7 +15,7 @@ class Html(str):
     __slots__ = ()
 
 
-Child: TypeAlias = "str | int | float | None | Iterable[Child]"
+Child: TypeAlias = "str | int | float | Iterable[Child] | None"
 VOID = {"img", "meta", "br"}
 
 
@@ -30,7 +30,7 @@ def render(child: Child) -> Html:
     return Html("".join(render(item) for item in child))
 
 
-def tag(name: str, *children: Child, **attributes: str | int | float | None) -> Html:
+def tag(name: str, /, *children: Child, **attributes: str | int | float | None) -> Html:
     """One element. Attribute ``class_`` is ``class``, ``data_x`` is ``data-x``; those that are None are left out."""
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'

@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluation.files import InputError, read_json, read_text
 
-STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "Question answering", "nlvr": "Two-picture statements"}
+STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "VQA", "nlvr": "NLVR"}
 SINGLE = "run"
 
 

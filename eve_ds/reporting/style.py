@@ -27,7 +27,8 @@ section { margin-top: 3.25rem; padding-top: 1.75rem; border-top: 1px solid var(-
 p, .note { max-width: 70ch; margin: 0.4rem 0 1rem; }
 .note { color: var(--muted); font-size: 0.9rem; }
 .lead { font-size: 1.1rem; line-height: 1.6; }
-.missing { color: var(--muted); border-left: 3px solid var(--line); padding: 0.15rem 0 0.15rem 0.8rem; font-size: 0.93rem; }
+.missing { color: var(--muted); border-left: 3px solid var(--line); padding: 0.15rem 0 0.15rem 0.8rem;
+  font-size: 0.93rem; }
 a { color: var(--c1); text-decoration: none; }
 a:hover { text-decoration: underline; }
 nav { display: flex; flex-wrap: wrap; gap: 0.3rem 1.25rem; font-size: 0.92rem; margin-top: 1.5rem; }
@@ -42,7 +43,8 @@ nav { display: flex; flex-wrap: wrap; gap: 0.3rem 1.25rem; font-size: 0.92rem; m
 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.93rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
+th, td { text-align: left; padding: 0.4rem 0.9rem 0.4rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: middle; }
 thead th { color: var(--muted); font-weight: 500; font-size: 0.85rem; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 tbody th { font-weight: 620; white-space: nowrap; }
@@ -53,18 +55,25 @@ tr.minor td { color: var(--muted); }
 
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(285px, 1fr)); gap: 1.1rem 1.4rem; }
 figure { margin: 0; min-width: 0; }
-.charts figure { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 0.7rem 0.8rem 0.4rem; }
-figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 0.8rem; font-size: 0.88rem; }
-figcaption .last { color: var(--muted); font-size: 0.82rem; }
+.charts figure { background: var(--panel); border: 1px solid var(--line); border-radius: 10px;
+  padding: 0.7rem 0.8rem 0.4rem; }
+figcaption { font-size: 0.88rem; line-height: 1.45; }
+.charts figcaption { margin-bottom: 0.35rem; }
+figcaption .last { color: var(--muted); font-size: 0.8rem; }
 svg { display: block; width: 100%; height: auto; }
 svg * { stroke-linejoin: round; }
 svg text { font-family: inherit !important; }
-.key { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; margin: 0 0.35em 0 0; vertical-align: -0.05em; }
-.legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; font-size: 0.88rem; color: var(--muted); margin: 0.2rem 0 0.8rem; }
+.key { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; margin: 0 0.35em 0 0;
+  vertical-align: -0.05em; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; font-size: 0.88rem; color: var(--muted);
+  margin: 0.2rem 0 0.8rem; }
 
-table.heat { width: auto; border-collapse: separate; border-spacing: 2px; font-size: 0.78rem; }
-table.heat th, table.heat td { border: 0; padding: 0.3rem 0.45rem; }
-table.heat td { text-align: center; min-width: 2.3rem; border-radius: 3px; color: var(--ink); }
+table.heat { width: auto; border-collapse: separate; border-spacing: 2px; font-size: 0.76rem; }
+table.heat th, table.heat td { border: 0; padding: 0.3rem 0.2rem; font-weight: 500; }
+table.heat tr.first th, table.heat tr.first td { padding-top: 0.3rem; border-top: 3px solid var(--paper); }
+table.heat tbody th { padding-right: 0.8rem; color: var(--muted); }
+table.heat td, table.heat th.c { text-align: center; min-width: 1.55rem; }
+table.heat td { border-radius: 3px; color: var(--ink); }
 table.heat td.idle { color: var(--muted); outline: 1px dashed var(--line); outline-offset: -1px; }
 
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(290px, 1fr)); gap: 1.1rem; }
@@ -74,10 +83,11 @@ table.heat td.idle { color: var(--muted); outline: 1px dashed var(--line); outli
 .strip { display: grid; gap: 0.5rem; }
 .strip.three { grid-template-columns: repeat(3, 1fr); }
 .strip.two { grid-template-columns: repeat(2, 1fr); }
-.strip figcaption { display: block; color: var(--muted); font-size: 0.8rem; margin-top: 0.15rem; }
+.strip figcaption { color: var(--muted); font-size: 0.8rem; margin-top: 0.15rem; }
 img { display: block; width: 100%; border-radius: 4px; background: var(--grid); }
 img.pixelated { image-rendering: pixelated; }
-.absent { display: grid; place-items: center; min-height: 4rem; padding: 0.5rem; text-align: center; border: 1px dashed var(--line);
+.absent { display: grid; place-items: center; min-height: 4rem; padding: 0.5rem; text-align: center;
+  border: 1px dashed var(--line);
   border-radius: 4px; color: var(--muted); font-size: 0.78rem; overflow-wrap: anywhere; }
 .side { display: grid; grid-template-columns: 112px 1fr; gap: 0.9rem; align-items: start; }
 .side p:first-child { margin-top: 0; }
@@ -89,7 +99,8 @@ img.pixelated { image-rendering: pixelated; }
 .results figure.hit { border-color: var(--right); background: var(--right-soft); }
 .results figcaption { font-size: 0.8rem; color: var(--muted); padding: 0.2rem 0.1rem 0; }
 .texts { list-style: none; margin: 0; padding: 0; font-size: 0.92rem; }
-.texts li { display: grid; grid-template-columns: 1.4rem 1fr auto; gap: 0.4rem; padding: 0.2rem 0.5rem; border-radius: 5px; }
+.texts li { display: grid; grid-template-columns: 1.4rem 1fr auto; gap: 0.4rem; padding: 0.2rem 0.5rem;
+  border-radius: 5px; }
 .texts li.hit { background: var(--right-soft); }
 .texts .rank, .texts .score { color: var(--muted); font-variant-numeric: tabular-nums; }
 .right { color: var(--right); font-weight: 600; }
@@ -101,12 +112,15 @@ img.pixelated { image-rendering: pixelated; }
 .chip.miss { background: var(--wrong-soft); color: var(--wrong); }
 .chip s { color: var(--muted); text-decoration: none; font-size: 0.85em; }
 
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 0.7rem 0.9rem; margin: 0.3rem 0 1rem;
-  font: 0.82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 0.7rem 0.9rem;
+  margin: 0.3rem 0 1rem;
+  font: 0.82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 details { margin: 0.4rem 0; }
 summary { cursor: pointer; color: var(--c1); font-size: 0.93rem; }
 .step { display: flex; justify-content: space-between; gap: 1rem; font-size: 0.93rem; }
 .step span:last-child { color: var(--muted); white-space: nowrap; }
-@media (max-width: 560px) { .results { grid-template-columns: repeat(3, minmax(0, 1fr)); } main { padding: 2rem 1rem 4rem; } }
+@media (max-width: 560px) { .results { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  main { padding: 2rem 1rem 4rem; } }
 @media print { section { break-inside: auto; } figure, .card, .query { break-inside: avoid; } nav { display: none; } }
 """.strip()

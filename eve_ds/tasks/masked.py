@@ -22,6 +22,8 @@ from eve_ds.model.embeddings import patches
 from eve_ds.tasks.base import Batch, Task, TaskOutput, evaluating, global_counts, register, to_numpy, valid_rows
 from eve_ds.tasks.masking import choose_words, split_patches
 
+EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide by zero
+
 
 @dataclass
 class ObjectiveConfig:
@@ -62,11 +64,10 @@ class ObjectiveConfig:
 
 @dataclass
 class _Picture:
-    """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (normalised a patch); kept [B, K], masked [B, M]."""
+    """Rebuilt patches: predicted, target [B, M, 3 p p] float32, each patch with mean 0 and deviation 1; masked [B, M]."""
 
     predicted: Tensor
     target: Tensor
-    kept: Tensor
     masked: Tensor
 
 
@@ -114,11 +115,10 @@ class MaskedModelling(Task):
         """Squared error of normalised pixels, mean over masked patches, + cross entropy, mean over masked words."""
         batch = valid_rows(batch)
         picture, words, passes = self._predict(batch)
-        errors = (picture.predicted - picture.target).square().mean(dim=-1)
-        mim_sum = errors.sum()
+        mim_sum = F.mse_loss(picture.predicted, picture.target, reduction="sum") / picture.target.shape[-1]
         mlm_sum = F.cross_entropy(words.scores, words.truth, reduction="sum")
-        masked_patches = torch.tensor(float(errors.numel()), device=errors.device)
-        masked_words = torch.tensor(float(words.truth.numel()), device=errors.device)
+        masked_patches = torch.tensor(float(picture.masked.numel()), device=mim_sum.device)
+        masked_words = torch.tensor(float(words.truth.numel()), device=mim_sum.device)
         patch_count, word_count = global_counts(masked_patches, masked_words)
         aux, metrics = self.aux_share(*passes)
         right = (words.scores.argmax(dim=1) == words.truth).sum().float()
@@ -139,11 +139,12 @@ class MaskedModelling(Task):
             picture = self._predict(batch)[0]
         size, images = self.config.patch_size, batch["images"].float()
         pixels = patches(images, size)
-        place = picture.masked[:, :, None].expand(-1, -1, pixels.shape[-1])
-        mean, deviation = _moments(pixels.gather(1, place))
-        masked = unpatchify(pixels.scatter(1, place, torch.zeros_like(picture.predicted)), size)
-        rebuilt = unpatchify(pixels.scatter(1, place, picture.predicted * deviation + mean), size)
-        values = {"original": images, "masked": masked, "rebuilt": rebuilt}
+        place = _places(picture.masked)
+        variance, mean = torch.var_mean(pixels[place], dim=-1, correction=0, keepdim=True)
+        masked, rebuilt = pixels.clone(), pixels.clone()
+        masked[place] = 0
+        rebuilt[place] = picture.predicted * (variance + EPSILON).sqrt() + mean
+        values = {"original": images, "masked": unpatchify(masked, size), "rebuilt": unpatchify(rebuilt, size)}
         return to_numpy({name: _to_pixels(value) for name, value in values.items()})
 
     def predict_words(self, batch: Batch) -> list[dict[str, Any]]:
@@ -189,10 +190,8 @@ class MaskedModelling(Task):
 
     def _pixels(self, output: BackboneOutput, images: Tensor, kept: Tensor, masked: Tensor) -> _Picture:
         predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], kept, masked).float()
-        pixels = patches(images.float(), self.config.patch_size)
-        target = pixels.gather(1, masked[:, :, None].expand(-1, -1, pixels.shape[-1]))
-        mean, deviation = _moments(target)
-        return _Picture(predicted, (target - mean) / deviation, kept, masked)
+        pixels = patches(images.float(), self.config.patch_size)[_places(masked)]
+        return _Picture(predicted, F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON), masked)
 
     def _words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> _Words:
         """Only the masked rows go through the projection to the vocabulary."""
@@ -201,10 +200,9 @@ class MaskedModelling(Task):
         return _Words(scores, text_ids[mask], mask)
 
 
-def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch, [..., 1] each (MAE's normalised pixels)."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
+def _places(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column to pick patches [B, M] out of [B, P, ...]: copies whole patches, which ``gather`` does not."""
+    return torch.arange(index.shape[0], device=index.device)[:, None], index
 
 
 def _to_pixels(images: Tensor) -> Tensor:

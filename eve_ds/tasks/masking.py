@@ -47,8 +47,8 @@ def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Random int64 to float32 strictly between 0 and 1 (top 24 bits)."""
-    return (_shift_right(bits, 40).to(torch.float32) + 0.5) * 2.0**-24
+    """Random int64 to float32 strictly between 0 and 1 (top 23 bits: one more and the largest would round to 1)."""
+    return (_shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def masked_patches(num_patches: int, ratio: float) -> int:

@@ -57,12 +57,18 @@ class VQA(Task):
         return TaskOutput(loss_sum / count + aux, metrics)
 
     def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """``question_id`` [B], ``answer`` [B] (index into the answer list) and its ``probability`` [B]."""
+        """``question_id``, ``answer`` (index into the answer list), its ``probability`` and its soft ``score``; [B] each."""
         batch = valid_rows(batch)
         with evaluating(self):
             logits = self.predict(batch["images"], batch["text_ids"], batch["text_mask"])
         probability, answer = logits.float().sigmoid().max(dim=1)
-        return to_numpy({"question_id": batch["question_id"], "answer": answer, "probability": probability})
+        values = {
+            "question_id": batch["question_id"],
+            "answer": answer,
+            "probability": probability,
+            "score": batch["answer_targets"].float().gather(1, answer[:, None]).squeeze(1),
+        }
+        return to_numpy(values)
 
     def _logits(self, images: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, BackboneOutput]:
         output = self.encode(images, text_ids, text_mask)

@@ -12,9 +12,9 @@ from tests.support.tiny_tasks import Batch, rows_of, tiny_batch, tiny_task
 NLVR_HEADS = pytest.mark.parametrize("name", ["nlvr_plain", "nlvr_biattn"])
 
 
-def learn(task: Task, batch: Batch, steps: int) -> None:
-    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
-    for _ in range(steps):
+def learn(task: Task, batch: Batch) -> None:
+    optimizer = torch.optim.AdamW(task.parameters(), lr=5e-3)
+    for _ in range(60):
         optimizer.zero_grad()
         task(batch).loss.backward()
         optimizer.step()
@@ -56,12 +56,14 @@ def test_vqa_predictions() -> None:
         logits = task.predict(batch["images"], batch["text_ids"], batch["text_mask"])[batch["valid"]]
     assert found["answer"].tolist() == logits.argmax(dim=1).tolist()
     assert found["probability"] == pytest.approx(logits.sigmoid().max(dim=1).values.numpy())
+    best = batch["answer_targets"][batch["valid"]][torch.arange(3), logits.argmax(dim=1)]
+    assert found["score"] == pytest.approx(best.numpy())
 
 
 def test_vqa_learns_the_batch() -> None:
     task, batch = vqa_task(), tiny_batch(6)
     batch["answer_targets"] = F.one_hot(torch.arange(6), 7).float()
-    learn(task, batch, 40)
+    learn(task, batch)
     assert task.predict_batch(batch)["answer"].tolist() == list(range(6))
 
 
@@ -104,7 +106,7 @@ def test_nlvr_output_of_a_sample_depends_on_it_alone(name: str) -> None:
 def test_nlvr_learns_the_batch(name: str) -> None:
     task, batch = nlvr_task(name), tiny_batch(6)
     batch["label"] = torch.tensor([0, 1, 1, 0, 1, 0])
-    learn(task, batch, 60)
+    learn(task, batch)
     assert task.predict_batch(batch)["prediction"].tolist() == batch["label"].tolist()
 
 

@@ -55,7 +55,9 @@ def test_every_patch_is_masked_equally_often() -> None:
     assert torch.allclose(share, torch.full((16,), 0.75), atol=0.03)
 
 
-@pytest.mark.parametrize(("patches", "ratio", "expected"), [(16, 0.75, 12), (196, 0.75, 147), (2, 0.01, 1), (2, 0.99, 1)])
+@pytest.mark.parametrize(
+    ("patches", "ratio", "expected"), [(16, 0.75, 12), (196, 0.75, 147), (2, 0.01, 1), (2, 0.99, 1)]
+)
 def test_number_of_masked_patches(patches: int, ratio: float, expected: int) -> None:
     assert masked_patches(patches, ratio) == expected
 

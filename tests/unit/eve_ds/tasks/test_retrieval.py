@@ -116,7 +116,7 @@ def test_the_temperature_is_clamped_and_can_come_back() -> None:
     task, batch = retrieval_task(), tiny_batch(4)
     with torch.no_grad():
         task.itc_temp.fill_(0.9)
-    assert float(task._temperature()) == pytest.approx(0.5)
+    assert task._temperature().item() == pytest.approx(0.5)
     task(batch).loss.backward()
     assert task.itc_temp.grad is not None
     assert float(task.itc_temp.grad) != 0
@@ -133,17 +133,13 @@ def test_predictions_encode_each_picture_once() -> None:
     assert found["sample_id"].tolist() == batch["sample_id"][:4].tolist()
 
 
-def test_it_learns_the_batch() -> None:
+def test_contrast_learns_the_batch() -> None:
     task = retrieval_task()
     batch = rows_of(tiny_batch(10), torch.arange(0, 10, 2))
-    optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
     for _ in range(40):
         optimizer.zero_grad()
         task(batch).loss.backward()
         optimizer.step()
     image, text = vectors(task.eval(), batch)
     assert (image @ text.t()).argmax(dim=1).tolist() == list(range(5))
-    with torch.no_grad():
-        matching = task.match(batch["images"], batch["text_ids"], batch["text_mask"]).argmax(dim=1)
-        other = task.match(batch["images"].roll(1, 0), batch["text_ids"], batch["text_mask"]).argmax(dim=1)
-    assert matching.sum() - other.sum() >= 3

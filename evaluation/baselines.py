@@ -1,0 +1,80 @@
+"""What one gets on VQA v2 without looking at the picture: the number that a score must be read against.
+
+    python -m evaluation.baselines --train-questions Q.json --train-annotations A.json --questions Q.json --annotations A.json --out M.json
+
+``majority_baseline`` gives every question the training answer that scores best. ``text_only_baseline`` gives each question the
+answer that scores best over the training questions of the very same words, and the majority answer to words never met:
+no model that sees the words alone can learn more from the training set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evaluation import vqa
+from evaluation.files import Parser, run, write_json
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def vqa_baselines(
+    train_questions: Rows, train_annotations: Rows, questions: Rows, annotations: Rows
+) -> dict[str, float]:
+    """Official overall accuracy, percent, of the two blind models.
+
+    Args:
+        train_questions, questions: rows with ``question_id`` and ``question``.
+        train_annotations, annotations: rows with ``question_id`` and ``answers``.
+    """
+    words = {row["question_id"]: _key(row["question"]) for row in train_questions}
+    overall: Counter[str] = Counter()
+    by_words: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in train_annotations:
+        for answer, score in _soft_scores(row["answers"]).items():
+            overall[answer] += score
+            by_words[words[row["question_id"]]][answer] += score
+    majority = _best(overall)
+    best = {key: _best(scores) for key, scores in by_words.items()}
+    blind = {
+        "majority_baseline": [{"question_id": row["question_id"], "answer": majority} for row in questions],
+        "text_only_baseline": [
+            {"question_id": row["question_id"], "answer": best.get(_key(row["question"]), majority)}
+            for row in questions
+        ],
+    }
+    return {name: vqa.score(rows, annotations)["overall"] for name, rows in blind.items()}
+
+
+def _key(question: str) -> str:
+    return " ".join(question.lower().split())
+
+
+def _soft_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Each answer's official accuracy, in hundredths."""
+    texts = [answer["answer"] for answer in answers]
+    return {text: vqa.accuracy(text, texts) for text in dict.fromkeys(texts)}
+
+
+def _best(scores: Counter[str]) -> str:
+    """The answer of the highest score; the first in the alphabet of equals."""
+    return min(scores, key=lambda answer: (-scores[answer], answer))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command ``python -m evaluation.baselines``."""
+    parser = Parser(prog="python -m evaluation.baselines", description=__doc__)
+    for name in ("train-questions", "train-annotations", "questions", "annotations"):
+        parser.add_argument(f"--{name}", required=True, help="VQA v2 JSON file")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    options = vars(parser.parse_args(arguments))
+    rows = {
+        name: vqa.read_list(options[name], "annotations" if name.endswith("annotations") else "questions")
+        for name in ("train_questions", "train_annotations", "questions", "annotations")
+    }
+    write_json(options["out"], vqa_baselines(**rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,253 @@
+"""The whole road on an embedded data set: raw files, shards, pre-training, three fine-tunings, scores, report.
+
+    make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
+
+Every stage is a command that a user could type (they are listed in the report); this file runs them in order on two CPU ranks,
+or on the GPUs it finds, and tells how long is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.errors import UserError, run_command
+from eve_ds.files import write_json
+
+CONFIGS = Path(__file__).parent / "configs"
+MARKER = "demo.json"
+LOSS_WINDOW = 20  # steps over which the first and last pre-training loss are averaged
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands run one after the other.
+
+    Args:
+        title: what the user reads.
+        expected: seconds on two cores of 2024, for the estimate of what is left.
+        commands: arguments after ``python``, or after the deepspeed launcher's own options if ``ranks`` is set.
+        ranks: start through the deepspeed launcher.
+    """
+
+    title: str
+    expected: float
+    commands: list[list[str]]
+    ranks: bool = False
+
+
+def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
+    """The road, as commands."""
+    raw, data = root / "raw", root / "data"
+    splits = {"train": "train", "val": "dev", "test": "test1"}  # ours: NLVR2's
+    prepare = []
+    for split in splits:
+        captions = ["--annotations", f"{raw}/annotations/captions_{split}2014.json"]
+        prepare.append(["coco", *captions, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/captions"])
+        asked = ["--questions", vqa_file(raw, split, "questions"), "--annotations", vqa_file(raw, split, "annotations")]
+        prepare.append(["vqav2", *asked, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/vqa"])
+        stated = ["--annotations", f"{raw}/nlvr2/{splits[split]}.json", "--images", f"{raw}/nlvr2/images"]
+        prepare.append(["nlvr2", *stated, "--split", split, "--out", f"{data}/nlvr"])
+    folders = [f"{data}/{kind}/train" for kind in ("captions", "vqa", "nlvr")]
+    words = ["tokenizer", "train", "--data", *folders, "--vocab-size", "512", "--out", f"{root}/tokenizer"]
+
+    experts = ["--engine.expert_parallel_size", str(2 if world_size % 2 == 0 else 1)]
+    common = [*experts, "--deepspeed_config", "ds_configs/zero2.json"]
+    pretrain = ["--data.path", f"{data}/captions", "--data.tokenizer", f"{root}/tokenizer", "--engine.seed", str(seed)]
+
+    def finetune(task: str, recipe: str, folder: str, source: str) -> list[str]:
+        config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task]
+        where = ["--checkpoint", f"{root}/{source}", "--data", f"{data}/{folder}", "--output_dir", f"{root}/{recipe}"]
+        return ["eve_ds.finetune", *config, *where, "--seed", str(seed), *common]
+
+    def score(module: str, *options: str) -> list[str]:
+        return ["-m", f"evaluation.{module}", *options]
+
+    vqa_test = ["--questions", vqa_file(raw, "test", "questions"), "--annotations", vqa_file(raw, "test", "annotations")]
+    vqa_train = ["--train-questions", vqa_file(raw, "train", "questions")]
+    vqa_train += ["--train-annotations", vqa_file(raw, "train", "annotations")]
+    return [
+        Stage("Drawing the data set, as raw files", 9, [["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed)]]),
+        Stage("Raw files to Arrow shards", 12, [["-m", "preprocessing", *options] for options in prepare]),
+        Stage("Training the tokenizer", 3, [["-m", "preprocessing", *words]]),
+        Stage(
+            "Pre-training: masked pixels and words",
+            120,
+            [["eve_ds.pretrain", "--config", str(CONFIGS / "tiny_shapes.yaml"), *pretrain, "--output_dir", f"{root}/pretrain", *common]],
+            ranks=True,
+        ),
+        Stage("Fine-tuning on retrieval", 75, [finetune("itr_coco", "itr", "captions", "pretrain")], ranks=True),
+        Stage("Fine-tuning on VQA", 110, [finetune("vqa", "vqa", "vqa", "pretrain")], ranks=True),
+        Stage("Fine-tuning on NLVR", 80, [finetune("nlvr", "nlvr", "nlvr", "vqa")], ranks=True),
+        Stage(
+            "Scoring the predictions, and what is had without pictures",
+            6,
+            [
+                score("retrieval", "--scores", f"{root}/itr/predictions_test.npz", "--out", f"{root}/scores_retrieval.json"),
+                score("vqa", "--predictions", f"{root}/vqa/predictions_test.json", *vqa_test, "--out", f"{root}/scores_vqa.json"),
+                score("baselines", *vqa_train, *vqa_test, "--out", f"{root}/baselines_vqa.json"),
+                score(
+                    "nlvr",
+                    *("--predictions", f"{root}/nlvr/predictions_test.csv"),
+                    *("--annotations", f"{raw}/nlvr2/test1.json", "--out", f"{root}/scores_nlvr.json"),
+                ),
+            ],
+        ),
+    ]
+
+
+def vqa_file(raw: Path, split: str, kind: str) -> str:
+    """VQA v2's own file names."""
+    middle = "v2_OpenEnded_mscoco" if kind == "questions" else "v2_mscoco"
+    return f"{raw}/vqa/{middle}_{split}2014_{kind}.json"
+
+
+class Road:
+    """Runs stages, tells the time left, remembers the commands.
+
+    Args:
+        plan: the stages.
+        world_size: ranks of those that train.
+    """
+
+    def __init__(self, plan: list[Stage], world_size: int) -> None:
+        self.plan, self.world_size = plan, world_size
+        self.done: list[dict[str, Any]] = []
+        self.pace = 1.0  # this machine's time over the expected one
+
+    def run(self) -> None:
+        began = time.monotonic()
+        for number, stage in enumerate(self.plan):
+            left = self.pace * sum(later.expected for later in self.plan[number:])
+            about = f"about {clock(self.pace * stage.expected)}, then {clock(left - self.pace * stage.expected)} to go"
+            print(f"\n[{number + 1}/{len(self.plan)}] {stage.title}  ({about})", flush=True)
+            start = time.monotonic()
+            for arguments in stage.commands:
+                self._command(stage, arguments)
+            seconds = time.monotonic() - start
+            if stage.ranks:
+                spent = sum(earlier.expected for earlier in self.plan[: number + 1])
+                self.pace = (time.monotonic() - began) / spent
+            print(f"      done in {clock(seconds)}", flush=True)
+
+    def _command(self, stage: Stage, arguments: list[str]) -> None:
+        launcher = [sys.executable]
+        if stage.ranks:
+            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(self.world_size)]
+            launcher += ["--master_port", str(free_port()), "--log_level", "warning", "--module"]
+        start = time.monotonic()
+        status = subprocess.run([*launcher, *arguments]).returncode
+        if status:
+            raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
+        shown = ["deepspeed", "--num_gpus", str(self.world_size), "--module"] if stage.ranks else ["python"]
+        self.done.append({"title": stage.title, "command": " ".join([*shown, *arguments]), "seconds": time.monotonic() - start})
+
+
+def metrics(root: Path, world_size: int) -> dict[str, Any]:
+    """The demo's summary, from the files that its stages wrote. Percent, but for NLVR's fractions."""
+
+    def read(name: str) -> dict[str, Any]:
+        return dict(json.loads((root / name).read_text(encoding="utf-8")))
+
+    lines = [json.loads(line) for line in (root / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "samples_per_second" in line]
+    retrieval, examples = read("scores_retrieval.json"), read("data/captions/test/manifest.json")
+    return {
+        "pretrain": {
+            "loss_first": mean(steps[:LOSS_WINDOW], "loss"),
+            "loss_last": mean(steps[-LOSS_WINDOW:], "loss"),
+            "samples_per_second": mean(steps, "samples_per_second"),
+        },
+        "retrieval": {
+            **retrieval,
+            "chance_txt_r1": 100 / examples["rows"],
+            "chance_img_r1": 100 / examples["rows"],
+            "pool": examples["rows"],
+        },
+        "vqa": {**read("scores_vqa.json"), **read("baselines_vqa.json")},
+        "nlvr": {**read("scores_nlvr.json"), "chance": 0.5},
+        "world_size": world_size,
+        "expert_parallel_size": 2 if world_size % 2 == 0 else 1,
+        "zero_stage": 2,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores beside what is had by chance."""
+    pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
+    rows = [
+        ("", "score", "without the model"),
+        ("pre-training loss", f"{pretrain['loss_last']:.3f}", f"{pretrain['loss_first']:.3f} at the start"),
+        ("text retrieval R@1", f"{retrieval['txt_r1']:.1f} %", f"{retrieval['chance_txt_r1']:.1f} % by chance"),
+        ("image retrieval R@1", f"{retrieval['img_r1']:.1f} %", f"{retrieval['chance_img_r1']:.1f} % by chance"),
+        ("VQA accuracy", f"{vqa['overall']:.1f} %", f"{vqa['text_only_baseline']:.1f} % from the words alone, "),
+        ("", "", f"{vqa['majority_baseline']:.1f} % by the commonest answer"),
+        ("NLVR accuracy", f"{100 * nlvr['accuracy']:.1f} %", f"{100 * nlvr['chance']:.1f} % by chance"),
+        ("NLVR consistency", f"{100 * nlvr['consistency']:.1f} %", ""),
+    ]
+    return "\n".join(f"  {name:<22}{score:>10}   {other}".rstrip().rstrip(",") for name, score, other in rows)
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def ranks() -> int:
+    """One a GPU, or two on the CPU."""
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+def claim(root: Path, seed: int) -> None:
+    """Empty ``root`` if an earlier demo made it; refuse to touch anything else."""
+    if root.exists():
+        if not (root / MARKER).is_file() and any(root.iterdir()):
+            raise UserError(f"--out {root}: holds files that no demo wrote; name another folder")
+        shutil.rmtree(root)
+    write_json(root / MARKER, {"seed": seed})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m eve_ds.demo", description="The whole road on an embedded data set.")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another world and another model (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default runs/demo)")
+    options = parser.parse_args()
+    began = time.monotonic()
+    prepare_environment()
+    world_size = ranks()
+    claim(options.out, options.seed)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
+    road = Road(stages(options.out, options.seed, world_size), world_size)
+    road.run()
+    result = metrics(options.out, world_size)
+    write_json(options.out / "metrics.json", result)
+    write_json(options.out / "commands.json", road.done)
+    print("\nWriting the report", flush=True)
+    report = options.out / "report.html"
+    subprocess.run([sys.executable, "-m", "eve_ds.report", "--run", str(options.out), "--out", str(report)], check=True)
+    print(f"\n{table(result)}\n\n  {options.out / 'metrics.json'}\n  {report}\n  {clock(time.monotonic() - began)} in all", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,189 @@
+"""The first things a reader looks for: a paragraph, the key numbers, and every score beside what costs nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from eve_ds.reporting.html import Html, missing, section, tag
+from eve_ds.reporting.read import Run
+
+DASH = "\N{EN DASH}"
+BASELINES = ("chance", "majority", "text_only")
+
+
+@dataclass
+class Score:
+    """One score and its baselines, all in percent.
+
+    Args:
+        task: for people; empty on all rows of a task but the first.
+        measure: for people.
+        value: the model's.
+        baselines: those that the run recorded, by name in BASELINES.
+        minor: a part of the row above.
+    """
+
+    task: str
+    measure: str
+    value: float
+    baselines: dict[str, float] = field(default_factory=dict)
+    minor: bool = False
+
+    @property
+    def margin(self) -> float | None:
+        """Points above the best baseline."""
+        return self.value - max(self.baselines.values()) if self.baselines else None
+
+
+# section of metrics.json: (task, factor to percent, main measure, [(key, measure)])
+TASKS: dict[str, tuple[str, float, str, list[tuple[str, str]]]] = {
+    "retrieval": (
+        "Retrieval",
+        1.0,
+        "",
+        [(f"{query}_r{k}", f"{what} R@{k}") for query, what in (("txt", "text"), ("img", "image")) for k in (1, 5, 10)],
+    ),
+    "vqa": ("VQA", 1.0, "overall", [("overall", "accuracy"), ("soft_accuracy", "accuracy over the answer list")]),
+    "nlvr": ("NLVR", 100.0, "accuracy", [("accuracy", "accuracy"), ("consistency", "consistency")]),
+}  # fmt: skip
+
+
+def find_scores(metrics: dict[str, Any]) -> list[Score]:
+    """The scores that metrics.json holds, with the baselines recorded beside them."""
+    scores = []
+    for name, (task, factor, main, measures) in TASKS.items():
+        part = metrics.get(name)
+        if not isinstance(part, dict):
+            continue
+        found = [(key, label) for key, label in measures if _number(part.get(key)) is not None]
+        for place, (key, label) in enumerate(found):
+            baselines = _baselines(part, key, key == main, factor)
+            scores.append(Score(task if place == 0 else "", label, part[key] * factor, baselines))
+            kinds = part.get("per_answer_type") if key == "overall" else None
+            for kind, value in kinds.items() if isinstance(kinds, dict) else ():
+                if _number(value) is not None:
+                    scores.append(Score("", str(kind), value * factor, minor=True))
+    return scores
+
+
+def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dict[str, float]:
+    """``chance_KEY``; for the main measure of a task also ``chance``, ``majority_baseline``, ``text_only_baseline``."""
+    found = {}
+    for baseline in BASELINES:
+        names = [f"{baseline}_{key}", *([baseline, f"{baseline}_baseline"] if main else [])]
+        values = [part[name] for name in names if _number(part.get(name)) is not None]
+        if values:
+            found[baseline] = values[0] * factor
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def summary(run: Run) -> Html:
+    """One paragraph: what was done and what came of it, of as much as the run recorded."""
+    metrics, sentences = run.metrics, []
+    ranks, experts, stage = (metrics.get(key) for key in ("world_size", "expert_parallel_size", "zero_stage"))
+    where = f" on {ranks} process{'es' if ranks != 1 else ''}" if ranks else ""
+    spread = ((stage, f"ZeRO stage {stage}"), (experts, f"experts spread over {experts}"))
+    how = ", ".join(text for value, text in spread if value is not None)
+    how = f" ({how})" if how else ""
+    if (losses := _losses(metrics)) is not None:
+        first, last = losses
+        sentences.append(
+            f"A vision-language model was pre-trained by masked prediction of pixels and words{where}{how}; "
+            f"its loss went from {first:.3g} to {last:.3g}{f', {last / first:.0%} of its start' if first > 0 else ''}."
+        )
+    elif where or how:
+        sentences.append(f"This run trained{where}{how}.")
+    by_name = {(score.task, score.measure): score for score in find_scores(metrics)}
+    for key, text in (
+        (("Retrieval", "text R@1"), "finds a caption of a picture at the first try in {} of cases"),
+        (("VQA", "accuracy"), "answers questions about pictures with {} accuracy"),
+        (("NLVR", "accuracy"), "judges statements about two pictures right in {} of cases"),
+    ):
+        if score := by_name.get(key):
+            beside = ", ".join(f"{name.replace('_', ' ')} {percent(value)}" for name, value in score.baselines.items())
+            sentences.append(f"It {text.format(percent(score.value))}{f' ({beside})' if beside else ''}.")
+    if not sentences:
+        sentences.append("The run recorded no scores; what it did leave is shown below.")
+    return tag("p", " ".join(sentences), class_="lead")
+
+
+def _losses(metrics: dict[str, Any]) -> tuple[float, float] | None:
+    part = metrics.get("pretrain")
+    if not isinstance(part, dict):
+        return None
+    first, last = _number(part.get("loss_first")), _number(part.get("loss_last"))
+    return (first, last) if first and last is not None else None
+
+
+def tiles(run: Run) -> Html | None:
+    """The main number of each stage, large."""
+    shown = []
+    if (losses := _losses(run.metrics)) is not None:
+        speed = _number(run.metrics["pretrain"].get("samples_per_second"))
+        beside = f"from {losses[0]:.3g}" + (f", {speed:,.0f} samples/s" if speed else "")
+        shown.append(("Pre-training loss", f"{losses[1]:.3g}", beside))
+    for score in find_scores(run.metrics):
+        if score.task:
+            best = max(score.baselines, key=lambda name: score.baselines[name], default=None)
+            beside = f"{best.replace('_', ' ')} {percent(score.baselines[best])}" if best else "no baseline recorded"
+            shown.append((f"{score.task}: {score.measure}", percent(score.value), beside))
+    if not shown:
+        return None
+    kinds = ("label", "value", "beside")
+    cells = [tag("div", [tag("div", text, class_=kind) for kind, text in zip(kinds, tile, strict=True)], class_="tile")
+             for tile in shown]  # fmt: skip
+    return tag("div", cells, class_="tiles num")
+
+
+def scores_section(run: Run) -> Html:
+    """The table of scores beside chance, the majority answer, and a model that sees no picture."""
+    scores = find_scores(run.metrics)
+    absent = [] if run.single else [task for task, *_ in TASKS.values() if not any(s.task == task for s in scores)]
+    gaps = [missing(f"scores of {task} (metrics.json has none)") for task in absent]
+    if not scores:
+        gaps = gaps or [missing("scores (neither metrics.json nor scores_*.json has any)")]
+        return section("scores", "Scores", gaps)
+    titles = [("Task", ""), ("Measure", ""), ("Score", "n"), ("", ""), ("Chance", "n"), ("Majority answer", "n"),
+              ("Text only", "n"), ("Above the best", "n")]  # fmt: skip
+    head = tag("tr", [tag("th", title, class_=kind or None) for title, kind in titles])
+    table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
+    note = (
+        "All on held-out pictures. Text R@k: share of pictures that have one of their captions among the k ranked "
+        "highest; image R@k: the same for captions and their picture. Bars run from 0 to 100\N{NO-BREAK SPACE}%; the marks on "
+        "them are the baselines: drawing at random, always the most frequent answer, the best model without pictures. "
+        "A dash: not defined or not recorded."
+    )
+    whole = tag(
+        "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))
+    )
+    return section("scores", "Scores", tag("p", note, class_="note"), tag("div", table, class_="wide"), gaps, whole)
+
+
+def _row(score: Score) -> Html:
+    marks = [tag("b", style=f"left: {_clip(value):.1f}%") for value in score.baselines.values()]
+    bar = tag("div", tag("i", style=f"width: {_clip(score.value):.1f}%"), marks, class_="bar")
+    margin = DASH if score.margin is None else f"{score.margin:+.1f}"
+    numbers = [percent(score.baselines[name]) if name in score.baselines else DASH for name in BASELINES]
+    return tag(
+        "tr",
+        tag("th", score.task),
+        tag("td", score.measure),
+        tag("td", percent(score.value), class_="n"),
+        tag("td", bar),
+        [tag("td", text, class_="n") for text in [*numbers, margin]],
+        class_="minor" if score.minor else None,
+    )
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 100.0)

@@ -1,0 +1,86 @@
+"""Every road of launch/README.md, run for real: two ranks, and the losses of the local run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.processes import require, run
+from tests.cluster.runs import TinyRun, losses
+from tests.cluster.ssh import SshHosts
+
+TOLERANCE = 1e-6
+
+
+def assert_same_losses(output: Path, local: Path) -> None:
+    for here, there in zip(losses(output), losses(local), strict=True):
+        assert here == pytest.approx(there, abs=TOLERANCE)
+        assert here["loss"] > 0
+
+
+def test_slurm(
+    repository: Path, tiny_run: TinyRun, environment: Mapping[str, str], local: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "job.log"
+    ours = {name: value for name, value in environment.items() if name != "MASTER_PORT"} | slurm
+    job = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    try:
+        run([*job, "launch/slurm/pretrain.sbatch", *tiny_run.arguments(output)], ours, repository)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{log.read_text() if log.exists() else 'no log'}") from None
+    assert "2 ranks on n[1-2], meeting at 127.0.0.1:" in log.read_text()
+    assert_same_losses(output, local)
+
+
+def test_slurm_ends_the_job_when_a_rank_fails(
+    repository: Path, environment: Mapping[str, str], slurm: dict[str, str], tmp_path: Path
+) -> None:
+    log = tmp_path / "job.log"
+    job = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", "launch/slurm/finetune.sbatch"]
+    with pytest.raises(AssertionError, match="exit code 2"):
+        run([*job, "--task=no-such-task"], environment | slurm, repository)
+    assert "no-such-task" in log.read_text()
+
+
+def test_deepspeed_over_two_ssh_hosts(
+    repository: Path, tiny_run: TinyRun, environment: Mapping[str, str], local: Path, ssh_hosts: SshHosts, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    told = run(
+        ["launch/deepspeed/pretrain.sh", *tiny_run.arguments(output)], environment | ssh_hosts.environment, repository
+    )
+    assert "127.0.0.1: " in told and "127.0.0.2: " in told, "both hosts had a part"
+    assert_same_losses(output, local)
+
+
+def test_deepspeed_names_a_missing_hostfile(repository: Path, environment: Mapping[str, str]) -> None:
+    with pytest.raises(AssertionError, match=r"exit code 2\nerror: hostfile /nowhere is not there"):
+        run(["launch/deepspeed/pretrain.sh"], environment | {"HOSTFILE": "/nowhere"}, repository)
+
+
+@pytest.mark.parametrize("meeting_place", ["given", "told through MPI"])
+def test_mpirun(
+    repository: Path, tiny_run: TinyRun, environment: Mapping[str, str], local: Path, tmp_path: Path, meeting_place: str
+) -> None:
+    require("mpirun")
+    output = tmp_path / "run"
+    ours = dict(environment) | {"RANKS": "2", "MPIRUN_ARGS": "--allow-run-as-root --oversubscribe"}
+    if meeting_place == "given":
+        ours["MASTER_ADDR"] = "127.0.0.1"
+    else:
+        del ours["MASTER_PORT"]
+    run(["launch/mpi/pretrain.sh", *tiny_run.arguments(output)], ours, repository)
+    assert_same_losses(output, local)
+
+
+def test_torchrun(
+    repository: Path, tiny_run: TinyRun, environment: Mapping[str, str], local: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    place = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{environment['MASTER_PORT']}"]
+    run([*torchrun, *place, "--module", "eve_ds.pretrain", *tiny_run.arguments(output)], environment, repository)
+    assert_same_losses(output, local)

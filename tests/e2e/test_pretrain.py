@@ -1,0 +1,127 @@
+"""Pre-training as users run it, two ranks: what it leaves behind, resume bit for bit, SIGTERM, a damaged checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.support import ranks
+from tests.support.shards import make_caption_set, tiny_tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    make_caption_set(folder / "captions", rows=24, split="train")
+    make_caption_set(folder / "captions", rows=6, split="val")
+    tiny_tokenizer(folder / "tokenizer")
+    return ["--config=tests/e2e/tiny.yaml", f"--data.path={folder / 'captions'}", f"--data.tokenizer={folder / 'tokenizer'}"]
+
+
+@pytest.fixture(scope="module")
+def straight(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the first step to the last."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    ranks.run("eve_ds.pretrain", [*arguments, f"--output_dir={output}"])
+    return output
+
+
+def records(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def learnt(output: Path) -> list[dict[str, float]]:
+    """What does not depend on the clock, of the training steps."""
+    timed = ("samples_per_second", "step_seconds", "data_wait_fraction")
+    return [{k: v for k, v in record.items() if k not in timed} for record in records(output) if "lr" in record]
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (left, right))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
+    steps = learnt(straight)
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert all(torch.isfinite(torch.tensor(list(record.values()))).all() for record in steps)
+    held_out = [record for record in records(straight) if "val/loss" in record]
+    assert [record["step"] for record in held_out] == [3, 6]
+    assert yaml.safe_load((straight / "config.yaml").read_text())["engine"]["global_batch_size"] == 8
+    assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
+    assert {path.name for path in (straight / "model").iterdir()} == {"model.safetensors", "config.yaml", "tokenizer.json"}
+    samples = json.loads((straight / "samples" / "samples.json").read_text())
+    assert samples["pictures"] and samples["words"]
+    counts = samples["expert_load"]["layers"][0]["counts"]
+    assert len(counts) == 2 and all(len(row) == 4 and sum(row) > 0 for row in counts)
+    assert list((straight / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_the_model_folder_loads_without_a_process_group(straight: Path) -> None:
+    from eve_ds.tasks import load_task_model
+
+    model = load_task_model("pretrain", straight)
+    assert model.backbone.moe_layers()[0].experts.w1.shape == (4, 64, 32)  # the experts of both ranks
+    output = model.backbone(images=torch.zeros(1, 3, 32, 32), text_ids=torch.tensor([[2, 7, 3]]))
+    assert output.hidden.shape == (1, 1 + 16 + 3, 32)
+
+
+def test_resume_is_exact_bit_for_bit(straight: Path, arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    for late in ("checkpoints/step_00000006", "model", "samples"):
+        shutil.rmtree(output / late)
+    text = ranks.run("eve_ds.pretrain", [*arguments, f"--output_dir={output}"])
+    assert "3" in text
+    assert learnt(output) == learnt(straight)
+    assert same_weights(output, straight)
+
+
+def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = [*arguments, f"--output_dir={output}", "--checkpoint.every=0"]
+    started = ranks.start("eve_ds.pretrain", [*options, "--optimizer.total_steps=100000"], 2)
+    deadline = time.monotonic() + ranks.LIMIT
+    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in started), ranks.finish(started)
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)  # one rank is told, all stop at the same step
+    codes, text = ranks.finish(started)
+    assert codes == [0, 0], text
+    (saved,) = (output / "checkpoints").iterdir()
+    last = learnt(output)[-1]["step"]
+    assert saved.name == f"step_{int(last):08d}"
+    assert json.loads((saved / "complete.json").read_text())["topology"] == {
+        "world_size": 2,
+        "expert_parallel_size": 2,
+        "zero_stage": 2,
+    }
+    assert not (output / "model").exists()
+    ranks.run("eve_ds.pretrain", [*options, f"--optimizer.total_steps={int(last) + 2}"])
+    assert [record["step"] for record in learnt(output)] == list(range(1, int(last) + 3))
+
+
+def test_a_checkpoint_of_another_topology_or_damaged_is_refused(straight: Path, arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(straight, output)
+    options = [*arguments, f"--output_dir={output}", "--optimizer.total_steps=8"]
+    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", [*options, "--deepspeed_config=ds_configs/zero1.json"], 2))
+    assert codes == [2, 2]
+    assert text.count("error:") == 1 and "zero_stage 2 (now 1)" in text and "Traceback" not in text
+    victim = max((output / "checkpoints" / "step_00000006").glob("*model_states.pt"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", options, 2))
+    assert codes == [2, 2]
+    assert text.count("error:") == 1 and victim.name in text and "damaged" in text and "Traceback" not in text

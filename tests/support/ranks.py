@@ -1,0 +1,50 @@
+"""Start an entry point as several ranks, as a launcher would: one process each, environment variables, nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LIMIT = 240  # seconds; a hang, not a slow machine
+
+
+def start(module: str, arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
+    """Ranks 0 .. world_size-1 of ``python -m module arguments``, output joined with errors."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Wait for all ranks. Returns their exit codes and what they printed, rank after rank."""
+    try:
+        outputs = [rank.communicate(timeout=LIMIT)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], "".join(outputs)
+
+
+def run(module: str, arguments: list[str], world_size: int = 2) -> str:
+    """Start, wait, and insist on exit code 0; returns the output."""
+    codes, output = finish(start(module, arguments, world_size))
+    assert codes == [0] * world_size, f"{module}: exit codes {codes}\n{output}"
+    return output

@@ -1,0 +1,175 @@
+"""Micro-batches: the same for any world and any number of workers, resumable, finite and padded in evaluation."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds.data.loader import Loader, build_loader
+from eve_ds.data.samples import CaptionSamples, NlvrSamples, Sample, VqaSamples
+from eve_ds.data.transforms import build_transform
+from preprocessing.schema import DataError
+from tests.support.shards import ANSWERS, make_caption_set, make_nlvr_set, make_vqa_set, picture, tiny_tokenizer, write_split
+
+TOKENIZER = tiny_tokenizer()
+TRAIN = build_transform(16, train=True, augmentation="color")
+EVAL = build_transform(16, train=False)
+
+
+def _captions(root: Path, rows: int = 7) -> CaptionSamples:
+    return CaptionSamples(make_caption_set(root, rows=rows, image_size=16), TOKENIZER, TRAIN, 12)
+
+
+def _take(loader: Loader, count: int) -> list[dict[str, torch.Tensor]]:
+    return list(itertools.islice(loader, count))
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_batches(tmp_path: Path) -> None:
+    data = _captions(tmp_path)
+    loader = build_loader(data, micro_batch_size=4, seed=1)
+    batches = _take(loader, 7)  # 28 samples: two epochs of 14
+    assert loader.position == 28 and loader.wait_seconds > 0
+    ids = torch.cat([batch["sample_id"] for batch in batches])
+    assert sorted(ids.tolist()) == list(range(28)) and max(ids[:14]) < 14
+    batch = batches[0]
+    assert batch["images"].shape == (4, 3, 16, 16) and batch["images"].dtype == torch.float32
+    assert batch["text_ids"].shape == batch["text_mask"].shape and batch["image_index"].dtype == torch.int64
+    assert "valid" not in batch
+    with pytest.raises(TypeError):
+        len(loader)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (2, 1)])
+def test_any_world_and_workers_give_the_same_samples(tmp_path: Path, world: int, workers: int) -> None:
+    data = _captions(tmp_path)
+    reference = _take(build_loader(data, micro_batch_size=8, seed=3), 4)
+    ranks = [
+        _take(build_loader(data, micro_batch_size=8 // world, world_size=world, rank=r, seed=3, num_workers=workers), 4)
+        for r in range(world)
+    ]
+    for step, whole in enumerate(reference):
+        for name in ("images", "sample_id", "image_index"):
+            assert torch.equal(torch.cat([rank[step][name] for rank in ranks]), whole[name])
+
+
+def test_workers_give_the_same_batches_and_leave_the_global_stream_alone(tmp_path: Path) -> None:
+    data = _captions(tmp_path)
+    reference = _take(build_loader(data, micro_batch_size=3, seed=3), 6)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches = _take(build_loader(data, micro_batch_size=3, seed=3, num_workers=2), 6)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(_equal(a, b) for a, b in zip(reference, batches, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_mid_epoch_is_exact(tmp_path: Path, workers: int) -> None:
+    data = _captions(tmp_path)
+    whole = _take(build_loader(data, micro_batch_size=4, seed=2), 9)
+    first = build_loader(data, micro_batch_size=4, seed=2, num_workers=workers)
+    _take(first, 5)
+    assert first.position == 20  # what was read ahead does not count
+    again = build_loader(data, micro_batch_size=4, seed=2, start_sample=first.position, num_workers=workers)
+    assert all(_equal(a, b) for a, b in zip(_take(again, 4), whole[5:], strict=True))
+    assert all(_equal(a, b) for a, b in zip(_take(first, 4), whole[5:], strict=True))  # iterated again, it goes on
+    assert first.position == again.position == 36
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("world", [1, 3])
+def test_evaluation(tmp_path: Path, world: int, workers: int) -> None:
+    data = VqaSamples(make_vqa_set(tmp_path, rows=5, image_size=16), TOKENIZER, EVAL, 12, num_answers=len(ANSWERS))
+    for _ in range(2 if world == 1 else 1):
+        ids, invalid = [], 0
+        for rank in range(world):
+            loader = build_loader(
+                data, micro_batch_size=2, world_size=world, rank=rank, train=False, num_workers=workers if rank == 0 else 0
+            )
+            for _ in range(2):  # a second pass starts anew
+                batches = list(loader)
+            assert len(batches) == len(loader) == -(-10 // (2 * world))
+            for batch in batches:
+                assert batch["valid"].dtype == torch.bool and batch["answer_targets"].shape[1] == len(ANSWERS)
+                ids += batch["sample_id"][batch["valid"]].tolist()
+                invalid += int((~batch["valid"]).sum())
+        assert sorted(ids) == list(range(10))
+        assert invalid == (0 if world == 1 else 2)
+
+
+def test_evaluation_limit(tmp_path: Path) -> None:
+    data = NlvrSamples(make_nlvr_set(tmp_path, rows=5, image_size=16), TOKENIZER, EVAL, 12)
+    batches = list(build_loader(data, micro_batch_size=4, train=False, limit=6))
+    assert [batch["question_index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5]]
+    assert batches[0]["images_0"].shape == batches[0]["images_1"].shape == (4, 3, 16, 16)
+    assert len(list(build_loader(data, micro_batch_size=4, train=False, limit=99))) == 3
+
+
+def test_more_readers_than_rows(tmp_path: Path) -> None:
+    data = _captions(tmp_path)
+    with pytest.raises(DataError) as error:
+        build_loader(data, micro_batch_size=1, world_size=2, num_workers=4)
+    text = str(error.value)
+    assert "7 rows" in text and "2 ranks x 4 workers = 8" in text and "data.num_workers" in text and "\n" not in text
+    build_loader(data, micro_batch_size=1, world_size=7)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_row_is_one_line(tmp_path: Path, workers: int) -> None:
+    rows = [
+        {"image": picture(i)[: 60 if i == 3 else None], "caption": ["a"], "image_id": str(i), "split": "train"}
+        for i in range(6)
+    ]
+    data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, EVAL, 12)
+    with pytest.raises(DataError, match=r"shard-00000\.arrow: row 3: .*decoded") as error:
+        _take(build_loader(data, micro_batch_size=2, num_workers=workers), 3)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"rank": 2, "world_size": 2}, {"micro_batch_size": 0}, {"num_workers": -1}])
+def test_impossible_arguments(tmp_path: Path, options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        build_loader(_captions(tmp_path), **{"micro_batch_size": 2, **options})  # type: ignore[arg-type]
+
+
+class _Slow(CaptionSamples):
+    """Decodes in 20 ms, as a slow disk would let it."""
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        time.sleep(0.02)
+        return super().__getitem__(key)
+
+
+def test_reads_ahead_while_the_consumer_works_and_tells_how_long_it_waited(tmp_path: Path) -> None:
+    data = _Slow(make_caption_set(tmp_path, rows=20, image_size=16), TOKENIZER, EVAL, 12)
+    loader = build_loader(data, micro_batch_size=1)
+    batches = iter(loader)
+    next(batches)
+    first_wait = loader.wait_seconds
+    assert first_wait >= 0.02
+    for _ in range(4):
+        time.sleep(0.06)
+        next(batches)
+    assert loader.wait_seconds - first_wait < 0.02
+    for _ in range(6):  # now it is the consumer who waits
+        next(batches)
+    assert loader.wait_seconds - first_wait > 0.04
+
+
+def test_the_thread_ends_with_its_consumer(tmp_path: Path) -> None:
+    batches = iter(build_loader(_captions(tmp_path), micro_batch_size=2))
+    next(batches)
+    assert any(thread.name.startswith("loader") for thread in threading.enumerate())
+    batches.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while any(thread.name.startswith("loader") for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())

@@ -1,0 +1,138 @@
+"""DeepSpeed settings, schedule, parameter groups, run folders: what is decided before a rank trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig
+from eve_ds.engine import distributed, run_folder
+from eve_ds.engine.deepspeed_config import batch_shape, load_deepspeed_config
+from eve_ds.engine.optim import parameter_groups
+from eve_ds.engine.schedule import lr_factor
+from eve_ds.errors import UserError
+from tests.support.tiny import masked_task
+
+
+def settings(tree: object, folder: Path, **engine: object) -> dict[str, object]:
+    path = folder / "ds.json"
+    path.write_text(json.dumps(tree))
+    return load_deepspeed_config(str(path), EngineConfig(global_batch_size=32, **engine), OptimizerConfig(), 2)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload"])
+def test_shipped_settings_are_filled_in(name: str) -> None:
+    engine = EngineConfig(global_batch_size=32, micro_batch_size=4)
+    filled = load_deepspeed_config(f"ds_configs/{name}.json", engine, OptimizerConfig(gradient_clipping=2.0), 2)
+    assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (32, 4)
+    assert (filled["gradient_accumulation_steps"], filled["gradient_clipping"], filled["bf16"]["enabled"]) == (4, 2.0, True)
+    assert "auto" not in json.dumps(filled)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"zero_optimization": {"stage": 0}}, ["stage=0", "stage 1"]),
+        ({}, ["stage=0"]),
+        ({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, ["contiguous_gradients"]),
+        ({"zero_optimization": {"stage": 2, "reduce_scatter": False}}, ["reduce_scatter"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size"]),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, ["optimizer"]),
+        ({"zero_optimization": {"stage": 1}, "train_batch_size": 64}, ["train_batch_size=64", "32"]),
+        ({"zero_optimization": {"stage": 1}, "wall_clock_breakdown": "auto"}, ["wall_clock_breakdown"]),
+    ],
+)
+def test_settings_that_train_wrongly_or_disagree_are_refused(tree: object, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        settings(tree, tmp_path)
+    assert all(word in str(error.value) for word in [str(tmp_path), *words]), str(error.value)
+
+
+def test_unreadable_settings_are_named(tmp_path: Path) -> None:
+    for path, word in ((tmp_path / "none.json", "No such file"), (tmp_path / "bad.json", "not valid JSON")):
+        (tmp_path / "bad.json").write_text("{")
+        with pytest.raises(UserError, match=word):
+            load_deepspeed_config(str(path), EngineConfig(), OptimizerConfig(), 1)
+
+
+def test_the_global_batch_is_shared_evenly() -> None:
+    assert batch_shape(EngineConfig(global_batch_size=64, micro_batch_size=8), 4) == (8, 2)
+    assert batch_shape(EngineConfig(global_batch_size=64), 4) == (16, 1)
+    for total, micro in ((62, None), (64, 7), (0, None)):
+        with pytest.raises(UserError, match="global_batch_size"):
+            batch_shape(EngineConfig(global_batch_size=total, micro_batch_size=micro), 4)
+
+
+def test_expert_parallel_size_must_divide_ranks_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    distributed.check_world(3, 12)
+    for ep_size, experts, word in ((4, 8, "world size 6"), (6, 8, "num_experts=8"), (0, 8, "at least 1")):
+        with pytest.raises(UserError, match=word):
+            distributed.check_world(ep_size, experts)
+
+
+def test_slurm_counts_only_inside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("SLURM_PROCID", "3"), ("SLURM_NTASKS", "8"), ("SLURM_LOCALID", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert distributed.launched_world() == (0, 1, 0)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert distributed.launched_world() == (3, 8, 1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_then_falls(schedule: str) -> None:
+    config = OptimizerConfig(warmup=0.1, schedule=schedule, min_lr_ratio=0.1)  # type: ignore[arg-type]
+    factors = [lr_factor(step, 100, config) for step in range(100)]
+    assert 0 < factors[0] < factors[5] < factors[10] == 1.0
+    assert factors[11:] == sorted(factors[11:], reverse=True)
+    assert factors[-1] == (1.0 if schedule == "constant" else pytest.approx(0.1, abs=0.01))
+    assert lr_factor(55, 100, config) == pytest.approx({"constant": 1.0}.get(schedule, 0.55), abs=1e-9)
+
+
+def test_no_decay_on_biases_norms_scales_tokens_and_positions() -> None:
+    task = masked_task()
+    groups = parameter_groups(task, OptimizerConfig(lr=0.1, head_lr_mult=3, weight_decay=0.5))
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    decays = {names[id(p)]: group["weight_decay"] > 0 for group in groups for p in group["params"]}
+    assert decays.keys() == set(names.values())
+    for name, decay in decays.items():
+        small = name.endswith(("bias", "experts.w3")) or "norm" in name or "vector" in name or "scale" in name
+        small = small or "position" in name or "class" in name or "modality" in name
+        if small:
+            assert not decay, name
+    assert decays["backbone.blocks.1.moe.experts.w1"] and decays["backbone.text_embedding.words.weight"]
+    peaks = {names[id(p)].startswith("backbone."): group["peak_lr"] for group in groups for p in group["params"]}
+    assert peaks == {True: 0.1, False: pytest.approx(0.3)}
+    undecayed = sum(p.numel() for g in groups if not g["weight_decay"] for p in g["params"])
+    assert 0 < undecayed < sum(p.numel() for p in task.parameters()) / 2
+    assert all(isinstance(p, torch.nn.Parameter) for g in groups for p in g["params"])
+
+
+def test_a_run_folder_takes_the_same_run_alone(tmp_path: Path) -> None:
+    config = PretrainConfig(output_dir=str(tmp_path / "run"))
+    assert run_folder.claim(config) == tmp_path / "run"
+    run_folder.claim(config)
+    more = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, total_steps=99))
+    run_folder.claim(more)
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1.0))
+    with pytest.raises(UserError, match=r"holds another run: optimizer.lr is 0.0005 there and 1.0 here"):
+        run_folder.claim(other)
+    again = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume=False))
+    with pytest.raises(UserError, match="resume is false"):
+        run_folder.claim(again)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    for path, word in ((tmp_path, "no run"), (tmp_path / "thesis.tex", "is a file"), ("", "missing")):
+        with pytest.raises(UserError, match=word):
+            run_folder.claim(PretrainConfig(output_dir=str(path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,162 @@
+"""Promises of the backbone: samples do not see each other, padding is nothing, patches may be missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eve_ds.model.backbone import Backbone
+from eve_ds.model.block import SoftBlock
+from eve_ds.model.config import ModelConfig, ModelConfigError
+
+CONFIG = ModelConfig(
+    image_size=16, patch_size=8, dim=16, depth=3, num_heads=2, mlp_hidden=24, vocab_size=20, max_text_length=8,
+    text_positions=8, soft_layers=[1, 2], num_experts=4,
+)  # fmt: skip
+PATCHES = CONFIG.num_patches
+
+
+def make(**changes: object) -> Backbone:
+    torch.manual_seed(0)
+    backbone = Backbone(replace(CONFIG, **changes))
+    with torch.no_grad():  # larger than first values, so that a leak shows
+        for parameter in backbone.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return backbone
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_sample_is_the_same_alone_in_a_batch_and_padded(data: st.DataObject) -> None:
+    backbone = make(num_experts=data.draw(st.integers(2, 5)), top_k=data.draw(st.integers(1, 2))).eval()
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    longest = max(lengths) + data.draw(st.integers(0, 2))
+    with_image = data.draw(st.booleans())
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    images = torch.randn(len(lengths), 3, 16, 16, generator=generator) if with_image else None
+    ids = torch.randint(0, 20, (len(lengths), longest), generator=generator)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    with torch.no_grad():
+        batch = backbone(images, ids, mask).hidden
+        for sample, length in enumerate(lengths):
+            image = images[sample : sample + 1] if with_image else None
+            alone = backbone(image, ids[sample : sample + 1, :length]).hidden
+            torch.testing.assert_close(batch[sample, : alone.shape[1]], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_does_not_count_in_the_auxiliary_loss() -> None:
+    backbone, ids = make().eval(), torch.randint(0, 20, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
+    torch.testing.assert_close(backbone(None, ids, mask).aux_per_layer, backbone(None, ids[:, :4]).aux_per_layer)
+
+
+def test_keeping_all_patches_in_another_order_permutes_the_tokens() -> None:
+    backbone, images = make().eval(), torch.randn(2, 3, 16, 16)
+    order = torch.stack([torch.randperm(PATCHES) for _ in range(2)])
+    whole, shuffled = backbone(images).hidden, backbone(images, patch_keep=order)
+    places = torch.cat([torch.zeros(2, 1, dtype=torch.int64), 1 + order], dim=1)
+    expected = whole.gather(1, places[..., None].expand_as(whole))
+    torch.testing.assert_close(shuffled.hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropped_patches_shorten_the_sequence() -> None:
+    backbone = make().eval()
+    out = backbone(torch.randn(2, 3, 16, 16), torch.randint(0, 20, (2, 5)), None, torch.tensor([[2], [0]]))
+    assert out.hidden.shape == (2, 2 + 5, 16) and out.num_image_tokens == 2
+    assert backbone.moe_layers()[0].last_load.sum(dim=1).tolist() == [2 * 2 * 2, 2 * 5 * 2]
+
+
+def test_every_parameter_but_the_absent_modality_has_a_gradient() -> None:
+    backbone = make()
+    out = backbone(torch.randn(1, 3, 16, 16))
+    (out.hidden.sum() + out.aux_loss).backward()
+    without = {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
+    assert without and all(name.startswith("text_embedding.") or ".text_" in name for name in without)
+    assert not any(".moe." in name for name in without)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_training_repeats_exactly_with_the_same_seed(checkpointed: bool) -> None:
+    backbone = make(drop_path=0.5, checkpoint_activations=checkpointed).train()
+    reference = make(drop_path=0.5).train()
+    images, ids = torch.randn(4, 3, 16, 16), torch.randint(0, 20, (4, 5))
+    for model in (backbone, reference):
+        torch.manual_seed(3)
+        out = model(images, ids)
+        (out.hidden.square().mean() + out.aux_loss).backward()
+    for (name, mine), other in zip(backbone.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
+    backbone = make(drop_path=0.4)
+    assert [block.drop_path for block in backbone.blocks] == pytest.approx([0.0, 0.2, 0.4])
+    block, x = backbone.blocks[2].train(), torch.zeros(4000, 1, 16)
+    torch.manual_seed(0)
+    added = block.add(x, torch.ones_like(x), torch.ones(16))[:, 0, 0]
+    assert sorted(set(added.tolist())) == pytest.approx([0.0, 1 / 0.6])
+    assert (added > 0).float().mean() == pytest.approx(0.6, abs=0.03)
+    assert torch.equal(block.eval().add(x, torch.ones_like(x), torch.ones(16)), torch.ones_like(x))
+
+
+def test_first_values() -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(replace(CONFIG, dim=64, num_experts=2))
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("_scale"):
+            assert (parameter == CONFIG.layer_scale).all()
+        elif name.endswith(("bias", "w3")):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif parameter.ndim > 1:
+            assert 0.017 < parameter.std() < 0.023, name
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    first, second = make().state_dict(), make().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    layers = [block.moe for block in make().blocks if isinstance(block, SoftBlock)]
+    assert not torch.equal(layers[0].experts.w1, layers[1].experts.w1)
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_runs_forward_and_backward_on_the_meta_device(capacity_factor: float | None) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(replace(CONFIG, capacity_factor=capacity_factor))
+        out = backbone(torch.zeros(2, 3, 16, 16), torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5))
+    (out.hidden.sum() + out.aux_loss).backward()
+    assert out.hidden.shape == (2, 1 + PATCHES + 5, 16)
+    assert all(parameter.grad.is_meta for parameter in backbone.parameters())
+
+
+def test_empty_batch() -> None:
+    out = make()(torch.zeros(0, 3, 16, 16), torch.zeros(0, 5, dtype=torch.int64), torch.ones(0, 5))
+    (out.hidden.sum() + out.aux_loss).backward()
+    assert out.hidden.shape == (0, 1 + PATCHES + 5, 16) and out.aux_loss == 0
+
+
+def test_a_model_without_soft_layers_has_no_auxiliary_loss() -> None:
+    out = make(soft_layers=[])(torch.randn(1, 3, 16, 16))
+    assert out.aux_loss == 0 and out.aux_per_layer.shape == (0,)
+
+
+def test_nothing_to_encode_is_an_error() -> None:
+    with pytest.raises(ValueError, match="images, text_ids or both"):
+        make()()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 20}, {"num_heads": 3}, {"patch_size": 0}, {"top_k": 5}, {"soft_layers": [3]},
+        {"max_text_length": 9}, {"capacity_factor": 0.0}, {"drop_path": 1.0},
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_model_names_its_field(changes: dict[str, object]) -> None:
+    with pytest.raises(ModelConfigError, match=f"model.{next(iter(changes))}="):
+        Backbone(replace(CONFIG, **changes))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eve_ds.config import FinetuneConfig, PretrainConfig, known_keys, load_model_config, parse, save
+from eve_ds.errors import UserError
+from eve_ds.finetune_options import expand_options
+from eve_ds.model.config import ModelConfig
+
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "eve_ds" / "configs").glob("*.yaml"))
+
+
+def pretrain(*argv: str) -> PretrainConfig:
+    return parse(PretrainConfig, list(argv), "pretrain")
+
+
+def written(folder: Path, tree: object) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_is_read_whole(path: Path) -> None:
+    root = FinetuneConfig if "task:" in path.read_text() else PretrainConfig
+    config = parse(root, ["--config", str(path)], "program")
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key, value in values.items() if isinstance(values, dict) else []:
+            assert getattr(getattr(config, section), key) == value
+
+
+def test_there_are_recipes_for_all_that_the_readme_names() -> None:
+    names = {path.stem for path in CONFIGS}
+    assert names >= {"tiny_shapes", "pretrain_base", "pretrain_large", "itr_coco", "itr_flickr", "vqa", "nlvr"}
+
+
+def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path: Path) -> None:
+    recipe = written(tmp_path, {"optimizer": {"lr": 0.5, "weight_decay": 0.25}})
+    config = pretrain("--config", recipe, "--optimizer.lr", "0.125", "--output_dir=out")
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.output_dir) == (0.125, 0.25, "out")
+    assert config.optimizer.betas == PretrainConfig().optimizer.betas
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--optimizer.lrr", "1"], ["--optimizer.lrr", "did you mean --optimizer.lr?"]),
+        (["--engine.expert_paralel_size=2"], ["did you mean --engine.expert_parallel_size?"]),
+        (["--optimizer.lr", "fast"], ["optimizer.lr", "fast"]),
+        (["--engine.precision", "fp8"], ["engine.precision", "fp8"]),
+        (["--model.num_heads", "7"], ["model.dim=768", "model.num_heads=7"]),
+        (["--model.top_k", "33"], ["model.top_k=33", "model.num_experts=32"]),
+        (["--model.soft_layers", "[12]"], ["model.soft_layers", "model.depth=12"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
+    ],
+)
+def test_a_bad_option_is_named_in_one_line(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        pretrain(*argv)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"optimizer": {"learning_rate": 1}}, ["'optimizer.learning_rate'"]),
+        ({"optimiser": {"lr": 1}}, ["'optimiser'", "did you mean optimizer?"]),
+        ({"model": 3}, ["'model' is a section"]),
+        ([1, 2], ["mapping"]),
+        ("model: {dim: 3", ["line 1"]),
+    ],
+)
+def test_a_bad_recipe_is_named_with_its_key(tree: object, words: list[str], tmp_path: Path) -> None:
+    recipe = written(tmp_path, tree)
+    with pytest.raises(UserError) as error:
+        pretrain("--config", recipe)
+    assert all(word in str(error.value) for word in [recipe, *words]), str(error.value)
+
+
+def test_the_launchers_local_rank_is_ignored() -> None:
+    assert pretrain("--local_rank=1", "--engine.seed", "3").engine.seed == 3
+    assert pretrain("--local_rank", "1", "--engine.seed", "3").engine.seed == 3
+
+
+def test_print_config_and_help_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--print_config", "--help"):
+        with pytest.raises(SystemExit) as stop:
+            pretrain(option)
+        assert stop.value.code == 0
+    assert "expert_parallel_size" in capsys.readouterr().out
+
+
+def test_a_stored_config_reads_back_equal(tmp_path: Path) -> None:
+    config = pretrain("--model.dim", "96", "--model.num_heads", "4", "--model.capacity_factor", "1.5")
+    save(config, tmp_path / "config.yaml")
+    assert pretrain("--config", str(tmp_path / "config.yaml")) == config
+    assert load_model_config(tmp_path / "config.yaml") == config.model
+
+
+def test_known_keys_reach_every_leaf() -> None:
+    assert {"model", "model.dim", "objective.mode", "checkpoint.keep", "output_dir"} <= set(known_keys(PretrainConfig))
+
+
+def test_short_options_stand_for_the_tree(assets: Path) -> None:
+    argv = ["--task", "vqa", "--bs", "64", "--lr", "0.5", "--lr_mult", "7", "--biattn", "--seed", "5", "--data", "D", "--evaluate"]
+    argv += ["--augmentation", "rand", "--split", "val", "--checkpoint", str(assets / "vqa.safetensors"), "--load_head", "--gc"]
+    rest, defaults = expand_options([*argv, "--vlmo_config", str(assets / "vlmo_config.json")])
+    config = parse(FinetuneConfig, rest, "finetune", defaults)
+    assert (config.task, config.split, config.init_from) == ("vqa", "val", str(assets / "vqa.safetensors"))
+    assert (config.engine.global_batch_size, config.engine.seed, config.data.path) == (64, 5, "D")
+    assert (config.optimizer.lr, config.optimizer.head_lr_mult, config.data.augmentation) == (0.5, 7, "rand")
+    assert config.evaluate and config.load_head and config.model.checkpoint_activations and config.objective.biattn
+    assert (config.model.dim, config.model.depth) == (64, 4)
+
+
+def test_the_checkpoints_model_is_the_default_and_options_win(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "model"
+    save(PretrainConfig(model=ModelConfig(dim=96, num_heads=4)), folder / "config.yaml")
+    (folder / "model.safetensors").write_bytes(b"")
+    rest, defaults = expand_options(["--checkpoint", str(tmp_path / "run"), "--model.image_size", "384"])
+    config = parse(FinetuneConfig, rest, "finetune", defaults)
+    assert (config.model.dim, config.model.num_heads, config.model.image_size) == (96, 4, 384)

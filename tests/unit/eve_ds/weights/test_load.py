@@ -1,0 +1,106 @@
+"""Weights files of all kinds, and strict loading."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eve_ds.model.backbone import Backbone
+from eve_ds.model.config import ModelConfig
+from eve_ds.model.moe import MoE
+from eve_ds.weights import WeightsError, interpolate_positions, load_into, load_state, load_weights
+
+ASSETS = Path(__file__).parents[3] / "assets"
+STATE = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+
+
+class Model(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = Backbone(config)
+
+
+def same(state: dict[str, Tensor]) -> bool:
+    return state.keys() == STATE.keys() and all(torch.equal(state[name], STATE[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "th", "bin"])
+def test_torch_files_wrapped_or_bare(tmp_path: Path, suffix: str) -> None:
+    for content in (STATE, OrderedDict(STATE), {"model": STATE, "epoch": 3}):
+        torch.save(content, tmp_path / f"weights.{suffix}")
+        assert same(load_weights(tmp_path / f"weights.{suffix}"))
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "weights.safetensors")
+    assert same(load_weights(tmp_path / "weights.safetensors"))
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("executed",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": Payload()}, tmp_path / "weights.th")
+    with pytest.raises(WeightsError, match=r"weights\.th: not a readable weights file"):
+        load_weights(tmp_path / "weights.th")
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt", "empty.pt", "list.pt", "notes.txt", "absent.pt"])
+def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "list.pt":
+        torch.save([1, 2], path)
+    elif name != "absent.pt":
+        path.write_bytes(b"" if name == "empty.pt" else b"not weights at all")
+    with pytest.raises(WeightsError) as caught:
+        load_weights(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_differs_is_listed() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    shapes = {"0.weight": (3, 3), "0.bias": (3,), "1.weight": (1, 3), "2.bias": (1,)}
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with pytest.raises(WeightsError) as caught:
+        load_state(module, state, "file.pt")
+    message = str(caught.value)
+    assert message.startswith("file.pt: ")
+    for part in ("missing: 1.bias", "unknown: 2.bias", "0.weight is [3, 3], the model has [3, 2]"):
+        assert part in message
+    state["0.weight"] = torch.ones(3, 2)
+    assert load_state(module, state, "file.pt", may_lack=["1."], may_exceed=["2."]) == (["1.bias"], ["2.bias"])
+    assert (module[0].weight == 1).all()
+
+
+def test_published_file_at_another_picture_size() -> None:
+    config = ModelConfig.from_vlmo(ASSETS / "vlmo_config.json", image_size=48)
+    model = Model(config)
+    load_into(model, ASSETS / "vqa.safetensors", config, may_exceed=["output."])
+    published = load_weights(ASSETS / "vqa.safetensors")["backbone.pos_embed_vision"]
+    assert torch.equal(model.backbone.image_embedding.positions, interpolate_positions(published, 36))
+    assert model.backbone(torch.zeros(1, 3, 48, 48)).hidden.isfinite().all()
+
+
+def test_a_file_of_another_model_is_named() -> None:
+    config = ModelConfig.from_vlmo(ASSETS / "vlmo_config.json", image_size=32)
+    wider = replace(config, dim=32, num_experts=4)
+    with pytest.raises(WeightsError, match=r"vqa\.safetensors: .* unknown: .*experts\.4\.fc1\.bias"):
+        load_into(Model(wider), ASSETS / "vqa.safetensors", wider, may_exceed=["output."])
+
+
+def test_an_expert_parallel_rank_takes_its_part() -> None:
+    whole = MoE(4, 6, 8, 2, seed=1)
+    part = MoE(4, 6, 8, 2, seed=2, ep_size=4, ep_rank=3)
+    state = {f"moe.{name}": tensor for name, tensor in whole.state_dict().items()}
+    load_state(nn.ModuleDict({"moe": part}), state, "file")
+    for name in ("w1", "w2", "w3"):
+        assert torch.equal(getattr(part.experts, name), getattr(whole.experts, name)[6:])
