@@ -1,15 +1,16 @@
 """What one gets on VQA v2 without looking at the picture: the number that a score must be read against.
 
-    python -m evaluation.baselines --train-questions Q.json --train-annotations A.json --questions Q.json --annotations A.json --out M.json
+    python -m evaluation.baselines --train-questions Q.json --train-annotations A.json \\
+        --questions Q.json --annotations A.json --out M.json
 
-``majority_baseline`` gives every question the training answer that scores best. ``text_only_baseline`` gives each question the
-answer that scores best over the training questions of the very same words, and the majority answer to words never met:
-no model that sees the words alone can learn more from the training set.
+``majority_baseline`` gives every question the training answer that scores best. ``text_only_baseline`` gives each
+question the answer that scores best over the training questions of the very same words, and the majority answer to
+words never met: no model that sees the words alone can learn more from the training set.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from evaluation import vqa
 from evaluation.files import Parser, run, write_json
 
 Rows = Sequence[Mapping[str, Any]]
+Scores = dict[str, float]
 
 
 def vqa_baselines(
@@ -29,8 +31,8 @@ def vqa_baselines(
         train_annotations, annotations: rows with ``question_id`` and ``answers``.
     """
     words = {row["question_id"]: _key(row["question"]) for row in train_questions}
-    overall: Counter[str] = Counter()
-    by_words: dict[str, Counter[str]] = defaultdict(Counter)
+    overall: Scores = defaultdict(float)
+    by_words: dict[str, Scores] = defaultdict(lambda: defaultdict(float))
     for row in train_annotations:
         for answer, score in _soft_scores(row["answers"]).items():
             overall[answer] += score
@@ -57,7 +59,7 @@ def _soft_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {text: vqa.accuracy(text, texts) for text in dict.fromkeys(texts)}
 
 
-def _best(scores: Counter[str]) -> str:
+def _best(scores: Scores) -> str:
     """The answer of the highest score; the first in the alphabet of equals."""
     return min(scores, key=lambda answer: (-scores[answer], answer))
 

@@ -12,13 +12,13 @@ import re
 import sys
 from pathlib import Path
 
+from evaluation.files import Parser, run, write_text
 from eve_ds.reporting.curves import curves_section, experts_section
 from eve_ds.reporting.examples import example_sections
 from eve_ds.reporting.html import Html, page, tag
 from eve_ds.reporting.provenance import commands_section, config_section
 from eve_ds.reporting.read import Run, read_run
 from eve_ds.reporting.scores import scores_section, summary, tiles
-from evaluation.files import Parser, run, write_text
 
 
 def build(folder: Path) -> Html:

@@ -35,7 +35,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except Image.DecompressionBombError:
             raise BadImage("has too many pixels") from None
         except Exception as error:  # decoders raise whatever they like on broken files
-            raise BadImage("is no image") from error
+            raise BadImage("is of no known format") from error
         if image.width * image.height > max_pixels:
             raise BadImage("has too many pixels")
         try:

@@ -1,4 +1,4 @@
-"""Micro-batches for one rank, read ahead: in order, resumable at any position, the same whatever the number of workers."""
+"""Micro-batches for one rank, read ahead: in order, resumable at any position, the same for any number of workers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class _Failure:
     message: str
 
 
+_Item = tuple[Block, Batch | _Failure]
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Block -> (block, batch), in the shape of a map-style data set, as torch's DataLoader wants it."""
@@ -35,7 +38,7 @@ class _Reader:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, block: Block) -> tuple[Block, Batch | _Failure]:
+    def __getitem__(self, block: Block) -> _Item:
         try:
             samples = [self.dataset[key] for key in zip(block.samples.tolist(), block.epochs.tolist(), strict=True)]
         except DataError as error:
@@ -50,8 +53,8 @@ class Loader:
     """An iterable of this rank's micro-batches; made by `build_loader`. Closing an iterator ends its readers at once.
 
     Attributes:
-        position: samples of all ranks that were handed out, for checkpoints. A training loader goes on from there when it is
-            iterated again; an evaluation loader starts anew.
+        position: samples of all ranks that were handed out, for checkpoints. A training loader goes on from there when
+            it is iterated again; an evaluation loader starts anew.
         wait_seconds: time spent waiting for batches so far.
     """
 
@@ -76,25 +79,32 @@ class Loader:
         if isinstance(self.order, EvalOrder):
             self.position = 0
         source = self._from_workers() if self._num_workers else self._read_ahead()
-        while True:
-            began = time.perf_counter()
-            try:
-                block, batch = next(source)
-            except StopIteration:
-                return
-            finally:
-                self.wait_seconds += time.perf_counter() - began
-            if isinstance(batch, _Failure):
-                raise DataError(batch.message)
-            self.position = block.end
-            yield batch
+        try:
+            while (item := self._next(source)) is not None:
+                block, batch = item
+                if isinstance(batch, _Failure):
+                    raise DataError(batch.message)
+                self.position = block.end
+                yield batch
+        finally:
+            # Ends the readers here and now. Left to the garbage collector (a traceback keeps this frame alive), torch's
+            # queues go before its workers do, and each of these is then waited for in vain for five seconds.
+            del source
 
-    def _from_workers(self) -> Iterator[tuple[Block, Batch | _Failure]]:
+    def _next(self, source: Iterator[_Item]) -> _Item | None:
+        began = time.perf_counter()
+        try:
+            return next(source, None)
+        finally:
+            self.wait_seconds += time.perf_counter() - began
+
+    def _from_workers(self) -> Iterator[_Item]:
         """Read in processes. They live as long as the iterator: an evaluation's do not idle through the training."""
         blocks: Any = self.order.blocks(self.position)
+        reader: Any = self._reader
         return iter(
             DataLoader(
-                self._reader,
+                reader,
                 batch_size=None,  # a block is a batch already
                 sampler=blocks,
                 num_workers=self._num_workers,
@@ -105,10 +115,10 @@ class Loader:
             )
         )
 
-    def _read_ahead(self) -> Iterator[tuple[Block, Batch | _Failure]]:
-        """Read in a thread of this process, `prefetch` batches ahead: decoders and torch release the interpreter lock."""
+    def _read_ahead(self) -> Iterator[_Item]:
+        """Read in a thread of this process, `prefetch` batches ahead; decoders and torch release the interpreter lock."""
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        pending: deque[Future[tuple[Block, Batch | _Failure]]] = deque()
+        pending: deque[Future[_Item]] = deque()
         try:
             for block in self.order.blocks(self.position):
                 pending.append(pool.submit(self._reader.__getitem__, block))
@@ -142,8 +152,8 @@ def build_loader(
 
     Args:
         dataset: one of samples.py.
-        micro_batch_size: samples per rank and micro-batch. How many of them make an optimizer step does not change which
-            samples come (sampler.py says which do).
+        micro_batch_size: samples per rank and micro-batch. How many of them make an optimizer step does not change
+            which samples come (sampler.py says which do).
         world_size, rank: of the data-parallel world.
         train: False for evaluation, whose batches also hold `valid` [B] bool.
         seed: of the order; training alone.
@@ -155,7 +165,8 @@ def build_loader(
     Raises:
         DataError: more ranks x workers than rows. While iterating: an unreadable shard or row, which it names.
     """
-    if min(micro_batch_size, world_size, prefetch, pad_to_multiple) < 1 or num_workers < 0 or not 0 <= rank < world_size:
+    least = min(micro_batch_size, world_size, prefetch, pad_to_multiple)
+    if least < 1 or num_workers < 0 or not 0 <= rank < world_size:
         raise ValueError(
             f"micro_batch_size={micro_batch_size}, world_size={world_size}, prefetch={prefetch}, pad_to_multiple="
             f"{pad_to_multiple} must be at least 1, num_workers={num_workers} at least 0, rank={rank} below world_size"
@@ -165,8 +176,8 @@ def build_loader(
         readers = world_size * max(num_workers, 1)
         if readers > dataset.rows:
             raise DataError(
-                f"{dataset.split.directory}: {dataset.rows} rows are fewer than {world_size} ranks x {max(num_workers, 1)} "
-                f"workers = {readers}; use fewer ranks, lower data.num_workers, or prepare more data"
+                f"{dataset.split.directory}: {dataset.rows} rows are fewer than {world_size} ranks x "
+                f"{max(num_workers, 1)} workers = {readers}; use fewer ranks, lower data.num_workers, or prepare more data"
             )
         order = TrainOrder(len(dataset), micro_batch_size, world_size, rank, seed)
     else:

@@ -1,19 +1,20 @@
 """Which sample comes when: a pure function of (seed, epoch, position), whatever the ranks and the workers.
 
 Training is one endless stream of samples. Position k is epoch k // n, place k % n of that epoch's permutation of the n
-samples, so that each sample occurs exactly once an epoch and none is dropped where epochs meet. The world cuts the stream
-into micro-batches of world_size x m samples one after the other, and each of these contiguously among the ranks:
+samples, so that each sample occurs exactly once an epoch and none is dropped where epochs meet. The world cuts the
+stream into micro-batches of W x m samples one after the other, and each of these contiguously among its W ranks:
 
     position  p                p + m            p + 2m           p + W m
               | rank 0         | rank 1         | rank 2 ...      | next micro-batch: rank 0 ...
 
-A step with gradient accumulation takes the next A micro-batches. Two runs with the same W x m therefore see the same samples
-in every micro-batch, and two runs with the same A x W x m the same samples in every optimizer step; to resume is to start at
-another position. The idea is that of MosaicML streaming; the permutation is keyed, not stored, and takes O(1) memory.
+A step with gradient accumulation takes the next A micro-batches. Two runs with the same W x m therefore see the same
+samples in every micro-batch, and two runs with the same A x W x m the same samples in every optimizer step; to resume
+is to start at another position. The idea is MosaicML streaming's; the permutation is keyed, not stored: O(1) memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) on an array of uint64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def _round_keys(seed: int, epoch: int) -> np.ndarray:
@@ -43,10 +45,10 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """Where an epoch's permutation of 0 .. size - 1 sends `places`.
 
-    A Feistel network (alternating, halves of unequal width allowed) permutes the smallest power of two that holds `size`;
-    values beyond `size` walk on along their cycle until they are back inside (Black and Rogaway, CT-RSA 2002). The domain
-    is at most twice `size`, so that a place takes two passes or fewer on average; sizes under 9 have a domain of 16, since
-    halves of one bit mix badly.
+    A Feistel network (alternating, halves of unequal width allowed) permutes the smallest power of two that holds
+    `size`; values beyond `size` walk on along their cycle until they are back inside (Black and Rogaway, CT-RSA 2002).
+    The domain is at most twice `size`, so that a place takes two passes or fewer on average; sizes under 9 have a
+    domain of 16, since halves of one bit mix badly.
 
     Args:
         places: int64, each at least 0 and below `size`.
@@ -135,7 +137,7 @@ class TrainOrder:
 class EvalOrder:
     """Every sample once, in the order of the shards.
 
-    The last micro-batch is spread evenly over the ranks: ceil(rest / W) samples each, and what that exceeds the data (fewer
+    The last micro-batch is spread evenly over the ranks: ceil(rest / W) samples each, and what exceeds the data (fewer
     than W samples) repeats the first ones with `valid` False. All ranks make equally many batches of equal sizes.
 
     Args:
@@ -151,7 +153,7 @@ class EvalOrder:
     rank: int = 0
 
     def __len__(self) -> int:
-        return -(-self.size // (self.world_size * self.micro_batch_size))
+        return math.ceil(self.size / (self.world_size * self.micro_batch_size))
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """This rank's share of every micro-batch from sample `start` on."""

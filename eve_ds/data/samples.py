@@ -1,8 +1,8 @@
 """Map-style data sets over prepared shards: dataset[sample, epoch] -> what one sample adds to a batch.
 
-A sample is (row, caption index), for VQA (row, question index), for NLVR (row, statement index). Its `sample_id`, which all
-random choices made for it depend on, is epoch x n + sample: unique in a run, the same on any rank and in any batch. The
-look-ups (caption, question, identifier ...) are for evaluation and reports.
+A sample is (row, caption index), for VQA (row, question index), for NLVR (row, statement index). Its `sample_id`, which
+all random choices made for it depend on, is epoch x n + sample: unique in a run, the same on any rank and in any batch.
+The look-ups (text, question_id, identifier ...) are for evaluation and reports.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Samples:
             )
         if vocab_size is not None and tokenizer.vocab_size > vocab_size:
             raise DataError(
-                f"{tokenizer.path or 'tokenizer'}: its token ids go up to {tokenizer.vocab_size - 1}, beyond the model's "
-                f"vocabulary; set model.vocab_size to {tokenizer.vocab_size} or train a tokenizer of at most {vocab_size}"
+                f"{tokenizer.path or 'tokenizer'}: its token ids go up to {tokenizer.vocab_size - 1}, beyond the "
+                f"model's vocabulary; set model.vocab_size to {tokenizer.vocab_size}, or train a tokenizer of at most "
+                f"{vocab_size} entries"
             )
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class Samples:
         try:
             return self.transform(data, sample_id, mirror, picture)
         except DataError as error:
-            raise DataError(f"{row.where}: {error}; prepare the split again, which drops and lists such pictures") from error
+            raise DataError(f"{row.where}: {error}; prepare the split again to drop such pictures") from error
 
 
 class CaptionSamples(Samples):
@@ -136,9 +137,9 @@ class CaptionSamples(Samples):
 
 
 class CaptionImages(CaptionSamples):
-    """Every picture of a caption split once, without text: dataset[image_index, epoch] -> images, sample_id, image_index.
+    """Every picture of a caption split once, without text.
 
-    `sample_id` equals the picture's row in epoch 0.
+    dataset[image_index, epoch] -> images, sample_id (in evaluation the image_index), image_index
     """
 
     def __len__(self) -> int:
@@ -151,7 +152,10 @@ class CaptionImages(CaptionSamples):
 
 
 class CaptionTexts(CaptionSamples):
-    """Every caption of a caption split once, no picture decoded: dataset[sample, epoch] -> text_ids, sample_id, image_index."""
+    """Every caption of a caption split once; no picture is decoded.
+
+    dataset[sample, epoch] -> text_ids, sample_id, image_index
+    """
 
     def __getitem__(self, key: Key) -> Sample:
         image_index, row, item = self.split.sample(int(key[0]))
@@ -165,8 +169,8 @@ class VqaSamples(Samples):
     Args:
         num_answers: length A of the answer list; the model's classes.
 
-    dataset[sample, epoch] -> images, text_ids, sample_id, question_id, answer_targets [A] float32 soft scores (zeros where
-    the answers are unknown or none is in the list)
+    dataset[sample, epoch] -> images, text_ids, sample_id, question_id, answer_targets [A] float32 soft scores (zeros
+    where the answers are unknown or none is in the list)
     """
 
     kind = "vqa"
@@ -222,8 +226,8 @@ class VqaSamples(Samples):
 class NlvrSamples(Samples):
     """Pairs of pictures with statements; a sample is one statement with its pair.
 
-    dataset[sample, epoch] -> images_0 (left), images_1 (right), text_ids, sample_id, label (1 true, 0 false, -1 unknown),
-    question_index (the sample)
+    dataset[sample, epoch] -> images_0 (left), images_1 (right), text_ids, sample_id, label (1 true, 0 false, -1
+    unknown), question_index (the sample)
     """
 
     kind = "nlvr"

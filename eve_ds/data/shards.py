@@ -1,8 +1,8 @@
 """Prepared shards, read in place: memory-mapped Arrow IPC files, one row touched at a time, exact random access.
 
-Nothing is opened before it is asked for: counts come from the manifest, a shard is mapped at its first row, and a sample's
-row is found by bisection in the list offsets that Arrow stores anyway. So a split of any size opens in the time of one
-JSON file and one `stat` a shard, and holds no index in memory beyond a few numbers a shard.
+Nothing is opened before it is asked for: counts come from the manifest, a shard is mapped when a row of it is wanted,
+and a sample's row is found by bisection in the list offsets that Arrow stores anyway. So a split of any size opens in
+the time of one JSON file and one `stat` a shard, and holds no index in memory beyond a few numbers a shard.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,9 @@ _OPEN_SHARDS = 128
 _OPTIONAL_COLUMNS = ("image_id", "split")
 
 
-class Row(NamedTuple):
-    """One row of a shard. It keeps the shard mapped for as long as it lives, and copies only the cells that are asked for."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a shard: keeps the shard mapped as long as it lives, and copies only the cells that are asked for."""
 
     batch: pa.RecordBatch
     index: int  # within the batch
@@ -176,7 +177,7 @@ class Split:
         kind = schema.field(SAMPLE_COLUMN[self.kind]).type
         if not (pa.types.is_list(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(
-                f"{path}: column {SAMPLE_COLUMN[self.kind]!r} is {kind}, not a string or a list of them; prepare it again"
+                f"{path}: column {SAMPLE_COLUMN[self.kind]!r} is {kind}, not a string or a list; prepare it again"
             )
 
 
@@ -186,7 +187,7 @@ def _sample_starts(column: pa.Array) -> np.ndarray:
     A plain string column (as EVE's scripts write it) has one sample a row.
     """
     if isinstance(column, pa.ListArray):
-        return column.offsets.to_numpy()
+        return cast(np.ndarray, column.offsets.to_numpy())
     return np.arange(len(column) + 1)
 
 
@@ -204,10 +205,10 @@ def _check_file(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}, but the manifest lists it; copy it again or prepare the split again") from None
+        raise DataError(f"{path}: {error.strerror}, but the manifest lists it; copy or prepare it again") from None
     if found != size:
         raise DataError(
-            f"{path}: {found} bytes, the manifest says {size}: truncated or changed; copy it again or prepare the split again"
+            f"{path}: {found} bytes, the manifest says {size}: truncated or changed; copy or prepare it again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures: from the bytes of a file to an upright RGB square, augmented by draws that depend on the sample alone.
+"""Pictures: from a file's bytes to an upright RGB square, augmented by draws that depend on the sample alone.
 
 EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, colour jitter or
 RandAugment in training; a straight bicubic resize to a square in evaluation; mean = std = 0.5 throughout. Pillow and numpy
@@ -103,7 +103,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """RandomResizedCrop's box (left, top, right, bottom), pixels, as torchvision's `RandomResizedCrop.get_params` draws it.
+    """RandomResizedCrop's box (left, top, right, bottom), pixels, as torchvision's `get_params` draws it.
 
     Args:
         draw: source of randomness.
@@ -130,7 +130,7 @@ def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, f
 
 
 def color_jitter(image: Image.Image, draw: random.Random) -> Image.Image:
-    """Brightness, contrast and saturation, each by a factor from 0.6 to 1.4, in random order (torchvision's ColorJitter)."""
+    """Brightness, contrast and saturation by factors from 0.6 to 1.4, in random order (torchvision's ColorJitter)."""
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     while enhancers:
         enhancer = enhancers.pop(int(draw.random() * len(enhancers)))
@@ -260,5 +260,5 @@ def denormalize(images: Tensor) -> np.ndarray:
 
 
 def _uniform(draw: random.Random, low: float, high: float) -> float:
-    # Python promises that random() stays the same from version to version, and nothing of the kind for its other methods.
+    # Python promises that random() stays the same from version to version, but not its other methods.
     return low + (high - low) * draw.random()

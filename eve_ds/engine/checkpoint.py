@@ -13,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 
 COMPLETE = "complete.json"
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's files need beyond tensors
 MISLEADING = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed copies these in; with experts they lose weights in silence
 
 

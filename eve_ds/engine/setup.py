@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -114,7 +115,8 @@ def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = N
     layer = functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=launched_world()[0] % ep_size)
     backbone = Backbone(config.model, moe_layer=layer)
     if isinstance(config, PretrainConfig):
-        return MaskedModelling(backbone, config.objective, tokenizer.mask_id)
+        objective = dataclasses.replace(config.objective, seed=config.objective.seed + config.engine.seed)
+        return MaskedModelling(backbone, objective, tokenizer.mask_id)
     objective = config.objective
     if isinstance(samples, VqaSamples):
         return VQA(backbone, samples.num_answers, objective.head_hidden)

@@ -10,7 +10,7 @@ import numpy as np
 
 from eve_ds.reporting.charts import Line, line_chart
 from eve_ds.reporting.html import Html, missing, section, tag
-from eve_ds.reporting.read import STAGES, Curve, Run, Stage
+from eve_ds.reporting.read import SINGLE, STAGES, Curve, Run, Stage
 
 TITLES = {
     "loss": "Loss",
@@ -49,7 +49,7 @@ def _absent(name: str) -> Html:
 
 
 def _stage(stage: Stage) -> Html:
-    head = tag("h3", stage.title) if stage.title else None
+    head = None if stage.name == SINGLE else tag("h3", stage.title)
     groups = group_curves(stage.curves)
     if not groups:
         return Html((head or "") + missing(f"{stage.file('metrics.jsonl')} (or a record in it)"))

@@ -160,28 +160,31 @@ def _score(result: dict[str, Any]) -> str:
 
 
 def _questions(rows: Rows, pictures: Pictures) -> Html:
-    right = [row for row in rows if (row.get("score") or 0) > 0]
-    wrong = [row for row in rows if not (row.get("score") or 0) > 0]
+    right = [row for row in rows if _earned(row) > 0]
+    wrong = [row for row in rows if _earned(row) == 0]
     note = "Right: at least one person gave that answer. The score is the share of full accuracy that it earns."
     return Html(tag("p", note, class_="note") + _two_groups(right, wrong, lambda row: _question(row, pictures)))
 
 
 def _question(row: dict[str, Any], pictures: Pictures) -> Html:
-    score = float(row.get("score") or 0)
+    score = _earned(row)
+    kind, mark = ("right", "✓") if score > 0 else ("wrong", "✗")
     answers = row.get("answers")
     people = ", ".join(str(answer) for answer in answers) if isinstance(answers, list) else str(answers or "")
-    verdict = tag(
-        "span", ("✓ " if score > 0 else "✗ ") + str(row.get("predicted", "")), class_="right" if score > 0 else "wrong"
-    )
+    verdict = tag("span", f"{mark} {row.get('predicted', '')}", class_=kind)
     text = tag(
         "div",
         tag("p", str(row.get("question", ""))),
         tag("p", verdict, tag("span", f" · score {score:.2g}", class_="fine")),
         tag("p", f"people: {people or 'nothing that is in the answer list'}", class_="fine"),
     )
-    return tag(
-        "div", tag("div", pictures.show(row.get("image"), "picture asked about"), text, class_="side"), class_="card"
-    )
+    shown = pictures.show(row.get("image"), "picture asked about")
+    return tag("div", tag("div", shown, text, class_="side"), class_="card")
+
+
+def _earned(row: dict[str, Any]) -> float:
+    score = row.get("score")
+    return float(score) if isinstance(score, int | float) else 0.0
 
 
 def _statements(rows: Rows, pictures: Pictures) -> Html:

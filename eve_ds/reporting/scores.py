@@ -159,9 +159,9 @@ def scores_section(run: Run) -> Html:
     table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
     note = (
         "All on held-out pictures. Text R@k: share of pictures that have one of their captions among the k ranked "
-        "highest; image R@k: the same for captions and their picture. Bars run from 0 to 100\N{NO-BREAK SPACE}%; the marks on "
-        "them are the baselines: drawing at random, always the most frequent answer, the best model without pictures. "
-        "A dash: not defined or not recorded."
+        "highest; image R@k: the same for captions and their picture. The marks on the bars are the baselines: "
+        "drawing at random, always the most frequent answer, the best model without pictures. A dash: not defined or "
+        "not recorded."
     )
     whole = tag(
         "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))

@@ -36,7 +36,7 @@ class ObjectiveConfig:
         decoder_dim: width of the pixel decoder; a multiple of 4 and of ``decoder_heads``.
         decoder_depth: blocks of the pixel decoder.
         decoder_heads: its attention heads.
-        seed: of the masks.
+        seed: of the masks; the engine's seed is added to it.
     """
 
     mode: Literal["separate", "joint"] = "separate"
@@ -64,7 +64,7 @@ class ObjectiveConfig:
 
 @dataclass
 class _Picture:
-    """Rebuilt patches: predicted, target [B, M, 3 p p] float32, each patch with mean 0 and deviation 1; masked [B, M]."""
+    """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (mean 0, deviation 1 a patch); masked [B, M]."""
 
     predicted: Tensor
     target: Tensor

@@ -57,7 +57,7 @@ class VQA(Task):
         return TaskOutput(loss_sum / count + aux, metrics)
 
     def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """``question_id``, ``answer`` (index into the answer list), its ``probability`` and its soft ``score``; [B] each."""
+        """``question_id``, ``answer`` (its index), the answer's ``probability`` and soft ``score``; [B] each."""
         batch = valid_rows(batch)
         with evaluating(self):
             logits = self.predict(batch["images"], batch["text_ids"], batch["text_mask"])

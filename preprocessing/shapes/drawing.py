@@ -1,4 +1,4 @@
-"""Scenes -> pictures: 64x64 RGB, anti-aliased shapes on a light, slightly noisy ground; and PNG bytes."""
+"""Scenes -> pictures: 64x64 RGB, anti-aliased shapes on a light, shaded, slightly noisy ground; and PNG bytes."""
 
 import io
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ _RGB = {
 _RADIUS = {"small": 4.0, "large": 6.5}  # of the circle, in pixels
 _SHIFT = {"small": 2, "large": 1}  # how far an object may sit off the middle of its cell
 _COLOR_JITTER = 14
-_NOISE = 5
+_SHADE = 22  # how much lighter or darker the ground is at an edge than in the middle: masked patches can be told from seen ones
+_NOISE = 2
 _SUPERSAMPLE = 8
 
 
@@ -63,7 +64,10 @@ def _sprites() -> np.ndarray:
 def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     """Pictures of `scenes`: [len(scenes), SIDE, SIDE, 3] uint8. `rng` sets ground, noise, shifts and colour jitter."""
     count = len(scenes)
-    ground = rng.integers(205, 244, size=(count, 1, 1, 1)) + rng.integers(-6, 7, size=(count, 1, 1, 3))
+    ground = rng.integers(200, 214, size=(count, 1, 1, 1)) + rng.integers(-6, 7, size=(count, 1, 1, 3))
+    angle = rng.uniform(0, 2 * np.pi, size=(count, 1, 1, 1))
+    ticks = np.linspace(-1, 1, SIDE)
+    ground = ground + _SHADE * (np.cos(angle) * ticks[None, None, :, None] + np.sin(angle) * ticks[None, :, None, None])
     # Noise in blocks of 2x2 pixels, alike in the three channels: files stay a quarter the size.
     noise = rng.integers(-_NOISE, _NOISE + 1, size=(count, SIDE // 2, SIDE // 2, 1), dtype=np.int8)
     pictures = ground.astype(np.float32) + noise.repeat(2, axis=1).repeat(2, axis=2)
@@ -81,7 +85,7 @@ def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     cells = pictures.reshape(count, GRID, CELL, GRID, CELL, 3)  # a view: writing to it draws
     under = cells[owner, row, :, column]
     cells[owner, row, :, column] = under + cover * (color[:, None, None, :] - under)
-    return (pictures + 0.5).astype(np.uint8)  # the ground stays within 194..254, and so does what is mixed with it
+    return (pictures + 0.5).astype(np.uint8)  # the ground stays within 160..253, and so does what is mixed with it
 
 
 def to_png(picture: np.ndarray) -> bytes:

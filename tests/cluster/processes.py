@@ -31,18 +31,22 @@ def system_program(name: str) -> str:
     return found
 
 
+# Below those that the kernel gives to outgoing connections; none is handed out twice, for its user may come later.
+_candidates = iter(range(20011 + os.getpid() % 2000, 32000))
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, below those that the kernel gives to outgoing connections."""
-    ports: list[int] = []
-    with contextlib.ExitStack() as held:
-        for port in range(20011 + os.getpid() % 2000, 32000):
-            if len(ports) == count:
-                break
-            probe = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                ports.append(port)
-    return ports
+    """Ports that nobody listens on and that no other caller has got."""
+    return [next(port for port in _candidates if _is_free(port)) for _ in range(count)]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def run(command: Sequence[str | Path], env: Mapping[str, str], cwd: Path, timeout: float = 240) -> str:

@@ -11,10 +11,10 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.cluster.processes import free_ports, require, stop_processes, system_program, wait_until
+from tests.cluster.processes import free_ports, require, run, stop_processes, system_program, wait_until
 
 CONFIG = """\
 ClusterName=tiny
@@ -78,6 +78,25 @@ def two_node_slurm() -> Iterator[dict[str, str]]:
             stop_processes(folder)
             for daemon in daemons:
                 daemon.wait()
+
+
+def submit(job: Sequence[str | Path], environment: Mapping[str, str], cwd: Path) -> str:
+    """Submit ``job`` (what follows ``sbatch`` on the command line) and return its number."""
+    return run(["sbatch", "--parsable", *job], environment, cwd).strip()
+
+
+def ended(number: str, environment: Mapping[str, str], cwd: Path, seconds: float = 240) -> str:
+    """Wait for the job's end and return its last state, as in COMPLETED. (``sbatch --wait`` looks once in ten seconds.)"""
+    state = ""
+
+    def is_over() -> bool:
+        nonlocal state
+        told = run(["scontrol", "show", "job", number], environment, cwd)
+        state = told.partition("JobState=")[2].split()[0]
+        return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+
+    wait_until(is_over, f"the end of job {number}", seconds)
+    return state
 
 
 def _configure(folder: Path) -> None:

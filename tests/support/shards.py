@@ -43,7 +43,7 @@ def write_split(
 ) -> Path:
     """Write rows (column -> value) as shards with their manifest; `folder` is the split's own. Returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
+    shards: list[dict[str, Any]] = []
     for start in range(0, len(rows), shard_rows):
         part = list(rows[start : start + shard_rows])
         path = folder / f"shard-{len(shards):05d}.arrow"
@@ -81,7 +81,7 @@ def write_manifest(folder: Path, kind: str, split: str, shards: Sequence[dict[st
 def make_caption_set(
     root: Path, rows: int = 10, split: str = "train", captions: int = 2, image_size: int = 32, **layout: int
 ) -> Path:
-    """`rows` pictures with `captions` captions each in root/split; `layout`: shard_rows, batch_rows. Returns that folder."""
+    """`rows` pictures with `captions` captions each in root/split; layout: shard_rows, batch_rows. Returns it."""
     table = [
         {
             "image": picture(i, image_size),
@@ -97,7 +97,7 @@ def make_caption_set(
 def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
     """`rows` pictures with two questions each in root/split, and root/answer_list.json (ANSWERS). Returns root/split.
 
-    Question ids are 10 x row and 10 x row + 1; the first is yes/no, the second asks for the colour (score 0.9, and 0.3 yes).
+    Question ids are 10 x row and 10 x row + 1; the first is yes/no, the second asks for the colour (scores: it 0.9, yes 0.3).
     """
     table = []
     for i in range(rows):
@@ -124,7 +124,7 @@ def make_nlvr_set(root: Path, rows: int = 10, split: str = "train", image_size: 
         {
             "image_0": picture(i, image_size),
             "image_1": picture(i + 4, image_size),
-            "questions": [f"both pictures show a {COLORS[i % 4]} square", f"both pictures show a {COLORS[(i + 1) % 4]} square"],
+            "questions": [f"both pictures show a {color} square" for color in (COLORS[i % 4], COLORS[(i + 1) % 4])],
             "answers": ["True", "False"],
             "identifier": [f"{split}-{i}-0-0", f"{split}-{i}-0-1"],
             "split": split,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from eve_ds.data.sampler import EvalOrder, TrainOrder, permute
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     size=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 1000, 1025])),
     seed=st.integers(0, 2**64 - 1),
@@ -35,7 +35,7 @@ def test_permutation_needs_no_table() -> None:
 def test_permutation_depends_on_seed_and_epoch_and_shuffles() -> None:
     size = 1000
     images = [permute(np.arange(size), size, seed, epoch) for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]]
-    for one, other in itertools.combinations(images, 2):
+    for one, other in combinations(images, 2):
         assert (one == other).sum() < 15  # one is expected by chance
         assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
     for image in images:
@@ -45,11 +45,11 @@ def test_permutation_depends_on_seed_and_epoch_and_shuffles() -> None:
 
 def test_small_permutations_are_all_reached_about_equally() -> None:
     counts: dict[tuple[int, ...], int] = {}
-    for epoch in range(2400):
+    for epoch in range(1200):
         key = tuple(permute(np.arange(4), 4, 0, epoch).tolist())
         counts[key] = counts.get(key, 0) + 1
     assert len(counts) == 24
-    assert min(counts.values()) > 50 and max(counts.values()) < 200
+    assert min(counts.values()) > 20 and max(counts.values()) < 100
 
 
 def test_order_is_pinned() -> None:
@@ -83,7 +83,7 @@ def test_any_accumulation_sees_the_same_steps(world: int, accumulation: int) -> 
     reference = _micro_batches(37, global_batch, 1, 6)
     micro = global_batch // world // accumulation
     parts = _micro_batches(37, micro, world, 6 * accumulation)
-    steps = [sum(parts[k : k + accumulation], []) for k in range(0, len(parts), accumulation)]
+    steps = [list(chain(*parts[k : k + accumulation])) for k in range(0, len(parts), accumulation)]
     assert steps == reference
 
 
@@ -94,14 +94,14 @@ def test_resume_mid_epoch_in_another_world(world: int) -> None:
 
 
 def test_every_sample_once_an_epoch_across_micro_batch_borders() -> None:
-    stream = sum(_micro_batches(37, 4, 2, 14), [])[: 3 * 37]
+    stream = list(chain(*_micro_batches(37, 4, 2, 14)))[: 3 * 37]
     for epoch in range(3):
         part = stream[epoch * 37 : (epoch + 1) * 37]
         assert {e for e, _ in part} == {epoch}
         assert sorted(s for _, s in part) == list(range(37))
 
 
-@pytest.mark.parametrize(("size", "micro", "world"), [(10, 4, 1), (10, 4, 2), (7, 2, 4), (8, 2, 4), (3, 2, 8), (1, 5, 3)])
+@pytest.mark.parametrize("size,micro,world", [(10, 4, 1), (10, 4, 2), (7, 2, 4), (8, 2, 4), (3, 2, 8), (1, 5, 3)])
 def test_evaluation_covers_each_sample_once(size: int, micro: int, world: int) -> None:
     orders = [EvalOrder(size, micro, world, rank) for rank in range(world)]
     seen = []

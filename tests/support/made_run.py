@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image, ImageDraw
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
@@ -128,8 +127,3 @@ def make_run(folder: Path) -> Path:
         {"title": "Pre-train", "command": f"deepspeed --module eve_ds.pretrain --note {HOSTILE}", "seconds": 118},
     ])  # fmt: skip
     return folder
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "demo")

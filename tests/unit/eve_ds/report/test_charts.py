@@ -1,0 +1,79 @@
+"""Charts: what is averaged away, what is not, and that the page's colours reach them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from eve_ds.reporting.charts import Line, condense, line_chart, running_mean
+from eve_ds.reporting.curves import group_curves
+from eve_ds.reporting.read import Curve
+
+
+def curve(values: list[float]) -> Curve:
+    return Curve([float(step) for step in range(1, len(values) + 1)], values)
+
+
+def test_short_curves_are_drawn_as_they_are() -> None:
+    steps, values = condense(curve([3, 1, 2]))
+    assert (steps.tolist(), values.tolist()) == ([1, 2, 3], [3, 1, 2])
+
+
+def test_long_curves_become_means_of_equal_stretches() -> None:
+    steps, values = condense(curve([float(i) for i in range(1000)]), points=10)
+    assert values.tolist() == [49.5 + 100 * i for i in range(10)]
+    assert steps.tolist() == [50.5 + 100 * i for i in range(10)]
+
+
+def test_not_finite_values_are_left_out_of_means_and_gaps_where_nothing_else_is() -> None:
+    _, values = condense(curve([1, math.nan, 3, math.nan, math.nan, math.nan, math.inf, 5]), points=4)
+    assert values[0] == 1
+    assert values[1] == 3
+    assert math.isnan(values[2])
+    assert values[3] == 5
+
+
+def test_running_mean() -> None:
+    assert running_mean(np.full(50, 2.0)) == pytest.approx(np.full(50, 2.0))
+    line = np.arange(101.0)
+    assert running_mean(line)[10:90] == pytest.approx(line[10:90])
+    noisy = np.where(np.arange(100) % 2, 1.0, np.nan)
+    assert running_mean(noisy, window=0.1) == pytest.approx(np.ones(100))
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0], [math.nan] * 3, [1e-5, 3e-5], [0.0] * 500, [1e9, -1e9]])
+def test_any_curve_can_be_drawn(values: list[float]) -> None:
+    svg = line_chart(
+        'a "chart" of <this> & that', [Line("training", curve(values)), Line("held out", curve(values), 1, dots=True)]
+    )
+    assert svg.startswith("<svg viewBox=")
+    assert 'aria-label="a &quot;chart&quot; of &lt;this> &amp; that: training, held out"' in svg
+    assert "#0" not in svg
+    assert "http" not in svg
+    assert "<style" not in svg
+
+
+def test_colours_come_from_the_page() -> None:
+    svg = line_chart("x", [Line("training", curve([1.0, 2.0])), Line("held out", curve([1.0, 2.0]), 1)])
+    for variable in ("var(--c1)", "var(--c2)", "var(--grid)", "var(--muted)"):
+        assert variable in svg
+
+
+def test_curves_of_one_name_share_a_chart_and_losses_come_first() -> None:
+    names = [
+        "step",
+        "lr",
+        "samples_per_second",
+        "odd",
+        "mim_loss",
+        "loss",
+        "val/loss",
+        "val/txt_r1",
+        "val/txt_r5",
+        "epoch",
+    ]
+    groups = group_curves({name: curve([1.0]) for name in names} | {"gone": curve([math.nan])})
+    assert list(groups) == ["loss", "mim_loss", "odd", "txt_r1", "lr", "samples_per_second"]
+    assert list(groups["loss"]) == ["", "val"]

@@ -1,0 +1,215 @@
+"""The page: whole, self-contained, escaped; what is missing is said to be missing; bad folders are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from evaluation.files import run
+from eve_ds.report import build, main
+from tests.support.made_run import make_run
+
+ROOT = Path(__file__).parents[4]
+VOID = {"img", "meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and collects what the tests look at."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+    def missing(self) -> int:
+        return sum(attributes.get("class") == "missing" for _, attributes in self.tags)
+
+
+def test_command_writes_a_page_that_needs_nothing_from_outside(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "report.html"
+    command = [sys.executable, "-m", "eve_ds.report", "--run", str(run_folder), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    content = out.read_text(encoding="utf-8")
+    assert "http" not in content
+    assert "@import" not in content
+    assert "url(http" not in content
+    page = Page(content)
+    for name, attributes in page.tags:
+        assert name not in ("script", "link", "iframe", "object")
+        for attribute in ("src", "href", "xlink:href", "srcset"):
+            assert (attributes.get(attribute) or "#").startswith(("#", "data:image/"))
+    anchors = {attributes.get("id") for name, attributes in page.tags if name == "section"}
+    links = {(attributes.get("href") or "")[1:] for name, attributes in page.tags if name == "a"}
+    assert links == anchors
+    assert len(links) == 11
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "demo")
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build(make_run(tmp_path_factory.mktemp("whole") / "demo"))
+
+
+def test_all_that_the_run_recorded_is_there(content: str) -> None:
+    page = Page(content)
+    how = "on 2 processes (ZeRO stage 2, experts spread over 2); its loss went from 4.1 to 1.2, 29% of its start"
+    scores = ["71.5", "0.5", "78.3", "21.0", "41.7", "74.2", "50.0", "31.1"]
+    samples = ["yes/no", "a caption about 9", "both pictures have a circle", "what colour is shape 1?"]
+    titles = ["Masked pictures: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
+    for text in (how, "+36.6", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s together"):
+        assert text in page.text
+    assert page.count("img") == 6 * 3 + 3 * 5 + 2 + 4 + 4 * 2
+    assert page.count("svg") == 7 + 8 + 5 + 6
+    hits = [a for name, a in page.tags if name == "figure" and a.get("class") == "hit"]
+    assert len(hits) == 2  # of three captions one does not find its picture
+    assert page.missing() == 3  # the configs of the three stages that have none
+
+
+def test_words_join_as_they_were_written(content: str) -> None:
+    text = Page(content).text
+    assert "a red circle left of the a square" in text
+    assert "Here 1 of 3 are right." in text
+    assert "[CLS]" not in text
+
+
+def test_text_never_becomes_markup(content: str) -> None:
+    assert "<script" not in content
+    assert "<b>plain" not in content
+    assert "<x>" not in content
+    text = Page(content).text
+    assert "<script>alert('x')</script> & \"quotes\"" in text
+    assert "note: <b>plain</b>" in text
+    assert "other <x>" in text
+
+
+def test_the_same_folder_gives_the_same_page(run_folder: Path) -> None:
+    assert build(run_folder / "vqa") == build(run_folder / "vqa")
+
+
+def test_what_is_missing_is_said_to_be_missing(run_folder: Path) -> None:
+    expected = {
+        "metrics.json": "Missing: scores of NLVR (metrics.json has none)",
+        "commands.json": "Missing: commands.json",
+        "pretrain/metrics.jsonl": "Missing: pretrain/metrics.jsonl",
+        "pretrain/samples/samples.json": "Missing: expert load",
+        "itr": "Missing: this stage has no folder itr/",
+        "vqa/samples": "Missing: vqa/samples/samples.json",
+        "nlvr/samples/s0_0.png": "no picture s0_0.png",
+    }
+    for name in expected:
+        path = run_folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = Page(build(run_folder)).text
+    for words in expected.values():
+        assert words in text
+
+
+def test_pictures_outside_the_run_and_damaged_ones_are_not_embedded(run_folder: Path, tmp_path: Path) -> None:
+    samples = run_folder / "vqa" / "samples"
+    shutil.copy(samples / "q0.png", tmp_path / "secret.png")
+    (samples / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    names = ["../../../secret.png", str(tmp_path / "secret.png"), "damaged.png", None, ".", "\x00"]
+    examples = [{"image": name, "question": "?", "predicted": "x", "answers": None, "score": None} for name in names]
+    (samples / "samples.json").write_text(json.dumps({"examples": examples}))
+    assert Page(build(run_folder / "vqa")).text.count("no picture") == len(names)
+
+
+def test_large_pictures_are_made_smaller(run_folder: Path) -> None:
+    Image.effect_noise((1500, 900), 90).save(run_folder / "vqa" / "samples" / "q0.png")
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', build(run_folder / "vqa"))
+    assert len(found) == 1
+    assert len(found[0]) < 100_000
+
+
+@pytest.mark.parametrize(("stage", "titles"), [
+    ("pretrain", ["scores", "training", "experts", "pictures", "words", "commands", "config"]),
+    ("itr", ["scores", "training", "to-image", "to-text", "commands", "config"]),
+    ("vqa", ["scores", "training", "vqa", "commands", "config"]),
+    ("nlvr", ["scores", "training", "nlvr", "commands", "config"]),
+])  # fmt: skip
+def test_a_single_training_run_works_too(run_folder: Path, stage: str, titles: list[str]) -> None:
+    content = build(run_folder / stage)
+    assert re.findall(r'<section id="([a-z-]+)">', content) == titles
+    assert "Missing: scores" in Page(content).text
+
+
+def test_a_single_run_shows_its_own_scores(run_folder: Path) -> None:
+    (run_folder / "nlvr" / "scores_val.json").write_text(json.dumps({"accuracy": 0.5, "consistency": 0.1}))
+    (run_folder / "nlvr" / "scores_test.json").write_text(json.dumps({"accuracy": 0.75, "consistency": 0.25}))
+    text = Page(build(run_folder / "nlvr")).text
+    assert "75.0\xa0%" in text
+    assert "no baseline recorded" in text
+
+
+def test_a_running_job_and_values_that_are_not_finite(run_folder: Path) -> None:
+    path = run_folder / "pretrain" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 401, "loss": null, "lr": NaN}\n{"step": 402, "lo')
+    text = Page(build(run_folder / "pretrain")).text
+    assert "1 line(s) of metrics.jsonl could not be read" in text
+    assert "loss was not a finite number in 1 record(s)" in text
+
+
+def test_recorded_versions_win(run_folder: Path) -> None:
+    (run_folder / "vqa" / "versions.json").write_text(json.dumps({"torch": "9.9.9+<cpu>"}))
+    text = Page(build(run_folder / "vqa")).text
+    assert "9.9.9+<cpu>" in text
+    assert "Versions that the run recorded" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (None, None, "--run {run}: no such folder"),
+        ("x.txt", "", "--run {run}: holds no run"),
+        ("metrics.json", '{"vqa": }', "{run}/metrics.json: invalid JSON at line 1 column 9"),
+        ("metrics.json", "[]", "{run}/metrics.json: must hold a JSON object"),
+        ("commands.json", '[{"title": "x"}]', "{run}/commands.json: entry 0 must be an object with a text 'command'"),
+        ("vqa/samples/samples.json", "{", "{run}/vqa/samples/samples.json: invalid JSON at line 1 column 2"),
+    ],
+)
+def test_bad_folders_exit_with_2_and_one_line(tmp_path: Path, capsys, name, content, words: str) -> None:
+    folder = tmp_path / "run"
+    if name:
+        (folder / name).parent.mkdir(parents=True)
+        if name not in ("x.txt", "metrics.json"):
+            (folder / "metrics.json").write_text("{}")
+            (folder / "pretrain").mkdir()
+        (folder / name).write_text(content)
+    assert run(main, ["--run", str(folder), "--out", str(tmp_path / "report.html")]) == 2
+    error = capsys.readouterr().err
+    assert words.format(run=folder) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,56 @@
+"""Helpers of these tests: run the command line, make pictures, read rows back."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from preprocessing.__main__ import main
+from preprocessing.reading import read_rows
+from preprocessing.schema import read_manifest
+
+ROOT = Path(__file__).parents[3]
+PICTURES = {"train": 60, "val": 16, "test": 24}  # of the shapes world that the fixture `raw` makes
+
+
+def convert(*arguments: object) -> None:
+    """Run a command that must succeed."""
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`python -m preprocessing …` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "preprocessing", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a split folder."""
+    return [row for shard in read_manifest(folder)["shards"] for row in read_rows(folder / shard["file"])]
+
+
+def picture(seed: int = 0, image_format: str = "JPEG", side: int = 40) -> bytes:
+    """An image file's bytes; another seed, another picture."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=image_format)
+    return buffer.getvalue()
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write `value` as JSON; gives the path."""
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path

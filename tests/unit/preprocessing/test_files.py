@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from preprocessing.files import field, output_folder, read_json, read_json_lines
+from preprocessing.schema import DataError
+
+
+def test_invalid_json_is_told_by_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"images": [\n  {"id": 1,}\n]}')
+    with pytest.raises(DataError, match=r"a\.json: invalid JSON at line 2 column \d+ "):
+        read_json(path)
+
+
+def test_invalid_json_line_is_told_by_its_number_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}\n\n{"a": }\n')
+    with pytest.raises(DataError, match=r"invalid JSON at line 3 column 7"):
+        read_json_lines(path)
+
+
+def test_json_lines_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\ufeff{"a": 1}\n\n"x\u2028y"\n', encoding="utf-8")
+    assert read_json_lines(path) == [(1, {"a": 1}), (3, "x\u2028y")]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "no such file"), (b"  \n", "is empty"), (b"\xff\xd8\xff", "is not UTF-8 text")]
+)
+def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, said: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.json: {said}"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ([], "is no JSON object"),
+        ({}, "has no field 'id'"),
+        ({"id": "7"}, '"7", not int'),
+        ({"id": True}, "true, not int"),
+    ],
+)
+def test_bad_fields_are_named(record: object, said: str) -> None:
+    with pytest.raises(DataError, match=f"^F: record 3: .*{said}"):
+        field(record, "id", int, "F: record 3")
+
+
+def test_output_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "a", ["x"], overwrite=False) as folder:
+        (folder / "x").write_text("1")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with output_folder(tmp_path / "a", ["x"], overwrite=False) as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a/x").read_text() == "1"
+
+
+def test_output_folder_is_replaced_only_on_request_and_if_ours(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x").write_text("old")
+    with pytest.raises(DataError, match="--overwrite"), output_folder(tmp_path / "a", ["x"], overwrite=False):
+        pass
+    with output_folder(tmp_path / "a", ["x"], overwrite=True) as folder:
+        (folder / "x").write_text("new")
+    assert (tmp_path / "a/x").read_text() == "new"
+    (tmp_path / "a/thesis.tex").write_text("")
+    with pytest.raises(DataError, match=r"thesis\.tex"), output_folder(tmp_path / "a", ["x"], overwrite=True):
+        pass
+    assert (tmp_path / "a/thesis.tex").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,56 @@
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+
+from preprocessing.images import BadImage, decode_image, read_image
+from tests.unit.preprocessing.helpers import picture
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_bytes_pass_untouched(tmp_path: Path, image_format: str) -> None:
+    data = picture(1, image_format)
+    (tmp_path / "a").write_bytes(data)
+    assert read_image(tmp_path / "a") == data
+    assert decode_image(data).size == (40, 40)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
+def test_truncated_files_are_bad(image_format: str, share: float) -> None:
+    data = picture(2, image_format)
+    with pytest.raises(BadImage, match=r"does not decode|is of no known format"):
+        decode_image(data[: int(share * len(data))])
+
+
+def test_a_flipped_byte_of_a_png_is_seen() -> None:
+    data = bytearray(picture(3, "PNG"))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(BadImage, match="does not decode"):
+        decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>"])
+def test_what_is_no_image_is_bad(data: bytes) -> None:
+    with pytest.raises(BadImage, match="is of no known format"):
+        decode_image(data)
+
+
+def test_pixel_bound() -> None:
+    data = picture(4, side=40)
+    assert decode_image(data, max_pixels=1600).size == (40, 40)
+    with pytest.raises(BadImage, match="too many pixels"):
+        decode_image(data, max_pixels=1599)
+
+
+def test_a_decompression_bomb_is_never_decoded() -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    with pytest.raises(BadImage, match="too many pixels"):
+        decode_image(data)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="is missing"):
+        read_image(tmp_path / "a.jpg")

@@ -1,0 +1,64 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from preprocessing.schema import CAPTION_SCHEMA, DataError
+from preprocessing.writer import ShardWriter, check_output, file_sha256, write_manifest, write_provenance
+from tests.unit.preprocessing.helpers import picture, rows_of
+
+
+def write(folder: Path, rows: int, **options: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder, "caption", "train", **options)
+    for index in range(rows):
+        writer.add({"image": picture(index, side=8), "caption": ["one", "two"], "image_id": str(index)})
+    return write_manifest(folder, "caption", "train", writer.close(), dropped={}, dropped_items=[], source={})
+
+
+def test_same_rows_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "a", 300)
+    write(tmp_path / "b", 300)
+    for name in ("shard-00000.arrow", "manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_rows_come_back_in_batches_of_256(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "a", 600)
+    assert (manifest["rows"], manifest["samples"]) == (600, 1200)
+    reader = pa.ipc.open_file(tmp_path / "a/shard-00000.arrow")
+    assert reader.schema.equals(CAPTION_SCHEMA)
+    assert [reader.get_batch(index).num_rows for index in range(3)] == [256, 256, 88]
+    rows = rows_of(tmp_path / "a")
+    assert [row["image_id"] for row in rows] == [str(index) for index in range(600)]
+    assert rows[7] == {"image": picture(7, side=8), "caption": ["one", "two"], "image_id": "7", "split": "train"}
+
+
+def test_large_data_is_split_in_shards(tmp_path: Path) -> None:
+    shards = write(tmp_path / "a", 600, shard_bytes=1000)["shards"]
+    assert [shard["file"] for shard in shards] == [f"shard-{index:05d}.arrow" for index in range(3)]
+    assert [shard["rows"] for shard in shards] == [256, 256, 88]
+    for shard in shards:
+        path = tmp_path / "a" / shard["file"]
+        assert (shard["bytes"], shard["sha256"]) == (path.stat().st_size, file_sha256(path))
+    assert len(rows_of(tmp_path / "a")) == 600
+
+
+def test_output_of_another_run_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train", 1)
+    with pytest.raises(DataError, match=r"train: holds another run's split \(1 rows, kind caption\); give --overwrite"):
+        check_output(tmp_path, "caption", "train", overwrite=False)
+    check_output(tmp_path, "caption", "train", overwrite=True)
+    check_output(tmp_path, "caption", "val", overwrite=False)
+    with pytest.raises(DataError, match="holds a caption data set"):
+        check_output(tmp_path, "vqa", "val", overwrite=True)
+
+
+def test_provenance_says_where_it_came_from(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text("[]")
+    write_provenance(tmp_path, [tmp_path / "in.json"])
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert set(provenance) == {"command", "directory", "host", "inputs", "time", "versions"}
+    assert provenance["inputs"][0]["bytes"] == 2

@@ -1,0 +1,100 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocessing.schema import read_manifest
+from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "pics").mkdir()
+    for number in range(3):
+        (tmp_path / f"pics/{number}.jpg").write_bytes(picture(number))
+    return tmp_path
+
+
+def arguments(folder: Path, task: str, *files: list[dict[str, Any]], split: str = "train") -> list[object]:
+    paths = [write_json(folder / f"f{index}.json", records) for index, records in enumerate(files)]
+    words = ["json", "--task", task, "--annotations", *paths, "--images", folder]
+    return [*words, "--split", split, "--out", folder / "out"]
+
+
+def test_retrieval_brings_captions_of_an_image_together(images: Path) -> None:
+    first = [
+        {"image": "pics/1.jpg", "caption": "one a", "image_id": "coco_1"},
+        {"image": "pics/0.jpg", "caption": ["zero a", " ", "zero b"], "image_id": 7},
+        {"image": "pics/1.jpg", "caption": "one b", "image_id": "coco_1"},
+    ]
+    second = [{"image": "pics/2.jpg", "caption": ["two"]}, {"image": "pics/0.jpg", "caption": "zero c", "image_id": 7}]
+    convert(*arguments(images, "retrieval", first, second))
+    rows = rows_of(images / "out/train")
+    assert [(row["image_id"], row["caption"]) for row in rows] == [
+        ("coco_1", ["one a", "one b"]),
+        ("7", ["zero a", "zero b", "zero c"]),
+        ("pics/2.jpg", ["two"]),
+    ]
+    assert [row["image"] for row in rows] == [picture(1), picture(0), picture(2)]
+    manifest = read_manifest(images / "out/train")
+    assert manifest["dropped"] == {"caption is empty": 1}
+    assert manifest["source"] == {"images": 3, "captions": 7}
+
+
+def test_vqa_with_ten_answers_one_and_none(images: Path) -> None:
+    asked = {"image": "pics/0.jpg", "dataset": "vqa"}
+    records = [
+        {**asked, "question": "a?", "question_id": 1, "answer": ["Two"] * 8 + ["3"] * 2},
+        {**asked, "question": "b?", "question_id": 2, "answer": "Red."},
+        {"image": "pics/1.jpg", "question": "c?", "question_id": 3, "answer": ["red"], "dataset": "vg"},
+    ]
+    convert(*arguments(images, "vqa", records), "--min-answers", 1)
+    first, second = rows_of(images / "out/train")
+    assert first["answers"] == [["2"], ["red"]] and first["answer_scores"] == [[1.0], [1.0]]
+    assert (second["answers"], second["answer_scores"]) == ([["red"]], [[1.0]])
+    records = [{key: value for key, value in record.items() if key != "answer"} for record in records]
+    convert(*arguments(images, "vqa", records, split="test"))
+    assert [row["question_id"] for row in rows_of(images / "out/test")] == [[1, 2], [3]]
+    assert rows_of(images / "out/test")[0]["answers"] == [[], []]
+
+
+def test_nlvr(images: Path) -> None:
+    pair = {"images": ["pics/0.jpg", "pics/1.jpg"]}
+    records = [
+        {**pair, "sentence": "a", "label": "True", "identifier": "dev-1-0-0"},
+        {"images": ["pics/1.jpg", "pics/0.jpg"], "sentence": "b", "label": "False"},
+        {**pair, "sentence": "c", "label": "False", "identifier": "dev-1-0-1"},
+    ]
+    convert(*arguments(images, "nlvr", records, split="val"))
+    first, second = rows_of(images / "out/val")
+    assert (first["image_0"], first["image_1"]) == (picture(0), picture(1)) == (second["image_1"], second["image_0"])
+    assert (first["questions"], first["answers"]) == (["a", "c"], ["True", "False"])
+    assert (first["identifier"], second["identifier"]) == (["dev-1-0-0", "dev-1-0-1"], ["record-1-0-0"])
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "said"),
+    [
+        ("retrieval", {"image": "pics/0.jpg"}, "record 0: has no field 'caption'"),
+        ("retrieval", {"image": "pics/0.jpg", "caption": [3]}, "record 0: field 'caption' holds something"),
+        ("retrieval", "x", "record 0: is no JSON object"),
+        (
+            "vqa",
+            {"image": "pics/0.jpg", "question": "a?", "question_id": "v1"},
+            "field 'question_id' is \"v1\", not int",
+        ),
+        ("nlvr", {"images": ["pics/0.jpg"], "sentence": "a", "label": "True"}, "names 1 images, not two"),
+        ("nlvr", {"images": ["pics/0.jpg"] * 2, "sentence": "a"}, "label None is neither"),
+    ],
+)
+def test_bad_records_are_named(images: Path, refuse: Callable[..., str], task: str, record: Any, said: str) -> None:
+    message = refuse(*arguments(images, task, [record]))
+    assert "f0.json: record 0" in message and said in message
+
+
+def test_files_of_another_form_and_clashing_ids(images: Path, refuse: Callable[..., str]) -> None:
+    assert "f0.json: is no JSON list" in refuse(*arguments(images, "retrieval", {"images": []}))  # type: ignore[arg-type]
+    assert "empty data set" in refuse(*arguments(images, "retrieval", []))
+    clash = [{"image": f"pics/{number}.jpg", "caption": "a", "image_id": "x"} for number in (0, 1)]
+    assert "record 1: image_id x stands for pics/0.jpg too" in refuse(*arguments(images, "retrieval", clash))
