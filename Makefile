@@ -8,6 +8,12 @@ RUN_READY := .venv/.ready-$(call hash,requirements.txt)
 DEV_READY := .venv/.ready-dev-$(call hash,requirements.txt requirements-dev.txt)
 PYTEST := .venv/bin/python -m pytest
 
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+# Names the packages as they come; warnings and all else are in .venv/pip.log.
+PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --log .venv/pip.log
+PIP_SHOW := sed -un 's/^\(Collecting [^ ]*\).*/   \1/p; s/^\(Installing\).*/   \1/p; /^ERROR/p'
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit test-all test-packages lint clean
 
@@ -44,10 +50,10 @@ $(RUN_READY):
 	@echo "== making .venv with $$($(PYTHON) --version) (torch, DeepSpeed and what they need: one to three minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	@$(PIP_INSTALL) -r requirements.txt 2>&1 | $(PIP_SHOW)
 	@touch $@
 
 $(DEV_READY): | $(RUN_READY)
 	@echo "== adding the test tools to .venv"
-	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off -r requirements-dev.txt
+	@$(PIP_INSTALL) -r requirements-dev.txt 2>&1 | $(PIP_SHOW)
 	@touch $@

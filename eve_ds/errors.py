@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from eve_ds.model.config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
+from evaluation.files import InputError
 from preprocessing.schema import DataError
 
 
@@ -20,7 +21,7 @@ class RankError(UserError):
     """A fault that this rank alone may have met, so this rank tells it."""
 
 
-USER_ERRORS = (UserError, DataError, ModelConfigError, WeightsError)
+USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

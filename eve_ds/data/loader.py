@@ -59,7 +59,13 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Samples, order: TrainOrder | EvalOrder, start: int, num_workers: int, prefetch: int, pad_to_multiple: int
+        self,
+        dataset: Samples,
+        order: TrainOrder | EvalOrder,
+        start: int,
+        num_workers: int,
+        prefetch: int,
+        pad_to_multiple: int,
     ) -> None:
         self.dataset = dataset
         self.order = order
@@ -116,7 +122,7 @@ class Loader:
         )
 
     def _read_ahead(self) -> Iterator[_Item]:
-        """Read in a thread of this process, `prefetch` batches ahead; decoders and torch release the interpreter lock."""
+        """Read in a thread of this process, `prefetch` batches ahead: decoders and torch release the Python lock."""
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         pending: deque[Future[_Item]] = deque()
         try:
@@ -177,7 +183,7 @@ def build_loader(
         if readers > dataset.rows:
             raise DataError(
                 f"{dataset.split.directory}: {dataset.rows} rows are fewer than {world_size} ranks x "
-                f"{max(num_workers, 1)} workers = {readers}; use fewer ranks, lower data.num_workers, or prepare more data"
+                f"{max(num_workers, 1)} workers = {readers}; use fewer ranks, fewer data.num_workers or more data"
             )
         order = TrainOrder(len(dataset), micro_batch_size, world_size, rank, seed)
     else:

@@ -1,7 +1,7 @@
 """Pictures: from a file's bytes to an upright RGB square, augmented by draws that depend on the sample alone.
 
-EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, colour jitter or
-RandAugment in training; a straight bicubic resize to a square in evaluation; mean = std = 0.5 throughout. Pillow and numpy
+EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, colour jitter
+or RandAugment in training; a straight bicubic resize to a square in evaluation; mean = std = 0.5. Pillow and numpy
 alone do the work: torchvision, whose formulae these are, cannot be installed beside this version of torch.
 """
 
@@ -62,9 +62,9 @@ def may_mirror(texts: Sequence[str]) -> bool:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode a picture file: upright by its EXIF orientation, RGB, first frame of an animation, white behind transparency.
+    """Decode a picture file: RGB, upright by its EXIF orientation, white behind transparency.
 
-    Sixteen bits a channel become their upper eight.
+    Of an animation the first frame is taken; of sixteen bits a channel, the upper eight.
 
     Raises:
         DataError: the bytes are no whole picture that Pillow knows, or one of absurd size.
@@ -84,7 +84,7 @@ def _orientation(image: Image.Image) -> int:
         return 1  # parsing costs as much as decoding a small picture
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a broken EXIF block does not make the picture unreadable
+    except Exception:  # noqa: BLE001  # the parser raises whatever; a broken EXIF block does not spoil the picture
         return 1
 
 

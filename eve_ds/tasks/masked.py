@@ -24,6 +24,8 @@ from eve_ds.tasks.masking import choose_words, split_patches
 
 EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide by zero
 
+WORD_ROW_MULTIPLE = 64
+
 
 @dataclass
 class ObjectiveConfig:
@@ -196,8 +198,11 @@ class MaskedModelling(Task):
     def _words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> _Words:
         """Only the masked rows go through the projection to the vocabulary."""
         text = output.hidden[:, output.num_image_tokens :][:, : mask.shape[1]]
-        scores = self.word_decoder(text[mask], self.backbone.text_embedding.words.weight).float()
-        return _Words(scores, text_ids[mask], mask)
+        rows = text[mask]
+        # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
+        missing = -rows.shape[0] % WORD_ROW_MULTIPLE
+        scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), self.backbone.text_embedding.words.weight)
+        return _Words(scores[: rows.shape[0]].float(), text_ids[mask], mask)
 
 
 def _places(index: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ _RGB = {
 _RADIUS = {"small": 4.0, "large": 6.5}  # of the circle, in pixels
 _SHIFT = {"small": 2, "large": 1}  # how far an object may sit off the middle of its cell
 _COLOR_JITTER = 14
-_SHADE = 22  # how much lighter or darker the ground is at an edge than in the middle: masked patches can be told from seen ones
+_SHADE = 22  # how much lighter or darker an edge is than the middle: masked patches can be told from seen ones
 _NOISE = 2
 _SUPERSAMPLE = 8
 
@@ -67,10 +67,10 @@ def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     ground = rng.integers(200, 214, size=(count, 1, 1, 1)) + rng.integers(-6, 7, size=(count, 1, 1, 3))
     angle = rng.uniform(0, 2 * np.pi, size=(count, 1, 1, 1))
     ticks = np.linspace(-1, 1, SIDE)
-    ground = ground + _SHADE * (np.cos(angle) * ticks[None, None, :, None] + np.sin(angle) * ticks[None, :, None, None])
+    shade = _SHADE * (np.cos(angle) * ticks[None, None, :, None] + np.sin(angle) * ticks[None, :, None, None])
     # Noise in blocks of 2x2 pixels, alike in the three channels: files stay a quarter the size.
     noise = rng.integers(-_NOISE, _NOISE + 1, size=(count, SIDE // 2, SIDE // 2, 1), dtype=np.int8)
-    pictures = ground.astype(np.float32) + noise.repeat(2, axis=1).repeat(2, axis=2)
+    pictures = (ground + shade).astype(np.float32) + noise.repeat(2, axis=1).repeat(2, axis=2)
 
     owner = np.array([index for index, scene in enumerate(scenes) for _ in scene])
     things = [thing for scene in scenes for thing in scene]

@@ -32,14 +32,21 @@ def picture(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
 def tiny_tokenizer(folder: Path | None = None) -> Tokenizer:
     """Byte-level BPE with fewer than 400 entries; saved in `folder` if that is given."""
     words = [f"picture {i} shows a {color} square" for i in range(10) for color in COLORS]
-    tokenizer = train_tokenizer([*words, "is the square", "what colour has it", "both pictures show", "left right"], 400)
+    tokenizer = train_tokenizer(
+        [*words, "is the square", "what colour has it", "both pictures show", "left right"], 400
+    )
     if folder is not None:
         tokenizer.save(folder)
     return tokenizer
 
 
 def write_split(
-    folder: Path, kind: str, rows: Sequence[dict[str, Any]], shard_rows: int = 8, batch_rows: int = 3, split: str | None = None
+    folder: Path,
+    kind: str,
+    rows: Sequence[dict[str, Any]],
+    shard_rows: int = 8,
+    batch_rows: int = 3,
+    split: str | None = None,
 ) -> Path:
     """Write rows (column -> value) as shards with their manifest; `folder` is the split's own. Returns it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +104,7 @@ def make_caption_set(
 def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
     """`rows` pictures with two questions each in root/split, and root/answer_list.json (ANSWERS). Returns root/split.
 
-    Question ids are 10 x row and 10 x row + 1; the first is yes/no, the second asks for the colour (scores: it 0.9, yes 0.3).
+    Question ids are 10 x row and 10 x row + 1; the first is yes/no, the second asks for the colour (it 0.9, yes 0.3).
     """
     table = []
     for i in range(rows):

@@ -46,7 +46,15 @@ def test_pixel_bound() -> None:
 
 def test_a_decompression_bomb_is_never_decoded() -> None:
     header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 1, 0, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + bytes(4)
+        + b"IDAT"
+        + bytes(4)
+    )
     with pytest.raises(BadImage, match="too many pixels"):
         decode_image(data)
 

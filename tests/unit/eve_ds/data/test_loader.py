@@ -16,7 +16,15 @@ from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Sample, VqaSamples
 from eve_ds.data.transforms import build_transform
 from preprocessing.schema import DataError
-from tests.support.shards import ANSWERS, make_caption_set, make_nlvr_set, make_vqa_set, picture, tiny_tokenizer, write_split
+from tests.support.shards import (
+    ANSWERS,
+    make_caption_set,
+    make_nlvr_set,
+    make_vqa_set,
+    picture,
+    tiny_tokenizer,
+    write_split,
+)
 
 TOKENIZER = tiny_tokenizer()
 TRAIN = build_transform(16, train=True, augmentation="color")
@@ -90,21 +98,19 @@ def test_resume_mid_epoch_is_exact(tmp_path: Path, workers: int) -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation(tmp_path: Path, world: int, workers: int) -> None:
     data = VqaSamples(make_vqa_set(tmp_path, rows=5, image_size=16), TOKENIZER, EVAL, 12, num_answers=len(ANSWERS))
-    XX
-        for rank in range(world):
-            processes = workers if rank == 0 else 0
-            loader = build_loader(
-                data, micro_batch_size=2, world_size=world, rank=rank, train=False, num_workers=processes
-            )
-            for _ in range(2):  # a second pass starts anew
-                batches = list(loader)
-            assert len(batches) == len(loader) == -(-10 // (2 * world))
-            for batch in batches:
-                assert batch["valid"].dtype == torch.bool and batch["answer_targets"].shape[1] == len(ANSWERS)
-                ids += batch["sample_id"][batch["valid"]].tolist()
-                invalid += int((~batch["valid"]).sum())
-        assert sorted(ids) == list(range(10))
-        assert invalid == (0 if world == 1 else 2)
+    ids, invalid = [], 0
+    for rank in range(world):
+        processes = workers if rank == 0 else 0
+        loader = build_loader(data, micro_batch_size=2, world_size=world, rank=rank, train=False, num_workers=processes)
+        for _ in range(2):  # a second pass starts anew
+            batches = list(loader)
+        assert len(batches) == len(loader) == -(-10 // (2 * world))
+        for batch in batches:
+            assert batch["valid"].dtype == torch.bool and batch["answer_targets"].shape[1] == len(ANSWERS)
+            ids += batch["sample_id"][batch["valid"]].tolist()
+            invalid += int((~batch["valid"]).sum())
+    assert sorted(ids) == list(range(10))
+    assert invalid == (0 if world == 1 else 2)
 
 
 def test_evaluation_limit(tmp_path: Path) -> None:

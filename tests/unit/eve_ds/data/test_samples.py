@@ -124,9 +124,7 @@ def test_nlvr_statement_that_says_a_side(tmp_path: Path) -> None:
     for epoch in range(20):
         sample = data[0, epoch]
         assert np.array_equal(sample["images_0"], _pixels(0)) and np.array_equal(sample["images_1"], _pixels(1))
-    flips = {
-        tuple(bool((data[1, e][f"images_{k}"] != _pixels(k)).any()) for k in (0, 1)) for e in range(40)
-    }
+    flips = {tuple(bool((data[1, e][f"images_{k}"] != _pixels(k)).any()) for k in (0, 1)) for e in range(40)}
     assert len(flips) == 4  # the two pictures are drawn for apart
 
 

@@ -114,7 +114,7 @@ def test_missing_shard(tmp_path: Path) -> None:
     (folder / "shard-00001.arrow").unlink()
     with pytest.raises(DataError) as error:
         Split(folder)
-    _one_line(error, "shard-00001.arrow", "copy it again")
+    _one_line(error, "shard-00001.arrow", "copy or prepare it again")
 
 
 def test_truncated_shard(tmp_path: Path) -> None:
