@@ -40,6 +40,7 @@ test-packages: # root gets Slurm, MPI, pdsh and sshd for tests/cluster; others a
 
 lint: $(DEV_READY) ## ruff and the type checker
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean: ## remove .venv, the compiled operation and all caches; runs/ stays

@@ -1,8 +1,8 @@
 """Compile DeepSpeed's CPU communication operation once, in the open: ``python -m eve_ds.build_ops``.
 
 DeepSpeed compiles ``deepspeed_shm_comm`` at the first ``init_distributed`` on a CPU, on every rank, for 30 to 140
-seconds and without a word. A build killed meanwhile leaves a ``lock`` file on which every later run waits for ever. This
-command does it beforehand into the project's own folder, shows the time, and removes such a lock.
+seconds and without a word. A build killed meanwhile leaves a ``lock`` file on which every later run waits for ever.
+This command does it beforehand into the project's own folder, shows the time, and removes such a lock.
 """
 
 from __future__ import annotations
@@ -104,14 +104,26 @@ def build(log: Path) -> int:
         child = subprocess.Popen(
             [sys.executable, "-c", BUILD], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         return show_progress(child)
     finally:
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+            kill_session(child.pid)
             child.wait()
             remove_stale_lock(log.parent / "lock")
+
+
+def kill_session(session: int) -> None:
+    """Kill all processes of a session. Not of a process group: ninja gives each compiler a group of its own."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:  # after the command's name: state, parent, group, session
+                os.kill(int(stat.parent.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
 
 
 def show_progress(child: subprocess.Popen[bytes]) -> int:

@@ -12,17 +12,15 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from eve_ds import examples
 from eve_ds.config import FinetuneConfig
-from eve_ds.data.loader import build_loader
-from eve_ds.data.samples import CaptionSamples, NlvrSamples, VqaSamples
+from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
 from eve_ds.engine import setup
-from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.files import write_json, write_text
 from eve_ds.tasks.base import Task
@@ -32,7 +30,6 @@ from preprocessing.schema import write_atomic
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
-Samples = CaptionSamples | VqaSamples | NlvrSamples
 Scores = dict[str, float]
 
 
@@ -47,20 +44,10 @@ class Scorer:
 
     def __init__(self, config: FinetuneConfig, samples: Mapping[str, Samples], device: torch.device) -> None:
         self.config, self.samples, self.device = config, samples, device
-        self.rank, self.world_size, _ = launched_world()
 
     def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
         """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
-        loader = build_loader(
-            self.samples[split],
-            setup.evaluation_batch(self.config, self.world_size),
-            world_size=self.world_size,
-            rank=self.rank,
-            train=False,
-            limit=limit,
-            num_workers=self.config.data.num_workers,
-        )
-        return predict(task, loader, self.device)
+        return predict(task, setup.evaluation_batches(self.config, self.samples[split], limit), self.device)
 
     def while_training(self, trainer: Trainer) -> Scores:
         """Metrics on the validation split for the log; empty but on rank 0."""
@@ -83,10 +70,10 @@ class Scorer:
             write_atomic(folder / f"predictions_{split}.npz", buffer.getvalue())
             examples.write_retrieval(folder, samples, similarity(arrays), count)
         elif isinstance(samples, VqaSamples):
-            rows = vqa_rows(arrays, samples)
+            rows = vqa_rows(arrays, read_answer_list(self.config.data.path))
             write_json(folder / f"predictions_{split}.json", rows)
             examples.write_vqa(folder, samples, rows, count)
-        else:
+        elif isinstance(samples, NlvrSamples):
             predictions = nlvr_predictions(arrays, samples)
             write_text(folder / f"predictions_{split}.csv", "".join(f"{k},{v}\n" for k, v in predictions.items()))
             examples.write_nlvr(folder, samples, arrays, count)
@@ -97,10 +84,10 @@ class Scorer:
         samples = self.samples[split]
         if isinstance(samples, CaptionSamples):
             return retrieval.recalls(**similarity(arrays))
-        if isinstance(samples, VqaSamples):
+        if "score" in arrays:
             return {"soft_accuracy": 100 * float(arrays["score"].mean())}
-        known = arrays["label"] >= 0
-        if not known.all():
+        assert isinstance(samples, NlvrSamples)
+        if (arrays["label"] < 0).any():  # a test split without labels
             return {}
         predictions = nlvr_predictions(arrays, samples)
         labels = dict(zip(predictions, arrays["label"].tolist(), strict=True))
@@ -117,9 +104,8 @@ def similarity(arrays: Arrays) -> Arrays:
     return {"image_to_text": scores, "text_to_image": np.ascontiguousarray(scores.T), "text_image_index": index}
 
 
-def vqa_rows(arrays: Arrays, samples: VqaSamples) -> list[dict[str, int | str]]:
-    """VQA v2 result rows, by question id."""
-    answers = samples.answers
+def vqa_rows(arrays: Arrays, answers: list[str]) -> list[dict[str, Any]]:
+    """VQA v2 result rows, by question id; ``answers`` is the answer list."""
     order = np.argsort(arrays["question_id"], kind="stable")
     pairs = zip(arrays["question_id"][order].tolist(), arrays["answer"][order].tolist(), strict=True)
     return [{"question_id": question, "answer": answers[answer]} for question, answer in pairs]

@@ -142,8 +142,8 @@ def _as_it_is(value: Any) -> Any:
 
 def build_loader(
     dataset: Samples,
-    *,
     micro_batch_size: int,
+    *,
     world_size: int = 1,
     rank: int = 0,
     train: bool = True,

@@ -102,6 +102,8 @@ class Split:
             )
         if not self.samples:
             raise DataError(f"{self.directory}: the split holds no samples; prepare it from data that has some")
+        # Kept when a shard is unmapped: a few numbers, which take longer to find than the file takes to map.
+        self._bounds: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         # functools' cache is safe to use from the prefetching thread and from the main one at once.
         self._open: Callable[[int], _Shard] = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._map)
 
@@ -151,21 +153,28 @@ class Split:
         _check_file(path, record["bytes"])
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._check_columns(path, reader.schema)
-            rows, samples = [], []
-            for b in range(reader.num_record_batches):
-                batch = reader.get_batch(b)
-                starts = _sample_starts(batch.column(SAMPLE_COLUMN[self.kind]))
-                rows.append(batch.num_rows)
-                samples.append(int(starts[-1]) - int(starts[0]))
+            if number not in self._bounds:
+                self._check_columns(path, reader.schema)
+                self._bounds[number] = self._measure(reader)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: is no readable Arrow file ({_line(error)}); copy or prepare it again") from error
-        if (sum(rows), sum(samples)) != (record["rows"], record["samples"]):
+        first_row, first_sample = self._bounds[number]
+        if (first_row[-1], first_sample[-1]) != (record["rows"], record["samples"]):
             raise DataError(
-                f"{path}: {sum(rows)} rows and {sum(samples)} samples, the manifest says {record['rows']} and "
+                f"{path}: {first_row[-1]} rows and {first_sample[-1]} samples, the manifest says {record['rows']} and "
                 f"{record['samples']}; copy or prepare it again"
             )
-        return _Shard(path, reader, _starts(rows), _starts(samples))
+        return _Shard(path, reader, first_row, first_sample)
+
+    def _measure(self, reader: Any) -> tuple[np.ndarray, np.ndarray]:
+        """A shard's `first_row` and `first_sample`."""
+        rows, samples = [], []
+        for b in range(reader.num_record_batches):
+            batch = reader.get_batch(b)
+            starts = _sample_starts(batch.column(SAMPLE_COLUMN[self.kind]))
+            rows.append(batch.num_rows)
+            samples.append(int(starts[-1]) - int(starts[0]))
+        return _starts(rows), _starts(samples)
 
     def _check_columns(self, path: Path, schema: pa.Schema) -> None:
         for name in KINDS[self.kind].names:

@@ -1,4 +1,4 @@
-"""What a process sets before DeepSpeed compiles or loads anything. Standard library only: importing this costs nothing."""
+"""What a process sets before DeepSpeed compiles or loads anything. Standard library only, so importing it is quick."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STAMP = "eve_ds_stamp.txt"
 
 
 def prepare_environment() -> None:
-    """Set the variables that DeepSpeed and torch read; call it before importing deepspeed. Calling it again is harmless.
+    """Set the variables that DeepSpeed and torch read. Call it before importing deepspeed; twice is as good as once.
 
     - TORCH_EXTENSIONS_DIR: compiled operations go into a folder of the project's own (a set variable is kept).
-    - TORCH_FORCE_WEIGHTS_ONLY_LOAD=1: DeepSpeed asks torch.load for whole pickles, which can run code; this overrides it.
-    - PATH: this environment's bin first, so that one ninja is found. Two versions in turn each rebuild what the other built.
+    - TORCH_FORCE_WEIGHTS_ONLY_LOAD=1: DeepSpeed asks torch.load for whole pickles, which can run code; this forbids it.
+    - PATH: this environment's bin first, so that one ninja is found. Two versions rebuild each other's work.
     """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -45,7 +45,9 @@ def operation_folder() -> Path:
 
 def environment_identity() -> str:
     """One line naming all that a compiled operation depends on: Python, torch, DeepSpeed, and where they are."""
-    return f"python {sys.version.split()[0]}, torch {_version('torch')}, deepspeed {_version('deepspeed')}, {sys.prefix}"
+    return (
+        f"python {sys.version.split()[0]}, torch {_version('torch')}, deepspeed {_version('deepspeed')}, {sys.prefix}"
+    )
 
 
 def operation_is_built() -> bool:

@@ -67,8 +67,8 @@ def _owner(path: Path) -> int | None:
 
 
 def _names_in_use() -> set[str]:
-    """Paths of buffers that a process has mapped or holds open, as far as /proc lets this user see: its own processes."""
-    names = set()
+    """Paths of buffers that a process has mapped or holds open, as far as /proc lets this user see: its own ones."""
+    names: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             maps = (process / "maps").read_text(encoding="utf-8", errors="replace")

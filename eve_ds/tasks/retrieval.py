@@ -61,7 +61,7 @@ class Retrieval(Task):
         super().__init__(backbone)
         width = self.config.dim
         self.seed = seed
-        self.itc_temp = nn.Parameter(torch.tensor(float(temperature)))
+        self.itc_temp = nn.Parameter(torch.tensor([float(temperature)]))
         self.itc_vision_proj_head = nn.Linear(width, embed_dim, bias=False)
         self.itc_text_proj_head = nn.Linear(width, embed_dim, bias=False)
         self.itm_head = nn.Linear(width, 2)

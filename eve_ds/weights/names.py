@@ -58,6 +58,7 @@ _SOFT = {
     "mlp_moe.moe.text_embed": "moe.text_vector",
 }
 _EXPERT = ("fc1.weight", "fc2.weight", "fc1.bias", "fc2.bias")
+TEMPERATURE = "itc_temp"
 
 
 def direct_names(config: ModelConfig) -> dict[str, str]:
@@ -109,7 +110,7 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     for prefix, experts in packed.items():
         fc1, fc2, bias1, bias2 = (torch.stack([state[expert + name] for expert in experts]) for name in _EXPERT)
         ours |= {prefix + "w1": fc1, prefix + "w2": fc2, prefix + "w3": torch.cat([bias1, bias2], dim=1).unsqueeze(1)}
-    return ours
+    return _reshaped(ours, (1,))
 
 
 def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -130,7 +131,12 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
         for index, expert in enumerate(experts):
             parts = (w1[index], w2[index], w3[index, 0, :hidden], w3[index, 0, hidden:])
             published |= {expert + name: part.clone() for name, part in zip(_EXPERT, parts, strict=True)}
-    return published | position_ids(config)
+    return _reshaped(published, ()) | position_ids(config)
+
+
+def _reshaped(state: dict[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The temperature is a scalar in published files; here it has one element, as DeepSpeed broadcasts no bf16 scalar."""
+    return {name: tensor.reshape(shape) if name == TEMPERATURE else tensor for name, tensor in state.items()}
 
 
 def _kept(name: str, direct: dict[str, str]) -> bool:

@@ -35,4 +35,6 @@ def losses(output: Path) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "lr" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
-    return [{key: value for key, value in record.items() if key.endswith("loss") or key == "grad_norm"} for record in steps]
+    return [
+        {key: value for key, value in record.items() if key.endswith("loss") or key == "grad_norm"} for record in steps
+    ]

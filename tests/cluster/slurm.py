@@ -1,6 +1,6 @@
 """A real two-node Slurm on this machine: two slurmd under one host name, each with a port of its own.
 
-The recipe is in the design's FACTS.md, "Launching". Nothing outside ``folder`` is touched, and no system service is used.
+Nothing outside a temporary folder is touched, and no system service is used.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def submit(job: Sequence[str | Path], environment: Mapping[str, str], cwd: Path)
 
 
 def ended(number: str, environment: Mapping[str, str], cwd: Path, seconds: float = 240) -> str:
-    """Wait for the job's end and return its last state, as in COMPLETED. (``sbatch --wait`` looks once in ten seconds.)"""
+    """Wait for the job's end and return its last state, as in COMPLETED. (``sbatch --wait`` looks too seldom.)"""
     state = ""
 
     def is_over() -> bool:
@@ -133,7 +133,9 @@ def _start(command: list[str], folder: Path, environment: dict[str, str]) -> sub
 
 def _idle_nodes(environment: dict[str, str]) -> int:
     query = ["sinfo", "--noheader", "--Node", "--format=%T"]
-    result = subprocess.run(query, env=os.environ | environment, capture_output=True, text=True, timeout=20, check=False)
+    result = subprocess.run(
+        query, env=os.environ | environment, capture_output=True, text=True, timeout=20, check=False
+    )
     return result.stdout.split().count("idle")
 
 

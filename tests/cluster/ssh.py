@@ -74,7 +74,9 @@ def _configure(folder: Path, port: int) -> SshHosts:
     for key in ("host_key", "user_key"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-    (folder / "sshd_config").write_text(CONFIG.format(port=port, folder=folder, user=getpass.getuser()), encoding="utf-8")
+    (folder / "sshd_config").write_text(
+        CONFIG.format(port=port, folder=folder, user=getpass.getuser()), encoding="utf-8"
+    )
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS), encoding="utf-8")
     # What the remote ranks get, and by the folder's name stop_processes knows them. The launcher reads nothing else.

@@ -27,7 +27,12 @@ def assert_same_losses(output: Path, local: Path) -> None:
 
 
 def test_slurm(
-    repository: Path, tiny_run: TinyRun, environment: Mapping[str, str], local: Path, slurm: dict[str, str], tmp_path: Path
+    repository: Path,
+    tiny_run: TinyRun,
+    environment: Mapping[str, str],
+    local: Path,
+    slurm: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     output, log = tmp_path / "run", tmp_path / "job.log"
     job = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}", "launch/slurm/pretrain.sbatch"]
@@ -49,7 +54,12 @@ def test_slurm_ends_the_job_when_a_rank_fails(
 
 
 def test_deepspeed_over_two_ssh_hosts(
-    repository: Path, tiny_run: TinyRun, environment: Mapping[str, str], local: Path, ssh_hosts: SshHosts, tmp_path: Path
+    repository: Path,
+    tiny_run: TinyRun,
+    environment: Mapping[str, str],
+    local: Path,
+    ssh_hosts: SshHosts,
+    tmp_path: Path,
 ) -> None:
     output = tmp_path / "run"
     told = run(

@@ -23,7 +23,8 @@ def test_deepspeed_takes_the_filled_in_file(repository: Path, name: str, stage: 
     engine = EngineConfig(global_batch_size=32, micro_batch_size=8)
     filled = load_deepspeed_config(str(repository / "ds_configs" / name), engine, OptimizerConfig(), world_size=1)
     config = DeepSpeedConfig(filled)
-    assert (config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (32, 8, 4)
+    assert config.train_batch_size == 32
+    assert (config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (8, 4)
     assert config.gradient_clipping == 3.0
     assert config.bfloat16_config.enabled
     zero = config.zero_config

@@ -202,14 +202,3 @@ def test_the_readers_end_with_their_consumer(tmp_path: Path, workers: int) -> No
     batches.close()  # type: ignore[attr-defined]
     _wait_for(lambda: not any(thread.is_alive() for thread in new))
     assert set(multiprocessing.active_children()) <= children
-
-
-def test_a_killed_worker_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    children = set(multiprocessing.active_children())
-    batches = iter(build_loader(_captions(tmp_path), micro_batch_size=2, num_workers=1))
-    next(batches)
-    (worker,) = set(multiprocessing.active_children()) - children
-    worker.kill()
-    with pytest.raises(RuntimeError, match="worker"):
-        for _ in range(20):
-            next(batches)

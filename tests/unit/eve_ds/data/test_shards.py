@@ -12,6 +12,8 @@ import pytest
 from eve_ds.data import shards
 from eve_ds.data.shards import Split
 from preprocessing.schema import CAPTION_SCHEMA, DataError
+from preprocessing.writer import ShardWriter
+from preprocessing.writer import write_manifest as write_converted
 from tests.support.shards import (
     make_caption_set,
     make_nlvr_set,
@@ -52,6 +54,20 @@ def test_other_kinds(tmp_path: Path, make: object) -> None:
     split = Split(make(tmp_path, rows=5))  # type: ignore[operator]
     assert (split.rows, split.samples) == (5, 10)
     assert split.sample(7)[0] == 3
+
+
+def test_reads_what_the_converters_write(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    writer = ShardWriter(folder, "caption", "train", shard_bytes=1)  # a shard a batch
+    for i in range(600):
+        writer.add({"image": b"%d" % i, "caption": [f"{i}/{c}" for c in range(i % 3)], "image_id": str(i)})
+    write_converted(folder, "caption", "train", writer.close(), dropped={}, dropped_items=[], source={})
+    split = Split(folder)
+    assert len(list(folder.glob("*.arrow"))) == 3 and (split.rows, split.samples) == (600, 600)
+    for index in range(0, 600, 7):
+        row_index, row, item = split.sample(index)
+        assert row.item("caption", item) == f"{row_index}/{item}" and row.blob("image") == b"%d" % row_index
 
 
 def test_beyond_the_end(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Fine-tuning and scoring as users run them: two ranks train, the files that come out are scored by the evaluation commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation import nlvr, retrieval
+from tests.support import ranks
+from tests.support.shards import make_caption_set, make_nlvr_set, make_vqa_set, tiny_tokenizer
+
+ROWS = 11  # odd: ranks get unequal parts, and repeats must not count
+KINDS = {"captions": make_caption_set, "vqa": make_vqa_set, "nlvr": make_nlvr_set}
+TASKS = {"itr_coco": "captions", "vqa": "vqa", "nlvr": "nlvr"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for kind, make in KINDS.items():
+        for split, rows in (("train", 24), ("val", ROWS), ("test", ROWS)):
+            make(root / kind, rows=rows, split=split)
+    tiny_tokenizer(root / "tokenizer")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pretrained") / "run"
+    options = ["--config=tests/e2e/tiny.yaml", f"--data.path={data / 'captions'}", f"--data.tokenizer={data / 'tokenizer'}"]
+    options += [f"--output_dir={output}", "--optimizer.total_steps=2", "--logging.wandb=false", "--logging.eval_every=0"]
+    ranks.run("eve_ds.pretrain", options)
+    return output
+
+
+def finetune(task: str, data: Path, checkpoint: Path, output: Path, *more: str, world_size: int = 2) -> str:
+    options = [f"--task={task}", f"--checkpoint={checkpoint}", f"--data={data / TASKS[task]}", f"--output_dir={output}"]
+    options += ["--bs=8", "--optimizer.total_steps=4", "--optimizer.lr=1e-3", "--objective.embed_dim=16", "--logging.eval_every=2"]
+    options += ["--logging.wandb=false", f"--engine.expert_parallel_size={world_size}", *more]
+    return ranks.run("eve_ds.finetune", options, world_size)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_ranks_finetune_and_one_scores_the_same(task: str, data: Path, pretrained: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    finetune(task, data, pretrained, first)
+    scores = json.loads((first / "scores_test.json").read_text())
+    logged = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in logged if any(key.startswith("val/") for key in record)] == [2, 4]
+    assert json.loads((first / "samples" / "samples.json").read_text())
+    finetune(task, data, first, again, "--evaluate", "--engine.precision=fp32", world_size=1)
+    repeated = json.loads((again / "scores_test.json").read_text())
+    assert repeated.keys() == scores.keys()
+    if task == "itr_coco":
+        arrays = np.load(first / "predictions_test.npz")
+        assert arrays["image_to_text"].shape == (ROWS, 2 * ROWS)
+        assert arrays["text_image_index"].tolist() == [i // 2 for i in range(2 * ROWS)]
+        assert retrieval.recalls(**arrays) == scores
+        np.testing.assert_allclose(np.load(again / "predictions_test.npz")["image_to_text"], arrays["image_to_text"], atol=0.05)
+    elif task == "vqa":
+        rows = json.loads((first / "predictions_test.json").read_text())
+        assert [row["question_id"] for row in rows] == sorted(10 * i + q for i in range(ROWS) for q in (0, 1))
+        assert 0 <= scores["soft_accuracy"] <= 100
+    else:
+        lines = (first / "predictions_test.csv").read_text().splitlines()
+        predictions = dict(line.split(",") for line in lines)
+        assert len(lines) == len(predictions) == 2 * ROWS
+        labels = [{"identifier": f"test-{i}-0-{s}", "label": str(s == 0)} for i in range(ROWS) for s in (0, 1)]
+        assert nlvr.score(predictions, labels) == scores
+
+
+def test_a_checkpoint_of_another_size_is_refused(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    options = [f"--checkpoint={pretrained}", f"--data={data / 'vqa'}", f"--output_dir={tmp_path / 'run'}", "--task=vqa", "--bs=8"]
+    started = ranks.start("eve_ds.finetune", [*options, "--optimizer.total_steps=1", "--model.dim=48"], 1)
+    codes, text = ranks.finish(started)
+    assert codes == [2] and "Traceback" not in text
+    assert "model.safetensors" in text and "is [32], the model has [48]" in text
