@@ -335,5 +335,3 @@ def _nearest(key: str, known: list[str], dashes: str = "") -> str:
 def _one_line(error: Exception) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     return text if len(text) < 400 else text[:400] + " …"
-
-

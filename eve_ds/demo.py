@@ -2,8 +2,8 @@
 
     make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
 
-Every stage is a command that a user could type (they are listed in the report); this file runs them in order on two CPU ranks,
-or on the GPUs it finds, and tells how long is left.
+Every stage is a command that a user could type (they are listed in the report); this file runs them in order on two CPU
+ranks, or on the GPUs it finds, and tells how long is left.
 """
 
 from __future__ import annotations
@@ -73,17 +73,36 @@ def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
     def score(module: str, *options: str) -> list[str]:
         return ["-m", f"evaluation.{module}", *options]
 
-    vqa_test = ["--questions", vqa_file(raw, "test", "questions"), "--annotations", vqa_file(raw, "test", "annotations")]
+    vqa_test = [
+        "--questions",
+        vqa_file(raw, "test", "questions"),
+        "--annotations",
+        vqa_file(raw, "test", "annotations"),
+    ]
     vqa_train = ["--train-questions", vqa_file(raw, "train", "questions")]
     vqa_train += ["--train-annotations", vqa_file(raw, "train", "annotations")]
     return [
-        Stage("Drawing the data set, as raw files", 9, [["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed)]]),
+        Stage(
+            "Drawing the data set, as raw files",
+            9,
+            [["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed)]],
+        ),
         Stage("Raw files to Arrow shards", 12, [["-m", "preprocessing", *options] for options in prepare]),
         Stage("Training the tokenizer", 3, [["-m", "preprocessing", *words]]),
         Stage(
             "Pre-training: masked pixels and words",
             120,
-            [["eve_ds.pretrain", "--config", str(CONFIGS / "tiny_shapes.yaml"), *pretrain, "--output_dir", f"{root}/pretrain", *common]],
+            [
+                [
+                    "eve_ds.pretrain",
+                    "--config",
+                    str(CONFIGS / "tiny_shapes.yaml"),
+                    *pretrain,
+                    "--output_dir",
+                    f"{root}/pretrain",
+                    *common,
+                ]
+            ],
             ranks=True,
         ),
         Stage("Fine-tuning on retrieval", 75, [finetune("itr_coco", "itr", "captions", "pretrain")], ranks=True),
@@ -93,8 +112,21 @@ def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
             "Scoring the predictions, and what is had without pictures",
             6,
             [
-                score("retrieval", "--scores", f"{root}/itr/predictions_test.npz", "--out", f"{root}/scores_retrieval.json"),
-                score("vqa", "--predictions", f"{root}/vqa/predictions_test.json", *vqa_test, "--out", f"{root}/scores_vqa.json"),
+                score(
+                    "retrieval",
+                    "--scores",
+                    f"{root}/itr/predictions_test.npz",
+                    "--out",
+                    f"{root}/scores_retrieval.json",
+                ),
+                score(
+                    "vqa",
+                    "--predictions",
+                    f"{root}/vqa/predictions_test.json",
+                    *vqa_test,
+                    "--out",
+                    f"{root}/scores_vqa.json",
+                ),
                 score("baselines", *vqa_train, *vqa_test, "--out", f"{root}/baselines_vqa.json"),
                 score(
                     "nlvr",
@@ -150,7 +182,9 @@ class Road:
         if status:
             raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
         shown = ["deepspeed", "--num_gpus", str(self.world_size), "--module"] if stage.ranks else ["python"]
-        self.done.append({"title": stage.title, "command": " ".join([*shown, *arguments]), "seconds": time.monotonic() - start})
+        self.done.append(
+            {"title": stage.title, "command": " ".join([*shown, *arguments]), "seconds": time.monotonic() - start}
+        )
 
 
 def metrics(root: Path, world_size: int) -> dict[str, Any]:
@@ -159,7 +193,9 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
     def read(name: str) -> dict[str, Any]:
         return dict(json.loads((root / name).read_text(encoding="utf-8")))
 
-    lines = [json.loads(line) for line in (root / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (root / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [line for line in lines if "samples_per_second" in line]
     retrieval, examples = read("scores_retrieval.json"), read("data/captions/test/manifest.json")
     return {
@@ -229,7 +265,9 @@ def claim(root: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m eve_ds.demo", description="The whole road on an embedded data set.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eve_ds.demo", description="The whole road on an embedded data set."
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world and another model (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default runs/demo)")
     options = parser.parse_args()
@@ -246,7 +284,10 @@ def main() -> None:
     print("\nWriting the report", flush=True)
     report = options.out / "report.html"
     subprocess.run([sys.executable, "-m", "eve_ds.report", "--run", str(options.out), "--out", str(report)], check=True)
-    print(f"\n{table(result)}\n\n  {options.out / 'metrics.json'}\n  {report}\n  {clock(time.monotonic() - began)} in all", flush=True)
+    print(
+        f"\n{table(result)}\n\n  {options.out / 'metrics.json'}\n  {report}\n  {clock(time.monotonic() - began)}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

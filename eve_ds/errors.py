@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from evaluation.files import InputError
 from eve_ds.model.config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
-from evaluation.files import InputError
 from preprocessing.schema import DataError
 
 
@@ -40,7 +40,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 
 def _rank() -> int:
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name])
     return 0

@@ -1,4 +1,4 @@
-"""A few predictions with their pictures, stored beside a run for the report (``samples/samples.json`` and PNG or JPEG files)."""
+"""A few predictions with their pictures, stored in a run for the report (``samples/samples.json`` and PNG files)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ def write_retrieval(folder: Path, samples: CaptionSamples, scores: dict[str, np.
     for text in _spread(len(owner), count):
         row = scores["text_to_image"][text]
         results = [
-            {"image": thumbnails.add(f"image_{i}", samples.row_image_bytes(int(i))), "score": float(row[i]), "correct": bool(owner[text] == i)}
+            {
+                "image": thumbnails.add(f"image_{i}", samples.row_image_bytes(int(i))),
+                "score": float(row[i]),
+                "correct": bool(owner[text] == i),
+            }
             for i in np.argsort(-row, kind="stable")[:TOP]
         ]
         to_image.append({"query": samples.text(text), "results": results})
@@ -78,7 +82,13 @@ def write_vqa(folder: Path, samples: VqaSamples, rows: list[dict[str, Any]], cou
         if len(examples) < (count + 1) // 2:
             name = thumbnails.add(f"sample_{sample}", samples.image_bytes(sample))
             examples.append(
-                {"image": name, "question": samples.text(sample), "predicted": predicted, "answers": list(answers), "score": score}
+                {
+                    "image": name,
+                    "question": samples.text(sample),
+                    "predicted": predicted,
+                    "answers": list(answers),
+                    "score": score,
+                }
             )
     thumbnails.finish({"examples": found[True] + found[False]})
 

@@ -1,6 +1,6 @@
 """Fine-tuning and scoring on image-text retrieval, VQA and NLVR2.
 
-    deepspeed --module eve_ds.finetune --config eve_ds/configs/X.yaml --task vqa --checkpoint RUN --data DIR --output_dir OUT
+deepspeed --module eve_ds.finetune --config C.yaml --task vqa --checkpoint RUN --data DIR --output_dir OUT
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def main() -> None:
         start = trainer.resume()
         trainer.fit(setup.training_batches(config, training, start))
         if not trainer.stopped_early:
-            scorer.score(task, config.split, output_dir)
+            with trainer.whole_weights():
+                scorer.score(task, config.split, output_dir)
             if config.checkpoint.export:
                 export_model(task, config, tokenizer, output_dir / "model")
 

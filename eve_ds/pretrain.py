@@ -1,6 +1,6 @@
 """Pre-training: masked prediction of pixels and words on image-text pairs.
 
-    deepspeed --module eve_ds.pretrain --config eve_ds/configs/X.yaml --data.path DIR --data.tokenizer T --output_dir RUN
+deepspeed --module eve_ds.pretrain --config eve_ds/configs/X.yaml --data.path DIR --data.tokenizer T --output_dir RUN
 """
 
 from __future__ import annotations

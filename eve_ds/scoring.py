@@ -1,4 +1,4 @@
-"""Scores of a fine-tuned model on a split: predictions in the official file formats, metrics from ``evaluation``, examples.
+"""Scores of a fine-tuned model on a split: predictions in the official formats, metrics from ``evaluation``, examples.
 
 Files written below the run folder, rank 0 alone:
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from evaluation import nlvr, retrieval
 from eve_ds import examples
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
@@ -24,7 +25,6 @@ from eve_ds.engine import setup
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.files import write_json, write_text
 from eve_ds.tasks.base import Task
-from evaluation import nlvr, retrieval
 from preprocessing.schema import write_atomic
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Scorer:
         split = self.config.data.val_split
         if split is None:
             return {}
-        arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
+        with trainer.whole_weights():
+            arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
         return {f"val/{name}": value for name, value in self._metrics(arrays, split).items()} if arrays else {}
 
     def score(self, task: Task, split: str, folder: Path) -> None:
@@ -66,7 +67,7 @@ class Scorer:
         scores = self._metrics(arrays, split)
         if isinstance(samples, CaptionSamples):
             buffer = io.BytesIO()
-            np.savez(buffer, **similarity(arrays))
+            np.savez(buffer, allow_pickle=False, **similarity(arrays))
             write_atomic(folder / f"predictions_{split}.npz", buffer.getvalue())
             examples.write_retrieval(folder, samples, similarity(arrays), count)
         elif isinstance(samples, VqaSamples):
@@ -91,7 +92,9 @@ class Scorer:
             return {}
         predictions = nlvr_predictions(arrays, samples)
         labels = dict(zip(predictions, arrays["label"].tolist(), strict=True))
-        return nlvr.score(predictions, [{"identifier": key, "label": str(bool(label))} for key, label in labels.items()])
+        return nlvr.score(
+            predictions, [{"identifier": key, "label": str(bool(label))} for key, label in labels.items()]
+        )
 
 
 def similarity(arrays: Arrays) -> Arrays:

@@ -1,4 +1,4 @@
-"""What a pre-trained model makes of a few held-out pairs, and where its experts' tokens came from: kept for the report."""
+"""For the report: what a pre-trained model makes of a few held-out pairs, and where its experts' tokens came from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from eve_ds.data.collate import collate
-from eve_ds.data.samples import CaptionSamples
+from eve_ds.data.samples import Samples
 from eve_ds.engine.callback import Callback
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
@@ -27,9 +27,9 @@ class PretrainExamples(Callback):
         count: pairs of it, each of another picture.
     """
 
-    def __init__(self, held_out: CaptionSamples, count: int) -> None:
+    def __init__(self, held_out: Samples, count: int) -> None:
         self.held_out = held_out
-        first = {}  # the first caption of each of the first pictures
+        first: dict[int, int] = {}  # the first caption of each of the first pictures
         for sample in range(len(held_out)):
             if len(first) >= count:
                 break
@@ -53,7 +53,8 @@ class PretrainExamples(Callback):
         batch = {key: value.to(trainer.device) for key, value in batch.items()}
         task = trainer.task
         assert isinstance(task, MaskedModelling)
-        pictures, words = task.reconstruct(batch), task.predict_words(batch)
+        with trainer.whole_weights():
+            pictures, words = task.reconstruct(batch), task.predict_words(batch)
         if trainer.is_main:
             self._write(trainer, pictures, words, load.tolist())
 
@@ -67,7 +68,10 @@ class PretrainExamples(Callback):
                 row[kind] = f"p{place}_{kind}.png"
                 Image.fromarray(pixels[place]).save(folder / row[kind])
             rows.append(row)
-        layers = [{"layer": layer, "counts": counts} for layer, counts in zip(trainer.config.model.soft_layers, load, strict=True)]
+        layers = [
+            {"layer": layer, "counts": counts}
+            for layer, counts in zip(trainer.config.model.soft_layers, load, strict=True)
+        ]
         write_json(
             folder / "samples.json",
             {"pictures": rows, "words": [self._words(entry) for entry in words], "expert_load": {"layers": layers}},

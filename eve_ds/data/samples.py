@@ -19,6 +19,7 @@ from eve_ds.data.transforms import Transform, may_mirror
 from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError
 from preprocessing.tokenizer import Tokenizer
 
+DECODED_BYTES = 128 << 20  # of decoded pictures kept by a process; filled once, since all rows come equally often
 Sample = dict[str, Any]
 Key = tuple[int, int]  # (sample index, epoch)
 
@@ -50,6 +51,7 @@ class Samples:
         self.tokenizer = tokenizer
         self.transform = transform
         self.max_text_length = max_text_length
+        self._decoded: dict[tuple[Path, int, str], np.ndarray] = {}  # pictures that will come out the same again
         if self.split.kind != self.kind:
             raise DataError(
                 f"{self.split.directory}: holds {self.split.kind} data, {self.kind} data is needed; prepare it with "
@@ -96,11 +98,17 @@ class Samples:
 
     def _picture(self, row: Row, sample_id: int, mirror: bool, picture: int = 0) -> np.ndarray:
         """[H, W, 3] uint8. Raises DataError naming shard and row."""
-        data = row.blob(IMAGE_COLUMNS[self.kind][picture])
+        column = IMAGE_COLUMNS[self.kind][picture]
+        key = (row.path, row.number, column)
+        if key in self._decoded:
+            return self._decoded[key]
         try:
-            return self.transform(data, sample_id, mirror, picture)
+            pixels = self.transform(row.blob(column), sample_id, mirror, picture)
         except DataError as error:
             raise DataError(f"{row.where}: {error}; prepare the split again to drop such pictures") from error
+        if not self.transform.is_random and len(self._decoded) * pixels.nbytes < DECODED_BYTES:
+            self._decoded[key] = pixels
+        return pixels
 
 
 class CaptionSamples(Samples):

@@ -179,6 +179,11 @@ class Transform:
     flip: bool
     seed: int
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a picture comes out different for another sample id."""
+        return self.train and (self.crop_scale is not None or self.flip or self.augmentation != "none")
+
     def __call__(self, data: bytes, sample_id: int, mirror: bool = True, picture: int = 0) -> np.ndarray:
         """One picture, ready for `normalize`.
 

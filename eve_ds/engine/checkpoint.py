@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there.
 
-DeepSpeed writes a folder per tag, not atomically. A tag is never used twice, and ``complete.json`` (sizes, SHA-256, topology)
-is renamed into the folder after everything else: a folder without it is what a killed run left, and nobody reads it.
+DeepSpeed writes a folder per tag, not atomically. A tag is never used twice, and ``complete.json`` (sizes, SHA-256,
+topology) is renamed into the folder after everything else: a folder without it is a killed run's, and is not read.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json
 
 COMPLETE = "complete.json"
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that DeepSpeed's files need beyond tensors
-MISLEADING = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed copies these in; with experts they lose weights in silence
+torch.serialization.add_safe_globals(
+    [LossScaler, ZeroStageEnum, fragment_address]
+)  # all that DeepSpeed's files need beyond tensors
+MISLEADING = (
+    "zero_to_fp32.py",
+    "zero_to_torch.py",
+)  # DeepSpeed copies these in; with experts they lose weights in silence
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ def check(path: Path, topology: Topology) -> dict[str, Any]:
     saved = Topology(**record["topology"])
     if saved != topology:
         differing = [f"{k} {getattr(saved, k)} (now {v})" for k, v in vars(topology).items() if getattr(saved, k) != v]
-        raise UserError(f"{path}: written with {', '.join(differing)}; resume with the same, or start in another output_dir")
+        raise UserError(
+            f"{path}: written with {', '.join(differing)}; resume with the same, or start in another output_dir"
+        )
     for name, (size, _) in record["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
@@ -79,12 +86,14 @@ def check(path: Path, topology: Topology) -> dict[str, Any]:
     found = _hash_together(path)
     broken = [name for name, (_, digest) in record["files"].items() if found[name][1] != digest]
     if broken:
-        raise UserError(f"{path}: {broken[0]} is damaged (its hash differs); delete this folder to resume from the one before")
+        raise UserError(
+            f"{path}: {broken[0]} is damaged (its hash differs); delete this folder to resume from the one before"
+        )
     return dict(record["state"])
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and half-written ones older than the newest. Rank 0 alone."""
+    """Delete all but the newest ``keep`` whole checkpoints, and older half-written ones. Called by rank 0 alone."""
     last = newest(folder)
     if last is None:
         return

@@ -1,4 +1,4 @@
-"""DeepSpeed JSON file -> the dict that ``deepspeed.initialize`` takes: "auto" filled in, known-wrong settings refused."""
+"""DeepSpeed JSON file -> the dict for ``deepspeed.initialize``: "auto" filled in, known-wrong settings refused."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
     micro = engine.micro_batch_size or share
     if micro < 1 or share % micro:
         raise UserError(
-            f"engine.micro_batch_size={micro} does not divide a rank's share {share} of engine.global_batch_size={total} "
+            f"engine.micro_batch_size={micro} does not divide a rank's share {share} of global_batch_size={total} "
             f"over {world_size} ranks"
         )
     return micro, share // micro
 
 
-def load_deepspeed_config(path: str, engine: EngineConfig, optimizer: OptimizerConfig, world_size: int) -> dict[str, Any]:
+def load_deepspeed_config(
+    path: str, engine: EngineConfig, optimizer: OptimizerConfig, world_size: int
+) -> dict[str, Any]:
     """Read ``path`` and fill in its "auto" values from our tree.
 
     A value that stands there in full must agree with the tree: one place decides, and a difference is an error.
 
     Raises:
-        UserError: unreadable file, a value that disagrees, or a setting that trains wrongly in silence (see ``refuse``).
+        UserError: unreadable file, a value that disagrees, a setting that trains wrongly in silence (``refuse``).
     """
     file = Path(path)
     if not file.is_file() and not file.is_absolute():
@@ -43,7 +45,9 @@ def load_deepspeed_config(path: str, engine: EngineConfig, optimizer: OptimizerC
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: {error.strerror}; see ds_configs/ for those that come with EVE-DS") from error
+        raise UserError(
+            f"--deepspeed_config {path}: {error.strerror}; see ds_configs/ for those that come with EVE-DS"
+        ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
     micro, accumulation = batch_shape(engine, world_size)
@@ -70,10 +74,14 @@ def _fill(raw: dict[str, Any], ours: dict[str, Any], path: str, prefix: str = ""
         elif given == "auto":
             filled[key] = value
         elif given != value:
-            raise UserError(f'--deepspeed_config {path}: {prefix}{key}={given} but the config gives {value}; write "auto" there')
+            raise UserError(
+                f'--deepspeed_config {path}: {prefix}{key}={given} but the config gives {value}; write "auto" there'
+            )
     left = [f"{prefix}{key}" for key, value in filled.items() if value == "auto"]
     if left:
-        raise UserError(f'--deepspeed_config {path}: nothing fills in "auto" for {left[0]}; write a value or leave it out')
+        raise UserError(
+            f'--deepspeed_config {path}: nothing fills in "auto" for {left[0]}; write a value or leave it out'
+        )
     return filled
 
 
@@ -84,10 +92,12 @@ def refuse(config: dict[str, Any], path: str) -> None:
     reasons = {
         "zero_optimization.stage=0: with experts its clipping norm is wrong (DeepSpeed#8475); use stage 1": stage == 0,
         "zero_optimization.stage must be 1, 2 or 3": stage not in (0, 1, 2, 3),
-        "zero_optimization.contiguous_gradients=false: gradients are silently wrong with stage 1; use true": not zero.get(
+        "zero_optimization.contiguous_gradients=false: gradients are silently wrong; use true": not zero.get(
             "contiguous_gradients", True
         ),
-        "zero_optimization.reduce_scatter=false: DeepSpeed asserts with experts; use true": not zero.get("reduce_scatter", True),
+        "zero_optimization.reduce_scatter=false: DeepSpeed asserts with experts; use true": not zero.get(
+            "reduce_scatter", True
+        ),
         "zero_optimization.zero_hpz_partition_size: DeepSpeed asserts with experts; leave it out": zero.get(
             "zero_hpz_partition_size", 1
         )

@@ -17,11 +17,12 @@ from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
 from eve_ds.errors import UserError
 
-LAUNCHER_VARIABLES = {  # ours: (torchrun and deepspeed, srun, mpirun)
-    "RANK": ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
-    "WORLD_SIZE": ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"),
-    "LOCAL_RANK": ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+# Ours: those of torchrun and deepspeed, mpirun, srun. In a Slurm job SLURM_* may be mpirun's daemons'.
+LAUNCHER_VARIABLES = {
+    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
+    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
+    "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
+    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"),
 }
 
 
@@ -46,7 +47,9 @@ def check_world(expert_parallel_size: int, num_experts: int) -> None:
     if expert_parallel_size < 1:
         raise UserError(f"{option} must be at least 1")
     if world_size % expert_parallel_size:
-        raise UserError(f"{option} does not divide the world size {world_size}; choose a divisor of the number of ranks")
+        raise UserError(
+            f"{option} does not divide the world size {world_size}; choose a divisor of the number of ranks"
+        )
     if num_experts % expert_parallel_size:
         raise UserError(f"{option} does not divide model.num_experts={num_experts}; choose a divisor of it")
 
@@ -68,11 +71,13 @@ def start() -> torch.device:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
         else:
             raise UserError(
-                f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (launch/slurm/pretrain.sbatch "
-                "shows how) or use deepspeed or torchrun"
+                f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (as "
+                "launch/slurm/pretrain.sbatch does), or use deepspeed or torchrun"
             )
     if "OMP_NUM_THREADS" not in os.environ:
-        local_world = next((os.environ[v] for v in LAUNCHER_VARIABLES["LOCAL_WORLD_SIZE"] if v in os.environ), str(world_size))
+        local_world = next(
+            (os.environ[v] for v in LAUNCHER_VARIABLES["LOCAL_WORLD_SIZE"] if v in os.environ), str(world_size)
+        )
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_world.split("(")[0])))
     if local_rank == 0:
         remove_shm_leftovers()

@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "val") -> dict[str, float]:
     """Means of the task's metrics, and of the sum of its losses, over ``batches``; the same on every rank.
 
-    Nothing is random: masks depend on the sample, and rows that only make the ranks even (``valid`` False) do not count.
+    Nothing is random: masks depend on the sample. Rows that only make the ranks even (``valid`` False) do not count.
     """
     totals: dict[str, list[float]] = {}
     for batch in batches:

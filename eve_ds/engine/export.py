@@ -1,4 +1,4 @@
-"""The trained model as one folder that loads without DeepSpeed: safetensors (fp32 master weights), config, tokenizer."""
+"""The trained model as a folder that loads without DeepSpeed: safetensors (fp32 master weights), config, tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from preprocessing.tokenizer import Tokenizer
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """{name: fp32 CPU tensor} of all weights, experts of all ranks included. Called by all ranks; empty but on rank 0."""
+    """{name: fp32 CPU tensor} of all weights, all ranks' experts included. Called by all ranks; empty but on rank 0."""
     groups = {}
     for prefix, layer in module.named_modules():
         if isinstance(layer, MoE) and layer.ep_size > 1:

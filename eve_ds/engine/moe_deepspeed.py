@@ -2,7 +2,8 @@
 
 DeepSpeed treats a subclass of ``AutoEPMoELayer`` as its own expert layer: experts' gradients are reduced over the ranks
 that hold the same experts and divided by the whole world, ZeRO 1 to 3 partition them within that group, and checkpoints
-hold ``experts.w1``, ``w2`` and ``w3`` per expert. The regression test is tests/multirank/test_deepspeed_equals_single.py.
+hold ``experts.w1``, ``w2`` and ``w3`` per expert. The regression test:
+tests/multirank/test_deepspeed_equals_single.py.
 """
 
 from __future__ import annotations
@@ -39,10 +40,15 @@ class DeepSpeedMoE(MoE, AutoEPMoELayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         MoE.__init__(self, *args, **kwargs)  # calls nn.Module.__init__ alone: AutoEPMoELayer's wants a layer to replace
         self.ep_group_name = self.expert_group_name = f"ep_size_{self.ep_size}"
+        placement = {
+            "allreduce": False,
+            "group_name": self.ep_group_name,
+            "ds_zero_partition_group_name": self.ep_group_name,
+            "ds_zero_placement_family": "autoep_expert",
+        }
         for parameter in self.experts.parameters():
-            parameter.allreduce = False
-            parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
-            parameter.ds_zero_placement_family = "autoep_expert"
+            for name, value in placement.items():
+                setattr(parameter, name, value)
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None

@@ -14,7 +14,7 @@ NO_DECAY = ("pos_embed", "position", "type_embed", "class_embed", "class_token",
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices decay; biases, norms, LayerScale, tokens, type and position embeddings do not (w3 holds expert biases)."""
+    """Matrices decay; biases (experts' are in w3), norms, LayerScale, class token, types and positions do not."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape) >= 2 and not any(word in name for word in NO_DECAY)
 
@@ -34,7 +34,13 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
         lr = config.lr * (1.0 if in_backbone else config.head_lr_mult)
         group = groups.setdefault(
             key,
-            {"name": key, "params": [], "weight_decay": config.weight_decay if decays else 0.0, "lr": lr, "peak_lr": lr},
+            {
+                "name": key,
+                "params": [],
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "lr": lr,
+                "peak_lr": lr,
+            },
         )
         group["params"].append(parameter)
     split = split_params_into_different_moe_groups_for_optimizer(list(groups.values()))
@@ -45,7 +51,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, offload: bool = 
     """AdamW over ``parameter_groups``: DeepSpeed's CPU kernel where ZeRO keeps the states in host memory, else torch's
     fused one (FACTS: 66 ms against 218 ms for the default on 52 M parameters and one core)."""
     groups = parameter_groups(module, config)
-    options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    options: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -13,14 +13,22 @@ from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.errors import UserError
 
-FREE = ("logging", "checkpoint", "output_dir", "data.num_workers", "optimizer.total_steps", "optimizer.epochs", "deepspeed_config")
+FREE = (
+    "logging",
+    "checkpoint",
+    "output_dir",
+    "data.num_workers",
+    "optimizer.total_steps",
+    "optimizer.epochs",
+    "deepspeed_config",
+)
 
 
 def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     """Make ``config.output_dir`` this run's and store the resolved config in it.
 
-    Settings that do not change what is learnt (``FREE``) may differ from the stored ones, and so may the length of the run: to
-    raise it trains on, along the longer schedule. Called by all ranks.
+    Settings that do not change what is learnt (``FREE``) may differ from the stored ones, and so may the length of the
+    run: to raise it trains on, along the longer schedule. Called by all ranks.
 
     Raises:
         UserError: no folder named, it holds another run (the first differing key is named) or files that are no run.
@@ -41,8 +49,9 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
         now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))
         differing = _first_difference(before, now)
         if differing:
+            key, stored_value, value = differing
             raise UserError(
-                f"--output_dir {folder} holds another run: {differing[0]} is {differing[1]!r} there and {differing[2]!r} here; "
+                f"--output_dir {folder} holds another run: {key} is {stored_value!r} there and {value!r} here; "
                 "choose another folder, or make the settings equal to resume"
             )
     elif folder.is_dir() and any(folder.iterdir()):

@@ -32,14 +32,18 @@ def tokenizer(config: Config) -> Tokenizer:
     if path is None and isinstance(config, FinetuneConfig) and config.init_from:
         path = ModelFolder.find(config.init_from).tokenizer
     if path is None:
-        raise UserError("--data.tokenizer is missing; name the folder that `python -m preprocessing tokenizer train` wrote")
+        raise UserError(
+            "--data.tokenizer is missing; name the folder that `python -m preprocessing tokenizer train` wrote"
+        )
     return Tokenizer.load(path)
 
 
 def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Samples:
     """The samples of a split of ``data.path``, of the kind that the task needs."""
     if not config.data.path:
-        raise UserError("--data.path is missing; name a prepared data set (preprocessing/README.md says how to make one)")
+        raise UserError(
+            "--data.path is missing; name a prepared data set (preprocessing/README.md says how to make one)"
+        )
     data, model = config.data, config.model
     scale = data.crop_scale if train else None
     transform = build_transform(model.image_size, train, data.augmentation, scale, data.flip, config.engine.seed)
@@ -65,14 +69,14 @@ def total_steps(config: Config, count: int) -> int:
 
 
 def check_batch(config: Config, rows: int) -> None:
-    """Raise UserError, before anything is joined or loaded, if the batch or the ranks do not fit the world or the data."""
+    """Raise UserError, before anything is joined, if the batch or the ranks do not fit the world or the data."""
     world_size = launched_world()[1]
     batch_shape(config.engine, world_size)
     workers = max(config.data.num_workers, 1)
     if world_size * workers > rows:
         raise UserError(
-            f"{config.data.path}: {rows} rows are fewer than {world_size} ranks x {workers} workers; use fewer ranks, lower "
-            "data.num_workers, or prepare more data"
+            f"{config.data.path}: {rows} rows are fewer than {world_size} ranks x {workers} workers; use fewer ranks, "
+            "lower data.num_workers, or prepare more data"
         )
 
 
@@ -117,9 +121,8 @@ def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = N
     if isinstance(config, PretrainConfig):
         objective = dataclasses.replace(config.objective, seed=config.objective.seed + config.engine.seed)
         return MaskedModelling(backbone, objective, tokenizer.mask_id)
-    objective = config.objective
     if isinstance(samples, VqaSamples):
-        return VQA(backbone, samples.num_answers, objective.head_hidden)
+        return VQA(backbone, samples.num_answers, config.objective.head_hidden)
     if isinstance(samples, NlvrSamples):
-        return NLVR(backbone, objective.biattn, objective.head_hidden)
-    return Retrieval(backbone, objective.embed_dim, objective.temperature, config.engine.seed)
+        return NLVR(backbone, config.objective.biattn, config.objective.head_hidden)
+    return Retrieval(backbone, config.objective.embed_dim, config.objective.temperature, config.engine.seed)

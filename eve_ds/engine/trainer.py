@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,12 @@ class Trainer:
             self.step = self.start_step = int(state["step"])
         return self.start_step
 
+    def whole_weights(self) -> contextlib.AbstractContextManager[object]:
+        """In it the task's weights are whole on this rank (but for other ranks' experts), for calls past the engine."""
+        if self.topology.zero_stage < 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(list(self.task.parameters()))
+
     def fit(self, batches: Iterator[Batch]) -> None:
         """Train from ``start_step`` to ``total_steps`` on micro-batches that begin with the next sample to be seen."""
         try:
@@ -113,10 +120,14 @@ class Trainer:
             output = self.engine(batch)
             self.engine.backward(output.loss * self.world_size)
             self.engine.step()
-            share = torch.stack([output.loss.detach().double(), torch.ones((), dtype=torch.float64, device=self.device)])
+            share = torch.stack(
+                [output.loss.detach().double(), torch.ones((), dtype=torch.float64, device=self.device)]
+            )
             share[1] /= self.world_size
             for name, pair in {"loss": share, **output.metrics}.items():
-                value = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair])
+                value = torch.stack(
+                    [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair]
+                )
                 totals[name] = totals[name] + value if name in totals else value
         means, asked_to_stop = self._reduce(totals, stop.requested)
         self.step += 1

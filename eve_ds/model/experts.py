@@ -37,8 +37,8 @@ class _ExpertMLPs(torch.autograd.Function):
     """All experts in one autograd node: each weight gradient is written in place, zeros for an expert without rows.
 
     Plain autograd over ``w1[e]`` would make a full [E, H, D] gradient per expert, over ``w1.unbind()`` one more copy of
-    it, and without any rows there would be no gradient, which ZeRO cannot reduce. P: rows with padding; padding rows are
-    zeros in x and dy, so they add nothing to any gradient.
+    it, and without any rows there would be no gradient, which ZeRO cannot reduce. Padding rows are zeros in x and dy,
+    so they add nothing to any gradient.
     """
 
     @staticmethod

@@ -32,9 +32,11 @@ class ModelFolder:
             if (folder / WEIGHTS).is_file():
                 return cls._beside(folder / WEIGHTS)
         if not path.exists():
-            raise DataError(f"--checkpoint {path}: no such file or folder; give a run folder, a model folder or a weights file")
+            raise DataError(
+                f"--checkpoint {path}: no such file or folder; give a run folder, a model folder or a weights file"
+            )
         raise DataError(
-            f"--checkpoint {path}: no {WEIGHTS} here or in its folder model; give a finished run's folder or a weights file"
+            f"--checkpoint {path}: no {WEIGHTS} here or in its folder model; give a finished run or a weights file"
         )
 
     @classmethod

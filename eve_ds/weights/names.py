@@ -135,7 +135,7 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
 
 def _reshaped(state: dict[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """The temperature is a scalar in published files; here it has one element, as DeepSpeed broadcasts no bf16 scalar."""
+    """The temperature is a scalar in published files; here a vector of one: DeepSpeed broadcasts no bf16 scalar."""
     return {name: tensor.reshape(shape) if name == TEMPERATURE else tensor for name, tensor in state.items()}
 
 

@@ -35,18 +35,15 @@ def _coverage(shape: str, radius: float, dx: int, dy: int) -> np.ndarray:
     elif shape == "square":
         half = 0.9 * radius
         inside = (np.abs(x) <= half) & (np.abs(y) <= half)
-    elif shape == "triangle":
+    else:  # triangle
         inside = (y <= 0.9 * radius) & (np.abs(x) <= (y + radius) * 0.55)
-    else:  # cross
-        arm = 0.3 * radius
-        inside = (np.maximum(np.abs(x), np.abs(y)) <= radius) & (np.minimum(np.abs(x), np.abs(y)) <= arm)
     cells = inside.reshape(CELL, _SUPERSAMPLE, CELL, _SUPERSAMPLE)
     covered: np.ndarray = cells.mean(axis=(1, 3), dtype=np.float32)
     return covered
 
 
 def _sprites() -> np.ndarray:
-    """Coverage of every [shape, size, vertical shift, horizontal shift]: [4, 2, 3, 3, CELL, CELL] float32."""
+    """Coverage of every [shape, size, vertical shift, horizontal shift]: [3, 2, 3, 3, CELL, CELL] float32."""
     return np.stack(
         [
             [

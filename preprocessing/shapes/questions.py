@@ -45,7 +45,6 @@ _MISTAKES = {
     "circle": "square",
     "square": "triangle",
     "triangle": "square",
-    "cross": "square",
     "yes": "no",
     "no": "yes",
 }
@@ -71,7 +70,7 @@ def _candidates(scene: Scene) -> Iterator[tuple[str, str, str]]:
     yield "count", "How many objects are there?", str(len(scene))
     for shape in SHAPES:
         if shapes.count(shape) <= _MOST_COUNTED:
-            plural = "crosses" if shape == "cross" else f"{shape}s"
+            plural = f"{shape}s"
             yield "count_shape", f"How many {plural} are there?", str(shapes.count(shape))
 
 

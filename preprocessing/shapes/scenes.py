@@ -3,12 +3,13 @@
 import random
 from typing import NamedTuple
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
 SIZES = ("small", "large")
 GRID = 4  # cells a side
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 FEWEST, MOST = 2, 5  # objects a picture
+_COUNT_WEIGHTS = (7, 6, 4, 3)  # of 2, 3, 4 and 5 objects
 
 # One scene in three has a favourite shape, so that three of a kind are common enough to be asked for.
 _FAVOURITE_SCENES = 1 / 3
@@ -62,7 +63,7 @@ class SceneSampler:
 
     def _scene(self, present: frozenset[tuple[str, str]], absent: frozenset[tuple[str, str]]) -> Scene:
         rng = self._rng
-        count = rng.randint(FEWEST, MOST)
+        (count,) = rng.choices(range(FEWEST, MOST + 1), _COUNT_WEIGHTS)
         cells = rng.sample(range(GRID * GRID), count)
         favourite = rng.choice(SHAPES) if rng.random() < _FAVOURITE_SCENES else None
         kinds = sorted(present)

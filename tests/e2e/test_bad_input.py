@@ -38,7 +38,10 @@ CASES = {
     "more ranks than rows": (["--data.num_workers=7"], ["6 rows", "1 ranks x 7 workers"]),
     "token ids beyond the vocabulary": (["--model.vocab_size=100"], ["tokenizer.json", "model.vocab_size"]),
     "unknown key": (["--model.widht=3"], ["--model.widht", "model."]),
-    "experts over more ranks than there are": (["--engine.expert_parallel_size=4"], ["engine.expert_parallel_size=4", "world size 1"]),
+    "experts over more ranks than there are": (
+        ["--engine.expert_parallel_size=4"],
+        ["engine.expert_parallel_size=4", "world size 1"],
+    ),
     "a folder of other things": (["--output_dir={root}/occupied"], ["occupied"]),
     "unknown split": (["--data.train_split=trian"], ["trian"]),
     "no DeepSpeed file": (["--deepspeed_config=none.json"], ["none.json"]),

@@ -1,4 +1,4 @@
-"""Fine-tuning and scoring as users run them: two ranks train, the files that come out are scored by the evaluation commands."""
+"""Fine-tuning and scoring as users run them: two ranks train, one scores the same, the files agree with the metrics."""
 
 from __future__ import annotations
 
@@ -30,15 +30,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pretrained") / "run"
-    options = ["--config=tests/e2e/tiny.yaml", f"--data.path={data / 'captions'}", f"--data.tokenizer={data / 'tokenizer'}"]
-    options += [f"--output_dir={output}", "--optimizer.total_steps=2", "--logging.wandb=false", "--logging.eval_every=0"]
+    options = [
+        "--config=tests/e2e/tiny.yaml",
+        f"--data.path={data / 'captions'}",
+        f"--data.tokenizer={data / 'tokenizer'}",
+    ]
+    options += [
+        f"--output_dir={output}",
+        "--optimizer.total_steps=2",
+        "--logging.wandb=false",
+        "--logging.eval_every=0",
+    ]
     ranks.run("eve_ds.pretrain", options)
     return output
 
 
 def finetune(task: str, data: Path, checkpoint: Path, output: Path, *more: str, world_size: int = 2) -> str:
     options = [f"--task={task}", f"--checkpoint={checkpoint}", f"--data={data / TASKS[task]}", f"--output_dir={output}"]
-    options += ["--bs=8", "--optimizer.total_steps=4", "--optimizer.lr=1e-3", "--objective.embed_dim=16", "--logging.eval_every=2"]
+    options += [
+        "--bs=8",
+        "--optimizer.total_steps=4",
+        "--optimizer.lr=1e-3",
+        "--objective.embed_dim=16",
+        "--logging.eval_every=2",
+    ]
     options += ["--logging.wandb=false", f"--engine.expert_parallel_size={world_size}", *more]
     return ranks.run("eve_ds.finetune", options, world_size)
 
@@ -59,7 +74,9 @@ def test_two_ranks_finetune_and_one_scores_the_same(task: str, data: Path, pretr
         assert arrays["image_to_text"].shape == (ROWS, 2 * ROWS)
         assert arrays["text_image_index"].tolist() == [i // 2 for i in range(2 * ROWS)]
         assert retrieval.recalls(**arrays) == scores
-        np.testing.assert_allclose(np.load(again / "predictions_test.npz")["image_to_text"], arrays["image_to_text"], atol=0.05)
+        np.testing.assert_allclose(
+            np.load(again / "predictions_test.npz")["image_to_text"], arrays["image_to_text"], atol=0.05
+        )
     elif task == "vqa":
         rows = json.loads((first / "predictions_test.json").read_text())
         assert [row["question_id"] for row in rows] == sorted(10 * i + q for i in range(ROWS) for q in (0, 1))
@@ -73,7 +90,13 @@ def test_two_ranks_finetune_and_one_scores_the_same(task: str, data: Path, pretr
 
 
 def test_a_checkpoint_of_another_size_is_refused(data: Path, pretrained: Path, tmp_path: Path) -> None:
-    options = [f"--checkpoint={pretrained}", f"--data={data / 'vqa'}", f"--output_dir={tmp_path / 'run'}", "--task=vqa", "--bs=8"]
+    options = [
+        f"--checkpoint={pretrained}",
+        f"--data={data / 'vqa'}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--task=vqa",
+        "--bs=8",
+    ]
     started = ranks.start("eve_ds.finetune", [*options, "--optimizer.total_steps=1", "--model.dim=48"], 1)
     codes, text = ranks.finish(started)
     assert codes == [2] and "Traceback" not in text

@@ -25,7 +25,11 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     make_caption_set(folder / "captions", rows=24, split="train")
     make_caption_set(folder / "captions", rows=6, split="val")
     tiny_tokenizer(folder / "tokenizer")
-    return ["--config=tests/e2e/tiny.yaml", f"--data.path={folder / 'captions'}", f"--data.tokenizer={folder / 'tokenizer'}"]
+    return [
+        "--config=tests/e2e/tiny.yaml",
+        f"--data.path={folder / 'captions'}",
+        f"--data.tokenizer={folder / 'tokenizer'}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,11 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
     assert [record["step"] for record in held_out] == [3, 6]
     assert yaml.safe_load((straight / "config.yaml").read_text())["engine"]["global_batch_size"] == 8
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
-    assert {path.name for path in (straight / "model").iterdir()} == {"model.safetensors", "config.yaml", "tokenizer.json"}
+    assert {path.name for path in (straight / "model").iterdir()} == {
+        "model.safetensors",
+        "config.yaml",
+        "tokenizer.json",
+    }
     samples = json.loads((straight / "samples" / "samples.json").read_text())
     assert samples["pictures"] and samples["words"]
     counts = samples["expert_load"]["layers"][0]["counts"]
@@ -111,11 +119,15 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, argument
     assert [record["step"] for record in learnt(output)] == list(range(1, int(last) + 3))
 
 
-def test_a_checkpoint_of_another_topology_or_damaged_is_refused(straight: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_topology_or_damaged_is_refused(
+    straight: Path, arguments: list[str], tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     shutil.copytree(straight, output)
     options = [*arguments, f"--output_dir={output}", "--optimizer.total_steps=8"]
-    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", [*options, "--deepspeed_config=ds_configs/zero1.json"], 2))
+    codes, text = ranks.finish(
+        ranks.start("eve_ds.pretrain", [*options, "--deepspeed_config=ds_configs/zero1.json"], 2)
+    )
     assert codes == [2, 2]
     assert text.count("error:") == 1 and "zero_stage 2 (now 1)" in text and "Traceback" not in text
     victim = max((output / "checkpoints" / "step_00000006").glob("*model_states.pt"))

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO with expert parallelism against one plain PyTorch process on the same global batch.
 
-The promises of DeepSpeed's private expert API that engine/moe_deepspeed.py relies on are held here: reduction of dense and
-expert gradients, clipping over both, accumulation, weight decay groups.
+The promises of DeepSpeed's private expert API that engine/moe_deepspeed.py relies on are held here: reduction of dense
+and expert gradients, clipping over both, accumulation, weight decay groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def reference(accumulation: int) -> Reference:
     for name, parameter in task.named_parameters():
         groups[has_weight_decay(name, parameter)].append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": options.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
+        [
+            {"params": groups[True], "weight_decay": options.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
         lr=options.lr,
         betas=tuple(options.betas),
         eps=options.eps,
@@ -77,7 +80,10 @@ def compare(stages: list[int], ep_sizes: list[int], accumulation: int, expected:
         for ep_size in ep_sizes:
             task = masked_task(expert_parallel(DeepSpeedMoE, ep_size, rank))
             engine_config = EngineConfig(
-                global_batch_size=ROWS * accumulation, micro_batch_size=share, expert_parallel_size=ep_size, precision="fp32"
+                global_batch_size=ROWS * accumulation,
+                micro_batch_size=share,
+                expert_parallel_size=ep_size,
+                precision="fp32",
             )
             settings = load_deepspeed_config(f"ds_configs/zero{stage}.json", engine_config, optimizer_config(), world)
             engine, *_ = deepspeed.initialize(

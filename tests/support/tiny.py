@@ -17,22 +17,22 @@ MASK_ID = 4
 
 
 def model_config(**changes: Any) -> ModelConfig:
-    values: dict[str, Any] = dict(
-        image_size=32,
-        patch_size=8,
-        dim=32,
-        depth=3,
-        num_heads=4,
-        mlp_hidden=64,
-        vocab_size=50,
-        max_text_length=12,
-        text_positions=12,
-        soft_layers=[1, 2],
-        num_experts=4,
-        top_k=2,
-        drop_path=0.0,
-        aux_loss_weight=0.01,
-    )
+    values: dict[str, Any] = {
+        "image_size": 32,
+        "patch_size": 8,
+        "dim": 32,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_hidden": 64,
+        "vocab_size": 50,
+        "max_text_length": 12,
+        "text_positions": 12,
+        "soft_layers": [1, 2],
+        "num_experts": 4,
+        "top_k": 2,
+        "drop_path": 0.0,
+        "aux_loss_weight": 0.01,
+    }
     return ModelConfig(**{**values, **changes})
 
 

@@ -106,8 +106,32 @@ def test_known_keys_reach_every_leaf() -> None:
 
 
 def test_short_options_stand_for_the_tree(assets: Path) -> None:
-    argv = ["--task", "vqa", "--bs", "64", "--lr", "0.5", "--lr_mult", "7", "--biattn", "--seed", "5", "--data", "D", "--evaluate"]
-    argv += ["--augmentation", "rand", "--split", "val", "--checkpoint", str(assets / "vqa.safetensors"), "--load_head", "--gc"]
+    argv = [
+        "--task",
+        "vqa",
+        "--bs",
+        "64",
+        "--lr",
+        "0.5",
+        "--lr_mult",
+        "7",
+        "--biattn",
+        "--seed",
+        "5",
+        "--data",
+        "D",
+        "--evaluate",
+    ]
+    argv += [
+        "--augmentation",
+        "rand",
+        "--split",
+        "val",
+        "--checkpoint",
+        str(assets / "vqa.safetensors"),
+        "--load_head",
+        "--gc",
+    ]
     rest, defaults = expand_options([*argv, "--vlmo_config", str(assets / "vlmo_config.json")])
     config = parse(FinetuneConfig, rest, "finetune", defaults)
     assert (config.task, config.split, config.init_from) == ("vqa", "val", str(assets / "vqa.safetensors"))

@@ -29,7 +29,11 @@ def test_shipped_settings_are_filled_in(name: str) -> None:
     engine = EngineConfig(global_batch_size=32, micro_batch_size=4)
     filled = load_deepspeed_config(f"ds_configs/{name}.json", engine, OptimizerConfig(gradient_clipping=2.0), 2)
     assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (32, 4)
-    assert (filled["gradient_accumulation_steps"], filled["gradient_clipping"], filled["bf16"]["enabled"]) == (4, 2.0, True)
+    assert (filled["gradient_accumulation_steps"], filled["gradient_clipping"], filled["bf16"]["enabled"]) == (
+        4,
+        2.0,
+        True,
+    )
     assert "auto" not in json.dumps(filled)
 
 
