@@ -29,18 +29,11 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays, in_backbone = has_weight_decay(name, parameter), name.startswith("backbone.")
-        key = f"{'backbone' if in_backbone else 'head'}_{'decay' if decays else 'no_decay'}"
-        lr = config.lr * (1.0 if in_backbone else config.head_lr_mult)
+        weight_decay = config.weight_decay if has_weight_decay(name, parameter) else 0.0
+        lr = config.lr * (1.0 if name.startswith("backbone.") else config.head_lr_mult)
+        key = f"lr_{lr:g}_decay_{weight_decay:g}"  # as few groups as there are settings: ZeRO communicates for each
         group = groups.setdefault(
-            key,
-            {
-                "name": key,
-                "params": [],
-                "weight_decay": config.weight_decay if decays else 0.0,
-                "lr": lr,
-                "peak_lr": lr,
-            },
+            key, {"name": key, "params": [], "weight_decay": weight_decay, "lr": lr, "peak_lr": lr}
         )
         group["params"].append(parameter)
     split = split_params_into_different_moe_groups_for_optimizer(list(groups.values()))

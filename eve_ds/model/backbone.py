@@ -41,8 +41,8 @@ class BackboneOutput:
 class Backbone(nn.Module):
     """Embeddings, blocks and final norm.
 
-    First values: normal with deviation 0.02, biases 0 (BEiT), LayerScale constant, from torch's global generator. The
-    experts have their own generators, which take one seed a layer from it: the same values at any expert-parallel size.
+    First values: normal of deviation ``init_std``, biases 0 (BEiT), LayerScale constant, from torch's global generator.
+    The experts have their own, which take one seed a layer from it: the same values at any expert-parallel size.
 
     Args:
         config: the shape.
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         self.embedding_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.blocks = nn.ModuleList(self._block(i, moe_layer, published_routing) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.apply(_initialise)
+        self._initialise(config.init_std, config.position_std)
 
     def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> HardBlock | SoftBlock:
         config = self.config
@@ -82,6 +82,24 @@ class Backbone(nn.Module):
             seed=int(torch.randint(2**31, (), device="cpu")),
         )
         return SoftBlock(config, drop_path, moe)
+
+    @torch.no_grad()
+    def _initialise(self, std: float, position_std: float) -> None:
+        """First values of the modules that torch would initialise otherwise; experts come with a deviation of 0.02."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+                # The same deviation of outputs whatever the patch: 3 p p inputs, as many as D in EVE-Base.
+                width = module.weight[0].numel() if isinstance(module, nn.Conv2d) else self.config.dim
+                nn.init.trunc_normal_(module.weight, std=std * (self.config.dim / width) ** 0.5)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    nn.init.zeros_(bias)
+        image, text = self.image_embedding, self.text_embedding
+        for vector in (image.class_token, image.positions, image.type_vector, text.positions, text.type_vector):
+            nn.init.trunc_normal_(vector, std=position_std)
+        for layer in self.moe_layers():
+            layer.experts.w1.mul_(std / 0.02)
+            layer.experts.w2.mul_(std / 0.02)
 
     def moe_layers(self) -> list[MoE]:
         """The softly routing layers, in order."""
@@ -145,12 +163,3 @@ def _valid(x: Tensor, num_image_tokens: int, text_mask: Tensor | None) -> Tensor
         return None
     image = torch.ones(x.shape[0], num_image_tokens, dtype=torch.bool, device=x.device)
     return torch.cat([image, text_mask.bool()], dim=1)
-
-
-def _initialise(module: nn.Module) -> None:
-    """First values of the modules that torch would initialise otherwise."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            nn.init.zeros_(bias)

@@ -37,6 +37,8 @@ class ModelConfig:
         activation: of all feed-forward networks.
         drop_path: largest probability of dropping a residual branch; rises linearly with depth.
         layer_scale: first value of the learned per-channel scale on each residual branch.
+        init_std: deviation of first weights; 0.02 as BEiT and EVE; narrow models learn sooner with about dim ** -0.5.
+        position_std: deviation of first positions, type vectors and class token; 0.02 as BEiT and EVE.
         norm_eps: epsilon of every LayerNorm in the backbone.
         aux_loss_weight: weight of the load-balancing loss in the training loss.
         checkpoint_activations: recompute each block in the backward pass to save memory.
@@ -59,6 +61,8 @@ class ModelConfig:
     activation: Activation = "quick_gelu"
     drop_path: float = 0.1
     layer_scale: float = 0.1
+    init_std: float = 0.02
+    position_std: float = 0.02
     norm_eps: float = 1e-6
     aux_loss_weight: float = 0.001
     checkpoint_activations: bool = False

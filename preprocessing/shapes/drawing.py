@@ -1,4 +1,4 @@
-"""Scenes -> pictures: 64x64 RGB, anti-aliased shapes on a light, shaded, slightly noisy ground; and PNG bytes."""
+"""Scenes -> pictures: 64x64 RGB, anti-aliased shapes on a grey, shaded, slightly noisy ground; and PNG bytes."""
 
 import io
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _RGB = {
     "purple": (150, 50, 180),
     "black": (30, 30, 30),
 }
-_RADIUS = {"small": 4.0, "large": 6.5}  # of the circle, in pixels
-_SHIFT = {"small": 2, "large": 1}  # how far an object may sit off the middle of its cell
-_COLOR_JITTER = 14
-_SHADE = 22  # how much lighter or darker an edge is than the middle: masked patches can be told from seen ones
+_RADIUS = {"small": 5.0, "large": 7.5}  # of the circle, in pixels
+_SHIFT = {"small": 1, "large": 0}  # how far an object may sit off the middle of its cell
+_COLOR_JITTER = 10
+_SHADE = 16  # how much lighter or darker an edge is than the middle: masked patches can be told from seen ones
 _NOISE = 2
 _SUPERSAMPLE = 8
 
@@ -61,7 +61,7 @@ def _sprites() -> np.ndarray:
 def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     """Pictures of `scenes`: [len(scenes), SIDE, SIDE, 3] uint8. `rng` sets ground, noise, shifts and colour jitter."""
     count = len(scenes)
-    ground = rng.integers(200, 214, size=(count, 1, 1, 1)) + rng.integers(-6, 7, size=(count, 1, 1, 3))
+    ground = rng.integers(118, 139, size=(count, 1, 1, 1)) + rng.integers(-6, 7, size=(count, 1, 1, 3))
     angle = rng.uniform(0, 2 * np.pi, size=(count, 1, 1, 1))
     ticks = np.linspace(-1, 1, SIDE)
     shade = _SHADE * (np.cos(angle) * ticks[None, None, :, None] + np.sin(angle) * ticks[None, :, None, None])
@@ -82,7 +82,7 @@ def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     cells = pictures.reshape(count, GRID, CELL, GRID, CELL, 3)  # a view: writing to it draws
     under = cells[owner, row, :, column]
     cells[owner, row, :, column] = under + cover * (color[:, None, None, :] - under)
-    return (pictures + 0.5).astype(np.uint8)  # the ground stays within 160..253, and so does what is mixed with it
+    return (pictures + 0.5).astype(np.uint8)  # the ground stays within 87..170, and what is mixed with it in 0..255
 
 
 def to_png(picture: np.ndarray) -> bytes:

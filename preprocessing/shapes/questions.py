@@ -25,12 +25,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "exists": Kind(1.5, "is there a", "yes/no"),
+    "exists": Kind(2.1, "is there a", "yes/no"),
     "occupied": Kind(0.8, "is there anything in the", "yes/no"),
-    "color": Kind(1.1, "what color is the", "other"),
-    "shape": Kind(1.1, "what shape is the", "other"),
-    "count": Kind(0.6, "how many objects are there", "number"),
-    "count_shape": Kind(0.9, "how many", "number"),
+    "color": Kind(1.2, "what color is the", "other"),
+    "shape": Kind(0.3, "what shape is the", "other"),
+    "count": Kind(0.8, "how many objects are there", "number"),
+    "count_shape": Kind(0.3, "how many", "number"),
 }
 _MOST_COUNTED = 3  # four or five of a shape are too rare to be asked for in balance
 
@@ -70,12 +70,11 @@ def _candidates(scene: Scene) -> Iterator[tuple[str, str, str]]:
     yield "count", "How many objects are there?", str(len(scene))
     for shape in SHAPES:
         if shapes.count(shape) <= _MOST_COUNTED:
-            plural = f"{shape}s"
-            yield "count_shape", f"How many {plural} are there?", str(shapes.count(shape))
+            yield "count_shape", f"How many {shape}s are there?", str(shapes.count(shape))
 
 
-_TEXTS = {"exists": 24, "occupied": 4, "color": 4, "shape": 6, "count": 1, "count_shape": 4}  # wordings of a kind
-_ANSWERS = {"exists": 2, "occupied": 2, "color": 6, "shape": 4, "count": MOST - FEWEST + 1, "count_shape": 4}
+_TEXTS = {"exists": 18, "occupied": 4, "color": 3, "shape": 6, "count": 1, "count_shape": 3}  # wordings of a kind
+_ANSWERS = {"exists": 2, "occupied": 2, "color": 6, "shape": 3, "count": MOST - FEWEST + 1, "count_shape": 4}
 
 
 def questions(scenes: Sequence[Scene], rng: random.Random) -> list[Question]:
