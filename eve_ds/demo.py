@@ -85,7 +85,7 @@ def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
         Stage(
             "Drawing the data set, as raw files",
             9,
-            [["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed)]],
+            [["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed), "--test", "200"]],
         ),
         Stage("Raw files to Arrow shards", 12, [["-m", "preprocessing", *options] for options in prepare]),
         Stage("Training the tokenizer", 3, [["-m", "preprocessing", *words]]),

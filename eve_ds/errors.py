@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ class RankError(UserError):
     """A fault that this rank alone may have met, so this rank tells it."""
 
 
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 
@@ -36,6 +38,14 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             line = " ".join(str(error).split())
             print(f"error: {line}", file=sys.stderr, flush=True)
         _leave(2)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room or choose another folder", file=sys.stderr, flush=True)
+        _leave(2)
+    except KeyboardInterrupt:
+        _leave(130)
     _leave(0)
 
 

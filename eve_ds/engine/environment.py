@@ -17,10 +17,13 @@ def prepare_environment() -> None:
 
     - TORCH_EXTENSIONS_DIR: compiled operations go into a folder of the project's own (a set variable is kept).
     - TORCH_FORCE_WEIGHTS_ONLY_LOAD=1: DeepSpeed asks torch.load for whole pickles, which can run code; this forbids it.
+    - DS_ACCELERATOR=cpu with a CPU build of torch: DeepSpeed need not search, and warn that it found none.
     - PATH: this environment's bin first, so that one ninja is found. Two versions rebuild each other's work.
     """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if _version("torch").endswith("+cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     programs = str(Path(sys.prefix) / "bin")
     path = [entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if entry != programs]
     os.environ["PATH"] = os.pathsep.join([programs, *path])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,8 @@ class Trainer:
                     self._between_steps()
                 self._tell("fit_end")
         finally:
+            if isinstance(batches, Generator):
+                batches.close()  # ends the loader's workers at once
             for callback in self.callbacks:
                 callback.close(self)
 

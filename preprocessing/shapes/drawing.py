@@ -18,7 +18,7 @@ _RGB = {
     "purple": (150, 50, 180),
     "black": (30, 30, 30),
 }
-_RADIUS = {"small": 5.0, "large": 7.5}  # of the circle, in pixels
+_RADIUS = {"small": 5.0, "large": 7.5}  # of the ring, in pixels
 _SHIFT = {"small": 1, "large": 0}  # how far an object may sit off the middle of its cell
 _COLOR_JITTER = 10
 _SHADE = 16  # how much lighter or darker an edge is than the middle: masked patches can be told from seen ones
@@ -30,8 +30,8 @@ def _coverage(shape: str, radius: float, dx: int, dy: int) -> np.ndarray:
     """How much of each pixel of a cell the shape covers: [CELL, CELL] float32 in 0..1."""
     ticks = (np.arange(CELL * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE - CELL / 2
     y, x = np.meshgrid(ticks - dy, ticks - dx, indexing="ij")
-    if shape == "circle":
-        inside = x**2 + y**2 <= radius**2
+    if shape == "ring":
+        inside = ((0.5 * radius) ** 2 <= x**2 + y**2) & (x**2 + y**2 <= radius**2)
     elif shape == "square":
         half = 0.9 * radius
         inside = (np.abs(x) <= half) & (np.abs(y) <= half)

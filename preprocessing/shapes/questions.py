@@ -42,7 +42,7 @@ _MISTAKES = {
     "yellow": "green",
     "purple": "blue",
     "black": "blue",
-    "circle": "square",
+    "ring": "square",
     "square": "triangle",
     "triangle": "square",
     "yes": "no",

@@ -3,7 +3,7 @@
 import random
 from typing import NamedTuple
 
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("ring", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
 SIZES = ("small", "large")
 GRID = 4  # cells a side
