@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation import vqa
-from evaluation.files import Parser, run, write_json
+from evaluation.files import InputError, Parser, run, write_json
 
 Rows = Sequence[Mapping[str, Any]]
 Scores = dict[str, float]
@@ -30,32 +30,38 @@ def vqa_baselines(
         train_questions, questions: rows with ``question_id`` and ``question``.
         train_annotations, annotations: rows with ``question_id`` and ``answers``.
     """
-    words = {row["question_id"]: _key(row["question"]) for row in train_questions}
+    words, asked = vqa.by_id(train_questions, "question", _key), vqa.by_id(questions, "question", _key)
+    said = vqa.by_id(train_annotations, "annotation", vqa.read_annotation)
     overall: Scores = defaultdict(float)
     by_words: dict[str, Scores] = defaultdict(lambda: defaultdict(float))
-    for row in train_annotations:
-        for answer, score in _soft_scores(row["answers"]).items():
+    for question, answers in said.items():
+        if question not in words:
+            raise InputError(f"training annotations: question_id {question!r} is not among the training questions")
+        for answer, score in _soft_scores(answers).items():
             overall[answer] += score
-            by_words[words[row["question_id"]]][answer] += score
+            by_words[words[question]][answer] += score
+    if not overall:
+        raise InputError("training annotations: there are none")
     majority = _best(overall)
     best = {key: _best(scores) for key, scores in by_words.items()}
     blind = {
-        "majority_baseline": [{"question_id": row["question_id"], "answer": majority} for row in questions],
+        "majority_baseline": [{"question_id": question, "answer": majority} for question in asked],
         "text_only_baseline": [
-            {"question_id": row["question_id"], "answer": best.get(_key(row["question"]), majority)}
-            for row in questions
+            {"question_id": question, "answer": best.get(text, majority)} for question, text in asked.items()
         ],
     }
     return {name: vqa.score(rows, annotations)["overall"] for name, rows in blind.items()}
 
 
-def _key(question: str) -> str:
-    return " ".join(question.lower().split())
+def _key(row: Mapping[str, Any], where: str) -> str:
+    """The words of a question."""
+    if not isinstance(row.get("question"), str):
+        raise InputError(f"{where}: 'question' must be text, got {row.get('question')!r}")
+    return " ".join(str(row["question"]).lower().split())
 
 
-def _soft_scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Each answer's official accuracy, in hundredths."""
-    texts = [answer["answer"] for answer in answers]
+def _soft_scores(texts: Sequence[str]) -> dict[str, float]:
+    """Each answer's official accuracy, in percent."""
     return {text: vqa.accuracy(text, texts) for text in dict.fromkeys(texts)}
 
 

@@ -74,8 +74,8 @@ def per_question(
     Raises:
         InputError: an object of another form, and a missing, duplicate or unknown ``question_id``.
     """
-    given = _by_id(predictions, "prediction", _read_prediction)
-    humans = _by_id(annotations, "annotation", _read_annotation)
+    given = by_id(predictions, "prediction", _read_prediction)
+    humans = by_id(annotations, "annotation", read_annotation)
     if not humans:
         raise InputError("there are no annotations to score against")
     if unknown := [question for question in given if question not in humans]:
@@ -103,7 +103,7 @@ def _summary(by_question: Mapping[Hashable, float], annotations: Sequence[Mappin
     return result
 
 
-def _by_id(rows: Sequence[Mapping[str, Any]], kind: str, read: Any) -> dict[Hashable, Any]:
+def by_id(rows: Sequence[Mapping[str, Any]], kind: str, read: Any) -> dict[Hashable, Any]:
     """``question_id`` -> what ``read`` makes of its row."""
     result: dict[Hashable, Any] = {}
     for number, row in enumerate(rows):
@@ -127,7 +127,7 @@ def _read_prediction(row: Mapping[str, Any], where: str) -> str:
     return str(row["answer"])
 
 
-def _read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
+def read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
     for key in ("answer_type", "question_type"):
         if not isinstance(row.get(key), str):
             raise InputError(f"{where}: {key!r} must be text, got {row.get(key)!r}")
@@ -152,7 +152,7 @@ def read_list(path: str, key: str | None) -> list[Any]:
 def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[Any]:
     """The annotations of the questions listed in file ``path``, each of which must have one."""
     try:
-        wanted = _by_id(questions, "question", lambda row, where: None)
+        wanted = by_id(questions, "question", lambda row, where: None)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     kept = [row for row in annotations if _question_id(row) in wanted]

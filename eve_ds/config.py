@@ -80,6 +80,22 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0
     gradient_clipping: float = 3.0
 
+    def check(self) -> None:
+        """Raise UserError naming the first setting that no optimizer takes."""
+        ranges = {
+            "lr": self.lr > 0,
+            "head_lr_mult": self.head_lr_mult > 0,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": self.eps > 0,
+            "weight_decay": self.weight_decay >= 0,
+            "warmup": 0 <= self.warmup < 1,
+            "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
+            "gradient_clipping": self.gradient_clipping >= 0,
+        }
+        for name, fits in ranges.items():
+            if not fits:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} is out of range; see --help")
+
 
 @dataclass
 class EngineConfig:
@@ -153,6 +169,13 @@ class FinetuneObjective:
     embed_dim: int = 256
     temperature: float = 0.07
     head_hidden: int | None = None
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that makes no head."""
+        for name in ("embed_dim", "temperature", "head_hidden"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"objective.{name}={value} must be positive")
 
 
 @dataclass
@@ -276,6 +299,10 @@ def parse(
         config.model.check()
     except ValueError as error:
         raise UserError(str(error)) from error
+    config.optimizer.check()
+    config.objective.check()
+    if config.data.num_workers < 0:
+        raise UserError(f"data.num_workers={config.data.num_workers} must be 0 or more")
     return config
 
 
@@ -318,6 +345,8 @@ def _read_yaml(path: str) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: is not UTF-8 text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -252,11 +252,14 @@ def ranks() -> int:
     """One a GPU, or two on the CPU."""
     import torch
 
-    return torch.cuda.device_count() or 2
+    gpus = torch.cuda.device_count()
+    return 1 << (gpus.bit_length() - 1) if gpus else 2  # a power of two, which divides the recipes' batches
 
 
 def claim(root: Path, seed: int) -> None:
     """Empty ``root`` if an earlier demo made it; refuse to touch anything else."""
+    if root.is_file():
+        raise UserError(f"--out {root}: is a file; name a folder")
     if root.exists():
         if not (root / MARKER).is_file() and any(root.iterdir()):
             raise UserError(f"--out {root}: holds files that no demo wrote; name another folder")

@@ -9,16 +9,19 @@ import sys
 
 from eve_ds.config import FinetuneConfig, parse
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.errors import run_command
+from eve_ds.errors import UserError, run_command
 from eve_ds.finetune_options import expand_options, help_text
 
 
 def main() -> None:
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
+    if config.evaluate and not config.init_from:
+        raise UserError("--evaluate needs --checkpoint: a fine-tuned run, a model folder or a file of weights")
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
+    from eve_ds.data.samples import read_answer_list
     from eve_ds.engine import distributed, run_folder, setup
     from eve_ds.engine.export import export_model
     from eve_ds.engine.trainer import Trainer
@@ -36,9 +39,13 @@ def main() -> None:
         output_dir = run_folder.claim(config)
         task = setup.build_task(config, tokenizer, scored[config.split])
         if config.init_from:
-            load_initial(task, config.init_from, load_head=config.load_head or config.evaluate)
+            with_head = config.load_head or config.evaluate
+            load_initial(task, config.init_from, with_head)
+            if with_head and config.task == "vqa":
+                setup.check_answer_list(config)
         scorer = Scorer(config, scored, device)
         if training is None:
+            setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, output_dir)
             return
         evaluate = scorer.while_training if config.data.val_split else None
@@ -50,7 +57,8 @@ def main() -> None:
             with trainer.whole_weights():
                 scorer.score(task, config.split, output_dir)
             if config.checkpoint.export:
-                export_model(task, config, tokenizer, output_dir / "model")
+                answers = read_answer_list(config.data.path) if config.task == "vqa" else None
+                export_model(task, config, tokenizer, output_dir / "model", answers)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
         output_dir = run_folder.claim(config)
         task = setup.build_task(config, tokenizer)
         callbacks = standard_callbacks(config)
-        if held_out is not None:
+        if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))
 
         def evaluate(trainer: Trainer) -> dict[str, float]:

@@ -63,29 +63,42 @@ class Scorer:
         arrays = self.predict(task, split)
         if arrays is None:
             return
-        samples, count = self.samples[split], self.config.logging.samples
+        samples = self.samples[split]
         scores = self._metrics(arrays, split)
         if isinstance(samples, CaptionSamples):
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **similarity(arrays))
             write_atomic(folder / f"predictions_{split}.npz", buffer.getvalue())
-            examples.write_retrieval(folder, samples, similarity(arrays), count)
         elif isinstance(samples, VqaSamples):
             rows = vqa_rows(arrays, read_answer_list(self.config.data.path))
             write_json(folder / f"predictions_{split}.json", rows)
-            examples.write_vqa(folder, samples, rows, count)
         elif isinstance(samples, NlvrSamples):
             predictions = nlvr_predictions(arrays, samples)
             write_text(folder / f"predictions_{split}.csv", "".join(f"{k},{v}\n" for k, v in predictions.items()))
-            examples.write_nlvr(folder, samples, arrays, count)
+        if not scores:
+            print(f"{split}: predictions written; the split has no answers to score them by", flush=True)
+            return
+        self._write_examples(samples, arrays, folder)
         write_json(folder / f"scores_{split}.json", scores)
         print(f"{split}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()), flush=True)
+
+    def _write_examples(self, samples: Samples, arrays: Arrays, folder: Path) -> None:
+        count = self.config.logging.samples
+        if isinstance(samples, CaptionSamples):
+            examples.write_retrieval(folder, samples, similarity(arrays), count)
+        elif isinstance(samples, VqaSamples):
+            rows = vqa_rows(arrays, read_answer_list(self.config.data.path))
+            examples.write_vqa(folder, samples, rows, count)
+        elif isinstance(samples, NlvrSamples):
+            examples.write_nlvr(folder, samples, arrays, count)
 
     def _metrics(self, arrays: Arrays, split: str) -> Scores:
         samples = self.samples[split]
         if isinstance(samples, CaptionSamples):
             return retrieval.recalls(**similarity(arrays))
-        if "score" in arrays:
+        if isinstance(samples, VqaSamples):
+            if not arrays["known"].any():  # a test split without answers
+                return {}
             return {"soft_accuracy": 100 * float(arrays["score"].mean())}
         assert isinstance(samples, NlvrSamples)
         if (arrays["label"] < 0).any():  # a test split without labels

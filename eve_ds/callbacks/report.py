@@ -45,6 +45,8 @@ class PretrainExamples(Callback):
 
     def fit_end(self, trainer: Trainer) -> None:
         """A collective: with experts spread over ranks, all ranks predict the same pairs."""
+        if trainer.step == trainer.start_step and (trainer.output_dir / "samples" / "samples.json").exists():
+            return  # the run was whole already, and so are its samples
         load = self.load if self.load is not None else expert_load(trainer.task.backbone)
         load = load.to(trainer.device)
         dist.all_reduce(load)

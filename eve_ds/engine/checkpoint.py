@@ -72,19 +72,22 @@ def check(path: Path, topology: Topology) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or differs, or the checkpoint was written by another number of ranks.
     """
-    record = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-    saved = Topology(**record["topology"])
+    try:
+        record = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        saved, files = Topology(**record["topology"]), dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / COMPLETE}: damaged; delete {path} to resume from the one before") from error
     if saved != topology:
         differing = [f"{k} {getattr(saved, k)} (now {v})" for k, v in vars(topology).items() if getattr(saved, k) != v]
         raise UserError(
             f"{path}: written with {', '.join(differing)}; resume with the same, or start in another output_dir"
         )
-    for name, (size, _) in record["files"].items():
+    for name, (size, _) in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{path}: {name} is missing or truncated; delete this folder to resume from the one before")
     found = _hash_together(path)
-    broken = [name for name, (_, digest) in record["files"].items() if found[name][1] != digest]
+    broken = [name for name, (_, digest) in files.items() if found[name][1] != digest]
     if broken:
         raise UserError(
             f"{path}: {broken[0]} is damaged (its hash differs); delete this folder to resume from the one before"

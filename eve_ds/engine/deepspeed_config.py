@@ -50,6 +50,8 @@ def load_deepspeed_config(
         ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("zero_optimization", {}), dict):
+        raise UserError(f"--deepspeed_config {path}: must be a JSON object, and zero_optimization in it, too")
     micro, accumulation = batch_shape(engine, world_size)
     ours = {
         "train_batch_size": engine.global_batch_size,

@@ -12,8 +12,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from eve_ds import config as config_tree
+from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
-from preprocessing.schema import write_atomic
+from preprocessing.schema import ANSWER_LIST, write_atomic
 from preprocessing.tokenizer import Tokenizer
 
 
@@ -36,12 +37,19 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def export_model(module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json), each file atomically. Called by all ranks."""
+def export_model(
+    module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path, answers: list[str] | None = None
+) -> None:
+    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json, for VQA answer_list.json), each atomically.
+
+    Called by all ranks.
+    """
     state = full_state(module)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)
+        if answers is not None:
+            write_json(folder / ANSWER_LIST, answers)
         write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata={"format": "eve-ds"}))
     dist.barrier()

@@ -14,6 +14,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.errors import UserError
 
 FREE = (
+    "split",
     "logging",
     "checkpoint",
     "output_dir",
@@ -39,13 +40,14 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     stored = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
-    if stored.is_file():
+    others = {path.name for path in folder.iterdir()} - {stored.name} if folder.is_dir() else set()
+    if stored.is_file() and others:  # a config alone is what a start that failed has left
         if not config.checkpoint.resume:
             raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
         try:
             before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise UserError(f"{stored}: not valid YAML; choose another --output_dir") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{stored}: not readable YAML; choose another --output_dir") from error
         now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))
         differing = _first_difference(before, now)
         if differing:
@@ -54,7 +56,7 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
                 f"--output_dir {folder} holds another run: {key} is {stored_value!r} there and {value!r} here; "
                 "choose another folder, or make the settings equal to resume"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif others:
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
     if dist.is_initialized():
         dist.barrier()  # all ranks have looked before rank 0 writes

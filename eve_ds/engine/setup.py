@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.data.loader import build_loader
+from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
 from eve_ds.data.transforms import build_transform
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.errors import UserError
+from eve_ds.errors import RankError, UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
+from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
@@ -93,7 +94,7 @@ def training_batches(config: Config, samples: Samples, start_step: int) -> Itera
         start_sample=start_step * config.engine.global_batch_size,
         num_workers=config.data.num_workers,
     )
-    return iter(loader)
+    return _told(loader, rank)
 
 
 def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
@@ -109,7 +110,37 @@ def evaluation_batches(config: Config, samples: Samples, limit: int | None = Non
         limit=limit,
         num_workers=config.data.num_workers,
     )
-    return iter(loader)
+    return _told(loader, rank)
+
+
+def check_answer_list(config: FinetuneConfig) -> None:
+    """Raise UserError if the head was trained on other answers than ``data.path`` has, or on another order of them."""
+    head = ModelFolder.find(config.init_from or "").weights.parent
+    if not (head / ANSWER_LIST).is_file():
+        return  # published files come without
+    trained, prepared = read_answer_list(head), read_answer_list(config.data.path)
+    if trained != prepared:
+        place = next((i for i, pair in enumerate(zip(trained, prepared, strict=False)) if pair[0] != pair[1]), None)
+        where = "their lengths" if place is None else f"answer {place}: {trained[place]!r} and {prepared[place]!r}"
+        raise UserError(
+            f"{head / ANSWER_LIST} and {config.data.path}/{ANSWER_LIST} differ in {where}; prepare the data with "
+            "--answer-list, naming the former"
+        )
+
+
+def join_expert_groups(task: Task) -> None:
+    """What ``deepspeed.initialize`` does for a task that trains: give each MoE layer its expert-parallel group."""
+    for layer in task.backbone.moe_layers():
+        if isinstance(layer, DeepSpeedMoE):
+            layer.set_deepspeed_parallelism()
+
+
+def _told(loader: Loader, rank: int) -> Iterator[dict[str, torch.Tensor]]:
+    """A row that this rank alone reads is this rank's to complain of."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise RankError(f"rank {rank}: {error}") from error
 
 
 def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = None) -> Task:

@@ -21,7 +21,6 @@ from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
-from eve_ds.errors import USER_ERRORS, RankError
 from eve_ds.tasks.base import Task
 
 Batch = dict[str, Tensor]
@@ -117,7 +116,7 @@ class Trainer:
         waited = 0.0
         for _ in range(self.accumulation_steps):
             asked = time.perf_counter()
-            batch = to_device(self._next(batches), self.device)
+            batch = to_device(next(batches), self.device)
             waited += time.perf_counter() - asked
             output = self.engine(batch)
             self.engine.backward(output.loss * self.world_size)
@@ -148,12 +147,6 @@ class Trainer:
             "data_wait_fraction": waited / seconds,
         }
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        try:
-            return next(batches)
-        except USER_ERRORS as error:
-            raise RankError(f"rank {self.rank}: {error}") from error
-
     def _set_lr(self) -> float:
         factor = lr_factor(self.step, self.total_steps, self.config.optimizer)
         for group in self.engine.optimizer.param_groups:
@@ -174,7 +167,7 @@ class Trainer:
         """Evaluate and save when it is time, at the end, and on a request to stop."""
         last = self.step == self.total_steps
         every = self.config.logging.eval_every
-        if self.evaluate and (last or (every and self.step % every == 0)) and not self.stopped_early:
+        if self.evaluate and (last or (every and self.step % every == 0 and not self.stopped_early)):
             self.engine.eval()
             self._tell("evaluation_end", {"step": self.step, **self.evaluate(self)})
         every = self.config.checkpoint.every

@@ -57,7 +57,7 @@ class VQA(Task):
         return TaskOutput(loss_sum / count + aux, metrics)
 
     def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """``question_id``, ``answer`` (its index), the answer's ``probability`` and soft ``score``; [B] each."""
+        """``question_id``, ``answer`` (its index), ``probability``, soft ``score``, ``known`` (has answers); [B]."""
         batch = valid_rows(batch)
         with evaluating(self):
             logits = self.predict(batch["images"], batch["text_ids"], batch["text_mask"])
@@ -66,6 +66,7 @@ class VQA(Task):
             "question_id": batch["question_id"],
             "answer": answer,
             "probability": probability,
+            "known": batch["answer_targets"].sum(dim=1) > 0,
             "score": batch["answer_targets"].float().gather(1, answer[:, None]).squeeze(1),
         }
         return to_numpy(values)

@@ -127,6 +127,10 @@ def test_a_run_folder_takes_the_same_run_alone(tmp_path: Path) -> None:
     more = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, total_steps=99))
     run_folder.claim(more)
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1.0))
+    run_folder.claim(other)  # nothing has run yet: a start that failed leaves its config alone
+    run_folder.claim(config)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    run_folder.claim(config)
     with pytest.raises(UserError, match=r"holds another run: optimizer.lr is 0.0005 there and 1.0 here"):
         run_folder.claim(other)
     again = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume=False))
