@@ -48,94 +48,67 @@ class Stage:
 
 def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
     """The road, as commands."""
-    raw, data = root / "raw", root / "data"
-    splits = {"train": "train", "val": "dev", "test": "test1"}  # ours: NLVR2's
-    prepare = []
-    for split in splits:
-        captions = ["--annotations", f"{raw}/annotations/captions_{split}2014.json"]
-        prepare.append(["coco", *captions, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/captions"])
-        asked = ["--questions", vqa_file(raw, split, "questions"), "--annotations", vqa_file(raw, split, "annotations")]
-        prepare.append(["vqav2", *asked, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/vqa"])
-        stated = ["--annotations", f"{raw}/nlvr2/{splits[split]}.json", "--images", f"{raw}/nlvr2/images"]
-        prepare.append(["nlvr2", *stated, "--split", split, "--out", f"{data}/nlvr"])
-    folders = [f"{data}/{kind}/train" for kind in ("captions", "vqa", "nlvr")]
-    words = ["tokenizer", "train", "--data", *folders, "--vocab-size", "512", "--out", f"{root}/tokenizer"]
+    return [*data_stages(root, seed), *training_stages(root, seed, world_size), scoring_stage(root)]
 
-    experts = ["--engine.expert_parallel_size", str(2 if world_size % 2 == 0 else 1)]
-    common = [*experts, "--deepspeed_config", "ds_configs/zero2.json"]
-    pretrain = ["--data.path", f"{data}/captions", "--data.tokenizer", f"{root}/tokenizer", "--engine.seed", str(seed)]
+
+def data_stages(root: Path, seed: int) -> list[Stage]:
+    """Raw files, shards, tokenizer."""
+    raw, data = root / "raw", root / "data"
+    shapes = ["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed), "--test", "200"]
+    convert = []
+    for split, nlvr_split in (("train", "train"), ("val", "dev"), ("test", "test1")):
+        captions = ["--annotations", f"{raw}/annotations/captions_{split}2014.json", "--images", f"{raw}/images"]
+        convert.append(["coco", *captions, "--split", split, "--out", f"{data}/captions"])
+        asked = ["--questions", vqa_file(raw, split, "questions"), "--annotations", vqa_file(raw, split, "annotations")]
+        convert.append(["vqav2", *asked, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/vqa"])
+        stated = ["--annotations", f"{raw}/nlvr2/{nlvr_split}.json", "--images", f"{raw}/nlvr2/images"]
+        convert.append(["nlvr2", *stated, "--split", split, "--out", f"{data}/nlvr"])
+    folders = [f"{data}/{kind}/train" for kind in ("captions", "vqa", "nlvr")]
+    words = ["-m", "preprocessing", "tokenizer", "train", "--data", *folders, "--vocab-size", "512"]
+    return [
+        Stage("Drawing the data set, as raw files", 9, [shapes]),
+        Stage("Raw files to Arrow shards", 9, [["-m", "preprocessing", *options] for options in convert]),
+        Stage("Training the tokenizer", 2, [[*words, "--out", f"{root}/tokenizer"]]),
+    ]
+
+
+def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
+    """Pre-training and three fine-tunings, on ``world_size`` ranks."""
+    data = root / "data"
+    common = ["--engine.expert_parallel_size", str(2 if world_size % 2 == 0 else 1)]
+    common += ["--deepspeed_config", "ds_configs/zero2.json"]
 
     def finetune(task: str, recipe: str, folder: str, source: str) -> list[str]:
         config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task]
         where = ["--checkpoint", f"{root}/{source}", "--data", f"{data}/{folder}", "--output_dir", f"{root}/{recipe}"]
         return ["eve_ds.finetune", *config, *where, "--seed", str(seed), *common]
 
-    def score(module: str, *options: str) -> list[str]:
-        return ["-m", f"evaluation.{module}", *options]
-
-    vqa_test = [
-        "--questions",
-        vqa_file(raw, "test", "questions"),
-        "--annotations",
-        vqa_file(raw, "test", "annotations"),
-    ]
-    vqa_train = ["--train-questions", vqa_file(raw, "train", "questions")]
-    vqa_train += ["--train-annotations", vqa_file(raw, "train", "annotations")]
+    pretrain = ["eve_ds.pretrain", "--config", str(CONFIGS / "tiny_shapes.yaml"), "--data.path", f"{data}/captions"]
+    pretrain += ["--data.tokenizer", f"{root}/tokenizer", "--engine.seed", str(seed)]
+    pretrain += ["--output_dir", f"{root}/pretrain", *common]
     return [
-        Stage(
-            "Drawing the data set, as raw files",
-            9,
-            [["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed), "--test", "200"]],
-        ),
-        Stage("Raw files to Arrow shards", 12, [["-m", "preprocessing", *options] for options in prepare]),
-        Stage("Training the tokenizer", 3, [["-m", "preprocessing", *words]]),
-        Stage(
-            "Pre-training: masked pixels and words",
-            120,
-            [
-                [
-                    "eve_ds.pretrain",
-                    "--config",
-                    str(CONFIGS / "tiny_shapes.yaml"),
-                    *pretrain,
-                    "--output_dir",
-                    f"{root}/pretrain",
-                    *common,
-                ]
-            ],
-            ranks=True,
-        ),
-        Stage("Fine-tuning on retrieval", 75, [finetune("itr_coco", "itr", "captions", "pretrain")], ranks=True),
-        Stage("Fine-tuning on VQA", 110, [finetune("vqa", "vqa", "vqa", "pretrain")], ranks=True),
-        Stage("Fine-tuning on NLVR", 80, [finetune("nlvr", "nlvr", "nlvr", "vqa")], ranks=True),
-        Stage(
-            "Scoring the predictions, and what is had without pictures",
-            6,
-            [
-                score(
-                    "retrieval",
-                    "--scores",
-                    f"{root}/itr/predictions_test.npz",
-                    "--out",
-                    f"{root}/scores_retrieval.json",
-                ),
-                score(
-                    "vqa",
-                    "--predictions",
-                    f"{root}/vqa/predictions_test.json",
-                    *vqa_test,
-                    "--out",
-                    f"{root}/scores_vqa.json",
-                ),
-                score("baselines", *vqa_train, *vqa_test, "--out", f"{root}/baselines_vqa.json"),
-                score(
-                    "nlvr",
-                    *("--predictions", f"{root}/nlvr/predictions_test.csv"),
-                    *("--annotations", f"{raw}/nlvr2/test1.json", "--out", f"{root}/scores_nlvr.json"),
-                ),
-            ],
-        ),
+        Stage("Pre-training: masked pixels and words", 100, [pretrain], ranks=True),
+        Stage("Fine-tuning on retrieval", 105, [finetune("itr_coco", "itr", "captions", "pretrain")], ranks=True),
+        Stage("Fine-tuning on VQA", 84, [finetune("vqa", "vqa", "vqa", "pretrain")], ranks=True),
+        Stage("Fine-tuning on NLVR", 65, [finetune("nlvr", "nlvr", "nlvr", "vqa")], ranks=True),
     ]
+
+
+def scoring_stage(root: Path) -> Stage:
+    """The evaluation commands on the predictions, and the scores of models that see no picture."""
+    raw = root / "raw"
+    tested = ["--questions", vqa_file(raw, "test", "questions"), "--annotations", vqa_file(raw, "test", "annotations")]
+    learnt = ["--train-questions", vqa_file(raw, "train", "questions")]
+    learnt += ["--train-annotations", vqa_file(raw, "train", "annotations")]
+    stated = ["--predictions", f"{root}/nlvr/predictions_test.csv", "--annotations", f"{raw}/nlvr2/test1.json"]
+    commands = [
+        ["retrieval", "--scores", f"{root}/itr/predictions_test.npz", "--out", f"{root}/scores_retrieval.json"],
+        ["vqa", "--predictions", f"{root}/vqa/predictions_test.json", *tested, "--out", f"{root}/scores_vqa.json"],
+        ["baselines", *learnt, *tested, "--out", f"{root}/baselines_vqa.json"],
+        ["nlvr", *stated, "--out", f"{root}/scores_nlvr.json"],
+    ]
+    title = "Scoring the predictions, and what is had without pictures"
+    return Stage(title, 4, [["-m", f"evaluation.{module}", *options] for module, *options in commands])
 
 
 def vqa_file(raw: Path, split: str, kind: str) -> str:

@@ -88,9 +88,9 @@ class Backbone(nn.Module):
         """First values of the modules that torch would initialise otherwise; experts come with a deviation of 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-                # The same deviation of outputs whatever the patch: 3 p p inputs, as many as D in EVE-Base.
+                # Patches have 3 p p inputs, as many as D in EVE-Base: where D is less, no louder than other layers.
                 width = module.weight[0].numel() if isinstance(module, nn.Conv2d) else self.config.dim
-                nn.init.trunc_normal_(module.weight, std=std * (self.config.dim / width) ** 0.5)
+                nn.init.trunc_normal_(module.weight, std=std * min(1.0, self.config.dim / width) ** 0.5)
                 bias = getattr(module, "bias", None)
                 if bias is not None:
                     nn.init.zeros_(bias)
