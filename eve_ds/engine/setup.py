@@ -7,11 +7,12 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.data.loader import Loader, build_loader
+from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
 from eve_ds.data.transforms import build_transform
 from eve_ds.engine.deepspeed_config import batch_shape
@@ -25,6 +26,7 @@ from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
+Batches = Iterator[dict[str, torch.Tensor]]
 
 
 def tokenizer(config: Config) -> Tokenizer:
@@ -81,36 +83,28 @@ def check_batch(config: Config, rows: int) -> None:
         )
 
 
-def training_batches(config: Config, samples: Samples, start_step: int) -> Iterator[dict[str, torch.Tensor]]:
+def training_batches(config: Config, samples: Samples, start_step: int) -> Batches:
     """This rank's micro-batches from optimizer step ``start_step`` on, without end."""
-    rank, world_size, _ = launched_world()
-    micro, _ = batch_shape(config.engine, world_size)
-    loader = build_loader(
-        samples,
-        micro_batch_size=micro,
-        world_size=world_size,
-        rank=rank,
-        seed=config.engine.seed,
-        start_sample=start_step * config.engine.global_batch_size,
-        num_workers=config.data.num_workers,
-    )
-    return _told(loader, rank)
+    start = start_step * config.engine.global_batch_size
+    return _batches(config, samples, seed=config.engine.seed, start_sample=start)
 
 
-def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Batches:
     """This rank's part of a split in order, each sample once (repeats that make ranks even have ``valid`` False)."""
+    return _batches(config, samples, train=False, limit=limit)
+
+
+def _batches(config: Config, samples: Samples, **options: Any) -> Batches:
+    """A row that this rank alone reads is this rank's to complain of."""
     rank, world_size, _ = launched_world()
     micro, _ = batch_shape(config.engine, world_size)
-    loader = build_loader(
-        samples,
-        micro_batch_size=micro,
-        world_size=world_size,
-        rank=rank,
-        train=False,
-        limit=limit,
-        num_workers=config.data.num_workers,
-    )
-    return _told(loader, rank)
+    workers = config.data.num_workers
+    try:
+        yield from build_loader(
+            samples, micro_batch_size=micro, world_size=world_size, rank=rank, num_workers=workers, **options
+        )
+    except DataError as error:
+        raise RankError(f"rank {rank}: {error}") from error
 
 
 def check_answer_list(config: FinetuneConfig) -> None:
@@ -133,14 +127,6 @@ def join_expert_groups(task: Task) -> None:
     for layer in task.backbone.moe_layers():
         if isinstance(layer, DeepSpeedMoE):
             layer.set_deepspeed_parallelism()
-
-
-def _told(loader: Loader, rank: int) -> Iterator[dict[str, torch.Tensor]]:
-    """A row that this rank alone reads is this rank's to complain of."""
-    try:
-        yield from loader
-    except DataError as error:
-        raise RankError(f"rank {rank}: {error}") from error
 
 
 def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = None) -> Task:
