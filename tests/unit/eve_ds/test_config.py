@@ -54,6 +54,11 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path: Path) -
         (["--model.num_heads", "7"], ["model.dim=768", "model.num_heads=7"]),
         (["--model.top_k", "33"], ["model.top_k=33", "model.num_experts=32"]),
         (["--model.soft_layers", "[12]"], ["model.soft_layers", "model.depth=12"]),
+        (["--optimizer.lr", "0"], ["optimizer.lr=0"]),
+        (["--optimizer.betas", "[0.9]"], ["optimizer.betas=[0.9]"]),
+        (["--optimizer.warmup", "2"], ["optimizer.warmup=2"]),
+        (["--data.num_workers", "-1"], ["data.num_workers=-1"]),
+        (["--objective.text_mask_ratio", "1"], ["objective.text_mask_ratio=1"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
     ],
 )

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig
-from eve_ds.engine import distributed, run_folder
+from eve_ds.config import DataConfig, EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
+from eve_ds.engine import distributed, run_folder, setup
 from eve_ds.engine.deepspeed_config import batch_shape, load_deepspeed_config
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
@@ -144,3 +144,19 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=word):
             run_folder.claim(PretrainConfig(output_dir=str(path)))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_head_goes_with_its_own_answer_list_alone(tmp_path: Path) -> None:
+    model, data = tmp_path / "run" / "model", tmp_path / "data"
+    for folder in (model, data):
+        folder.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"")
+    config = FinetuneConfig(init_from=str(tmp_path / "run"), data=DataConfig(path=str(data)))
+    (data / "answer_list.json").write_text('["yes", "no"]')
+    setup.check_answer_list(config)  # published weights come without a list
+    (model / "answer_list.json").write_text('["yes", "no"]')
+    setup.check_answer_list(config)
+    for other, words in (('["no", "yes"]', "answer 0: 'no' and 'yes'"), ('["yes"]', "their lengths")):
+        (model / "answer_list.json").write_text(other)
+        with pytest.raises(UserError, match=words):
+            setup.check_answer_list(config)
