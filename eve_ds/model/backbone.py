@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.model.attention import key_bias
 from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.model.config import ModelConfig
@@ -60,9 +61,9 @@ class Backbone(nn.Module):
         self.config = config
         self.image_embedding = ImageEmbedding(config.dim, config.patch_size, config.num_patches)
         self.text_embedding = TextEmbedding(config.dim, config.vocab_size, config.text_positions, config.norm_eps)
-        self.embedding_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.embedding_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.blocks = nn.ModuleList(self._block(i, moe_layer, published_routing) for i in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         self._initialise(config.init_std, config.position_std)
 
     def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> HardBlock | SoftBlock:

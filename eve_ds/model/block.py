@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from eve_ds.kernels.layer_norm import LayerNorm
+from eve_ds.kernels.mlp import mlp
 from eve_ds.model.attention import Attention
 from eve_ds.model.config import ModelConfig
-from eve_ds.model.experts import ACTIVATIONS
 from eve_ds.model.moe import MoE
 
 
@@ -25,7 +26,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        w1, b1, w2, b2 = (part.unsqueeze(0) for layer in (self.fc1, self.fc2) for part in (layer.weight, layer.bias))
+        rows = x.flatten(0, -2)
+        return mlp(rows, w1, b1, w2, b2, [rows.shape[0]], self.activation).view_as(x)
 
 
 class Block(nn.Module):
@@ -39,7 +42,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config.dim, config.num_heads)
         self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
@@ -61,8 +64,8 @@ class HardBlock(Block):
 
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__(config, drop_path)
-        self.image_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.text_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.image_norm = LayerNorm(config.dim, eps=config.norm_eps)
+        self.text_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.image_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
         self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
@@ -83,7 +86,7 @@ class SoftBlock(Block):
 
     def __init__(self, config: ModelConfig, drop_path: float, moe: MoE) -> None:
         super().__init__(config, drop_path)
-        self.moe_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.moe_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.moe = moe
 
     def forward(self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

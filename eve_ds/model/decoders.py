@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.model.attention import Attention
 from eve_ds.model.block import MLP
 
@@ -49,9 +50,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attention_norm = LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads)
-        self.mlp_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp_norm = LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim, "gelu")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class PixelDecoder(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         self.positions: Tensor
         self.blocks = nn.ModuleList(DecoderBlock(decoder_dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.norm = LayerNorm(decoder_dim, eps=1e-6)
         self.head = nn.Linear(decoder_dim, 3 * patch_size**2)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
@@ -119,7 +120,7 @@ class WordDecoder(nn.Module):
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()
         self.dense = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)

@@ -1,65 +1,63 @@
 """Tokens to their experts and back: sort by expert, exchange between ranks, apply, undo, weigh and sum.
 
-Shapes: T tokens, k choices per token, R = T k rows (one per choice), D dim, E experts.
-No shape here depends on the routing, but for what is sent to other ranks. Rows of no expert (padding, choices beyond an
-expert's capacity) sort to the end, are never sent or multiplied, and come back as zeros.
+Shapes: T tokens, k choices per token, R = T k rows (one per choice), P slots (rows, and on the CPU some empty ones), D
+dim, E experts. No shape depends on the routing, but for the empty slots and what is sent to other ranks. Rows of no
+expert (padding, choices beyond an expert's capacity) lie in the last slots, are never sent or multiplied, and come back
+as zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from eve_ds import parallel
+from eve_ds.kernels.permute import combine, spread
 
 ApplyExperts = Callable[[Tensor, list[int]], Tensor]
 
 
-class _Spread(torch.autograd.Function):
-    """Row i of the result is token order[i] // k. Backward by a gather too: index_add_ walks row by row on the CPU."""
+class Layout(NamedTuple):
+    """Where each row lies while sorted by expert.
 
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.top_k = top_k
-        return x_TD.index_select(0, order_R if top_k == 1 else order_R.div(top_k, rounding_mode="floor"))
+    Attributes:
+        order: [P] int64, the row in each slot; R in an empty one.
+        inverse: [R] int64, the slot of each row.
+        counts: slots of each expert.
+    """
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        dx_RD = dy_RD.index_select(0, inverse_R)
-        if ctx.top_k > 1:
-            dx_RD = dx_RD.unflatten(0, (-1, ctx.top_k)).sum(dim=1)
-        return dx_RD, None, None, None
+    order: Tensor
+    inverse: Tensor
+    counts: list[int]
 
 
-class _Combine(torch.autograd.Function):
-    """Weighted sum of a token's k rows, found at inverse[t k .. t k + k - 1]."""
+def cpu_slots(count: int) -> int:
+    """Slots for so many rows of an expert on the CPU: at most 1/16 or 7 more, so that few different numbers occur.
 
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, weights_Tk: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        top_k = weights_Tk.shape[1]
-        y_TkD = y_RD.index_select(0, inverse_R).unflatten(0, (-1, top_k))
-        ctx.save_for_backward(y_TkD, weights_Tk, order_R)
-        out_TD = y_TkD[:, 0] * weights_Tk[:, :1]
-        for choice in range(1, top_k):
-            out_TD.addcmul_(y_TkD[:, choice], weights_Tk[:, choice : choice + 1])
-        return out_TD
+    Every matrix product of a new shape has its kernel generated anew there: about 0.5 ms, and memory that grows by 1 GB
+    in 3,000 shapes.
+    """
+    step = max(8, 1 << max(count.bit_length() - 5, 0))
+    return -(-count // step) * step
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_TkD, weights_Tk, order_R = ctx.saved_tensors
-        token_R = order_R.div(weights_Tk.shape[1], rounding_mode="floor")
-        dy_RD = dout_TD.index_select(0, token_R).mul_(weights_Tk.reshape(-1, 1).index_select(0, order_R))
-        dweights_Tk = (y_TkD * dout_TD.unsqueeze(1)).sum(dim=2)
-        return dy_RD, dweights_Tk, None, None
+
+def sort_by_expert(expert: Tensor, counts: list[int]) -> Layout:
+    """Lay out rows of the given experts ([R] int64, len(counts) for none), ``counts`` of them for each expert."""
+    order = expert.argsort(stable=True)
+    slot = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order)
+    if order.device.type != "cpu":
+        return Layout(order, inverse.scatter_(0, order, slot), counts)
+    slots = [cpu_slots(count) for count in counts]
+    rows = torch.tensor([*counts, order.numel() - sum(counts)])
+    added = torch.tensor([0, *(s - c for s, c in zip(slots, counts, strict=True))]).cumsum(0)
+    slot += added.repeat_interleave(rows, output_size=order.numel())
+    order_P = order.new_full((order.numel() + int(added[-1]),), order.numel()).scatter_(0, slot, order)
+    return Layout(order_P, inverse.scatter_(0, order, slot), slots)
 
 
 def dispatch(
@@ -78,21 +76,22 @@ def dispatch(
         experts: [T, k] int64; E stands for "no expert".
         weights: [T, k], weight of each choice; differentiable.
         counts: [E] int64, rows of each expert in ``experts``.
-        apply_experts: (rows [R, D] sorted by expert, rows per expert held here) -> [R, D].
+        apply_experts: (slots [P, D] sorted by expert, slots per expert held here) -> [P, D].
         ep_size: ranks that share the experts; rank r of the group holds [r E / ep_size, (r + 1) E / ep_size).
         ep_group: those ranks. None: all.
     Returns:
         [T, D]; zeros for a token whose choices all are E.
     """
     top_k = experts.shape[1]
+    weights = weights.to(tokens.dtype)
+    if ep_size == 1:
+        layout = sort_by_expert(experts.reshape(-1), _to_host(counts, experts.numel()))
+        done = apply_experts(spread(tokens, layout.order, layout.inverse, top_k), layout.counts)
+        return combine(done, weights, layout.order, layout.inverse)
     order = experts.reshape(-1).argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    rows = _Spread.apply(tokens, order, inverse, top_k)
-    if ep_size == 1:
-        rows = apply_experts(rows, _to_host(counts, rows.shape[0]))
-    else:
-        rows = _through_ranks(rows, counts, apply_experts, ep_size, ep_group)
-    return _Combine.apply(rows, weights.to(rows.dtype), order, inverse)
+    rows = _through_ranks(spread(tokens, order, inverse, top_k), counts, apply_experts, ep_size, ep_group)
+    return combine(rows, weights, order, inverse)
 
 
 def _through_ranks(
@@ -106,11 +105,11 @@ def _through_ranks(
     arrived = parallel.all_to_all_uneven(rows[:used], send, receive, ep_group)
     # They arrive by rank, then by expert; the experts want them by expert, then by rank.
     local = torch.arange(received.shape[1], device=rows.device).repeat(ep_size)
-    order = local.repeat_interleave(received.reshape(-1), output_size=sum(receive)).argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    sorted_rows = _Spread.apply(arrived, order, inverse, 1)
-    done = apply_experts(sorted_rows, received.sum(dim=0).tolist())
-    back = parallel.all_to_all_uneven(_Spread.apply(done, inverse, order, 1), receive, send, ep_group)
+    expert = local.repeat_interleave(received.reshape(-1), output_size=sum(receive))
+    layout = sort_by_expert(expert, received.sum(dim=0).tolist())
+    done = apply_experts(spread(arrived, layout.order, layout.inverse, 1), layout.counts)
+    done = combine(done, None, layout.order, layout.inverse)
+    back = parallel.all_to_all_uneven(done, receive, send, ep_group)
     if used == rows.shape[0]:
         return back
     return torch.cat([back, back.new_zeros(rows.shape[0] - used, rows.shape[1])])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve_ds.kernels.layer_norm import LayerNorm
+
 
 def patches(images: Tensor, patch_size: int) -> Tensor:
     """Cut pictures [B, 3, H, W] into [B, P, 3 p p], row by row; within a patch, by channel, row, column.
@@ -91,7 +93,7 @@ class TextEmbedding(nn.Module):
         self.words = nn.Embedding(vocab_size, dim)
         self.positions = nn.Parameter(torch.empty(num_positions, dim))
         self.type_vector = nn.Parameter(torch.empty(dim))
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm = LayerNorm(dim, eps=norm_eps)
         for parameter in (self.positions, self.type_vector):
             nn.init.trunc_normal_(parameter, std=0.02)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.model.dispatch import dispatch
@@ -85,7 +86,9 @@ class MoE(nn.Module):
             y [B, N, D] in x's dtype, and this rank's share (float32 scalar) of the load-balancing loss.
         """
         # Both vectors take part whatever the batch holds, so both always have a gradient (ZeRO reduces all parameters).
-        seen = x + torch.stack([self.image_vector, self.text_vector])[modality]
+        # A product with 0 and 1, not an index: the backward pass of an index adds row by row on the CPU.
+        kind = F.one_hot(modality, 2).to(x.dtype)
+        seen = x + kind @ torch.stack([self.image_vector, self.text_vector]).to(x.dtype)
         tokens = (seen if self.modality_to_experts else x).flatten(0, 1)
         valid = None if valid is None or self.published_routing else valid.flatten()
         routing = self.router(seen.flatten(0, 1))

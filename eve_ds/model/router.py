@@ -5,11 +5,12 @@ Shapes: T tokens, D dim, E experts, k choices per token.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from eve_ds import parallel
 
@@ -28,6 +29,22 @@ class Routing(NamedTuple):
     gates: Tensor
     experts: Tensor
     weights: Tensor
+
+
+class _Scores(torch.autograd.Function):
+    """tokens @ weight' in float32; keeps the tokens as they came, where autograd would keep them in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_TD, weight_ED)
+        return F.linear(tokens_TD.float(), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dscores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_TD, weight_ED = ctx.saved_tensors
+        dweight_ED = dscores_TE.t() @ tokens_TD.float()
+        return (dscores_TE @ weight_ED.float()).to(tokens_TD.dtype), dweight_ED.to(weight_ED.dtype)
 
 
 class Router(nn.Module):
@@ -51,7 +68,7 @@ class Router(nn.Module):
         With one choice the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself
         it would be 1, and the router would learn nothing.
         """
-        gates = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
+        gates = _Scores.apply(tokens, self.weight).softmax(dim=-1)
         chosen, experts = gates.topk(self.top_k, dim=-1)
         return Routing(gates, experts, renormalise(chosen))
 

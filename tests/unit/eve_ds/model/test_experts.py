@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eve_ds.model.experts import ACTIVATIONS, Experts, quick_gelu
+from eve_ds.kernels.mlp import ACTIVATIONS
+from eve_ds.model.experts import Experts
 
 
 def one_by_one(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
@@ -62,7 +63,7 @@ def test_first_values_leave_the_global_generator_alone() -> None:
 
 def test_quick_gelu_is_its_formula() -> None:
     x = torch.linspace(-6, 6, 101)
-    torch.testing.assert_close(quick_gelu(x), x * torch.sigmoid(1.702 * x))
+    torch.testing.assert_close(ACTIVATIONS["quick_gelu"](x), x * torch.sigmoid(1.702 * x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

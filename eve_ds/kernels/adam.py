@@ -1,0 +1,163 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) by the quickest kernel there is: all compute the same update.
+
+DeepSpeed's FusedAdam on CUDA, DeepSpeedCPUAdam where ZeRO keeps the states in host memory, torch's fused AdamW
+elsewhere. FusedAdam could not be run here (no GPU).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from eve_ds.kernels.choices import Alternative, Choice
+
+FUSED_ADAM, CPU_ADAM = "fused_adam", "cpu_adam"  # DeepSpeed's names of the compiled operations
+
+State = tuple[bool, str, str]  # available, reason, how to get it
+
+
+def build_adamw(
+    groups: list[dict[str, Any]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    device: torch.device,
+    offload: bool = False,
+) -> Optimizer:
+    """AdamW over parameter groups. With a process group it is a collective: all ranks use the same kernel.
+
+    DeepSpeed compiles its kernels at first use (a minute or two). If that fails on any rank, a warning says why and
+    torch's AdamW serves on all; ZeRO-Offload then needs ``"zero_force_ds_cpu_optimizer": false`` in DeepSpeed's config.
+
+    Args:
+        groups: with ``params``, ``weight_decay`` and optionally ``lr`` each.
+        lr: for groups without their own.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        device: where the model trains.
+        offload: ZeRO keeps parameters' masters and states in host memory.
+    Returns:
+        an optimizer that DeepSpeed's ZeRO accepts.
+    """
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+    operation = operation_for(device, offload)
+    if operation is not None:
+        available, problem, _ = operation_state(operation)
+        expected = not available and not offload  # FusedAdam without a CUDA toolkit is nothing to warn of: see doctor
+        optimizer: Optimizer | None = None
+        if available:
+            problem = "it is not to be had on another rank"
+            try:
+                optimizer = _deepspeed_adam(operation)([dict(group) for group in groups], options)
+            except Exception as error:  # noqa: BLE001  # whatever a compile may raise; the warning below tells it
+                problem = " ".join(str(error).split()) or type(error).__name__
+        if _on_all_ranks(optimizer is not None, device) and optimizer is not None:
+            return optimizer
+        if not expected:
+            warnings.warn(f"torch's AdamW serves instead of DeepSpeed's {operation}: {problem[:300]}", stacklevel=2)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def operation_for(device: torch.device, offload: bool) -> str | None:
+    """The DeepSpeed operation that would serve; None where torch's kernel is as quick (the CPU without offload)."""
+    if offload:
+        return CPU_ADAM
+    return FUSED_ADAM if device.type == "cuda" else None
+
+
+def _deepspeed_adam(operation: str) -> Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    if operation == FUSED_ADAM:
+        return lambda groups, options: FusedAdam(groups, adam_w_mode=True, **options)
+    return lambda groups, options: DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+
+
+def _on_all_ranks(built: bool, device: torch.device) -> bool:
+    """Whether every rank says so: their checkpoints must hold the same kind of states."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return built
+    flag = torch.tensor(int(built), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def operation_state(operation: str) -> State:
+    """Whether DeepSpeed's operation is compiled or can be compiled here, why, and how to get it."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return False, "deepspeed is not installed", "pip install -r requirements.txt"
+    if operation == FUSED_ADAM and not torch.cuda.is_available():
+        return False, "for CUDA devices", ""
+    if compiled(operation):
+        return True, "compiled", ""
+    lacking = _lacking_tool(operation)
+    if lacking is not None:
+        return False, *lacking
+    return True, "compiled at first use (a minute or two)", ""
+
+
+def compiled(operation: str) -> bool:
+    """Whether the operation came compiled with DeepSpeed, or a run has compiled it."""
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get(operation)) or (extensions_folder() / operation / f"{operation}.so").is_file()
+
+
+def extensions_folder() -> Path:
+    """Where torch keeps compiled operations: TORCH_EXTENSIONS_DIR, or a folder in the user's cache (which it makes)."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("", verbose=False))
+
+
+def _lacking_tool(operation: str) -> tuple[str, str] | None:
+    """What a compile lacks on this machine, and how to get it."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"not compiled, and no C++ compiler {compiler!r} to compile it", "apt-get install g++"
+    if shutil.which("ninja") is None:
+        return "not compiled, and no ninja on PATH to compile it", "pip install -r requirements.txt"
+    if operation == FUSED_ADAM:
+        return _lacking_nvcc()
+    return None
+
+
+def _lacking_nvcc() -> tuple[str, str] | None:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    wanted = torch.version.cuda or "none"
+    how = f"install the CUDA toolkit {wanted} and set CUDA_HOME to it"
+    if CUDA_HOME is None:
+        return "not compiled, and no CUDA toolkit (CUDA_HOME, nvcc) to compile it", how
+    try:
+        text = subprocess.run(
+            [str(Path(CUDA_HOME) / "bin" / "nvcc"), "-V"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"not compiled, and nvcc does not run ({error})", how
+    found = text.rpartition("release ")[2].split(",")[0].strip()
+    if found.split(".")[0] != wanted.split(".")[0]:
+        return f"not compiled, and nvcc is {found} where torch was built with CUDA {wanted}", how
+    return None
+
+
+def choice(device: torch.device, offload: bool) -> Choice:
+    """What serves a model that trains on ``device``."""
+    name = "DeepSpeedCPUAdam" if offload else "DeepSpeed FusedAdam"
+    available, reason, how = operation_state(CPU_ADAM if offload else FUSED_ADAM)
+    return Choice(
+        "AdamW with states in host memory (ZeRO-Offload)" if offload else "AdamW",
+        (Alternative(name, available, reason, how), Alternative("torch fused AdamW", True, "always runs")),
+    )

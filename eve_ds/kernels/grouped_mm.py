@@ -1,0 +1,181 @@
+"""Products of groups of rows with a weight each, biases and sums of groups: torch's grouped kernel on Hopper and
+Blackwell, a loop of plain products elsewhere.
+
+Shapes: R rows sorted by group, E groups, K and N the widths of a product. Rows beyond the last group belong to none.
+
+``torch.nn.functional.grouped_mm`` has its one-launch kernel for bf16 on CUDA devices of compute capability 9 and 10. It
+accepts other devices and dtypes, the CPU too, but runs a loop of ``mm`` there after copying the offsets to the host
+(PyTorch's aten/src/ATen/native/GroupedMMUtils.h, ``_grouped_mm_fallback``), which is no better than the loop here. It
+leaves rows of no group unset, refuses strides and addresses that are no multiples of 16 bytes, and has no bias.
+
+These functions take no part in autograd: they are the pieces of an ``autograd.Function`` (``model/experts.py``). The
+grouped kernel itself could not be run here (no GPU); the code around it is tested through torch's CPU fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eve_ds.kernels.choices import Alternative, Choice, triton_is_interpreted, triton_state
+
+CAPABILITIES = (9, 10)  # compute capability, major: where torch's grouped kernel exists
+ALIGNMENT_BYTES = 16
+
+
+class Groups:
+    """Which rows belong to which group. One object serves all the products of a layer.
+
+    Args:
+        counts: rows of each group, on the host; or an int64 tensor [E] on the device. With the latter the grouped
+            kernel needs no synchronisation; the loop reads it back once.
+        device: where the rows are.
+    """
+
+    def __init__(self, counts: Sequence[int] | Tensor, device: torch.device) -> None:
+        self._counts = counts
+        self._device = device
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each group, on the host."""
+        return self._counts.tolist() if isinstance(self._counts, Tensor) else list(self._counts)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[E] int32 on the device: where each group ends."""
+        counts = torch.as_tensor(self._counts, device=self._device)
+        return counts.cumsum(0, dtype=torch.int32)
+
+    def slices(self) -> Iterator[tuple[int, slice]]:
+        """(group, its rows) of every group that has rows."""
+        start = 0
+        for group, count in enumerate(self.counts):
+            if count:
+                yield group, slice(start, start + count)
+            start += count
+
+    def zero_rest(self, rows: Tensor) -> Tensor:
+        """Set rows of no group to zero, in place."""
+        if isinstance(self._counts, Tensor) and "counts" not in self.__dict__:
+            place = torch.arange(rows.shape[0], device=rows.device)
+            return rows.masked_fill_((place >= self.offsets[-1]).unsqueeze(1), 0)
+        rows[sum(self.counts) :] = 0
+        return rows
+
+
+def grouped_mm(x_RK: Tensor, weights_EKN: Tensor, groups: Groups) -> Tensor:
+    """Rows of group e times ``weights[e]``. For x @ w.T with w [E, N, K], pass ``w.mT``, a view.
+
+    Args:
+        x_RK: [R, K].
+        weights_EKN: [E, K, N] in x's dtype.
+        groups: where the groups' rows are.
+    Returns:
+        [R, N] in x's dtype, products summed in float32; zeros in rows of no group.
+    """
+    if _grouped_kernel_takes(x_RK, weights_EKN):
+        return groups.zero_rest(F.grouped_mm(x_RK, weights_EKN, offs=groups.offsets))
+    out_RN = x_RK.new_empty(x_RK.shape[0], weights_EKN.shape[2])
+    for group, rows in groups.slices():
+        torch.mm(x_RK[rows], weights_EKN[group], out=out_RN[rows])
+    return groups.zero_rest(out_RN)
+
+
+def grouped_weight_gradient(dy_RN: Tensor, x_RK: Tensor, groups: Groups) -> Tensor:
+    """The gradient of w [E, N, K] in y = x @ w[e].T: dy.T @ x over each group's rows.
+
+    Args:
+        dy_RN: [R, N].
+        x_RK: [R, K] in dy's dtype.
+        groups: where the groups' rows are.
+    Returns:
+        [E, N, K] in dy's dtype, summed in float32; zeros for a group without rows.
+    """
+    if _grouped_kernel_takes(dy_RN, x_RK):
+        return F.grouped_mm(dy_RN.t(), x_RK, offs=groups.offsets)
+    dw_ENK = dy_RN.new_zeros(len(groups.counts), dy_RN.shape[1], x_RK.shape[1])
+    for group, rows in groups.slices():
+        torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_ENK[group])
+    return dw_ENK
+
+
+def add_group_bias_(y_RN: Tensor, bias_EN: Tensor, groups: Groups) -> Tensor:
+    """Add ``bias[e]`` to the rows of group e, in place, and set rows of no group to zero.
+
+    Args:
+        y_RN: [R, N], contiguous where the Triton kernel serves (CUDA).
+        bias_EN: [E, N], rows may be strided.
+        groups: where the groups' rows are.
+    Returns:
+        ``y_RN``.
+    """
+    if (y_RN.is_cuda or (triton_is_interpreted() and not y_RN.is_meta)) and triton_state()[0] and y_RN.is_contiguous():
+        from eve_ds.kernels import group_bias_triton  # imports triton, which need not be installed
+
+        return group_bias_triton.add_group_bias_(y_RN, bias_EN, groups.offsets)
+    for group, rows in groups.slices():
+        y_RN[rows] += bias_EN[group]
+    return groups.zero_rest(y_RN)
+
+
+def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
+    """The sum of each group's rows: the gradient of its bias.
+
+    Returns:
+        [E, N] in y's dtype, summed in float32; zeros for a group without rows.
+    """
+    if _grouped_kernel_takes(y_RN):
+        # One launch: a product with eight columns of ones (8 x 2 bytes meet the kernel's alignment).
+        ones_R8 = y_RN.new_ones(y_RN.shape[0], ALIGNMENT_BYTES // y_RN.element_size())
+        return F.grouped_mm(ones_R8.t(), y_RN, offs=groups.offsets)[:, 0]
+    sums_EN = y_RN.new_zeros(len(groups.counts), y_RN.shape[1])
+    for group, rows in groups.slices():
+        torch.sum(y_RN[rows], dim=0, out=sums_EN[group])
+    return sums_EN
+
+
+def _grouped_kernel_takes(*operands: Tensor) -> bool:
+    """Whether torch's one-launch kernel serves these operands: bf16, aligned, on a device that has it."""
+    return has_grouped_kernel(operands[0].device) and all(
+        operand.dtype == torch.bfloat16 and _aligned(operand) for operand in operands
+    )
+
+
+def has_grouped_kernel(device: torch.device) -> bool:
+    """Whether torch has its one-launch grouped product for ``device``."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in CAPABILITIES
+
+
+def _aligned(operand: Tensor) -> bool:
+    """Not empty, address and both widths in multiples of 16 bytes, one of the last two dimensions dense."""
+    unit = ALIGNMENT_BYTES // operand.element_size()
+    inner, outer = sorted(operand.stride()[-2:])
+    widths = (outer, operand.shape[-1], *(operand.shape[-2:] if operand.dim() == 3 else ()))
+    if inner != 1 or operand.numel() == 0 or operand.data_ptr() % ALIGNMENT_BYTES:
+        return False
+    return not any(width % unit for width in widths)
+
+
+def choice(device: torch.device) -> Choice:
+    """What serves bf16 tensors on ``device``."""
+    available = has_grouped_kernel(device)
+    if available:
+        reason = "bf16 on compute capability 9 or 10"
+    elif device.type == "cuda":
+        reason = f"this device is {torch.cuda.get_device_name(device)}; compute capability 9 or 10 is needed"
+    else:
+        reason = "for CUDA devices of compute capability 9 or 10 (H100, H200, B200)"
+    return Choice(
+        "grouped matrix products (experts)",
+        (
+            Alternative("torch grouped_mm", available, reason),
+            Alternative("one product per expert", True, "always runs"),
+        ),
+    )

@@ -1,0 +1,120 @@
+"""AdamW against its formula, whichever kernel computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eve_ds.kernels import adam
+from tests.support.distributed import run_distributed_test
+
+CPU = torch.device("cpu")
+STEPS, BETAS, EPS = 5, (0.9, 0.98), 1e-8
+SIZES = [(7, 5), (3,), (64, 33)]
+
+
+def formula(value: Tensor, gradients: list[Tensor], lr: float, weight_decay: float) -> Tensor:
+    """Algorithm 2 of arXiv 1711.05101 with the schedule in ``lr``, in float64."""
+    value, first, second = value.double(), torch.zeros_like(value.double()), torch.zeros_like(value.double())
+    for step, gradient in enumerate(gradients, start=1):
+        first = BETAS[0] * first + (1 - BETAS[0]) * gradient.double()
+        second = BETAS[1] * second + (1 - BETAS[1]) * gradient.double().square()
+        root = (second / (1 - BETAS[1] ** step)).sqrt() + EPS
+        value = value - lr * (first / (1 - BETAS[0] ** step) / root + weight_decay * value)
+    return value
+
+
+def distance_from_formula(device: torch.device, offload: bool) -> tuple[str, float]:
+    """(class of the optimizer, largest difference after STEPS steps of two groups with their own settings)."""
+    torch.manual_seed(0)
+    where = CPU if offload else device
+    values = [torch.randn(size) for size in SIZES]
+    gradients = [[torch.randn(size) for _ in range(STEPS)] for size in SIZES]
+    parameters = [torch.nn.Parameter(value.to(where, copy=True)) for value in values]
+    settings = [(1e-2, 0.01), (3e-3, 0.0), (3e-3, 0.0)]  # lr, weight decay
+    groups: list[dict[str, Any]] = [
+        {"params": parameters[:1], "lr": 1e-2, "weight_decay": 0.01},
+        {"params": parameters[1:], "weight_decay": 0.0},
+    ]
+    optimizer = adam.build_adamw(groups, 3e-3, BETAS, EPS, device, offload)
+    for step in range(STEPS):
+        for parameter, made in zip(parameters, gradients, strict=True):
+            parameter.grad = made[step].to(where, copy=True)
+        optimizer.step()
+    differences = [
+        (parameter.detach().cpu().double() - formula(value, made, *setting)).abs().max().item()
+        for parameter, value, made, setting in zip(parameters, values, gradients, settings, strict=True)
+    ]
+    return type(optimizer).__name__, max(differences)
+
+
+def test_on_the_cpu() -> None:
+    name, difference = distance_from_formula(CPU, offload=False)
+    assert name == "AdamW" and difference < 3e-6
+
+
+@pytest.mark.long  # compiles DeepSpeed's operation, which takes a minute or two
+@pytest.mark.timeout(900)
+def test_with_states_in_host_memory() -> None:
+    name, difference = distance_from_formula(CPU, offload=True)
+    assert name == "DeepSpeedCPUAdam" and difference < 3e-6
+    assert adam.compiled(adam.CPU_ADAM) and adam.choice(CPU, offload=True).live.name == "DeepSpeedCPUAdam"
+
+
+if torch.cuda.is_available():
+
+    def test_on_cuda() -> None:
+        name, difference = distance_from_formula(torch.device("cuda"), offload=False)
+        assert name == ("FusedAdam" if adam.operation_state(adam.FUSED_ADAM)[0] else "AdamW")
+        assert difference < 3e-6
+
+
+def test_without_a_compiler_torch_serves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler 'no-such-compiler'"):
+        name, difference = distance_from_formula(CPU, offload=True)
+    assert name == "AdamW" and difference < 3e-6
+    available, _, how = adam.operation_state(adam.CPU_ADAM)
+    assert not available and "g++" in how
+
+
+def test_a_failing_build_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real attempt, which fails at once: the compiler is ``false``."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.warns(UserWarning, match="torch's AdamW serves instead of DeepSpeed's cpu_adam"):
+        assert distance_from_formula(CPU, offload=True)[0] == "AdamW"
+
+
+def ranks_agree() -> None:
+    assert adam._on_all_ranks(True, CPU)
+    assert not adam._on_all_ranks(dist.get_rank() == 0, CPU)
+
+
+def test_all_ranks_take_the_same_kernel() -> None:
+    run_distributed_test(ranks_agree, world_size=2)
+
+
+def test_a_compiled_operation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert adam.operation_state(adam.CPU_ADAM)[1] != "compiled"
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    assert adam.operation_state(adam.CPU_ADAM) == (True, "compiled", "")
+
+
+def test_fused_adam_is_for_cuda() -> None:
+    choice = adam.choice(CPU, offload=False)
+    if not torch.cuda.is_available():
+        assert choice.live.name == "torch fused AdamW" and choice.alternatives[0].reason == "for CUDA devices"
+    assert adam.operation_for(CPU, offload=False) is None
+    assert adam.operation_for(torch.device("cuda"), offload=False) == adam.FUSED_ADAM

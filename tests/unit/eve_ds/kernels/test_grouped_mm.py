@@ -1,0 +1,142 @@
+"""Grouped products against one group at a time in float64; torch's own kernel through its CPU implementation.
+
+test_triton.py runs the bias tests again with TRITON_INTERPRET=1, where the Triton kernel serves CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from eve_ds.kernels import grouped_mm as module
+from eve_ds.kernels.grouped_mm import Groups, add_group_bias_, grouped_mm, grouped_sum, grouped_weight_gradient
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+COUNTS = [[3, 0, 5, 1], [0, 0, 0, 0], [0, 4, 0, 0], [9]]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+MakeGroups = Callable[[list[int], str], Groups]
+
+
+def on_host(counts: list[int], device: str) -> Groups:
+    return Groups(counts, torch.device(device))
+
+
+def on_device(counts: list[int], device: str) -> Groups:
+    return Groups(torch.tensor(counts, device=device), torch.device(device))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def parts(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    return list(wide(rows).split([*counts, len(rows) - sum(counts)]))[:-1]
+
+
+@pytest.fixture(params=["loop", "torch's grouped_mm"])
+def grouped_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether ``torch._grouped_mm`` is called, which has an implementation for the CPU too."""
+    monkeypatch.setattr(module, "has_grouped_kernel", lambda device: request.param != "loop")
+    return request.param != "loop"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make_groups", [on_host, on_device])
+@pytest.mark.parametrize("surplus", [0, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_all_products(
+    counts: list[int], dtype: torch.dtype, surplus: int, make_groups: MakeGroups, device: str, grouped_kernel: bool
+) -> None:
+    torch.manual_seed(0)
+    rows, inner, outer, close = sum(counts) + surplus, 16, 24, {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    dy = torch.randn(rows, outer, device=device, dtype=dtype)
+    w = torch.randn(len(counts), outer, inner, device=device, dtype=dtype) / inner
+    groups = make_groups(counts, device)
+    rest = torch.zeros(surplus, outer, dtype=torch.float64)
+
+    y = grouped_mm(x, w.mT, groups)
+    expected = torch.cat([part @ wide(weight).t() for part, weight in zip(parts(x, counts), w, strict=True)] + [rest])
+    torch.testing.assert_close(wide(y), expected, **close)
+    assert not y[sum(counts) :].any()  # exactly zero
+
+    dx = grouped_mm(dy, w, groups)
+    expected = torch.cat([part @ wide(weight) for part, weight in zip(parts(dy, counts), w, strict=True)])
+    torch.testing.assert_close(wide(dx)[: sum(counts)], expected, **close)
+
+    dw = grouped_weight_gradient(dy, x, groups)
+    pairs = zip(parts(dy, counts), parts(x, counts), strict=True)
+    torch.testing.assert_close(wide(dw), torch.stack([a.t() @ b for a, b in pairs]), **close)
+
+    expected = torch.stack([part.sum(0) for part in parts(dy, counts)])
+    torch.testing.assert_close(wide(grouped_sum(dy, groups)), expected, **close)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_bias(counts: list[int], dtype: torch.dtype, device: str) -> None:
+    width, close = 520, {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    rows = torch.randn(sum(counts) + 2, width, device=device, dtype=dtype)
+    bias = torch.randn(len(counts), width + 3, device=device, dtype=dtype)[:, :width]
+    shifted = [part + wide(b) for part, b in zip(parts(rows, counts), bias, strict=True)]
+    expected = torch.cat([*shifted, torch.zeros(2, width, dtype=torch.float64)])
+    assert add_group_bias_(rows, bias, on_device(counts, device)) is rows
+    torch.testing.assert_close(wide(rows), expected, **close)
+
+
+def test_the_grouped_kernel_is_reached_and_shunned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves aligned bf16 alone; it would refuse the others with an error."""
+    monkeypatch.setattr(module, "has_grouped_kernel", lambda device: True)
+    rows = torch.randn(8, 16, dtype=torch.bfloat16)
+    weights = torch.randn(2, 16, 24, dtype=torch.bfloat16)
+    assert module._grouped_kernel_takes(rows, weights) and module._grouped_kernel_takes(rows, weights.mT)
+    assert not module._grouped_kernel_takes(rows.float(), weights.float())
+    assert not module._grouped_kernel_takes(rows[:, :12], weights[:, :12])  # 24 bytes
+    assert not module._grouped_kernel_takes(rows[:, 1:9], weights[:, :8])  # an odd address
+    assert not module._grouped_kernel_takes(rows[:0], weights)
+    odd = torch.randn(8, 12, dtype=torch.bfloat16)
+    groups = on_host([5, 3], "cpu")
+    w = torch.randn(2, 12, 7, dtype=torch.bfloat16)
+    torch.testing.assert_close(grouped_mm(odd, w, groups), torch.cat([odd[:5] @ w[0], odd[5:] @ w[1]]))
+
+
+def test_no_kernel_of_torch_on_the_cpu() -> None:
+    assert not module.has_grouped_kernel(torch.device("cpu"))
+    choice = module.choice(torch.device("cpu"))
+    assert choice.live.name == "one product per expert" and "H100" in choice.alternatives[0].reason
+
+
+def test_experts_in_a_few_calls(grouped_kernel: bool) -> None:
+    """An expert layer's forward and backward pass by these functions: what ``kernels/mlp.py`` does on CUDA."""
+    torch.manual_seed(0)
+    counts, dim, hidden = [4, 0, 3], 8, 16
+    x = torch.randn(9, dim, dtype=torch.bfloat16)
+    w1, w2 = (torch.randn(3, *shape, dtype=torch.bfloat16) / 4 for shape in ((hidden, dim), (dim, hidden)))
+    b1, b2 = torch.randn(3, hidden, dtype=torch.bfloat16), torch.randn(3, dim, dtype=torch.bfloat16)
+    dy = torch.randn(9, dim, dtype=torch.bfloat16)
+
+    groups = on_host(counts, "cpu")
+    h = add_group_bias_(grouped_mm(x, w1.mT, groups), b1, groups)
+    a = torch.nn.functional.gelu(h)
+    y = add_group_bias_(grouped_mm(a, w2.mT, groups), b2, groups)
+    dh = torch.ops.aten.gelu_backward(grouped_mm(dy, w2, groups), h)
+    found = [
+        y, grouped_mm(dh, w1, groups), grouped_weight_gradient(dh, x, groups), grouped_sum(dh, groups),
+        grouped_weight_gradient(dy, a, groups), grouped_sum(dy, groups),
+    ]  # fmt: skip
+
+    leaves = [wide(t).requires_grad_() for t in (x, w1, b1, w2, b2)]
+    slices = leaves[0].split([*counts, 2])[:-1]
+    outputs = [
+        torch.nn.functional.gelu(part @ w1.t() + b1) @ w2.t() + b2
+        for part, w1, b1, w2, b2 in zip(slices, *leaves[1:], strict=True)
+    ]
+    expected = torch.cat([*outputs, torch.zeros(2, dim, dtype=torch.float64)])
+    expected.backward(wide(dy))
+    for value, true in zip(found, [expected.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        torch.testing.assert_close(wide(value), true, rtol=3e-2, atol=6e-2)

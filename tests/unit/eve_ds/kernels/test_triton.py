@@ -1,0 +1,53 @@
+"""The Triton kernels: run on the CPU by Triton's interpreter, and compiled for two generations of NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from eve_ds.kernels import group_bias_triton, permute_triton
+
+
+def test_kernels_in_the_interpreter(repository: Path) -> None:
+    """The tests of both operations, in a process where Triton's interpreter serves CPU tensors."""
+    tests = [str(Path(__file__).with_name(name)) for name in ("test_permute.py", "test_grouped_mm.py::test_bias")]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+INTEGERS = dict.fromkeys(["dim", "num_rows", "width", "bias_stride", "groups"], "i32")
+INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}
+CONSTANTS: dict[str, Any] = {"TOP_K": 2, "WEIGH": True, "SUM_IN": tl.float32, "BLOCK": 256, "GROUPS": 32}
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "fp32"), (90, "bf16")])
+def test_kernels_compile(capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = (
+        permute_triton._gather_kernel,
+        permute_triton._sum_kernel,
+        permute_triton._gradients_kernel,
+        group_bias_triton._bias_kernel,
+    )
+    for kernel in kernels:
+        constants = {name: CONSTANTS[name] for name in kernel.arg_names if name in CONSTANTS}
+        types = INTEGERS | INDICES | dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, f"*{dtype}") for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+        assert compiled.asm["cubin"], kernel
