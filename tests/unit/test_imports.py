@@ -30,7 +30,7 @@ LAYERS = {
 }
 ENTRY_POINTS = 8
 LEAVES = ("preprocessing.schema", "preprocessing.tokenizer", "evaluation")
-LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.doctor")  # in functions alone
+LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.benchmarks", "eve_ds.doctor")  # in functions alone
 PRIVATE_API = ("deepspeed.module_inject", "deepspeed.checkpoint.autoep")
 PRIVATE_API_USER = "eve_ds.engine.moe_deepspeed"
 

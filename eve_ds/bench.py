@@ -1,0 +1,80 @@
+"""Speed and memory of the parts, measured on this machine beside what they are compared with.
+
+    python -m eve_ds.bench moe|attention|step|gemm [--json FILE] ...
+
+Prints a table; the file is a list of rows with all figures: milliseconds are medians, shares are fractions. On a
+machine that does other work the figures say little: every row holds the load average that the run began with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+
+from eve_ds.benchmarks import attention, gemm, machine, moe, step
+from eve_ds.benchmarks.benchmark import Benchmark, print_table
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.errors import UserError, run_command
+from eve_ds.files import write_json
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "moe": moe.BENCHMARK,
+    "attention": attention.BENCHMARK,
+    "step": step.BENCHMARK,
+    "gemm": gemm.BENCHMARK,
+}
+
+
+def parse(argv: list[str]) -> tuple[Benchmark, Namespace]:
+    """The benchmark that is asked for, and its options.
+
+    Raises:
+        UserError: unknown benchmark, unknown option, or a value that it does not take.
+    """
+    parser = _parser("python -m eve_ds.bench", __doc__ or "")
+    commands = parser.add_subcommands(required=True, dest="benchmark")
+    for name, benchmark in BENCHMARKS.items():
+        command = _parser(f"python -m eve_ds.bench {name}", benchmark.description)
+        command.add_argument("--json", help="write all figures to this file, a list of rows")
+        command.add_argument("--threads", type=PositiveInt | None, help="of torch; all cores unless given")
+        benchmark.add_options(command)
+        commands.add_subcommand(name, command, help=benchmark.description.split("\n")[0])
+    try:
+        options = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(f"{error} (--help lists the options)") from error
+    return BENCHMARKS[options.benchmark], options[options.benchmark]
+
+
+def _parser(program: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=program,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; it means nothing here
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    prepare_environment()
+    benchmark, options = parse(sys.argv[1:] if argv is None else argv)
+    if options.json and Path(options.json).is_dir():
+        raise UserError(f"--json {options.json}: is a folder; name a file in it")
+    machine.use_all_cores(options.threads)
+    facts = machine.facts(machine.choose_device(options.get("device", "cpu")))
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    rows = [row | {"machine": facts} for row in print_table(benchmark.columns, benchmark.rows(options))]
+    if options.json:
+        write_json(Path(options.json), rows)
+        print(f"wrote {options.json}")
+
+
+if __name__ == "__main__":
+    run_command(main)
