@@ -22,6 +22,7 @@ def main() -> None:
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.trainer import Trainer
+    from eve_ds.tasks.initial import load_initial
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
@@ -33,6 +34,8 @@ def main() -> None:
     with distributed.joined() as device:
         output_dir = run_folder.claim(config)
         task = setup.build_task(config, tokenizer)
+        if config.init_from:
+            load_initial(task, config.init_from, load_head=False)
         callbacks = standard_callbacks(config)
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,9 @@ from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.vqa import VQA
 from eve_ds.weights import WeightsError, from_published, is_published, load_state, load_weights, resize_positions
 from eve_ds.weights.model_folder import ModelFolder
-from eve_ds.weights.positions import POSITIONS
+from eve_ds.weights.published import published_config
 from preprocessing.tokenizer import Tokenizer
 
-PUBLISHED_POSITIONS = "backbone.pos_embed_vision"
 State = dict[str, Tensor]
 Config = TypeVar("Config", ModelConfig, ObjectiveConfig)
 
@@ -59,10 +57,7 @@ def load_task_model(
     if is_published(state):
         state = from_published(state, config)
     backbone = Backbone(config, published_routing=published_routing)
-    try:
-        model = _BUILDERS[task](backbone, state, files)
-    except KeyError as missing:
-        raise WeightsError(f"{files.weights}: no head for task {task}: {missing} is missing") from missing
+    model = build_for(task, backbone, state, files)
     may_lack = model.heads if task == "pretrain" else ()
     own = {name: tensor for name, tensor in state.items() if name.startswith(("backbone.", *model.heads))}
     load_state(model, resize_positions(own, config), files.weights, may_lack)
@@ -70,15 +65,23 @@ def load_task_model(
     return model.eval()
 
 
+def build_for(task: str, backbone: Backbone, state: State, files: ModelFolder) -> Task:
+    """The task with first values, its head of the size that the tensors in ``state`` (EVE-DS names) have.
+
+    Raises:
+        WeightsError: the tensors that tell the head's size are missing.
+    """
+    try:
+        return _BUILDERS[task](backbone, state, files)
+    except KeyError as missing:
+        raise WeightsError(f"{files.weights}: no head for task {task}: {missing} is missing") from missing
+
+
 def _model_config(
     files: ModelFolder, vlmo_config: str | Path | None, image_size: int | None, state: State
 ) -> ModelConfig:
     if vlmo_config is not None:
-        config = ModelConfig.from_vlmo(vlmo_config, image_size)
-        positions = state.get(PUBLISHED_POSITIONS, state.get(POSITIONS))
-        if image_size is None and positions is not None:
-            config = replace(config, image_size=math.isqrt(positions.shape[0] - 1) * config.patch_size)
-        return config
+        return published_config(vlmo_config, state, image_size)
     if files.config is None:
         raise UserError(f"{files.weights}: no config.yaml beside it; name EVE's config_vlmo JSON with vlmo_config")
     config = _stored(ModelConfig, files.config, "model")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,33 +20,45 @@ from eve_ds.weights.names import from_published, is_published
 from eve_ds.weights.positions import resize_positions
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
+WRAPPERS = ("model", "module")  # keys under which unilm's and EVE's scripts save the weights, beside much else
+# All that torch and its unpickler were seen to raise on files with changed bytes, cut off, or of another kind.
+UNREADABLE = (
+    OSError, EOFError, RuntimeError, MemoryError, SafetensorError, pickle.UnpicklingError, struct.error,
+    ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError, OverflowError,
+)  # fmt: skip
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of tensors on the CPU, whatever its naming; nothing in it is executed (``weights_only=True``).
 
     Args:
-        path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}`` or the tensors themselves.
+        path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}``, ``{"module": {...}}`` or the
+            tensors themselves. What else lies beside "model" (an optimizer, the script's options) is read and dropped.
     Raises:
         WeightsError: no such file, unreadable, or not a dictionary of tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
+    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix not in TORCH_SUFFIXES:
-            raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a script's options, saved beside: plain data
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if isinstance(state, dict):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not state or not all(_named_tensor(*item) for item in state.items()):
         raise WeightsError(f"{path}: holds neither tensors by name nor {{'model': tensors by name}}")
     return state
+
+
+def _named_tensor(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def load_state(
@@ -69,23 +83,37 @@ def load_state(
     """
     state = _local_experts(module, state)
     own = module.state_dict()
+    missing, unknown = check_fit(own, state, source, may_lack, may_exceed)
+    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
+    return missing, unknown
+
+
+def check_fit(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: str | Path,
+    may_lack: Sequence[str] = (),
+    may_exceed: Sequence[str] = (),
+) -> tuple[list[str], list[str]]:
+    """Compare names and shapes of a state with those of a model (which may be on the meta device), ``own``.
+
+    Other arguments, result and errors as in ``load_state``.
+    """
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     faults = []
     for word, names, allowed in (("missing", missing, may_lack), ("unknown", unknown, may_exceed)):
         bad = [name for name in names if not name.startswith(tuple(allowed))]
         if bad:
             faults.append(f"{word}: {listed(bad)}")
-    shared = {name: tensor for name, tensor in state.items() if name in own}
     shapes = [
         f"{name} is {list(tensor.shape)}, the model has {list(own[name].shape)}"
-        for name, tensor in shared.items()
-        if tensor.shape != own[name].shape
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
     ]
     if shapes:
         faults.append(f"other sizes: {listed(shapes)}")
     if faults:
         raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
-    module.load_state_dict(shared, strict=False)
     return missing, unknown
 
 

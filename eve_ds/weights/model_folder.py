@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocessing.schema import DataError
+from preprocessing.schema import ANSWER_LIST, DataError
+from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+FILES = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)  # all that a model folder may hold
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,10 @@ class ModelFolder:
             if (folder / WEIGHTS).is_file():
                 return cls._beside(folder / WEIGHTS)
         if not path.exists():
-            raise DataError(
-                f"--checkpoint {path}: no such file or folder; give a run folder, a model folder or a weights file"
-            )
-        raise DataError(
-            f"--checkpoint {path}: no {WEIGHTS} here or in its folder model; give a finished run or a weights file"
-        )
+            raise DataError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
+        raise DataError(f"{path}: no {WEIGHTS} here or in its folder model; give a finished run or a weights file")
 
     @classmethod
     def _beside(cls, weights: Path) -> ModelFolder:
-        config, tokenizer = weights.parent / "config.yaml", weights.parent / "tokenizer.json"
+        config, tokenizer = weights.parent / CONFIG, weights.parent / TOKENIZER
         return cls(weights, config if config.is_file() else None, tokenizer if tokenizer.is_file() else None)

@@ -101,16 +101,35 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
         state: whole model or backbone, names with ``backbone.`` as in the files; other names are kept.
         config: the model it belongs to.
     Raises:
-        WeightsError: backbone tensors are missing or unknown (all are listed).
+        WeightsError: backbone tensors are missing or unknown (all are listed), the experts of a layer differ in shape
+            or dtype, or position ids are not 0, 1, 2, ....
     """
     direct, packed = direct_names(config), expert_prefixes(config)
     expected = set(direct) | {prefix + name for prefixes in packed.values() for prefix in prefixes for name in _EXPERT}
-    _check(state, expected, set(position_ids(config)))
+    constants = position_ids(config)
+    _check(state, expected, set(constants))
+    for name in constants.keys() & state.keys():
+        if state[name].flatten().tolist() != list(range(state[name].numel())):
+            raise WeightsError(f"{name}: positions are not 0, 1, 2, ... in order, as EVE-DS takes them")
     ours = {direct.get(name, name): tensor for name, tensor in state.items() if _kept(name, direct)}
     for prefix, experts in packed.items():
-        fc1, fc2, bias1, bias2 = (torch.stack([state[expert + name] for expert in experts]) for name in _EXPERT)
+        fc1, fc2 = (_stack(state, experts, name, 2) for name in ("fc1.weight", "fc2.weight"))
+        bias1, bias2 = (_stack(state, experts, name, 1) for name in ("fc1.bias", "fc2.bias"))
         ours |= {prefix + "w1": fc1, prefix + "w2": fc2, prefix + "w3": torch.cat([bias1, bias2], dim=1).unsqueeze(1)}
     return _reshaped(ours, (1,))
+
+
+def _stack(state: dict[str, Tensor], experts: list[str], name: str, dims: int) -> Tensor:
+    """[E, ...]: the tensor of that name of each expert."""
+    tensors = [state[expert + name] for expert in experts]
+    first = tensors[0]
+    for expert, tensor in zip(experts, tensors, strict=True):
+        if tensor.ndim != dims or tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise WeightsError(
+                f"{expert}{name} is {tensor.dtype} {list(tensor.shape)}, unlike {experts[0]}{name},"
+                f" {first.dtype} {list(first.shape)}"
+            )
+    return torch.stack(tensors)
 
 
 def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -136,7 +155,9 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
 def _reshaped(state: dict[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
     """The temperature is a scalar in published files; here a vector of one: DeepSpeed broadcasts no bf16 scalar."""
-    return {name: tensor.reshape(shape) if name == TEMPERATURE else tensor for name, tensor in state.items()}
+    if TEMPERATURE in state and state[TEMPERATURE].numel() == 1:
+        return state | {TEMPERATURE: state[TEMPERATURE].reshape(shape)}
+    return state
 
 
 def _kept(name: str, direct: dict[str, str]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import random
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,8 @@ def same(state: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "th", "bin"])
 def test_torch_files_wrapped_or_bare(tmp_path: Path, suffix: str) -> None:
-    for content in (STATE, OrderedDict(STATE), {"model": STATE, "epoch": 3}):
+    options = argparse.Namespace(lr=1e-3, model="eve")  # as unilm's scripts save them
+    for content in (STATE, OrderedDict(STATE), {"model": STATE, "args": options, "epoch": 3}, {"module": STATE}):
         torch.save(content, tmp_path / f"weights.{suffix}")
         assert same(load_weights(tmp_path / f"weights.{suffix}"))
 
@@ -52,6 +55,27 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.
     with pytest.raises(WeightsError, match=r"weights\.th: not a readable weights file"):
         load_weights(tmp_path / "weights.th")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_damaged_files_are_refused_and_never_crash(tmp_path: Path, name: str) -> None:
+    whole, path = tmp_path / f"whole-{name}", tmp_path / name
+    if name == "weights.pt":
+        torch.save({"model": STATE}, whole)
+    else:
+        save_file(STATE, whole)
+    content, draw, refused = whole.read_bytes(), random.Random(0), 0
+    for attempt in range(300):
+        damaged = bytearray(content[: draw.randrange(len(content))] if attempt % 3 == 0 else content)
+        for _ in range(draw.choice([1, 3, 30])):
+            if damaged:
+                damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_weights(path)  # a changed value cannot be told from another one
+        except WeightsError as error:
+            refused += str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    assert refused > 150
 
 
 @pytest.mark.parametrize("name", ["broken.safetensors", "broken.pt", "empty.pt", "list.pt", "notes.txt", "absent.pt"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
+from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from eve_ds.weights import WeightsError, from_published, is_published, to_published
 
 ASSETS = Path(__file__).parents[3] / "assets"
@@ -61,6 +63,52 @@ def test_missing_and_unknown_names_are_listed(published: dict[str, Tensor]) -> N
     assert "unknown: backbone.encoder.layers.9.norm1.weight" in message
     with pytest.raises(WeightsError, match=r"missing: backbone\.blocks"):
         to_published(state, CONFIG)
+
+
+TASKS: dict[str, Callable[[Backbone], Task]] = {
+    "retrieval": lambda backbone: Retrieval(backbone, embed_dim=5),
+    "vqa": lambda backbone: VQA(backbone, num_answers=7, head_hidden=11),
+    "nlvr_plain": lambda backbone: NLVR(backbone),
+    "nlvr_biattn": lambda backbone: NLVR(backbone, biattn=True),
+}
+SIZES = [
+    ModelConfig(image_size=12, patch_size=4, dim=20, depth=5, num_heads=5, mlp_hidden=28, vocab_size=33,
+                text_positions=40, soft_layers=[1, 3, 4], num_experts=3),
+    ModelConfig(image_size=16, patch_size=16, dim=12, depth=2, num_heads=2, mlp_hidden=50, vocab_size=9, soft_layers=[],
+                num_experts=2),
+    ModelConfig(image_size=8, patch_size=2, dim=8, depth=1, num_heads=1, mlp_hidden=8, vocab_size=9, soft_layers=[0],
+                num_experts=1, top_k=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SIZES, ids=["five_layers", "no_experts", "one_expert"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_sizes_of_every_task_go_there_and_back(task: str, config: ModelConfig, dtype: torch.dtype) -> None:
+    ours = {
+        name: torch.randn_like(value).to(dtype) for name, value in TASKS[task](Backbone(config)).state_dict().items()
+    }
+    there = to_published(ours, config)
+    assert there["backbone.position_ids_vision"].shape == (1, 1 + config.num_patches)
+    assert there.get("itc_temp", torch.zeros(())).ndim == 0
+    again = to_published(from_published(there, config), config)
+    back = from_published(there, config)
+    for one, other in ((ours, back), (there, again)):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.half(), lambda t: t[None]])
+def test_experts_of_one_layer_must_be_alike(change: Callable[[Tensor], Tensor], published: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r"experts\.3\.fc1\.weight is .* unlike .*experts\.0\.fc1\.weight"):
+        from_published(published | {EXPERT: change(published[EXPERT])}, CONFIG)
+
+
+def test_shuffled_position_ids_are_refused(published: dict[str, Tensor]) -> None:
+    name = "backbone.position_ids_text"
+    with pytest.raises(WeightsError, match=r"position_ids_text: positions are not 0, 1, 2"):
+        from_published(published | {name: published[name].flip(0)}, CONFIG)
 
 
 def test_position_ids_need_not_be_there(published: dict[str, Tensor]) -> None:

@@ -1,0 +1,45 @@
+"""What EVE's config JSON leaves out is read off the tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eve_ds.model.config import ModelConfig, ModelConfigError
+from eve_ds.weights import from_published
+from eve_ds.weights.published import published_config, sized_as
+
+ASSETS = Path(__file__).parents[3] / "assets"
+
+
+def test_picture_size_and_text_positions_are_those_of_the_tensors() -> None:
+    state = load_file(ASSETS / "vqa.safetensors")
+    config = published_config(ASSETS / "vlmo_config.json", state)
+    assert (config.image_size, config.text_positions, config.max_text_length) == (32, 196, 40)
+    assert sized_as(ModelConfig(patch_size=8), from_published(state, config)).image_size == 32
+    state["backbone.pos_embed_vision"] = torch.zeros(1 + 36, 64)
+    state["backbone.pos_embed_text"] = torch.zeros(30, 64)
+    config = published_config(ASSETS / "vlmo_config.json", state)
+    assert (config.image_size, config.text_positions, config.max_text_length) == (48, 30, 30)
+
+
+def test_a_picture_size_may_be_asked_for() -> None:
+    state = load_file(ASSETS / "vqa.safetensors")
+    assert published_config(ASSETS / "vlmo_config.json", state, image_size=64).image_size == 64
+
+
+def test_an_ill_typed_value_is_named(tmp_path: Path) -> None:
+    values = json.loads((ASSETS / "vlmo_config.json").read_text())
+    (tmp_path / "vlmo.json").write_text(json.dumps(values | {"vision_width": "wide"}))
+    with pytest.raises(ModelConfigError, match=r"vlmo\.json: a value has the wrong type"):
+        published_config(tmp_path / "vlmo.json", {})
+
+
+@pytest.mark.parametrize("shape", [(), (1, 17, 64), (1, 64)])
+def test_positions_of_no_such_shape_change_nothing(shape: tuple[int, ...]) -> None:
+    state = {"backbone.pos_embed_vision": torch.zeros(shape)}
+    assert sized_as(ModelConfig(), state) == ModelConfig()
