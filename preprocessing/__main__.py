@@ -7,18 +7,42 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from preprocessing import coco, easy_vqa, inspect_shards, nlvr2, tokenizer_command, verify, vqav2, xvlm_json
+from preprocessing import (
+    captioned_urls,
+    coco,
+    duplicates,
+    easy_vqa,
+    flickr30k,
+    img2dataset,
+    inspect_shards,
+    nlvr2,
+    tokenizer_command,
+    verify,
+    visual_genome,
+    visual_genome_qa,
+    vqav2,
+    xvlm_json,
+)
+from preprocessing.pool import run_under_mpi, started_by_mpi
 from preprocessing.schema import DataError
 from preprocessing.shapes import generate
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "shapes": (generate, "generate the embedded data set, as raw files"),
     "coco": (coco, "COCO captions -> caption shards"),
-    "vqav2": (vqav2, "VQA v2 -> VQA shards"),
+    "visual-genome": (visual_genome, "Visual Genome's region descriptions -> caption shards"),
+    "sbu": (captioned_urls, "SBU captions -> caption shards"),
+    "cc3m": (captioned_urls, "Conceptual Captions -> caption shards"),
+    "cc12m": (captioned_urls, "Conceptual 12M -> caption shards"),
+    "flickr30k": (flickr30k, "Flickr30k -> caption shards"),
+    "img2dataset": (img2dataset, "img2dataset's output -> caption shards"),
+    "vqav2": (vqav2, "VQA v2, with Visual Genome's questions if wanted -> VQA shards"),
+    "visual-genome-qa": (visual_genome_qa, "Visual Genome's questions -> VQA shards"),
     "nlvr2": (nlvr2, "NLVR2 -> NLVR shards"),
     "json": (xvlm_json, "X-VLM/ALBEF fine-tuning JSON -> shards of any kind"),
     "easy-vqa": (easy_vqa, "the PyPI package easy-vqa -> VQA shards"),
     "verify": (verify, "check a prepared data set: hashes, schema, every row"),
+    "duplicates": (duplicates, "find images of one prepared data set in another"),
     "inspect": (inspect_shards, "show schema, counts and rows of a prepared data set"),
     "tokenizer": (tokenizer_command, "train or inspect a tokenizer"),
 }
@@ -32,7 +56,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 when `verify` found a fault, 2 on bad usage or bad input."""
+    """Run one command. Returns the exit code: 0, 1 when `verify` found a fault, 2 on bad usage or bad input.
+
+    Under mpirun rank 0 runs it, and the other ranks work for it.
+    """
+    try:
+        return run_under_mpi(lambda: _run(arguments)) if started_by_mpi() else _run(arguments)
+    except DataError as error:
+        print(f"preprocessing: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _Parser(prog="python -m preprocessing", description="Raw data sets -> Arrow shards. README.md has more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
@@ -46,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 _Raw = argparse.RawDescriptionHelpFormatter

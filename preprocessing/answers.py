@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from preprocessing.files import read_json
+from preprocessing.places import Place
 from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.writer import prepared_splits
 
@@ -79,7 +79,7 @@ def build_answer_list(counts: Mapping[str, int], min_answers: int) -> list[str]:
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
-def read_answer_list(path: Path) -> list[str]:
+def read_answer_list(path: Place) -> list[str]:
     """A JSON list of distinct answers. Raises DataError naming the file and the entry at fault."""
     answers = read_json(path)
     if not isinstance(answers, list) or not answers:
@@ -93,7 +93,7 @@ def read_answer_list(path: Path) -> list[str]:
 
 
 def resolve_answer_list(
-    out: Path, split: str, given: Sequence[str] | None, counts: Counter[str], min_answers: int, overwrite: bool
+    out: Place, split: str, given: Sequence[str] | None, counts: Counter[str], min_answers: int, overwrite: bool
 ) -> list[str]:
     """The answer list that data set folder `out` is to use. Writes nothing.
 

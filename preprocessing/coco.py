@@ -1,68 +1,94 @@
-"""`python -m preprocessing coco`: COCO captions JSON (captions_train2014.json and its like) -> caption shards."""
+"""`python -m preprocessing coco`: COCO captions (captions_train2014.json and its like, or Karpathy's) -> shards.
+
+Several annotation files become one split, as EVE pre-trains on 2014's train and val less the images of its test list.
+"""
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from preprocessing.convert import Row, Source, add_common_arguments, check_common_arguments, write_split
+from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json
+from preprocessing.image_names import EXCLUDED, ImageFolder, ImageList, add_exclude_argument, excluded_images
+from preprocessing.karpathy import is_karpathy, read_karpathy
+from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.source import Row, Source
+from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `coco`."""
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="captions_*.json of COCO")
+    parser.add_argument(
+        "--annotations", required=True, nargs="+", metavar="FILE", help="captions_*.json of COCO, or dataset_coco.json"
+    )
+    parser.add_argument(
+        "--no-restval", action="store_true", help="of a Karpathy file, leave restval out of the train split"
+    )
+    add_exclude_argument(parser)
+    add_text_argument(parser)
     add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "caption")
-    write_split(read_coco(Path(args.annotations), Path(args.images)), args)
+    files = [place(name) for name in args.annotations]
+    content = read_json(files[0])
+    cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images)
+    if is_karpathy(content):
+        if len(files) > 1:
+            raise DataError(f"{files[1]}: a Karpathy file stands alone in --annotations; leave the others away")
+        source = read_karpathy(content, files[0], images, args.split, cleaning, excluded, not args.no_restval)
+    else:
+        contents = [content, *(read_json(path) for path in files[1:])]
+        source = read_coco(list(zip(files, contents, strict=True)), images, cleaning, excluded)
+    write_split(source, args)
 
 
-def read_coco(annotations: Path, images: Path) -> Source:
-    """One row an image, in the order of the file's `images`; captions in the order of its `annotations`.
+def read_coco(
+    files: Sequence[tuple[Place, Any]], images: ImageFolder, cleaning: TextCleaning, excluded: ImageList
+) -> Source:
+    """One row an image, in the order of the files' `images`; captions in the order of their `annotations`.
 
-    An image lies at `images/file_name`, or, as in COCO's archives, in a folder below named for its subset. Raises
-    DataError naming the record at fault.
+    An image lies at `images/file_name`, or, as in COCO's archives, in a folder below named for its subset, under its
+    name of 2014 or of 2017. Raises DataError naming the record at fault.
     """
-    content = read_json(annotations)
-    names: dict[int, str] = {}
-    for index, record in enumerate(field(content, "images", list, f"{annotations}")):
-        where = f"{annotations}: images[{index}]"
-        image_id = field(record, "id", int, where)
-        if image_id in names:
-            raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
-        names[image_id] = field(record, "file_name", str, where)
-    captions: dict[int, list[str]] = {image_id: [] for image_id in names}
-    source = Source("caption", [], [annotations], {})
-    records = field(content, "annotations", list, f"{annotations}")
-    for index, record in enumerate(records):
-        where = f"{annotations}: annotations[{index}]"
-        image_id = field(record, "image_id", int, where)
-        if image_id not in names:
-            raise DataError(f"{where}: image_id {image_id} is none of the file's images; fetch the file again")
-        caption = field(record, "caption", str, where).strip()
-        if caption:
-            captions[image_id].append(caption)
-        else:
-            source.left_out["caption is empty"] += 1
-    for image_id, name in names.items():
-        if captions[image_id]:
-            columns = {"caption": captions[image_id], "image_id": str(image_id)}
-            source.rows.append(Row(name, (_locate(images, name),), columns))
-        else:
-            source.left_out["image without caption"] += 1
-    source.counts = {"images": len(names), "captions": len(records)}
+    source = Source("caption", [], [path for path, _ in files], {"images": 0, "captions": 0})
+    rows: list[Row] = []
+    seen: set[int] = set()
+    for path, content in files:
+        names = _read_images(path, content, seen)
+        captions: dict[int, list[str]] = {image_id: [] for image_id in names}
+        for index, record in enumerate(field(content, "annotations", list, f"{path}")):
+            where = f"{path}: annotations[{index}]"
+            image_id = field(record, "image_id", int, where)
+            if image_id not in names:
+                raise DataError(f"{where}: image_id {image_id} is none of the file's images; fetch the file again")
+            captions[image_id].append(field(record, "caption", str, where))
+            source.counts["captions"] += 1
+        source.counts["images"] += len(names)
+        for image_id, name in names.items():
+            if excluded.holds(name, str(image_id)):
+                source.left_out[EXCLUDED] += 1
+                continue
+            texts = cleaning.captions(captions[image_id], source.left_out)
+            if texts:
+                rows.append(Row(name, (images.find(name),), {"caption": texts, "image_id": str(image_id)}))
+            else:
+                source.left_out["image without caption"] += 1
+    source.rows = rows
     return source
 
 
-def _locate(images: Path, name: str) -> Path:
-    """Where the image is: COCO's archives unpack to train2014/COCO_train2014_*.jpg; file_name has no folder."""
-    direct = images / name
-    parts = Path(name).name.split("_")
-    if len(parts) == 3 and parts[0] == "COCO" and not direct.exists():
-        nested = images / parts[1] / name
-        if nested.exists():
-            return nested
-    return direct
+def _read_images(path: Place, content: Any, seen: set[int]) -> dict[int, str]:
+    """image id -> file name; `seen` holds the ids of all files so far."""
+    names: dict[int, str] = {}
+    for index, record in enumerate(field(content, "images", list, f"{path}")):
+        where = f"{path}: images[{index}]"
+        image_id = field(record, "id", int, where)
+        if image_id in seen:
+            raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
+        seen.add(image_id)
+        names[image_id] = field(record, "file_name", str, where)
+    return names

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import read_json, read_text
+from preprocessing.image_refs import FileImage
 from preprocessing.schema import DataError
 from preprocessing.vqa_rows import Asked, vqa_source
 
@@ -52,7 +53,17 @@ def read_easy_vqa(data: Path, split: str) -> list[Asked]:
         if file not in wanted:
             wanted[file] = split == "test" or _is_val(file) == (split == "val")
         if wanted[file]:
-            asked.append(Asked(file, f"{path.parent.name}-{image}", text, index, (answer,), answer, f"{path}: {index}"))
+            asked.append(
+                Asked(
+                    FileImage(f"{file}"),
+                    f"{path.parent.name}-{image}",
+                    text,
+                    index,
+                    (answer,),
+                    answer,
+                    f"{path}: {index}",
+                )
+            )
     return asked
 
 

@@ -1,5 +1,6 @@
 """Reading raw annotation files, and folders that appear whole or not at all."""
 
+import io
 import json
 import os
 import shutil
@@ -9,13 +10,28 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from preprocessing.places import RemotePath, open_input
 from preprocessing.schema import DataError
 
+__all__ = [
+    "check_replaceable",
+    "field",
+    "open_input",
+    "output_folder",
+    "read_json",
+    "read_json_lines",
+    "read_text",
+    "recover",
+]
 
-def read_text(path: str | os.PathLike[str]) -> str:
+AnyPath = str | os.PathLike[str] | RemotePath
+
+
+def read_text(path: AnyPath) -> str:
     """The file's text (UTF-8, with or without a byte order mark). Raises DataError naming the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with open_input(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError as error:
@@ -27,7 +43,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: AnyPath) -> Any:
     """The JSON value in `path`. Raises DataError naming the file, and line and column of what is no JSON."""
     text = read_text(path)
     try:
@@ -38,7 +54,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path}: invalid JSON, nested too deep; fetch the file again") from None
 
 
-def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
+def read_json_lines(path: AnyPath) -> list[tuple[int, Any]]:
     """(line number from 1, value) of each line that is not blank. Raises DataError as read_json does."""
     values = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -50,7 +66,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
     return values
 
 
-def _invalid(path: str | os.PathLike[str], line: int, error: json.JSONDecodeError) -> DataError:
+def _invalid(path: AnyPath, line: int, error: json.JSONDecodeError) -> DataError:
     return DataError(f"{path}: invalid JSON at line {line} column {error.colno} ({error.msg}); fetch the file again")
 
 
@@ -75,6 +91,7 @@ def output_folder(target: Path, ours: Collection[str], overwrite: bool) -> Itera
     matches none of the patterns in `ours`: such a folder is never deleted, whatever the user asks.
     """
     target = Path(os.path.abspath(target))
+    recover(target)
     check_replaceable(target, ours, overwrite)
     partial = target.parent / f".{target.name}.partial"
     old = target.parent / f".{target.name}.old"
@@ -93,6 +110,13 @@ def output_folder(target: Path, ours: Collection[str], overwrite: bool) -> Itera
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from error
+
+
+def recover(target: Path) -> None:
+    """Put the old folder back, should a kill have come between the two renames that `output_folder` ends with."""
+    old = target.parent / f".{target.name}.old"
+    if old.is_dir() and not target.exists():
+        os.rename(old, target)
 
 
 def check_replaceable(target: Path, ours: Collection[str], overwrite: bool) -> None:

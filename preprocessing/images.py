@@ -1,10 +1,12 @@
-"""Checks image files before they enter a shard. Their bytes pass untouched; only whether they decode is asked."""
+"""Reads image files and decodes them: what both `ImagePolicy` and the tools that look at shards need."""
 
 import io
 import warnings
-from pathlib import Path
 
 from PIL import Image
+
+from preprocessing.image_refs import ImageRef
+from preprocessing.schema import DataError
 
 MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
 PILLOW_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: beyond it Pillow itself refuses to open a file
@@ -14,16 +16,23 @@ class BadImage(Exception):
     """An image that no training run could use. `str(error)` is the reason, in words that can be counted."""
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> bytes:
-    """The bytes of the image file `path`. Raises BadImage when it is missing, broken or too large."""
+def read_image(image: ImageRef) -> bytes:
+    """The bytes that `image` refers to, unchecked. Raises BadImage when they are missing or cannot be read.
+
+    Raises DataError when a remote file system fails: that is no fault of the image.
+    """
     try:
-        data = path.read_bytes()
+        return image.read()
     except (FileNotFoundError, NotADirectoryError):
         raise BadImage("is missing") from None
     except OSError as error:
+        if error.errno is None:  # pyarrow's: a connection broke while reading
+            raise DataError(f"{image.name}: {' '.join(str(error).split())}; run the same command again") from None
         raise BadImage(f"cannot be read ({error.strerror})") from None
-    decode_image(data, max_pixels)
-    return data
+    except DataError:
+        raise
+    except ValueError as error:
+        raise BadImage(str(error)) from None
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

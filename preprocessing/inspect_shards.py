@@ -7,10 +7,10 @@ import io
 import json
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
+from preprocessing.places import Place, place
 from preprocessing.reading import read_rows, split_folders
 from preprocessing.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, DataError, read_manifest, write_atomic
 
@@ -26,7 +26,7 @@ table{border-collapse:collapse}td,th{border-bottom:1px solid #ddd;padding:.3rem 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `inspect`."""
-    parser.add_argument("directory", metavar="DIR", help="a data set folder, or one split of it")
+    parser.add_argument("directory", metavar="DIR", help="a data set folder or URI, or one split of it")
     parser.add_argument(
         "--rows", type=int, metavar="N", help=f"rows shown of each split (default {_ROWS}; on the page {_PAGE_ROWS})"
     )
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """Print what the splits hold, and write the page. Raises DataError when there is no prepared data set."""
     if args.rows is not None and args.rows < 0:
         raise DataError(f"--rows {args.rows}: must be 0 or more")
-    folders = split_folders(Path(args.directory))
+    folders = split_folders(place(args.directory))
     sections = []
     for folder in folders:
         manifest = read_manifest(folder)
@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.html}: page written")
 
 
-def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(folder: Place, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for shard in manifest["shards"]:
         yield from read_rows(folder / shard["file"])
 
 
-def _summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def _summary(folder: Place, manifest: dict[str, Any]) -> list[str]:
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lines = [
         f"{folder}: {manifest['kind']}, split {manifest['split']}",
@@ -68,7 +68,7 @@ def _summary(folder: Path, manifest: dict[str, Any]) -> list[str]:
     ]
     lines += [f"  dropped: {count} ({reason})" for reason, count in sorted(manifest["dropped"].items())]
     if (folder / PROVENANCE).exists():
-        made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        made = json.loads((folder / PROVENANCE).read_bytes())
         lines.append(f"  made by: {made.get('command')} on {made.get('time')}")
     return lines
 
@@ -86,7 +86,7 @@ def _describe(data: bytes) -> str:
     return f"{image.width}x{image.height} {image.mode}, {len(data)} bytes"
 
 
-def _section(folder: Path, manifest: dict[str, Any], cards: list[str]) -> str:
+def _section(folder: Place, manifest: dict[str, Any], cards: list[str]) -> str:
     facts = [
         ("kind", manifest["kind"]),
         ("rows", manifest["rows"]),

@@ -2,13 +2,16 @@
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json_lines
+from preprocessing.image_names import ImageList, add_exclude_argument, excluded_images
+from preprocessing.image_refs import FileImage
 from preprocessing.nlvr_rows import Statement, nlvr_source, parse_label
+from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 _IDENTIFIER = re.compile(r"(?P<pair>(?P<split>[A-Za-z0-9_]+)-\d+-\d+)-\d+")  # split-set-PAIR-sentence
 
@@ -16,20 +19,23 @@ _IDENTIFIER = re.compile(r"(?P<pair>(?P<split>[A-Za-z0-9_]+)-\d+-\d+)-\d+")  # s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `nlvr2`."""
     parser.add_argument("--annotations", required=True, metavar="FILE", help="train.json, dev.json or test1.json")
+    add_exclude_argument(parser)
+    add_text_argument(parser)
     add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "nlvr")
-    annotations = Path(args.annotations)
-    write_split(nlvr_source(read_nlvr2(annotations, Path(args.images)), [annotations]), args)
+    annotations = place(args.annotations)
+    statements = read_nlvr2(annotations, place(args.images), excluded_images(args), text_cleaning(args))
+    write_split(nlvr_source(statements, [annotations]), args)
 
 
-def read_nlvr2(annotations: Path, images: Path) -> list[Statement]:
+def read_nlvr2(annotations: Place, images: Place, excluded: ImageList, cleaning: TextCleaning) -> list[Statement]:
     """The statements in the order of the file. Raises DataError naming line and field at fault."""
     statements = []
-    folders: dict[str, Path] = {}
+    folders: dict[str, Place] = {}
     for line, record in read_json_lines(annotations):
         where = f"{annotations}: line {line}"
         identifier = field(record, "identifier", str, where)
@@ -37,19 +43,22 @@ def read_nlvr2(annotations: Path, images: Path) -> list[Statement]:
         if match is None:
             raise DataError(f"{where}: identifier '{identifier}' is not split-set-pair-sentence; mend the file")
         folder = _folder(images, match["split"], record, match["pair"], folders)
-        paths = (folder / f"{match['pair']}-img0.png", folder / f"{match['pair']}-img1.png")
+        files = (f"{match['pair']}-img0.png", f"{match['pair']}-img1.png")
+        pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
         label = parse_label(record.get("label"), where)
-        sentence = field(record, "sentence", str, where).strip()
-        statements.append(Statement(paths, match["pair"], sentence, label, identifier, where))
+        sentence = cleaning.statement(field(record, "sentence", str, where))
+        out = excluded.holds(*files, match["pair"])
+        statements.append(Statement(pair, match["pair"], sentence, label, identifier, where, out))
     return statements
 
 
-def _folder(images: Path, split: str, record: dict[str, Any], pair: str, known: dict[str, Path]) -> Path:
+def _folder(images: Place, split: str, record: dict[str, Any], pair: str, known: dict[str, Place]) -> Place:
     """Where this record's images are. The archives hold train/DIRECTORY/, dev/ and test1/; some copies are flat."""
     directory = str(record.get("directory", ""))
     key = f"{split}/{directory}"
     if key not in known:
-        candidates = [images / split / directory, images / directory, images / split, images]
+        candidates = [images / split / directory if directory else images / split, images / split, images]
+        candidates.insert(1, images / directory if directory else images)
         found = next((path for path in candidates if (path / f"{pair}-img0.png").exists()), None)
         if found is None:
             return candidates[0]  # this pair is missing, which says nothing of the next one's folder

@@ -2,22 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from preprocessing.convert import Row, Source
+from preprocessing.image_names import EXCLUDED
+from preprocessing.image_refs import ImageRef
+from preprocessing.places import Place
 from preprocessing.schema import DataError
+from preprocessing.source import Row, Source
 
 
 @dataclass(frozen=True)
 class Statement:
     """One example as a raw data set has it."""
 
-    images: tuple[Path, Path]  # left, right
+    images: tuple[ImageRef, ImageRef]  # left, right
     pair: str  # how a message calls the pair
     sentence: str
     label: str  # "True" or "False"
     identifier: str
     where: str  # file and record, for messages
+    excluded: bool = False  # whether --exclude names one of its images
 
 
 def parse_label(label: object, where: str) -> str:
@@ -28,14 +31,18 @@ def parse_label(label: object, where: str) -> str:
     return text
 
 
-def nlvr_source(statements: Sequence[Statement], inputs: list[Path]) -> Source:
+def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place]) -> Source:
     """Group statements by pair of images, in the order of first mention. Raises DataError on an identifier twice."""
-    rows: dict[tuple[Path, Path], Row] = {}
+    source = Source("nlvr", [], inputs, {"statements": len(statements), "pairs": len({s.images for s in statements})})
+    rows: dict[tuple[ImageRef, ImageRef], Row] = {}
     identifiers: set[str] = set()
     for statement in statements:
         if statement.identifier in identifiers:
             raise DataError(f"{statement.where}: identifier {statement.identifier} stands twice; make them unique")
         identifiers.add(statement.identifier)
+        if statement.excluded:
+            source.left_out[f"statement: {EXCLUDED}"] += 1
+            continue
         if statement.images not in rows:
             columns: dict[str, list[str]] = {"questions": [], "answers": [], "identifier": []}
             rows[statement.images] = Row(statement.pair, statement.images, columns)
@@ -43,4 +50,5 @@ def nlvr_source(statements: Sequence[Statement], inputs: list[Path]) -> Source:
         columns["questions"].append(statement.sentence)
         columns["answers"].append(statement.label)
         columns["identifier"].append(statement.identifier)
-    return Source("nlvr", list(rows.values()), inputs, {"statements": len(statements), "pairs": len(rows)})
+    source.rows = list(rows.values())
+    return source

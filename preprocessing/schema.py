@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -28,7 +28,7 @@ class DataError(ValueError):
 # One row an image: `caption` holds all its captions. A sample is (row, caption index).
 CAPTION_SCHEMA = pa.schema(
     [
-        ("image", pa.binary()),  # the image file's own bytes, never re-encoded
+        ("image", pa.binary()),  # the image file's own bytes; re-encoded by --max-side alone
         ("caption", pa.list_(pa.string())),
         ("image_id", pa.string()),
         ("split", pa.string()),
@@ -70,14 +70,22 @@ _MANIFEST_FIELDS = {"kind": str, "split": str, "rows": int, "samples": int, "sha
 _SHARD_FIELDS = {"file": str, "rows": int, "samples": int, "bytes": int, "sha256": str}
 
 
-def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+class RemoteFolder(Protocol):
+    """A folder behind a URI (preprocessing.places.RemotePath): as much of pathlib.Path as read_manifest needs."""
+
+    def __truediv__(self, name: str, /) -> Any:
+        """The file `name` in it, which has `read_bytes`."""
+        ...
+
+
+def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str, Any]:
     """Read and check `directory/manifest.json`, the manifest of one split folder.
 
     Raises DataError when it is missing, is not valid JSON, has another schema version or lacks a field.
     """
-    path = Path(directory) / MANIFEST
+    path = (Path(directory) if isinstance(directory, str | os.PathLike) else directory) / MANIFEST
     try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Any = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: no such file; {directory} is not a prepared split folder, run a converter") from None
     except (OSError, UnicodeDecodeError) as error:

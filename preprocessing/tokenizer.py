@@ -1,8 +1,17 @@
-"""The text tokenizer: trains byte-level BPE, loads any `tokenizer.json`. A leaf that anyone may import."""
+"""The text tokenizer: trains byte-level BPE, loads others' by the names of their files. A leaf that anyone may import.
 
+tokenizer.json              Hugging Face tokenizers, any kind
+vocab.txt                   BERT: WordPiece; lower case unless tokenizer_config.json says `"do_lower_case": false`
+vocab.json and merges.txt   GPT-2 and RoBERTa: byte-level BPE
+*.model                     SentencePiece (spiece.model, tokenizer.model …): Unigram and BPE
+"""
+
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -44,16 +53,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read a `tokenizer.json`, given itself or the folder that holds it. Raises DataError naming the file."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / FILE_NAME
-        if not file.is_file():
-            raise DataError(f"{file}: no such file; train one with `python -m preprocessing tokenizer train`")
+        """Read one of the files above, given itself or the folder that holds it. Raises DataError naming the file."""
+        file = _find_file(Path(path))
+        kind = "SentencePiece model" if file.suffix == ".model" else file.name if file.name in _READERS else FILE_NAME
+        reader = _READERS.get(file.name, _read_sentencepiece if file.suffix == ".model" else _read_json)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
-            raise DataError(f"{file}: is no tokenizer.json ({' '.join(str(error).split())}); train another") from error
+            backend = reader(file)
+        except DataError:
+            raise
+        except Exception as error:  # the libraries raise bare Exception, whatever is wrong with the file
+            raise DataError(f"{file}: is no {kind} ({' '.join(str(error).split())}); train another") from error
         return cls(backend, file)
 
     def encode(self, text: str, max_length: int) -> list[int]:
@@ -94,6 +103,125 @@ class Tokenizer:
         write_atomic(file, self._backend.to_str(pretty=True).encode())
         self.path = file
         return file
+
+
+def _find_file(path: Path) -> Path:
+    """The tokenizer file that `path` is or holds. Raises DataError."""
+    if path.is_dir():
+        models = sorted(path.glob("*.model"))
+        if len(models) > 1 and not (path / FILE_NAME).exists():
+            raise DataError(f"{path}: holds {models[0].name} and {models[1].name}; name the one to use")
+        names = [path / FILE_NAME, path / "vocab.txt", *models, path / "vocab.json"]
+        path = next((name for name in names if name.is_file()), path / FILE_NAME)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; train one with `python -m preprocessing tokenizer train`")
+    return path
+
+
+def _read_json(file: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(file))
+
+
+def _read_word_piece(file: Path) -> tokenizers.Tokenizer:
+    """BERT's vocab.txt, a token a line."""
+    vocabulary = models.WordPiece.read_file(str(file))
+    config = file.parent / "tokenizer_config.json"
+    lower = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True) if config.exists() else True
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL[1], max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return _with_special(backend, vocabulary)
+
+
+def _read_byte_level(file: Path) -> tokenizers.Tokenizer:
+    """GPT-2's vocab.json, with merges.txt beside it."""
+    merges = file.with_name("merges.txt")
+    if not merges.is_file():
+        raise DataError(f"{merges}: no such file; it belongs to {file}")
+    vocabulary, rules = models.BPE.read_file(str(file), str(merges))
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, rules))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    return _with_special(backend, vocabulary)
+
+
+def _with_special(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    """Mark those special tokens that the vocabulary has, so that a text's "[MASK]" is told from them."""
+    backend.add_special_tokens([name for pair in _ALIASES.items() for name in pair if name in vocabulary])
+    return backend
+
+
+def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
+    """A SentencePiece model; added_tokens.json beside it may append tokens, such as a mask."""
+    from sentencepiece import sentencepiece_model_pb2  # only here: few use such models
+
+    proto: Any = sentencepiece_model_pb2
+    model, types = proto.ModelProto.FromString(file.read_bytes()), proto.ModelProto.SentencePiece
+    pieces = [piece.piece for piece in model.pieces]
+    kinds = [piece.type for piece in model.pieces]
+    words = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind == types.NORMAL}
+    control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind not in (types.NORMAL, types.BYTE)]
+    if types.UNKNOWN not in kinds or not words:
+        raise DataError(f"{file}: is no SentencePiece model with an unknown token; train another")
+    unknown, fallback = kinds.index(types.UNKNOWN), types.BYTE in kinds
+    if model.trainer_spec.model_type == proto.TrainerSpec.UNIGRAM:
+        lowest = min(piece.score for piece in model.pieces)
+        scores = [(piece.piece, piece.score if piece.piece in words else lowest) for piece in model.pieces]
+        backend = tokenizers.Tokenizer(models.Unigram(scores, unknown, fallback))
+    elif model.trainer_spec.model_type == proto.TrainerSpec.BPE:
+        vocabulary = {piece: index for index, piece in enumerate(pieces)}
+        unk = pieces[unknown]
+        backend = tokenizers.Tokenizer(
+            models.BPE(vocabulary, _merges(words, vocabulary), unk_token=unk, fuse_unk=True, byte_fallback=fallback)
+        )
+    else:
+        raise DataError(f"{file}: is neither a Unigram nor a BPE model; train another")
+    _normalize_as(backend, model.normalizer_spec, control)
+    backend.add_special_tokens(control)
+    added = file.with_name("added_tokens.json")
+    if added.exists():
+        for name, index in sorted(json.loads(added.read_text(encoding="utf-8")).items(), key=lambda item: item[1]):
+            backend.add_special_tokens([name])
+            if backend.token_to_id(name) != index:
+                raise DataError(f"{added}: {name} has id {index}, which does not follow {file.name}; mend the file")
+    return backend
+
+
+def _merges(words: set[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """BPE's merge rules, the best first: SentencePiece keeps their results alone, in that order."""
+    rules = [
+        (vocabulary[word], vocabulary[word[:cut]], vocabulary[word[cut:]], word[:cut], word[cut:])
+        for word in words
+        for cut in range(1, len(word))
+        if word[:cut] in words and word[cut:] in words
+    ]
+    return [(left, right) for *_, left, right in sorted(rules)]
+
+
+def _normalize_as(backend: tokenizers.Tokenizer, spec: Any, control: Sequence[str]) -> None:
+    """Normalise and split as SentencePiece's normalizer_spec says, and never find a control token in a text."""
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    backend.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if spec.add_dummy_prefix else "never"
+    splits = [
+        pre_tokenizers.Split(tokenizers.Regex(f"{re.escape(name[0])}(?={re.escape(name[1:])})"), "merged_with_previous")
+        for name in control
+        if len(name) > 1
+    ]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme=scheme), *splits])
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
+
+
+_READERS = {
+    FILE_NAME: _read_json,
+    "vocab.txt": _read_word_piece,
+    "vocab.json": _read_byte_level,
+}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

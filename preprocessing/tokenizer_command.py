@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from preprocessing.places import place
 from preprocessing.reading import read_texts
 from preprocessing.schema import DataError
 from preprocessing.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--out", required=True, metavar="DIR", help=f"folder to write {FILE_NAME} to")
     train.add_argument("--overwrite", action="store_true", help=f"replace an existing {FILE_NAME}")
     inspect = commands.add_parser("inspect", help="show how a tokenizer splits a text")
-    inspect.add_argument("tokenizer", metavar="FOLDER", help=f"folder with {FILE_NAME}, or such a file")
+    inspect.add_argument("tokenizer", metavar="FOLDER", help="folder or file of a tokenizer: README.md names the kinds")
     inspect.add_argument("text", metavar="TEXT")
 
 
@@ -41,12 +42,13 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"{file}: exists; give --overwrite to replace it, or another --out")
     tokenizer = train_tokenizer(_texts(args), args.vocab_size)
     tokenizer.save(args.out)
-    print(f"{file}: {tokenizer.vocab_size} tokens")
+    fewer = "" if tokenizer.vocab_size == args.vocab_size else f" of {args.vocab_size}: the texts hold no more"
+    print(f"{file}: {tokenizer.vocab_size} tokens{fewer}")
 
 
 def _texts(args: argparse.Namespace) -> Iterator[str]:
     for directory in args.data:
-        yield from read_texts(Path(directory))
+        yield from read_texts(place(directory))
     for name in args.text:
         yield from _lines(Path(name))
 

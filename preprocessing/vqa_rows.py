@@ -4,25 +4,29 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from preprocessing.answers import normalize_answer, read_answer_list, resolve_answer_list, soft_score
-from preprocessing.convert import Row, Source
+from preprocessing.image_names import EXCLUDED
+from preprocessing.image_refs import ImageRef
+from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.source import Row, Source
 
 
 @dataclass(frozen=True)
 class Asked:
     """One question as a raw data set has it."""
 
-    image: Path
+    image: ImageRef
     image_id: str
     text: str
     question_id: int
     answers: tuple[str, ...]  # what people said, as they wrote it: ten, one, or none on test splits
     main_answer: str | None  # what the answer list counts; None: the most frequent of `answers`
     where: str  # file and record, for messages
+    counts: bool = True  # whether its main answer counts when an answer list is built
+    excluded: bool = False  # whether --exclude names its image
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +47,12 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_answers(args: argparse.Namespace) -> list[str] | None:
     """The list that --answer-list names, if any. Raises DataError when it is none."""
-    return None if args.answer_list is None else read_answer_list(Path(args.answer_list))
+    return None if args.answer_list is None else read_answer_list(place(args.answer_list))
 
 
 def vqa_source(
     asked: Sequence[Asked],
-    inputs: list[Path],
+    inputs: Sequence[Place],
     args: argparse.Namespace,
     given: Sequence[str] | None,
     min_answers: int,
@@ -57,27 +61,39 @@ def vqa_source(
 
     That list is `given`, or is found or built as resolve_answer_list says.
 
-    Training questions without a listed answer are left out; elsewhere they stay, with empty lists. Raises DataError on
-    a question id or an image id that stands twice, and as resolve_answer_list does.
+    Questions whose image is excluded are left out, and training questions without a listed answer; on other splits the
+    latter stay, with empty lists. Raises DataError on a question id or an image id that stands twice, and as
+    resolve_answer_list does.
     """
     _check_unique(asked)
-    said = [Counter(normalize_answer(answer) for answer in question.answers) for question in asked]
+    source = Source("vqa", [], inputs, {"questions": len(asked)})
+    if not asked:
+        return source
+    source.counts["images"] = len({question.image_id for question in asked})
+    kept = [question for question in asked if not question.excluded]
+    source.left_out[f"question: {EXCLUDED}"] = len(asked) - len(kept)
+    source.left_out = +source.left_out  # without a zero
+    said = [Counter(normalize_answer(answer) for answer in question.answers) for question in kept]
     main = Counter(
         normalize_answer(question.main_answer) if question.main_answer is not None else answers.most_common(1)[0][0]
-        for question, answers in zip(asked, said, strict=True)
-        if answers
+        for question, answers in zip(kept, said, strict=True)
+        if answers and question.counts
     )
-    if not asked:
-        return Source("vqa", [], inputs, {"questions": 0})
-    listed = resolve_answer_list(Path(args.out), args.split, given, main, min_answers, args.overwrite)
-    labels = {answer: label for label, answer in enumerate(listed)}
+    source.answer_list = resolve_answer_list(place(args.out), args.split, given, main, min_answers, args.overwrite)
+    source.rows = _label(kept, said, source.answer_list, args.split == "train", source.left_out)
+    return source
 
+
+def _label(
+    asked: Sequence[Asked], said: Sequence[Counter[str]], listed: list[str], training: bool, left_out: Counter[str]
+) -> list[Row]:
+    """One row an image: its questions with those of their answers, in `said`, that are listed."""
+    labels = {answer: label for label, answer in enumerate(listed)}
     rows: dict[str, Row] = {}
-    source = Source("vqa", [], inputs, {"questions": len(asked)}, answer_list=listed)
     for question, answers in zip(asked, said, strict=True):
         known = [answer for answer in answers if answer in labels]
-        if not known and args.split == "train":
-            source.left_out["question without a listed answer"] += 1
+        if not known and training:
+            left_out["question without a listed answer"] += 1
             continue
         known.sort(key=lambda answer: (-answers[answer], labels[answer]))
         only = len(question.answers) == 1  # Visual Genome, easy-VQA: one answer, which is right
@@ -87,9 +103,7 @@ def vqa_source(
         row.columns["answers"].append(known)
         row.columns["answer_labels"].append([labels[answer] for answer in known])
         row.columns["answer_scores"].append([1.0 if only else soft_score(answers[answer]) for answer in known])
-    source.rows = list(rows.values())
-    source.counts["images"] = len({question.image_id for question in asked})
-    return source
+    return list(rows.values())
 
 
 def _empty_row(question: Asked) -> Row:
@@ -100,7 +114,7 @@ def _empty_row(question: Asked) -> Row:
 
 def _check_unique(asked: Sequence[Asked]) -> None:
     questions: set[int] = set()
-    images: dict[str, Path] = {}
+    images: dict[str, ImageRef] = {}
     for question in asked:
         if question.question_id in questions:
             raise DataError(f"{question.where}: question_id {question.question_id} stands twice; make ids unique")

@@ -1,43 +1,93 @@
-"""`python -m preprocessing vqav2`: VQA v2 questions and annotations JSON -> VQA shards with soft labels."""
+"""`python -m preprocessing vqav2`: VQA v2 questions and annotations JSON -> VQA shards with soft labels.
+
+Several pairs of files become one split, with Visual Genome's questions if wanted: so train2014 + val2014 + VG.
+"""
 
 import argparse
-import os
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json
+from preprocessing.image_names import (
+    ImageFolder,
+    ImageList,
+    add_exclude_argument,
+    coco_key,
+    excluded_images,
+)
+from preprocessing.image_refs import FileImage
+from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
+from preprocessing.visual_genome import FOLDERS, add_image_data_argument, read_coco_numbers
+from preprocessing.visual_genome_qa import read_questions
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `vqav2`."""
-    parser.add_argument("--questions", required=True, metavar="FILE", help="v2_OpenEnded_mscoco_*_questions.json")
-    parser.add_argument(
-        "--annotations", metavar="FILE", help="v2_mscoco_*_annotations.json; leave out where unpublished"
+    add = parser.add_argument
+    add("--questions", required=True, nargs="+", metavar="FILE", help="v2_OpenEnded_mscoco_*_questions.json")
+    add(
+        "--annotations",
+        nargs="+",
+        metavar="FILE",
+        help="v2_mscoco_*_annotations.json, one for each file of questions; leave out where unpublished",
     )
+    add("--visual-genome", metavar="FILE", help="question_answers.json of Visual Genome, to train on as well")
+    add("--visual-genome-images", metavar="DIR", help="folder that holds its images")
+    add_image_data_argument(parser)
     add_answer_arguments(parser)
+    add_exclude_argument(parser)
+    add_text_argument(parser)
     add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "vqa")
-    if args.annotations is None and args.split != "test":
-        raise DataError(f"--annotations: is needed for --split {args.split}; give v2_mscoco_*_annotations.json")
-    annotations = None if args.annotations is None else Path(args.annotations)
-    asked = read_vqav2(Path(args.questions), annotations, Path(args.images))
-    inputs = [Path(args.questions)] + ([annotations] if annotations else [])
+    _check_options(args)
+    questions = [place(name) for name in args.questions]
+    annotations = [place(name) for name in args.annotations or ()]
+    excluded, cleaning = excluded_images(args), text_cleaning(args)
+    images = ImageFolder(args.images)
+    asked = []
+    for path, answers in zip_longest(questions, annotations):
+        asked += read_vqav2(path, answers, images, excluded, cleaning, args.split)
+    inputs = [*questions, *annotations]
+    if args.visual_genome is not None:
+        inputs.append(place(args.visual_genome))
+        coco = read_coco_numbers(args.image_data)
+        folder = ImageFolder(args.visual_genome_images, FOLDERS)
+        asked += read_questions(inputs[-1], folder, coco, excluded, cleaning, args.split, beside_vqav2=True)
     write_split(vqa_source(asked, inputs, args, given_answers(args), args.min_answers), args)
 
 
-def read_vqav2(questions: Path, annotations: Path | None, images: Path) -> list[Asked]:
+def _check_options(args: argparse.Namespace) -> None:
+    if args.annotations is None and args.split != "test":
+        raise DataError(f"--annotations: is needed for --split {args.split}; give v2_mscoco_*_annotations.json")
+    if args.annotations is not None and len(args.annotations) != len(args.questions):
+        raise DataError(
+            f"--annotations: {len(args.annotations)} files for {len(args.questions)} of --questions; give one for each"
+        )
+    if (args.visual_genome is None) != (args.visual_genome_images is None):
+        raise DataError("--visual-genome and --visual-genome-images: give both or neither")
+
+
+def read_vqav2(
+    questions: Place,
+    annotations: Place | None,
+    images: ImageFolder,
+    excluded: ImageList,
+    cleaning: TextCleaning,
+    split: str,
+) -> list[Asked]:
     """Questions in the order of their file, with the ten answers each. Raises DataError naming the record at fault."""
     answered = {} if annotations is None else _read_annotations(annotations)
     content = read_json(questions)
     records = field(content, "questions", list, f"{questions}")
-    locate = _ImageIndex(images, str(content.get("data_subtype", "")))
+    subset = str(content.get("data_subtype", "")).replace("test-dev", "test")
     asked = []
     for index, record in enumerate(records):
         where = f"{questions}: questions[{index}]"
@@ -46,12 +96,20 @@ def read_vqav2(questions: Path, annotations: Path | None, images: Path) -> list[
             raise DataError(f"{where}: question_id {question_id} is not in {annotations}; give the file of this split")
         main, people = answered.get(question_id, (None, ()))
         image_id = field(record, "image_id", int, where)
-        text = field(record, "question", str, where).strip()
-        asked.append(Asked(locate(image_id), str(image_id), text, question_id, people, main, where))
+        text = cleaning.question(field(record, "question", str, where), split)
+        image = _find(images, subset, image_id)
+        out = excluded.holds(coco_key(image_id), str(image_id))
+        asked.append(Asked(image, str(image_id), text, question_id, people, main, where, excluded=out))
     return asked
 
 
-def _read_annotations(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
+def _find(images: ImageFolder, subset: str, number: int) -> FileImage:
+    """The image of that number. The questions name no file: COCO's names follow from subset and number."""
+    name = f"COCO_{subset}_{number:012d}.jpg"
+    return images.find(f"{subset}/{name}" if images.holds(subset) else name, coco_key(number))
+
+
+def _read_annotations(path: Place) -> dict[int, tuple[str, tuple[str, ...]]]:
     """question id -> (multiple choice answer, the ten answers)."""
     result: dict[int, tuple[str, tuple[str, ...]]] = {}
     records: list[Any] = field(read_json(path), "annotations", list, f"{path}")
@@ -64,25 +122,3 @@ def _read_annotations(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
         main = field(record, "multiple_choice_answer", str, where)
         result[field(record, "question_id", int, where)] = (main, answers)
     return result
-
-
-class _ImageIndex:
-    """Finds a COCO image by its number. The questions name no file: its name follows from subset and number.
-
-    Looks in `folder` and in `folder/subset`, for COCO_{subset}_{number:012d} (2014, 2015) and {number:012d} (2017),
-    with any extension.
-    """
-
-    def __init__(self, folder: Path, subset: str) -> None:
-        self._subset = subset
-        self._first = folder / subset if (folder / subset).is_dir() else folder
-        self._paths: dict[str, Path] = {}
-        for place in {folder, self._first}:
-            with os.scandir(place) as entries:
-                self._paths.update((os.path.splitext(entry.name)[0], place / entry.name) for entry in entries)
-
-    def __call__(self, number: int) -> Path:
-        """The image's path; where it would be, if there is none."""
-        stem = f"COCO_{self._subset}_{number:012d}"
-        found = self._paths.get(stem) or self._paths.get(f"{number:012d}")
-        return found or self._first / f"{stem}.jpg"

@@ -1,19 +1,26 @@
-"""Writes one split of a data set: Arrow shards, manifest and provenance, all at once or not at all."""
+"""Writes shards, and the manifest and the provenance that go with them."""
 
 import hashlib
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
+import numpy as np
 import PIL
 import pyarrow as pa
 
+from preprocessing.places import Place, open_input, place, put_file, size_of, write_whole
 from preprocessing.schema import (
+    IMAGE_COLUMNS,
     KINDS,
     MANIFEST,
     PROVENANCE,
@@ -23,72 +30,275 @@ from preprocessing.schema import (
     DataError,
     dump_json,
     read_manifest,
-    write_atomic,
 )
 
-OURS = ("shard-*.arrow", MANIFEST, PROVENANCE)  # what a split folder may hold
+DROPPED = "dropped.jsonl"  # beside the manifest, when more was dropped than a manifest should list
+OURS = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED)  # what a split folder may hold
 _BATCH_ROWS = 256
-_BATCH_BYTES = 256 << 20  # Arrow's binary columns end at 2 GiB a batch
-_SHARD_BYTES = 512 << 20
+_BATCH_BYTES = 16 << 20  # two batches are in memory at a time: one being filled, one being written
+_FIRST_BYTES = 32 << 20  # of address space: what is not written to takes no memory
+SHARD_BYTES = 512 << 20
+_HASHED_INPUTS = 8 << 30
+
+_MEMORY: deque[np.ndarray] = deque(maxlen=4)  # of batches that are done, for those to come
+
+
+def numbered(index: int) -> str:
+    """The file name of shard `index` where a split is written in one go."""
+    return f"shard-{index:05d}.arrow"
 
 
 class ShardWriter:
-    """Writes rows to `folder/shard-00000.arrow`, `shard-00001.arrow`, …: the same bytes for the same rows."""
+    """Writes rows to Arrow files of about `shard_bytes` in `folder`: the same bytes for the same rows.
 
-    def __init__(self, folder: Path, kind: str, split: str, shard_bytes: int = _SHARD_BYTES) -> None:
+    A shard appears under its name, `name(0)`, `name(1)`, …, when it is whole and on disk. Writing and hashing run in
+    threads of their own, beside whatever the caller does to get the next rows (both release the GIL), one batch
+    behind at most. In a `with` block an error leaves no half-written file. Raises OSError when the disk is full.
+    """
+
+    def __init__(
+        self,
+        folder: Place,
+        kind: str,
+        split: str,
+        shard_bytes: int = SHARD_BYTES,
+        name: Callable[[int], str] = numbered,
+    ) -> None:
         self._folder = folder
-        self._schema = KINDS[kind]
-        self._sample_column = SAMPLE_COLUMN[kind]
-        self._split = split
+        self._kind = kind
         self._shard_bytes = shard_bytes
-        self._batch: list[dict[str, Any]] = []
-        self._batch_bytes = 0
+        self._name = name
+        self._filling, self._spare = _Batch(kind, split), _Batch(kind, split)
         self._shards: list[dict[str, Any]] = []
-        self._file: Any = None
-        self._writer: Any = None
+        self._file: HashedFile | None = None
+        self._arrow: Any = None
+        self._thread = ThreadPoolExecutor(1, "shard-writer")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        if self._file is not None:
+            self._file.discard()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row: a value for every column of the schema but `split`."""
-        self._batch.append({**row, "split": self._split})
-        self._batch_bytes += sum(len(value) for value in row.values() if isinstance(value, bytes))
-        if len(self._batch) == _BATCH_ROWS or self._batch_bytes >= _BATCH_BYTES:
+        self._filling.add(row)
+        if self._filling.rows == _BATCH_ROWS or self._filling.size >= _BATCH_BYTES:
             self._flush()
 
     def close(self) -> list[dict[str, Any]]:
         """Write what is left. Returns the manifest's record of each shard: file, rows, samples, bytes, sha256."""
         self._flush()
-        self._close_shard()
+        self._wait()
+        self._thread.submit(self._close_shard).result()
+        self._thread.shutdown()
+        for batch in (self._filling, self._spare):
+            batch.free()
         return self._shards
 
     def _flush(self) -> None:
-        if not self._batch:
-            return
-        if self._writer is None:
-            path = self._folder / f"shard-{len(self._shards):05d}.arrow"
-            self._shards.append({"file": path.name, "rows": 0, "samples": 0})
-            self._file = pa.OSFile(str(path), "wb")
-            self._writer = pa.ipc.new_file(self._file, self._schema)
-        self._writer.write_batch(pa.RecordBatch.from_pylist(self._batch, schema=self._schema))
-        self._shards[-1]["rows"] += len(self._batch)
-        self._shards[-1]["samples"] += sum(len(row[self._sample_column]) for row in self._batch)
-        self._batch, self._batch_bytes = [], 0
+        if self._filling.rows:
+            self._wait()
+            self._writing = self._thread.submit(self._write, self._filling)
+            self._filling, self._spare = self._spare, self._filling
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, batch: "_Batch") -> None:
+        """Write a batch, and clear it, since it is the next but one."""
+        if self._file is None:
+            name = self._name(len(self._shards))
+            self._file = HashedFile(self._folder / name)
+            self._shards.append({"file": name, "rows": 0, "samples": 0})
+            self._arrow = pa.ipc.new_file(self._file, KINDS[self._kind])
+        self._arrow.write_batch(batch.to_arrow())
+        self._file.settle()
+        self._shards[-1]["rows"] += batch.rows
+        self._shards[-1]["samples"] += batch.samples()
+        batch.clear()
         if self._file.tell() >= self._shard_bytes:
             self._close_shard()
 
     def _close_shard(self) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
+        if self._file is not None:
+            self._arrow.close()
+            self._shards[-1]["sha256"], self._shards[-1]["bytes"] = self._file.finish()
+            self._file = self._arrow = None
+
+
+class _Batch:
+    """Rows on their way into a record batch."""
+
+    def __init__(self, kind: str, split: str) -> None:
+        self._schema = KINDS[kind]
+        self._sample_column = SAMPLE_COLUMN[kind]
+        self._split = split
+        self._images = {name: _Images() for name in IMAGE_COLUMNS[kind]}
+        self._columns: dict[str, list[Any]] = {
+            name: [] for name in self._schema.names if name not in self._images and name != "split"
+        }
+        self.rows = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the images."""
+        return sum(images.size for images in self._images.values())
+
+    def samples(self) -> int:
+        """Captions, questions or statements."""
+        return sum(map(len, self._columns[self._sample_column]))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        for name, images in self._images.items():
+            images.append(row[name])
+        for name, values in self._columns.items():
+            values.append(row[name])
+        self.rows += 1
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """The rows as Arrow has them; the images' memory is shared until `clear`."""
+        values = {**self._columns, "split": [self._split] * self.rows}
+        arrays = [
+            self._images[column.name].to_arrow()
+            if column.name in self._images
+            else pa.array(values[column.name], column.type)
+            for column in self._schema
+        ]
+        return pa.record_batch(arrays, schema=self._schema)
+
+    def clear(self) -> None:
+        """Forget the rows, but keep the memory."""
+        for images in self._images.values():
+            images.clear()
+        for values in self._columns.values():
+            values.clear()
+        self.rows = 0
+
+    def free(self) -> None:
+        """Give the memory to batches to come; this one is not to be used again."""
+        for images in self._images.values():
+            _MEMORY.append(images.memory)
+
+
+class _Images:
+    """A column of images. Each is copied once, while it is in the processor's cache, to where it is written from.
+
+    The memory is used again and again: to get new memory from the system for each batch takes longer than the copy.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.memory = _MEMORY.pop()
+        except IndexError:
+            self.memory = np.empty(_FIRST_BYTES, dtype=np.uint8)
+        self._view = self.memory.data
+        self._ends = [0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all images so far."""
+        return self._ends[-1]
+
+    def append(self, data: bytes) -> None:
+        """Add an image."""
+        start = self._ends[-1]
+        end = start + len(data)
+        if end > len(self.memory):
+            larger = np.empty(max(end, 2 * len(self.memory)), dtype=np.uint8)
+            larger[:start] = self.memory[:start]
+            self.memory, self._view = larger, larger.data
+        self._view[start:end] = data
+        self._ends.append(end)
+
+    def to_arrow(self) -> pa.Array:
+        """The images as pa.array(…, pa.binary()) gives them, but sharing the memory."""
+        offsets = pa.py_buffer(np.array(self._ends, dtype=np.int32))
+        data = pa.py_buffer(self.memory).slice(0, self._ends[-1])
+        return pa.Array.from_buffers(pa.binary(), len(self._ends) - 1, [None, offsets, data])
+
+    def clear(self) -> None:
+        """Forget the images."""
+        self._ends = [0]
+
+
+class HashedFile:
+    """A file being written and hashed at once; it gets its name in `finish`.
+
+    Before that its bytes lie beside `target` in a hidden file, or, for a remote target, in an unnamed temporary file.
+    """
+
+    closed = False  # pyarrow asks
+
+    def __init__(self, target: Place) -> None:
+        self._target = target
+        self._hash = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "shard-hasher")
+        self._hashing: Future[None] | None = None
+        self._size = 0
+        self._hidden: Path | None = None
+        if isinstance(target, Path):
+            self._hidden = target.parent / f".{target.name}.{os.getpid()}"
+        self._file: IO[bytes] = tempfile.TemporaryFile() if self._hidden is None else open(self._hidden, "wb")
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    def write(self, data: Any) -> int:
+        """Append `data`, a buffer. Raises OSError."""
+        view = memoryview(data)
+        self._hashing = self._hasher.submit(self._hash.update, view)
+        self._file.write(view)
+        self._size += view.nbytes
+        return view.nbytes
+
+    def settle(self) -> None:
+        """Wait until all that was written is hashed: the memory that it lay in is then free."""
+        if self._hashing is not None:
+            self._hashing.result()
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing to do before `finish`; pyarrow calls it."""
+
+    def finish(self) -> tuple[str, int]:
+        """Put the file in its place, on disk. Returns its SHA-256 and size."""
+        self._file.flush()
+        if self._hidden is not None and isinstance(self._target, Path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._hidden, self._target)
+        elif not isinstance(self._target, Path):
+            put_file(self._file, self._target)
+            self._file.close()
+        self._hasher.shutdown()
+        return self._hash.hexdigest(), self._size
+
+    def discard(self) -> None:
+        """Give the file up, unless it is in its place."""
+        self._hasher.shutdown()
         self._file.close()
-        self._file = self._writer = None
-        shard = self._shards[-1]
-        with open(self._folder / shard["file"], "rb+") as file:
-            shard["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            shard["bytes"] = file.tell()
-            os.fsync(file.fileno())
+        if self._hidden is not None:
+            self._hidden.unlink(missing_ok=True)
 
 
-def write_manifest(folder: Path, kind: str, split: str, shards: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+def write_manifest(folder: Place, kind: str, split: str, shards: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
     """Write `folder/manifest.json` with the shards, their totals and `fields` (dropped, dropped_items, source)."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -99,18 +309,32 @@ def write_manifest(folder: Path, kind: str, split: str, shards: list[dict[str, A
         "shards": shards,
         **fields,
     }
-    write_atomic(folder / MANIFEST, dump_json(manifest))
+    write_whole(folder / MANIFEST, dump_json(manifest))
     return manifest
 
 
-def write_provenance(folder: Path, inputs: Iterable[Path]) -> None:
-    """Write `folder/provenance.json`: by whom, when, where and from which annotation files the split was made."""
+def write_provenance(folder: Place, inputs: Iterable[str | os.PathLike[str] | Place], processes: int = 1) -> None:
+    """Write `folder/provenance.json`: by whom, when, where and from which annotation files the split was made.
+
+    Inputs have their SHA-256 there, unless they hold more than 8 GiB in all (tar files with the images in them).
+    """
+    places = [place(path) for path in inputs]
+    try:
+        sizes = [size_of(path) for path in places]
+        hashed = sum(sizes) <= _HASHED_INPUTS
+        described = [
+            {"file": str(path), "bytes": size, "sha256": file_sha256(path) if hashed else None}
+            for path, size in zip(places, sizes, strict=True)
+        ]
+    except OSError as error:
+        raise DataError(f"{error.filename or error}: cannot be read any more; run the same command again") from None
     provenance = {
         "command": shlex.join(["python", "-m", "preprocessing", *sys.argv[1:]]),
         "directory": os.getcwd(),
         "host": platform.node(),
+        "processes": processes,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "inputs": [{"file": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in inputs],
+        "inputs": described,
         "versions": {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -118,21 +342,24 @@ def write_provenance(folder: Path, inputs: Iterable[Path]) -> None:
             "pillow": PIL.__version__,
         },
     }
-    write_atomic(folder / PROVENANCE, dump_json(provenance))
+    write_whole(folder / PROVENANCE, dump_json(provenance))
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: str | os.PathLike[str] | Place) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open_input(path) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
-def prepared_splits(out: Path) -> dict[str, dict[str, Any]]:
+def prepared_splits(out: Place) -> dict[str, dict[str, Any]]:
     """Manifests of the splits that `out` holds already, by split name."""
     return {split: read_manifest(out / split) for split in SPLITS if (out / split / MANIFEST).exists()}
 
 
-def check_output(out: Path, kind: str, split: str, overwrite: bool) -> None:
+def check_output(out: Place, kind: str, split: str, overwrite: bool) -> None:
     """Raise DataError when `out` holds this split already (unless `overwrite`) or splits of another kind."""
     for name, manifest in prepared_splits(out).items():
         if name == split and not overwrite:

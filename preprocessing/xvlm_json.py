@@ -7,13 +7,17 @@ nlvr       {"images": [left, right], "sentence", "label", "identifier"}
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from preprocessing.convert import Row, Source, add_common_arguments, check_common_arguments, write_split
+from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json
+from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
+from preprocessing.image_refs import FileImage, join
 from preprocessing.nlvr_rows import Statement, nlvr_source, parse_label
+from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.source import Row, Source
+from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
 
 _KINDS = {"retrieval": "caption", "vqa": "vqa", "nlvr": "nlvr"}
@@ -23,25 +27,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `json`."""
     parser.add_argument("--task", required=True, choices=tuple(_KINDS), help="which of the three forms the files have")
     parser.add_argument("--annotations", required=True, nargs="+", metavar="FILE", help="JSON files, read as one")
+    parser.add_argument(
+        "--visual-genome-images", metavar="DIR", help='of VQA, where the images of `"dataset": "vg"` lie, if elsewhere'
+    )
     add_answer_arguments(parser)
+    add_exclude_argument(parser)
+    add_text_argument(parser, default="xvlm")
     add_common_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, _KINDS[args.task])
-    files = [Path(name) for name in args.annotations]
-    images = Path(args.images)
+    files = [place(name) for name in args.annotations]
+    excluded, cleaning = excluded_images(args), text_cleaning(args)
     if args.task == "retrieval":
-        source = read_retrieval(files, images)
+        source = read_retrieval(files, args.images, excluded, cleaning)
     elif args.task == "vqa":
-        source = vqa_source(read_vqa(files, images), files, args, given_answers(args), args.min_answers)
+        asked = read_vqa(files, args.images, args.visual_genome_images, excluded, cleaning, args.split)
+        source = vqa_source(asked, files, args, given_answers(args), args.min_answers)
     else:
-        source = nlvr_source(read_nlvr(files, images), files)
+        source = nlvr_source(read_nlvr(files, args.images, excluded, cleaning), files)
     write_split(source, args)
 
 
-def _records(files: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+def _records(files: Sequence[Place]) -> Iterator[tuple[str, Any]]:
     """(where, record) of every record of every file."""
     for path in files:
         records = read_json(path)
@@ -64,7 +74,7 @@ def _image_id(record: dict[str, Any], name: str, where: str) -> str:
     return name if "image_id" not in record else str(field(record, "image_id", (str, int), where))
 
 
-def read_retrieval(files: Sequence[Path], images: Path) -> Source:
+def read_retrieval(files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning) -> Source:
     """One row an image, in the order of first mention. Raises DataError naming the record at fault."""
     source = Source("caption", [], list(files), {})
     rows: dict[str, Row] = {}
@@ -76,31 +86,46 @@ def read_retrieval(files: Sequence[Path], images: Path) -> Source:
         if owner.setdefault(image_id, name) != name:
             raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
         if name not in rows:
-            rows[name] = Row(name, (images / name,), {"caption": [], "image_id": image_id})
-        texts = [text.strip() for text in _strings(record, "caption", where)]
+            rows[name] = Row(name, (FileImage(join(images, name)),), {"caption": [], "image_id": image_id})
+        texts = _strings(record, "caption", where)
         captions += len(texts)
-        rows[name].columns["caption"].extend(text for text in texts if text)
-        source.left_out["caption is empty"] += texts.count("")
-    source.rows = [row for row in rows.values() if row.columns["caption"]]
-    source.left_out["image without caption"] = len(rows) - len(source.rows)
+        rows[name].columns["caption"].extend(cleaning.captions(texts, source.left_out))
+    kept = [row for row in rows.values() if not excluded.holds(row.name, row.columns["image_id"])]
+    source.rows = [row for row in kept if row.columns["caption"]]
+    source.left_out[EXCLUDED] = len(rows) - len(kept)
+    source.left_out["image without caption"] = len(kept) - len(source.rows)
     source.left_out = +source.left_out  # without the zeros
     source.counts = {"images": len(rows), "captions": captions}
     return source
 
 
-def read_vqa(files: Sequence[Path], images: Path) -> list[Asked]:
-    """The questions in the order of the files. Raises DataError naming the record at fault."""
+def read_vqa(
+    files: Sequence[Place],
+    images: str,
+    visual_genome: str | None,
+    excluded: ImageList,
+    cleaning: TextCleaning,
+    split: str,
+) -> list[Asked]:
+    """The questions in the order of the files. Raises DataError naming the record at fault.
+
+    The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given.
+    """
     asked = []
     for where, record in _records(files):
         name = field(record, "image", str, where)
-        text = field(record, "question", str, where).strip()
+        text = cleaning.question(field(record, "question", str, where), split)
         question_id = field(record, "question_id", int, where)
         answers = tuple(_strings(record, "answer", where)) if "answer" in record else ()
-        asked.append(Asked(images / name, _image_id(record, name, where), text, question_id, answers, None, where))
+        folder = visual_genome if visual_genome is not None and record.get("dataset") == "vg" else images
+        image_id = _image_id(record, name, where)
+        out = excluded.holds(name, image_id)
+        image = FileImage(join(folder, name))
+        asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out))
     return asked
 
 
-def read_nlvr(files: Sequence[Path], images: Path) -> list[Statement]:
+def read_nlvr(files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning) -> list[Statement]:
     """The statements in the order of the files. Without an identifier, a record gets one of its own."""
     statements = []
     for number, (where, record) in enumerate(_records(files)):
@@ -112,12 +137,13 @@ def read_nlvr(files: Sequence[Path], images: Path) -> list[Statement]:
             identifier = field(record, "identifier", str, where)
         statements.append(
             Statement(
-                images=(images / names[0], images / names[1]),
+                images=(FileImage(join(images, names[0])), FileImage(join(images, names[1]))),
                 pair=" + ".join(names),
-                sentence=field(record, "sentence", str, where).strip(),
+                sentence=cleaning.statement(field(record, "sentence", str, where)),
                 label=parse_label(record.get("label"), where),
                 identifier=identifier,
                 where=where,
+                excluded=excluded.holds(*names),
             )
         )
     return statements

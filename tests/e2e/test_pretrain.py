@@ -120,17 +120,10 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, argument
     assert [record["step"] for record in learnt(output)] == list(range(1, int(last) + 3))
 
 
-def test_a_checkpoint_of_another_topology_or_damaged_is_refused(
-    straight: Path, arguments: list[str], tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_refused(straight: Path, arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(straight, output)
     options = [*arguments, f"--output_dir={output}", "--optimizer.total_steps=8"]
-    codes, text = ranks.finish(
-        ranks.start("eve_ds.pretrain", [*options, "--deepspeed_config=ds_configs/zero1.json"], 2)
-    )
-    assert codes == [2, 2]
-    assert text.count("error:") == 1 and "zero_stage 2 (now 1)" in text and "Traceback" not in text
     victim = max((output / "checkpoints" / "step_00000006").glob("*model_states.pt"))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1

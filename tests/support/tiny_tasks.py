@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
+from eve_ds.model.moe import MoE
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, ObjectiveConfig, Retrieval, Task
 
 Batch = dict[str, Tensor]
@@ -49,10 +50,10 @@ def tiny_config() -> ModelConfig:
     )
 
 
-def tiny_task(name: str, seed: int = 0) -> Task:
+def tiny_task(name: str, seed: int = 0, moe_layer: Callable[..., MoE] = MoE) -> Task:
     """A task with the same weights every time; a backbone with larger ones than usual, so that experts differ."""
     torch.manual_seed(seed)
-    task = TASKS[name](Backbone(tiny_config()))
+    task = TASKS[name](Backbone(tiny_config(), moe_layer=moe_layer))
     with torch.no_grad():
         for parameter in task.backbone.parameters():
             if parameter.ndim > 1:
@@ -93,3 +94,20 @@ def rows_of(batch: Batch, rows: slice | Tensor) -> Batch:
     part = {name: value[rows] for name, value in batch.items()}
     width = max(int(part["text_mask"].sum(dim=1).max()), 1) if len(part["sample_id"]) else 1
     return part | {name: part[name][:, :width] for name in PER_TOKEN}
+
+
+PREDICTING = [name for name in TASKS if not name.startswith("pretrain")]
+
+
+def predictions(task: Task, batch: Batch) -> dict[str, Tensor]:
+    """What the task tells of each sample, [B, ...] by name, in evaluation mode."""
+    text = (batch["text_ids"], batch["text_mask"])
+    task.eval()
+    with torch.no_grad():
+        if isinstance(task, Retrieval):
+            vectors = {"image": task.encode_image(batch["images"]), "text": task.encode_text(*text)}
+            return vectors | {"match": task.match(batch["images"], *text)}
+        if isinstance(task, NLVR):
+            return {"logits": task.predict((batch["images_0"], batch["images_1"]), *text)}
+        assert isinstance(task, VQA)
+        return {"logits": task.predict(batch["images"], *text)}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.image_refs import FileImage
 from preprocessing.images import BadImage, decode_image, read_image
 from tests.unit.preprocessing.helpers import picture
 
@@ -12,7 +13,7 @@ from tests.unit.preprocessing.helpers import picture
 def test_bytes_pass_untouched(tmp_path: Path, image_format: str) -> None:
     data = picture(1, image_format)
     (tmp_path / "a").write_bytes(data)
-    assert read_image(tmp_path / "a") == data
+    assert read_image(FileImage(str(tmp_path / "a"))) == data
     assert decode_image(data).size == (40, 40)
 
 
@@ -61,4 +62,4 @@ def test_a_decompression_bomb_is_never_decoded() -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BadImage, match="is missing"):
-        read_image(tmp_path / "a.jpg")
+        read_image(FileImage(str(tmp_path / "a.jpg")))

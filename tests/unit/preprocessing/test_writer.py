@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from preprocessing import writer as writer_module
 from preprocessing.schema import CAPTION_SCHEMA, DataError
 from preprocessing.writer import ShardWriter, check_output, file_sha256, write_manifest, write_provenance
 from tests.unit.preprocessing.helpers import picture, rows_of
@@ -60,5 +61,41 @@ def test_provenance_says_where_it_came_from(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text("[]")
     write_provenance(tmp_path, [tmp_path / "in.json"])
     provenance = json.loads((tmp_path / "provenance.json").read_text())
-    assert set(provenance) == {"command", "directory", "host", "inputs", "time", "versions"}
+    assert set(provenance) == {"command", "directory", "host", "inputs", "processes", "time", "versions"}
     assert provenance["inputs"][0]["bytes"] == 2
+
+
+def test_an_image_larger_than_the_buffer(tmp_path: Path) -> None:
+    """The memory of a batch grows, and what it held is kept; the one after next has it again, for small images."""
+    tmp_path = tmp_path / "a"
+    tmp_path.mkdir()
+    images = [bytes([index]) * (9_000_000 if index in (3, 4) else 10) for index in range(20)]
+    with ShardWriter(tmp_path, "caption", "train") as writer:
+        for repeat in range(40):
+            for index, image in enumerate(images if repeat == 0 else [b"small"] * 20):
+                writer.add({"image": image, "caption": ["one"], "image_id": f"{repeat} {index}"})
+        write_manifest(tmp_path, "caption", "train", writer.close(), dropped={}, dropped_items=[], source={})
+    stored = [row["image"] for row in rows_of(tmp_path)]
+    assert stored[:20] == images and set(stored[20:]) == {b"small"} and len(stored) == 800
+
+
+def test_batches_end_at_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all images of a row together: 1,000 with the second row."""
+    monkeypatch.setattr(writer_module, "_BATCH_BYTES", 1000)
+    with ShardWriter(tmp_path, "nlvr", "train") as writer:
+        image = bytes(250)
+        for index in range(3):
+            columns = {"questions": ["a"], "answers": ["True"], "identifier": [str(index)]}
+            writer.add({"image_0": image, "image_1": image, **columns})
+        shards = writer.close()
+    reader = pa.ipc.open_file(tmp_path / "shard-00000.arrow")
+    assert [reader.get_batch(index).num_rows for index in range(2)] == [2, 1]
+    assert file_sha256(tmp_path / "shard-00000.arrow") == shards[0]["sha256"]
+
+
+def test_an_error_leaves_no_half_shard(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "caption", "train") as writer:
+        for index in range(300):
+            writer.add({"image": b"x", "caption": ["one"], "image_id": str(index)})
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []

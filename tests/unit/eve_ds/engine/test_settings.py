@@ -45,7 +45,11 @@ def test_shipped_settings_are_filled_in(name: str) -> None:
         ({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, ["contiguous_gradients"]),
         ({"zero_optimization": {"stage": 2, "reduce_scatter": False}}, ["reduce_scatter"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage", "1, 2 or 3"]),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, ["fp16", "use bf16"]),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, ["optimizer"]),
+        ({"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer.schedule"]),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, ["bf16.enabled=False", "True"]),
         ({"zero_optimization": {"stage": 1}, "train_batch_size": 64}, ["train_batch_size=64", "32"]),
         ({"zero_optimization": {"stage": 1}, "wall_clock_breakdown": "auto"}, ["wall_clock_breakdown"]),
     ],
@@ -75,7 +79,8 @@ def test_expert_parallel_size_must_divide_ranks_and_experts(monkeypatch: pytest.
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "6")
     distributed.check_world(3, 12)
-    for ep_size, experts, word in ((4, 8, "world size 6"), (6, 8, "num_experts=8"), (0, 8, "at least 1")):
+    cases = ((4, 8, "world size 6"), (12, 12, "world size 6"), (6, 8, "num_experts=8"), (0, 8, "at least 1"))
+    for ep_size, experts, word in cases:
         with pytest.raises(UserError, match=word):
             distributed.check_world(ep_size, experts)
 

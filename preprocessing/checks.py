@@ -1,0 +1,248 @@
+"""What `verify` asks of a shard and of each of its rows, and what both `verify` and `repair` learn from it."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from preprocessing.answers import read_answer_list
+from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
+from preprocessing.places import Place, names_in, open_input, size_of
+from preprocessing.pool import run_tasks
+from preprocessing.progress import Progress
+from preprocessing.reading import open_shard
+from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, DataError
+from preprocessing.writer import file_sha256
+
+ID_COLUMNS = {"caption": ("image_id",), "vqa": ("image_id", "question_id"), "nlvr": ("identifier",)}
+_PER_SAMPLE = {  # list columns that run over the samples of a row, as long as SAMPLE_COLUMN's
+    "caption": (),
+    "vqa": ("answers", "answer_labels", "answer_scores", "question_id"),
+    "nlvr": ("answers", "identifier"),
+}
+_START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """What the rows of a split must fit. It can be pickled."""
+
+    kind: str
+    split: str
+    answers: Sequence[str] = ()  # VQA: what the labels index
+
+
+@dataclass
+class ShardReport:
+    """What was found in a shard. Row numbers run over the rows that can be read, from 0."""
+
+    path: Place
+    rows: int = 0
+    samples: int = 0
+    whole: bool = False  # the file is there and every record batch of it can be read
+    faults: list[str] = field(default_factory=list)  # of the shard
+    row_faults: dict[int, list[str]] = field(default_factory=dict)
+    repeated: set[int] = field(default_factory=set)  # rows with an id that an earlier one has
+    ids: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # column -> hashes, rows [n]
+
+    def lines(self) -> Iterator[str]:
+        """Each fault as one line that names the shard, and the row where one is to blame."""
+        yield from (f"{self.path}: {fault}" for fault in self.faults)
+        for row, faults in sorted(self.row_faults.items()):
+            yield from (f"{self.path} row {row}: {fault}" for fault in faults)
+
+
+def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -> ShardReport:
+    """Check one shard against its record in the manifest, and every row. Runs in a worker."""
+    report = ShardReport(path)
+    if not path.exists():
+        report.faults.append("is missing")
+        return report
+    if record is not None and size_of(path) != record["bytes"]:
+        report.faults.append(f"has {size_of(path)} bytes, the manifest says {record['bytes']}")
+    elif record is not None and file_sha256(path) != record["sha256"]:
+        report.faults.append("its SHA-256 is not the manifest's, its bytes have changed")
+    unreadable: list[str] = []
+    keys: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
+    key_rows: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
+    for batch in batches_of(path, KINDS[facts.kind], unreadable):
+        for row in batch.to_pylist():
+            faults = list(row_faults(row, facts))
+            if faults:
+                report.row_faults[report.rows] = faults
+            for column, ids in ids_of(row, facts.kind):
+                keys[column] += map(_key, ids)
+                key_rows[column] += [report.rows] * len(ids)
+            report.rows += 1
+            report.samples += len(row[SAMPLE_COLUMN[facts.kind]] or ())
+    report.whole = not unreadable
+    report.faults += unreadable
+    for name, found in (("rows", report.rows), ("samples", report.samples)):
+        if record is not None and report.whole and found != record[name]:
+            report.faults.append(f"has {found} {name}, the manifest says {record[name]}")
+    for column in keys:
+        report.ids[column] = np.array(keys[column], np.uint64), np.array(key_rows[column], np.int64)
+    return report
+
+
+def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa.RecordBatch]:
+    """The record batches that can be read and are sound; what is wrong with the others goes to `faults`.
+
+    A file without its end, which holds the index, is read from its start as far as it goes.
+    """
+    try:
+        reader = open_shard(path)
+    except DataError as error:
+        faults.append(str(error).removeprefix(f"{path}: "))
+        yield from _stream(path, schema)
+        return
+    if not reader.schema.equals(schema):
+        faults.append("its columns are not those that its kind has")
+        return
+    for index in range(reader.num_record_batches):
+        try:
+            batch = reader.get_batch(index)
+            batch.validate(full=True)  # a wrong offset would be followed beyond the buffer
+        except (pa.ArrowException, OSError) as error:
+            message = str(error).splitlines()[0]
+            faults.append(f"record batch {index} cannot be read ({message}); prepare it again")
+            continue
+        yield batch
+
+
+def _stream(path: Place, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Batches from the start of a cut file to the first that is not whole."""
+    with open_input(path) as file:
+        file.seek(_START)
+        try:
+            stream = pa.ipc.open_stream(file)
+            if stream.schema.equals(schema):
+                for batch in stream:
+                    batch.validate(full=True)
+                    yield batch
+        except (pa.ArrowException, OSError):
+            return  # the caller has told that the file is cut
+
+
+def row_faults(row: dict[str, Any], facts: SplitFacts) -> Iterator[str]:
+    """What is wrong with a row; that its ids are its own is not asked here."""
+    kind = facts.kind
+    empty = [name for name, value in row.items() if value is None]
+    if empty:
+        yield f"column {empty[0]} is null"
+        return
+    for column in IMAGE_COLUMNS[kind]:
+        try:
+            decode_image(row[column], PILLOW_PIXELS)
+        except BadImage as error:
+            yield f"{column} {error}"
+    if row["split"] != facts.split:
+        yield f"split is {row['split']!r}, the manifest says {facts.split!r}"
+    texts = row[SAMPLE_COLUMN[kind]]
+    if not texts or not all(texts):
+        yield f"{SAMPLE_COLUMN[kind]} is empty, or a text in it is"
+    uneven = [name for name in _PER_SAMPLE[kind] if len(row[name]) != len(texts)]
+    if uneven:
+        yield f"{uneven[0]} has {len(row[uneven[0]])} entries for {len(texts)} questions"
+        return
+    if kind == "vqa":
+        for index in range(len(texts)):
+            yield from _answer_faults(row, index, facts.answers)
+    if kind == "nlvr" and not set(row["answers"]) <= {"True", "False"}:
+        yield "answers holds something that is neither True nor False"
+
+
+def _answer_faults(row: dict[str, Any], index: int, listed: Sequence[str]) -> Iterator[str]:
+    answers, labels, scores = (row[name][index] for name in ("answers", "answer_labels", "answer_scores"))
+    if answers is None or labels is None or scores is None or not len(answers) == len(labels) == len(scores):
+        yield f"question {index}: answers, labels and scores differ in number"
+        return
+    for answer, label, score in zip(answers, labels, scores, strict=True):
+        if answer is None or label is None or score is None:
+            yield f"question {index}: an answer, label or score is null"
+        elif not 0 <= label < len(listed):
+            yield f"question {index}: label {label} is beyond the {len(listed)} answers of {ANSWER_LIST}"
+        elif listed[label] != answer:
+            yield f"question {index}: label {label} is {listed[label]!r} in {ANSWER_LIST}, here {answer!r}"
+        if score is not None and not 0 < score <= 1:
+            yield f"question {index}: score {score:g} of {answer!r} is not in 0..1"
+
+
+def ids_of(row: dict[str, Any], kind: str) -> Iterator[tuple[str, list[Any]]]:
+    """(column, ids) of each column of ids; those that are null are left away."""
+    for column in ID_COLUMNS[kind]:
+        value = row[column]
+        ids = value if isinstance(value, list) else [value]
+        yield column, [one for one in ids if one is not None]
+
+
+def _key(value: str | int) -> int:
+    return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest(), "little")
+
+
+def add_duplicates(reports: Sequence[ShardReport], kind: str) -> None:
+    """Note in `row_faults` every row, but the first, in which an id stands that another row, or the same, has too.
+
+    64-bit hashes of all ids find the candidates in 16 bytes an id; the ids themselves are read for those alone.
+    """
+    for column in ID_COLUMNS[kind]:
+        parts = [report.ids.get(column, (np.zeros(0, np.uint64), np.zeros(0, np.int64))) for report in reports]
+        keys = np.concatenate([part[0] for part in parts])
+        order = np.argsort(keys, kind="stable")
+        same = keys[order][1:] == keys[order][:-1]
+        twice = np.unique(np.concatenate([order[1:][same], order[:-1][same]]))
+        ends = np.cumsum([len(part[0]) for part in parts])
+        rows = np.concatenate([part[1] for part in parts])[twice]
+        shards = np.searchsorted(ends, twice, side="right")
+        first: dict[Any, str] = {}
+        for number in np.unique(shards):
+            _note_duplicates(reports[number], kind, column, set(rows[shards == number].tolist()), first)
+
+
+def _note_duplicates(report: ShardReport, kind: str, column: str, rows: set[int], first: dict[Any, str]) -> None:
+    number = 0
+    for batch in batches_of(report.path, KINDS[kind], []):
+        for index in range(batch.num_rows):
+            if number in rows:
+                row = {name: batch.column(name)[index].as_py() for name in ID_COLUMNS[kind]}
+                where = f"{report.path} row {number}"
+                for value in dict(ids_of(row, kind))[column]:
+                    if value in first:
+                        fault = f"{column} {value} stands in {first[value]} too"
+                        report.row_faults.setdefault(number, []).append(fault)
+                        report.repeated.add(number)
+                    first.setdefault(value, where)
+            number += 1
+
+
+def split_facts(folder: Place, kind: str, split: str) -> SplitFacts:
+    """What the rows of the split `folder` must fit. Raises DataError when a VQA set lacks its answer list."""
+    return SplitFacts(kind, split, read_answer_list(folder.parent / ANSWER_LIST) if kind == "vqa" else ())
+
+
+def shard_paths(folder: Place) -> list[Place]:
+    """The shard files in `folder`, in the order of their names."""
+    return [folder / name for name in names_in(folder) if name.endswith(".arrow") and not name.startswith(".")]
+
+
+def check_shards(
+    folder: Place, records: Sequence[dict[str, Any]], facts: SplitFacts, workers: int
+) -> list[ShardReport]:
+    """The reports of the shards that the manifest's `records` name, in their order, ids that stand twice included.
+
+    A record that holds the file's name alone is compared with nothing.
+    """
+    found: dict[str, ShardReport] = {}
+    tasks = [(folder / record["file"], record if len(record) > 1 else None, facts) for record in records]
+    with Progress(f"verify {folder.name}", len(tasks), "shard") as progress:
+        with closing(run_tasks(workers, check_shard, tasks)) as results:
+            for report in results:
+                found[report.path.name] = report
+                progress.add(1)
+    reports = [found[record["file"]] for record in records]
+    add_duplicates(reports, facts.kind)
+    return reports

@@ -1,0 +1,296 @@
+"""`python -m preprocessing img2dataset`: what img2dataset wrote (github.com/rom1504/img2dataset) -> caption shards.
+
+webdataset   00000.tar with KEY.jpg, KEY.txt and KEY.json; any webdataset tar of images with texts will do
+parquet      00000.parquet with the columns key, jpg, txt and what is known of the address; Hugging Face's with
+             image {bytes, path} too
+files        00000/KEY.jpg, KEY.txt and KEY.json
+00000_stats.json beside each shard tells how many addresses gave no image.
+"""
+
+import argparse
+import json
+import posixpath
+import tarfile
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
+from preprocessing.files import read_json
+from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
+from preprocessing.image_refs import FileImage, ImageRef, ParquetCell, TarMember, join
+from preprocessing.places import names_in, open_input, place
+from preprocessing.rows import LazyRows
+from preprocessing.schema import DataError
+from preprocessing.source import Row, Source
+from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
+
+FORMATS = ("auto", "webdataset", "parquet", "files")
+_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+_IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes")
+_CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `img2dataset`."""
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the folder (default: as it looks)")
+    add_exclude_argument(parser)
+    add_text_argument(parser)
+    add_common_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one split. Raises DataError on bad input."""
+    check_common_arguments(args, "caption")
+    write_split(read_folder(args.images, args.format, text_cleaning(args), excluded_images(args)), args)
+
+
+def read_folder(folder: str, layout: str, cleaning: TextCleaning, excluded: ImageList) -> Source:
+    """A row an image that has a caption and is not excluded, in the order of shards and of the images in them.
+
+    Raises DataError when the folder holds no such files, and naming the file at fault.
+    """
+    names = names_in(place(folder))
+    statistics = [join(folder, name) for name in names if name.endswith("_stats.json")]
+    source = Source("caption", [], statistics, {"images": 0})
+    kinds: dict[str, tuple[type[_ShardRows], list[str]]] = {
+        "webdataset": (TarRows, [name for name in names if name.endswith(".tar")]),
+        "parquet": (ParquetRows, [name for name in names if name.endswith(".parquet")]),
+        "files": (FolderRows, [name for name in names if "." not in name]),
+    }
+    wanted = [layout] if layout != "auto" else list(kinds)
+    if layout == "auto" and kinds["files"][1] and not kinds["webdataset"][1]:
+        wanted = ["files"]  # the parquet files beside folders of images hold no images
+    for kind in wanted:
+        rows, shards = kinds[kind]
+        if shards:
+            source.rows = rows([join(folder, name) for name in shards], cleaning, excluded, source)
+            _add_statistics(statistics, source)
+            return source
+    raise DataError(f"{folder}: holds no .tar or .parquet files and no folders of images; name img2dataset's output")
+
+
+def _add_statistics(files: Sequence[str], source: Source) -> None:
+    """Count the addresses, and those of them that gave no image."""
+    lost = 0
+    for path in files:
+        record = read_json(path)
+        if not isinstance(record, dict) or not isinstance(record.get("count"), int):
+            raise DataError(f"{path}: has no number 'count'; fetch img2dataset's file again, or move it away")
+        source.counts["addresses"] = source.counts.get("addresses", 0) + record["count"]
+        lost += record["count"] - int(record.get("successes", 0))
+    if lost:
+        source.counts["addresses without an image"] = lost
+
+
+class _ShardRows(LazyRows):
+    """What the three layouts share: shards with images in them, of which a number and some fields are kept."""
+
+    fields: ClassVar[np.dtype[Any]]
+
+    def __init__(self, shards: Sequence[str], cleaning: TextCleaning, excluded: ImageList, source: Source) -> None:
+        """Look through all shards for images with captions. Raises DataError naming the shard at fault."""
+        self._shards = list(shards)
+        self._cleaning = cleaning
+        parts, counts = [], []
+        for shard in self._shards:
+            entries = []
+            for key, caption, entry in self._look_through(shard):
+                source.counts["images"] += 1
+                if not (caption and cleaning.caption(caption)):
+                    source.left_out["image without caption"] += 1
+                elif excluded.holds(key):
+                    source.left_out[EXCLUDED] += 1
+                else:
+                    entries.append((key, *entry))
+            width = max((len(entry[0].encode()) for entry in entries), default=1)
+            kept = np.empty(len(entries), dtype=[("key", f"S{width}"), *self.fields.descr])
+            for index, (key, *values) in enumerate(entries):
+                kept[index] = (key.encode(), *values)
+            parts.append(kept)
+            counts.append(len(entries))
+        self._parts = parts
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._unique = self._is_unique()
+
+    def _is_unique(self) -> bool:
+        """Whether no key stands in two shards: img2dataset's do not. Raises DataError when one stands twice in one."""
+        for shard, part in zip(self._shards, self._parts, strict=True):
+            keys, counts = np.unique(part["key"], return_counts=True)
+            if len(keys) < len(part):
+                raise DataError(f"{shard}: key {keys[counts > 1][0].decode()} stands twice; make keys unique")
+        keys = np.concatenate([part["key"] for part in self._parts])
+        keys.sort()
+        return not bool((keys[1:] == keys[:-1]).any())
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def row(self, index: int) -> Row:
+        """See LazyRows."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        entry = self._parts[number][index - int(self._starts[number])]
+        key = entry["key"].decode()
+        caption, image = self._at(self._shards[number], key, entry)
+        name = posixpath.basename(self._shards[number]).partition(".")[0]
+        image_id = key if self._unique else f"{name}/{key}"
+        return Row(image_id, (image,), {"caption": [self._cleaning.caption(caption)], "image_id": image_id})
+
+    @abstractmethod
+    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+        """(key, caption if there is one, values of `fields`) of each image of a shard."""
+
+    @abstractmethod
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+        """Caption and image of an entry."""
+
+
+class TarRows(_ShardRows):
+    """webdataset: the places of image and text in the tar."""
+
+    fields = np.dtype(
+        [("image", "i8"), ("image_bytes", "i8"), ("text", "i8"), ("text_bytes", "i4"), ("json", "?"), ("ending", "i1")]
+    )
+
+    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+        try:
+            with open_input(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                group: dict[str, tarfile.TarInfo] = {}
+                key = None
+                for member in tar:
+                    cast(Any, tar).members = []  # tarfile keeps all that it has seen
+                    if not member.isfile():
+                        continue
+                    stem, _, ending = posixpath.basename(member.name).partition(".")
+                    stem = posixpath.join(posixpath.dirname(member.name), stem)
+                    if stem != key:
+                        if key is not None:
+                            yield from self._entry(file, key, group)
+                        key, group = stem, {}
+                    group[ending.lower()] = member
+                if key is not None:
+                    yield from self._entry(file, key, group)
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"{shard}: is no whole tar ({error}); fetch it again") from None
+
+    def _entry(
+        self, file: Any, key: str, group: dict[str, tarfile.TarInfo]
+    ) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+        ending = next((ending for ending in _ENDINGS if ending in group), None)
+        if ending is None:
+            return
+        image, text = group[ending], group.get("txt") or group.get("json")
+        if text is None:
+            yield key, None, (image.offset_data, image.size, 0, 0, False, 0)
+            return
+        as_json = "txt" not in group
+        back = file.tell()
+        file.seek(text.offset_data)
+        caption = _decode(bytes(file.read(text.size)), as_json)
+        file.seek(back)
+        where = (image.offset_data, image.size, text.offset_data, text.size, as_json, _ENDINGS.index(ending))
+        yield key, caption, where
+
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+        with open_input(shard) as file:
+            file.seek(int(entry["text"]))
+            caption = _decode(bytes(file.read(int(entry["text_bytes"]))), bool(entry["json"]))
+        name = f"{key}.{_ENDINGS[int(entry['ending'])]}"
+        return caption or "", TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
+
+
+def _decode(text: bytes, as_json: bool) -> str | None:
+    """The caption of a .txt or of a .json file; None where it has none."""
+    if not as_json:
+        return text.decode("utf-8", "replace")
+    try:
+        record = json.loads(text)
+    except ValueError:
+        return None
+    found = (record.get(name) for name in _CAPTION_COLUMNS) if isinstance(record, dict) else ()
+    return next((value for value in found if isinstance(value, str)), None)
+
+
+class FolderRows(_ShardRows):
+    """files: the ending of each image, and whether its text is JSON."""
+
+    fields = np.dtype([("ending", "i1"), ("json", "?")])
+
+    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+        names = names_in(place(shard))
+        known = set(names)
+        for name in names:
+            stem, _, ending = name.rpartition(".")
+            if ending.lower() not in _ENDINGS:
+                continue
+            text = next((f"{stem}.{kind}" for kind in ("txt", "json") if f"{stem}.{kind}" in known), None)
+            as_json = text is not None and text.endswith(".json")
+            caption = None if text is None else _read_caption(join(shard, text), as_json)
+            yield stem, caption, (_ENDINGS.index(ending.lower()), as_json)
+
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+        as_json = bool(entry["json"])
+        caption = _read_caption(join(shard, f"{key}.{'json' if as_json else 'txt'}"), as_json)
+        return caption or "", FileImage(join(shard, f"{key}.{_ENDINGS[int(entry['ending'])]}"))
+
+
+def _read_caption(path: str, as_json: bool) -> str | None:
+    with open_input(path) as file:
+        return _decode(bytes(file.read()), as_json)
+
+
+class ParquetRows(_ShardRows):
+    """parquet: the row group and the row in it; workers take rows in order, so each group is decoded once."""
+
+    fields = np.dtype([("group", "i4"), ("row", "i4")])
+
+    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+        try:
+            with open_input(shard) as file:
+                table = pq.ParquetFile(file)
+                image, caption = _columns(shard, table.schema_arrow.names)
+                keyed = "key" in table.schema_arrow.names
+                row = 0
+                for group in range(table.num_row_groups):
+                    data = table.read_row_group(group, columns=[image, caption, *(["key"] if keyed else [])])
+                    there = data.column(image).is_valid().to_pylist()
+                    texts = data.column(caption).to_pylist()
+                    stem = posixpath.basename(shard).removesuffix(".parquet")
+                    keys = data.column("key").to_pylist() if keyed else [f"{stem}-{row + i}" for i in range(len(data))]
+                    row += len(data)
+                    for index, (key, text) in enumerate(zip(keys, texts, strict=True)):
+                        if there[index]:
+                            yield str(key), text, (group, index)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{shard}: is no whole parquet file ({str(error).splitlines()[0]}); fetch it again"
+            ) from None
+
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+        group, row = int(entry["group"]), int(entry["row"])
+        image, captions = _captions(shard, group)
+        return captions[row].as_py(), ParquetCell(shard, group, row, image, key)
+
+
+@lru_cache(maxsize=2)
+def _captions(shard: str, group: int) -> tuple[str, pa.ChunkedArray]:
+    """The name of the image column, and the captions of a row group."""
+    with open_input(shard) as file:
+        table = pq.ParquetFile(file)
+        image, caption = _columns(shard, table.schema_arrow.names)
+        return image, table.read_row_group(group, columns=[caption]).column(caption)
+
+
+def _columns(shard: str, names: Sequence[str]) -> tuple[str, str]:
+    """The columns of images and of captions. Raises DataError when one is missing."""
+    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
+    caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
+    if image is None or caption is None:
+        what, known = ("images", _IMAGE_COLUMNS) if image is None else ("captions", _CAPTION_COLUMNS)
+        raise DataError(f"{shard}: has no column of {what} ({', '.join(known)}); is this img2dataset's parquet output?")
+    return image, caption

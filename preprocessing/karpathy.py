@@ -1,0 +1,69 @@
+"""Karpathy's split files, dataset_coco.json and dataset_flickr30k.json (Karpathy and Fei-Fei 2015) -> caption rows.
+
+{"dataset": "coco", "images": [{"filename", "filepath": "val2014", "cocoid", "imgid", "split", "sentids",
+"sentences": [{"raw", "tokens", "imgid", "sentid"}]}]}; Flickr30k's lacks filepath and cocoid. COCO's splits are train,
+restval (usually trained on as well), val and test.
+"""
+
+import posixpath
+from typing import Any
+
+from preprocessing.files import field
+from preprocessing.image_names import EXCLUDED, ImageFolder, ImageList
+from preprocessing.places import Place
+from preprocessing.schema import DataError
+from preprocessing.source import Row, Source
+from preprocessing.text import TextCleaning
+
+_SPLITS = ("train", "restval", "val", "test")
+
+
+def is_karpathy(content: Any) -> bool:
+    """Whether a JSON value has the form above."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
+
+
+def read_karpathy(
+    content: Any,
+    path: Place,
+    images: ImageFolder,
+    split: str,
+    cleaning: TextCleaning,
+    excluded: ImageList,
+    restval: bool = True,
+) -> Source:
+    """One row an image of `split`, in the order of the file; `train` holds restval too unless told otherwise.
+
+    Raises DataError naming the record at fault.
+    """
+    wanted = ("train", "restval") if split == "train" and restval else (split,)
+    source = Source("caption", [], [path], {"images": 0, "captions": 0})
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for index, record in enumerate(field(content, "images", list, f"{path}")):
+        where = f"{path}: images[{index}]"
+        found = field(record, "split", str, where)
+        if found not in _SPLITS:
+            raise DataError(f"{where}: split '{found}' is none of {', '.join(_SPLITS)}; is this the right file?")
+        if found not in wanted:
+            continue
+        file = field(record, "filename", str, where)
+        image_id = str(record["cocoid"]) if "cocoid" in record else posixpath.splitext(file)[0]
+        if image_id in seen:
+            raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
+        seen.add(image_id)
+        sentences = [field(one, "raw", str, where) for one in field(record, "sentences", list, where)]
+        source.counts["images"] += 1
+        source.counts["captions"] += len(sentences)
+        if excluded.holds(file, image_id):
+            source.left_out[EXCLUDED] += 1
+            continue
+        captions = cleaning.captions(sentences, source.left_out)
+        if not captions:
+            source.left_out["image without caption"] += 1
+            continue
+        name = f"{record['filepath']}/{file}" if record.get("filepath") else file
+        rows.append(Row(file, (images.find(name),), {"caption": captions, "image_id": image_id}))
+    source.rows = rows
+    return source

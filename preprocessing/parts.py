@@ -1,0 +1,110 @@
+"""The unit of preprocessing: a part, a fixed number of consecutive source rows, becomes shards and a record.
+
+What a part holds depends on nothing but its rows, the job and its number, so any process on any machine may write it,
+once or again, and the bytes are the same. A part is done when its record stands, which is written last.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from preprocessing.image_policy import ExcludedImage, ImagePolicy
+from preprocessing.images import BadImage, read_image
+from preprocessing.places import Place, write_whole
+from preprocessing.schema import IMAGE_COLUMNS, DataError, dump_json
+from preprocessing.source import Row
+from preprocessing.writer import SHARD_BYTES, ShardWriter
+
+_MOST_ROWS, _LEAST_ROWS = 4096, 256
+_PARTS = 64  # a smaller set is cut into about so many, for as many workers
+SHOWN = 3  # dropped rows that a message names
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """What a worker must know to write any part of a split. It can be pickled."""
+
+    kind: str
+    split: str
+    shards: Place  # the folder for the shards
+    records: Place  # the folder for the records
+    policy: ImagePolicy
+    allowed: float  # rows of the whole run that may be dropped
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass
+class PartResult:
+    """What became of a part."""
+
+    index: int
+    rows: int  # of the source
+    faults: int  # rows dropped, but for those kept out on request
+    examples: list[dict[str, str]] = field(default_factory=list)  # the first few of them
+    recorded: bool = True  # False: more was dropped than the whole run may drop
+
+
+def default_part_rows(rows: int) -> int:
+    """Source rows to a part where the user names no number: 64 parts, but of 256 to 4,096 rows each."""
+    batches = -(-rows // (_PARTS * _LEAST_ROWS))
+    return min(_MOST_ROWS, _LEAST_ROWS * max(1, batches))
+
+
+def parts_of(rows: Iterator[Row], part_rows: int) -> Iterator[tuple[int, list[Row], str]]:
+    """(number, rows, digest) of each part. The digest changes with anything in the rows but the images' bytes."""
+    index = 0
+    while part := list(islice(rows, part_rows)):
+        yield index, part, _digest(part)
+        index += 1
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    content = [[row.name, [repr(image) for image in row.images], row.columns] for row in rows]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def record_name(index: int) -> str:
+    """The file name of a part's record."""
+    return f"part-{index:06d}.json"
+
+
+def write_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> PartResult:
+    """Write the shards of a part and then its record. Runs in a worker.
+
+    The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), and how many of
+    the dropped are faults of the data, not kept out on request. Raises DataError when the output cannot be written.
+    """
+    columns = IMAGE_COLUMNS[job.kind]
+    dropped: list[dict[str, str]] = []
+    faults: list[dict[str, str]] = []
+    try:
+        with ShardWriter(
+            job.shards, job.kind, job.split, job.shard_bytes, lambda number: _shard_name(index, number)
+        ) as writer:
+            for row in rows:
+                try:
+                    images = [job.policy.apply(read_image(image)) for image in row.images]
+                except BadImage as error:
+                    dropped.append({"item": row.name, "reason": f"image {error}"})
+                    if not isinstance(error, ExcludedImage):
+                        faults.append(dropped[-1])
+                    if len(faults) > job.allowed:
+                        return PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
+                    continue
+                writer.add({**row.columns, **dict(zip(columns, images, strict=True))})
+            shards = writer.close()
+    except OSError as error:  # reading an image raises none
+        raise DataError(
+            f"{job.shards}: cannot be written ({error.strerror or error}); make room or choose another --out, and run "
+            "the same command again: it goes on where it was"
+        ) from error
+    record = {"rows": len(rows), "digest": digest, "shards": shards, "dropped": dropped, "faults": len(faults)}
+    write_whole(job.records / record_name(index), dump_json(record))
+    return PartResult(index, len(rows), len(faults), faults[:SHOWN])
+
+
+def _shard_name(part: int, number: int) -> str:
+    """shard-00007.arrow; a part of many bytes goes on in shard-00007_01.arrow, …, which sort after it."""
+    return f"shard-{part:05d}.arrow" if number == 0 else f"shard-{part:05d}_{number:02d}.arrow"

@@ -1,0 +1,135 @@
+"""Who does the work: this process, N worker processes, or the ranks that mpirun started. All are Executors.
+
+`--workers N`: N spawned processes beside this one, which reads the annotations and sends a part's rows to the worker
+that is to write it; so the rows are in memory once, whatever N. Workers end when this process dies, however it dies.
+`mpirun -n N python -m preprocessing …`: the same with rank 0 in charge and N - 1 ranks at work, on any machines that
+share the output.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar, cast
+
+from preprocessing.schema import DataError
+
+_T = TypeVar("_T")
+_WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI, MPICH and Intel MPI
+_MOST_WORKERS = 1024
+_mpi: Executor | None = None  # set on rank 0 for as long as the ranks serve
+
+
+def started_by_mpi() -> bool:
+    """Whether mpirun (or srun with MPI) started this process together with others."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in _WORLD_SIZES)
+
+
+def run_under_mpi(main: Callable[[], int]) -> int:
+    """Run `main` on rank 0 while the other ranks serve its `executor`. Returns rank 0's exit code; 0 on the others."""
+    global _mpi
+    try:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        raise DataError(f"mpi4py: cannot be used under mpirun ({message}); install it and an MPI library") from None
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as ranks:
+        if ranks is None:  # served until rank 0 was done
+            return 0
+        _mpi = cast(Executor, ranks)
+        try:
+            return main()
+        finally:
+            _mpi = None
+
+
+def check_workers(workers: int) -> None:
+    """Raise DataError unless `executor(workers)` can work."""
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise DataError(f"--workers {workers}: must be between 1 and {_MOST_WORKERS}")
+    if _mpi is not None and workers > 1:
+        raise DataError(f"--workers {workers}: mpirun has started the processes already; leave it out")
+
+
+def processes(workers: int) -> int:
+    """How many processes are at work: the ranks under mpirun, else `workers` and, if they are others, this one."""
+    if _mpi is not None:
+        return int(getattr(_mpi, "num_workers", 1)) + 1
+    return workers + 1 if workers > 1 else 1
+
+
+@contextmanager
+def executor(workers: int) -> Iterator[tuple[Executor, int]]:
+    """An Executor and how many tasks to give it at a time. On an error its processes are stopped at once."""
+    if _mpi is not None:
+        yield _mpi, 2 * getattr(_mpi, "num_workers", 1)
+    elif workers == 1:
+        yield _Here(), 1
+    else:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
+        try:
+            yield pool, 2 * workers
+        except BaseException:
+            started: Iterable[BaseProcess] = (pool._processes or {}).values()
+            for process in list(started):  # 3.14 has terminate_workers() for it
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Here(Executor):
+    """Calls the function at once, in this process."""
+
+    def submit(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> "Future[_T]":
+        """See Executor; what the function raises is raised here."""
+        future: Future[_T] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _start_worker() -> None:
+    """Ctrl-C is for the parent, which stops its workers; and none outlives it, not even after kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def run_tasks(workers: int, function: Callable[..., _T], tasks: Iterable[tuple[Any, ...]]) -> Generator[_T, None, None]:
+    """The results of `function(*task)` in the order in which they come; few tasks are in memory at a time.
+
+    Raises what the function raises, and DataError when a worker process dies.
+    """
+    with executor(workers) as (pool, most):
+        running: set[Future[_T]] = set()
+        try:
+            for task in tasks:
+                running.add(pool.submit(function, *task))
+                if len(running) >= most:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed (by the system for want of memory?); run the same command again, it goes "
+                "on where it was; fewer --workers need less memory"
+            ) from None
+        finally:
+            for future in running:
+                future.cancel()

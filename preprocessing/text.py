@@ -1,0 +1,93 @@
+"""The cleaning of captions and questions that X-VLM and EVE do when they read their fine-tuning JSON.
+
+The formulae are those of `pre_caption` and `pre_question` in dataset/utils.py of github.com/zengyan-97/X-VLM and of
+github.com/ssyze/EVE, whose captions lose the backtick too and whose single tabs and line breaks become spaces.
+"""
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+CLEANINGS = ("none", "xvlm", "eve")
+_DELETED = str.maketrans("", "", ",.'!?\"()*#:;~")
+_SPACES = re.compile(r"\s{2,}")
+_EVE_SPACES = re.compile(r"\s+")
+# The lengths that both take: retrieval 30 words, NLVR2 40, VQA 30 in training and 50 in evaluation.
+CAPTION_WORDS, STATEMENT_WORDS, QUESTION_WORDS, TEST_QUESTION_WORDS = 30, 40, 30, 50
+
+
+def _strip_marks(text: str) -> str:
+    return text.lower().translate(_DELETED).replace("-", " ").replace("/", " ")
+
+
+def _shorten(text: str, max_words: int) -> str:
+    # Cut at single spaces, as both do: two spaces in a row hold an empty word between them.
+    words = text.split(" ")
+    return text if len(words) <= max_words else " ".join(words[:max_words])
+
+
+def pre_question(question: str, max_words: int) -> str:
+    """A question as X-VLM and EVE feed it: lower case, most marks gone, at most `max_words` words."""
+    return _shorten(_strip_marks(question).rstrip(" "), max_words)
+
+
+def pre_caption(caption: str, max_words: int) -> str:
+    """A caption as X-VLM feeds it; "" where nothing is left (X-VLM raises there)."""
+    text = _strip_marks(caption).replace("<person>", "person")
+    return _shorten(_SPACES.sub(" ", text).rstrip("\n").strip(" "), max_words)
+
+
+def pre_caption_eve(caption: str, max_words: int) -> str:
+    """A caption as EVE's copy of the function feeds it; "" where nothing is left."""
+    text = _strip_marks(caption.replace("`", "")).replace("<person>", "person")
+    return _shorten(_EVE_SPACES.sub(" ", text).strip(" "), max_words)
+
+
+@dataclass(frozen=True)
+class TextCleaning:
+    """The cleaning that `--text-cleaning` names. Without any, texts lose the white space around them and no more."""
+
+    name: str = "none"
+
+    def caption(self, text: str) -> str:
+        """A caption, "" where nothing is left of it."""
+        return self._clean(text, CAPTION_WORDS)
+
+    def statement(self, text: str) -> str:
+        """An NLVR2 sentence."""
+        return self._clean(text, STATEMENT_WORDS)
+
+    def question(self, text: str, split: str) -> str:
+        """A question; those of the training split are cut shorter."""
+        if self.name == "none":
+            return text.strip()
+        return pre_question(text, QUESTION_WORDS if split == "train" else TEST_QUESTION_WORDS)
+
+    def captions(self, texts: Iterable[str], left_out: Counter[str]) -> list[str]:
+        """The captions that are not empty; the others are counted in `left_out`."""
+        cleaned = [self.caption(text) for text in texts]
+        if not all(cleaned):
+            left_out["caption is empty"] += cleaned.count("")
+        return [text for text in cleaned if text]
+
+    def _clean(self, text: str, max_words: int) -> str:
+        if self.name == "none":
+            return text.strip()
+        return (pre_caption if self.name == "xvlm" else pre_caption_eve)(text, max_words)
+
+
+def add_text_argument(parser: argparse.ArgumentParser, default: str = "none") -> None:
+    """Declare `--text-cleaning`."""
+    parser.add_argument(
+        "--text-cleaning",
+        choices=CLEANINGS,
+        default=default,
+        help=f"clean texts as X-VLM's or EVE's fine-tuning does: lower case, few marks, cut (default {default})",
+    )
+
+
+def text_cleaning(args: argparse.Namespace) -> TextCleaning:
+    """The cleaning that the options name."""
+    return TextCleaning(args.text_cleaning)

@@ -1,0 +1,291 @@
+"""Training under DeepSpeed, case by case, beside one plain PyTorch process on the same global batches.
+
+What makes the two comparable is in DESIGN.md ("What parallel equals single means"): AdamW with eps 1e-4, no dropout.
+What makes it hard: the auxiliary loss is on; texts differ in length by row, so that the ranks hold different numbers of
+tokens; in one layer half of the experts, so whole ranks of them, get no token, and in the other one expert.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eve_ds.config import EngineConfig, OptimizerConfig
+from eve_ds.model.moe import MoE
+from eve_ds.tasks.masked import MaskedModelling
+from tests.support.pairwise import every_case, pairwise
+from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
+
+STEPS, ROWS, EXPERTS, CLIP = 3, 32, 8, 0.5
+# Per softly routing layer: experts that never win; and in bf16 the two of every picture token and the two of every text
+# token: a token near a tie goes either way by rounding there, and one more token for an expert that has few tells.
+IDLE = ((4, 5, 6, 7), (7,))
+DECIDED = (((0, 1), (2, 3)), ((0, 4), (2, 6)))
+FP32_TOLERANCE, BF16_TOLERANCE, BF16_TENSOR_TOLERANCE = 1e-5, 2e-2, 3e-1
+
+FACTORS: dict[str, list[Any]] = {
+    "stage": [1, 2, 3],
+    "ep_size": [1, 2, 4],
+    "world_size": [2, 4],
+    "precision": ["fp32", "bf16"],
+    "clipping": [False, True],
+    "accumulation": [1, 2],
+    "checkpointing": [False, True],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting of the engine; ``zero`` changes entries of the DeepSpeed file's zero_optimization."""
+
+    stage: int
+    ep_size: int
+    world_size: int
+    precision: str = "fp32"
+    clipping: bool = True
+    accumulation: int = 1
+    checkpointing: bool = False
+    zero: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def reference(self) -> tuple[str, bool, int]:
+        """What one process has to know of the case: neither ranks nor recomputation change what is learnt."""
+        return self.precision, self.clipping, self.accumulation
+
+    def __str__(self) -> str:
+        extras = [name for name in ("clipping", "checkpointing") if getattr(self, name)]
+        extras += [f"{name}={value}" for name, value in self.zero]
+        return ", ".join(
+            [
+                f"ZeRO {self.stage}, EP {self.ep_size}, world {self.world_size}, {self.precision}",
+                f"accumulation {self.accumulation}",
+                *extras,
+            ]
+        )
+
+
+@dataclass
+class Trajectory:
+    """Loss and gradient norm (before clipping) of each step; weights before and after, by name, fp32."""
+
+    losses: list[float]
+    norms: list[float]
+    first: dict[str, np.ndarray]
+    last: dict[str, np.ndarray]
+
+
+def accepted(case: dict[str, Any]) -> bool:
+    """Expert-parallel groups lie within the world; all else goes with all else."""
+    return bool(case["ep_size"] <= case["world_size"])
+
+
+def all_cases() -> list[Case]:
+    return [Case(**values) for values in every_case(FACTORS, accepted)]
+
+
+def pairwise_cases() -> list[Case]:
+    return [Case(**values) for values in pairwise(FACTORS, accepted)]
+
+
+def optimizer_config(clipping: bool) -> OptimizerConfig:
+    clip = CLIP if clipping else 0.0
+    return OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=0.1, gradient_clipping=clip, total_steps=STEPS)
+
+
+def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> MaskedModelling:
+    """The task, its routers such that the idle experts' scores lie 30 and more below the others'.
+
+    First weights and LayerScale are larger than usual: every tensor moves by 1e-3 and more, so 1e-5 says something.
+    """
+    changes = {"num_experts": EXPERTS, "init_std": 0.1, "layer_scale": 0.5, "checkpoint_activations": checkpointing}
+    task = masked_task(moe_layer, **changes)
+    with torch.no_grad():
+        for layer, idle, (image, text) in zip(task.backbone.moe_layers(), IDLE, DECIDED, strict=True):
+            weight = layer.router.weight.mul_(10)  # choices differ from token to token
+            weight[:, :2] = 0.0
+            weight[list(idle), 0] = -6.0
+            if precision == "bf16":
+                weight[list(image), 1], weight[list(text), 1] = 6.0, -6.0
+            layer.image_vector[:2] = torch.tensor([5.0, 5.0])
+            layer.text_vector[:2] = torch.tensor([5.0, -5.0])
+    return task
+
+
+def check_idle(task: MaskedModelling, load: list[Tensor]) -> None:
+    """Over all ranks (``load`` [2, E] a layer) the idle experts had no token, and several others had some."""
+    for layer, (idle, total) in enumerate(zip(IDLE, load, strict=True)):
+        served = total.sum(dim=0)
+        assert not served[list(idle)].any(), f"layer {layer}: {served.tolist()}"
+        assert served.count_nonzero() > task.config.top_k, f"layer {layer}: {served.tolist()}"
+
+
+def loads(task: MaskedModelling) -> list[Tensor]:
+    return [layer.last_load for layer in task.backbone.moe_layers()]
+
+
+def arrays(task: MaskedModelling) -> dict[str, np.ndarray]:
+    return {name: value.detach().float().numpy().copy() for name, value in task.named_parameters()}
+
+
+def one_process(precision: str, clipping: bool, accumulation: int) -> Trajectory:
+    """A plain loop. In bf16: bf16 weights and gradients, an fp32 master copy which alone AdamW and the norm see."""
+    from eve_ds.engine.optim import has_weight_decay
+
+    options, task = optimizer_config(clipping), build(precision)
+    if precision == "bf16":
+        task.bfloat16()
+    masters = {name: torch.nn.Parameter(value.detach().float()) for name, value in task.named_parameters()}
+    decayed = {name for name, value in task.named_parameters() if has_weight_decay(name, value)}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [value for name, value in masters.items() if name in decayed]},
+            {"params": [value for name, value in masters.items() if name not in decayed], "weight_decay": 0.0},
+        ],
+        lr=options.lr,
+        betas=tuple(options.betas),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+    trajectory = Trajectory([], [], arrays(task), {})
+    for step in range(STEPS):
+        loss = 0.0
+        for micro in range(accumulation):
+            output = task(caption_batch(ROWS, seed=step * accumulation + micro))
+            check_idle(task, loads(task))
+            (output.loss / accumulation).backward()
+            loss += float(output.loss.detach()) / accumulation
+            for name, value in task.named_parameters():
+                assert value.grad is not None, name
+                master = masters[name]
+                master.grad = value.grad.float() if master.grad is None else master.grad + value.grad.float()
+            task.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(masters.values(), CLIP if clipping else torch.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, value in task.named_parameters():
+                value.copy_(masters[name])
+        trajectory.losses.append(loss)
+        trajectory.norms.append(float(norm))
+    trajectory.last = {name: value.detach().numpy() for name, value in masters.items()}
+    return trajectory
+
+
+def references(cases: list[Case]) -> dict[tuple[str, bool, int], Trajectory]:
+    return {key: one_process(*key) for key in sorted({case.reference for case in cases})}
+
+
+def compare(cases: list[Case], expected: dict[tuple[str, bool, int], Trajectory]) -> None:
+    """Train each case on the ranks that call this; raise AssertionError naming all cases that differ, and in what."""
+    from eve_ds.engine.environment import prepare_environment
+    from eve_ds.engine.shm import skip_unbuilt_operation
+
+    prepare_environment()
+    import deepspeed
+
+    skip_unbuilt_operation()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    faults = []
+    for case in cases:
+        assert case.world_size == dist.get_world_size()
+        trajectory = under_deepspeed(case)
+        if dist.get_rank() == 0:
+            faults += [f"{case}: {fault}" for fault in differences(case, trajectory, expected[case.reference])]
+    assert not faults, "\n".join(faults)
+
+
+def under_deepspeed(case: Case) -> Trajectory:
+    """As ``one_process``, each rank with its rows of the batch; the weights are those of rank 0's ``full_state``."""
+    import deepspeed
+
+    from eve_ds.engine.deepspeed_config import load_deepspeed_config
+    from eve_ds.engine.export import full_state
+    from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
+    from eve_ds.engine.optim import build_optimizer
+
+    rank, world, options = dist.get_rank(), dist.get_world_size(), optimizer_config(case.clipping)
+    share = ROWS // world
+    task = build(case.precision, expert_parallel(DeepSpeedMoE, case.ep_size, rank), case.checkpointing)
+    engine_config = EngineConfig(
+        global_batch_size=ROWS * case.accumulation,
+        micro_batch_size=share,
+        expert_parallel_size=case.ep_size,
+        precision=case.precision,  # type: ignore[arg-type]
+    )
+    settings = load_deepspeed_config(f"ds_configs/zero{case.stage}.json", engine_config, options, world)
+    settings["zero_optimization"] |= dict(case.zero)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
+    trajectory = Trajectory([], [], {}, {})
+    for step in range(STEPS):
+        loss = torch.zeros(())
+        for micro in range(case.accumulation):
+            batch = caption_batch(ROWS, seed=step * case.accumulation + micro)
+            output = engine(rows_of(batch, rank * share, (rank + 1) * share))
+            check_ranks(task)
+            engine.backward(output.loss * world)
+            engine.step()
+            loss += output.loss.detach() / case.accumulation
+        dist.all_reduce(loss)
+        trajectory.losses.append(float(loss))
+        trajectory.norms.append(float(engine.get_global_grad_norm() or math.nan))  # stage 0 tells none
+    trajectory.last = {name: value.numpy() for name, value in full_state(task).items()}
+    engine.destroy()
+    return trajectory
+
+
+def check_ranks(task: MaskedModelling) -> None:
+    """The case is as hard as it claims to be: experts without a token, and ranks with different numbers of them."""
+    load = torch.stack(loads(task))  # [layers, 2, E]
+    ranks = [torch.empty_like(load) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, load)
+    check_idle(task, list(sum(ranks)))
+    texts = [float(rank[:, 1].sum()) for rank in ranks]
+    assert len(set(texts)) == len(texts), f"the ranks' texts have {texts} choices"
+
+
+def differences(case: Case, got: Trajectory, expected: Trajectory) -> list[str]:
+    """What differs beyond the tolerance.
+
+    fp32: loss and each weight by 1e-5, gradient norm by 1e-5 of itself. bf16: loss and norm by 2e-2 of themselves; of
+    the master weights of each kind (dense, experts, routers) the Euclidean distance by 2e-2 of the way that they went,
+    and of each tensor by 3e-1 of it: a bf16 gradient that almost cancels has few right bits anywhere.
+    """
+    exact = case.precision == "fp32"
+    tolerance = FP32_TOLERANCE if exact else BF16_TOLERANCE
+    faults = []
+    for step, (mine, other) in enumerate(zip(got.losses, expected.losses, strict=True)):
+        if not abs(mine - other) < tolerance * (1 if exact else abs(other)):
+            faults.append(f"loss of step {step} is {mine}, not {other}")
+    for step, (mine, other) in enumerate(zip(got.norms, expected.norms, strict=True)):
+        if not abs(mine / other - 1) < tolerance:
+            faults.append(f"gradient norm of step {step} is {mine}, not {other}")
+    assert got.last.keys() == expected.last.keys()
+    if exact:
+        errors = {name: float(np.abs(got.last[name] - other).max()) for name, other in expected.last.items()}
+        return faults + [f"{name} differs by {error:.3g}" for name, error in errors.items() if not error < tolerance]
+    kinds = {kind: [name for name in expected.last if kind_of(name) == kind] for kind in ("dense", "expert", "router")}
+    limits = [(names, tolerance) for names in kinds.values()] + [
+        ([name], BF16_TENSOR_TOLERANCE) for name in expected.last
+    ]
+    for names, limit in limits:
+        error = distance(got.last, expected.last, names) / distance(expected.first, expected.last, names)
+        if not error < limit:
+            faults.append(f"{names[0]} and {len(names) - 1} more differ by {error:.3g} of their way")
+    return faults
+
+
+def kind_of(name: str) -> str:
+    if ".experts." in name:
+        return "expert"
+    return "router" if ".moe." in name else "dense"  # the modality vectors are the router's
+
+
+def distance(first: dict[str, np.ndarray], last: dict[str, np.ndarray], names: list[str]) -> float:
+    """Euclidean, over all entries of some tensors."""
+    return math.hypot(*(float(np.linalg.norm(first[name] - last[name])) for name in names))

@@ -1,0 +1,191 @@
+"""SBU, CC3M and CC12M in the layouts in which people have them."""
+
+import base64
+import json
+import pickle
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocessing.caption_files import ImageFinder, LineRows, read_captions
+from preprocessing.image_names import ImageList
+from preprocessing.schema import read_manifest
+from preprocessing.text import TextCleaning
+from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+
+CAPTIONS = ["a very typical bus station", 'sign that says "stop", café', "interior design of a modern room"]
+URLS = [f"http://static.flickr.com/2723/43850{n}_b0f.jpg?v={n}" for n in range(3)]
+IDS = ["set-0", "set-1", "set-2"]
+
+
+def check(folder: Path, captions: list[str] = CAPTIONS, ids: list[str] = IDS) -> None:
+    rows = rows_of(folder / "out/train")
+    assert [row["caption"] for row in rows] == [[caption] for caption in captions]
+    assert [row["image_id"] for row in rows] == ids
+    assert [row["image"] for row in rows] == [picture(int(name.split("-")[1])) for name in ids]
+
+
+def words(command: str, folder: Path, *more: object, images: bool = True) -> list[object]:
+    where = ["--images", folder] if images else []
+    return [command, *where, *more, "--split", "train", "--out", folder / "out"]
+
+
+def put(folder: Path, name: str, number: int) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(picture(number))
+
+
+def test_cc3m_tsv_with_images_called_after_row_and_address(tmp_path: Path) -> None:
+    """igorbrigadir/DownloadConceptualCaptions: training/ROW_CRC32(URL), no ending."""
+    lines = [f"{caption}\t{url}\n" for caption, url in zip(CAPTIONS, URLS, strict=True)]
+    (tmp_path / "set.tsv").write_text("".join(lines))
+    for number, url in enumerate(URLS):
+        put(tmp_path, f"training/{number}_{zlib.crc32(url.encode())}", number)
+    template = ("--image-name", "training/{row}_{crc32}")
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.tsv", *template))
+    check(tmp_path)
+
+
+def test_cc12m_tsv_has_the_address_first_and_lost_images_are_counted(
+    tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    lines = [f"{url}\t{caption}\r\n" for caption, url in zip(CAPTIONS, URLS, strict=True)]
+    (tmp_path / "set.tsv").write_text("".join(lines))
+    for number in (0, 2):
+        put(tmp_path, f"0000/{number:07d}.webp", number)
+    command = words("cc12m", tmp_path, "--annotations", tmp_path / "set.tsv", "--image-name", "0000/{row:07d}")
+    assert "more than --max-dropped 0.01 of 3 rows" in refuse(*command)
+    convert(*command, "--max-dropped", 0.5)
+    check(tmp_path, [CAPTIONS[0], CAPTIONS[2]], ["set-0", "set-2"])
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"image is missing": 1}
+
+
+def test_tsv_with_a_header_as_pandas_writes_it(tmp_path: Path) -> None:
+    """open_clip's Train_GCC-training_output.csv: title and filepath, quoted where a caption holds a quote."""
+    quoted = [CAPTIONS[0], '"sign that says ""stop"", café"', CAPTIONS[2]]
+    lines = ["title\tfilepath\n", *(f"{caption}\timg/{number}\n" for number, caption in enumerate(quoted))]
+    (tmp_path / "set.csv").write_text("".join(lines))
+    for number in range(3):
+        put(tmp_path, f"img/{number}", number)
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.csv"))
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("set.jsonl", [{"image": f"img/{n}.jpg", "caption": CAPTIONS[n]} for n in range(3)]),
+        ("set.json", [{"image": f"img/{n}.jpg", "caption": CAPTIONS[n]} for n in range(3)]),  # ALBEF's cc3m_train.json
+        ("set.json", [[f"img/{n}.jpg", CAPTIONS[n]] for n in range(3)]),  # ViLT's train_annot.json
+    ],
+)
+def test_json_lists_and_lines_that_name_files(tmp_path: Path, name: str, entries: list[Any]) -> None:
+    lines = "\n".join(map(json.dumps, entries)) if name.endswith("jsonl") else json.dumps(entries)
+    (tmp_path / name).write_text(lines)
+    for number in range(3):
+        put(tmp_path, f"img/{number}.jpg", number)
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / name))
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_eves_json_lines_with_base64(tmp_path: Path, escaped: bool) -> None:
+    """What EVE's data_utils/dataset_cc3m.py reads: {"binary", "desc", "url"}; the files have no ending."""
+    lines = []
+    for number in range(3):
+        text = base64.b64encode(picture(number)).decode()
+        record = {"url": URLS[number], "binary": text, "desc": CAPTIONS[number], "size": {"w": 40}}
+        line = json.dumps(record, ensure_ascii=False)
+        lines.append(line.replace("/", "\\/") if escaped else line)
+    (tmp_path / "set").write_text("\n\n".join(lines), encoding="utf-8")
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set", images=False))
+    check(tmp_path)
+
+
+def test_tsv_with_base64_in_named_columns(tmp_path: Path) -> None:
+    texts = [base64.urlsafe_b64encode(picture(number)).decode() for number in range(3)]
+    lines = [f"{10 + n}\t{CAPTIONS[n]}\t{texts[n]}\n" for n in range(3)]
+    (tmp_path / "set.tsv").write_text("".join(lines))
+    command = words("cc12m", tmp_path, "--annotations", tmp_path / "set.tsv", images=False)
+    convert(*command, "--columns", "-", "caption", "base64")
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["json", "text"])
+def test_sbu_by_the_names_in_its_addresses(tmp_path: Path, layout: str) -> None:
+    if layout == "json":  # sbu-captions-all.json
+        content = {"image_urls": URLS, "user_ids": ["a"] * 3, "captions": CAPTIONS}
+        files = [write_json(tmp_path / "set.json", content)]
+    else:
+        files = [tmp_path / "set.urls.txt", tmp_path / "captions.txt"]
+        for file, lines in zip(files, (URLS, CAPTIONS), strict=True):
+            file.write_text("".join(f"{line}\n" for line in lines))
+    for number in range(3):
+        put(tmp_path, f"43850{number}_b0f.jpg", number)
+    (tmp_path / "test.txt").write_text("438501_b0f.jpg\n")
+    command = words("sbu", tmp_path, "--annotations", *files)
+    convert(*command)
+    check(tmp_path)
+    convert(*command, "--overwrite", "--exclude", tmp_path / "test.txt", "--text-cleaning", "eve")
+    check(tmp_path, [CAPTIONS[0], CAPTIONS[2]], ["set-0", "set-2"])
+
+
+def test_empty_captions_are_left_out_and_rows_keep_their_numbers(tmp_path: Path) -> None:
+    lines = [json.dumps({"image": f"{n}.jpg", "caption": text}) for n, text in enumerate(["a", " ", "c"])]
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    for number in range(3):
+        put(tmp_path, f"{number}.jpg", number)
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.jsonl"))
+    check(tmp_path, ["a", "c"], ["set-0", "set-2"])
+    manifest = read_manifest(tmp_path / "out/train")
+    assert manifest["dropped"] == {"caption is empty": 1} and manifest["source"] == {"captions": 3}
+
+
+def test_rows_are_read_again_by_place(tmp_path: Path) -> None:
+    for file in range(2):
+        lines = [json.dumps({"image": f"{n}.jpg", "caption": f"{file} {n}"}) for n in range(5)]
+        (tmp_path / f"part{file}.jsonl").write_text("\n".join(lines))
+    files = [f"{tmp_path}/part{file}.jsonl" for file in range(2)]
+    rows = read_captions(files, None, ImageFinder("/images", None), TextCleaning(), ImageList([])).rows
+    assert isinstance(rows, LineRows) and len(rows) == 10
+    assert [row.columns["caption"] for row in rows] == [[f"{file} {n}"] for file in range(2) for n in range(5)]
+    copy = pickle.loads(pickle.dumps(rows))  # noqa: S301  # our own bytes
+    assert copy[7] == rows[-3] == list(rows)[7] and copy[7].columns["image_id"] == "part1-2"
+    assert rows[3:6] == [rows[3], rows[4], rows[5]]
+    with pytest.raises(IndexError):
+        rows[10]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "said"),
+    [
+        ("a\tb\n", [], "set.x: line 1: has 2 tab-separated columns without known names"),
+        ("cap\thttp://a/b\nc\n", ["--image-name", "{row}"], "set.x: line 2: has 1 tab-separated columns, not 2"),
+        ("cap\thttp://a/b\n", [], "line 1: names no image file; say with --image-name"),
+        ("cap\thttp://a/b\n", ["--image-name", "{name}"], "--image-name {name}: must use the fields"),
+        ("cap\thttp://a/b\n", ["--image-name", "{row"], "--image-name {row: must use"),
+        ('{"caption": "a", "image": "b"}\n{"caption": \n', [], "line 2: invalid JSON"),
+        ('{"image": "b"}\n', [], "line 1: has no field of caption"),
+        ('{"caption": "a"}\n', [], "line 1: names neither an image file nor an address"),
+        ('[{"image": "b"}]', [], "entry 0: has no string field of caption"),
+        ("\x1f\x8b\x08", [], "set.x: is compressed"),
+        ("", [], "set.x: is empty"),
+    ],
+)
+def test_bad_files_are_named(
+    tmp_path: Path, refuse: Callable[..., str], content: str, more: list[object], said: str
+) -> None:
+    (tmp_path / "set.x").write_text(content, encoding="latin-1")
+    assert said in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.x", *more))
+
+
+def test_options_that_are_missing(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    (tmp_path / "set.tsv").write_text("cap\thttp://a/b\n")
+    assert "--annotations or --images" in refuse(*words("cc3m", tmp_path, images=False))
+    assert "with --images" in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.tsv", images=False))
+    assert "cannot be read" in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "none.tsv"))
+    twice = ["--annotations", tmp_path / "set.tsv", tmp_path / "a/set.tsv"]
+    assert "two files are called set" in refuse(*words("cc3m", tmp_path, *twice))

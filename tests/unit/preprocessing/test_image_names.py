@@ -1,0 +1,80 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preprocessing.image_names import ImageFolder, ImageList, image_key, read_image_names
+from preprocessing.schema import DataError
+from tests.unit.preprocessing.helpers import write_json
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("val2014/COCO_val2014_000000391895.jpg", "coco:391895"),
+        ("000000391895.jpg", "coco:391895"),
+        ("COCO_test2015_000000000001.png", "coco:1"),
+        ("flickr30k-images/1000092795.jpg", "1000092795"),
+        ("1000092795", "1000092795"),
+        ("VG_100K_2/1.jpg", "1"),
+        ("4385058960_b0f291553e.jpg", "4385058960_b0f291553e"),
+        ("train-12-0-img1.png", "train-12-0-img1"),
+        ("a.b", "a.b"),
+    ],
+)
+def test_one_key_an_image(name: str, key: str) -> None:
+    assert image_key(name) == key
+
+
+def test_files_are_found_by_any_of_their_names(tmp_path: Path) -> None:
+    for name in ("val2014/COCO_val2014_000000000009.jpg", "train2017/000000000010.jpg", "plain.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    images = ImageFolder(f"{tmp_path}")
+    found = {
+        "COCO_val2014_000000000009.jpg": "val2014/COCO_val2014_000000000009.jpg",
+        "000000000009.jpg": "val2014/COCO_val2014_000000000009.jpg",
+        "train2014/COCO_train2014_000000000010.jpg": "train2017/000000000010.jpg",
+        "plain.jpg": "plain.png",
+        "none.jpg": "none.jpg",
+    }
+    for name, place in found.items():
+        assert images.find(name).path == f"{tmp_path}/{place}"
+
+
+def test_a_list_of_bare_numbers_does_not_mean_coco() -> None:
+    assert not ImageList(["391895"]).holds("000000391895.jpg")  # it may be Visual Genome's
+    assert ImageList(["391895"]).holds("391895.jpg")
+    assert ImageList(["COCO_val2014_000000391895.jpg"]).holds("train2017/000000391895.jpg")
+    assert not ImageList([]).holds("a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ([{"image": "val2014/a.jpg", "caption": ["x"]}], ["val2014/a.jpg"]),
+        ([{"images": ["l.png", "r.png"], "sentence": "x"}], ["l.png", "r.png"]),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}, ["a.jpg"]),
+        (
+            {
+                "images": [{"filename": name, "split": name, "sentences": []} for name in ("train", "test")],
+                "dataset": "x",
+            },
+            ["test"],
+        ),
+        ({"duplicates": [{"image_id": "7", "of": "DIR", "of_image": "9", "distance": 2, "exact": False}]}, ["7"]),
+        (["a.jpg", "b.jpg"], ["a.jpg", "b.jpg"]),
+    ],
+)
+def test_forms_of_lists(tmp_path: Path, content: Any, names: list[str]) -> None:
+    assert list(read_image_names(write_json(tmp_path / "list.json", content))) == names
+
+
+def test_text_lists_and_unknown_forms(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("1000092795\n\n 10002456.jpg \n")
+    assert list(read_image_names(tmp_path / "list.txt")) == ["1000092795", "10002456.jpg"]
+    for content in ({"x": 1}, 3):
+        with pytest.raises(DataError, match=r"list\.json: is no list of images"):
+            list(read_image_names(write_json(tmp_path / "list.json", content)))
+    with pytest.raises(DataError, match="record 0: names no image"):
+        list(read_image_names(write_json(tmp_path / "list.json", [{"caption": "x"}])))

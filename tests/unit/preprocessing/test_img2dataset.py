@@ -1,0 +1,165 @@
+"""img2dataset's three output formats, as its writer.py and logger.py make them."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preprocessing.schema import read_manifest
+from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+
+GOT = {0: [0, 2], 1: [1, 3]}  # shard -> which of its four addresses gave an image
+KEYS = [f"{shard:05d}{number:04d}" for shard, numbers in GOT.items() for number in numbers]
+
+
+def metadata(shard: int, number: int) -> dict[str, Any]:
+    got = number in GOT[shard]
+    return {
+        "caption": f"caption {shard}.{number}",
+        "url": f"http://a/{shard}/{number}.jpg",
+        "key": f"{shard:05d}{number:04d}",
+        "status": "success" if got else "failed_to_download",
+        "error_message": None if got else "HTTP Error 404: Not Found",
+        "width": 40 if got else None,
+        "height": 40 if got else None,
+        "original_width": 40 if got else None,
+        "original_height": 40 if got else None,
+        "exif": "{}" if got else None,
+        "sha256": "0" * 64 if got else None,
+    }
+
+
+def image(shard: int, number: int) -> bytes:
+    return picture(10 * shard + number)
+
+
+def write_side_files(folder: Path, shard: int, rows: list[dict[str, Any]], name: str) -> None:
+    schema = pa.Table.from_pylist([*rows, metadata(0, 0) | {"jpg": b"", "txt": ""}]).schema
+    columns = [schema.field(column) for column in rows[0]]
+    with pq.ParquetWriter(folder / f"{name}.parquet", pa.schema(columns)) as writer:  # flushed in small groups
+        for start in (0, 3):
+            writer.write_table(pa.Table.from_pylist(rows[start : start + 3], pa.schema(columns)))
+    counts = {"count": 4, "successes": 2, "failed_to_download": 2, "failed_to_resize": 0, "duration": 1.5}
+    write_json(folder / f"{name}_stats.json", counts | {"status_dict": {"success": 2, "HTTP Error 404": 2}})
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_output(folder: Path, layout: str) -> None:
+    folder.mkdir()
+    for shard in GOT:
+        name = f"{shard:05d}"
+        rows = [metadata(shard, number) for number in range(4)]
+        if layout == "parquet":
+            for number, row in enumerate(rows):
+                got = number in GOT[shard]
+                row.update(jpg=image(shard, number) if got else None, txt=row["caption"] if got else None)
+        write_side_files(folder, shard, rows, name)
+        if layout == "webdataset":
+            with tarfile.open(folder / f"{name}.tar", "w") as tar:
+                for number in GOT[shard]:
+                    add(tar, f"{rows[number]['key']}.jpg", image(shard, number))
+                    add(tar, f"{rows[number]['key']}.json", json.dumps(rows[number], indent=4).encode())
+                    add(tar, f"{rows[number]['key']}.txt", rows[number]["caption"].encode())
+        elif layout == "files":
+            (folder / name).mkdir()
+            for number in GOT[shard]:
+                base = folder / name / rows[number]["key"]
+                base.with_suffix(".jpg").write_bytes(image(shard, number))
+                base.with_suffix(".txt").write_text(rows[number]["caption"])
+                write_json(base.with_suffix(".json"), rows[number])
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet", "files"])
+@pytest.mark.parametrize("command", ["img2dataset", "cc12m"])
+def test_all_three_formats_give_the_same_rows(tmp_path: Path, layout: str, command: str) -> None:
+    write_output(tmp_path / "raw", layout)
+    convert(command, "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out/train")
+    assert [row["image_id"] for row in rows] == KEYS
+    numbers = [(shard, number) for shard in GOT for number in GOT[shard]]
+    assert [row["image"] for row in rows] == [image(*pair) for pair in numbers]
+    assert [row["caption"] for row in rows] == [[f"caption {shard}.{number}"] for shard, number in numbers]
+    counts = {"images": 4, "addresses": 8, "addresses without an image": 4}
+    assert read_manifest(tmp_path / "out/train")["source"] == counts
+
+
+def test_other_webdatasets(tmp_path: Path) -> None:
+    """Names with folders, captions in JSON alone, images without any, other endings, other members."""
+    (tmp_path / "raw").mkdir()
+    with tarfile.open(tmp_path / "raw/a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "part/one.png", picture(1, "PNG"))
+        add(tar, "part/one.json", json.dumps({"caption": "in json"}).encode())
+        add(tar, "part/one.cls", b"3")
+        add(tar, "two.jpg", picture(2))
+        add(tar, f"{'long' * 40}.jpeg", picture(3))
+        add(tar, f"{'long' * 40}.txt", b" a  long name ")
+        add(tar, "four.webp", picture(4, "WEBP"))
+        add(tar, "four.txt", b" ")
+        add(tar, "five.txt", b"no image")
+    convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out/train")
+    assert [(row["image_id"], row["caption"]) for row in rows] == [
+        ("part/one", ["in json"]),
+        ("long" * 40, ["a  long name"]),
+    ]
+    assert [row["image"] for row in rows] == [picture(1, "PNG"), picture(3)]
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"image without caption": 2}
+
+
+def test_keys_that_begin_anew_in_each_shard(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for number, name in enumerate(("a", "b")):
+        with tarfile.open(tmp_path / f"raw/{name}.tar", "w") as tar:
+            add(tar, "0.jpg", picture(number))
+            add(tar, "0.txt", name.encode())
+    convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out/train")
+    assert [(row["image_id"], row["caption"], row["image"]) for row in rows] == [
+        ("a/0", ["a"], picture(0)),
+        ("b/0", ["b"], picture(1)),
+    ]
+
+
+def test_hugging_face_tables_without_keys(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    rows = [{"image": {"bytes": picture(n), "path": None}, "text": f"t{n}"} for n in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw/train-00000.parquet", row_group_size=2)
+    (tmp_path / "not.txt").write_text("train-00000-1\n")
+    convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out",
+            "--exclude", tmp_path / "not.txt")  # fmt: skip
+    found = [(row["image_id"], row["image"], row["caption"]) for row in rows_of(tmp_path / "out/train")]
+    assert found == [("train-00000-0", picture(0), ["t0"]), ("train-00000-2", picture(2), ["t2"])]
+
+
+def test_broken_and_foreign_files_are_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    raw = tmp_path / "raw"
+    command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
+    raw.mkdir()
+    assert "raw: holds no .tar or .parquet files" in refuse(*command)
+    (raw / "a.parquet").write_bytes(b"PAR1")
+    assert "a.parquet: is no whole parquet file" in refuse(*command)
+    pq.write_table(pa.Table.from_pylist([{"url": "x"}]), raw / "a.parquet")
+    assert "a.parquet: has no column of images" in refuse(*command)
+    with tarfile.open(raw / "a.tar", "w") as tar:
+        add(tar, "1.jpg", picture(1))
+        add(tar, "1.txt", b"one")
+    with tarfile.open(raw / "b.tar", "w") as tar:
+        for member in ("1.jpg", "1.txt", "2.txt", "1.jpg", "1.txt"):
+            add(tar, member, picture(1))
+    assert "b.tar: key 1 stands twice" in refuse(*command)
+    (raw / "b.tar").write_bytes((raw / "a.tar").read_bytes()[:700])
+    assert "b.tar: is no whole tar" in refuse(*command)
+    (raw / "b.tar").unlink()
+    write_json(raw / "a_stats.json", [])
+    assert "a_stats.json: has no number 'count'" in refuse(*command)
