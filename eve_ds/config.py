@@ -103,8 +103,8 @@ class EngineConfig:
 
     Args:
         global_batch_size: samples per optimizer step, over all ranks and accumulation steps.
-        micro_batch_size: samples per rank and forward pass; null takes the whole share at once. What is missing to the
-            global batch is accumulated.
+        micro_batch_size: most samples per rank and forward pass; null takes the whole share at once. What is missing
+            to the global batch is accumulated.
         expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
             ``model.num_experts``.
         precision: bf16 (weights bf16, master copy and Adam fp32) or fp32.
@@ -195,11 +195,14 @@ class PretrainConfig(_Common):
     """A pre-training run.
 
     Args:
+        init_from: backbone to start from: a run folder, a model folder (``eve_ds.convert`` makes one of BEiT v2), or a
+            file in EVE's or our naming; null for first values.
         output_dir: folder of the run: checkpoints, metrics, samples, resolved config.
         deepspeed_config: DeepSpeed JSON file; its "auto" values are filled in from this tree.
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    init_from: str | None = None
 
 
 @dataclass

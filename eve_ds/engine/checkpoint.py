@@ -1,44 +1,31 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, and resume into the same topology or another.
 
-DeepSpeed writes a folder per tag, not atomically. A tag is never used twice, and ``complete.json`` (sizes, SHA-256,
-topology) is renamed into the folder after everything else: a folder without it is a killed run's, and is not read.
+DeepSpeed writes a folder per tag, not atomically. A tag is never used twice, and ``complete.json`` (manifest.py) is
+renamed into the folder after everything else: a folder without it is a killed run's, and is not read.
+
+The same topology is loaded as it is, bit for bit. Into any other the ranks convert the checkpoint together to
+DeepSpeed's universal format, in a folder beside it that is deleted once it is loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
+from eve_ds.engine.manifest import COMPLETE, Hashes, Manifest, Topology, experts_of, file_names, hash_files
+from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.errors import UserError
-from eve_ds.files import write_json
 
-COMPLETE = "complete.json"
-torch.serialization.add_safe_globals(
-    [LossScaler, ZeroStageEnum, fragment_address]
-)  # all that DeepSpeed's files need beyond tensors
+UNIVERSAL = ".universal"
 MISLEADING = (
     "zero_to_fp32.py",
     "zero_to_torch.py",
 )  # DeepSpeed copies these in; with experts they lose weights in silence
-
-
-@dataclass(frozen=True)
-class Topology:
-    """What a checkpoint's files depend on. A plain load into another one can be silently wrong, so it is refused."""
-
-    world_size: int
-    expert_parallel_size: int
-    zero_stage: int
 
 
 def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[str, Any]) -> Path:
@@ -55,7 +42,8 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
     dist.barrier()
     hashes = _hash_together(target)
     if dist.get_rank() == 0:
-        write_json(target / COMPLETE, {"step": step, "topology": vars(topology), "state": state, "files": hashes})
+        experts = experts_of(engine.module)
+        Manifest(step, topology, experts, deepspeed.__version__, state, hashes).write(target)
     dist.barrier()
     return target
 
@@ -66,54 +54,108 @@ def newest(folder: Path) -> Path | None:
     return max(whole, default=None)
 
 
-def check(path: Path, topology: Topology) -> dict[str, Any]:
-    """Read ``complete.json`` and compare sizes, hashes and topology. Called by all ranks; returns the saved state.
+def check(path: Path) -> Manifest:
+    """Read ``complete.json`` and compare files, hashes and contents with it. Called by all ranks.
 
     Raises:
-        UserError: a file is missing or differs, or the checkpoint was written by another number of ranks.
+        UserError: a file is missing, damaged, or was written for another topology than the manifest says.
     """
-    try:
-        record = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-        saved, files = Topology(**record["topology"]), dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / COMPLETE}: damaged; delete {path} to resume from the one before") from error
-    if saved != topology:
-        differing = [f"{k} {getattr(saved, k)} (now {v})" for k, v in vars(topology).items() if getattr(saved, k) != v]
+    manifest = Manifest.read(path)
+    manifest.check_sizes(path)
+    manifest.check_hashes(path, _hash_together(path))
+    manifest.check_contents(path)
+    return manifest
+
+
+def load(engine: Any, path: Path, topology: Topology) -> Manifest:
+    """Check ``path`` and load it into a fresh ``engine``. Called by all ranks; returns the manifest.
+
+    Hyper-parameters stay the engine's own; weights, Adam's moments and its step count are the checkpoint's.
+
+    Raises:
+        UserError: as ``check``, or the checkpoint has other MoE layers or another number of experts.
+    """
+    manifest = check(path)
+    experts = experts_of(engine.module)
+    saved, wanted = ({name: e["num_experts"] for name, e in each.items()} for each in (manifest.experts, experts))
+    if saved != wanted:
         raise UserError(
-            f"{path}: written with {', '.join(differing)}; resume with the same, or start in another output_dir"
+            f"{path}: has experts in {saved}, the model in {wanted}; resume with the model that it was written for"
         )
-    for name, (size, _) in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{path}: {name} is missing or truncated; delete this folder to resume from the one before")
-    found = _hash_together(path)
-    broken = [name for name, (_, digest) in files.items() if found[name][1] != digest]
-    if broken:
-        raise UserError(
-            f"{path}: {broken[0]} is damaged (its hash differs); delete this folder to resume from the one before"
-        )
-    return dict(record["state"])
+    settings = [_hyper_parameters(group) for group in engine.optimizer.param_groups]
+    if manifest.topology == topology and manifest.experts == experts:
+        engine.load_checkpoint(str(path.parent), tag=path.name)
+    else:
+        _load_universal(engine, path, manifest)
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    _set_steps(engine, manifest.step)
+    return manifest
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and older half-written ones. Called by rank 0 alone."""
+    """Delete all but the newest ``keep`` whole checkpoints, and what killed runs left. Called by rank 0 alone."""
     last = newest(folder)
     if last is None:
         return
     whole = sorted(path.parent for path in folder.glob(f"step_*/{COMPLETE}"))
     half = [path for path in folder.glob("step_*") if not (path / COMPLETE).exists() and path < last]
-    for path in whole[: -max(1, keep)] + half:
+    for path in [*whole[: -max(1, keep)], *half, *folder.glob(f"{UNIVERSAL}_*")]:
         (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
         shutil.rmtree(path)
 
 
-def _hash_together(path: Path) -> dict[str, tuple[int, str]]:
-    """{file: (bytes, SHA-256)} of all files below ``path``, the work shared among the ranks."""
-    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != COMPLETE)
-    mine = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        with open(path / name, "rb") as stream:
-            mine[name] = (path.joinpath(name).stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
-    parts: list[dict[str, tuple[int, str]]] = [{} for _ in range(dist.get_world_size())]
+def _load_universal(engine: Any, path: Path, manifest: Manifest) -> None:
+    """Convert ``path`` with all ranks, load it, and delete the converted folder."""
+    folder = path.with_name(f"{UNIVERSAL}_{path.name}")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # of a resume that was killed: perhaps half-written
+        folder.mkdir()
+    dist.barrier()
+    state = ShardedState(path, manifest)
+    write_parameters(state, folder, state.split(world_size)[rank])
+    if rank == 0:
+        write_common(state, folder)
+    dist.barrier()
+    engine._config.load_universal_checkpoint = True
+    try:
+        engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder)
+
+
+def _hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def _set_steps(engine: Any, step: int) -> None:
+    """Give each parameter group a step count of its own, in the form and on the device that its optimizer needs.
+
+    DeepSpeed's ZeRO 3 loads a universal checkpoint with one step tensor shared by all groups, so that each of them
+    counts for all (losses drift by 2e-3). It also leaves the tensor on the host, and torch's fused Adam wants it beside
+    the weights. DeepSpeed's own Adams count in plain integers.
+
+    Raises:
+        UserError: a group was left out by the load.
+    """
+    optimizer = engine.optimizer.optimizer
+    for parameter, state in optimizer.state.items():
+        if float(state["step"]) != step:
+            raise UserError(
+                f"a parameter group has Adam step {float(state['step']):g} after loading step {step}; this checkpoint "
+                "cannot be resumed: start in another output_dir"
+            )
+        as_tensor = isinstance(optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(float(step), device=parameter.device) if as_tensor else step
+
+
+def _hash_together(path: Path) -> Hashes:
+    """Hashes of all files below ``path``, the work shared among the ranks."""
+    mine = hash_files(path, file_names(path)[dist.get_rank() :: dist.get_world_size()], threads=1)
+    parts: list[Hashes] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return dict(sorted((name, value) for part in parts for name, value in part.items()))

@@ -20,7 +20,7 @@ def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
     if total < 1 or total % world_size:
         raise UserError(f"engine.global_batch_size={total} is not a positive multiple of the world size {world_size}")
     share = total // world_size
-    micro = engine.micro_batch_size or share
+    micro = min(share, engine.micro_batch_size) if engine.micro_batch_size is not None else share
     if micro < 1 or share % micro:
         raise UserError(
             f"engine.micro_batch_size={micro} does not divide a rank's share {share} of global_batch_size={total} "
@@ -62,6 +62,7 @@ def load_deepspeed_config(
     }
     filled = _fill(raw, ours, path)
     filled.setdefault("zero_allow_untested_optimizer", True)
+    filled.setdefault("zero_force_ds_cpu_optimizer", False)  # ours takes host memory, too, and needs no compiler
     filled.setdefault("steps_per_print", 10**9)
     refuse(filled, path)
     return filled

@@ -40,9 +40,9 @@ def _launcher(variable: str) -> bool:
     return not variable.startswith("SLURM_") or "SLURM_STEP_ID" in os.environ
 
 
-def check_world(expert_parallel_size: int, num_experts: int) -> None:
+def check_world(expert_parallel_size: int, num_experts: int, world_size: int | None = None) -> None:
     """Raise UserError unless ``expert_parallel_size`` divides both the world size and the number of experts."""
-    world_size = launched_world()[1]
+    world_size = launched_world()[1] if world_size is None else world_size
     option = f"engine.expert_parallel_size={expert_parallel_size}"
     if expert_parallel_size < 1:
         raise UserError(f"{option} must be at least 1")

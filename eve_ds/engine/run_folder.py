@@ -22,6 +22,8 @@ FREE = (
     "optimizer.total_steps",
     "optimizer.epochs",
     "deepspeed_config",
+    "engine.expert_parallel_size",
+    "engine.micro_batch_size",
 )
 
 

@@ -30,9 +30,9 @@ Batches = Iterator[dict[str, torch.Tensor]]
 
 
 def tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer named in the config, or the one beside the checkpoint that fine-tuning starts from."""
+    """The tokenizer named in the config, or the one beside the weights that the run starts from."""
     path: str | Path | None = config.data.tokenizer
-    if path is None and isinstance(config, FinetuneConfig) and config.init_from:
+    if path is None and config.init_from:
         path = ModelFolder.find(config.init_from).tokenizer
     if path is None:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch import Tensor
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import checkpoint
 from eve_ds.engine.callback import Callback
-from eve_ds.engine.checkpoint import Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
@@ -25,6 +26,7 @@ from eve_ds.tasks.base import Task
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
+_OUTSIDE = -1  # no module's number in ZeRO 3's book of parameters in use
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -65,9 +67,10 @@ class Trainer:
         self.stopped_early = False
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
         self.accumulation_steps = settings["gradient_accumulation_steps"]
+        self.micro_batch_of_all_ranks = settings["train_micro_batch_size_per_gpu"] * self.world_size  # samples
         zero = settings["zero_optimization"]
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
-        optimizer = build_optimizer(task, config.optimizer, offload="offload_optimizer" in zero)
+        optimizer = build_optimizer(task, config.optimizer, "offload_optimizer" in zero, device)
         self.engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
 
     @property
@@ -75,19 +78,46 @@ class Trainer:
         return self.output_dir / "checkpoints"
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint of this run, if there is one; returns the step to go on from."""
+        """Load the newest whole checkpoint of this run, if there is one; returns the step to go on from.
+
+        The ranks, the expert-parallel size and the ZeRO stage may be others than those that wrote it.
+        """
         path = checkpoint.newest(self.checkpoint_dir)
         if path is not None:
-            state = checkpoint.check(path, self.topology)
-            self.engine.load_checkpoint(str(path.parent), tag=path.name)
-            self.step = self.start_step = int(state["step"])
+            manifest = checkpoint.load(self.engine, path, self.topology)
+            self.step = self.start_step = manifest.step
+            self._tell_changes(path, manifest)
         return self.start_step
 
-    def whole_weights(self) -> contextlib.AbstractContextManager[object]:
+    def _tell_changes(self, path: Path, manifest: Manifest) -> None:
+        if not self.is_main:
+            return
+        if differences := manifest.topology.differences(self.topology):
+            print(f"{path}: written with {differences}; converted", file=sys.stderr, flush=True)
+        before, now = manifest.state.get("micro_batch_of_all_ranks"), self.micro_batch_of_all_ranks
+        if before not in (None, now):
+            print(
+                f"a micro-batch of all ranks had {before} samples and has {now} now: each step sees the same samples, "
+                f"but means are taken over other sets of them; engine.micro_batch_size x ranks = {before} keeps them",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
         """In it the task's weights are whole on this rank (but for other ranks' experts), for calls past the engine."""
         if self.topology.zero_stage < 3:
-            return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self.task.parameters()))
+            yield
+            return
+        parameters: list[Any] = list(self.task.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:  # in use by a module that never ends: else the next one to end lets them go
+                parameter.ds_active_sub_modules.add(_OUTSIDE)
+            try:
+                yield
+            finally:
+                for parameter in parameters:
+                    parameter.ds_active_sub_modules.discard(_OUTSIDE)
 
     def fit(self, batches: Iterator[Batch]) -> None:
         """Train from ``start_step`` to ``total_steps`` on micro-batches that begin with the next sample to be seen."""
@@ -172,7 +202,8 @@ class Trainer:
             self._tell("evaluation_end", {"step": self.step, **self.evaluate(self)})
         every = self.config.checkpoint.every
         if last or self.stopped_early or (every and self.step % every == 0):
-            path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, {"step": self.step})
+            state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
+            path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
             if self.is_main:
                 checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
             self._tell("checkpoint_saved", path)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,15 @@ from torch.optim import Optimizer
 from eve_ds.kernels.choices import Alternative, Choice
 
 FUSED_ADAM, CPU_ADAM = "fused_adam", "cpu_adam"  # DeepSpeed's names of the compiled operations
+
+# Never at a run's first use: it takes minutes in silence, and a killed compile leaves a lock that hangs the next one.
+_COMPILE = {
+    operation: (
+        "from eve_ds.engine.environment import prepare_environment; prepare_environment(); "
+        f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"
+    )
+    for operation, builder in ((FUSED_ADAM, "FusedAdamBuilder"), (CPU_ADAM, "CPUAdamBuilder"))
+}
 
 State = tuple[bool, str, str]  # available, reason, how to get it
 
@@ -36,8 +44,9 @@ def build_adamw(
 ) -> Optimizer:
     """AdamW over parameter groups. With a process group it is a collective: all ranks use the same kernel.
 
-    DeepSpeed compiles its kernels at first use (a minute or two). If that fails on any rank, a warning says why and
-    torch's AdamW serves on all; ZeRO-Offload then needs ``"zero_force_ds_cpu_optimizer": false`` in DeepSpeed's config.
+    DeepSpeed's kernels serve only where they are compiled (``python -m eve_ds.doctor`` says how). If one does not
+    load on some rank, a warning says why and torch's AdamW serves on all; ZeRO-Offload with it needs
+    ``"zero_force_ds_cpu_optimizer": false`` in DeepSpeed's config.
 
     Args:
         groups: with ``params``, ``weight_decay`` and optionally ``lr`` each.
@@ -53,7 +62,6 @@ def build_adamw(
     operation = operation_for(device, offload)
     if operation is not None:
         available, problem, _ = operation_state(operation)
-        expected = not available and not offload  # FusedAdam without a CUDA toolkit is nothing to warn of: see doctor
         optimizer: Optimizer | None = None
         if available:
             problem = "it is not to be had on another rank"
@@ -63,7 +71,7 @@ def build_adamw(
                 problem = " ".join(str(error).split()) or type(error).__name__
         if _on_all_ranks(optimizer is not None, device) and optimizer is not None:
             return optimizer
-        if not expected:
+        if available:
             warnings.warn(f"torch's AdamW serves instead of DeepSpeed's {operation}: {problem[:300]}", stacklevel=2)
     return torch.optim.AdamW(groups, fused=True, **options)
 
@@ -93,17 +101,14 @@ def _on_all_ranks(built: bool, device: torch.device) -> bool:
 
 
 def operation_state(operation: str) -> State:
-    """Whether DeepSpeed's operation is compiled or can be compiled here, why, and how to get it."""
+    """Whether DeepSpeed's operation is compiled here, why or why not, and how to get it."""
     if importlib.util.find_spec("deepspeed") is None:
         return False, "deepspeed is not installed", "pip install -r requirements.txt"
     if operation == FUSED_ADAM and not torch.cuda.is_available():
         return False, "for CUDA devices", ""
     if compiled(operation):
         return True, "compiled", ""
-    lacking = _lacking_tool(operation)
-    if lacking is not None:
-        return False, *lacking
-    return True, "compiled at first use (a minute or two)", ""
+    return False, "not compiled", f"{sys.executable} -c '{_COMPILE[operation]}'"
 
 
 def compiled(operation: str) -> bool:
@@ -120,37 +125,6 @@ def extensions_folder() -> Path:
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory("", verbose=False))
-
-
-def _lacking_tool(operation: str) -> tuple[str, str] | None:
-    """What a compile lacks on this machine, and how to get it."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        return f"not compiled, and no C++ compiler {compiler!r} to compile it", "apt-get install g++"
-    if shutil.which("ninja") is None:
-        return "not compiled, and no ninja on PATH to compile it", "pip install -r requirements.txt"
-    if operation == FUSED_ADAM:
-        return _lacking_nvcc()
-    return None
-
-
-def _lacking_nvcc() -> tuple[str, str] | None:
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    wanted = torch.version.cuda or "none"
-    how = f"install the CUDA toolkit {wanted} and set CUDA_HOME to it"
-    if CUDA_HOME is None:
-        return "not compiled, and no CUDA toolkit (CUDA_HOME, nvcc) to compile it", how
-    try:
-        text = subprocess.run(
-            [str(Path(CUDA_HOME) / "bin" / "nvcc"), "-V"], capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"not compiled, and nvcc does not run ({error})", how
-    found = text.rpartition("release ")[2].split(",")[0].strip()
-    if found.split(".")[0] != wanted.split(".")[0]:
-        return f"not compiled, and nvcc is {found} where torch was built with CUDA {wanted}", how
-    return None
 
 
 def choice(device: torch.device, offload: bool) -> Choice:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eve_ds.kernels.buffers import reused_empty_like
 from eve_ds.kernels.grouped_mm import (
     Groups,
     add_group_bias_,
@@ -153,7 +154,7 @@ def _looped_backward(
     activation: Activation,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w1, b1, w2 and b2."""
-    dw1_EHD, dw2_EDH = torch.empty_like(w1_EHD), torch.empty_like(w2_EDH)
+    dw1_EHD, dw2_EDH = reused_empty_like(w1_EHD), reused_empty_like(w2_EDH)
     db1_EH, db2_ED = (w.new_empty(w.shape[:2]) for w in (w1_EHD, w2_EDH))
     dx_RD = torch.empty_like(x_RD)
     buffers = x_RD.new_empty(2, max(groups.counts, default=0), w1_EHD.shape[1])

@@ -56,6 +56,11 @@ def masked_patches(num_patches: int, ratio: float) -> int:
     return min(max(math.floor(num_patches * ratio + 0.5), 1), num_patches - 1)
 
 
+def masked_words(length: int, ratio: float) -> int:
+    """How many words ``choose_words`` masks in a text of ``length`` tokens, [CLS] and [SEP] included."""
+    return min(max(math.floor((length - 2) * ratio + 0.5), 1), max(length - 2, 0))
+
+
 def split_patches(seed: int, sample_id: Tensor, num_patches: int, ratio: float) -> tuple[Tensor, Tensor]:
     """Draw the visible and the masked patches of each picture at random.
 

@@ -172,7 +172,8 @@ class Retrieval(Task):
         other_ids = torch.where(found[:, None], rows.text_ids[text_column], own_ids)
         other_mask = torch.where(found[:, None], rows.text_mask[text_column], own_mask)
         text_mask = torch.cat([own_mask, other_mask, own_mask])
-        longest = max(int(text_mask.any(dim=0).sum()), 1)
+        # The meta device knows no lengths: all texts are taken to be the longest.
+        longest = width if text_mask.is_meta else max(int(text_mask.any(dim=0).sum()), 1)
         output = self.encode(
             torch.cat([images, images, other_images]),
             torch.cat([own_ids, other_ids, own_ids])[:, :longest],

@@ -1,0 +1,222 @@
+"""Checkpoints read whole, whatever ranks, expert placement and ZeRO stage wrote them.
+
+DeepSpeed 0.19.8 cuts fp32 master weights and Adam's moments into one flat tensor per parameter group and rank:
+
+- stages 1 and 2: the group's parameters lie one after the other and the whole is cut into as many equal parts as ranks
+  share it; ``param_slice_mappings`` names the fragments that a rank holds;
+- stage 3: every parameter is cut by itself into equal parts, the last one padded;
+- experts are shared by the ranks of equal place in their expert-parallel group alone (ranks e, e + EP, e + 2 EP, ...).
+
+``to_universal`` writes what DeepSpeed's ``load_universal`` reads. DeepSpeed's own converter is not used: it writes
+every fragment to a file of its own first, and its folders serve only the ZeRO stage that they came from.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    CAT_DIM,
+    EP_IS_EXPERT_PARAM,
+    EP_NUM_EXPERTS,
+    OPTIMIZER_STATE_DICT,
+    PARAM,
+    PARAM_GROUPS,
+    PARAM_SHAPES,
+)
+from torch import Tensor
+
+from eve_ds.engine.manifest import Manifest, load_file, model_file, optimizer_files
+from eve_ds.errors import UserError
+
+MASTER = "fp32"
+STATES = (MASTER, "exp_avg", "exp_avg_sq")
+
+
+class ShardedState:
+    """The master weights and Adam moments of a checkpoint by parameter name; files are mapped, not read, until asked.
+
+    Args:
+        path: the checkpoint's folder, checked by the caller (``Manifest.check``).
+        manifest: its manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        topology = manifest.topology
+        self.path, self.stage, self.ep_size = path, topology.zero_stage, topology.expert_parallel_size
+        self.world_size = topology.world_size
+        self.model_state = load_file(model_file(path, self.stage))
+        self._shards = [load_file(file)[OPTIMIZER_STATE_DICT] for file in optimizer_files(path, self.world_size)]
+        self._group = {name: i for i, group in enumerate(self.model_state[PARAM_SHAPES]) for name in group}
+        self._local_shape = {
+            name: tuple(shape) for group in self.model_state[PARAM_SHAPES] for name, shape in group.items()
+        }  # of an expert weight: [E / EP, ...]
+        self._experts = {
+            f"{layer}.experts.{weight}": int(placement["num_experts"])
+            for layer, placement in manifest.experts.items()
+            for weight in ("w1", "w2", "w3")
+        }
+        self._fragments = self._fragments_by_group if self.stage == 3 else self._fragments_by_mapping
+        self.names = list(self._group)
+
+    @property
+    def step(self) -> float:
+        """Optimizer steps, as Adam counts them; the same for all parameters, or UserError."""
+        steps = {float(state["step"]) for shard in self._shards for state in self._adam(shard).values()}
+        if len(steps) != 1:
+            raise UserError(f"{self.path}: its parameters have Adam step counts {sorted(steps)}, not one")
+        return steps.pop()
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What rank 0's optimizer file records apart from the parameters."""
+        kept = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+        return {key: self._shards[0][key] for key in kept if key in self._shards[0]}
+
+    def split(self, parts: int) -> list[list[str]]:
+        """The parameters' names in ``parts`` lists of about equal bytes."""
+        names = sorted(self.names, key=lambda name: -math.prod(self._local_shape[name]))
+        return [names[part::parts] for part in range(parts)]
+
+    def num_experts(self, name: str) -> int | None:
+        """Experts over all ranks if ``name`` is an expert weight [E, ...], else None."""
+        return self._experts.get(name)
+
+    def whole(self, name: str, state: str = MASTER) -> Tensor:
+        """A parameter's ``state`` (one of STATES): fp32, in its whole shape, experts [E, ...] in order.
+
+        Raises:
+            UserError: the fragments do not add up to the parameter.
+        """
+        if name not in self._experts:
+            return self._join(name, state, range(self.world_size))
+        places = range(self.ep_size)  # rank = place + EP x copy, as DeepSpeed makes its groups
+        return torch.cat([self._join(name, state, range(place, self.world_size, self.ep_size)) for place in places])
+
+    def _join(self, name: str, state: str, ranks: Iterable[int]) -> Tensor:
+        shape = self._local_shape[name]
+        flat = torch.cat([part for rank in ranks for part in self._fragments(rank, name, state)])
+        count = math.prod(shape)
+        if not count <= flat.numel() < count + self.world_size:  # stage 3 pads
+            raise UserError(f"{self.path}: {name} has {flat.numel()} values of {state}, not {count}")
+        return flat[:count].view(shape)
+
+    def _adam(self, shard: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """{parameter group: {"step", "exp_avg", "exp_avg_sq"}} of a rank."""
+        optimizer = shard[OPTIMIZER_STATE_DICT if self.stage == 3 else BASE_OPTIMIZER_STATE]
+        return dict(optimizer["state"])
+
+    def _fragments_by_mapping(self, rank: int, name: str, state: str) -> Iterator[Tensor]:
+        """Stages 1 and 2: the part of a parameter that a rank holds, if any."""
+        shard, group = self._shards[rank], self._group[name]
+        place = shard["param_slice_mappings"][group].get(name)
+        if place is not None:
+            masters = shard["single_partition_of_fp32_groups"]
+            flat = masters[group] if state == MASTER else self._adam(shard)[group][state]
+            yield flat.narrow(0, place.start, place.numel)
+
+    def _fragments_by_group(self, rank: int, name: str, state: str) -> Iterator[Tensor]:
+        """Stage 3: every rank's equal part."""
+        shard, group = self._shards[rank], self._group[name]
+        placements = shard.get("ds_zero_partition_groups")  # only models with experts have them
+        parts = placements[group]["partition_count"] if placements else self.world_size
+        start = 0
+        for other, shape in self.model_state[PARAM_SHAPES][group].items():
+            size = -(-math.prod(shape) // parts)
+            if other == name:
+                flat = shard["fp32_flat_groups"][group] if state == MASTER else self._adam(shard)[group][state]
+                yield flat.narrow(0, start, size)
+                return
+            start += size
+
+
+def consolidated_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The fp32 master weights of a checkpoint that training left, by one process and without a process group.
+
+    Args:
+        checkpoint: a folder ``step_NNNNNNNN`` with ``complete.json``; any ZeRO stage, ranks, expert-parallel size.
+    Returns:
+        {parameter name: fp32 CPU tensor}, experts whole [E, ...] as in ``eve_ds.engine.export.full_state``.
+    Raises:
+        UserError: no whole checkpoint, a damaged one, or one whose files disagree with its manifest.
+    """
+    state = _open(checkpoint)
+    return {name: state.whole(name) for name in state.names}
+
+
+def to_universal(checkpoint: Path, out: Path, workers: int = 1) -> None:
+    """Write a checkpoint in DeepSpeed's universal format, for any ranks, expert-parallel size and ZeRO stage 1 to 3.
+
+    ``out`` appears whole or not at all. Hyper-parameters are not in it: the loading run's config has them.
+
+    Args:
+        checkpoint: as in ``consolidated_state``.
+        out: the folder to make; load it with ``engine.load_checkpoint(out.parent, tag=out.name)`` and DeepSpeed's
+            ``"checkpoint": {"load_universal": true}``.
+        workers: threads.
+    Raises:
+        UserError: as in ``consolidated_state``, or ``out`` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose a new folder for the universal checkpoint")
+    state = _open(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda part: write_parameters(state, temporary, part), state.split(workers)))
+        write_common(state, temporary)
+        temporary.chmod(0o755)
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_parameters(state: ShardedState, folder: Path, names: Iterable[str]) -> None:
+    """Write ``folder/zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt`` for each of ``names``."""
+    step = state.step
+    for name in names:
+        kind: dict[str, Any] = {CAT_DIM: 0}
+        if experts := state.num_experts(name):
+            kind |= {EP_IS_EXPERT_PARAM: True, EP_NUM_EXPERTS: experts}
+        target = folder / "zero" / name
+        for key in STATES:
+            _save({PARAM: state.whole(name, key), **kind}, target / f"{key}.pt")
+        _save(torch.tensor(step), target / "step.pt")
+
+
+def write_common(state: ShardedState, folder: Path) -> None:
+    """Write what DeepSpeed wants to know apart from the parameters, in the forms of all three stages."""
+    # Stages 1 and 2 walk these beside the run's own groups, whose number depends on the experts that a rank holds, and
+    # stop at the shorter list; stage 3 copies the first one's values into every group. So: many, and empty.
+    groups: list[dict[str, Any]] = [{"params": []} for _ in state.names]
+    common = {**state.common, "ds_version": state.model_state["ds_version"], PARAM_GROUPS: groups}
+    common[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": torch.tensor(state.step)}}, PARAM_GROUPS: groups}
+    _save(common, folder / "zero" / "optimizer_state.pt")
+    records = {key: value for key, value in state.model_state.items() if key != "module"} | {"module": {}}
+    for stage in (2, 3):
+        _save(records, model_file(folder, stage))
+
+
+def _open(checkpoint: Path) -> ShardedState:
+    manifest = Manifest.read(checkpoint)
+    manifest.check(checkpoint)
+    return ShardedState(checkpoint, manifest)
+
+
+def _save(value: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as stream:
+        torch.save(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())

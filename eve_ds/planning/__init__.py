@@ -1,0 +1,1 @@
+"""What ``python -m eve_ds.plan`` works out: parameters, memory, operations, bytes on the wire."""

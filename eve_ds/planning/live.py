@@ -1,0 +1,88 @@
+"""Bytes that tensors hold at once while real code runs on the meta device, where tensors have shapes and no values."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, every storage that an operation makes counts from its first tensor to its last.
+
+    Args:
+        known: tensors that count nowhere here: weights, inputs.
+        selected: how many elements a boolean mask selects; on the meta device no mask has values.
+        scalar: what a tensor read as a Python number gives.
+
+    Attributes:
+        live: bytes held now, ``hold`` included.
+        peak: the most that was held at once.
+        held_at_peak: what of it came by ``hold``, by kind.
+    """
+
+    def __init__(self, known: Iterable[Tensor], selected: int, scalar: int) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._held: dict[str, int] = {}
+        self.held_at_peak: dict[str, int] = {}
+        self.selected, self.scalar = selected, scalar
+        self._storages: set[int] = set()
+        self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no new storage takes their place
+        self._storages.update(storage._cdata for storage in self._known)
+
+    def hold(self, size: int, kind: str) -> None:
+        """Count ``size`` bytes more that no operation makes here."""
+        self._held[kind] = self._held.get(kind, 0) + size
+        self._add(size)
+
+    def spike(self, size: int) -> None:
+        """Count ``size`` bytes that come and go."""
+        self._add(size)
+        self.live -= size
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self.held_at_peak = self.live, dict(self._held)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._without_values(func, args)
+        if out is None:
+            out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, out)
+        return out
+
+    def _without_values(self, func: Any, args: Any) -> Any:
+        """Stands in for the operations that need values."""
+        packet = func.overloadpacket
+        if packet is aten._local_scalar_dense:
+            return self.scalar
+        if packet not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            return None
+        mask = args[1][0]
+        if mask is None or mask.dtype != torch.bool:
+            return None
+        if packet is aten.index:
+            return args[0].new_empty(self.selected, *args[0].shape[mask.ndim :])
+        return torch.empty_like(args[0]) if packet is aten.index_put else args[0]
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages.add(key)
+        self._add(size)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.live -= size
