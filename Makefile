@@ -6,16 +6,18 @@ SEED ?= 0
 hash = $(shell cat $(1) | sha256sum | cut -c1-16)
 RUN_READY := .venv/.ready-$(call hash,requirements.txt)
 DEV_READY := .venv/.ready-dev-$(call hash,requirements.txt requirements-dev.txt)
+BENCH_READY := .venv-bench/.ready-$(call hash,requirements-bench.txt)
 PYTEST := .venv/bin/python -m pytest
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 # Names the packages as they come; warnings and all else are in .venv/pip.log.
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --log .venv/pip.log
+BENCH_INSTALL := $(subst .venv/,.venv-bench/,$(PIP_INSTALL))
 PIP_SHOW := sed -un 's/^\(Collecting [^ ]*\).*/   \1/p; s/^\(Installing\).*/   \1/p; /^ERROR/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-all test-packages lint clean
+.PHONY: help setup demo test test-unit test-all test-packages lint bench-env clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -43,8 +45,10 @@ lint: $(DEV_READY) ## ruff and the type checker
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-clean: ## remove .venv, the compiled operation and all caches; runs/ stays
-	rm -rf .venv .torch_extensions .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench-env: $(BENCH_READY) ## make .venv-bench, with the loaders that `python -m eve_ds.bench loader` compares ours with
+
+clean: ## remove .venv, .venv-bench, the compiled operation and all caches; runs/ stays
+	rm -rf .venv .venv-bench .torch_extensions .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_READY):
@@ -57,4 +61,15 @@ $(RUN_READY):
 $(DEV_READY): | $(RUN_READY)
 	@echo "== adding the test tools to .venv"
 	@$(PIP_INSTALL) -r requirements-dev.txt 2>&1 | $(PIP_SHOW)
+	@touch $@
+
+# One package that cannot be installed must not cost the others: then each is tried by itself, and the benchmark names
+# what is missing.
+$(BENCH_READY):
+	@echo "== making .venv-bench (6 GB: torch's own build, CUDA libraries included; five to ten minutes)"
+	$(PYTHON) -m venv --clear .venv-bench
+	@$(BENCH_INSTALL) -r requirements-bench.txt 2>&1 | $(PIP_SHOW) || \
+	    grep -v '^#' requirements-bench.txt | while read -r package; do \
+	        $(BENCH_INSTALL) "$$package" 2>&1 | $(PIP_SHOW) || echo "   $$package cannot be installed: .venv-bench/pip.log"; \
+	    done
 	@touch $@

@@ -1,9 +1,10 @@
 """Speed and memory of the parts, measured on this machine beside what they are compared with.
 
-    python -m eve_ds.bench moe|attention|step|gemm [--json FILE] ...
+    python -m eve_ds.bench moe|attention|step|gemm|loader [--json FILE] ...
 
-Prints a table; the file is a list of rows with all figures: milliseconds are medians, shares are fractions. On a
-machine that does other work the figures say little: every row holds the load average that the run began with.
+Prints a table; the file is a list of rows with all figures, of `loader` one dictionary: milliseconds are medians,
+shares are fractions. On a machine that does other work the figures say little: every row holds the load average that
+the run began with.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from eve_ds.benchmarks import attention, gemm, machine, moe, step
+from eve_ds.benchmarks import attention, gemm, loader, machine, moe, step
 from eve_ds.benchmarks.benchmark import Benchmark, print_table
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "attention": attention.BENCHMARK,
     "step": step.BENCHMARK,
     "gemm": gemm.BENCHMARK,
+    "loader": loader.BENCHMARK,
 }
 
 
@@ -39,7 +41,7 @@ def parse(argv: list[str]) -> tuple[Benchmark, Namespace]:
     commands = parser.add_subcommands(required=True, dest="benchmark")
     for name, benchmark in BENCHMARKS.items():
         command = _parser(f"python -m eve_ds.bench {name}", benchmark.description)
-        command.add_argument("--json", help="write all figures to this file, a list of rows")
+        command.add_argument("--json", help="write all figures to this file")
         command.add_argument("--threads", type=PositiveInt | None, help="of torch; all cores unless given")
         benchmark.add_options(command)
         commands.add_subcommand(name, command, help=benchmark.description.split("\n")[0])
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     rows = [row | {"machine": facts} for row in print_table(benchmark.columns, benchmark.rows(options))]
     if options.json:
-        write_json(Path(options.json), rows)
+        write_json(Path(options.json), benchmark.document(rows))
         print(f"wrote {options.json}")
 
 

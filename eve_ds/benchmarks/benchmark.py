@@ -37,12 +37,14 @@ class Benchmark:
         columns: of its table.
         add_options: adds its options to the sub-command's parser.
         rows: measures; yields a row as soon as it is known.
+        document: what the JSON file holds, of the rows; the list of them unless told.
     """
 
     description: str
     columns: Sequence[Column]
     add_options: Callable[[ArgumentParser], None]
     rows: Callable[[Namespace], Iterator[Row]]
+    document: Callable[[list[Row]], Any] = list
 
 
 def show_ms(value: float) -> str:
