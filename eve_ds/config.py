@@ -17,37 +17,13 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.tasks.masked import ObjectiveConfig
+from preprocessing.schema import DataError
 
-Augmentation = Literal["none", "color", "rand"]
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
-
-
-@dataclass
-class DataConfig:
-    """Where the samples come from and how pictures are varied.
-
-    Args:
-        path: prepared data set: a folder with a shard folder per split (train, val, test), see preprocessing/README.md.
-        tokenizer: folder with tokenizer.json; a fine-tuning run takes the one beside its checkpoint if this is null.
-        train_split: folder under ``path`` to train on.
-        val_split: folder under ``path`` for held-out losses and scores; null for none.
-        augmentation: none, color (jitter 0.4) or rand (RandAugment 2, 7).
-        crop_scale: RandomResizedCrop's range of areas, as in [0.5, 1.0]; null keeps whole pictures.
-        flip: mirror half the pictures, but not where the text says left or right.
-        num_workers: loader processes per rank; 0 decodes in the training process, one batch ahead.
-    """
-
-    path: str = ""
-    tokenizer: str | None = None
-    train_split: str = "train"
-    val_split: str | None = "val"
-    augmentation: Augmentation = "none"
-    crop_scale: list[float] | None = field(default_factory=lambda: [0.5, 1.0])
-    flip: bool = True
-    num_workers: int = 0
 
 
 @dataclass
@@ -300,12 +276,11 @@ def parse(
     config = root(**values)
     try:
         config.model.check()
-    except ValueError as error:
+        config.data.check()
+    except (ValueError, DataError) as error:
         raise UserError(str(error)) from error
     config.optimizer.check()
     config.objective.check()
-    if config.data.num_workers < 0:
-        raise UserError(f"data.num_workers={config.data.num_workers} must be 0 or more")
     return config
 
 

@@ -96,6 +96,8 @@ def folder_to_published(
     target = Path(out)
     check_out(target, overwrite, folder=False)
     files = ModelFolder.find(checkpoint)
+    if target.exists() and target.samefile(files.weights):
+        raise UserError(f"--out {target}: is the very file to convert; choose another place")
     state = _without(load_weights(files.weights), drop)
     if is_published(state):
         raise UserError(f"--checkpoint {files.weights}: is in EVE's published naming already")

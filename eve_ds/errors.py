@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from evaluation.files import InputError
+from eve_ds.data.faults import explain_worker_death
 from eve_ds.model.config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
 from preprocessing.schema import DataError
@@ -22,14 +25,30 @@ class RankError(UserError):
     """A fault that this rank alone may have met, so this rank tells it."""
 
 
+# How gloo tells, in the midst of a collective, that a rank has left (gloo/transport/tcp/pair.cc).
+_LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point and exit: 0 on success, 2 with one line on stderr on a user's mistake.
+    """Run an entry point and end the process with its `exit_code`.
 
-    All ranks meet the same mistakes in set-up, so rank 0 alone prints them.
+    What is registered for the exit is done, but the interpreter is not taken down: a thread of gloo that lets go of a
+    tensor meanwhile aborts the process (pytorch issue 190489), after a run that went well as after one that did not.
+    """
+    code = exit_code(main)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run an entry point. Returns 0 on success, 2 after one line on stderr on a user's mistake.
+
+    All ranks meet the same mistakes in set-up, so rank 0 alone prints them. A rank that finds another one gone returns
+    3: launchers then report the one that knows why.
     """
     try:
         main()
@@ -37,16 +56,24 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if isinstance(error, RankError) or _rank() == 0:
             line = " ".join(str(error).split())
             print(f"error: {line}", file=sys.stderr, flush=True)
-        _leave(2)
+        return 2
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}; make room or choose another folder", file=sys.stderr, flush=True)
-        _leave(2)
+        return 2
+    except RuntimeError as error:
+        if death := explain_worker_death(error):
+            print(f"error: rank {_rank()}: {death}", file=sys.stderr, flush=True)
+            return 2
+        if not _LOST_RANK.search(str(error)):
+            raise
+        print(f"rank {_rank()}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+        return 3
     except KeyboardInterrupt:
-        _leave(130)
-    _leave(0)
+        return 130
+    return 0
 
 
 def _rank() -> int:
@@ -54,9 +81,3 @@ def _rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(code)

@@ -22,7 +22,7 @@ def main() -> None:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.data.samples import read_answer_list
-    from eve_ds.engine import distributed, run_folder, setup
+    from eve_ds.engine import batches, distributed, run_folder, setup
     from eve_ds.engine.export import export_model
     from eve_ds.engine.trainer import Trainer
     from eve_ds.scoring import Scorer
@@ -33,7 +33,7 @@ def main() -> None:
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
     scored = {split: setup.samples(config, split, tokenizer, train=False) for split in splits}
     training = None if config.evaluate else setup.samples(config, config.data.train_split, tokenizer, train=True)
-    setup.check_batch(config, (training or scored[config.split]).rows)
+    batches.check_batch(config, (training or scored[config.split]).rows)
 
     with distributed.joined() as device:
         output_dir = run_folder.claim(config)
@@ -52,12 +52,12 @@ def main() -> None:
         steps = setup.total_steps(config, len(training))
         trainer = Trainer(config, task, steps, device, standard_callbacks(config), evaluate)
         start = trainer.resume()
-        trainer.fit(setup.training_batches(config, training, start))
+        trainer.fit(batches.TrainingBatches(config, training, start))
         if not trainer.stopped_early:
             with trainer.whole_weights():
                 scorer.score(task, config.split, output_dir)
             if config.checkpoint.export:
-                answers = read_answer_list(config.data.path) if config.task == "vqa" else None
+                answers = read_answer_list(config.data.home) if config.task == "vqa" else None
                 export_model(task, config, tokenizer, output_dir / "model", answers)
 
 

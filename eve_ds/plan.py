@@ -61,7 +61,7 @@ class PlanOptions:
     world_size: int = 8
     expert_parallel_size: int | None = None
     micro_batch_size: int | None = None
-    zero: Literal[1, 2, 3] | None = None
+    zero: int | None = None
     device: Literal["gpu", "cpu"] = "gpu"
     device_memory: str = "80GiB"
     text_length: int | None = None

@@ -18,7 +18,7 @@ def main() -> None:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.report import PretrainExamples
-    from eve_ds.engine import distributed, run_folder, setup
+    from eve_ds.engine import batches, distributed, run_folder, setup
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.trainer import Trainer
@@ -27,7 +27,7 @@ def main() -> None:
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
     training = setup.samples(config, config.data.train_split, tokenizer, train=True)
-    setup.check_batch(config, training.rows)
+    batches.check_batch(config, training.rows)
     steps = setup.total_steps(config, len(training))
     held_out = setup.samples(config, config.data.val_split, tokenizer, train=False) if config.data.val_split else None
 
@@ -41,12 +41,13 @@ def main() -> None:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))
 
         def evaluate(trainer: Trainer) -> dict[str, float]:
-            batches = setup.evaluation_batches(config, held_out, config.logging.eval_samples) if held_out else iter(())
-            return held_out_metrics(trainer, batches)
+            limit = config.logging.eval_samples
+            found = batches.evaluation_batches(config, held_out, limit) if held_out else iter(())
+            return held_out_metrics(trainer, found)
 
         trainer = Trainer(config, task, steps, device, callbacks, evaluate if held_out else None)
         start = trainer.resume()
-        trainer.fit(setup.training_batches(config, training, start))
+        trainer.fit(batches.TrainingBatches(config, training, start))
         if config.checkpoint.export and not trainer.stopped_early:
             export_model(task, config, tokenizer, output_dir / "model")
 

@@ -21,7 +21,7 @@ from evaluation import nlvr, retrieval
 from eve_ds import examples
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
-from eve_ds.engine import setup
+from eve_ds.engine import batches
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.files import write_json, write_text
 from eve_ds.tasks.base import Task
@@ -47,7 +47,7 @@ class Scorer:
 
     def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
         """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
-        return predict(task, setup.evaluation_batches(self.config, self.samples[split], limit), self.device)
+        return predict(task, batches.evaluation_batches(self.config, self.samples[split], limit), self.device)
 
     def while_training(self, trainer: Trainer) -> Scores:
         """Metrics on the validation split for the log; empty but on rank 0."""
@@ -70,7 +70,7 @@ class Scorer:
             np.savez(buffer, allow_pickle=False, **similarity(arrays))
             write_atomic(folder / f"predictions_{split}.npz", buffer.getvalue())
         elif isinstance(samples, VqaSamples):
-            rows = vqa_rows(arrays, read_answer_list(self.config.data.path))
+            rows = vqa_rows(arrays, read_answer_list(self.config.data.home))
             write_json(folder / f"predictions_{split}.json", rows)
         elif isinstance(samples, NlvrSamples):
             predictions = nlvr_predictions(arrays, samples)
@@ -87,7 +87,7 @@ class Scorer:
         if isinstance(samples, CaptionSamples):
             examples.write_retrieval(folder, samples, similarity(arrays), count)
         elif isinstance(samples, VqaSamples):
-            rows = vqa_rows(arrays, read_answer_list(self.config.data.path))
+            rows = vqa_rows(arrays, read_answer_list(self.config.data.home))
             examples.write_vqa(folder, samples, rows, count)
         elif isinstance(samples, NlvrSamples):
             examples.write_nlvr(folder, samples, arrays, count)

@@ -1,6 +1,7 @@
 """`python -m preprocessing COMMAND`: raw data sets -> Arrow shards, and tools to look at them."""
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -68,12 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
     parser = _Parser(prog="python -m preprocessing", description="Raw data sets -> Arrow shards. README.md has more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Raw))
-    args = parser.parse_args(arguments)
+        command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Raw)
+        if name in words:  # to declare those of all commands takes as long as to convert a hundred images
+            module.add_arguments(command)
+    args = parser.parse_args(words)
     try:
+        for option in ("out", "images"):
+            if getattr(args, option, None) == "":  # would be the folder in which one is
+                raise DataError(f"--{option}: is empty; name a folder")
         return COMMANDS[args.command][0].run(args) or 0
     except DataError as error:
         print(f"preprocessing {args.command}: {error}", file=sys.stderr)
@@ -88,4 +95,5 @@ def _run(arguments: Sequence[str] | None) -> int:
 _Raw = argparse.RawDescriptionHelpFormatter
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays: the collector need not look at all of it each time rows have come and gone
     sys.exit(main())

@@ -47,6 +47,7 @@ class ShardReport:
     faults: list[str] = field(default_factory=list)  # of the shard
     row_faults: dict[int, list[str]] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)  # rows with an id that an earlier one has
+    changed: bool = False  # since its record was written
     ids: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # column -> hashes, rows [n]
 
     def lines(self) -> Iterator[str]:
@@ -64,8 +65,10 @@ def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -
         return report
     if record is not None and size_of(path) != record["bytes"]:
         report.faults.append(f"has {size_of(path)} bytes, the manifest says {record['bytes']}")
+        report.changed = True
     elif record is not None and file_sha256(path) != record["sha256"]:
         report.faults.append("its SHA-256 is not the manifest's, its bytes have changed")
+        report.changed = True
     unreadable: list[str] = []
     keys: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
     key_rows: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
@@ -189,7 +192,7 @@ def add_duplicates(reports: Sequence[ShardReport], kind: str) -> None:
 
     64-bit hashes of all ids find the candidates in 16 bytes an id; the ids themselves are read for those alone.
     """
-    for column in ID_COLUMNS[kind]:
+    for column in ID_COLUMNS[kind] if reports else ():
         parts = [report.ids.get(column, (np.zeros(0, np.uint64), np.zeros(0, np.int64))) for report in reports]
         keys = np.concatenate([part[0] for part in parts])
         order = np.argsort(keys, kind="stable")

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from preprocessing.json_text import parse_json
 from preprocessing.places import RemotePath, open_input
 from preprocessing.schema import DataError
 
@@ -47,11 +48,9 @@ def read_json(path: AnyPath) -> Any:
     """The JSON value in `path`. Raises DataError naming the file, and line and column of what is no JSON."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise _invalid(path, error.lineno, error) from None
-    except RecursionError:
-        raise DataError(f"{path}: invalid JSON, nested too deep; fetch the file again") from None
 
 
 def read_json_lines(path: AnyPath) -> list[tuple[int, Any]]:
@@ -60,7 +59,7 @@ def read_json_lines(path: AnyPath) -> list[tuple[int, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                values.append((number, json.loads(line)))
+                values.append((number, parse_json(line)))
             except json.JSONDecodeError as error:
                 raise _invalid(path, number, error) from None
     return values

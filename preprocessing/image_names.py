@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from preprocessing.files import read_json, read_text
-from preprocessing.image_refs import FileImage, join
+from preprocessing.image_refs import ImageRef, image_in, join
 from preprocessing.places import Place, names_in, place
 from preprocessing.schema import DataError
 
@@ -51,10 +51,10 @@ class ImageFolder:
         """Whether a file or folder of this name is there."""
         return name in self._names
 
-    def find(self, name: str, key: str | None = None) -> FileImage:
+    def find(self, name: str, key: str | None = None) -> ImageRef:
         """The file of that name, else the one with its key; where there is none, where `name` would be."""
         found = name if name in self._names else self._by_key.get(key or image_key(name), name)
-        return FileImage(join(self._folder, found))
+        return image_in(self._folder, found)
 
 
 class ImageList:

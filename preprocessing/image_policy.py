@@ -12,7 +12,7 @@ from PIL import Image
 
 from preprocessing.hashes import NEAR_DISTANCE, HashList, content_key, perceptual_hashes
 from preprocessing.images import MAX_PIXELS, PILLOW_PIXELS, BadImage, decode_image
-from preprocessing.pixels import open_image, upright_rgb
+from preprocessing.pixels import open_image, size_of_image, upright_rgb
 from preprocessing.places import place
 from preprocessing.reading import hashes_of
 from preprocessing.schema import DataError
@@ -38,12 +38,16 @@ class ImagePolicy:
     near: HashList = field(default_factory=lambda: HashList.of([]))
     near_distance: int = NEAR_DISTANCE
 
-    def apply(self, data: bytes) -> bytes:
+    def apply(self, data: bytes | memoryview) -> bytes | memoryview:
         """The bytes to store: `data` itself, or a smaller JPEG where `max_side` asks for one.
 
         Raises BadImage when the image is broken or too large, ExcludedImage when it is to stay out.
         """
         self._refuse_listed(data)
+        if self.check == "header" and not len(self.near):  # most images are stored as they are: their size is enough
+            size = size_of_image(data, self.max_pixels)
+            if self.max_side is None or max(size) <= self.max_side:
+                return data
         image = decode_image(data, self.max_pixels) if self.check == "full" else open_image(data, self.max_pixels)
         if self.max_side is not None and max(image.size) > self.max_side:
             data = _shrunk(image, self.max_side, self.quality)
@@ -52,7 +56,7 @@ class ImagePolicy:
             self._refuse_near(image)
         return data
 
-    def _refuse_listed(self, data: bytes) -> None:
+    def _refuse_listed(self, data: bytes | memoryview) -> None:
         if len(self.excluded):
             key = np.uint64(content_key(data))
             place = int(np.searchsorted(self.excluded, key))

@@ -5,7 +5,7 @@ import warnings
 
 from PIL import Image
 
-from preprocessing.image_refs import ImageRef
+from preprocessing.image_refs import FileImage, ImageRef
 from preprocessing.schema import DataError
 
 MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
@@ -16,12 +16,15 @@ class BadImage(Exception):
     """An image that no training run could use. `str(error)` is the reason, in words that can be counted."""
 
 
-def read_image(image: ImageRef) -> bytes:
-    """The bytes that `image` refers to, unchecked. Raises BadImage when they are missing or cannot be read.
+def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memoryview:
+    """The bytes that `image` refers to, unchecked: those of a file that fits in `room` there, as a part of it.
 
-    Raises DataError when a remote file system fails: that is no fault of the image.
+    Raises BadImage when they are missing or cannot be read, and DataError when a remote file system fails: that is no
+    fault of the image.
     """
     try:
+        if room is not None and isinstance(image, FileImage) and (data := image.read_into(room)) is not None:
+            return data
         return image.read()
     except (FileNotFoundError, NotADirectoryError):
         raise BadImage("is missing") from None
@@ -35,7 +38,7 @@ def read_image(image: ImageRef) -> bytes:
         raise BadImage(str(error)) from None
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The decoded image, in the mode of its file. Raises BadImage unless all of it decodes and it is not too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF data; the bound below decides

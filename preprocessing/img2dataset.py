@@ -8,7 +8,7 @@ files        00000/KEY.jpg, KEY.txt and KEY.json
 """
 
 import argparse
-import json
+import os
 import posixpath
 import tarfile
 from abc import abstractmethod
@@ -24,6 +24,7 @@ from preprocessing.convert import add_common_arguments, check_common_arguments, 
 from preprocessing.files import read_json
 from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import FileImage, ImageRef, ParquetCell, TarMember, join
+from preprocessing.json_text import parse_json, whole_characters
 from preprocessing.places import names_in, open_input, place
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
@@ -33,6 +34,7 @@ from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 FORMATS = ("auto", "webdataset", "parquet", "files")
 _ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes")
+_CHUNK = 1 << 20
 _CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
 
 
@@ -71,6 +73,7 @@ def read_folder(folder: str, layout: str, cleaning: TextCleaning, excluded: Imag
         if shards:
             source.rows = rows([join(folder, name) for name in shards], cleaning, excluded, source)
             _add_statistics(statistics, source)
+            _compare(statistics, source.rows)
             return source
     raise DataError(f"{folder}: holds no .tar or .parquet files and no folders of images; name img2dataset's output")
 
@@ -88,6 +91,18 @@ def _add_statistics(files: Sequence[str], source: Source) -> None:
         source.counts["addresses without an image"] = lost
 
 
+def _compare(files: Sequence[str], rows: "_ShardRows") -> None:
+    """Raise DataError where a shard has other images than its statistics say."""
+    for path in files:
+        shard = path.removesuffix("_stats.json")
+        said, found = read_json(path).get("successes"), rows.images.get(posixpath.basename(shard))
+        if found is not None and isinstance(said, int) and said != found:
+            raise DataError(
+                f"{path}: says {said} successes, the shard holds {found} images; fetch the shard again, or move that "
+                "file away"
+            )
+
+
 class _ShardRows(LazyRows):
     """What the three layouts share: shards with images in them, of which a number and some fields are kept."""
 
@@ -97,21 +112,26 @@ class _ShardRows(LazyRows):
         """Look through all shards for images with captions. Raises DataError naming the shard at fault."""
         self._shards = list(shards)
         self._cleaning = cleaning
+        self._left_out = source.left_out
         parts, counts = [], []
+        self.images: dict[str, int] = {}  # of each shard, captions or not
         for shard in self._shards:
             entries = []
+            name = posixpath.basename(shard).partition(".")[0]
+            self.images[name] = 0
             for key, caption, entry in self._look_through(shard):
                 source.counts["images"] += 1
+                self.images[name] += 1
                 if not (caption and cleaning.caption(caption)):
                     source.left_out["image without caption"] += 1
                 elif excluded.holds(key):
                     source.left_out[EXCLUDED] += 1
                 else:
                     entries.append((key, *entry))
-            width = max((len(entry[0].encode()) for entry in entries), default=1)
+            width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
             kept = np.empty(len(entries), dtype=[("key", f"S{width}"), *self.fields.descr])
             for index, (key, *values) in enumerate(entries):
-                kept[index] = (key.encode(), *values)
+                kept[index] = (os.fsencode(key), *values)  # names of files need not be UTF-8
             parts.append(kept)
             counts.append(len(entries))
         self._parts = parts
@@ -123,7 +143,9 @@ class _ShardRows(LazyRows):
         for shard, part in zip(self._shards, self._parts, strict=True):
             keys, counts = np.unique(part["key"], return_counts=True)
             if len(keys) < len(part):
-                raise DataError(f"{shard}: key {keys[counts > 1][0].decode()} stands twice; make keys unique")
+                raise DataError(
+                    f"{shard}: key {whole_characters(os.fsdecode(keys[counts > 1][0]))} stands twice; make keys unique"
+                )
         keys = np.concatenate([part["key"] for part in self._parts])
         keys.sort()
         return not bool((keys[1:] == keys[:-1]).any())
@@ -135,10 +157,10 @@ class _ShardRows(LazyRows):
         """See LazyRows."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         entry = self._parts[number][index - int(self._starts[number])]
-        key = entry["key"].decode()
+        key = os.fsdecode(entry["key"])
         caption, image = self._at(self._shards[number], key, entry)
         name = posixpath.basename(self._shards[number]).partition(".")[0]
-        image_id = key if self._unique else f"{name}/{key}"
+        image_id = whole_characters(key if self._unique else f"{name}/{key}")
         return Row(image_id, (image,), {"caption": [self._cleaning.caption(caption)], "image_id": image_id})
 
     @abstractmethod
@@ -172,9 +194,12 @@ class TarRows(_ShardRows):
                         if key is not None:
                             yield from self._entry(file, key, group)
                         key, group = stem, {}
+                    if ending.lower() in group:
+                        raise DataError(f"{shard}: key {whole_characters(key)} stands twice; make keys unique")
                     group[ending.lower()] = member
                 if key is not None:
                     yield from self._entry(file, key, group)
+                _check_end(file, tar.offset)
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{shard}: is no whole tar ({error}); fetch it again") from None
 
@@ -204,12 +229,27 @@ class TarRows(_ShardRows):
         return caption or "", TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
 
 
+def _check_end(file: Any, end: int) -> None:
+    """Raise TarError unless at byte `end`, where tarfile stopped, there is a block of zeros, and nothing else follows.
+
+    It takes for an archive's end what is no header, the end of the file, and a header that a disk has lost to zeros.
+    """
+    file.seek(end)
+    zeros = 0
+    while data := bytes(file.read(_CHUNK)):
+        if data.count(0) < len(data):
+            raise tarfile.TarError(f"no header and no end at byte {end}, behind which more follows")
+        zeros += len(data)
+    if zeros < tarfile.BLOCKSIZE:
+        raise tarfile.TarError(f"no end at byte {end}")
+
+
 def _decode(text: bytes, as_json: bool) -> str | None:
     """The caption of a .txt or of a .json file; None where it has none."""
     if not as_json:
         return text.decode("utf-8", "replace")
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError:
         return None
     found = (record.get(name) for name in _CAPTION_COLUMNS) if isinstance(record, dict) else ()
@@ -266,7 +306,9 @@ class ParquetRows(_ShardRows):
                     for index, (key, text) in enumerate(zip(keys, texts, strict=True)):
                         if there[index]:
                             yield str(key), text, (group, index)
-        except (OSError, pa.ArrowException) as error:
+                        else:
+                            self._left_out["image is null"] += 1
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(
                 f"{shard}: is no whole parquet file ({str(error).splitlines()[0]}); fetch it again"
             ) from None

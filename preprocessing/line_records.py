@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from preprocessing.json_text import parse_json
+
 ROLES: dict[str, tuple[str, ...]] = {
     "caption": ("caption", "desc", "text", "title", "txt"),
     "file": ("file", "filepath", "filename", "file_name", "image_path", "path", "image"),
@@ -98,7 +100,7 @@ def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
 
 def _parse_json(line: bytes) -> Record:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise BadLine(f"invalid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -113,9 +115,23 @@ def _parse_json(line: bytes) -> Record:
             cell = _string_place(line, name)
         else:
             found[role] = content
-    if "caption" not in found:
+    caption = found["caption"] if "caption" in found else _no_caption(value)
+    return Record(caption, found.get("file"), found.get("url"), cell)
+
+
+def _no_caption(entry: dict[str, Any]) -> str:
+    """The caption of an entry that has no text for it: an empty one where it is null. Raises BadLine."""
+    names = [name for name in entry if _role(name) == "caption"]
+    if not names:
         raise BadLine(f"has no field of {', '.join(ROLES['caption'])}")
-    return Record(found["caption"], found.get("file"), found.get("url"), cell)
+    return "".join(caption_text(entry[name], f"its {name}") for name in names)
+
+
+def caption_text(value: Any, what: str) -> str:
+    """A caption as JSON has it; null is an empty one, which is counted as such. Raises BadLine for all but text."""
+    if value is not None and not isinstance(value, str):
+        raise BadLine(f"{what} is {json.dumps(value)[:40]}, not text; mend the file")
+    return value or ""
 
 
 def record_of(entry: Any) -> Record:
@@ -123,14 +139,13 @@ def record_of(entry: Any) -> Record:
 
     Raises BadLine.
     """
-    if isinstance(entry, list) and len(entry) == 2 and all(isinstance(value, str) for value in entry):
-        return Record(entry[1], entry[0])
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+        return Record(caption_text(entry[1], "its caption"), entry[0])
     if not isinstance(entry, dict):
         raise BadLine("is neither an object nor [file, caption]")
     found = {_role(name): value for name, value in entry.items() if isinstance(value, str)}
-    if "caption" not in found:
-        raise BadLine(f"has no string field of {', '.join(ROLES['caption'])}")
-    return Record(found["caption"], found.get("file"), found.get("url"))
+    caption = found["caption"] if "caption" in found else _no_caption(entry)
+    return Record(caption, found.get("file"), found.get("url"))
 
 
 def _string_place(line: bytes, name: str) -> tuple[int, int]:

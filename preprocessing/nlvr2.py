@@ -2,12 +2,11 @@
 
 import argparse
 import re
-from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json_lines
 from preprocessing.image_names import ImageList, add_exclude_argument, excluded_images
-from preprocessing.image_refs import FileImage
+from preprocessing.image_refs import FileImage, leads_out
 from preprocessing.nlvr_rows import Statement, nlvr_source, parse_label
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
@@ -42,7 +41,10 @@ def read_nlvr2(annotations: Place, images: Place, excluded: ImageList, cleaning:
         match = _IDENTIFIER.fullmatch(identifier)
         if match is None:
             raise DataError(f"{where}: identifier '{identifier}' is not split-set-pair-sentence; mend the file")
-        folder = _folder(images, match["split"], record, match["pair"], folders)
+        directory = str(record.get("directory", ""))
+        if leads_out(directory):
+            raise DataError(f"{where}: directory '{directory}' leads out of --images; mend the file")
+        folder = _folder(images, match["split"], directory, match["pair"], folders)
         files = (f"{match['pair']}-img0.png", f"{match['pair']}-img1.png")
         pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
         label = parse_label(record.get("label"), where)
@@ -52,9 +54,8 @@ def read_nlvr2(annotations: Place, images: Place, excluded: ImageList, cleaning:
     return statements
 
 
-def _folder(images: Place, split: str, record: dict[str, Any], pair: str, known: dict[str, Place]) -> Place:
+def _folder(images: Place, split: str, directory: str, pair: str, known: dict[str, Place]) -> Place:
     """Where this record's images are. The archives hold train/DIRECTORY/, dev/ and test1/; some copies are flat."""
-    directory = str(record.get("directory", ""))
     key = f"{split}/{directory}"
     if key not in known:
         candidates = [images / split / directory if directory else images / split, images / split, images]

@@ -6,8 +6,10 @@ once or again, and the bytes are the same. A part is done when its record stands
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 from preprocessing.image_policy import ExcludedImage, ImagePolicy
@@ -76,33 +78,55 @@ def write_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Pa
     The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), and how many of
     the dropped are faults of the data, not kept out on request. Raises DataError when the output cannot be written.
     """
+    return begin_part(job, index, rows, digest)()
+
+
+def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Callable[[], PartResult]:
+    """Read a part's images. Gives what is left to do of `write_part`, for any thread: to wait for the disk."""
     columns = IMAGE_COLUMNS[job.kind]
     dropped: list[dict[str, str]] = []
     faults: list[dict[str, str]] = []
-    try:
-        with ShardWriter(
-            job.shards, job.kind, job.split, job.shard_bytes, lambda number: _shard_name(index, number)
-        ) as writer:
-            for row in rows:
-                try:
-                    images = [job.policy.apply(read_image(image)) for image in row.images]
-                except BadImage as error:
-                    dropped.append({"item": row.name, "reason": f"image {error}"})
-                    if not isinstance(error, ExcludedImage):
-                        faults.append(dropped[-1])
-                    if len(faults) > job.allowed:
-                        return PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
-                    continue
-                writer.add({**row.columns, **dict(zip(columns, images, strict=True))})
+    with ExitStack() as stack, _told(job):
+        writer = stack.enter_context(
+            ShardWriter(job.shards, job.kind, job.split, job.shard_bytes, partial(_shard_name, index))
+        )
+        for row in rows:
+            try:
+                images = [
+                    job.policy.apply(read_image(image, writer.room(column)))
+                    for column, image in zip(columns, row.images, strict=True)
+                ]
+            except BadImage as error:
+                dropped.append({"item": row.name, "reason": f"image {error}"})
+                if not isinstance(error, ExcludedImage):
+                    faults.append(dropped[-1])
+                if len(faults) > job.allowed:
+                    too_many = PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
+                    return lambda: too_many
+                continue
+            writer.add(row.columns | dict(zip(columns, images, strict=True)))
+        unfinished = stack.pop_all()
+
+    def finish() -> PartResult:
+        with unfinished, _told(job):
             shards = writer.close()
-    except OSError as error:  # reading an image raises none
+        record = {"rows": len(rows), "digest": digest, "shards": shards, "dropped": dropped, "faults": len(faults)}
+        # The shards are on disk; a record that a power failure cuts is read as none, and the part is written again.
+        write_whole(job.records / record_name(index), dump_json(record), sync=False)
+        return PartResult(index, len(rows), len(faults), faults[:SHOWN])
+
+    return finish
+
+
+@contextmanager
+def _told(job: PartJob) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # of writing: reading an image raises none
         raise DataError(
             f"{job.shards}: cannot be written ({error.strerror or error}); make room or choose another --out, and run "
             "the same command again: it goes on where it was"
         ) from error
-    record = {"rows": len(rows), "digest": digest, "shards": shards, "dropped": dropped, "faults": len(faults)}
-    write_whole(job.records / record_name(index), dump_json(record))
-    return PartResult(index, len(rows), len(faults), faults[:SHOWN])
 
 
 def _shard_name(part: int, number: int) -> str:

@@ -14,14 +14,15 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
-from preprocessing.parts import SHOWN, PartJob, PartResult, default_part_rows, parts_of, write_part
+from preprocessing.hashed_file import HashedFile
+from preprocessing.parts import SHOWN, PartJob, PartResult, begin_part, default_part_rows, parts_of, write_part
 from preprocessing.places import place, write_whole
 from preprocessing.pool import processes, run_tasks
 from preprocessing.progress import Progress
 from preprocessing.schema import ANSWER_LIST, DataError, dump_json
 from preprocessing.source import Source
 from preprocessing.work import Work, open_work
-from preprocessing.writer import DROPPED, HashedFile, write_manifest, write_provenance
+from preprocessing.writer import DROPPED, write_manifest, write_provenance
 
 _LISTED = 10_000  # dropped rows that the manifest lists; of more, all stand in a file of their own
 
@@ -70,13 +71,15 @@ def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows
                     yield job, index, rows, digest
 
         try:
-            with closing(run_tasks(args.workers, write_part, tasks())) as results:
+            with closing(run_tasks(args.workers, write_part, tasks(), begin_part)) as results:
                 for result in results:
                     losses.add(result)
                     progress.add(result.rows)
         except _TooManyDropped:
-            for index in losses.parts:  # what is mended before the next run is to be found then
-                work.forget(index)
+            for index in work.done():  # what is mended before the next run is to be found then
+                record = work.record(index)
+                if record is not None and record["faults"]:
+                    work.forget(index)
             raise
     for index in done - set(range(count)):
         work.forget(index)
@@ -88,20 +91,18 @@ class _TooManyDropped(DataError):
 
 
 class _Losses:
-    """Counts dropped rows; raises as soon as there are too many. `parts`: those that have lost some."""
+    """Counts dropped rows; raises as soon as there are too many."""
 
     def __init__(self, source: Source, share: float) -> None:
         self._source, self._share = source, share
         self._count = 0
         self._shown: list[dict[str, str]] = []
-        self.parts: list[int] = []
 
     def add(self, part: PartResult) -> None:
         if not part.faults:
             return
         self._count += part.faults
         self._shown += part.examples
-        self.parts.append(part.index)
         rows = len(self._source.rows)
         if self._count > self._share * rows:
             shown = ", ".join(f"{item['item']} ({item['reason']})" for item in self._shown[:SHOWN])
@@ -119,6 +120,12 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
     for record in _records(work, parts):
         shards += record["shards"]
         dropped.update(item["reason"] for item in record["dropped"])
+    if not shards:
+        for index in range(parts):  # what is mended before the next run is to be found then
+            work.forget(index)
+        most = dropped.most_common(1)
+        why = f": {most[0][1]} times, {most[0][0]}" if most else ""
+        raise DataError(f"{work.target}: no row is left of {len(source.rows)}{why}; mend the input")
     listed = dropped.total() - source.left_out.total()
     items = list(islice(_dropped_items(work, parts), _LISTED)) if listed else []
     work.check_alone()

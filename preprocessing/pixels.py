@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from preprocessing.images import MAX_PIXELS, BadImage
+from preprocessing.jpeg_header import jpeg_size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -23,7 +24,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def size_of_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) by the header, as `open_image` gives it but faster. Raises BadImage exactly where that does."""
+    size = jpeg_size(data) or open_image(data, max_pixels).size
+    if size[0] * size[1] > max_pixels:
+        raise BadImage("has too many pixels")
+    return size
+
+
+def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image with its header read and no pixel decoded. Raises BadImage when that fails or it is too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images and odd EXIF data: the bound below decides

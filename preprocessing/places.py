@@ -122,10 +122,13 @@ def names_in(folder: Place) -> list[str]:
         return sorted(posixpath.basename(info.path) for info in found)
 
 
-def write_whole(path: Place, content: bytes) -> None:
-    """Write a file that holds its old bytes or all of the new ones, never a part. Raises DataError."""
+def write_whole(path: Place, content: bytes, sync: bool = True) -> None:
+    """Write a file that holds its old bytes or all of the new ones, never a part. Raises DataError.
+
+    `sync`: also if the machine loses its power at once, as `write_atomic` has it.
+    """
     if isinstance(path, Path):
-        write_atomic(path, content)
+        write_atomic(path, content, sync)
     else:
         with _told(str(path)):
             system, inner = _opened(str(path))

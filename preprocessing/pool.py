@@ -9,8 +9,9 @@ share the output.
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
@@ -22,6 +23,7 @@ from preprocessing.schema import DataError
 _T = TypeVar("_T")
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI, MPICH and Intel MPI
 _MOST_WORKERS = 1024
+_AHEAD = 3  # tasks that end while the next one is begun
 _mpi: Executor | None = None  # set on rank 0 for as long as the ranks serve
 
 
@@ -107,11 +109,20 @@ def _end_with(parent: Any) -> None:
     os._exit(1)
 
 
-def run_tasks(workers: int, function: Callable[..., _T], tasks: Iterable[tuple[Any, ...]]) -> Generator[_T, None, None]:
+def run_tasks(
+    workers: int,
+    function: Callable[..., _T],
+    tasks: Iterable[tuple[Any, ...]],
+    begin: Callable[..., Callable[[], _T]] | None = None,
+) -> Generator[_T, None, None]:
     """The results of `function(*task)` in the order in which they come; few tasks are in memory at a time.
 
-    Raises what the function raises, and DataError when a worker process dies.
+    `begin(*task)()` is the same in two steps: where this process works alone, it begins a task while the second steps
+    of those before go on in threads. Raises what the function raises, and DataError when a worker process dies.
     """
+    if begin is not None and workers == 1 and _mpi is None:
+        yield from _overlapped(begin, tasks)
+        return
     with executor(workers) as (pool, most):
         running: set[Future[_T]] = set()
         try:
@@ -133,3 +144,15 @@ def run_tasks(workers: int, function: Callable[..., _T], tasks: Iterable[tuple[A
         finally:
             for future in running:
                 future.cancel()
+
+
+def _overlapped(begin: Callable[..., Callable[[], _T]], tasks: Iterable[tuple[Any, ...]]) -> Generator[_T, None, None]:
+    """The results in the order of the tasks. Every task that was begun is ended, also when another one fails."""
+    with ThreadPoolExecutor(_AHEAD, "second-step") as threads:
+        ending: deque[Future[_T]] = deque()
+        for task in tasks:
+            ending.append(threads.submit(begin(*task)))
+            while len(ending) >= _AHEAD or (ending and ending[0].done()):
+                yield ending.popleft().result()
+        while ending:
+            yield ending.popleft().result()

@@ -112,7 +112,7 @@ def _hash_shard(number: int, shard: Place, kind: str, perceptual: bool) -> tuple
         if perceptual:
             try:
                 dhash, phash = perceptual_hashes(open_image(data, PILLOW_PIXELS))
-            except (BadImage, OSError, SyntaxError, ValueError) as error:
-                raise DataError(f"{shard}: image {name} does not decode ({error}); run verify on it") from None
+            except (BadImage, OSError, SyntaxError, ValueError):  # Pillow's words may name an object in memory
+                raise DataError(f"{shard}: image {name} does not decode; run verify on it") from None
         entries.append((content_key(data), dhash, phash, name))
     return number, HashList.of(entries)

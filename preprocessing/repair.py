@@ -1,8 +1,10 @@
 """Mends a split folder: `python -m preprocessing verify DIR --repair`.
 
-Sound shards stay as they are (hard links). Of a shard that has faults the sound rows are written anew. What is lost is
-counted in the manifest's `dropped`, and every step is told and listed in its `repairs`. The mended folder takes the
-place of the old one by rename, so that a kill leaves the one or the other. Never changed: a row's own content.
+Sound shards stay as they are (hard links). Of a shard that has faults the sound rows are written anew. One that has
+changed, but whose rows pass every check, stays too, and so does its record, unless `--accept-changed` vouches for it: a
+letter may be another one. What is lost is counted in the manifest's `dropped`, and what was done is told and listed in
+its `repairs`. The mended folder takes the place of the old one by rename, so that a kill leaves the one or the other.
+Never changed: a row's own content.
 """
 
 import os
@@ -21,8 +23,11 @@ from preprocessing.writer import DROPPED, OURS, ShardWriter, file_sha256, write_
 class _Repair:
     """The state of one repair. `said`: what was done, a line each."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], facts: SplitFacts, said: list[str]) -> None:
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], facts: SplitFacts, said: list[str], accept_changed: bool
+    ) -> None:
         self.folder, self.manifest, self.facts, self.said = folder, manifest, facts, said
+        self.accept_changed = accept_changed
         self.shards: list[dict[str, Any]] = []
         self.dropped = Counter[str](manifest["dropped"])
         self.items: list[dict[str, str]] = list(manifest.get("dropped_items", []))
@@ -34,7 +39,7 @@ class _Repair:
             self.items.append({"item": item, "reason": f"repair: {reason}"})
 
 
-def repair_split(folder: Place, workers: int = 1) -> list[str]:
+def repair_split(folder: Place, workers: int = 1, accept_changed: bool = False) -> list[str]:
     """Mend the split in `folder`. Returns what was done, a line each; nothing when there was nothing to do.
 
     Raises DataError when it cannot be mended: there is no shard to be read, a VQA set lacks its answer list, the folder
@@ -50,16 +55,28 @@ def repair_split(folder: Place, workers: int = 1) -> list[str]:
     for path in shard_paths(folder):
         if path.name not in listed:
             raise DataError(f"{path}: is not in the manifest; move it away, or remove {MANIFEST} to take it in")
-    if not said and _sound(manifest, reports):
-        return []
-    repair = _Repair(folder, manifest, facts, said)
+    settled = [report for report in reports if accept_changed or not _is_doubted(report)]
+    lines = [
+        f"{folder}: {report.path.name} is kept as it is, and so is its record: it has changed, and its rows pass every "
+        "check; prepare it again, or give --accept-changed to vouch for it"
+        for report in reports
+        if not accept_changed and _is_doubted(report)
+    ]
+    if not said and _sound(manifest, settled):
+        return lines
+    repair = _Repair(folder, manifest, facts, said, accept_changed)
     with output_folder(folder, OURS, overwrite=True) as new:
         for record, report in zip(manifest["shards"], reports, strict=True):
             _mend_shard(repair, new, record, report)
         if not repair.shards:
             raise DataError(f"{folder}: no row of it is sound; prepare the split again")
         _finish(repair, new)
-    return [f"{folder}: {line}" for line in said]
+    return [*(f"{folder}: {line}" for line in said), *lines]
+
+
+def _is_doubted(report: ShardReport) -> bool:
+    """Whether a shard is not what its record says, with no row at fault."""
+    return report.changed and report.whole and bool(report.rows) and not report.row_faults
 
 
 def _sound(manifest: dict[str, Any], reports: list[ShardReport]) -> bool:
@@ -111,6 +128,9 @@ def _keep_shard(repair: _Repair, new: Path, record: dict[str, Any], report: Shar
         os.link(path, new / path.name)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, new / path.name)
+    if report.changed and not repair.accept_changed:
+        repair.shards.append(record)
+        return
     size = path.stat().st_size
     known = len(record) > 1 and not report.faults
     sha256 = record["sha256"] if known else file_sha256(path)

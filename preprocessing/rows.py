@@ -1,7 +1,7 @@
 """Rows made when they are asked for, so that twelve million of them take a few numbers each and not a kilobyte."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 from preprocessing.source import Row
@@ -16,6 +16,9 @@ class LazyRows(Sequence[Row], ABC):
     @abstractmethod
     def row(self, index: int) -> Row:
         """Row `index`, from 0 to the length less one; reads the raw files again."""
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.row, range(len(self)))  # Sequence's own asks for the length at each row
 
     @overload
     def __getitem__(self, index: int) -> Row: ...

@@ -113,10 +113,11 @@ def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type])
             raise DataError(f"{path}: field {prefix}{name} is missing or no {kind.__name__}; prepare the split again")
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:
     """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
 
-    Raises DataError when the folder cannot be made or written.
+    Without `sync` that is so when this process is killed, but not when the machine loses its power: then `path` may
+    hold a part. Raises DataError when the folder cannot be made or written.
     """
     path = Path(path)
     try:
@@ -126,7 +127,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the data from colleagues
             os.replace(temporary, path)
         except BaseException:
@@ -134,6 +136,15 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
             raise
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Have a local file, or the names in a folder, on disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def dump_json(value: Any) -> bytes:

@@ -97,6 +97,19 @@ class Tokenizer:
         """The vocabulary's own spelling of each id ("\u0120" marks a leading space in byte-level BPE)."""
         return [str(self._backend.id_to_token(int(i))) for i in ids]
 
+    def difference(self, other: "Tokenizer") -> str | None:
+        """Why ids of this tokenizer mean something else to `other`, for messages; None if they mean the same."""
+        for name, own, theirs in zip(SPECIAL, self.special_ids, other.special_ids, strict=True):
+            if own != theirs:
+                return f"{name} is {own} in the one and {theirs} in the other"
+        if self.vocab_size != other.vocab_size:
+            return f"the one has {self.vocab_size} entries, the other {other.vocab_size}"
+        vocabulary, others = (each._backend.get_vocab(with_added_tokens=True) for each in (self, other))
+        odd = min((entry for _, entry in vocabulary.items() ^ others.items()), default=None)
+        if odd is None:
+            return None
+        return f"entry {odd} is {self.tokens([odd])[0]!r} in the one and {other.tokens([odd])[0]!r} in the other"
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `folder/tokenizer.json` atomically; the same tokenizer gives the same bytes. Returns the file."""
         file = Path(folder) / FILE_NAME

@@ -27,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a data set folder or URI, or one split of it")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
     parser.add_argument("--repair", action="store_true", help="rewrite what can be, say what, and verify again")
+    parser.add_argument(
+        "--accept-changed", action="store_true", help="with --repair: record changed shards whose rows pass every check"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print every fault, the first twenty in full. Returns 1 if there is one, else 0. DataError: nothing to verify."""
     check_workers(args.workers)
+    if args.accept_changed and not args.repair:
+        raise DataError("--accept-changed: goes with --repair")
     directory = place(args.directory)
     if args.repair and isinstance(directory, Path):
         for path in (directory, *(directory / split for split in SPLITS)):
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     folders = split_folders(directory)
     if args.repair:
         for folder in folders:
-            for line in repair_split(folder, args.workers):
+            for line in repair_split(folder, args.workers, args.accept_changed):
                 print(line)
     count = 0
     for folder in folders:
@@ -71,6 +76,8 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
         if manifest[total] != sum(shard[total] for shard in manifest["shards"]):
             yield f"{folder}: the manifest's {total} are not the sum of its shards' {total}"
     yield from _dropped_list_faults(folder, manifest.get("dropped_list"))
+    if not manifest["shards"]:
+        yield f"{folder}: holds no row; convert it again"
     for report in check_shards(folder, manifest["shards"], facts, workers):
         yield from report.lines()
 

@@ -16,7 +16,7 @@ from preprocessing.image_names import (
     coco_key,
     excluded_images,
 )
-from preprocessing.image_refs import FileImage
+from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
@@ -103,7 +103,7 @@ def read_vqav2(
     return asked
 
 
-def _find(images: ImageFolder, subset: str, number: int) -> FileImage:
+def _find(images: ImageFolder, subset: str, number: int) -> ImageRef:
     """The image of that number. The questions name no file: COCO's names follow from subset and number."""
     name = f"COCO_{subset}_{number:012d}.jpg"
     return images.find(f"{subset}/{name}" if images.holds(subset) else name, coco_key(number))

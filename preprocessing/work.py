@@ -26,7 +26,7 @@ from typing import IO, Any
 from preprocessing.files import check_replaceable
 from preprocessing.parts import record_name
 from preprocessing.places import Place, names_in, remove, size_of, write_whole
-from preprocessing.schema import MANIFEST, DataError, dump_json
+from preprocessing.schema import MANIFEST, DataError, dump_json, sync
 from preprocessing.writer import OURS
 
 _JOB = "job.json"
@@ -100,9 +100,14 @@ def open_work(target: Place, job: dict[str, Any], overwrite: bool) -> Iterator[W
     root = target.parent / f".{target.name}.work"
     try:
         with _locked(target, root):
-            if isinstance(target, Path):
-                check_replaceable(target, OURS, overwrite)
-            work = _begin(target, root, job, overwrite)
+            try:
+                if isinstance(target, Path):
+                    check_replaceable(target, OURS, overwrite)
+                work = _begin(target, root, job, overwrite)
+            except DataError:
+                if names_in(root) == ["lock"]:
+                    remove(root)
+                raise
             try:
                 yield work
             except BaseException:
@@ -142,7 +147,7 @@ def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> 
         for name in names_in(work.shards):
             if name.startswith("."):  # a killed worker's
                 remove(work.shards / name)
-    write_whole(root / _JOB, dump_json({"run": run, "job": job}))
+    write_whole(root / _JOB, dump_json({"run": run, "job": job}), sync=False)  # half of it is none: see _read_job
     return work
 
 
@@ -159,21 +164,13 @@ def _read_job(root: Place) -> dict[str, Any]:
 def _exchange(new: Path, target: Path, old: Path) -> None:
     """`new` becomes `target`; a kill between the two renames leaves `new` to be renamed by the next run."""
     for path in (*new.iterdir(), new):
-        _sync(path)
+        sync(path)
     if old.exists():
         remove(old)
     if target.exists():
         os.rename(target, old)
     os.rename(new, target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)
 
 
 @contextmanager

@@ -5,20 +5,19 @@ import os
 import platform
 import shlex
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import PIL
 import pyarrow as pa
 
-from preprocessing.places import Place, open_input, place, put_file, size_of, write_whole
+from preprocessing.hashed_file import HashedFile
+from preprocessing.places import Place, open_input, place, size_of, write_whole
 from preprocessing.schema import (
     IMAGE_COLUMNS,
     KINDS,
@@ -35,7 +34,7 @@ from preprocessing.schema import (
 DROPPED = "dropped.jsonl"  # beside the manifest, when more was dropped than a manifest should list
 OURS = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED)  # what a split folder may hold
 _BATCH_ROWS = 256
-_BATCH_BYTES = 16 << 20  # two batches are in memory at a time: one being filled, one being written
+_BATCH_BYTES = 16 << 20  # of a shard two batches are in memory at a time: one being filled, one being written
 _FIRST_BYTES = 32 << 20  # of address space: what is not written to takes no memory
 SHARD_BYTES = 512 << 20
 _HASHED_INPUTS = 8 << 30
@@ -85,8 +84,12 @@ class ShardWriter:
         if self._file is not None:
             self._file.discard()
 
+    def room(self, column: str) -> memoryview:
+        """Free memory in which the next row's image of `column` may be put, at its start, to be handed to `add`."""
+        return self._filling.room(column)
+
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row: a value for every column of the schema but `split`."""
+        """Append a row: a value for every column of the schema but `split`. A memoryview is a part of `room`."""
         self._filling.add(row)
         if self._filling.rows == _BATCH_ROWS or self._filling.size >= _BATCH_BYTES:
             self._flush()
@@ -120,7 +123,6 @@ class ShardWriter:
             self._shards.append({"file": name, "rows": 0, "samples": 0})
             self._arrow = pa.ipc.new_file(self._file, KINDS[self._kind])
         self._arrow.write_batch(batch.to_arrow())
-        self._file.settle()
         self._shards[-1]["rows"] += batch.rows
         self._shards[-1]["samples"] += batch.samples()
         batch.clear()
@@ -151,6 +153,10 @@ class _Batch:
     def size(self) -> int:
         """Bytes of the images."""
         return sum(images.size for images in self._images.values())
+
+    def room(self, column: str) -> memoryview:
+        """Free memory for an image."""
+        return self._images[column].room()
 
     def samples(self) -> int:
         """Captions, questions or statements."""
@@ -186,20 +192,18 @@ class _Batch:
     def free(self) -> None:
         """Give the memory to batches to come; this one is not to be used again."""
         for images in self._images.values():
-            _MEMORY.append(images.memory)
+            if len(images.memory):
+                _MEMORY.append(images.memory)
 
 
 class _Images:
-    """A column of images. Each is copied once, while it is in the processor's cache, to where it is written from.
+    """A column of images, each read or copied to where it is written from.
 
     The memory is used again and again: to get new memory from the system for each batch takes longer than the copy.
     """
 
     def __init__(self) -> None:
-        try:
-            self.memory = _MEMORY.pop()
-        except IndexError:
-            self.memory = np.empty(_FIRST_BYTES, dtype=np.uint8)
+        self.memory = np.empty(0, dtype=np.uint8)  # until the first image
         self._view = self.memory.data
         self._ends = [0]
 
@@ -208,15 +212,26 @@ class _Images:
         """Bytes of all images so far."""
         return self._ends[-1]
 
-    def append(self, data: bytes) -> None:
-        """Add an image."""
+    def room(self) -> memoryview:
+        """The memory behind the last image."""
+        if not len(self.memory):
+            try:
+                self.memory = _MEMORY.pop()
+            except IndexError:
+                self.memory = np.empty(_FIRST_BYTES, dtype=np.uint8)
+            self._view = self.memory.data
+        return self._view[self._ends[-1] :]
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Add an image; one that is a memoryview lies at the start of `room` already."""
         start = self._ends[-1]
         end = start + len(data)
-        if end > len(self.memory):
-            larger = np.empty(max(end, 2 * len(self.memory)), dtype=np.uint8)
-            larger[:start] = self.memory[:start]
-            self.memory, self._view = larger, larger.data
-        self._view[start:end] = data
+        if not isinstance(data, memoryview):
+            if len(data) > len(self.room()):
+                larger = np.empty(max(end, 2 * len(self.memory)), dtype=np.uint8)
+                larger[:start] = self.memory[:start]
+                self.memory, self._view = larger, larger.data
+            self._view[start:end] = data
         self._ends.append(end)
 
     def to_arrow(self) -> pa.Array:
@@ -228,74 +243,6 @@ class _Images:
     def clear(self) -> None:
         """Forget the images."""
         self._ends = [0]
-
-
-class HashedFile:
-    """A file being written and hashed at once; it gets its name in `finish`.
-
-    Before that its bytes lie beside `target` in a hidden file, or, for a remote target, in an unnamed temporary file.
-    """
-
-    closed = False  # pyarrow asks
-
-    def __init__(self, target: Place) -> None:
-        self._target = target
-        self._hash = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "shard-hasher")
-        self._hashing: Future[None] | None = None
-        self._size = 0
-        self._hidden: Path | None = None
-        if isinstance(target, Path):
-            self._hidden = target.parent / f".{target.name}.{os.getpid()}"
-        self._file: IO[bytes] = tempfile.TemporaryFile() if self._hidden is None else open(self._hidden, "wb")
-
-    def __enter__(self) -> "HashedFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-
-    def write(self, data: Any) -> int:
-        """Append `data`, a buffer. Raises OSError."""
-        view = memoryview(data)
-        self._hashing = self._hasher.submit(self._hash.update, view)
-        self._file.write(view)
-        self._size += view.nbytes
-        return view.nbytes
-
-    def settle(self) -> None:
-        """Wait until all that was written is hashed: the memory that it lay in is then free."""
-        if self._hashing is not None:
-            self._hashing.result()
-
-    def tell(self) -> int:
-        """Bytes so far."""
-        return self._size
-
-    def flush(self) -> None:
-        """Nothing to do before `finish`; pyarrow calls it."""
-
-    def finish(self) -> tuple[str, int]:
-        """Put the file in its place, on disk. Returns its SHA-256 and size."""
-        self._file.flush()
-        if self._hidden is not None and isinstance(self._target, Path):
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._hidden, self._target)
-        elif not isinstance(self._target, Path):
-            put_file(self._file, self._target)
-            self._file.close()
-        self._hasher.shutdown()
-        return self._hash.hexdigest(), self._size
-
-    def discard(self) -> None:
-        """Give the file up, unless it is in its place."""
-        self._hasher.shutdown()
-        self._file.close()
-        if self._hidden is not None:
-            self._hidden.unlink(missing_ok=True)
 
 
 def write_manifest(folder: Place, kind: str, split: str, shards: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
@@ -364,7 +311,7 @@ def check_output(out: Place, kind: str, split: str, overwrite: bool) -> None:
     for name, manifest in prepared_splits(out).items():
         if name == split and not overwrite:
             raise DataError(
-                f"{out / split}: holds another run's split ({manifest['rows']} rows, kind {manifest['kind']}); "
+                f"{out / split}: holds a finished split already ({manifest['rows']} rows, kind {manifest['kind']}); "
                 "give --overwrite to replace it, or another --out"
             )
         if name != split and manifest["kind"] != kind:

@@ -12,7 +12,7 @@ from typing import Any
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json
 from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
-from preprocessing.image_refs import FileImage, join
+from preprocessing.image_refs import image_in
 from preprocessing.nlvr_rows import Statement, nlvr_source, parse_label
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
@@ -86,7 +86,7 @@ def read_retrieval(files: Sequence[Place], images: str, excluded: ImageList, cle
         if owner.setdefault(image_id, name) != name:
             raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
         if name not in rows:
-            rows[name] = Row(name, (FileImage(join(images, name)),), {"caption": [], "image_id": image_id})
+            rows[name] = Row(name, (image_in(images, name),), {"caption": [], "image_id": image_id})
         texts = _strings(record, "caption", where)
         captions += len(texts)
         rows[name].columns["caption"].extend(cleaning.captions(texts, source.left_out))
@@ -120,7 +120,7 @@ def read_vqa(
         folder = visual_genome if visual_genome is not None and record.get("dataset") == "vg" else images
         image_id = _image_id(record, name, where)
         out = excluded.holds(name, image_id)
-        image = FileImage(join(folder, name))
+        image = image_in(folder, name)
         asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out))
     return asked
 
@@ -137,7 +137,7 @@ def read_nlvr(files: Sequence[Place], images: str, excluded: ImageList, cleaning
             identifier = field(record, "identifier", str, where)
         statements.append(
             Statement(
-                images=(FileImage(join(images, names[0])), FileImage(join(images, names[1]))),
+                images=(image_in(images, names[0]), image_in(images, names[1])),
                 pair=" + ".join(names),
                 sentence=cleaning.statement(field(record, "sentence", str, where)),
                 label=parse_label(record.get("label"), where),

@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from eve_ds.data.collate import Batch, collate
-from eve_ds.data.sampler import Block, EvalOrder, TrainOrder
+from eve_ds.data.collate import Batch, to_batch
+from eve_ds.data.faults import explain_worker_death, heed_parent_alone
+from eve_ds.data.readahead import ReadAhead
+from eve_ds.data.reading import Reader, Reading, SharedPictures, keep_freed_memory
+from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
 from preprocessing.schema import DataError
 
+# So many different corrupt rows stop no run, unless none is allowed: a share of few samples says little.
+FEW_CORRUPT = 3
 
-@dataclass(frozen=True)
-class _Failure:
-    """A user's mistake met in a worker process; torch would wrap the exception itself into a page of traceback."""
-
-    message: str
-
-
-_Item = tuple[Block, Batch | _Failure]
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Block -> (block, batch), in the shape of a map-style data set, as torch's DataLoader wants it."""
-
-    dataset: Samples
-    pad_to_multiple: int
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, block: Block) -> _Item:
-        try:
-            samples = [self.dataset[key] for key in zip(block.samples.tolist(), block.epochs.tolist(), strict=True)]
-        except DataError as error:
-            return block, _Failure(str(error))
-        batch = collate(samples, self.dataset.pad_id, self.dataset.max_text_length, self.pad_to_multiple)
-        if block.valid is not None:
-            batch["valid"] = torch.from_numpy(block.valid)
-        return block, batch
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -56,6 +37,8 @@ class Loader:
         position: samples of all ranks that were handed out, for checkpoints. A training loader goes on from there when
             it is iterated again; an evaluation loader starts anew.
         wait_seconds: time spent waiting for batches so far.
+        replaced: samples handed out so far in the place of corrupt ones.
+        drawn: [sources] int64, samples handed out so far of each part of the data set (`dataset.split.parts`).
     """
 
     def __init__(
@@ -65,15 +48,21 @@ class Loader:
         start: int,
         num_workers: int,
         prefetch: int,
-        pad_to_multiple: int,
+        reader: Reader,
+        max_corrupt: float,
     ) -> None:
         self.dataset = dataset
         self.order = order
         self.position = start
         self.wait_seconds = 0.0
+        self.replaced = 0
+        self.drawn = np.zeros(len(dataset.split.parts), dtype=np.int64)
+        self._ends = np.cumsum([samples for _, samples in dataset.split.parts])
         self._prefetch = prefetch
         self._num_workers = num_workers
-        self._reader = _Reader(dataset, pad_to_multiple)
+        self._reader = reader
+        self._max_corrupt = max_corrupt
+        self._corrupt_rows: set[str] = set()
 
     def __len__(self) -> int:
         """Micro-batches of one pass. Raises TypeError for a training loader, which has no end."""
@@ -84,56 +73,109 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if isinstance(self.order, EvalOrder):
             self.position = 0
-        source = self._from_workers() if self._num_workers else self._read_ahead()
+        pictures = self._pictures() if self._num_workers else None
+        source = self._from_workers(pictures) if self._num_workers else self._read_ahead()
         try:
-            while (item := self._next(source)) is not None:
-                block, batch = item
-                if isinstance(batch, _Failure):
-                    raise DataError(batch.message)
-                self.position = block.end
-                yield batch
+            while (reading := self._next(source)) is not None:
+                if reading.failure is not None:
+                    raise DataError(reading.failure)
+                self._account(reading)
+                arrays = reading.arrays
+                if pictures is not None and reading.slot is not None:
+                    arrays = arrays | pictures.look_at(reading.slot, len(reading.block.samples))
+                yield to_batch(arrays)
         finally:
             # Ends the readers here and now. Left to the garbage collector (a traceback keeps this frame alive), torch's
             # queues go before its workers do, and each of these is then waited for in vain for five seconds.
             del source
 
-    def _next(self, source: Iterator[_Item]) -> _Item | None:
+    def _next(self, source: Iterator[Reading]) -> Reading | None:
         began = time.perf_counter()
         try:
             return next(source, None)
+        except RuntimeError as error:
+            if line := explain_worker_death(error):
+                raise DataError(line) from error
+            raise
         finally:
             self.wait_seconds += time.perf_counter() - began
 
-    def _from_workers(self) -> Iterator[_Item]:
-        """Read in processes. They live as long as the iterator: an evaluation's do not idle through the training."""
-        blocks: Any = self.order.blocks(self.position)
-        reader: Any = self._reader
-        return iter(
-            DataLoader(
-                reader,
-                batch_size=None,  # a block is a batch already
-                sampler=blocks,
-                num_workers=self._num_workers,
-                prefetch_factor=self._prefetch,
-                collate_fn=_as_it_is,
-                # torch draws a seed for its workers, which need none: not from the global stream, which dropout reads.
-                generator=torch.Generator(),
+    def _account(self, reading: Reading) -> None:
+        """Count what is handed out; raise DataError when too many of the rows seen so far were corrupt."""
+        self.position = reading.block.end
+        sources = np.searchsorted(self._ends, reading.block.samples, side="right")
+        self.drawn += np.bincount(sources, minlength=len(self.drawn))
+        self.replaced += len(reading.replaced)
+        new = [each for each in reading.replaced if each.where not in self._corrupt_rows]
+        for each in new:
+            log.warning("%s", each.message)
+        self._corrupt_rows |= {each.where for each in new}
+        seen = min(int(self.drawn.sum()), len(self.dataset))
+        if new and len(self._corrupt_rows) > max(FEW_CORRUPT, self._max_corrupt * seen):
+            raise DataError(
+                f"{len(self._corrupt_rows)} corrupt rows among {seen} samples, more than data.max_corrupt="
+                f"{self._max_corrupt:g}; `python -m preprocessing verify` finds them all; the last: {new[-1].message}"
             )
-        )
 
-    def _read_ahead(self) -> Iterator[_Item]:
+    def _pictures(self) -> SharedPictures:
+        # A worker's next batch is asked for when one of its batches is taken, but before that one is a tensor.
+        slots = self._num_workers * self._prefetch + 1
+        dataset = self.dataset
+        size = self.order.micro_batch_size
+        return SharedPictures(slots, dataset.pictures, size, dataset.transform.image_size)
+
+    def _from_workers(self, pictures: SharedPictures | None) -> Iterator[Reading]:
+        """Read in processes. They live as long as the iterator: an evaluation's do not idle through the training."""
+        numbered: Any = enumerate(self.order.blocks(self.position))
+        reader: Any = replace(self._reader, pictures=pictures)
+        context = multiprocessing.get_context("fork")  # SharedPictures asks for it
+        # Born so, they have no thread, not even one that a library starts at the fork, that SIGTERM could end them in.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            # As many descriptors and semaphores as the processes will take. Where they are wanting, better to learn it
+            # here: an iterator of torch's that is half made ends in a page of traceback.
+            queues = [context.Queue() for _ in range(2 * self._num_workers + 1)]
+            del queues
+            return iter(
+                DataLoader(
+                    reader,
+                    batch_size=None,  # a block is a batch already
+                    sampler=numbered,
+                    num_workers=self._num_workers,
+                    prefetch_factor=self._prefetch,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_start_reader,
+                    multiprocessing_context=context,
+                    # torch draws a seed for its workers, which need none: not from the global stream, dropout's.
+                    generator=torch.Generator(),
+                )
+            )
+        except OSError as error:  # semaphores live in /dev/shm; and processes and descriptors may be limited
+            raise DataError(
+                f"data.num_workers={self._num_workers}: the processes cannot be started ({error.strerror}); free or "
+                "enlarge /dev/shm, raise `ulimit -n` and `ulimit -u`, or lower data.num_workers"
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _read_ahead(self) -> Iterator[Reading]:
         """Read in a thread of this process, `prefetch` batches ahead: decoders and torch release the Python lock."""
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        pending: deque[Future[_Item]] = deque()
+        pending: deque[Future[Reading]] = deque()
         try:
-            for block in self.order.blocks(self.position):
-                pending.append(pool.submit(self._reader.__getitem__, block))
+            for numbered in enumerate(self.order.blocks(self.position)):
+                pending.append(pool.submit(self._reader.__getitem__, numbered))
                 if len(pending) > self._prefetch:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_reader(worker: int) -> None:
+    heed_parent_alone(worker)
+    keep_freed_memory()
 
 
 def _as_it_is(value: Any) -> Any:
@@ -153,6 +195,9 @@ def build_loader(
     num_workers: int = 0,
     prefetch: int = 2,
     pad_to_multiple: int = 1,
+    window: int = 0,
+    weights: tuple[float, ...] | None = None,
+    max_corrupt: float = 0.0,
 ) -> Loader:
     """Micro-batches for one rank: endless and shuffled for training, each sample once and in order for evaluation.
 
@@ -168,8 +213,15 @@ def build_loader(
         num_workers: processes; 0 reads in a thread of this one.
         prefetch: batches read ahead, by each worker.
         pad_to_multiple: of the text length.
+        window: shuffle within windows of so many samples, which read network file systems sequentially (sampler.py);
+            0 shuffles fully; training alone.
+        weights: of the parts of `dataset.split`, in proportion to which they are drawn; None draws each sample equally
+            often; training alone.
+        max_corrupt: share of corrupt rows, of the samples seen, beyond which training stops; a corrupt sample is
+            replaced by its neighbour until then. 0 stops at the first one, as evaluation always does.
     Raises:
-        DataError: more ranks x workers than rows. While iterating: an unreadable shard or row, which it names.
+        DataError: more ranks x workers than rows. While iterating: an unreadable shard or row, which it names, or the
+            death of a worker.
     """
     least = min(micro_batch_size, world_size, prefetch, pad_to_multiple)
     if least < 1 or num_workers < 0 or not 0 <= rank < world_size:
@@ -177,16 +229,32 @@ def build_loader(
             f"micro_batch_size={micro_batch_size}, world_size={world_size}, prefetch={prefetch}, pad_to_multiple="
             f"{pad_to_multiple} must be at least 1, num_workers={num_workers} at least 0, rank={rank} below world_size"
         )
-    order: TrainOrder | EvalOrder
-    if train:
-        readers = world_size * max(num_workers, 1)
-        if readers > dataset.rows:
-            raise DataError(
-                f"{dataset.split.directory}: {dataset.rows} rows are fewer than {world_size} ranks x "
-                f"{max(num_workers, 1)} workers = {readers}; use fewer ranks, fewer data.num_workers or more data"
-            )
-        order = TrainOrder(len(dataset), micro_batch_size, world_size, rank, seed)
-    else:
+    if not train:
         size = len(dataset) if limit is None else min(limit, len(dataset))
-        order = EvalOrder(size, micro_batch_size, world_size, rank)
-    return Loader(dataset, order, start_sample if train else 0, num_workers, prefetch, pad_to_multiple)
+        reader = Reader(dataset, pad_to_multiple, replace=False)
+        evaluation = EvalOrder(size, micro_batch_size, world_size, rank)
+        return Loader(dataset, evaluation, 0, num_workers, prefetch, reader, max_corrupt)
+    _check_readers(dataset, world_size, max(num_workers, 1))
+    order = TrainOrder(_stream(dataset, seed, window, weights), micro_batch_size, world_size, rank)
+    read_ahead = ReadAhead(dataset.split, order, window) if window else None
+    reader = Reader(dataset, pad_to_multiple, replace=max_corrupt > 0, read_ahead=read_ahead)
+    return Loader(dataset, order, start_sample, num_workers, prefetch, reader, max_corrupt)
+
+
+def _check_readers(dataset: Samples, world_size: int, workers: int) -> None:
+    if world_size * workers > dataset.rows:
+        raise DataError(
+            f"{dataset.split.name}: {dataset.rows} rows are fewer than {world_size} ranks x {workers} workers = "
+            f"{world_size * workers}; use fewer ranks, fewer data.num_workers or more data"
+        )
+
+
+def _stream(dataset: Samples, seed: int, window: int, weights: tuple[float, ...] | None) -> Shuffle | Mixture:
+    if window and window < WINDOW_BLOCKS:
+        raise ValueError(f"window={window}: must be 0 or at least {WINDOW_BLOCKS}")
+    sizes = tuple(samples for _, samples in dataset.split.parts)
+    if weights is None:
+        return Shuffle(len(dataset), seed, window)
+    if len(weights) != len(sizes) or min(weights) <= 0:
+        raise ValueError(f"weights={weights}: must be {len(sizes)} positive numbers")
+    return Mixture(sizes, weights, seed, window)

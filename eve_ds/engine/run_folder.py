@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,10 @@ FREE = (
     "deepspeed_config",
     "engine.expert_parallel_size",
     "engine.micro_batch_size",
+    "data.max_corrupt",
 )
+LOCK = ".lock"
+_held: list[int] = []  # descriptors of locks: closed, they would be given up
 
 
 def claim(config: PretrainConfig | FinetuneConfig) -> Path:
@@ -34,7 +40,8 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     run: to raise it trains on, along the longer schedule. Called by all ranks.
 
     Raises:
-        UserError: no folder named, it holds another run (the first differing key is named) or files that are no run.
+        UserError: no folder named, it holds another run (the first differing key is named) or files that are no run, or
+            a run is going on in it.
     """
     if not config.output_dir:
         raise UserError("--output_dir is missing; name a folder for checkpoints, metrics and the resolved config")
@@ -42,7 +49,7 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     stored = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
-    others = {path.name for path in folder.iterdir()} - {stored.name} if folder.is_dir() else set()
+    others = {path.name for path in folder.iterdir()} - {stored.name, LOCK} if folder.is_dir() else set()
     if stored.is_file() and others:  # a config alone is what a start that failed has left
         if not config.checkpoint.resume:
             raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
@@ -62,9 +69,33 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
     if dist.is_initialized():
         dist.barrier()  # all ranks have looked before rank 0 writes
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    free = [_lock(folder) if first else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(free, src=0)
+    if not free[0]:
+        raise UserError(
+            f"--output_dir {folder}: another process trains or scores in it; wait for its end, or choose another folder"
+        )
+    if first:
         config_tree.save(config, stored)
     return folder
+
+
+def _lock(folder: Path) -> bool:
+    """Keep other runs out of the folder until this process ends, however it does; False if one is in it.
+
+    A file system without locks keeps nobody out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that
+    except OSError as error:
+        os.close(descriptor)
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    _held.append(descriptor)
+    return True
 
 
 def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -5,56 +5,75 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
+from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
-from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.errors import RankError, UserError
+from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.schema import ANSWER_LIST, DataError
+from preprocessing.schema import ANSWER_LIST
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
-Batches = Iterator[dict[str, torch.Tensor]]
 
 
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer named in the config, or the one beside the weights that the run starts from."""
     path: str | Path | None = config.data.tokenizer
-    if path is None and config.init_from:
-        path = ModelFolder.find(config.init_from).tokenizer
-    if path is None:
+    trained = ModelFolder.find(config.init_from).tokenizer if config.init_from else None
+    if path is None and trained is None:
         raise UserError(
             "--data.tokenizer is missing; name the folder that `python -m preprocessing tokenizer train` wrote"
         )
-    return Tokenizer.load(path)
+    found = Tokenizer.load(path or trained or "")
+    if path is not None and trained is not None and (difference := found.difference(Tokenizer.load(trained))):
+        raise UserError(
+            f"--data.tokenizer {path} is not the tokenizer that {config.init_from} was trained with ({trained}): "
+            f"{difference}; leave --data.tokenizer out to take the latter"
+        )
+    if isinstance(config, FinetuneConfig) and trained is None and found.vocab_size < config.model.vocab_size * 15 // 16:
+        # Weights that come without their tokenizer: their vocabulary may be padded a little, no more.
+        raise UserError(
+            f"--data.tokenizer {path}: has {found.vocab_size} entries, the model {config.model.vocab_size}; name the "
+            "tokenizer that the weights were trained with"
+        )
+    return found
 
 
 def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Samples:
-    """The samples of a split of ``data.path``, of the kind that the task needs."""
-    if not config.data.path:
+    """The samples of a split, of the kind that the task needs: in training those of all sources."""
+    data, model = config.data, config.model
+    if not data.home:
         raise UserError(
             "--data.path is missing; name a prepared data set (preprocessing/README.md says how to make one)"
         )
-    data, model = config.data, config.model
     scale = data.crop_scale if train else None
     transform = build_transform(model.image_size, train, data.augmentation, scale, data.flip, config.engine.seed)
-    folder, arguments = Path(data.path) / split, (tokenizer, transform, model.max_text_length, model.vocab_size)
+    roots = [source.path for source in data.sources] if train and data.sources else [data.home]
     task = getattr(config, "task", "pretrain")
-    if task == "vqa":
-        return VqaSamples(folder, *arguments, num_answers=len(read_answer_list(data.path)))
-    return NlvrSamples(folder, *arguments) if task == "nlvr" else CaptionSamples(folder, *arguments)
+    kinds: dict[str, type[Samples]] = {"vqa": VqaSamples, "nlvr": NlvrSamples}
+    samples = kinds.get(task, CaptionSamples)
+    splits = [open_split(root, split, samples.kind) for root in roots]
+    joined = splits[0] if len(splits) == 1 else JoinedSplit(splits)
+    arguments = (joined, tokenizer, transform, model.max_text_length, model.vocab_size)
+    if samples is VqaSamples:
+        answers = read_answer_list(data.home)
+        for root in roots:
+            if root != data.home and read_answer_list(root) != answers:
+                raise UserError(
+                    f"{root}/{ANSWER_LIST} and {data.home}/{ANSWER_LIST} differ; prepare the former with "
+                    f"--answer-list {data.home}/{ANSWER_LIST}"
+                )
+        return VqaSamples(*arguments, num_answers=len(answers))
+    return samples(*arguments)
 
 
 def total_steps(config: Config, count: int) -> int:
@@ -71,53 +90,17 @@ def total_steps(config: Config, count: int) -> int:
     return steps
 
 
-def check_batch(config: Config, rows: int) -> None:
-    """Raise UserError, before anything is joined, if the batch or the ranks do not fit the world or the data."""
-    world_size = launched_world()[1]
-    batch_shape(config.engine, world_size)
-    workers = max(config.data.num_workers, 1)
-    if world_size * workers > rows:
-        raise UserError(
-            f"{config.data.path}: {rows} rows are fewer than {world_size} ranks x {workers} workers; use fewer ranks, "
-            "lower data.num_workers, or prepare more data"
-        )
-
-
-def training_batches(config: Config, samples: Samples, start_step: int) -> Batches:
-    """This rank's micro-batches from optimizer step ``start_step`` on, without end."""
-    start = start_step * config.engine.global_batch_size
-    return _batches(config, samples, seed=config.engine.seed, start_sample=start)
-
-
-def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Batches:
-    """This rank's part of a split in order, each sample once (repeats that make ranks even have ``valid`` False)."""
-    return _batches(config, samples, train=False, limit=limit)
-
-
-def _batches(config: Config, samples: Samples, **options: Any) -> Batches:
-    """A row that this rank alone reads is this rank's to complain of."""
-    rank, world_size, _ = launched_world()
-    micro, _ = batch_shape(config.engine, world_size)
-    workers = config.data.num_workers
-    try:
-        yield from build_loader(
-            samples, micro_batch_size=micro, world_size=world_size, rank=rank, num_workers=workers, **options
-        )
-    except DataError as error:
-        raise RankError(f"rank {rank}: {error}") from error
-
-
 def check_answer_list(config: FinetuneConfig) -> None:
-    """Raise UserError if the head was trained on other answers than ``data.path`` has, or on another order of them."""
+    """Raise UserError if the head was trained on other answers than the data have, or on another order of them."""
     head = ModelFolder.find(config.init_from or "").weights.parent
     if not (head / ANSWER_LIST).is_file():
         return  # published files come without
-    trained, prepared = read_answer_list(head), read_answer_list(config.data.path)
+    trained, prepared = read_answer_list(head), read_answer_list(config.data.home)
     if trained != prepared:
         place = next((i for i, pair in enumerate(zip(trained, prepared, strict=False)) if pair[0] != pair[1]), None)
         where = "their lengths" if place is None else f"answer {place}: {trained[place]!r} and {prepared[place]!r}"
         raise UserError(
-            f"{head / ANSWER_LIST} and {config.data.path}/{ANSWER_LIST} differ in {where}; prepare the data with "
+            f"{head / ANSWER_LIST} and {config.data.home}/{ANSWER_LIST} differ in {where}; prepare the data with "
             "--answer-list, naming the former"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import checkpoint
+from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.manifest import Manifest, Topology
@@ -65,6 +66,8 @@ class Trainer:
         self.is_main = self.rank == 0
         self.step = self.start_step = 0
         self.stopped_early = False
+        self._counts: dict[str, float] = {}  # of all ranks, since the run began
+        self._counts_before: dict[str, float] = {}  # before this process
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.micro_batch_of_all_ranks = settings["train_micro_batch_size_per_gpu"] * self.world_size  # samples
@@ -86,6 +89,7 @@ class Trainer:
         if path is not None:
             manifest = checkpoint.load(self.engine, path, self.topology)
             self.step = self.start_step = manifest.step
+            self._counts_before = manifest.state.get("counts", {})
             self._tell_changes(path, manifest)
         return self.start_step
 
@@ -119,7 +123,7 @@ class Trainer:
                 for parameter in parameters:
                     parameter.ds_active_sub_modules.discard(_OUTSIDE)
 
-    def fit(self, batches: Iterator[Batch]) -> None:
+    def fit(self, batches: TrainingBatches) -> None:
         """Train from ``start_step`` to ``total_steps`` on micro-batches that begin with the next sample to be seen."""
         try:
             with StopRequest() as stop:
@@ -130,12 +134,11 @@ class Trainer:
                     self._between_steps()
                 self._tell("fit_end")
         finally:
-            if isinstance(batches, Generator):
-                batches.close()  # ends the loader's workers at once
+            batches.close()
             for callback in self.callbacks:
                 callback.close(self)
 
-    def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> dict[str, float]:
+    def _train_step(self, batches: TrainingBatches, stop: StopRequest) -> dict[str, float]:
         """One optimizer step; returns its record: means over the global batch."""
         began = time.perf_counter()
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
@@ -160,7 +163,13 @@ class Trainer:
                     [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair]
                 )
                 totals[name] = totals[name] + value if name in totals else value
+        counts = batches.counts()
+        # The ranks' mean: of one rank's slow disk, the others see nothing but a slow collective.
+        for name, number in {"waited": waited / self.world_size, **counts}.items():
+            totals[name] = torch.tensor([number, 1 / self.world_size], dtype=torch.float64, device=self.device)
         means, asked_to_stop = self._reduce(totals, stop.requested)
+        waited = means.pop("waited")
+        self._counts = {name: self._counts_before.get(name, 0.0) + means.pop(name) for name in counts}
         self.step += 1
         self.stopped_early = asked_to_stop
         seconds = time.perf_counter() - began
@@ -174,7 +183,8 @@ class Trainer:
             "grad_norm": float(norm) if norm is not None else 0.0,
             "samples_per_second": samples / seconds,
             "step_seconds": seconds,
-            "data_wait_fraction": waited / seconds,
+            "data/wait_fraction": waited / seconds,
+            **self._counts,
         }
 
     def _set_lr(self) -> float:
@@ -203,6 +213,7 @@ class Trainer:
         every = self.config.checkpoint.every
         if last or self.stopped_early or (every and self.step % every == 0):
             state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
+            state["counts"] = self._counts
             path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
             if self.is_main:
                 checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)

@@ -6,7 +6,7 @@ Shapes: B samples, P patches, K kept patches, L text tokens, N = all tokens (cla
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.moe import IMAGE, TEXT, MoE
 
 
-@dataclass
-class BackboneOutput:
+class BackboneOutput(NamedTuple):
     """What the backbone makes of a batch.
 
     Attributes:

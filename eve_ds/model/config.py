@@ -137,6 +137,14 @@ class ModelConfig:
             )
         except (KeyError, TypeError) as error:
             raise ModelConfigError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
+        for name in _POSITIVE:
+            if not isinstance(getattr(config, name), int):
+                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a whole number")
+        for name in ("drop_path", "aux_loss_weight"):
+            if not isinstance(getattr(config, name), int | float):
+                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a number")
+        if not all(isinstance(layer, int) for layer in config.soft_layers):
+            raise ModelConfigError(f"{path}: moeffn_layers={config.soft_layers} are not whole numbers")
         if config.activation not in ("gelu", "quick_gelu"):
             raise ModelConfigError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
         if raw.get("relative_position_embed"):

@@ -70,6 +70,8 @@ def _config(options: Any) -> Config:
         engine = dataclasses.replace(engine, expert_parallel_size=options.expert_parallel_size)
     if options.micro_batch_size is not None:
         engine = dataclasses.replace(engine, micro_batch_size=options.micro_batch_size)
+    if options.zero not in (None, 1, 2, 3):
+        raise UserError(f"--zero {options.zero}: the stages that ds_configs has files for are 1, 2 and 3")
     file = options.deepspeed_config if options.zero is None else f"ds_configs/zero{options.zero}.json"
     config: Config = dataclasses.replace(options, engine=engine, deepspeed_config=file)
     return config
@@ -104,8 +106,8 @@ def parse_bytes(text: str) -> int:
         value = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
     except (ValueError, KeyError):
         value = 0.0
-    if value < 1:
-        raise UserError(f"--device_memory={text}: give a number of bytes, as in 80GiB, 24GB or 24e9")
+    if value < 2**20:
+        raise UserError(f"--device_memory={text}: give a number of bytes, at least a MiB, as in 80GiB, 24GB or 24e9")
     return int(value)
 
 

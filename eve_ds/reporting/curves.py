@@ -23,15 +23,15 @@ TITLES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "samples_per_second": "Samples per second",
-    "data_wait_fraction": "Share of time waiting for data",
+    "wait_fraction": "Share of time waiting for data",
     "txt_r1": "Recall at 1: caption of a picture",
     "img_r1": "Recall at 1: picture of a caption",
     "soft_accuracy": "VQA accuracy over the answer list",
 }
 ORDER = ["loss", "mim_loss", "mlm_loss", "mlm_accuracy", "itc_loss", "itm_loss"]
-ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "data_wait_fraction", "aux_loss"]
-FROM_ZERO = {"lr", "samples_per_second", "data_wait_fraction", "mlm_accuracy"}
-NO_CHART = re.compile(r"step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
+ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_loss"]
+FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy"}
+NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
 SPLITS = {"": "training", "val": "held out", "test": "test"}
 
 
@@ -69,6 +69,9 @@ def group_curves(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
     groups: dict[str, dict[str, Curve]] = {}
     for key, curve in curves.items():
         split, _, name = key.rpartition("/")
+        if split == "data/samples":
+            continue
+        split = "" if split == "data" else split  # the loader's figures are training's
         if not NO_CHART.fullmatch(name) and any(math.isfinite(value) for value in curve.values):
             groups.setdefault(name, {})[split] = curve
 
@@ -94,7 +97,7 @@ def _chart(stage: Stage, name: str, curves: dict[str, Curve]) -> Html:
 def _last(name: str, line: Line) -> str:
     """The figure beside a chart's title: a typical value for what jitters, the last value for what is learnt."""
     finite = [value for value in line.curve.values if math.isfinite(value)]
-    if name in ("samples_per_second", "data_wait_fraction", "grad_norm"):
+    if name in ("samples_per_second", "wait_fraction", "grad_norm"):
         return f"median {np.median(finite):.3g}"
     if name == "lr":
         return f"peak {max(finite):.3g}"

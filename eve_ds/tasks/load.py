@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from eve_ds.weights.model_folder import ModelFolder
 from eve_ds.weights.published import published_config
 from preprocessing.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 Config = TypeVar("Config", ModelConfig, ObjectiveConfig)
 
@@ -55,10 +58,19 @@ def load_task_model(
     state = load_weights(files.weights)
     config = replace(_model_config(files, vlmo_config, image_size, state), capacity_factor=capacity_factor)
     if is_published(state):
-        state = from_published(state, config)
+        try:
+            state = from_published(state, config)
+        except WeightsError as error:
+            raise WeightsError(f"{files.weights}: {error}") from error
     backbone = Backbone(config, published_routing=published_routing)
-    model = build_for(task, backbone, state, files)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the file lacks has the same first values at each call
+        model = build_for(task, backbone, state, files)
     may_lack = model.heads if task == "pretrain" else ()
+    if may_lack and not any(name.startswith(may_lack) for name in state):
+        log.warning(
+            "%s holds no decoders of pre-training: they have first values; use the backbone alone", files.weights
+        )
     own = {name: tensor for name, tensor in state.items() if name.startswith(("backbone.", *model.heads))}
     load_state(model, resize_positions(own, config), files.weights, may_lack)
     model.pad_text_to = config.max_text_length if published_routing else None

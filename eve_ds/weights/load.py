@@ -35,7 +35,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}``, ``{"module": {...}}`` or the
             tensors themselves. What else lies beside "model" (an optimizer, the script's options) is read and dropped.
     Raises:
-        WeightsError: no such file, unreadable, or not a dictionary of tensors.
+        WeightsError: no such file, unreadable, not a dictionary of tensors, or values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,7 +44,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _finite(path, load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace]):  # a script's options, saved beside: plain data
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -54,6 +54,15 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(_named_tensor(*item) for item in state.items()):
         raise WeightsError(f"{path}: holds neither tensors by name nor {{'model': tensors by name}}")
+    return _finite(path, state)
+
+
+def _finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise WeightsError(
+            f"{path}: holds values that are no finite numbers ({listed(bad)}); take an earlier checkpoint"
+        )
     return state
 
 
@@ -112,6 +121,13 @@ def check_fit(
     ]
     if shapes:
         faults.append(f"other sizes: {listed(shapes)}")
+    kinds = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in state.items()
+        if name in own and own[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if kinds:
+        faults.append(f"not of floating point: {listed(kinds)}")
     if faults:
         raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
     return missing, unknown

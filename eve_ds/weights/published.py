@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eve_ds.model.config import ModelConfig, ModelConfigError
+from eve_ds.model.config import ModelConfig
 from eve_ds.weights.positions import POSITIONS
 
 # In published files and here.
@@ -27,12 +27,9 @@ def published_config(
         state: published or EVE-DS names.
         image_size: pictures' side, pixels. None: as the weights have it.
     Raises:
-        ModelConfigError: as ``ModelConfig.from_vlmo``, or a value has the wrong type.
+        ModelConfigError: as ``ModelConfig.from_vlmo``.
     """
-    try:
-        config = sized_as(ModelConfig.from_vlmo(vlmo_config), state)
-    except TypeError as error:
-        raise ModelConfigError(f"{vlmo_config}: a value has the wrong type ({error})") from error
+    config = sized_as(ModelConfig.from_vlmo(vlmo_config), state)
     if image_size is not None:
         config = replace(config, image_size=image_size)
     config.check()

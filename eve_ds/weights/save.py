@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, sync
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:
@@ -54,11 +53,11 @@ def replacing(out: Path) -> Iterator[Path]:
             new = Path(scratch) / out.name
             yield new
             for path in (*new.rglob("*"), new):
-                _sync(path)
+                sync(path)
             if out.is_dir():
                 out.rename(Path(scratch) / "replaced")
             new.replace(out)
-            _sync(out.parent)
+            sync(out.parent)
     except OSError as error:
         raise DataError(
             f"--out {out}: cannot be written ({error.strerror}); make room or choose another place"
@@ -86,11 +85,3 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path.name}: cannot be written ({reason}); make room or choose another place") from error
     path.chmod(0o644)  # safetensors makes files that nobody else may read
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

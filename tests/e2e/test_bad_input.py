@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +81,21 @@ def test_the_report_names_a_damaged_file(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
     assert result.returncode == 2 and "metrics.json" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_port_that_is_taken_is_named(data: Path, tmp_path: Path) -> None:
+    options = [f"--config={TINY}", f"--data.path={data / 'captions'}", f"--data.tokenizer={data / 'tokenizer'}"]
+    options += [f"--output_dir={tmp_path / 'run'}", "--engine.expert_parallel_size=1", "--logging.wandb=false"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = subprocess.run(
+            [sys.executable, "-m", "eve_ds.pretrain", *options],
+            cwd=REPOSITORY,
+            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert len(errors) == 1 and f"127.0.0.1:{port}" in errors[0] and "--master_port" in errors[0], result.stderr

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eve_ds.config import load_model_config
 from eve_ds.convert import main
-from eve_ds.errors import run_command
+from eve_ds.errors import exit_code
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
 from eve_ds.tasks import load_task_model
@@ -51,9 +51,11 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def run(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(main)
-        return Ended(ended.value.code, *capsys.readouterr())
+        try:
+            code: object = exit_code(main)
+        except SystemExit as ended:  # --help
+            code = ended.code
+        return Ended(code, *capsys.readouterr())
 
     return run
 
@@ -290,6 +292,10 @@ MISTAKES = {
     ),
     "unknown option": (["from-beit", "--chekpoint", "x"], "--chekpoint"),
     "existing": (["from-beit", "--checkpoint", "{beit}", "--config", TINY, "--out", "{kept}"], "--overwrite"),
+    "onto itself": (
+        ["to-published", "--checkpoint", "{wide}", "--out", "{kept}/../wide.safetensors", "--overwrite"],
+        "is the very file to convert",
+    ),
     "no room of ours": (["from-beit", "--checkpoint", "{beit}", "--config", TINY, "--out", "{beit}/x"], "beit.pth/x"),
 }
 

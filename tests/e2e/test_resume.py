@@ -14,22 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import ranks
-from tests.support.shards import make_caption_set, tiny_tokenizer
 
 STEPS, TOLERANCE = 9, 1e-5
 ZERO_3 = "--deepspeed_config=ds_configs/zero3.json"
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    make_caption_set(folder / "captions", rows=24, split="train")
-    make_caption_set(folder / "captions", rows=6, split="val")
-    tiny_tokenizer(folder / "tokenizer")
+def arguments(tiny_run: list[str]) -> list[str]:
     return [
-        "--config=tests/e2e/tiny.yaml",
-        f"--data.path={folder / 'captions'}",
-        f"--data.tokenizer={folder / 'tokenizer'}",
+        *tiny_run,
         "--engine.precision=fp32",
         "--engine.micro_batch_size=null",
         "--model.drop_path=0",
@@ -46,7 +39,7 @@ def train(arguments: list[str], output: Path, world_size: int, *options: str) ->
 
 def learnt(output: Path) -> dict[int, dict[str, float]]:
     """Of each training step, what does not depend on the clock."""
-    timed = ("samples_per_second", "step_seconds", "data_wait_fraction")
+    timed = ("samples_per_second", "step_seconds", "data/wait_fraction")
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {int(r["step"]): {k: v for k, v in r.items() if k not in timed} for r in found if "lr" in r}
 

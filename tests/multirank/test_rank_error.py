@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from eve_ds.data.sampler import TrainOrder
+from eve_ds.data.sampler import Shuffle, TrainOrder
 from tests.support import ranks
 from tests.support.shards import picture, tiny_tokenizer, write_split
 
@@ -14,7 +14,7 @@ ROWS, MICRO, WORLD = 12, 2, 2
 
 def row_of_rank_one() -> int:
     """The first row that rank 1 reads for the second optimizer step (of two micro-batches each), and nobody before."""
-    blocks = TrainOrder(ROWS, MICRO, WORLD, rank=1).blocks()
+    blocks = TrainOrder(Shuffle(ROWS, seed=0), MICRO, WORLD, rank=1).blocks()
     return int(next(islice(blocks, 2, None)).samples[0])
 
 
@@ -32,6 +32,7 @@ def test_the_rank_that_cannot_read_a_row_names_it(tmp_path: Path) -> None:
         "data.path": tmp_path / "data",
         "data.tokenizer": tmp_path / "tokenizer",
         "data.val_split": "null",
+        "data.max_corrupt": 0,
         "engine.micro_batch_size": MICRO,
         "logging.wandb": "false",
         "output_dir": tmp_path / "run",
@@ -43,5 +44,6 @@ def test_the_rank_that_cannot_read_a_row_names_it(tmp_path: Path) -> None:
     assert len(errors) == 1, outputs[1]
     words = ["rank 1", f"shard-{bad // 5:05d}.arrow", f"row {bad % 5}"]
     assert all(word in errors[0] for word in words), errors[0]
-    assert started[0].returncode != 0, outputs[0]
+    assert started[0].returncode == 3 and "Traceback" not in outputs[0], outputs[0]
+    assert "rank 0: another rank has ended; its message says why" in outputs[0].splitlines(), outputs[0]
     assert not (tmp_path / "run" / "model").exists()

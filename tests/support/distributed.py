@@ -108,3 +108,4 @@ def _rank(
         Path(folder, f"failure-{time.time_ns()}-{rank}.txt").write_text(report, encoding="utf-8")
         # Not sys.exit: tearing down a broken process group can hang.
         os._exit(1)
+    os._exit(0)  # a thread of gloo that lets go of a tensor while the interpreter is taken down aborts (errors.py)

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
+
+from preprocessing import places
 
 BUCKET = "bucket"
 
@@ -53,11 +56,17 @@ class S3:
 
 @contextmanager
 def s3_server() -> Iterator[S3]:
-    """Run a server for the length of the block."""
+    """Run a server for the length of the block, in which s3:// is its."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
-        yield S3(server.get_host_and_port()[1])
+        found = S3(server.get_host_and_port()[1])
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in found.environment.items():
+                patch.setenv(name, value)
+            places._filesystem.cache_clear()
+            yield found
     finally:
+        places._filesystem.cache_clear()
         server.stop()

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from eve_ds.data.sources import AnySplit
 from preprocessing.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION, dump_json, write_atomic
 from preprocessing.tokenizer import Tokenizer, train_tokenizer
 
@@ -83,6 +84,15 @@ def write_manifest(folder: Path, kind: str, split: str, shards: Sequence[dict[st
     }
     write_atomic(folder / MANIFEST, dump_json(manifest))
     return folder
+
+
+def texts(split: AnySplit, column: str) -> list[str]:
+    """The caption, question or statement of every sample of a split, in order."""
+    found = []
+    for index in range(split.samples):
+        _, row, item = split.sample(index)
+        found.append(row.item(column, item))
+    return found
 
 
 def make_caption_set(

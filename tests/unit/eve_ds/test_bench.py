@@ -17,7 +17,7 @@ from eve_ds.benchmarks.gemm import Product, expert_products
 from eve_ds.benchmarks.references import DeepSpeedMoE, ReferenceAttention, einsum_moe, plain_core, sdpa_core
 from eve_ds.benchmarks.timing import Candidate, extra_bytes, in_turn
 from eve_ds.config import PretrainConfig, parse
-from eve_ds.errors import UserError, run_command
+from eve_ds.errors import UserError, exit_code
 from eve_ds.model.attention import Attention, key_bias
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.flops import mlp
@@ -254,10 +254,9 @@ def test_a_copy_counts_what_is_read_and_written() -> None:
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], culprit: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: bench.main([*arguments, *(["--threads", "1"] if len(arguments) > 1 else [])]))
+    code = exit_code(lambda: bench.main([*arguments, *(["--threads", "1"] if len(arguments) > 1 else [])]))
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and culprit in error
+    assert code == 2 and error.count("\n") == 1 and culprit in error
 
 
 def test_without_the_tests_folder_the_reference_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

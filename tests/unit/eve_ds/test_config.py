@@ -58,6 +58,8 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path: Path) -
         (["--optimizer.betas", "[0.9]"], ["optimizer.betas=[0.9]"]),
         (["--optimizer.warmup", "2"], ["optimizer.warmup=2"]),
         (["--data.num_workers", "-1"], ["data.num_workers=-1"]),
+        (["--data.shuffle_window", "15"], ["data.shuffle_window=15", "at least 16"]),
+        (["--data.max_corrupt", "1"], ["data.max_corrupt=1"]),
         (["--objective.text_mask_ratio", "1"], ["objective.text_mask_ratio=1"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
     ],

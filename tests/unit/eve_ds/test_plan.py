@@ -186,7 +186,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "80 giga", "-1GiB", "1e", "."])
+@pytest.mark.parametrize("text", ["", "80 giga", "-1GiB", "1e", ".", "80"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UserError, match="--device_memory"):
         parse_bytes(text)
@@ -204,6 +204,7 @@ def test_refusals_are_those_of_a_run(repository: Path) -> None:
             make_plan(options(PretrainPlan, "--config", recipe, *argv))
         return str(told.value)
 
+    assert "--zero 4: the stages" in refused("--zero", "4")
     with pytest.raises(UserError) as world:
         check_world(3, 4, 8)
     assert refused("--world_size", "8", "--expert_parallel_size", "3") == str(world.value)

@@ -159,6 +159,73 @@ def test_rows_are_read_again_by_place(tmp_path: Path) -> None:
         rows[10]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    lines = [f"{caption}\t{url}\n" for caption, url in zip(CAPTIONS, URLS, strict=True)]
+    for number, url in enumerate(URLS):
+        put(tmp_path, f"training/{number}_{zlib.crc32(url.encode())}", number)
+    for head in ("", "caption\turl\n"):
+        (tmp_path / "set.tsv").write_text("\ufeff" + head + "".join(lines))
+        template = ("--image-name", "training/{row}_{crc32}", "--overwrite")
+        convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.tsv", *template))
+        check(tmp_path)
+
+
+def test_captions_that_are_null_or_cut_in_an_emoji(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    captions = ['"cut \\ud83d"', "null", '"whole"']
+    for number in range(3):
+        put(tmp_path, f"{number}.jpg", number)
+    write = (tmp_path / "set.jsonl").write_text
+    write("".join(f'{{"caption": {caption}, "image": "{i}.jpg"}}\n' for i, caption in enumerate(captions)))
+    command = words("cc12m", tmp_path, "--annotations", tmp_path / "set.jsonl")
+    convert(*command)
+    assert [row["caption"] for row in rows_of(tmp_path / "out/train")] == [["cut \ufffd"], ["whole"]]
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"caption is empty": 1}
+    write('{"caption": 5, "image": "0.jpg"}\n')
+    assert "set.jsonl: line 1: its caption is 5, not text" in refuse(*command, "--overwrite")
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    write('{"caption": "a", "title": 5, "image": "0.jpg"}\n')
+    for out in ("out", "other"):
+        message = refuse(*command[:-1], tmp_path / out, "--overwrite", "--max-dropped", 1)
+        assert "no row is left of 1: 1 times, image " in message
+        assert not (tmp_path / f"{out}/.train.work").exists()
+    put(tmp_path, "0.jpg", 0)  # and what has been mended is found
+    convert(*command, "--overwrite", "--max-dropped", 1)
+    check(tmp_path, ["a"], ["set-0"])
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [["0.jpg", None], ["1.jpg", "b"]],
+        [{"image": "0.jpg", "caption": None, "text": None}, {"image": "1.jpg", "caption": None, "text": "b"}],
+    ],
+)
+def test_null_captions_in_lists(tmp_path: Path, entries: list[Any]) -> None:
+    for number in range(2):
+        put(tmp_path, f"{number}.jpg", number)
+    convert(*words("cc3m", tmp_path, "--annotations", write_json(tmp_path / "set.json", entries)))
+    check(tmp_path, ["b"], ["set-1"])
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"caption is empty": 1}
+
+
+def test_names_do_not_lead_out_of_the_images(tmp_path: Path) -> None:
+    """An address's name may be a path too, once it is unquoted; links in the folder may lead anywhere."""
+    images = tmp_path / "images"
+    put(images, "0.jpg", 0)
+    put(tmp_path, "secret.jpg", 1)
+    put(tmp_path, "linked/2.jpg", 2)
+    (images / "link").symlink_to(tmp_path / "linked")
+    names = ["0.jpg", "../secret.jpg", f"{tmp_path}/secret.jpg", "link/2.jpg", f"{images}/a/../0.jpg"]
+    records = [{"caption": "a", "image": name} for name in names]
+    records.append({"caption": "a", "url": "http://a/..%2Fsecret.jpg"})
+    (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, records)))
+    command = ["sbu", "--images", images, "--annotations", tmp_path / "set.jsonl", "--split", "train"]
+    convert(*command, "--out", tmp_path / "out", "--max-dropped", 0.5)
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(0), picture(2), picture(0)]
+    manifest = read_manifest(tmp_path / "out/train")
+    assert manifest["dropped"] == {"image path leads out of the folder of images": 3}
+
+
 @pytest.mark.parametrize(
     ("content", "more", "said"),
     [
@@ -169,8 +236,12 @@ def test_rows_are_read_again_by_place(tmp_path: Path) -> None:
         ("cap\thttp://a/b\n", ["--image-name", "{row"], "--image-name {row: must use"),
         ('{"caption": "a", "image": "b"}\n{"caption": \n', [], "line 2: invalid JSON"),
         ('{"image": "b"}\n', [], "line 1: has no field of caption"),
+        ('{"caption": ["a"], "image": "b"}\n', [], 'line 1: its caption is ["a"], not text'),
+        ('[{"caption": 5, "image": "b"}]', [], "entry 0: its caption is 5, not text"),
+        ('{"image_urls": ["http://a/b"], "captions": [5]}', [], "entry 0: its caption is 5, not text"),
+        ('{"a": ' + "[" * 100_000, [], "line 1: invalid JSON (nested too deep"),
         ('{"caption": "a"}\n', [], "line 1: names neither an image file nor an address"),
-        ('[{"image": "b"}]', [], "entry 0: has no string field of caption"),
+        ('[{"image": "b"}]', [], "entry 0: has no field of caption"),
         ("\x1f\x8b\x08", [], "set.x: is compressed"),
         ("", [], "set.x: is empty"),
     ],

@@ -113,11 +113,17 @@ def test_bad_records_are_named(hundred: Path, refuse: Callable[..., str]) -> Non
 def test_output_of_another_run(hundred: Path, refuse: Callable[..., str]) -> None:
     convert(*arguments(hundred))
     before = (hundred / "out/train/provenance.json").read_bytes()
-    assert "out/train: holds another run's split (100 rows" in refuse(*arguments(hundred))
+    assert "out/train: holds a finished split already (100 rows" in refuse(*arguments(hundred))
     assert (hundred / "out/train/provenance.json").read_bytes() == before
     convert(*arguments(hundred), "--overwrite")
     (hundred / "out/train/notes.txt").write_text("mine")
     assert "holds notes.txt" in refuse(*arguments(hundred), "--overwrite")
+    assert [path.name for path in (hundred / "out").iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--images"])
+def test_empty_folder_names(hundred: Path, refuse: Callable[..., str], option: str) -> None:
+    assert f"{option}: is empty; name a folder" in refuse(*arguments(hundred), option, "")
 
 
 @pytest.mark.parametrize(("option", "value"), [("max_dropped", 1.5), ("max_pixels", 0)])

@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_a_decompression_bomb_is_never_decoded() -> None:
         decode_image(data)
 
 
-def test_missing_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [None, memoryview(bytearray(100))])
+def test_a_file_that_cannot_be_read(tmp_path: Path, room: memoryview | None) -> None:
     with pytest.raises(BadImage, match="is missing"):
-        read_image(FileImage(str(tmp_path / "a.jpg")))
+        read_image(FileImage(str(tmp_path / "a.jpg")), room)
+    os.mkfifo(tmp_path / "pipe")  # to open one waits for its writer
+    for other in (tmp_path, tmp_path / "pipe"):
+        assert not FileImage(str(other)).exists()
+        with pytest.raises(BadImage, match="is no regular file"):
+            read_image(FileImage(str(other)), room)
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 5000])
+def test_files_are_read_into_memory_where_they_fit(tmp_path: Path, size: int) -> None:
+    room = memoryview(bytearray(100))
+    (tmp_path / "a").write_bytes(bytes(range(1, 101))[:size] + bytes(max(0, size - 100)))
+    data = read_image(FileImage(str(tmp_path / "a")), room)
+    assert data == (tmp_path / "a").read_bytes()
+    assert (isinstance(data, memoryview) and room[:size] == data) == (size < 100)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +92,9 @@ def test_all_three_formats_give_the_same_rows(tmp_path: Path, layout: str, comma
     assert [row["image"] for row in rows] == [image(*pair) for pair in numbers]
     assert [row["caption"] for row in rows] == [[f"caption {shard}.{number}"] for shard, number in numbers]
     counts = {"images": 4, "addresses": 8, "addresses without an image": 4}
-    assert read_manifest(tmp_path / "out/train")["source"] == counts
+    manifest = read_manifest(tmp_path / "out/train")
+    assert manifest["source"] == counts
+    assert manifest["dropped"] == ({"image is null": 4} if layout == "parquet" else {})
 
 
 def test_other_webdatasets(tmp_path: Path) -> None:
@@ -115,6 +118,22 @@ def test_other_webdatasets(tmp_path: Path) -> None:
     ]
     assert [row["image"] for row in rows] == [picture(1, "PNG"), picture(3)]
     assert read_manifest(tmp_path / "out/train")["dropped"] == {"image without caption": 2}
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "files"])
+def test_names_that_are_no_utf8(tmp_path: Path, layout: str) -> None:
+    key = os.fsdecode(b"caf\xe9")
+    (tmp_path / "raw/a").mkdir(parents=True)
+    if layout == "files":
+        (tmp_path / f"raw/a/{key}.jpg").write_bytes(picture(1))
+        (tmp_path / f"raw/a/{key}.txt").write_text("one")
+    else:
+        with tarfile.open(tmp_path / "raw/a.tar", "w") as tar:
+            add(tar, f"{key}.jpg", picture(1))
+            add(tar, f"{key}.txt", b"one")
+    convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out/train")
+    assert (row["image_id"], row["caption"], row["image"]) == ("caf\ufffd", ["one"], picture(1))
 
 
 def test_keys_that_begin_anew_in_each_shard(tmp_path: Path) -> None:
@@ -163,3 +182,34 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path, refuse: Callable[...
     (raw / "b.tar").unlink()
     write_json(raw / "a_stats.json", [])
     assert "a_stats.json: has no number 'count'" in refuse(*command)
+
+
+def test_tars_that_are_cut_or_garbled_between_members(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    raw = tmp_path / "raw"
+    command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
+    raw.mkdir()
+    with tarfile.open(raw / "a.tar", "w") as tar:
+        for number in range(4):
+            add(tar, f"{number}.jpg", picture(number))
+            add(tar, f"{number}.txt", b"text")
+    whole = (raw / "a.tar").read_bytes()
+    with tarfile.open(raw / "a.tar") as tar:
+        third = tar.getmember("2.jpg").offset
+    for content in (
+        whole[:third],  # cut between two members
+        whole[: third + 512],  # behind a header
+        whole[: third + 100],  # in one
+        whole[:third] + b"\xaa" * 512 + whole[third + 512 :],
+        whole[:third] + bytes(512) + whole[third + 512 :],  # a header that a disk has lost
+    ):
+        (raw / "a.tar").write_bytes(content)
+        assert "a.tar: is no whole tar" in refuse(*command)
+    (raw / "a.tar").write_bytes(whole)
+    write_json(raw / "a_stats.json", {"count": 9, "successes": 5})
+    assert "a_stats.json: says 5 successes, the shard holds 4 images" in refuse(*command)
+    (raw / "a_stats.json").unlink()
+    with tarfile.open(raw / "a.tar", "w") as tar:
+        for number in range(2):
+            add(tar, "1.jpg", picture(number))
+        add(tar, "1.txt", b"text")
+    assert "a.tar: key 1 stands twice" in refuse(*command)

@@ -154,7 +154,8 @@ def test_parts_without_losses_outlast_a_failure(images: Path, tmp_path: Path) ->
     broken.rows[30] = replace(broken.rows[30], images=(FileImage(str(tmp_path / "30.jpg")),))
     with pytest.raises(DataError, match="must be dropped"):
         build_split(broken, options(tmp_path))
-    assert len(list((tmp_path / ".train.work/records").iterdir())) == 3
+    records = {path.name for path in (tmp_path / ".train.work/records").iterdir()}
+    assert records >= {f"part-00000{index}.json" for index in range(3)} and "part-000003.json" not in records
     (tmp_path / "30.jpg").write_bytes(picture(30, side=16))
     assert build_split(broken, options(tmp_path))["rows"] == ROWS
 

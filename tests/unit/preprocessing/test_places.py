@@ -14,12 +14,8 @@ from tests.support.s3 import BUCKET, S3, s3_server
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3]:
-    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        places._filesystem.cache_clear()
+    with s3_server() as server:
         yield server
-    places._filesystem.cache_clear()
 
 
 def test_a_path_stays_a_path() -> None:
@@ -88,7 +84,7 @@ def test_a_server_that_is_not_there_is_no_fault_of_the_image(monkeypatch: pytest
 
 def test_unreadable_files_are_bad_images(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "a.jpg")
-    with pytest.raises(BadImage, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(BadImage, match="is no regular file"):
         read_image(FileImage(str(tmp_path / "a.jpg")))
     with pytest.raises(BadImage, match="is missing"):
         read_image(FileImage(str(tmp_path / "b.jpg")))

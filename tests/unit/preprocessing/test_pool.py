@@ -1,8 +1,11 @@
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,44 @@ def sleep(file: str) -> None:
 def test_one_worker_is_this_process() -> None:
     assert list(run_tasks(1, double, ((value,) for value in range(50)))) == list(range(0, 100, 2))
     assert list(run_tasks(1, os.getpid, [()])) == [os.getpid()]
+
+
+def test_a_task_is_begun_while_the_one_before_ends() -> None:
+    """Each second step but the last waits for the next task's first; the results come in order all the same."""
+    begun = [threading.Event() for _ in range(10)]
+
+    def begin(value: int) -> Callable[[], int]:
+        begun[value].set()
+
+        def end() -> int:
+            assert threading.current_thread() is not threading.main_thread()
+            assert begun[min(value + 1, 9)].wait(60)
+            return double(value)
+
+        return end
+
+    assert list(run_tasks(1, double, ((value,) for value in range(10)), begin)) == list(range(0, 20, 2))
+
+
+@pytest.mark.parametrize("step", ["first", "second"])
+def test_what_was_begun_is_ended_when_another_task_fails(step: str) -> None:
+    begun, ended = [], []
+
+    def begin(value: int) -> Callable[[], int]:
+        begun.append(value)
+        if step == "first":
+            fail(value)
+
+        def end() -> int:
+            time.sleep(0.01)
+            ended.append(fail(value))
+            return value
+
+        return end
+
+    with pytest.raises(DataError, match="value 3: is bad"):
+        list(run_tasks(1, fail, ((value,) for value in itertools.count()), begin))
+    assert 4 <= len(begun) < 10 and sorted([*ended, 3]) == begun
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -84,6 +84,40 @@ def test_broken_rows_are_taken_out(tmp_path: Path, repair: Callable[[Path], str]
     assert (tmp_path / "train/shard-00001.arrow").read_bytes() != other
 
 
+def test_a_changed_shard_is_not_vouched_for_unasked(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = split / "shard-00001.arrow"
+    record = read_manifest(split)["shards"][1]
+    content = path.read_bytes()
+    place = content.index(b"train")  # of a row's column `split`, which is checked; the letter before it is a caption's
+    caption = content.rindex(b"a", 0, place)
+    path.write_bytes(content[:caption] + b"b" + content[caption + 1 :])
+    assert main(["verify", str(split), "--repair"]) == 1
+    said = capsys.readouterr()
+    assert "shard-00001.arrow is kept as it is, and so is its record" in said.out and "--accept-changed" in said.out
+    assert "shard-00001.arrow: its SHA-256 is not the manifest's" in said.err
+    assert read_manifest(split)["shards"][1] == record
+    before = {one.name: (one.stat().st_ino, one.read_bytes()) for one in split.iterdir()}
+    assert main(["verify", str(split), "--repair"]) == 1  # nothing else is to be done: nothing is written
+    assert {one.name: (one.stat().st_ino, one.read_bytes()) for one in split.iterdir()} == before
+    assert "shard-00001.arrow is kept as it is" in capsys.readouterr().out
+    assert main(["verify", str(split), "--repair", "--accept-changed"]) == 0
+    assert main(["verify", str(split)]) == 0
+    assert read_manifest(split)["shards"][1]["sha256"] != record["sha256"]
+
+
+def test_a_split_without_a_shard_is_at_fault(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in split.glob("*.arrow"):
+        path.unlink()
+    write_manifest(split, "caption", "train", [], dropped={}, dropped_items=[], source={})
+    for more in ([], ["--repair"]):
+        assert main(["verify", str(split), *more]) == 1
+        assert f"{split}: holds no row; convert it again" in capsys.readouterr().err
+
+
+def test_accepting_goes_with_repairing(split: Path, refuse: Callable[..., str]) -> None:
+    assert "--accept-changed: goes with --repair" in refuse("verify", split, "--accept-changed")
+
+
 def test_a_cut_shard_keeps_its_whole_batches(split: Path, repair: Callable[[Path], str]) -> None:
     shard = split / "shard-00000.arrow"
     untouched = (split / "shard-00001.arrow").stat().st_ino

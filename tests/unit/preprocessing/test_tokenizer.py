@@ -1,4 +1,5 @@
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,21 @@ def test_bad_training_input_is_refused(tmp_path: Path, refuse: Callable[..., str
     assert "bad.gz: cannot be read" in refuse("tokenizer", "train", "--text", tmp_path / "bad.gz", *end)
     assert "--data or --text" in refuse("tokenizer", "train", *end)
     assert "at least 261" in refuse("tokenizer", "train", "--text", tmp_path / "empty.txt", "--vocab-size", 9, *end[2:])
+
+
+def test_difference(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tokenizer.save(tmp_path)
+    assert tokenizer.difference(Tokenizer.load(file)) is None
+    other = train_tokenizer(["quite another text, with words of its own"], 300)
+    assert tokenizer.difference(other) == f"the one has {tokenizer.vocab_size} entries, the other {other.vocab_size}"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = stored["model"]["vocab"]
+    a, b = sorted(vocabulary, key=vocabulary.get)[10:12]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert tokenizer.difference(Tokenizer.load(file)) == f"entry 10 is {a!r} in the one and {b!r} in the other"
+    for entry in stored["added_tokens"]:
+        entry["id"] = {0: 1, 1: 0}.get(entry["id"], entry["id"])
+    vocabulary["[PAD]"], vocabulary["[UNK]"] = 1, 0
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert tokenizer.difference(Tokenizer.load(file)) == "[PAD] is 0 in the one and 1 in the other"

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from preprocessing import writer as writer_module
+from preprocessing.reading import read_rows
 from preprocessing.schema import CAPTION_SCHEMA, DataError
 from preprocessing.writer import ShardWriter, check_output, file_sha256, write_manifest, write_provenance
 from tests.unit.preprocessing.helpers import picture, rows_of
@@ -49,7 +50,9 @@ def test_large_data_is_split_in_shards(tmp_path: Path) -> None:
 
 def test_output_of_another_run_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train", 1)
-    with pytest.raises(DataError, match=r"train: holds another run's split \(1 rows, kind caption\); give --overwrite"):
+    with pytest.raises(
+        DataError, match=r"train: holds a finished split already \(1 rows, kind caption\); give --overwrite"
+    ):
         check_output(tmp_path, "caption", "train", overwrite=False)
     check_output(tmp_path, "caption", "train", overwrite=True)
     check_output(tmp_path, "caption", "val", overwrite=False)
@@ -77,6 +80,24 @@ def test_an_image_larger_than_the_buffer(tmp_path: Path) -> None:
         write_manifest(tmp_path, "caption", "train", writer.close(), dropped={}, dropped_items=[], source={})
     stored = [row["image"] for row in rows_of(tmp_path)]
     assert stored[:20] == images and set(stored[20:]) == {b"small"} and len(stored) == 800
+
+
+def test_images_are_put_into_the_writers_memory_or_copied_there(tmp_path: Path) -> None:
+    """Pairs, so that two columns have memory; what was put there and not added is gone."""
+    images = [picture(index, side=8) for index in range(1200)]
+    with ShardWriter(tmp_path, "nlvr", "train") as writer:
+        for index in range(0, len(images), 2):
+            pair: dict[str, Any] = {}
+            for side, image in enumerate(images[index : index + 2]):
+                column = f"image_{side}"
+                writer.room(column)[:9] = b"was taken"
+                room = writer.room(column)[: len(image)]
+                room[:] = image
+                pair[column] = room if (index // 2 + side) % 3 else image
+            writer.add({**pair, "questions": ["a"], "answers": ["True"], "identifier": [str(index)]})
+        (shard,) = writer.close()
+    rows = list(read_rows(tmp_path / shard["file"]))
+    assert [row[f"image_{side}"] for row in rows for side in range(2)] == images
 
 
 def test_batches_end_at_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

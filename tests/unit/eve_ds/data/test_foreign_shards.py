@@ -11,9 +11,8 @@ import pyarrow as pa
 import pytest
 
 from eve_ds.data.shards import Split
-from preprocessing.schema import DataError
 from tests.support import foreign_shards
-from tests.support.shards import picture, shard_record, write_manifest
+from tests.support.shards import picture, shard_record, texts, write_manifest
 
 
 def read(folder: Path, kind: str, paths: Sequence[Path], samples: Sequence[int]) -> Split:
@@ -23,21 +22,6 @@ def read(folder: Path, kind: str, paths: Sequence[Path], samples: Sequence[int])
         for path, count in zip(paths, samples, strict=True)
     ]
     return Split(write_manifest(folder, kind, "train", records))
-
-
-def texts(split: Split, column: str) -> list[str]:
-    found = []
-    for index in range(split.samples):
-        _, row, item = split.sample(index)
-        found.append(row.item(column, item))
-    return found
-
-
-def test_a_folder_without_a_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
-    foreign_shards.vilt_coco(tmp_path)
-    with pytest.raises(DataError, match=r"manifest\.json: no such file; .* is not a prepared split folder") as error:
-        Split(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_vilt_captions(tmp_path: Path) -> None:

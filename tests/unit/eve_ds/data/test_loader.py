@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Sample, VqaSamples
+from eve_ds.data.shards import Split
+from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform
 from preprocessing.schema import DataError
 from tests.support.shards import (
@@ -156,10 +159,10 @@ class _Gated(CaptionSamples):
         self.gate = threading.Semaphore(0)
         self.reads = 0
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def describe(self, key: tuple[int, int]) -> Sample:
         self.gate.acquire()
         self.reads += 1
-        return super().__getitem__(key)
+        return super().describe(key)
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
@@ -202,3 +205,53 @@ def test_the_readers_end_with_their_consumer(tmp_path: Path, workers: int) -> No
     batches.close()  # type: ignore[attr-defined]
     _wait_for(lambda: not any(thread.is_alive() for thread in new))
     assert set(multiprocessing.active_children()) <= children
+
+
+def _two_sources(root: Path) -> CaptionSamples:
+    splits = [Split(make_caption_set(root / name, rows=rows, image_size=16)) for name, rows in (("a", 7), ("b", 30))]
+    return CaptionSamples(JoinedSplit(splits), TOKENIZER, TRAIN, 12)
+
+
+@pytest.mark.parametrize("weights", [None, (3.0, 1.0)])
+@pytest.mark.parametrize("window", [0, 16])
+def test_sources_are_mixed_and_counted(tmp_path: Path, weights: tuple[float, ...] | None, window: int) -> None:
+    data = _two_sources(tmp_path)
+    options: dict[str, Any] = {"seed": 5, "window": window, "weights": weights}
+    whole = build_loader(data, micro_batch_size=10, **options)
+    batches = _take(whole, 20)
+    of_first = sum(int((batch["image_index"] < 7).sum()) for batch in batches)
+    assert whole.drawn.tolist() == [of_first, 200 - of_first]
+    share = of_first / 200
+    assert (0.68 < share < 0.82) if weights else (0.14 < share < 0.24)  # 3 of 4; 14 of 74 samples
+    for rank in range(2):
+        options |= {"start_sample": 100, "num_workers": rank}
+        half = _take(build_loader(data, micro_batch_size=5, world_size=2, rank=rank, **options), 10)
+        for one, other in zip(half, batches[10:], strict=True):
+            assert torch.equal(one["images"], other["images"][5 * rank : 5 * rank + 5])
+
+
+@pytest.mark.parametrize("options", [{"window": 15}, {"weights": (1.0,)}, {"weights": (1.0, 0.0)}])
+def test_impossible_mixtures(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        build_loader(_two_sources(tmp_path), 2, **options)
+
+
+def test_corrupt_rows_are_replaced_until_they_are_too_many(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = {3, 4, 17, 30, 33}
+    rows = [
+        {"image": picture(i)[: 60 if i in bad else None], "caption": ["a"], "image_id": str(i), "split": "train"}
+        for i in range(40)
+    ]
+    data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, TRAIN, 12)
+    loader = build_loader(data, micro_batch_size=4, max_corrupt=0.5)
+    batches = _take(loader, 20)
+    assert loader.replaced == 10  # each twice, in two epochs
+    seen = torch.cat([batch["image_index"] for batch in batches]).tolist()
+    assert sorted(seen) == sorted(2 * [{3: 5, 4: 5, 17: 18, 30: 31, 33: 34}.get(i, i) for i in range(40)])
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 5  # once each
+    assert sum("shard-00000.arrow: row 3" in line and "sample 5 stands in for sample 3" in line for line in told) == 1
+    with pytest.raises(DataError, match=r"4 corrupt rows among \d+ samples, more than data\.max_corrupt=0\.05"):
+        _take(build_loader(data, micro_batch_size=4, max_corrupt=0.05), 20)
+    with pytest.raises(DataError, match=r"row \d+: .*decoded"):
+        _take(build_loader(data, micro_batch_size=4, max_corrupt=0.0), 20)

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eve_ds.data.sampler import EvalOrder, TrainOrder, permute
+from eve_ds.data.sampler import (
+    MIX_ROUND,
+    WINDOW_BLOCKS,
+    EvalOrder,
+    Mixture,
+    Shuffle,
+    TrainOrder,
+    mix_quotas,
+    permute,
+    permute_windows,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,20 +65,94 @@ def test_small_permutations_are_all_reached_about_equally() -> None:
 def test_order_is_pinned() -> None:
     # A change here would give every resumed run another order.
     assert permute(np.arange(10), 10, seed=0, epoch=0).tolist() == [0, 2, 3, 4, 7, 6, 1, 8, 9, 5]
-    samples, epochs = TrainOrder(size=5, micro_batch_size=4, seed=7).at(np.arange(3, 8))
+    samples, epochs = Shuffle(size=5, seed=7).at(np.arange(3, 8))
     assert epochs.tolist() == [0, 0, 1, 1, 1]
     assert samples.tolist() == [0, 1, 1, 3, 4]
 
 
-def _micro_batches(size: int, micro: int, world: int, count: int, start: int = 0) -> list[list[tuple[int, int]]]:
+STREAMS = {
+    "full": Shuffle(37, 11),
+    "window": Shuffle(37, 11, window=WINDOW_BLOCKS),
+    "mixture": Mixture((20, 12, 5), (3.0, 1.0, 0.5), seed=11),
+    "window mixture": Mixture((20, 17), (3.0, 1.0), seed=11, window=WINDOW_BLOCKS),
+}
+
+
+def _micro_batches(
+    size: int, micro: int, world: int, count: int, start: int = 0, stream: Shuffle | Mixture | None = None
+) -> list[list[tuple[int, int]]]:
     """Global micro-batches, put together from the ranks' shares, as (epoch, sample)."""
-    ranks = [TrainOrder(size, micro, world, rank, seed=11).blocks(start) for rank in range(world)]
+    stream = stream or Shuffle(size, 11)
+    ranks = [TrainOrder(stream, micro, world, rank).blocks(start) for rank in range(world)]
     out = []
     for _ in range(count):
         blocks = [next(rank) for rank in ranks]
         assert len({block.end for block in blocks}) == 1
         out.append([pair for b in blocks for pair in zip(b.epochs.tolist(), b.samples.tolist(), strict=True)])
     return out
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_world_and_any_start_see_the_same_of_every_stream(name: str, world: int) -> None:
+    whole = _micro_batches(37, 8, 1, 12, stream=STREAMS[name])
+    assert _micro_batches(37, 8 // world, world, 12, stream=STREAMS[name]) == whole
+    assert _micro_batches(37, 8 // world, world, 5, start=7 * 8, stream=STREAMS[name]) == whole[7:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.one_of(st.integers(1, 200), st.sampled_from([1023, 1024, 1025, 4096])),
+    window=st.integers(WINDOW_BLOCKS, 300),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**30),
+)
+def test_windows_are_a_bijection_that_reads_few_runs(size: int, window: int, seed: int, epoch: int) -> None:
+    image = permute_windows(np.arange(size), size, seed, epoch, window)
+    assert np.array_equal(np.sort(image), np.arange(size))
+    block = window // WINDOW_BLOCKS
+    span = block * WINDOW_BLOCKS
+    for start in range(0, size, span):
+        runs = np.unique(image[start : start + span] // block)
+        assert len(runs) <= WINDOW_BLOCKS + 1  # one more: what a whole number of blocks leaves over
+    some = np.arange(size)[::-3].copy()
+    assert np.array_equal(permute_windows(some, size, seed, epoch, window), image[some])
+
+
+def test_windows_shuffle() -> None:
+    one, other = (permute_windows(np.arange(4096), 4096, 5, epoch, 256) for epoch in (0, 1))
+    assert (one == other).sum() < 20
+    for image in (one, other):
+        assert (np.diff(image) == 1).mean() < 0.02  # neighbours within a window are torn apart
+        assert abs(np.corrcoef(image, np.arange(4096))[0, 1]) < 0.2
+    first = {tuple(np.unique(image[:256] // 16)) for image in (one, other)}
+    assert len(first) == 2  # another epoch has other runs in its first window
+
+
+def test_a_mixture_keeps_its_weights_and_each_source_its_epochs() -> None:
+    sizes, weights = (70, 30, 400), (5.0, 3.0, 2.0)
+    mixture = Mixture(sizes, weights, seed=3)
+    samples, epochs = mixture.at(np.arange(2 * MIX_ROUND))
+    starts = np.cumsum([0, *sizes])
+    for source, quota in enumerate((500, 300, 200)):
+        mine = (samples >= starts[source]) & (samples < starts[source + 1])
+        for number in range(2):
+            assert mine[number * MIX_ROUND : (number + 1) * MIX_ROUND].sum() == quota
+        pairs = set(zip(epochs[mine].tolist(), samples[mine].tolist(), strict=True))
+        assert len(pairs) == 2 * quota  # no sample twice in an epoch of its source
+        whole = 2 * quota // sizes[source]
+        assert all(np.sum(mine & (epochs == epoch)) == sizes[source] for epoch in range(whole))
+    runs = np.diff(np.flatnonzero(samples < sizes[0]))
+    assert runs.max() < 25  # the sources alternate
+    assert samples.tolist() != Mixture(sizes, weights, seed=4).at(np.arange(2 * MIX_ROUND))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((1.0,), [1000]), ((1.0, 1.0, 1.0), [334, 333, 333]), ((1e-9, 1.0), [1, 999]), ((2.0, 6.0), [250, 750])],
+)
+def test_mix_quotas(weights: tuple[float, ...], expected: list[int]) -> None:
+    assert mix_quotas(weights).tolist() == expected
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

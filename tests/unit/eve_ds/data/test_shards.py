@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from eve_ds.data import shards
 from eve_ds.data.shards import Split
 from preprocessing.schema import CAPTION_SCHEMA, DataError
 from preprocessing.writer import ShardWriter
@@ -98,9 +97,8 @@ def test_a_spawned_worker_can_have_it(tmp_path: Path) -> None:
     assert copy.row(3).value("image_id") == "image-3"
 
 
-def test_few_shards_stay_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
-    split = Split(make_caption_set(tmp_path, rows=10, shard_rows=2))
+def test_few_shards_stay_mapped(tmp_path: Path) -> None:
+    split = Split(make_caption_set(tmp_path, rows=10, shard_rows=2), open_shards=2)
     rows = [split.row(i) for i in (0, 9, 2, 5, 7, 0)]
     assert [row.value("image_id") for row in rows] == [f"image-{i}" for i in (0, 9, 2, 5, 7, 0)]
     assert _mapped(tmp_path) == 6  # rows that live keep their shard mapped; the first one came back for another
@@ -140,7 +138,7 @@ def test_truncated_shard(tmp_path: Path) -> None:
     path.write_bytes(whole[:-100])
     with pytest.raises(DataError) as error:
         Split(folder)
-    _one_line(error, "shard-00002.arrow", f"{len(whole) - 100} bytes", f"says {len(whole)}", "truncated")
+    _one_line(error, "shard-00002.arrow", f"{len(whole) - 100} bytes", f"expected {len(whole)}", "truncated")
 
 
 def test_shard_truncated_or_gone_after_opening_the_split(tmp_path: Path) -> None:

@@ -232,16 +232,41 @@ def test_translations_by_seven_pixels() -> None:
     assert np.array_equal(down[7:], image[:-7]) and (down[:7] == 128).all()
 
 
-def test_shears() -> None:
-    ramp = np.repeat(np.arange(40, dtype=np.float64)[None, :] * 4, 40, axis=0)  # grows by 4 a column
-    image = np.repeat(ramp[..., None], 3, axis=2).astype(np.uint8)
-    row = 30
-    out = _apply("ShearX", image)[row, :, 0].astype(float)
-    # a pixel's centre lies half a pixel inside it; row y moves right by 0.21 (y + 0.5)
-    expected = ramp[row] - 4 * 0.21 * (row + 0.5)
-    assert np.abs(out[10:] - expected[10:]).max() <= 1
-    assert (out[:5] == 128).all()
-    assert np.array_equal(_apply("ShearY", image.transpose(1, 0, 2)), _apply("ShearX", image).transpose(1, 0, 2))
+def _bilinear(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The picture at these points (a pixel's middle lies half a pixel inside it), grey where they fall outside."""
+    height, width = image.shape[:2]
+    left, top = np.floor(x - 0.5), np.floor(y - 0.5)
+    right, down = x - 0.5 - left, y - 0.5 - top
+    out = np.zeros(image.shape)
+    for i, j, share in ((0, 0, (1 - right) * (1 - down)), (1, 0, right * (1 - down)), (0, 1, (1 - right) * down)):
+        out += _at(image, left + i, top + j) * share[..., None]
+    out += _at(image, left + 1, top + 1) * (right * down)[..., None]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return np.where(inside[..., None], out, 128)
+
+
+def _at(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return image[np.clip(y, 0, image.shape[0] - 1).astype(int), np.clip(x, 0, image.shape[1] - 1).astype(int)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"])
+def test_every_pixel_comes_from_where_the_map_says(name: str, sign: int) -> None:
+    image = _noise(31, 40)
+    y, x = np.mgrid[0:31, 0:40] + 0.5
+    angle = math.radians(21) * sign  # counter-clockwise about the middle; y grows downwards
+    across, down = x - 20, y - 15.5
+    source = {
+        "ShearX": (x - sign * 0.21 * y, y),
+        "ShearY": (x, y - sign * 0.21 * x),
+        "TranslateX": (x - sign * 7, y),
+        "TranslateY": (x, y - sign * 7),
+        "Rotate": (
+            20 + math.cos(angle) * across - math.sin(angle) * down,
+            15.5 + math.sin(angle) * across + math.cos(angle) * down,
+        ),
+    }[name]
+    assert np.abs(_apply(name, image, sign) - _bilinear(image, *source)).max() <= 1
 
 
 def test_rotation_by_21_degrees() -> None:
@@ -270,6 +295,24 @@ def test_evaluation_is_a_straight_resize() -> None:
     transform = build_transform(32, False, "rand")
     assert np.array_equal(transform(data, 1), np.asarray(expected))
     assert np.array_equal(transform(data, 1), transform(data, 2))
+
+
+def _bicubic(lines: np.ndarray, size: int) -> np.ndarray:
+    """[n, ...] to [size, ...] with Keys' kernel (a = -1/2), as wide as the lines shrink: torchvision's antialias."""
+    scale = len(lines) / size
+    distance = np.abs((np.arange(len(lines)) + 0.5 - (np.arange(size)[:, None] + 0.5) * scale) / max(scale, 1))
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    return np.tensordot(weights / weights.sum(axis=1, keepdims=True), lines, 1)
+
+
+@pytest.mark.parametrize("size", [32, 120])
+def test_the_resize_is_bicubic_and_smooths_what_it_shrinks(size: int) -> None:
+    image = _noise(80, 100)
+    across = _bicubic(image.transpose(1, 0, 2).astype(float), size).round().clip(0, 255)  # Pillow rounds in between
+    expected = _bicubic(across.transpose(1, 0, 2), size).clip(0, 255)
+    assert np.abs(build_transform(size, False)(_file(Image.fromarray(image)), 0) - expected).max() <= 1.5
 
 
 def test_no_resize_where_the_size_is_right() -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from eve_ds.config import DataConfig, EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
-from eve_ds.engine import distributed, run_folder, setup
+from eve_ds.data.config import DataSource
+from eve_ds.engine import batches, distributed, run_folder, setup
 from eve_ds.engine.deepspeed_config import batch_shape, load_deepspeed_config
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
-from eve_ds.errors import UserError
+from eve_ds.errors import RankError, UserError
+from eve_ds.model.config import ModelConfig
+from preprocessing.tokenizer import train_tokenizer
+from tests.support.shards import make_vqa_set, tiny_tokenizer
 from tests.support.tiny import masked_task
 
 
@@ -165,3 +172,76 @@ def test_a_head_goes_with_its_own_answer_list_alone(tmp_path: Path) -> None:
         (model / "answer_list.json").write_text(other)
         with pytest.raises(UserError, match=words):
             setup.check_answer_list(config)
+
+
+def test_a_run_folder_keeps_a_second_process_out(tmp_path: Path) -> None:
+    config = PretrainConfig(output_dir=str(tmp_path / "run"))
+    run_folder.claim(config)
+    script = (
+        "import sys; from eve_ds.config import PretrainConfig; from eve_ds.engine import run_folder\n"
+        "from eve_ds.errors import run_command\n"
+        "run_command(lambda: run_folder.claim(PretrainConfig(output_dir=sys.argv[1])) and None)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: --output_dir {tmp_path / 'run'}: another process trains or scores in it; wait for its end, or choose "
+        "another folder\n"
+    )
+    command[-1] = str(tmp_path / "other")
+    for _ in range(2):  # the lock goes with its process
+        assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+
+
+def test_weights_come_with_their_own_tokenizer_alone(tmp_path: Path) -> None:
+    model, other = tmp_path / "run" / "model", tmp_path / "other"
+    own = tiny_tokenizer(model)
+    (model / "model.safetensors").write_bytes(b"")
+    train_tokenizer(["words of another kind"], 280).save(other)
+    tree = ModelConfig(vocab_size=own.vocab_size)
+    config = FinetuneConfig(init_from=str(tmp_path / "run"), model=tree, data=DataConfig(tokenizer=str(other)))
+    with pytest.raises(UserError, match=r"is not the tokenizer that .*run was trained with .*: the one has"):
+        setup.tokenizer(config)
+    same = dataclasses.replace(config, data=DataConfig(tokenizer=str(model)))
+    assert setup.tokenizer(same).vocab_size == own.vocab_size
+    assert setup.tokenizer(dataclasses.replace(config, data=DataConfig())).vocab_size == own.vocab_size
+    (model / "tokenizer.json").unlink()  # published weights come without
+    with pytest.raises(UserError, match=rf"other: has \d+ entries, the model {own.vocab_size}"):
+        setup.tokenizer(config)
+    with pytest.raises(UserError, match=r"--data\.tokenizer is missing"):
+        setup.tokenizer(dataclasses.replace(config, data=DataConfig()))
+
+
+def test_sources_answer_by_the_same_list(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_vqa_set(tmp_path / name, rows=3)
+    sources = [DataSource(str(tmp_path / name)) for name in ("one", "two")]
+    config = FinetuneConfig(task="vqa", data=DataConfig(sources=sources))
+    joined = setup.samples(config, "train", tiny_tokenizer(), train=True)
+    assert len(joined) == 12 and batches.source_names(config.data) == ["one", "two"]
+    assert len(setup.samples(config, "train", tiny_tokenizer(), train=False)) == 6  # held out: the first one's
+    (tmp_path / "two" / "answer_list.json").write_text('["no", "yes"]')
+    with pytest.raises(UserError, match=r"two/answer_list\.json and .*one/answer_list\.json differ"):
+        setup.samples(config, "train", tiny_tokenizer(), train=True)
+
+
+def test_names_of_sources() -> None:
+    for paths, names in ((["a/x", "b/y/"], ["x", "y"]), (["a/x", "b/x"], ["a/x", "b/x"])):
+        sources = [DataSource(path) for path in paths]
+        assert batches.source_names(DataConfig(sources=sources)) == names
+    assert batches.source_names(DataConfig(path="a/x")) == ["x"]
+
+
+def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **place}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match=rf"127\.0\.0\.1:{place['MASTER_PORT']}.* is taken, .*another port"):
+            distributed.start()
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    told = distributed._unreachable(torch.distributed.DistNetworkError("no address for that name\nmore"))
+    assert told.startswith("the ranks cannot meet at no-such-host.invalid:") and "(no address for that name)" in told

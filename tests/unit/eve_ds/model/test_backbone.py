@@ -125,16 +125,6 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert not torch.equal(layers[0].experts.w1, layers[1].experts.w1)
 
 
-@pytest.mark.parametrize("capacity_factor", [None, 1.0])
-def test_runs_forward_and_backward_on_the_meta_device(capacity_factor: float | None) -> None:
-    with torch.device("meta"):
-        backbone = Backbone(replace(CONFIG, capacity_factor=capacity_factor))
-        out = backbone(torch.zeros(2, 3, 16, 16), torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5))
-    (out.hidden.sum() + out.aux_loss).backward()
-    assert out.hidden.shape == (2, 1 + PATCHES + 5, 16)
-    assert all(parameter.grad.is_meta for parameter in backbone.parameters())
-
-
 def test_empty_batch() -> None:
     out = make()(torch.zeros(0, 3, 16, 16), torch.zeros(0, 5, dtype=torch.int64), torch.ones(0, 5))
     (out.hidden.sum() + out.aux_loss).backward()

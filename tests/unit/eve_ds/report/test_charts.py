@@ -77,3 +77,9 @@ def test_curves_of_one_name_share_a_chart_and_losses_come_first() -> None:
     groups = group_curves({name: curve([1.0]) for name in names} | {"gone": curve([math.nan])})
     assert list(groups) == ["loss", "mim_loss", "odd", "txt_r1", "lr", "samples_per_second"]
     assert list(groups["loss"]) == ["", "val"]
+
+
+def test_the_loaders_figures_are_trainings() -> None:
+    names = ("data/wait_fraction", "data/replaced", "data/samples/coco", "loss", "val/loss")
+    groups = group_curves({name: curve([1.0]) for name in names})
+    assert {name: list(group) for name, group in groups.items()} == {"loss": ["", "val"], "wait_fraction": [""]}

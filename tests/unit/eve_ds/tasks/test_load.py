@@ -78,6 +78,12 @@ def test_any_published_file_has_a_backbone_to_pretrain(golden: dict[str, torch.T
     assert task.dtype == torch.float32
 
 
+def test_decoders_that_a_file_lacks_are_told_of_and_repeat(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (load_task_model("pretrain", ASSETS / "vqa.safetensors", CONFIG).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "vqa.safetensors holds no decoders of pre-training" in caplog.text
+
+
 def test_capacity_factor_is_passed_on(golden: dict[str, torch.Tensor]) -> None:
     path = ASSETS / "vqa.safetensors"
     task = load_task_model("vqa", path, CONFIG, 32, capacity_factor=1.0, published_routing=True)

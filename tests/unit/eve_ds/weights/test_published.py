@@ -34,9 +34,12 @@ def test_a_picture_size_may_be_asked_for() -> None:
 
 def test_an_ill_typed_value_is_named(tmp_path: Path) -> None:
     values = json.loads((ASSETS / "vlmo_config.json").read_text())
-    (tmp_path / "vlmo.json").write_text(json.dumps(values | {"vision_width": "wide"}))
-    with pytest.raises(ModelConfigError, match=r"vlmo\.json: a value has the wrong type"):
-        published_config(tmp_path / "vlmo.json", {})
+    wrong = {"vision_width": "wide", "drop_path_rate": "0.1", "moeffn_layers": ["0"], "moe_param": []}
+    words = {"vision_width": "dim is 'wide'", "drop_path_rate": "drop_path is '0.1'"}
+    for name, value in wrong.items():
+        (tmp_path / "vlmo.json").write_text(json.dumps(values | {name: value}))
+        with pytest.raises(ModelConfigError, match=rf"vlmo\.json: .*{words.get(name, '')}"):
+            published_config(tmp_path / "vlmo.json", {})
 
 
 @pytest.mark.parametrize("shape", [(), (1, 17, 64), (1, 64)])

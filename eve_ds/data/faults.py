@@ -1,0 +1,52 @@
+"""Loader processes: which signals end one, and what torch says of its death, in one line for the user."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+
+
+def heed_parent_alone(worker: int) -> None:
+    """In a loader's process, from its start on: let no SIGTERM end it but its parent's.
+
+    Schedulers and launchers send SIGTERM to all processes of a job. The training process then ends its step and saves,
+    for which it needs its readers: it ends them itself. (torch's own handler passes over no signal but its parent's.)
+
+    Args:
+        worker: its number; torch's DataLoader gives it.
+    """
+    # Blocked here, it is blocked in the threads that this one starts, too, and left to the one that waits for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_parents_signal, name=f"reader-{worker}-signals", daemon=True).start()
+
+
+def _await_parents_signal() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def explain_worker_death(error: BaseException) -> str | None:
+    """One line for the RuntimeError by which torch tells that a worker process died; None for another error.
+
+    torch raises it from its SIGCHLD handler, so it may come up wherever the main thread happens to be.
+    """
+    if error.__cause__ is not None and (line := explain_worker_death(error.__cause__)):
+        return line  # which knows the signal
+    found = re.search(
+        r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)",
+        str(error),
+    )
+    if not isinstance(error, RuntimeError) or found is None:
+        return None
+    pid, name = found.group(1), found.group(2)
+    if name == "Bus error":
+        cause, mend = "by a bus error: a shard was cut off while it was read, or memory ran out", "check both"
+    elif name is None or name == "Killed":
+        cause = f"{'by SIGKILL' if name else 'unexpectedly'}: most often for want of memory"
+        mend = "lower data.num_workers or engine.micro_batch_size"
+    else:
+        cause, mend = f"by a signal ({name})", "look for its message above"
+    return f"data loader process {pid} ended {cause}; {mend}, and start again: the run goes on from its last checkpoint"

@@ -1,0 +1,108 @@
+"""This rank's micro-batches, in training without end, in evaluation each sample once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.data.config import DataConfig
+from eve_ds.data.loader import Loader, build_loader
+from eve_ds.data.samples import Samples
+from eve_ds.engine.deepspeed_config import batch_shape
+from eve_ds.engine.distributed import launched_world
+from eve_ds.errors import RankError, UserError
+from preprocessing.schema import DataError
+
+Config = PretrainConfig | FinetuneConfig
+Batch = dict[str, torch.Tensor]
+
+
+def check_batch(config: Config, rows: int) -> None:
+    """Raise UserError, before anything is joined, if the batch or the ranks do not fit the world or the data."""
+    world_size = launched_world()[1]
+    batch_shape(config.engine, world_size)
+    workers = max(config.data.num_workers, 1)
+    if world_size * workers > rows:
+        raise UserError(
+            f"{config.data.home}: {rows} rows are fewer than {world_size} ranks x {workers} workers; use fewer ranks, "
+            "lower data.num_workers, or prepare more data"
+        )
+
+
+class TrainingBatches(Iterator[Batch]):
+    """What a run is trained on, from optimizer step `start_step` on.
+
+    Args:
+        config: the resolved tree.
+        samples: of the training split, of all sources.
+        start_step: optimizer steps that were taken before.
+    Raises:
+        RankError: while iterating, for a fault that this rank alone may have met.
+    """
+
+    def __init__(self, config: Config, samples: Samples, start_step: int) -> None:
+        data = config.data
+        self._loader = _loader(
+            config,
+            samples,
+            seed=config.engine.seed,
+            start_sample=start_step * config.engine.global_batch_size,
+            window=data.shuffle_window,
+            weights=_weights(data),
+            max_corrupt=data.max_corrupt,
+        )
+        self._batches = _told_by_rank(self._loader)
+        self._names = source_names(data)
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the loader's workers at once."""
+        self._batches.close()
+
+    def counts(self) -> dict[str, float]:
+        """What this rank has read since the start: samples of each of several sources, and corrupt ones replaced."""
+        counts = {"data/replaced": float(self._loader.replaced)}
+        if len(self._names) > 1:
+            drawn = zip(self._names, self._loader.drawn.tolist(), strict=True)
+            counts |= {f"data/samples/{name}": float(count) for name, count in drawn}
+        return counts
+
+
+def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Iterator[Batch]:
+    """This rank's part of a split in order, each sample once (repeats that make ranks even have ``valid`` False)."""
+    return _told_by_rank(_loader(config, samples, train=False, limit=limit))
+
+
+def source_names(data: DataConfig) -> list[str]:
+    """What the sources are called in the log: the last part of their paths, or all of it where that is not unique."""
+    paths = [source.path for source in data.sources or ()] or [data.path]
+    short = [Path(path).resolve().name for path in paths]
+    return short if len(set(short)) == len(short) else paths
+
+
+def _weights(data: DataConfig) -> tuple[float, ...] | None:
+    weights = [source.weight for source in data.sources or () if source.weight is not None]
+    return tuple(weights) or None
+
+
+def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
+    rank, world_size, _ = launched_world()
+    micro, _ = batch_shape(config.engine, world_size)
+    workers = config.data.num_workers
+    return build_loader(
+        samples, micro_batch_size=micro, world_size=world_size, rank=rank, num_workers=workers, **options
+    )
+
+
+def _told_by_rank(loader: Loader) -> Any:
+    """A row that this rank alone reads is this rank's to complain of."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise RankError(f"rank {launched_world()[0]}: {error}") from error

@@ -1,0 +1,128 @@
+"""Reading ahead under a windowed shuffle: each process asks once for what it will read itself, in the file's order."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eve_ds.data import shards
+from eve_ds.data.loader import build_loader
+from eve_ds.data.mapping import MappedFile
+from eve_ds.data.readahead import ReadAhead
+from eve_ds.data.sampler import Shuffle, TrainOrder
+from eve_ds.data.samples import CaptionSamples
+from eve_ds.data.shards import Split
+from eve_ds.data.sources import JoinedSplit
+from eve_ds.data.transforms import build_transform
+from tests.support.shards import make_caption_set, make_nlvr_set, picture, tiny_tokenizer
+
+SIZE, WINDOW, MICRO = 160, 32, 2
+
+
+class Watched(Split):
+    """Writes down what it is asked for, call by call; processes that were forked off it write into the same file."""
+
+    log: Path
+
+    def read_ahead(self, samples: Iterable[int]) -> None:
+        asked = list(samples)
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(" ".join(map(str, [os.getpid(), *asked])) + "\n")
+        super().read_ahead(asked)
+
+    def calls(self) -> dict[int, list[list[int]]]:
+        """What each process asked for."""
+        found: dict[int, list[list[int]]] = {}
+        for line in self.log.read_text().splitlines():
+            process, *asked = map(int, line.split())
+            found.setdefault(process, []).append(asked)
+        return found
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    split = Watched(make_caption_set(tmp_path, rows=SIZE, captions=1, image_size=8, shard_rows=40))
+    split.log = tmp_path / "asked"
+    return split
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("start", [0, 40])
+def test_each_sample_once_in_the_files_order_in_time(watched: Watched, rank: int, start: int) -> None:
+    world = 2
+    order = TrainOrder(Shuffle(SIZE, 5, WINDOW), MICRO, world, rank)
+    blocks = WINDOW // order.step  # of a window
+    ask = ReadAhead(watched, order, WINDOW)
+    for number, block in enumerate(islice(order.blocks(start), 6 * blocks)):
+        ask(block)
+        recent = watched.calls()[os.getpid()][max(0, number - 2 * blocks) :]
+        assert set(block.samples.tolist()) <= {sample for call in recent for sample in call}
+    (calls,) = watched.calls().values()
+    # Its own samples, once in a stretch as long as a window (an epoch may end in it), in order.
+    expected = [np.unique(order.samples_of(start + turn * WINDOW, blocks)).tolist() for turn in range(7)]
+    flat = [sample for call in calls for sample in call]
+    planned = [sample for stretch in expected for sample in stretch]
+    assert flat == planned[: len(flat)] and len(flat) >= sum(map(len, expected[:6]))
+    # The first window at once, for there is none before it; all others in small parts.
+    assert calls[0] == expected[0]
+    assert max(map(len, calls[1:])) <= math.ceil(1.25 * MICRO)
+    assert sum(bool(call) for call in calls[1 : 1 + blocks]) > blocks / 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_a_ranks_samples(watched: Watched, workers: int) -> None:
+    data = CaptionSamples(watched, tiny_tokenizer(), build_transform(8, True), 12)
+    loader = build_loader(data, MICRO, world_size=2, rank=1, seed=5, num_workers=workers, window=WINDOW)
+    batches = iter(loader)
+    blocks = WINDOW // (2 * MICRO)  # of a window
+    read = [int(i) for batch in islice(batches, 2 * blocks) for i in batch["image_index"]]
+    batches.close()  # type: ignore[attr-defined]
+    asked = Counter(sample for calls in watched.calls().values() for call in calls for sample in call)
+    assert len(set(read)) == len(read) == WINDOW  # two windows' halves, of one epoch
+    assert all(asked[sample] == 1 for sample in read)
+    order = loader.order
+    assert isinstance(order, TrainOrder) and not asked - Counter(order.samples_of(0, 5 * blocks).tolist())
+    assert len(watched.calls()) == max(workers, 1)
+    # A part of the first window each, one after the other in the file, together all of it.
+    parts = sorted(calls[0] for calls in watched.calls().values())
+    assert [sample for part in parts for sample in part] == sorted(order.samples_of(0, blocks).tolist())
+
+
+def test_no_window_no_reading_ahead(watched: Watched) -> None:
+    data = CaptionSamples(watched, tiny_tokenizer(), build_transform(8, True), 12)
+    next(iter(build_loader(data, MICRO)))
+    assert not watched.log.exists()
+
+
+def test_the_kernel_is_asked_for_the_pictures_in_few_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stretches: list[bytes] = []
+    will_need = MappedFile.will_need
+
+    def watch(file: MappedFile, start: int, end: int) -> None:
+        stretches.append(file.path.read_bytes()[start:end])
+        will_need(file, start, end)
+
+    monkeypatch.setattr(MappedFile, "will_need", watch)
+    captions = Split(make_caption_set(tmp_path / "a", rows=12, captions=2, image_size=8, shard_rows=8, batch_rows=8))
+    monkeypatch.setattr(shards, "_READ_AHEAD_GAP", 0)
+    captions.read_ahead([2, 3, 4, 10, 15, 16])  # rows 1, 1, 2, 5, 7 and 0 of the next shard
+    assert stretches == [picture(1, 8) + picture(2, 8), picture(5, 8), picture(7, 8), picture(8, 8)]
+    stretches.clear()
+    monkeypatch.setattr(shards, "_READ_AHEAD_GAP", 64 << 10)
+    captions.read_ahead([2, 3, 4, 10, 15, 16])
+    assert stretches == [b"".join(picture(i, 8) for i in range(1, 8)), picture(8, 8)]
+    stretches.clear()
+    joined = JoinedSplit([captions, Split(make_caption_set(tmp_path / "b", rows=3, captions=1, image_size=8))])
+    joined.read_ahead([23, 24, 26])
+    assert stretches == [picture(11, 8), b"".join(picture(i, 8) for i in range(3))]
+    stretches.clear()
+    Split(make_nlvr_set(tmp_path / "c", rows=3, image_size=8)).read_ahead([0])
+    assert all(any(picture(i, 8) in stretch for stretch in stretches) for i in (0, 4))
+    captions.read_ahead([])

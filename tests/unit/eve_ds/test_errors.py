@@ -1,0 +1,60 @@
+"""How entry points end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from eve_ds.errors import RankError, UserError, exit_code
+
+SCRIPT = """
+import atexit, sys
+from eve_ds.errors import UserError, run_command
+
+class Last:
+    def __del__(self):
+        print("taken down")
+
+kept = Last()
+atexit.register(print, "at the exit")
+def main():
+    print("said", end=" ")
+    if sys.argv[1:]:
+        raise UserError(sys.argv[1])
+run_command(main)
+"""
+
+
+def test_a_process_ends_with_all_said_and_done_and_the_interpreter_left_standing() -> None:
+    for arguments, code, error in (([], 0, ""), (["a file\nis missing"], 2, "error: a file is missing\n")):
+        ended = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (code, "said at the exit\n", error)
+
+
+def raising(error: BaseException) -> int:
+    def main() -> None:
+        raise error
+
+    return exit_code(main)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_who_tells_a_mistake(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert raising(UserError("all ranks meet it")) == 2
+    assert raising(RankError("one rank meets it")) == 2
+    told = ["error: all ranks meet it", "error: one rank meets it"][int(rank) :]
+    assert capsys.readouterr().err.splitlines() == told
+
+
+def test_other_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(RuntimeError("[..] Connection closed by peer [127.0.0.1]:1")) == 3
+    assert "another rank has ended" in capsys.readouterr().err
+    assert raising(OSError(28, "No space left on device", "runs/a")) == 2
+    assert capsys.readouterr().err == ("error: runs/a: No space left on device; make room or choose another folder\n")
+    assert raising(KeyboardInterrupt()) == 130
+    for defect in (RuntimeError("a defect of ours"), OSError(9, "Bad file descriptor"), KeyError("x")):
+        with pytest.raises(type(defect)):
+            raising(defect)
