@@ -6,7 +6,9 @@ import atexit
 import errno
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -27,6 +29,9 @@ class RankError(UserError):
 
 # How gloo tells, in the midst of a collective, that a rank has left (gloo/transport/tcp/pair.cc).
 _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
+# Launchers end all ranks as soon as one leaves, so who has the least to say leaves last.
+RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
+LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
@@ -47,15 +52,19 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 def exit_code(main: Callable[[], None]) -> int:
     """Run an entry point. Returns 0 on success, 2 after one line on stderr on a user's mistake.
 
-    All ranks meet the same mistakes in set-up, so rank 0 alone prints them. A rank that finds another one gone returns
-    3: launchers then report the one that knows why.
+    All ranks meet the same mistakes in set-up, so rank 0 prints them; another one waits to be ended by its launcher,
+    and prints if that never comes: it alone met the mistake. A rank that finds another one gone returns 3: launchers
+    then report the one that knows why.
     """
     try:
         main()
     except USER_ERRORS as error:
-        if isinstance(error, RankError) or _rank() == 0:
-            line = " ".join(str(error).split())
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        line = " ".join(str(error).split())
+        if _rank() != 0 and not isinstance(error, RankError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
+            time.sleep(RANK_0_SECONDS)
+            line = f"rank {_rank()}: {line}"
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
@@ -70,6 +79,7 @@ def exit_code(main: Callable[[], None]) -> int:
         if not _LOST_RANK.search(str(error)):
             raise
         print(f"rank {_rank()}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+        time.sleep(LOST_RANK_SECONDS)
         return 3
     except KeyboardInterrupt:
         return 130

@@ -34,9 +34,16 @@ def start(module: str, arguments: list[str], world_size: int) -> list[subprocess
 
 
 def finish(ranks: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
-    """Wait for all ranks. Returns their exit codes and what they printed, rank after rank."""
+    """Wait for all ranks; when rank 0 fails, end the others, as launchers do.
+
+    Returns their exit codes and what they printed, rank after rank.
+    """
     try:
-        outputs = [rank.communicate(timeout=LIMIT)[0] for rank in ranks]
+        outputs = [ranks[0].communicate(timeout=LIMIT)[0]]
+        if ranks[0].returncode:
+            for rank in ranks[1:]:
+                rank.terminate()
+        outputs += [rank.communicate(timeout=LIMIT)[0] for rank in ranks[1:]]
     finally:
         for rank in ranks:
             rank.kill()

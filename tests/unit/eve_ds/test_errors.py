@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from subprocess import PIPE
 
 import pytest
 
-from eve_ds.errors import RankError, UserError, exit_code
+from eve_ds.errors import RANK_0_SECONDS, RankError, UserError, exit_code
 
 SCRIPT = """
 import atexit, sys
@@ -20,7 +24,7 @@ class Last:
 kept = Last()
 atexit.register(print, "at the exit")
 def main():
-    print("said", end=" ")
+    print("said", end=" ", flush=True)
     if sys.argv[1:]:
         raise UserError(sys.argv[1])
 run_command(main)
@@ -42,14 +46,34 @@ def raising(error: BaseException) -> int:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_who_tells_a_mistake(rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("eve_ds.errors.time.sleep", waits.append)
     monkeypatch.setenv("RANK", rank)
-    assert raising(UserError("all ranks meet it")) == 2
     assert raising(RankError("one rank meets it")) == 2
-    told = ["error: all ranks meet it", "error: one rank meets it"][int(rank) :]
-    assert capsys.readouterr().err.splitlines() == told
+    assert capsys.readouterr().err == "error: one rank meets it\n" and not waits
+    assert raising(UserError("all ranks meet it")) == 2
+    told = {"0": "error: all ranks meet it\n", "1": "error: rank 1: all ranks meet it\n"}
+    assert capsys.readouterr().err == told[rank]
+    assert waits == ([] if rank == "0" else [RANK_0_SECONDS])
 
 
-def test_other_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_that_waits_for_rank_0_is_ended_by_its_launcher_without_a_word() -> None:
+    environment = os.environ | {"RANK": "3"}
+    script = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)\n" + SCRIPT  # as the trainer's handler
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", script, "a mistake"], env=environment, stdout=PIPE, stderr=PIPE, text=True
+    )
+    assert waiting.stdout is not None
+    assert waiting.stdout.read(4) == "said"
+    while waiting.poll() is None:
+        waiting.terminate()
+        time.sleep(0.05)
+    assert waiting.returncode == -signal.SIGTERM
+    assert waiting.communicate()[1] == ""
+
+
+def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("eve_ds.errors.time.sleep", lambda _: None)
     assert raising(RuntimeError("[..] Connection closed by peer [127.0.0.1]:1")) == 3
     assert "another rank has ended" in capsys.readouterr().err
     assert raising(OSError(28, "No space left on device", "runs/a")) == 2
