@@ -83,14 +83,15 @@ class EngineConfig:
             to the global batch is accumulated.
         expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
             ``model.num_experts``.
-        precision: bf16 (weights bf16, master copy and Adam fp32) or fp32.
+        precision: bf16 (weights bf16, master copy and Adam fp32), fp32, or auto: bf16 where the device multiplies such
+            matrices by itself, else fp32; a resumed run keeps what it began with.
         seed: of initial weights, sample order, masks, augmentation, drop path.
     """
 
     global_batch_size: int = 256
     micro_batch_size: int | None = None
     expert_parallel_size: int = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
 
 

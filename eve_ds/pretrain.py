@@ -21,9 +21,11 @@ def main() -> None:
     from eve_ds.engine import batches, distributed, run_folder, setup
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
+    from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
     from eve_ds.tasks.initial import load_initial
 
+    settle_precision(config, distributed.launched_world()[0])
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
     training = setup.samples(config, config.data.train_split, tokenizer, train=True)

@@ -11,7 +11,16 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from eve_ds.benchmarks.benchmark import Benchmark, Column, Row, share, show_mb, show_ms, times
-from eve_ds.benchmarks.gemm import DTYPES, Measured, Product, add_peak_options, find_peak, linear_products
+from eve_ds.benchmarks.gemm import (
+    DTYPES,
+    Measured,
+    Product,
+    add_dtypes_option,
+    add_peak_options,
+    dtypes_of,
+    find_peak,
+    linear_products,
+)
 from eve_ds.benchmarks.machine import choose_device
 from eve_ds.benchmarks.references import ReferenceAttention, plain_core, sdpa_core
 from eve_ds.benchmarks.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
@@ -32,14 +41,14 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--batch", type=PositiveInt, default=16, help="samples")
     parser.add_argument("--dim", type=PositiveInt, default=768, help="width D of the tokens")
     parser.add_argument("--heads", type=PositiveInt, default=12, help="attention heads; divides --dim")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="rows each")
+    add_dtypes_option(parser, "of the layer")
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
     if options.dim % options.heads:
         raise UserError(f"--heads {options.heads} does not divide --dim {options.dim}")
     device = choose_device(options.device)
-    for dtype in options.dtypes:
+    for dtype in options.dtypes or dtypes_of(device):
         torch.manual_seed(0)
         layer = Attention(options.dim, options.heads).to(device, DTYPES[dtype])
         for tokens in options.tokens:

@@ -17,8 +17,10 @@ from torch import Tensor
 from eve_ds.benchmarks.benchmark import Benchmark, Column, Row, share, show_ms
 from eve_ds.benchmarks.machine import choose_device
 from eve_ds.benchmarks.timing import Candidate, add_timing_options, in_turn, medians, milliseconds
+from eve_ds.engine.precision import multiplies_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+AUTO = "auto is bf16 where the device multiplies it by itself, else fp32"
 # A timed run repeats a product for about so long, at most so often: the clock is too coarse for a single small one.
 SAMPLE_MS, MOST_CALLS = 10, 100
 
@@ -134,6 +136,15 @@ def square_products(options: Namespace) -> list[Product]:
     return [Product(size, size, size) for size in options.squares]
 
 
+def add_dtypes_option(parser: ArgumentParser, what: str) -> None:
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help=f"{what}, rows each; all that are quick here")
+
+
+def dtypes_of(device: torch.device) -> list[str]:
+    """The dtypes that ``device`` multiplies by itself."""
+    return [name for name in DTYPES if name == "fp32" or multiplies_bf16(device.type)]
+
+
 def add_model_options(parser: ArgumentParser) -> None:
     """The sizes of a MoE layer; the defaults are EVE-Base's."""
     parser.add_argument("--dim", type=PositiveInt, default=768, help="width D of the tokens")
@@ -146,7 +157,7 @@ def _add_options(parser: ArgumentParser) -> None:
     add_timing_options(parser)
     add_peak_options(parser, squares=(1024, 2048, 4096))
     add_model_options(parser)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="of the factors")
+    add_dtypes_option(parser, "of the factors")
     parser.add_argument("--tokens", nargs="+", type=PositiveInt, default=[948, 11376], help="that the experts share")
 
 
@@ -155,7 +166,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
     products = square_products(options)
     for tokens in options.tokens:
         products += expert_products(tokens, options.experts, options.top_k, options.dim, options.hidden)
-    for dtype in options.dtypes:
+    for dtype in options.dtypes or dtypes_of(device):
         measured = measure(products, DTYPES[dtype], device, options.repeats, options.warmup)
         best = max(one.flops_per_second for one in measured)
         for one in measured:

@@ -15,10 +15,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from eve_ds.benchmarks.benchmark import Benchmark, Column, Row, share, show_mb, show_ms, times
-from eve_ds.benchmarks.gemm import DTYPES, add_model_options, add_peak_options, expert_products, find_peak
+from eve_ds.benchmarks.gemm import AUTO, DTYPES, add_model_options, add_peak_options, expert_products, find_peak
 from eve_ds.benchmarks.machine import choose_device
 from eve_ds.benchmarks.references import DeepSpeedMoE, einsum_moe
 from eve_ds.benchmarks.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
+from eve_ds.engine.precision import best_precision
 from eve_ds.errors import UserError
 from eve_ds.model.flops import mlp
 from eve_ds.model.moe import IMAGE, TEXT, MoE
@@ -33,7 +34,7 @@ def _add_options(parser: ArgumentParser) -> None:
     add_model_options(parser)
     tokens = [948, 3792, 11376, 45504]
     parser.add_argument("--tokens", nargs="+", type=PositiveInt, default=tokens, help="a row each")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of weights and tokens")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help=f"of weights and tokens; {AUTO}")
     parser.add_argument(
         "--rivals", nargs="*", choices=list(RIVALS), default=list(RIVALS), help="what to compare with; none to run ours"
     )
@@ -45,7 +46,10 @@ def _add_options(parser: ArgumentParser) -> None:
 def _rows(options: Namespace) -> Iterator[Row]:
     if options.top_k > options.experts:
         raise UserError(f"--top_k {options.top_k} is more than --experts {options.experts}")
-    device, dtype = choose_device(options.device), DTYPES[options.dtype]
+    device = choose_device(options.device)
+    if options.dtype == "auto":
+        options.dtype = best_precision(device.type)
+    dtype = DTYPES[options.dtype]
     torch.manual_seed(0)
     ours = MoE(options.dim, options.hidden, options.experts, options.top_k).to(device, dtype)
     layers: dict[str, nn.Module] = {"ours": ours}

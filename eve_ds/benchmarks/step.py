@@ -28,6 +28,7 @@ from eve_ds.benchmarks.machine import choose_device, copy_candidate
 from eve_ds.benchmarks.references import ReferenceAttention, einsum_moe, plain_core, replace
 from eve_ds.benchmarks.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
 from eve_ds.config import PretrainConfig, parse
+from eve_ds.engine.precision import best_precision
 from eve_ds.model.attention import Attention
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.flops import pretraining_flops
@@ -64,6 +65,8 @@ def _add_options(parser: ArgumentParser) -> None:
 def _rows(options: Namespace) -> Iterator[Row]:
     device = choose_device(options.device)
     config = parse(PretrainConfig, ["--config", options.config], "python -m eve_ds.bench step")
+    if config.engine.precision == "auto":
+        config.engine.precision = best_precision(device.type)
     torch.manual_seed(0)
     task = MaskedModelling(Backbone(config.model), config.objective, MASK_ID)
     task = task.to(device, DTYPES[config.engine.precision]).train()

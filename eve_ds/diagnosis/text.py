@@ -44,12 +44,14 @@ def machine(found: dict[str, Any]) -> Iterator[str]:
 def speeds(found: dict[str, Any]) -> Iterator[str]:
     measured = {
         name.removesuffix("_bytes_per_s").removesuffix("_flop_per_s").replace("_", " "): (
-            f"{value / 1e9:.1f} GB/s" if name.endswith("bytes_per_s") else f"{value / 1e12:.2f} TFLOP/s"
+            f"{value / 1e9:.1f} GB/s" if name.endswith("bytes_per_s") else f"{value / 1e12:.3g} TFLOP/s"
         )
         for name, value in found["speeds"].items()
     }
     if measured:
         yield ", ".join(f"{name} {value}" for name, value in measured.items())
+    if precision := found["torch"].get("best_precision"):
+        yield f"engine.precision: auto is {precision} here"
 
 
 def operations(found: dict[str, Any]) -> Iterator[str]:

@@ -34,7 +34,9 @@ def tell(**part: Any) -> None:
 
 
 def build() -> dict[str, Any]:
-    """Torch's version and what it was built for, and the devices that it sees."""
+    """Torch's version and what it was built for, the devices that it sees, and the precision to train in."""
+    from eve_ds.engine.precision import best_precision
+
     on_gpu = torch.cuda.is_available()
     nccl = ".".join(str(part) for part in torch.cuda.nccl.version()) if on_gpu and not torch.version.hip else None
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -44,6 +46,7 @@ def build() -> dict[str, Any]:
         "hip": torch.version.hip,
         "nccl": nccl,
         "threads": torch.get_num_threads(),
+        "best_precision": best_precision(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "devices": [
             {"name": p.name, "bytes": p.total_memory, "capability": f"{p.major}.{p.minor}"} for p in properties

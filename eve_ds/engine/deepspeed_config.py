@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.config import EngineConfig, OptimizerConfig
+from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
 
 
@@ -58,7 +59,7 @@ def load_deepspeed_config(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "bf16": {"enabled": precision_of(engine) == "bf16"},
     }
     filled = _fill(raw, ours, path)
     filled.setdefault("zero_allow_untested_optimizer", True)

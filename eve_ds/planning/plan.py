@@ -9,6 +9,7 @@ from typing import Any
 
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.distributed import check_world
+from eve_ds.engine.precision import best_precision
 from eve_ds.errors import UserError
 from eve_ds.planning.fit import largest
 from eve_ds.planning.memory import Batch, Memory, Rehearsal, with_checkpointing
@@ -73,6 +74,9 @@ def _config(options: Any) -> Config:
     if options.zero not in (None, 1, 2, 3):
         raise UserError(f"--zero {options.zero}: the stages that ds_configs has files for are 1, 2 and 3")
     file = options.deepspeed_config if options.zero is None else f"ds_configs/zero{options.zero}.json"
+    if engine.precision == "auto":
+        precision = "bf16" if options.device == "gpu" else best_precision("cpu")
+        engine = dataclasses.replace(engine, precision=precision)
     config: Config = dataclasses.replace(options, engine=engine, deepspeed_config=file)
     return config
 

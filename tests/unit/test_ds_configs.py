@@ -20,7 +20,7 @@ def test_all_files_are_known(repository: Path) -> None:
 def test_deepspeed_takes_the_filled_in_file(repository: Path, name: str, stage: int) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    engine = EngineConfig(global_batch_size=32, micro_batch_size=8)
+    engine = EngineConfig(global_batch_size=32, micro_batch_size=8, precision="bf16")
     filled = load_deepspeed_config(str(repository / "ds_configs" / name), engine, OptimizerConfig(), world_size=1)
     config = DeepSpeedConfig(filled)
     assert config.train_batch_size == 32

@@ -28,12 +28,14 @@ from tests.support.tiny import masked_task
 def settings(tree: object, folder: Path, **engine: object) -> dict[str, object]:
     path = folder / "ds.json"
     path.write_text(json.dumps(tree))
-    return load_deepspeed_config(str(path), EngineConfig(global_batch_size=32, **engine), OptimizerConfig(), 2)
+    return load_deepspeed_config(
+        str(path), EngineConfig(global_batch_size=32, precision="bf16", **engine), OptimizerConfig(), 2
+    )
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload"])
 def test_shipped_settings_are_filled_in(name: str) -> None:
-    engine = EngineConfig(global_batch_size=32, micro_batch_size=4)
+    engine = EngineConfig(global_batch_size=32, micro_batch_size=4, precision="bf16")
     filled = load_deepspeed_config(f"ds_configs/{name}.json", engine, OptimizerConfig(gradient_clipping=2.0), 2)
     assert (filled["train_batch_size"], filled["train_micro_batch_size_per_gpu"]) == (32, 4)
     assert (filled["gradient_accumulation_steps"], filled["gradient_clipping"], filled["bf16"]["enabled"]) == (

@@ -1,0 +1,78 @@
+"""What `engine.precision: auto` comes to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from eve_ds import config as config_tree
+from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig
+from eve_ds.engine import precision
+from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.precision import best_precision, precision_of, settle_precision
+
+
+def seconds(dtype: torch.dtype) -> float:
+    """Of the slowest kind of product of a backward pass, both factors stored by rows; the best of a few."""
+    left, right = torch.ones(256, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+    taken = []
+    for _ in range(5):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
+
+
+def test_auto_never_takes_a_dtype_that_is_many_times_slower() -> None:
+    chosen, other = (
+        (torch.bfloat16, torch.float32) if best_precision("cpu") == "bf16" else (torch.float32, torch.bfloat16)
+    )
+    assert seconds(chosen) < 4 * seconds(other)
+
+
+@pytest.mark.parametrize("best", ["bf16", "fp32"])
+def test_auto_is_the_best_one_and_what_is_named_stays(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: best == "bf16")
+    assert precision_of(EngineConfig()) == best
+    for named in ("bf16", "fp32"):
+        assert precision_of(EngineConfig(precision=named)) == named
+    filled = load_deepspeed_config("ds_configs/zero1.json", EngineConfig(), OptimizerConfig(), 1)
+    assert filled["bf16"]["enabled"] == (best == "bf16")
+
+
+@pytest.mark.parametrize("best", ["bf16", "fp32"])
+def test_a_run_goes_on_in_the_numbers_it_began_with(best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: best == "bf16")
+    fresh = PretrainConfig(output_dir=str(tmp_path))
+    settle_precision(fresh, rank=0)
+    assert fresh.engine.precision == best
+    for stored in ("bf16", "fp32"):
+        begun = PretrainConfig(output_dir=str(tmp_path), engine=EngineConfig(precision=stored))  # type: ignore[arg-type]
+        config_tree.save(begun, tmp_path / "config.yaml")
+        resumed = PretrainConfig(output_dir=str(tmp_path))
+        settle_precision(resumed, rank=0)
+        assert resumed.engine.precision == stored
+
+
+@pytest.mark.parametrize("text", ["", "engine: 3", "engine: {precision: auto}", "\x00", "engine: {precision: [1]}"])
+def test_a_folder_that_is_no_run_decides_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    config = PretrainConfig(output_dir=str(tmp_path))
+    settle_precision(config, rank=0)
+    assert config.engine.precision == best_precision()
+
+
+def test_rank_0_warns_of_slow_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
+    for rank, named, words in (
+        (0, "bf16", "--engine.precision auto"),
+        (1, "bf16", ""),
+        (0, "fp32", ""),
+        (0, "auto", ""),
+    ):
+        settle_precision(PretrainConfig(engine=EngineConfig(precision=named)), rank)  # type: ignore[arg-type]
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == bool(words)
