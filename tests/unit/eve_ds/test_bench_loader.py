@@ -57,6 +57,7 @@ def test_the_whole_run_without_a_bench_environment(tmp_path: Path, capsys: pytes
     assert len(found["all_images_per_second"]["ours"]) == 2
     packed, read = found["packing_images_per_second"], found["reading_and_hashing_images_per_second"]
     assert found["packing_share"] == pytest.approx(packed / read)
+    assert found["writing_images_per_second"] > 0
     assert 0 < found["open_seconds"] <= found["open_every_shard_seconds"]
     assert (found["open_shards"], found["open_rows"]) == (2, 16_000)
     table = capsys.readouterr().out
