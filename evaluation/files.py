@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+OUTPUTS = {"out", "per_question"}  # options that name files to be written
+
 
 class InputError(ValueError):
     """A user's bad input; ``str(error)`` is one line that names the file, row or option at fault."""
@@ -22,6 +24,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; it means nothing here
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it; and no output may be one of the inputs or the other output."""
+        options = super().parse_args(args, namespace)
+        paths = {name: value for name, value in vars(options).items() if isinstance(value, str)}
+        for output in OUTPUTS & paths.keys():
+            for name in paths.keys() - {output}:
+                if _same_file(paths[output], paths[name]):
+                    self.error(f"--{output} and --{name} are one file, {paths[name]}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -76,10 +88,21 @@ def _parse(text: str, name: str, line: int = 1) -> Any:
         raise InputError(f"{name}: invalid JSON at {where}: {error.msg}") from error
     except RecursionError as error:
         raise InputError(f"{name}: JSON nested too deeply from line {line}") from error
+    except ValueError as error:  # Python reads no number of thousands of digits
+        raise InputError(f"{name}: invalid JSON from line {line}: {error}") from error
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return os.path.abspath(one) == os.path.abspath(other)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a file in one piece: a reader sees the old content or the new, never half of it.
+
+    A device or a pipe, such as /dev/stdout, is written to; half of an emoji becomes its escape.
 
     Raises:
         InputError: the folder cannot be made or the file cannot be written.
@@ -87,9 +110,12 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = None
     try:
+        if path.is_char_device() or path.is_fifo():
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -86,7 +86,7 @@ def _check(scores: NDArray[np.generic], index: NDArray[np.integer], name: str, i
         want = "[I, T]" if image_axis == 0 else "[T, I]"
         raise InputError(f"{name} must be real numbers of shape {want}, got {scores.dtype} {list(scores.shape)}")
     images, texts = int(scores.shape[image_axis]), scores.shape[1 - image_axis]
-    if not images or texts != len(index):
+    if not images or not texts or texts != len(index):
         shape = list(scores.shape)
         raise InputError(
             f"{name} {shape} has {images} images and {texts} texts, but text_image_index has {len(index)} texts"
@@ -115,11 +115,14 @@ def _check_row(row: NDArray[np.generic], name: str, number: int) -> None:
 
 def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.generic]:
     try:
-        return archive[name]
+        found = archive[name]
     except KeyError:
         raise InputError(f"array {name!r} is missing, found {sorted(archive)}; needed: {', '.join(ARRAYS)}") from None
     except (ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise InputError(f"array {name!r} cannot be read: the file is damaged or holds no plain numbers") from error
+    if not isinstance(found, np.ndarray):  # a file of another kind within the archive
+        raise InputError(f"array {name!r} is no NumPy array; save it with numpy.savez")
+    return found
 
 
 def score_file(path: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ from preprocessing.convert import add_common_arguments, check_common_arguments, 
 from preprocessing.files import field, read_json_lines
 from preprocessing.image_names import ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import FileImage, leads_out
-from preprocessing.nlvr_rows import Statement, nlvr_source, parse_label
+from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
@@ -49,7 +49,7 @@ def read_nlvr2(annotations: Place, images: Place, excluded: ImageList, cleaning:
         pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
         label = parse_label(record.get("label"), where)
         sentence = cleaning.statement(field(record, "sentence", str, where))
-        out = excluded.holds(*files, match["pair"])
+        out = excluded.holds(*files, match["pair"], *names_in_shards(identifier))
         statements.append(Statement(pair, match["pair"], sentence, label, identifier, where, out))
     return statements
 

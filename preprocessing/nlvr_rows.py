@@ -31,17 +31,29 @@ def parse_label(label: object, where: str) -> str:
     return text
 
 
+def names_in_shards(identifier: str) -> tuple[str, ...]:
+    """What `duplicates find` calls the images of the pair whose first statement has this identifier."""
+    return identifier, f"{identifier}:left", f"{identifier}:right"
+
+
 def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place]) -> Source:
-    """Group statements by pair of images, in the order of first mention. Raises DataError on an identifier twice."""
+    """Group statements by pair of images, in the order of first mention; those without a word are left out.
+
+    A pair of which one statement is excluded is left out whole. Raises DataError on an identifier twice.
+    """
     source = Source("nlvr", [], inputs, {"statements": len(statements), "pairs": len({s.images for s in statements})})
     rows: dict[tuple[ImageRef, ImageRef], Row] = {}
     identifiers: set[str] = set()
+    excluded = {statement.images for statement in statements if statement.excluded}
     for statement in statements:
         if statement.identifier in identifiers:
             raise DataError(f"{statement.where}: identifier {statement.identifier} stands twice; make them unique")
         identifiers.add(statement.identifier)
-        if statement.excluded:
+        if statement.images in excluded:
             source.left_out[f"statement: {EXCLUDED}"] += 1
+            continue
+        if not statement.sentence.strip():
+            source.left_out["statement without a word"] += 1
             continue
         if statement.images not in rows:
             columns: dict[str, list[str]] = {"questions": [], "answers": [], "identifier": []}

@@ -70,8 +70,13 @@ def read_coco_numbers(path: str | None) -> dict[int, int]:
 
 def names_of(image_id: int, coco: dict[int, int]) -> tuple[str, ...]:
     """By what an exclusion list may call an image."""
-    own = f"{image_id}.jpg"
-    return (own, coco_key(coco[image_id])) if image_id in coco else (own,)
+    own = (f"{image_id}.jpg", beside_vqav2(image_id))
+    return (*own, coco_key(coco[image_id])) if image_id in coco else own
+
+
+def beside_vqav2(image_id: int) -> str:
+    """The id of an image in a data set that COCO's numbers are in, too."""
+    return f"vg-{image_id}"
 
 
 def read_regions(

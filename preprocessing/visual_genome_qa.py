@@ -6,6 +6,7 @@ answer, which scores 1. To train on VQA v2 and these together, see `vqav2 --visu
 
 import argparse
 
+from preprocessing import visual_genome
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json
 from preprocessing.image_names import ImageFolder, ImageList, add_exclude_argument, excluded_images
@@ -61,7 +62,7 @@ def read_questions(
             asked.append(
                 Asked(
                     image=images.find(f"{image_id}.jpg"),
-                    image_id=f"vg-{image_id}" if beside_vqav2 else str(image_id),
+                    image_id=visual_genome.beside_vqav2(image_id) if beside_vqav2 else str(image_id),
                     text=cleaning.question(field(qa, "question", str, where), split),
                     question_id=field(qa, "qa_id", int, where) + (_BEYOND_VQAV2 if beside_vqav2 else 0),
                     answers=(field(qa, "answer", str, where),),

@@ -61,17 +61,19 @@ def vqa_source(
 
     That list is `given`, or is found or built as resolve_answer_list says.
 
-    Questions whose image is excluded are left out, and training questions without a listed answer; on other splits the
-    latter stay, with empty lists. Raises DataError on a question id or an image id that stands twice, and as
-    resolve_answer_list does.
+    Questions whose image is excluded and those without a word are left out, and training questions without a listed
+    answer; on other splits the latter stay, with empty lists. Raises DataError on a question id or an image id that
+    stands twice, and as resolve_answer_list does.
     """
     _check_unique(asked)
     source = Source("vqa", [], inputs, {"questions": len(asked)})
     if not asked:
         return source
     source.counts["images"] = len({question.image_id for question in asked})
-    kept = [question for question in asked if not question.excluded]
-    source.left_out[f"question: {EXCLUDED}"] = len(asked) - len(kept)
+    allowed = [question for question in asked if not question.excluded]
+    kept = [question for question in allowed if question.text.strip()]
+    source.left_out[f"question: {EXCLUDED}"] = len(asked) - len(allowed)
+    source.left_out["question without a word"] = len(allowed) - len(kept)
     source.left_out = +source.left_out  # without a zero
     said = [Counter(normalize_answer(answer) for answer in question.answers) for question in kept]
     main = Counter(
@@ -116,6 +118,8 @@ def _check_unique(asked: Sequence[Asked]) -> None:
     questions: set[int] = set()
     images: dict[str, ImageRef] = {}
     for question in asked:
+        if not -(2**63) <= question.question_id < 2**63:
+            raise DataError(f"{question.where}: question_id {question.question_id} has over 64 bits; mend the file")
         if question.question_id in questions:
             raise DataError(f"{question.where}: question_id {question.question_id} stands twice; make ids unique")
         questions.add(question.question_id)

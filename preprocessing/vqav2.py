@@ -94,8 +94,10 @@ def read_vqav2(
         question_id = field(record, "question_id", int, where)
         if annotations is not None and question_id not in answered:
             raise DataError(f"{where}: question_id {question_id} is not in {annotations}; give the file of this split")
-        main, people = answered.get(question_id, (None, ()))
         image_id = field(record, "image_id", int, where)
+        main, people, of = answered.get(question_id, (None, (), None))
+        if of not in (None, image_id):
+            raise DataError(f"{where}: asks of image {image_id}, its annotation in {annotations} answers of image {of}")
         text = cleaning.question(field(record, "question", str, where), split)
         image = _find(images, subset, image_id)
         out = excluded.holds(coco_key(image_id), str(image_id))
@@ -109,9 +111,9 @@ def _find(images: ImageFolder, subset: str, number: int) -> ImageRef:
     return images.find(f"{subset}/{name}" if images.holds(subset) else name, coco_key(number))
 
 
-def _read_annotations(path: Place) -> dict[int, tuple[str, tuple[str, ...]]]:
-    """question id -> (multiple choice answer, the ten answers)."""
-    result: dict[int, tuple[str, tuple[str, ...]]] = {}
+def _read_annotations(path: Place) -> dict[int, tuple[str, tuple[str, ...], int | None]]:
+    """question id -> (multiple choice answer, the ten answers, image id if it is there)."""
+    result: dict[int, tuple[str, tuple[str, ...], int | None]] = {}
     records: list[Any] = field(read_json(path), "annotations", list, f"{path}")
     for index, record in enumerate(records):
         where = f"{path}: annotations[{index}]"
@@ -120,5 +122,9 @@ def _read_annotations(path: Place) -> dict[int, tuple[str, tuple[str, ...]]]:
         except (TypeError, KeyError, AttributeError):
             raise DataError(f"{where}: field 'answers' is no list of objects with an 'answer' string") from None
         main = field(record, "multiple_choice_answer", str, where)
-        result[field(record, "question_id", int, where)] = (main, answers)
+        question_id = field(record, "question_id", int, where)
+        if question_id in result:
+            raise DataError(f"{where}: question_id {question_id} stands twice; mend the file")
+        image_id = field(record, "image_id", int, where) if "image_id" in record else None
+        result[question_id] = (main, answers, image_id)
     return result

@@ -13,7 +13,7 @@ from preprocessing.convert import add_common_arguments, check_common_arguments, 
 from preprocessing.files import field, read_json
 from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import image_in
-from preprocessing.nlvr_rows import Statement, nlvr_source, parse_label
+from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
@@ -143,7 +143,7 @@ def read_nlvr(files: Sequence[Place], images: str, excluded: ImageList, cleaning
                 label=parse_label(record.get("label"), where),
                 identifier=identifier,
                 where=where,
-                excluded=excluded.holds(*names),
+                excluded=excluded.holds(*names, *names_in_shards(identifier)),
             )
         )
     return statements

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,14 @@ NAN = np.where(np.eye(3, 4) > 0, np.nan, 0)
         ({"text_image_index": np.zeros((4, 1), int)}, "text_image_index must be whole numbers"),
         ({"image_to_text": NAN}, "image_to_text[0, 0] is nan"),
         ({"text_to_image": np.full((4, 3), np.inf)}, "text_to_image[0, 0] is inf"),
+        (
+            {
+                "image_to_text": np.zeros((3, 0)),
+                "text_to_image": np.zeros((0, 3)),
+                "text_image_index": np.zeros(0, int),
+            },
+            "has 3 images and 0 texts",
+        ),
         ({"image_to_text": np.zeros((0, 0)), "text_image_index": np.zeros(0, int)}, "has 0 images and 0 texts"),
     ],
 )
@@ -125,11 +134,15 @@ def test_bad_files_exit_with_2_and_one_line(tmp_path: Path, capsys) -> None:
     damaged[150:160] = b"damage" * 2
     (tmp_path / "damaged.npz").write_bytes(damaged)
     (tmp_path / "short.npz").write_bytes(damaged[:200])
+    with zipfile.ZipFile(tmp_path / "foreign.npz", "w") as archive:
+        for name in retrieval.ARRAYS:
+            archive.writestr(name, "no array")
     expected = {
         "absent.npz": "No such file or directory",
         "few.npz": "array 'text_to_image' is missing, found ['image_to_text', 'text_image_index']",
         "object.npz": "array 'image_to_text' cannot be read",
         "bare.npy": "one bare array",
+        "foreign.npz": "array 'text_image_index' is no NumPy array",
         "text.npz": "not a NumPy .npz file",
         "damaged.npz": "array 'image_to_text' cannot be read",
         "short.npz": "not a NumPy .npz file",

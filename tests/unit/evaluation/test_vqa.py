@@ -152,6 +152,11 @@ def write(path: Path, value: object) -> str:
     [
         ("predictions", None, "No such file or directory"),
         ("predictions", '[{"question_id": 1,\n "answer": yes}]', "invalid JSON at line 2 column 12"),
+        (
+            "predictions",
+            f'[{{"question_id": {"1" * 5000}, "answer": "yes"}}]',
+            "invalid JSON from line 1: Exceeds the limit",
+        ),
         ("predictions", {"question_id": 1}, "must be a JSON list"),
         ("annotations", [1], "a JSON object with a list 'annotations'"),
         ("questions", {"questions": [{"question_id": 3}]}, "questions without annotation: question_id 3"),
@@ -197,3 +202,31 @@ def test_wrong_options_are_one_line_with_code_2(capsys) -> None:
         vqa.main(["--prediction", "x"])
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def files(folder: Path) -> list[str]:
+    predictions = write(folder / "p.json", [YES])
+    annotations = write(folder / "a.json", {"annotations": [annotation(question_type="\udc00?")]})
+    return ["--predictions", predictions, "--annotations", annotations]
+
+
+def test_no_output_may_be_an_input_or_the_other_output(tmp_path: Path, capsys) -> None:
+    given = files(tmp_path)
+    (tmp_path / "link.json").symlink_to("a.json")
+    new = str(tmp_path / "new.json")
+    for outputs in (["--out", given[3]], ["--out", str(tmp_path / "link.json")], ["--out", new, "--per_question", new]):
+        with pytest.raises(SystemExit) as caught:
+            vqa.main([*given, *outputs])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "are one file" in error and error.count("\n") == 1
+    assert json.loads((tmp_path / "a.json").read_text())["annotations"] and not Path(new).exists()
+
+
+def test_a_pipe_is_written_to_and_half_an_emoji_is_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "evaluation.vqa", *files(tmp_path), "--out", "/dev/stdout"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    assert Path("/dev/stdout").is_symlink()
+    end = done.stdout.rindex(b"}") + 1
+    scores = json.loads(done.stdout[:end])
+    assert scores["overall"] == 100 and scores["per_question_type"] == {"\udc00?": 100}

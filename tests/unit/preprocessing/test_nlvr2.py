@@ -88,3 +88,28 @@ def test_labels_in_any_case(tmp_path: Path) -> None:
     draw(tmp_path / "dev", "dev-1-0", 1)
     convert(*write(tmp_path, [example("dev-1-0-0", "true"), example("dev-1-0-1", False)]))
     assert rows_of(tmp_path / "out/val")[0]["answers"] == ["True", "False"]
+
+
+def test_a_pair_listed_by_duplicates_is_left_out_whole(tmp_path: Path) -> None:
+    for number in (1, 2):
+        draw(tmp_path / "dev", f"dev-1-{number}", number)
+    words = write(tmp_path, [example(f"dev-1-{pair}-{sentence}") for pair in (1, 2) for sentence in (0, 1)])
+    convert(*words)
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "seen/x.png").write_bytes(picture(3, "PNG", side=8))  # the right one of the first pair
+    (tmp_path / "seen.json").write_text(json.dumps([{"image": "x.png", "caption": "x"}]))
+    convert("json", "--task", "retrieval", "--annotations", tmp_path / "seen.json", "--images", tmp_path / "seen",
+            "--split", "test", "--out", tmp_path / "test")  # fmt: skip
+    convert("duplicates", "find", tmp_path / "out", "--of", tmp_path / "test", "--out", tmp_path / "d.json",
+            "--distance", 0)  # fmt: skip
+    convert(*words, "--exclude", tmp_path / "d.json", "--overwrite")
+    assert [row["identifier"] for row in rows_of(tmp_path / "out/val")] == [["dev-1-2-0", "dev-1-2-1"]]
+    assert read_manifest(tmp_path / "out/val")["dropped"] == {"statement: image is listed in --exclude": 2}
+
+
+def test_statements_without_a_word_are_left_out_and_counted(tmp_path: Path) -> None:
+    draw(tmp_path / "dev", "dev-1-0", 1)
+    convert(*write(tmp_path, [example("dev-1-0-0", sentence=" "), example("dev-1-0-1")]))
+    assert rows_of(tmp_path / "out/val")[0]["identifier"] == ["dev-1-0-1"]
+    assert read_manifest(tmp_path / "out/val")["dropped"] == {"statement without a word": 1}
+    convert("verify", tmp_path / "out")

@@ -135,3 +135,11 @@ def test_bad_records_are_named(genome: Path, refuse: Callable[..., str]) -> None
     twice = [{"id": 1, "regions": [{"image_id": 1, "phrase": "a"}]}] * 2
     message = refuse("visual-genome", "--regions", write_json(genome / "bad.json", twice), *end(genome))
     assert "record 1: image 1 stands twice" in message
+
+
+def test_what_duplicates_calls_an_image_beside_vqav2_is_left_out(genome: Path, both: list[object]) -> None:
+    more = ["--visual-genome", genome / "question_answers.json", "--visual-genome-images", genome]
+    listed = write_json(genome / "d.json", {"duplicates": [{"image_id": "vg-10"}]})
+    convert(*both, *more, "--exclude", listed)
+    assert "vg-10" not in [row["image_id"] for row in rows_of(genome / "out/train")]
+    assert read_manifest(genome / "out/train")["dropped"]["question: image is listed in --exclude"] > 0

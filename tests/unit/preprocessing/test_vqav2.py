@@ -138,3 +138,24 @@ def test_shapes_world(raw: Path, tmp_path: Path) -> None:
         assert set(found) == set(expected)
         for question_id, (answers, scores) in found.items():
             assert answers[0] == expected[question_id]["multiple_choice_answer"] and scores[0] == 1.0
+
+
+def test_questions_without_a_word_are_left_out_and_counted(world: World) -> None:
+    world.questions[0]["question"] = "  "
+    convert(*world.arguments(), "--min-answers", 1)
+    assert sorted(row["question_id"] for row in rows_of(world.folder / "out/train")) == [[10], [21]]
+    assert read_manifest(world.folder / "out/train")["dropped"]["question without a word"] == 1
+    convert("verify", world.folder / "out")
+
+
+def test_annotations_that_stand_twice_or_answer_of_another_picture(world: World, refuse: Callable[..., str]) -> None:
+    world.annotations[1]["image_id"] = 1
+    assert "questions[0]: asks of image 2, its annotation in" in refuse(*world.arguments())
+    world.annotations[1]["image_id"] = 2
+    world.annotations.append(annotation(20, ["dog"] * 10))
+    assert "a.json: annotations[3]: question_id 20 stands twice" in refuse(*world.arguments())
+
+
+def test_an_id_of_more_than_64_bits(world: World, refuse: Callable[..., str]) -> None:
+    world.questions[0]["question_id"] = world.annotations[1]["question_id"] = 2**70
+    assert f"questions[0]: question_id {2**70} has over 64 bits" in refuse(*world.arguments())
