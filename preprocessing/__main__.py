@@ -24,6 +24,7 @@ from preprocessing import (
     vqav2,
     xvlm_json,
 )
+from preprocessing.json_text import whole_characters
 from preprocessing.pool import run_under_mpi, started_by_mpi
 from preprocessing.schema import DataError
 from preprocessing.shapes import generate
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
+    _check_text(words)
     parser = _Parser(prog="python -m preprocessing", description="Raw data sets -> Arrow shards. README.md has more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
@@ -82,14 +84,28 @@ def _run(arguments: Sequence[str] | None) -> int:
             if getattr(args, option, None) == "":  # would be the folder in which one is
                 raise DataError(f"--{option}: is empty; name a folder")
         return COMMANDS[args.command][0].run(args) or 0
-    except DataError as error:
-        print(f"preprocessing {args.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (DataError, OSError) as error:
+        what = _line_of(error) if isinstance(error, OSError) else error
+        print(f"preprocessing {args.command}: {what}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _line_of(error: OSError) -> str:
+    """What to say of a file or folder of which no part of the program knows better."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or ' '.join(str(error).split())}; mend that, or name another path"
+
+
+def _check_text(words: Sequence[str]) -> None:
+    """Raise DataError for a word with bytes that are no UTF-8: the provenance has the command, and is UTF-8."""
+    for word in words:
+        if whole_characters(word) != word:
+            raise DataError(f"{word!r}: is not UTF-8 text; write it in UTF-8, or give the file another name")
 
 
 _Raw = argparse.RawDescriptionHelpFormatter

@@ -19,7 +19,7 @@ from preprocessing.files import read_json, read_text
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import Base64Cell, FileImage, ImageRef, image_in
 from preprocessing.line_records import BadLine, Form, Record, caption_text, find_form, parse_line, record_of
-from preprocessing.places import open_input, place
+from preprocessing.places import exists, open_input, place
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
@@ -72,7 +72,7 @@ class ImageFinder:
         image = image_in(self._images, name)
         if not isinstance(image, FileImage):
             return image
-        there = (image.path + ending for ending in ("", *_ENDINGS) if place(image.path + ending).exists())
+        there = (image.path + ending for ending in ("", *_ENDINGS) if exists(image.path + ending))
         return FileImage(next(there, image.path))
 
 

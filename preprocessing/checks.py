@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from preprocessing.answers import read_answer_list
 from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.places import Place, names_in, open_input, size_of
 from preprocessing.pool import run_tasks
 from preprocessing.progress import Progress
-from preprocessing.reading import open_shard
-from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, DataError
+from preprocessing.reading import batches_of
+from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
 from preprocessing.writer import file_sha256
 
 ID_COLUMNS = {"caption": ("image_id",), "vqa": ("image_id", "question_id"), "nlvr": ("identifier",)}
@@ -24,7 +23,6 @@ _PER_SAMPLE = {  # list columns that run over the samples of a row, as long as S
     "vqa": ("answers", "answer_labels", "answer_scores", "question_id"),
     "nlvr": ("answers", "identifier"),
 }
-_START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class ShardReport:
     row_faults: dict[int, list[str]] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)  # rows with an id that an earlier one has
     changed: bool = False  # since its record was written
+    barred: bool = False  # the system does not let it be read: what it holds is not known
     ids: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # column -> hashes, rows [n]
 
     def lines(self) -> Iterator[str]:
@@ -60,15 +59,15 @@ class ShardReport:
 def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -> ShardReport:
     """Check one shard against its record in the manifest, and every row. Runs in a worker."""
     report = ShardReport(path)
-    if not path.exists():
+    try:
+        _compare(report, record)
+    except FileNotFoundError:
         report.faults.append("is missing")
         return report
-    if record is not None and size_of(path) != record["bytes"]:
-        report.faults.append(f"has {size_of(path)} bytes, the manifest says {record['bytes']}")
-        report.changed = True
-    elif record is not None and file_sha256(path) != record["sha256"]:
-        report.faults.append("its SHA-256 is not the manifest's, its bytes have changed")
-        report.changed = True
+    except OSError as error:
+        report.faults.append(f"cannot be read ({error.strerror}); make it a file that can be, or move it away")
+        report.barred = True
+        return report
     unreadable: list[str] = []
     keys: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
     key_rows: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
@@ -92,43 +91,16 @@ def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -
     return report
 
 
-def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa.RecordBatch]:
-    """The record batches that can be read and are sound; what is wrong with the others goes to `faults`.
-
-    A file without its end, which holds the index, is read from its start as far as it goes.
-    """
-    try:
-        reader = open_shard(path)
-    except DataError as error:
-        faults.append(str(error).removeprefix(f"{path}: "))
-        yield from _stream(path, schema)
-        return
-    if not reader.schema.equals(schema):
-        faults.append("its columns are not those that its kind has")
-        return
-    for index in range(reader.num_record_batches):
-        try:
-            batch = reader.get_batch(index)
-            batch.validate(full=True)  # a wrong offset would be followed beyond the buffer
-        except (pa.ArrowException, OSError) as error:
-            message = str(error).splitlines()[0]
-            faults.append(f"record batch {index} cannot be read ({message}); prepare it again")
-            continue
-        yield batch
-
-
-def _stream(path: Place, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Batches from the start of a cut file to the first that is not whole."""
-    with open_input(path) as file:
-        file.seek(_START)
-        try:
-            stream = pa.ipc.open_stream(file)
-            if stream.schema.equals(schema):
-                for batch in stream:
-                    batch.validate(full=True)
-                    yield batch
-        except (pa.ArrowException, OSError):
-            return  # the caller has told that the file is cut
+def _compare(report: ShardReport, record: dict[str, Any] | None) -> None:
+    """Note where the file's bytes are not what its record says. Raises OSError when the file cannot be read."""
+    open_input(report.path).close()
+    size = size_of(report.path)
+    if record is not None and size != record["bytes"]:
+        report.faults.append(f"has {size} bytes, the manifest says {record['bytes']}")
+        report.changed = True
+    elif record is not None and file_sha256(report.path) != record["sha256"]:
+        report.faults.append("its SHA-256 is not the manifest's, its bytes have changed")
+        report.changed = True
 
 
 def row_faults(row: dict[str, Any], facts: SplitFacts) -> Iterator[str]:
@@ -145,6 +117,9 @@ def row_faults(row: dict[str, Any], facts: SplitFacts) -> Iterator[str]:
             yield f"{column} {error}"
     if row["split"] != facts.split:
         yield f"split is {row['split']!r}, the manifest says {facts.split!r}"
+    lost = [name for name in ID_COLUMNS[kind] if isinstance(row[name], list) and None in row[name]]
+    if lost:
+        yield f"{lost[0]} holds a null"
     texts = row[SAMPLE_COLUMN[kind]]
     if not texts or not all(texts):
         yield f"{SAMPLE_COLUMN[kind]} is empty, or a text in it is"
@@ -239,13 +214,13 @@ def check_shards(
 
     A record that holds the file's name alone is compared with nothing.
     """
-    found: dict[str, ShardReport] = {}
+    found: dict[Place, ShardReport] = {}
     tasks = [(folder / record["file"], record if len(record) > 1 else None, facts) for record in records]
     with Progress(f"verify {folder.name}", len(tasks), "shard") as progress:
         with closing(run_tasks(workers, check_shard, tasks)) as results:
             for report in results:
-                found[report.path.name] = report
+                found[report.path] = report
                 progress.add(1)
-    reports = [found[record["file"]] for record in records]
+    reports = [found[folder / record["file"]] for record in records]
     add_duplicates(reports, facts.kind)
     return reports

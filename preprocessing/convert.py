@@ -56,11 +56,22 @@ def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
         raise DataError(f"--shard-rows {args.shard_rows}: must be at least 1")
     check_workers(args.workers)
     args.policy = image_policy(args)
-    if getattr(args, "images", None) is not None and not place(args.images).is_dir():
-        raise DataError(f"--images {args.images}: no such folder; name the one that holds the image files")
+    if getattr(args, "images", None) is not None:
+        _check_images(args.images)
     out = place(args.out)
-    tidy(out / args.split)
-    check_output(out, kind, args.split, args.overwrite)
+    try:
+        tidy(out / args.split)
+        check_output(out, kind, args.split, args.overwrite)
+    except OSError as error:
+        raise DataError(f"--out {args.out}: cannot be used ({error.strerror}); choose another folder") from None
+
+
+def _check_images(folder: str) -> None:
+    try:
+        if not place(folder).is_dir():
+            raise DataError(f"--images {folder}: no such folder; name the one that holds the image files")
+    except OSError as error:
+        raise DataError(f"--images {folder}: cannot be read ({error.strerror}); name another folder") from None
 
 
 def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,22 +1,29 @@
-"""Reading raw annotation files, and folders that appear whole or not at all."""
+"""Reading raw annotation files, and folders that one process at a time writes, and that appear whole or not at all."""
 
+import fcntl
+import hashlib
 import io
 import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from preprocessing.json_text import parse_json
-from preprocessing.places import RemotePath, open_input
+from preprocessing.places import Place, RemotePath, names_in, open_input
 from preprocessing.schema import DataError
 
 __all__ = [
+    "LOCK",
     "check_replaceable",
     "field",
+    "locked",
+    "new_folder",
     "open_input",
     "output_folder",
     "read_json",
@@ -26,6 +33,7 @@ __all__ = [
 ]
 
 AnyPath = str | os.PathLike[str] | RemotePath
+LOCK = "lock"  # the file in a work folder that is locked
 
 
 def read_text(path: AnyPath) -> str:
@@ -49,8 +57,8 @@ def read_json(path: AnyPath) -> Any:
     text = read_text(path)
     try:
         return parse_json(text)
-    except json.JSONDecodeError as error:
-        raise _invalid(path, error.lineno, error) from None
+    except ValueError as error:
+        raise _invalid(path, getattr(error, "lineno", None), error) from None
 
 
 def read_json_lines(path: AnyPath) -> list[tuple[int, Any]]:
@@ -60,13 +68,19 @@ def read_json_lines(path: AnyPath) -> list[tuple[int, Any]]:
         if line.strip():
             try:
                 values.append((number, parse_json(line)))
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise _invalid(path, number, error) from None
     return values
 
 
-def _invalid(path: AnyPath, line: int, error: json.JSONDecodeError) -> DataError:
-    return DataError(f"{path}: invalid JSON at line {line} column {error.colno} ({error.msg}); fetch the file again")
+def _invalid(path: AnyPath, line: int | None, error: ValueError) -> DataError:
+    """What to say of text that is no JSON, or that holds a number which Python refuses to read."""
+    if isinstance(error, json.JSONDecodeError):
+        what = f"invalid JSON at line {line} column {error.colno} ({error.msg})"
+    else:
+        where = "" if line is None else f"line {line} "
+        what = f"{where}holds a number of more than {sys.get_int_max_str_digits()} digits"
+    return DataError(f"{path}: {what}; fetch the file again")
 
 
 def field(record: Any, name: str, kinds: type | tuple[type, ...], where: str) -> Any:
@@ -83,43 +97,129 @@ def field(record: Any, name: str, kinds: type | tuple[type, ...], where: str) ->
 
 
 @contextmanager
+def locked(target: Place) -> Iterator[Place]:
+    """Hold the lock of `target`, a file in its work folder; gives that folder, which goes if the lock is all it holds.
+
+    The lock of a remote folder is one of this machine. Raises DataError when another process holds it.
+    """
+    root = target.parent / f".{target.name}.work"
+    if isinstance(root, Path):
+        path = root / LOCK
+    else:
+        key = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"eve-ds-{os.getuid()}-{key}.lock"
+    try:
+        file = _lock(path)
+    except OSError as error:
+        raise DataError(
+            f"{target}: cannot be locked ({error.strerror}: {path}); see that files can be written there"
+        ) from error
+    if file is None:
+        raise DataError(f"{target}: another process is writing it; wait for it to end, or choose another folder")
+    try:
+        yield root
+    finally:
+        if not isinstance(root, Path):
+            path.unlink(missing_ok=True)
+        elif names_in(root) == [LOCK]:
+            path.unlink()
+            with suppress(OSError):  # the next run's lock may be in it already
+                root.rmdir()
+        file.close()
+
+
+def _lock(path: Path) -> IO[bytes] | None:
+    """The locked file, or None when another process holds it."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")
+        except (FileExistsError, FileNotFoundError):
+            root = path.parent
+            if root.is_dir() or (root.parent.is_dir() and not os.path.lexists(root)):
+                continue  # it came or went meanwhile: another run begins, or has just ended
+            raise
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # the run that held it has removed it meanwhile
+
+
+@contextmanager
 def output_folder(target: Path, ours: Collection[str], overwrite: bool) -> Iterator[Path]:
+    """A `new_folder` for `target`, which is locked meanwhile; where `target` is a link, for what it leads to.
+
+    Raises DataError when another process is at work on `target`, when that holds something already and `overwrite` is
+    false, or when it holds an entry that matches none of the patterns in `ours`: such a folder is never deleted,
+    whatever the user asks.
+    """
+    target = Path(os.path.realpath(target))
+    with locked(target):
+        _put_back(target)
+        check_replaceable(target, ours, overwrite)
+        with new_folder(target) as partial:
+            yield partial
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill; it takes the place of `target` when the block ends well, and vanishes when it fails.
 
-    Raises DataError when `target` holds something already and `overwrite` is false, or when it holds an entry that
-    matches none of the patterns in `ours`: such a folder is never deleted, whatever the user asks.
+    The caller holds the lock of `target`, which is no link. Raises DataError when there is no room for the new folder.
     """
-    target = Path(os.path.abspath(target))
-    recover(target)
-    check_replaceable(target, ours, overwrite)
     partial = target.parent / f".{target.name}.partial"
-    old = target.parent / f".{target.name}.old"
+    old = _old(target)
     try:
         for leftover in (partial, old):  # of a run that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
+            _discard(leftover)
         partial.mkdir(parents=True)
         try:
             yield partial
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _discard(partial)
             raise
         if target.exists():
             os.rename(target, old)
         os.rename(partial, target)
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from error
 
 
 def recover(target: Path) -> None:
-    """Put the old folder back, should a kill have come between the two renames that `output_folder` ends with."""
-    old = target.parent / f".{target.name}.old"
-    if old.is_dir() and not target.exists():
-        os.rename(old, target)
+    """Put the old folder back, should a kill have come between the two renames that `new_folder` ends with.
+
+    Raises DataError when another process is between them.
+    """
+    target = Path(os.path.realpath(target))
+    if _old(target).is_dir() and not target.exists():
+        with locked(target):
+            _put_back(target)
+
+
+def _put_back(target: Path) -> None:
+    if _old(target).is_dir() and not target.exists():
+        os.rename(_old(target), target)
+
+
+def _old(target: Path) -> Path:
+    """Where the old folder is between the two renames."""
+    return target.parent / f".{target.name}.old"
+
+
+def _discard(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_replaceable(target: Path, ours: Collection[str], overwrite: bool) -> None:
-    """Raise DataError unless `output_folder` may put a new folder at `target`."""
+    """Raise DataError unless a new folder may take the place of `target`."""
     if target.exists() and not target.is_dir():
         raise DataError(f"{target}: is a file; choose another output folder")
     entries = sorted(entry.name for entry in target.iterdir()) if target.exists() else []

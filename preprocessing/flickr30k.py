@@ -75,14 +75,18 @@ def read_tokens(
         captions.setdefault(name, []).append(text)
         source.counts["captions"] += 1
     rows: list[Row] = []
+    owner: dict[str, str] = {}
     source.counts["images"] = len(captions)
     for name, texts in captions.items():
+        image_id = posixpath.splitext(name)[0]
+        if owner.setdefault(image_id, name) != name:
+            raise DataError(f"{path}: image id {image_id} stands for {owner[image_id]} and for {name}; rename one")
         if only is not None and not only.holds(name):
             source.left_out["image is not listed in --only"] += 1
         elif excluded.holds(name):
             source.left_out[EXCLUDED] += 1
         elif kept := cleaning.captions(texts, source.left_out):
-            rows.append(Row(name, (images.find(name),), {"caption": kept, "image_id": posixpath.splitext(name)[0]}))
+            rows.append(Row(name, (images.find(name),), {"caption": kept, "image_id": image_id}))
         else:
             source.left_out["image without caption"] += 1
     source.rows = rows

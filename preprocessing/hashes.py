@@ -7,6 +7,10 @@ near duplicates when both hashes differ in few bits: either alone takes plain sk
 
 import hashlib
 import io
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -73,12 +77,22 @@ class HashList:
         """Read what `save` wrote. Raises DataError naming the file."""
         try:
             with open_input(path) as file, np.load(file, allow_pickle=False) as arrays:
-                return cls(*(arrays[name] for name in _ARRAYS))
+                return cls(*(arrays[name] for name in _ARRAYS))._checked()
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; make it with `python -m preprocessing duplicates hash`") from None
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except _DAMAGE as error:
             message = " ".join(str(error).split())
             raise DataError(f"{path}: is no list of hashes ({message}); make it again") from None
+
+    def _checked(self) -> "HashList":
+        """Itself. Raises ValueError unless it is of one length and of the types that the class names."""
+        if {column.shape for column in (self.dhash, self.phash, self.names)} != {(len(self.keys),)}:
+            raise ValueError("its columns differ in length")
+        if {column.dtype for column in (self.keys, self.dhash, self.phash)} != {np.dtype(np.uint64)}:
+            raise ValueError("its hashes are not of 64 bits")
+        if self.names.dtype.kind != "U":
+            raise ValueError("its names are no text")
+        return self
 
     def save(self, path: Place) -> None:
         """Write a .npz file, atomically."""
@@ -96,3 +110,17 @@ class HashList:
 
 
 _ARRAYS = ("keys", "dhash", "phash", "names")
+_DAMAGE = (  # what NumPy and zipfile raise on a damaged .npz file, or on a file that is none
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    MemoryError,
+    RuntimeError,  # NotImplementedError is one
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)

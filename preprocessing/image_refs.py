@@ -2,12 +2,14 @@
 
 A converter only notes the places; the pipeline's workers read the bytes, so a reference is small and can be pickled.
 `path` is a local path or a URI (hdfs://, s3://, gs://); `preprocessing.files.open_input` opens both.
-`read` raises FileNotFoundError when there is nothing at the place, another OSError when it cannot be read, and
-ValueError, in words that can be counted, when what stands there is no image data at all.
+`read` raises FileNotFoundError when there is nothing at the place, be it that no file could have such a name, another
+OSError when it cannot be read, and ValueError, in words that can be counted, when what stands there is no image data
+at all.
 """
 
 import base64
 import binascii
+import errno
 import functools
 import json
 import os
@@ -72,6 +74,13 @@ def _is_there(path: str) -> bool:
         return False
 
 
+def _missing_if_too_long(error: OSError) -> OSError:
+    """`error`; where a name is longer than that of any file, that there is no such file."""
+    if error.errno != errno.ENAMETOOLONG:
+        return error
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.filename)
+
+
 def _read_at(path: str, offset: int, size: int) -> bytes:
     with open_input(path) as file:
         file.seek(offset)
@@ -93,10 +102,13 @@ class FileImage:
 
     def read(self) -> bytes:
         """See ImageRef."""
-        if not is_remote(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):
-            raise ValueError("is no regular file")
-        with open_input(self.path) as file:
-            return bytes(file.read())
+        try:
+            if not is_remote(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise ValueError("is no regular file")
+            with open_input(self.path) as file:
+                return bytes(file.read())
+        except OSError as error:
+            raise _missing_if_too_long(error) from None
 
     def read_into(self, room: memoryview) -> memoryview | None:
         """The file's bytes at the start of `room`; None when they do not fit, or the file is not a local one."""
@@ -104,7 +116,10 @@ class FileImage:
             return None
         size = 0
         # io.open takes a third longer for a small file; without O_NONBLOCK a pipe waits for its writer.
-        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise _missing_if_too_long(error) from None
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise ValueError("is no regular file")

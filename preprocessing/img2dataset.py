@@ -33,6 +33,7 @@ from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 FORMATS = ("auto", "webdataset", "parquet", "files")
 _ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+_DOTTED = tuple(f".{ending}" for ending in _ENDINGS)
 _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes")
 _CHUNK = 1 << 20
 _CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
@@ -79,14 +80,18 @@ def read_folder(folder: str, layout: str, cleaning: TextCleaning, excluded: Imag
 
 
 def _add_statistics(files: Sequence[str], source: Source) -> None:
-    """Count the addresses, and those of them that gave no image."""
+    """Count the addresses, and those of them that gave no image. Raises DataError naming the file at fault."""
     lost = 0
     for path in files:
+        if whole_characters(path) != path:  # the provenance, which is UTF-8, names it
+            raise DataError(f"{path!r}: has no UTF-8 name; rename it and its shard")
         record = read_json(path)
-        if not isinstance(record, dict) or not isinstance(record.get("count"), int):
-            raise DataError(f"{path}: has no number 'count'; fetch img2dataset's file again, or move it away")
-        source.counts["addresses"] = source.counts.get("addresses", 0) + record["count"]
-        lost += record["count"] - int(record.get("successes", 0))
+        count, got = (record.get(name) if isinstance(record, dict) else None for name in ("count", "successes"))
+        if not (isinstance(count, int) and isinstance(got, int)):
+            what = "successes" if isinstance(count, int) else "count"
+            raise DataError(f"{path}: has no number '{what}'; fetch img2dataset's file again, or move it away")
+        source.counts["addresses"] = source.counts.get("addresses", 0) + count
+        lost += count - got
     if lost:
         source.counts["addresses without an image"] = lost
 
@@ -95,8 +100,8 @@ def _compare(files: Sequence[str], rows: "_ShardRows") -> None:
     """Raise DataError where a shard has other images than its statistics say."""
     for path in files:
         shard = path.removesuffix("_stats.json")
-        said, found = read_json(path).get("successes"), rows.images.get(posixpath.basename(shard))
-        if found is not None and isinstance(said, int) and said != found:
+        said, found = read_json(path)["successes"], rows.images.get(posixpath.basename(shard))
+        if found is not None and said != found:
             raise DataError(
                 f"{path}: says {said} successes, the shard holds {found} images; fetch the shard again, or move that "
                 "file away"
@@ -119,15 +124,18 @@ class _ShardRows(LazyRows):
             entries = []
             name = posixpath.basename(shard).partition(".")[0]
             self.images[name] = 0
-            for key, caption, entry in self._look_through(shard):
+            for key, captions, entry in self._look_through(shard):
                 source.counts["images"] += 1
                 self.images[name] += 1
-                if not (caption and cleaning.caption(caption)):
+                texts = self._cleaned(captions)
+                if not texts:
                     source.left_out["image without caption"] += 1
                 elif excluded.holds(key):
                     source.left_out[EXCLUDED] += 1
                 else:
                     entries.append((key, *entry))
+                    if len(texts) < len(captions):
+                        source.left_out["caption is empty"] += len(captions) - len(texts)
             width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
             kept = np.empty(len(entries), dtype=[("key", f"S{width}"), *self.fields.descr])
             for index, (key, *values) in enumerate(entries):
@@ -158,28 +166,36 @@ class _ShardRows(LazyRows):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         entry = self._parts[number][index - int(self._starts[number])]
         key = os.fsdecode(entry["key"])
-        caption, image = self._at(self._shards[number], key, entry)
+        captions, image = self._at(self._shards[number], key, entry)
         name = posixpath.basename(self._shards[number]).partition(".")[0]
         image_id = whole_characters(key if self._unique else f"{name}/{key}")
-        return Row(image_id, (image,), {"caption": [self._cleaning.caption(caption)], "image_id": image_id})
+        kept = self._cleaned(captions)
+        if not kept:
+            where = f"{self._shards[number]}: image {image_id}"
+            raise DataError(f"{where}: has no caption any more; it changed since the run began, start again")
+        return Row(image_id, (image,), {"caption": kept, "image_id": image_id})
+
+    def _cleaned(self, captions: Sequence[str]) -> list[str]:
+        """The captions of which something is left."""
+        return [text for text in map(self._cleaning.caption, captions) if text]
 
     @abstractmethod
-    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
-        """(key, caption if there is one, values of `fields`) of each image of a shard."""
+    def _look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
+        """(key, captions, values of `fields`) of each image of a shard."""
 
     @abstractmethod
-    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
-        """Caption and image of an entry."""
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
+        """Captions and image of an entry."""
 
 
 class TarRows(_ShardRows):
-    """webdataset: the places of image and text in the tar."""
+    """webdataset: the places of image and text in the tar. A key ends at the first dot of a name."""
 
     fields = np.dtype(
         [("image", "i8"), ("image_bytes", "i8"), ("text", "i8"), ("text_bytes", "i4"), ("json", "?"), ("ending", "i1")]
     )
 
-    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+    def _look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
         try:
             with open_input(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 group: dict[str, tarfile.TarInfo] = {}
@@ -194,9 +210,12 @@ class TarRows(_ShardRows):
                         if key is not None:
                             yield from self._entry(file, key, group)
                         key, group = stem, {}
-                    if ending.lower() in group:
+                    ending = ending.lower()
+                    if ending in group:
                         raise DataError(f"{shard}: key {whole_characters(key)} stands twice; make keys unique")
-                    group[ending.lower()] = member
+                    if "." in ending and ending.endswith(_DOTTED):
+                        self._left_out["image name has a second dot"] += 1
+                    group[ending] = member
                 if key is not None:
                     yield from self._entry(file, key, group)
                 _check_end(file, tar.offset)
@@ -205,28 +224,28 @@ class TarRows(_ShardRows):
 
     def _entry(
         self, file: Any, key: str, group: dict[str, tarfile.TarInfo]
-    ) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+    ) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
         ending = next((ending for ending in _ENDINGS if ending in group), None)
         if ending is None:
             return
         image, text = group[ending], group.get("txt") or group.get("json")
         if text is None:
-            yield key, None, (image.offset_data, image.size, 0, 0, False, 0)
+            yield key, (), (image.offset_data, image.size, 0, 0, False, 0)
             return
         as_json = "txt" not in group
         back = file.tell()
         file.seek(text.offset_data)
-        caption = _decode(bytes(file.read(text.size)), as_json)
+        captions = _decode(bytes(file.read(text.size)), as_json)
         file.seek(back)
         where = (image.offset_data, image.size, text.offset_data, text.size, as_json, _ENDINGS.index(ending))
-        yield key, caption, where
+        yield key, captions, where
 
-    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         with open_input(shard) as file:
             file.seek(int(entry["text"]))
-            caption = _decode(bytes(file.read(int(entry["text_bytes"]))), bool(entry["json"]))
+            captions = _decode(bytes(file.read(int(entry["text_bytes"]))), bool(entry["json"]))
         name = f"{key}.{_ENDINGS[int(entry['ending'])]}"
-        return caption or "", TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
+        return captions, TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
 
 
 def _check_end(file: Any, end: int) -> None:
@@ -244,24 +263,33 @@ def _check_end(file: Any, end: int) -> None:
         raise tarfile.TarError(f"no end at byte {end}")
 
 
-def _decode(text: bytes, as_json: bool) -> str | None:
-    """The caption of a .txt or of a .json file; None where it has none."""
+def _decode(text: bytes, as_json: bool) -> Sequence[str]:
+    """The captions of a .txt or of a .json file; none where it has none."""
     if not as_json:
-        return text.decode("utf-8", "replace")
+        return (text.decode("utf-8", "replace"),)
     try:
         record = parse_json(text)
     except ValueError:
-        return None
-    found = (record.get(name) for name in _CAPTION_COLUMNS) if isinstance(record, dict) else ()
-    return next((value for value in found if isinstance(value, str)), None)
+        return ()
+    found = (_texts(record.get(name)) for name in _CAPTION_COLUMNS) if isinstance(record, dict) else ()
+    return next((texts for texts in found if texts), ())
+
+
+def _texts(value: Any) -> Sequence[str]:
+    """The captions in a value: it is one, or a list of them, of which those that are null are empty."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
+        return [text or "" for text in value]
+    return ()
 
 
 class FolderRows(_ShardRows):
-    """files: the ending of each image, and whether its text is JSON."""
+    """files: the ending of each image as it is spelled, and whether its text is JSON."""
 
-    fields = np.dtype([("ending", "i1"), ("json", "?")])
+    fields = np.dtype([("ending", "S4"), ("json", "?")])
 
-    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+    def _look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
         names = names_in(place(shard))
         known = set(names)
         for name in names:
@@ -270,18 +298,24 @@ class FolderRows(_ShardRows):
                 continue
             text = next((f"{stem}.{kind}" for kind in ("txt", "json") if f"{stem}.{kind}" in known), None)
             as_json = text is not None and text.endswith(".json")
-            caption = None if text is None else _read_caption(join(shard, text), as_json)
-            yield stem, caption, (_ENDINGS.index(ending.lower()), as_json)
+            captions = () if text is None else _read_captions(join(shard, text), as_json)
+            yield stem, captions, (ending.encode(), as_json)
 
-    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         as_json = bool(entry["json"])
-        caption = _read_caption(join(shard, f"{key}.{'json' if as_json else 'txt'}"), as_json)
-        return caption or "", FileImage(join(shard, f"{key}.{_ENDINGS[int(entry['ending'])]}"))
+        captions = _read_captions(join(shard, f"{key}.{'json' if as_json else 'txt'}"), as_json)
+        return captions, FileImage(join(shard, f"{key}.{entry['ending'].decode()}"))
 
 
-def _read_caption(path: str, as_json: bool) -> str | None:
-    with open_input(path) as file:
-        return _decode(bytes(file.read()), as_json)
+def _read_captions(path: str, as_json: bool) -> Sequence[str]:
+    """The captions in a file; none where a link leads nowhere. Raises DataError when it cannot be read."""
+    try:
+        with open_input(path) as file:
+            return _decode(bytes(file.read()), as_json)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend it, or move it away") from None
 
 
 class ParquetRows(_ShardRows):
@@ -289,11 +323,11 @@ class ParquetRows(_ShardRows):
 
     fields = np.dtype([("group", "i4"), ("row", "i4")])
 
-    def _look_through(self, shard: str) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
+    def _look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
         try:
             with open_input(shard) as file:
                 table = pq.ParquetFile(file)
-                image, caption = _columns(shard, table.schema_arrow.names)
+                image, caption = _columns(shard, table.schema_arrow)
                 keyed = "key" in table.schema_arrow.names
                 row = 0
                 for group in range(table.num_row_groups):
@@ -305,7 +339,7 @@ class ParquetRows(_ShardRows):
                     row += len(data)
                     for index, (key, text) in enumerate(zip(keys, texts, strict=True)):
                         if there[index]:
-                            yield str(key), text, (group, index)
+                            yield str(key), _texts(text), (group, index)
                         else:
                             self._left_out["image is null"] += 1
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -313,10 +347,10 @@ class ParquetRows(_ShardRows):
                 f"{shard}: is no whole parquet file ({str(error).splitlines()[0]}); fetch it again"
             ) from None
 
-    def _at(self, shard: str, key: str, entry: Any) -> tuple[str, ImageRef]:
+    def _at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])
         image, captions = _captions(shard, group)
-        return captions[row].as_py(), ParquetCell(shard, group, row, image, key)
+        return _texts(captions[row].as_py()), ParquetCell(shard, group, row, image, key)
 
 
 @lru_cache(maxsize=2)
@@ -324,15 +358,25 @@ def _captions(shard: str, group: int) -> tuple[str, pa.ChunkedArray]:
     """The name of the image column, and the captions of a row group."""
     with open_input(shard) as file:
         table = pq.ParquetFile(file)
-        image, caption = _columns(shard, table.schema_arrow.names)
+        image, caption = _columns(shard, table.schema_arrow)
         return image, table.read_row_group(group, columns=[caption]).column(caption)
 
 
-def _columns(shard: str, names: Sequence[str]) -> tuple[str, str]:
-    """The columns of images and of captions. Raises DataError when one is missing."""
-    image = next((name for name in _IMAGE_COLUMNS if name in names), None)
-    caption = next((name for name in _CAPTION_COLUMNS if name in names), None)
+def _columns(shard: str, schema: pa.Schema) -> tuple[str, str]:
+    """The columns of images and of captions. Raises DataError when one is missing, or captions are no texts."""
+    image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
+    caption = next((name for name in _CAPTION_COLUMNS if name in schema.names), None)
     if image is None or caption is None:
         what, known = ("images", _IMAGE_COLUMNS) if image is None else ("captions", _CAPTION_COLUMNS)
         raise DataError(f"{shard}: has no column of {what} ({', '.join(known)}); is this img2dataset's parquet output?")
+    kind = schema.field(caption).type
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not _is_text(kind.value_type if listed else kind):
+        raise DataError(f"{shard}: column {caption} is of type {kind}, neither text nor lists of texts; mend the file")
     return image, caption
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))

@@ -6,13 +6,14 @@ import html
 import io
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
+from preprocessing.files import read_json
 from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.places import Place, place
 from preprocessing.reading import read_rows, split_folders
-from preprocessing.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, DataError, read_manifest, write_atomic
+from preprocessing.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, SAMPLE_COLUMN, DataError, read_manifest, write_atomic
 
 _ROWS, _PAGE_ROWS = 3, 48
 _THUMBNAIL = 160  # pixels, the longer side
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _rows(folder: Place, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for shard in manifest["shards"]:
-        yield from read_rows(folder / shard["file"])
+        yield from read_rows(folder / shard["file"], manifest["kind"])
 
 
 def _summary(folder: Place, manifest: dict[str, Any]) -> list[str]:
@@ -68,9 +69,18 @@ def _summary(folder: Place, manifest: dict[str, Any]) -> list[str]:
     ]
     lines += [f"  dropped: {count} ({reason})" for reason, count in sorted(manifest["dropped"].items())]
     if (folder / PROVENANCE).exists():
-        made = json.loads((folder / PROVENANCE).read_bytes())
-        lines.append(f"  made by: {made.get('command')} on {made.get('time')}")
+        lines.append(f"  made by: {_made_by(folder / PROVENANCE)}")
     return lines
+
+
+def _made_by(path: Place) -> str:
+    try:
+        made = read_json(path)
+    except DataError:
+        made = None
+    if not isinstance(made, dict):
+        return f"unknown, {path.name} cannot be read"
+    return f"{made.get('command')} on {made.get('time')}"
 
 
 def _printable(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,30 +112,26 @@ def _section(folder: Place, manifest: dict[str, Any], cards: list[str]) -> str:
 
 def _card(kind: str, row: dict[str, Any]) -> str:
     pictures = "".join(_thumbnail(row[column]) for column in IMAGE_COLUMNS[kind])
-    if kind == "caption":
-        lines = [html.escape(text) for text in row["caption"]]
-    elif kind == "vqa":
-        lines = [
-            f"{html.escape(text)} <span class=a>{html.escape(_scored(answers, scores))}</span>"
-            for text, answers, scores in zip(row["questions"], row["answers"], row["answer_scores"], strict=True)
-        ]
-    else:
-        lines = [
-            f"{html.escape(text)} <span class=a>{html.escape(answer)}</span>"
-            for text, answer in zip(row["questions"], row["answers"], strict=True)
-        ]
-    name = row["identifier"][0] if kind == "nlvr" else row["image_id"]
-    items = "".join(f"<li>{line}</li>" for line in lines)
-    return f'<div class="row">{pictures}<div class=id>{html.escape(name)}</div><ul>{items}</ul></div>'
-
-
-def _scored(answers: list[str], scores: list[float]) -> str:
-    return (
-        ", ".join(f"{answer} {score:.1f}" for answer, score in zip(answers, scores, strict=True)) or "no listed answer"
+    texts, answers = row[SAMPLE_COLUMN[kind]] or [], row.get("answers") or []
+    if kind == "vqa":
+        answers = [_scored(*pair) for pair in zip_longest(answers, row["answer_scores"] or [])]
+    items = "".join(
+        f"<li>{html.escape(str(text))}"
+        + ("" if kind == "caption" else f" <span class=a>{html.escape(str(answer))}</span>")
+        for text, answer in zip_longest(texts, answers)
     )
+    name = next(iter(row["identifier"] or []), None) if kind == "nlvr" else row["image_id"]
+    return f'<div class="row">{pictures}<div class=id>{html.escape(str(name))}</div><ul>{items}</ul></div>'
 
 
-def _thumbnail(data: bytes) -> str:
+def _scored(answers: list[str | None] | None, scores: list[float | None] | None) -> str:
+    pairs = zip_longest(answers or [], scores or [])
+    return ", ".join(f"{answer} {score and f'{score:.1f}'}" for answer, score in pairs) or "no listed answer"
+
+
+def _thumbnail(data: bytes | None) -> str:
+    if data is None:
+        return "<em>is null</em>"
     try:
         image = decode_image(data, PILLOW_PIXELS).convert("RGB")
     except BadImage as error:

@@ -2,12 +2,13 @@
 
 TSV without a header: CC3M's `caption<tab>url`, CC12M's `url<tab>caption`, or what `--columns` says. With one: the names
 below (open_clip's script writes `title<tab>filepath`). JSON lines: objects with the same names, such as EVE's
-{"binary": base64, "desc": caption, "url"}.
+{"binary": base64, "desc": caption, "url"}. Where several names of one role stand side by side, in whatever form and
+order, the first of them in ROLES counts.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,12 @@ ROLES: dict[str, tuple[str, ...]] = {
     "url": ("url", "image_url", "photo_url"),
 }
 IGNORED = "-"
+_INLINE = "inline"
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
+_RANK = {name: rank for names in ROLES.values() for rank, name in enumerate(names)}
 _URL = re.compile(rb"https?://", re.IGNORECASE)
 _LONG = 1024  # no file name is longer: an `image` beyond that is base64
+_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')  # of JSON, without its quotes
 
 
 class BadLine(ValueError):
@@ -51,13 +55,13 @@ class Form:
 def find_form(first: bytes, columns: Sequence[str] | None) -> Form:
     """The form of a file by its first line, or by the names in `columns`. Raises BadLine when it is none."""
     if columns:
-        return Form(tuple(_role(name) for name in columns))
+        return Form(_column_roles([name.lower() for name in columns]))
     if first.lstrip().startswith(b"{"):
         return Form(None)
     fields = first.split(b"\t")
     names = [field.decode("utf-8", "replace").strip('"').lower() for field in fields]
-    if "caption" in (roles := [_role(name) for name in names]) and len(set(roles) - {IGNORED}) > 1:
-        return Form(tuple(roles), header=True, quoted=True)
+    if "caption" in (roles := {_role(name) for name in names}) and len(roles - {IGNORED}) > 1:
+        return Form(_column_roles(names), header=True, quoted=True)
     urls = [index for index, field in enumerate(fields) if _URL.match(field)]
     if len(fields) == 2 and len(urls) == 1:
         return Form(("url", "caption") if urls == [0] else ("caption", "url"))
@@ -69,6 +73,28 @@ def find_form(first: bytes, columns: Sequence[str] | None) -> Form:
 
 def _role(name: str) -> str:
     return _ROLE_OF.get(name.lower(), IGNORED)
+
+
+def _choose(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """role -> name, of (role, name) pairs: where several names have a role, the first of them in ROLES fills it."""
+    chosen: dict[str, str] = {}
+    for role, name in fields:
+        if role != IGNORED and (role not in chosen or _order(name) < _order(chosen[role])):
+            chosen[role] = name
+    return chosen
+
+
+def _order(name: str) -> tuple[int, str]:
+    return _RANK[name.lower()], name
+
+
+def _column_roles(names: Sequence[str]) -> tuple[str, ...]:
+    """The role of each column by its name in lower case. Raises BadLine where two columns of one name would have it."""
+    chosen = _choose((_role(name), name) for name in names)
+    twice = next((name for name in chosen.values() if names.count(name) > 1), None)
+    if twice is not None:
+        raise BadLine(f"two columns are called {twice}; call one of them {IGNORED}")
+    return tuple(role if chosen.get(role := _role(name)) == name else IGNORED for name in names)
 
 
 def parse_line(line: bytes, form: Form) -> Record:
@@ -105,26 +131,39 @@ def _parse_json(line: bytes) -> Record:
         raise BadLine(f"invalid JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadLine("is no JSON object")
-    found: dict[str, str] = {}
-    cell = None
-    for name, content in value.items():
+    chosen = _fields(value)
+    data = chosen.get("base64") or chosen.get(_INLINE)
+    cell = None if data is None else _string_place(line, data, value[data])
+    return Record(_caption(value, chosen), _text(value, chosen, "file"), _text(value, chosen, "url"), cell)
+
+
+def _fields(entry: dict[str, Any]) -> dict[str, str]:
+    """role -> name of the field that fills it. Base64 in a field that should name a file has the role _INLINE.
+
+    What is no text counts for a caption alone, to be refused, unless it is null.
+    """
+    found = []
+    for name, content in entry.items():
         role = _role(name)
-        if not isinstance(content, str) or role == IGNORED or role in found:
-            continue
-        if role == "base64" or (role == "file" and len(content) > _LONG):
-            cell = _string_place(line, name)
-        else:
-            found[role] = content
-    caption = found["caption"] if "caption" in found else _no_caption(value)
-    return Record(caption, found.get("file"), found.get("url"), cell)
+        if isinstance(content, str):
+            found.append((_INLINE if role == "file" and len(content) > _LONG else role, name))
+        elif role == "caption" and content is not None:
+            found.append((role, name))
+    return _choose(found)
 
 
-def _no_caption(entry: dict[str, Any]) -> str:
-    """The caption of an entry that has no text for it: an empty one where it is null. Raises BadLine."""
-    names = [name for name in entry if _role(name) == "caption"]
-    if not names:
+def _text(entry: dict[str, Any], chosen: dict[str, str], role: str) -> str | None:
+    return entry[chosen[role]] if role in chosen else None
+
+
+def _caption(entry: dict[str, Any], chosen: dict[str, str]) -> str:
+    """The caption of an entry: an empty one where all its fields for it are null. Raises BadLine."""
+    name = chosen.get("caption")
+    if name is not None:
+        return caption_text(entry[name], f"its {name}")
+    if not any(_role(name) == "caption" for name in entry):
         raise BadLine(f"has no field of {', '.join(ROLES['caption'])}")
-    return "".join(caption_text(entry[name], f"its {name}") for name in names)
+    return ""
 
 
 def caption_text(value: Any, what: str) -> str:
@@ -143,15 +182,24 @@ def record_of(entry: Any) -> Record:
         return Record(caption_text(entry[1], "its caption"), entry[0])
     if not isinstance(entry, dict):
         raise BadLine("is neither an object nor [file, caption]")
-    found = {_role(name): value for name, value in entry.items() if isinstance(value, str)}
-    caption = found["caption"] if "caption" in found else _no_caption(entry)
-    return Record(caption, found.get("file"), found.get("url"))
+    chosen = _fields(entry)
+    file = _text(entry, chosen, "file") or _text(entry, chosen, _INLINE)
+    return Record(_caption(entry, chosen), file, _text(entry, chosen, "url"))
 
 
-def _string_place(line: bytes, name: str) -> tuple[int, int]:
-    """(first byte, bytes) of the string that stands for `name` in a line of JSON, without its quotes."""
-    key = re.escape(json.dumps(name).encode())
-    match = re.search(key + rb'\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)"', line)
-    if match is None:  # the name itself is written with escapes
-        raise BadLine(f"field {name!r} is written in an odd way")
-    return match.start(1), match.end(1) - match.start(1)
+def _string_place(line: bytes, name: str, text: str) -> tuple[int, int]:
+    """(first byte, bytes) of the string that stands for `name` in a line of JSON, without its quotes.
+
+    Its value is the base64 `text`: an object within may have a field of that name too. Raises BadLine when none fits.
+    """
+    plain = text.encode()
+    usual = (plain, plain.replace(b"/", b"\\/"))
+    for match in re.finditer(re.escape(json.dumps(name).encode()) + rb'\s*:\s*"', line):
+        start = match.end()
+        for form in usual:
+            if line.startswith(form, start) and line.startswith(b'"', start + len(form)):
+                return start, len(form)
+        string = _STRING.match(line, start)
+        if string is not None and b"\\" in string[0] and parse_json(b'"%b"' % string[0]) == text:
+            return start, len(string[0])
+    raise BadLine(f"field {name!r} is written in an odd way; write its name without escapes")

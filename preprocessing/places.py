@@ -89,6 +89,11 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Place:
     return RemotePath(text.rstrip("/"))
 
 
+def exists(path: str) -> bool:
+    """Whether there is a file or a folder; there is none of a name that is too long for one."""
+    return place(path).exists() if is_remote(path) else os.path.exists(path)
+
+
 def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
     """Open a file for reading bytes; it can seek, and closes at the end of a `with` block.
 
@@ -113,9 +118,12 @@ def size_of(path: Place) -> int:
 
 
 def names_in(folder: Place) -> list[str]:
-    """Sorted names of what a folder holds; none when there is no such folder."""
+    """Sorted names of what a folder holds; none for no such folder. Raises DataError when it cannot be read."""
     if isinstance(folder, Path):
-        return sorted(os.listdir(folder)) if folder.is_dir() else []
+        try:
+            return sorted(os.listdir(folder)) if folder.is_dir() else []
+        except PermissionError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
     with _told(str(folder)):
         system, path = _opened(str(folder))
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))

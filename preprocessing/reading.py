@@ -1,6 +1,7 @@
 """Reads prepared shards back: for `verify`, `inspect`, `tokenizer` and `duplicates`."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from preprocessing.images import PILLOW_PIXELS, BadImage
 from preprocessing.pixels import open_image
 from preprocessing.places import Place, open_input
 from preprocessing.pool import run_tasks
-from preprocessing.schema import IMAGE_COLUMNS, MANIFEST, SAMPLE_COLUMN, SPLITS, DataError, read_manifest
+from preprocessing.schema import IMAGE_COLUMNS, KINDS, MANIFEST, SAMPLE_COLUMN, SPLITS, DataError, read_manifest
+
+_START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
 
 
 def split_folders(directory: Place) -> list[Place]:
@@ -26,42 +29,93 @@ def split_folders(directory: Place) -> list[Place]:
     return folders
 
 
-def open_shard(path: Place) -> pa.ipc.RecordBatchFileReader:
-    """Open one shard. Raises DataError when the file is missing or no Arrow IPC file."""
+def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa.RecordBatch]:
+    """The record batches that can be read and are sound; what is wrong with the others goes to `faults`.
+
+    A file without its end, which holds the index, is read from its start as far as it goes.
+    """
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else open_input(path))
+        reader = pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else open_input(path))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; prepare the split again") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: is no Arrow file ({str(error).splitlines()[0]}); prepare the split again") from None
-
-
-def read_rows(path: Place) -> Iterator[dict[str, Any]]:
-    """The rows of one shard as plain Python values. Raises DataError when its records cannot be read."""
-    reader = open_shard(path)
+        faults.append("is missing; prepare it again")
+        return
+    except (pa.ArrowException, OSError) as error:
+        faults.append(f"is no Arrow file ({_told(error)}); prepare it again")
+        yield from _stream(path, schema)
+        return
+    if not reader.schema.equals(schema):
+        faults.append("its columns are not those that its kind has; prepare it again")
+        return
     for index in range(reader.num_record_batches):
         try:
-            rows = reader.get_batch(index).to_pylist()
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            message = str(error).splitlines()[0]
-            raise DataError(f"{path}: record batch {index} cannot be read ({message}); prepare it again") from None
-        yield from rows
+            batch = reader.get_batch(index)
+            batch.validate(full=True)  # a wrong offset would be followed beyond the buffer
+        except (pa.ArrowException, OSError) as error:
+            faults.append(f"record batch {index} cannot be read ({_told(error)}); prepare it again")
+            continue
+        yield batch
+
+
+def _stream(path: Place, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Batches from the start of a cut file to the first that is not whole."""
+    try:
+        with open_input(path) as file:
+            file.seek(_START)
+            stream = pa.ipc.open_stream(file)
+            if stream.schema.equals(schema):
+                for batch in stream:
+                    batch.validate(full=True)
+                    yield batch
+    except (pa.ArrowException, OSError):
+        return  # the caller has told that the file is cut
+
+
+def _told(error: Exception) -> str:
+    """What the system or Arrow says, in few words."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def sound_batches(path: Place, kind: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number of its first row, record batch) of a whole shard. Raises DataError at the first batch that is not sound.
+
+    Null values are the caller's to look for.
+    """
+    faults: list[str] = []
+    row = 0
+    for batch in batches_of(path, KINDS[kind], faults):
+        if faults:
+            break
+        yield row, batch
+        row += batch.num_rows
+    if faults:
+        raise DataError(f"{path}: {faults[0]}, or see `python -m preprocessing verify {path.parent}`")
+
+
+def _bad_row(path: Place, row: int, what: str) -> DataError:
+    """What to say of a row that readers cannot use."""
+    return DataError(f"{path} row {row}: {what}; see `python -m preprocessing verify {path.parent}`")
+
+
+def read_rows(path: Place, kind: str) -> Iterator[dict[str, Any]]:
+    """The rows of one shard as plain Python values, null where one is. Raises DataError when it is not sound."""
+    for _, batch in sound_batches(path, kind):
+        yield from batch.to_pylist()
 
 
 def read_texts(directory: Place) -> Iterator[str]:
-    """All captions or questions of a split folder, or of a data set folder's training split."""
+    """All captions or questions of a split folder, or of a data set folder's training split. Raises DataError."""
     folder = directory if (directory / MANIFEST).exists() else directory / "train"
     manifest = read_manifest(folder)
     column = SAMPLE_COLUMN[manifest["kind"]]
     for shard in manifest["shards"]:
-        reader = open_shard(folder / shard["file"])
-        for index in range(reader.num_record_batches):
-            yield from _flat(reader.get_batch(index).column(column).to_pylist())
-
-
-def _flat(lists: Sequence[Sequence[str]]) -> Iterator[str]:
-    for texts in lists:
-        yield from texts
+        path = folder / shard["file"]
+        for first, batch in sound_batches(path, manifest["kind"]):
+            for row, texts in enumerate(batch.column(column).to_pylist(), first):
+                if texts is None or None in texts:
+                    raise _bad_row(path, row, f"{column} is null, or a text in it is")
+                yield from texts
 
 
 def read_images(directory: Place) -> Iterator[tuple[str, bytes]]:
@@ -83,12 +137,14 @@ def _shards_of(directory: Place) -> Iterator[tuple[Place, str]]:
 def _shard_images(shard: Place, kind: str) -> Iterator[tuple[str, bytes]]:
     columns = IMAGE_COLUMNS[kind]
     sides = ("",) if len(columns) == 1 else (":left", ":right")
-    reader = open_shard(shard)
-    for index in range(reader.num_record_batches):
-        batch = reader.get_batch(index)
-        for row, name in enumerate(batch.column("identifier" if kind == "nlvr" else "image_id").to_pylist()):
+    for first, batch in sound_batches(shard, kind):
+        for row, ids in enumerate(batch.column("identifier" if kind == "nlvr" else "image_id").to_pylist()):
+            name = next(iter(ids or ()), None) if kind == "nlvr" else ids
             for column, side in zip(columns, sides, strict=True):
-                yield (name if isinstance(name, str) else name[0]) + side, batch.column(column)[row].as_py()
+                data = batch.column(column)[row].as_py()
+                if name is None or data is None:
+                    raise _bad_row(shard, first + row, f"{column} or its id is null")
+                yield name + side, data
 
 
 def hashes_of(path: Place, perceptual: bool = True, workers: int = 1) -> HashList:

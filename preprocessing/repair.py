@@ -4,7 +4,7 @@ Sound shards stay as they are (hard links). Of a shard that has faults the sound
 changed, but whose rows pass every check, stays too, and so does its record, unless `--accept-changed` vouches for it: a
 letter may be another one. What is lost is counted in the manifest's `dropped`, and what was done is told and listed in
 its `repairs`. The mended folder takes the place of the old one by rename, so that a kill leaves the one or the other.
-Never changed: a row's own content.
+The split is locked, as converters lock it, from before it is looked at until then. Never changed: a row's own content.
 """
 
 import os
@@ -13,9 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from preprocessing.checks import ShardReport, SplitFacts, batches_of, check_shards, shard_paths, split_facts
-from preprocessing.files import output_folder
+from preprocessing.checks import ShardReport, SplitFacts, check_shards, shard_paths, split_facts
+from preprocessing.files import check_replaceable, locked, new_folder
 from preprocessing.places import Place
+from preprocessing.reading import batches_of
 from preprocessing.schema import KINDS, MANIFEST, PROVENANCE, DataError, read_manifest
 from preprocessing.writer import DROPPED, OURS, ShardWriter, file_sha256, write_manifest
 
@@ -40,13 +41,20 @@ class _Repair:
 
 
 def repair_split(folder: Place, workers: int = 1, accept_changed: bool = False) -> list[str]:
-    """Mend the split in `folder`. Returns what was done, a line each; nothing when there was nothing to do.
+    """Mend the split in `folder`, or where it is a link, in what it leads to. Returns what was done, a line each.
 
-    Raises DataError when it cannot be mended: there is no shard to be read, a VQA set lacks its answer list, the folder
-    is remote, or holds files that are not of this program's making.
+    Raises DataError when it cannot be mended: another process is writing it, there is no shard to be read, a VQA set
+    lacks its answer list, the folder is remote, or holds files that are not of this program's making.
     """
     if not isinstance(folder, Path):
         raise DataError(f"{folder}: --repair works on a local folder; copy the data set, mend it, and copy it back")
+    target = Path(os.path.realpath(folder))
+    with locked(target):
+        return _mend_split(folder, target, workers, accept_changed)
+
+
+def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) -> list[str]:
+    """`repair_split` of a locked split; `target` is `folder` without a link in it."""
     said: list[str] = []
     manifest = _manifest_of(folder, said)
     facts = split_facts(folder, manifest["kind"], manifest["split"])
@@ -55,6 +63,9 @@ def repair_split(folder: Place, workers: int = 1, accept_changed: bool = False) 
     for path in shard_paths(folder):
         if path.name not in listed:
             raise DataError(f"{path}: is not in the manifest; move it away, or remove {MANIFEST} to take it in")
+    for report in reports:
+        if report.barred:  # it may hold sound rows
+            raise DataError(f"{report.path}: {report.faults[0]}")
     settled = [report for report in reports if accept_changed or not _is_doubted(report)]
     lines = [
         f"{folder}: {report.path.name} is kept as it is, and so is its record: it has changed, and its rows pass every "
@@ -65,7 +76,8 @@ def repair_split(folder: Place, workers: int = 1, accept_changed: bool = False) 
     if not said and _sound(manifest, settled):
         return lines
     repair = _Repair(folder, manifest, facts, said, accept_changed)
-    with output_folder(folder, OURS, overwrite=True) as new:
+    check_replaceable(target, OURS, overwrite=True)
+    with new_folder(target) as new:
         for record, report in zip(manifest["shards"], reports, strict=True):
             _mend_shard(repair, new, record, report)
         if not repair.shards:

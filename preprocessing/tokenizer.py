@@ -6,6 +6,7 @@ vocab.json and merges.txt   GPT-2 and RoBERTa: byte-level BPE
 *.model                     SentencePiece (spiece.model, tokenizer.model …): Unigram and BPE
 """
 
+import hashlib
 import json
 import os
 import re
@@ -109,6 +110,11 @@ class Tokenizer:
         if odd is None:
             return None
         return f"entry {odd} is {self.tokens([odd])[0]!r} in the one and {other.tokens([odd])[0]!r} in the other"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides on the ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `folder/tokenizer.json` atomically; the same tokenizer gives the same bytes. Returns the file."""

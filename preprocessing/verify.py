@@ -5,6 +5,7 @@ manifest is made anew from the shards. What was done is printed, and stands in t
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,9 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
     except DataError as error:
         yield str(error)
         return
+    name = os.path.basename(os.path.abspath(folder)) if isinstance(folder, Path) else folder.name
+    if name in SPLITS and manifest["split"] != name:
+        yield f"{folder}: is named {name}, its manifest says {manifest['split']}; rename it, or convert it again"
     listed = {shard["file"] for shard in manifest["shards"]}
     for path in shard_paths(folder):
         if path.name not in listed:
@@ -85,8 +89,14 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
 def _dropped_list_faults(folder: Place, record: Any) -> Iterator[str]:
     if record is None:
         return
+    if not isinstance(record, dict) or not isinstance(record.get("file"), str):
+        yield f"{folder}: the manifest's dropped_list names no file"
+        return
     path = folder / record["file"]
-    if not path.exists():
+    try:
+        if file_sha256(path) != record.get("sha256"):
+            yield f"{path}: its SHA-256 is not the manifest's, its bytes have changed"
+    except FileNotFoundError:
         yield f"{path}: is missing"
-    elif file_sha256(path) != record["sha256"]:
-        yield f"{path}: its SHA-256 is not the manifest's, its bytes have changed"
+    except OSError as error:
+        yield f"{path}: cannot be read ({error.strerror}); make it a file that can be"

@@ -10,20 +10,17 @@ its manifest is, which is written last. The lock of a remote folder is one of th
 noticed at the end, by the run's name in job.json, and only one ends well.
 """
 
-import fcntl
-import hashlib
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from preprocessing.files import check_replaceable
+from preprocessing.files import LOCK, check_replaceable, locked
 from preprocessing.parts import record_name
 from preprocessing.places import Place, names_in, remove, size_of, write_whole
 from preprocessing.schema import MANIFEST, DataError, dump_json, sync
@@ -82,7 +79,7 @@ class Work:
         """Put the split, which is whole with its manifest, in the place of `target`; the work folder goes."""
         if isinstance(self.root, Path) and isinstance(self.target, Path):
             _exchange(self.root / "split", self.target, self.root / "old")
-        remove(self.root)
+        _clear(self.root)
 
     def check_alone(self) -> None:
         """Raise DataError when another run has taken the folder over since (possible behind a URI alone)."""
@@ -97,23 +94,17 @@ def open_work(target: Place, job: dict[str, Any], overwrite: bool) -> Iterator[W
     Raises DataError when another process is at work on `target`, or when `target` may not be replaced. When the block
     fails before any part is done, the folder goes; else it stays for the next run.
     """
-    root = target.parent / f".{target.name}.work"
     try:
-        with _locked(target, root):
-            try:
-                if isinstance(target, Path):
-                    check_replaceable(target, OURS, overwrite)
-                work = _begin(target, root, job, overwrite)
-            except DataError:
-                if names_in(root) == ["lock"]:
-                    remove(root)
-                raise
+        with locked(target) as root:
+            if isinstance(target, Path):
+                check_replaceable(target, OURS, overwrite)
+            work = _begin(target, root, job, overwrite)
             try:
                 yield work
             except BaseException:
                 if not work.done():
                     work.clean(())
-                    remove(root)
+                    _clear(root)
                 raise
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
@@ -123,8 +114,18 @@ def tidy(target: Place) -> None:
     """Remove the work folder of a split that is finished, should a kill in the last instant have left it."""
     root = target.parent / f".{target.name}.work"
     if isinstance(root, Path) and root.is_dir() and not (root / "split").exists() and (target / MANIFEST).exists():
-        with _locked(target, root):
-            remove(root)
+        with locked(target):
+            _clear(root)
+
+
+def _clear(root: Place) -> None:
+    """Remove what a work folder holds, but for the lock: with that the folder goes when the lock is let go of."""
+    if isinstance(root, Path):
+        for name in names_in(root):
+            if name != LOCK:
+                remove(root / name)
+    else:
+        remove(root)
 
 
 def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> Work:
@@ -132,9 +133,7 @@ def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> 
     earlier = _read_job(root)
     changed = sorted(name for name in job if earlier.get("job", {}).get(name) != job[name]) if earlier else []
     if not earlier or changed:
-        for name in names_in(root):
-            if name != "lock":
-                remove(root / name)
+        _clear(root)
     if not isinstance(target, Path) and overwrite:
         remove(target / MANIFEST)  # first: with its shards changing below it, it would lie
     elif not isinstance(target, Path) and not earlier and names_in(target):
@@ -153,10 +152,12 @@ def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> 
 
 def _read_job(root: Place) -> dict[str, Any]:
     try:
-        job = json.loads((root / _JOB).read_bytes())
+        content = (root / _JOB).read_bytes()
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:  # not by our hand, so what lies beside it cannot be trusted either
+    try:
+        job = json.loads(content)
+    except ValueError:  # not by our hand, so what lies beside it cannot be trusted either
         return {}
     return job if isinstance(job, dict) else {}
 
@@ -171,40 +172,3 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
         os.rename(target, old)
     os.rename(new, target)
     sync(target.parent)
-
-
-@contextmanager
-def _locked(target: Place, root: Place) -> Iterator[None]:
-    """Hold the lock of a work folder. Raises DataError when another process has it."""
-    if isinstance(root, Path):
-        path = root / "lock"
-    else:
-        key = hashlib.sha256(str(root).encode()).hexdigest()[:16]
-        path = Path(tempfile.gettempdir()) / f"eve-ds-{os.getuid()}-{key}.lock"
-    file = _lock(path)
-    if file is None:
-        raise DataError(f"{target}: another process is writing it; wait for it to end, or choose another --out")
-    try:
-        yield
-    finally:
-        if not isinstance(root, Path):
-            path.unlink(missing_ok=True)
-        file.close()
-
-
-def _lock(path: Path) -> IO[bytes] | None:
-    """The locked file, or None when another process holds it."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(path, "ab")
-        except FileNotFoundError:  # the folder went between the two lines: a run has just ended
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # the run that held it has removed it meanwhile

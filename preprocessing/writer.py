@@ -301,18 +301,31 @@ def file_sha256(path: str | os.PathLike[str] | Place) -> str:
     return digest.hexdigest()
 
 
-def prepared_splits(out: Place) -> dict[str, dict[str, Any]]:
-    """Manifests of the splits that `out` holds already, by split name."""
-    return {split: read_manifest(out / split) for split in SPLITS if (out / split / MANIFEST).exists()}
+def prepared_splits(out: Place) -> list[str]:
+    """Names of the splits that `out` holds already."""
+    return [split for split in SPLITS if (out / split / MANIFEST).exists()]
 
 
 def check_output(out: Place, kind: str, split: str, overwrite: bool) -> None:
     """Raise DataError when `out` holds this split already (unless `overwrite`) or splits of another kind."""
-    for name, manifest in prepared_splits(out).items():
-        if name == split and not overwrite:
+    for name in prepared_splits(out):
+        if name == split and overwrite:
+            continue
+        manifest = _manifest_beside(out / name)
+        if name == split:
             raise DataError(
                 f"{out / split}: holds a finished split already ({manifest['rows']} rows, kind {manifest['kind']}); "
                 "give --overwrite to replace it, or another --out"
             )
-        if name != split and manifest["kind"] != kind:
+        if manifest["kind"] != kind:
             raise DataError(f"{out}: holds a {manifest['kind']} data set ({name}), not {kind}; choose another --out")
+
+
+def _manifest_beside(folder: Place) -> dict[str, Any]:
+    """The manifest of a split that is there already."""
+    try:
+        return read_manifest(folder)
+    except DataError as error:
+        raise DataError(
+            f"{error} (--split {folder.name} --overwrite), or mend it: python -m preprocessing verify {folder} --repair"
+        ) from None

@@ -39,7 +39,8 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """All rows of a split folder."""
-    return [row for shard in read_manifest(folder)["shards"] for row in read_rows(folder / shard["file"])]
+    manifest = read_manifest(folder)
+    return [row for shard in manifest["shards"] for row in read_rows(folder / shard["file"], manifest["kind"])]
 
 
 def picture(seed: int = 0, image_format: str = "JPEG", side: int = 40) -> bytes:

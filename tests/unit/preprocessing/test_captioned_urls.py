@@ -260,3 +260,82 @@ def test_options_that_are_missing(tmp_path: Path, refuse: Callable[..., str]) ->
     assert "cannot be read" in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "none.tsv"))
     twice = ["--annotations", tmp_path / "set.tsv", tmp_path / "a/set.tsv"]
     assert "two files are called set" in refuse(*words("cc3m", tmp_path, *twice))
+
+
+THREE = {"caption": "THE CAPTION", "title": "the page title", "text": None, "path": "0.jpg", "image": "1.jpg"}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("form", ["list", "lines", "tsv", "columns"])
+def test_of_several_names_for_one_thing_the_first_role_counts(tmp_path: Path, form: str, backwards: bool) -> None:
+    record = dict(sorted(THREE.items(), reverse=backwards))
+    cells = "\t".join(str(value) for value in record.values())
+    content = {
+        "list": json.dumps([record]),
+        "lines": json.dumps(record),
+        "tsv": "\t".join(record) + f"\n{cells}\n",
+        "columns": f"{cells}\n",
+    }
+    (tmp_path / "set.x").write_text(content[form])
+    for number in range(2):
+        put(tmp_path, f"{number}.jpg", number)
+    more = ("--columns", *record) if form == "columns" else ()
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.x", *more))
+    check(tmp_path, ["THE CAPTION"], ["set-0"])
+
+
+@pytest.mark.parametrize("record", [{"caption": ["a"], "title": "b"}, {"title": "b", "caption": ["a"]}])
+def test_a_caption_that_is_no_text_is_not_replaced_by_a_title(
+    tmp_path: Path, refuse: Callable[..., str], record: dict[str, Any]
+) -> None:
+    for content in ([record | {"image": "0.jpg"}], record | {"image": "0.jpg"}):
+        write_json(tmp_path / "set.x", content)
+        assert 'its caption is ["a"], not text' in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.x"))
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    (tmp_path / "set.tsv").write_text("caption\tcaption\tfile\na\tb\t0.jpg\n")
+    command = words("cc3m", tmp_path, "--annotations", tmp_path / "set.tsv")
+    assert "set.tsv: line 1: two columns are called caption" in refuse(*command)
+    assert "two columns are called file" in refuse(*command, "--columns", "caption", "file", "file")
+
+
+def inline(number: int) -> str:
+    return base64.b64encode(picture(number)).decode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"desc": "a", "thumb": {{"binary": "{inline(1)}"}}, "binary": "{inline(0)}"}}',
+        f'{{"desc": "a", "binary": "{inline(1)}", "binary": "{inline(0)}"}}',
+        f'{{"desc": "a", "binary" : "{inline(0)}", "thumb": {{"binary": "{inline(1)}"}}}}',
+        f'{{"desc": "a", "thumb": {{"image": "{inline(1)}"}}, "image": "{inline(0)}", "url": "http://a/b"}}',
+        f'{{"desc": "a", "thumb": {{"binary": "{inline(1)}"}}, "binary": "{inline(0)}"}}'.replace("/", "\\/"),
+        f'{{"desc": "a", "thumb": {{"binary": "{inline(1)}"}}, "binary": "{inline(0)}"}}'.replace("B", "\\u0042"),
+        f'{{"desc": "a", "image": "{inline(1)}", "binary": "{inline(0)}"}}',
+    ],
+)
+def test_the_place_of_base64_is_that_of_the_field_itself(tmp_path: Path, line: str) -> None:
+    """A nested object may have a field of that name, and a name may stand twice: then JSON takes the last."""
+    (tmp_path / "set.jsonl").write_text(line)
+    convert(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.jsonl", images=False))
+    check(tmp_path, ["a"], ["set-0"])
+
+
+def test_base64_whose_place_is_not_found_is_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    line = f'{{"desc": "a", "thumb": {{"binary": "{inline(1)}"}}, "bin\\u0061ry": "{inline(0)}"}}'
+    (tmp_path / "set.jsonl").write_text(line)
+    message = refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.jsonl", images=False))
+    assert "set.jsonl: line 1: field 'binary' is written in an odd way" in message
+
+
+@pytest.mark.parametrize("length", [252, 300])  # with ".jpg", and without an ending, longer than a file's name may be
+def test_names_that_no_file_can_have_are_missing(tmp_path: Path, length: int) -> None:
+    urls = [*URLS, f"http://a/{'n' * length}"]
+    (tmp_path / "set.tsv").write_text("".join(f"{url}\tcaption\n" for url in urls))
+    for number in range(3):
+        put(tmp_path, f"43850{number}_b0f.jpg", number)
+    convert(*words("sbu", tmp_path, "--annotations", tmp_path / "set.tsv", "--max-dropped", 0.5))
+    check(tmp_path, ["caption"] * 3)
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"image is missing": 1}

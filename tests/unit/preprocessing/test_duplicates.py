@@ -41,6 +41,45 @@ def test_hash_lists_are_kept_and_joined(tmp_path: Path) -> None:
     assert [index for index, _ in found] == [0, 3] and all(bits <= 6 for _, bits in found)
 
 
+def npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+HASHES = {name: np.zeros(2, np.uint64) for name in ("keys", "dhash", "phash")}
+SOUND = npz(**HASHES, names=np.array(["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no",
+        npy(),
+        SOUND[:-30],
+        SOUND[:200],
+        SOUND.replace(b"'descr': ", b"'descr': ("),
+        SOUND.replace(bytes(16), bytes(15) + b"1"),
+        npz(**HASHES, names=np.array(["a"])),
+        npz(**HASHES, names=np.zeros(2)),
+        npz(**HASHES | {"dhash": np.zeros(2)}, names=np.array(["a", "b"])),
+    ],
+)
+def test_a_damaged_list_is_told(tmp_path: Path, refuse: Callable[..., str], content: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(SOUND)
+    assert len(HashList.load(tmp_path / "a.npz")) == 2
+    (tmp_path / "a.npz").write_bytes(content)
+    said = refuse("duplicates", "hash", tmp_path / "a.npz", "--out", tmp_path / "b.npz")
+    assert "a.npz: is no list of hashes (" in said and "make it again" in said
+
+
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Path, Path]:
     """A training set, and an evaluation set that shares one file and one picture with it."""

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.files import field, output_folder, read_json, read_json_lines
+from preprocessing.files import field, locked, output_folder, read_json, read_json_lines, recover
 from preprocessing.schema import DataError
 
 
@@ -24,6 +24,16 @@ def test_json_lines_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\ufeff{"a": 1}\n\n"x\u2028y"\n', encoding="utf-8")
     assert read_json_lines(path) == [(1, {"a": 1}), (3, "x\u2028y")]
+
+
+def test_numbers_of_too_many_digits_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"id": 1}\n' + "9" * 5000)
+    with pytest.raises(DataError, match=r"a\.json: line 2 holds a number of more than 4300 digits; fetch"):
+        read_json_lines(path)
+    path.write_text('{"id": ' + "9" * 5000 + "}")
+    with pytest.raises(DataError, match=r"a\.json: holds a number of more than 4300 digits; fetch"):
+        read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +85,53 @@ def test_output_folder_is_replaced_only_on_request_and_if_ours(tmp_path: Path) -
         pass
     assert (tmp_path / "a/thesis.tex").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_output_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    with output_folder(target, ["x"], overwrite=False) as folder:
+        (folder / "x").write_text("1")
+        with (
+            pytest.raises(DataError, match="a: another process is writing it; wait for it to end"),
+            output_folder(target, ["x"], overwrite=True),
+        ):
+            pass
+        assert (folder / "x").exists()
+    assert (target / "x").read_text() == "1"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_old_folder_is_put_back_by_one_process_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / ".a.old").mkdir()
+    with locked(tmp_path / "a"), pytest.raises(DataError, match="another process is writing it"):
+        recover(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    recover(tmp_path / "a")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_an_output_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "far/b").mkdir(parents=True)
+    (tmp_path / "a").symlink_to("far/b")
+    (tmp_path / "far/.b.old").symlink_to("nowhere")
+    for content in ("1", "2"):
+        with output_folder(tmp_path / "a", ["x"], overwrite=True) as folder:
+            (folder / "x").write_text(content)
+        assert (tmp_path / "a").is_symlink() and (tmp_path / "far/b/x").read_text() == content
+    assert [entry.name for entry in (tmp_path / "far").iterdir()] == ["b"]
+
+
+def test_the_lock_leaves_what_else_is_in_the_work_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / "a") as work:
+        assert isinstance(work, Path)
+        (work / "job.json").write_text("{}")
+    assert sorted(entry.name for entry in work.iterdir()) == ["job.json", "lock"]
+
+
+def test_where_no_lock_can_be_made_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / ".a.work").write_text("")
+    with pytest.raises(DataError, match="a: cannot be locked"), locked(tmp_path / "a"):
+        pass
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(DataError, match="a: cannot be locked"), locked(tmp_path / "link/a"):
+        pass

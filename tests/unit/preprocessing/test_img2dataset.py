@@ -12,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.schema import read_manifest
+from preprocessing.image_names import ImageList
+from preprocessing.img2dataset import read_folder
+from preprocessing.schema import DataError, read_manifest
+from preprocessing.text import TextCleaning
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
 GOT = {0: [0, 2], 1: [1, 3]}  # shard -> which of its four addresses gave an image
@@ -213,3 +216,97 @@ def test_tars_that_are_cut_or_garbled_between_members(tmp_path: Path, refuse: Ca
             add(tar, "1.jpg", picture(number))
         add(tar, "1.txt", b"text")
     assert "a.tar: key 1 stands twice" in refuse(*command)
+
+
+def test_pictures_whose_names_have_a_second_dot_are_counted(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
+    with tarfile.open(raw / "a.tar", "w") as tar:
+        for number, name in enumerate(("photo.v1", "photo.v2")):
+            add(tar, f"{name}.JPG", picture(number))
+            add(tar, f"{name}.txt", b"text")
+    assert "no row to write; 2 left out: image name has a second dot" in refuse(*command)
+    with tarfile.open(raw / "b.tar", "w") as tar:
+        add(tar, "a.jpg", picture(2))
+        add(tar, "a.txt", b"two")
+    convert(*command)
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(2)]
+    manifest = read_manifest(tmp_path / "out/train")
+    assert (manifest["source"], manifest["dropped"]) == ({"images": 1}, {"image name has a second dot": 2})
+
+
+def test_endings_in_folders_are_taken_as_they_are_spelled(tmp_path: Path) -> None:
+    (tmp_path / "raw/a").mkdir(parents=True)
+    for number, ending in enumerate(("JPG", "jpeg", "Png")):
+        (tmp_path / f"raw/a/{number}.{ending}").write_bytes(picture(number))
+        (tmp_path / f"raw/a/{number}.txt").write_text(f"text {number}")
+    convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(number) for number in range(3)]
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_lists_of_captions(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "raw").mkdir()
+    captions: list[list[str | None]] = [["a", " b "], ["c", "", None], [], [" "]]
+    if layout == "parquet":
+        rows = [{"image": {"bytes": picture(n)}, "caption": texts} for n, texts in enumerate(captions)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw/0.parquet")
+    else:
+        with tarfile.open(tmp_path / "raw/0.tar", "w") as tar:
+            for number, texts in enumerate(captions):
+                add(tar, f"{number}.jpg", picture(number))
+                add(tar, f"{number}.json", json.dumps({"caption": texts}).encode())
+    convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    found = [(row["image"], row["caption"]) for row in rows_of(tmp_path / "out/train")]
+    assert found == [(picture(0), ["a", "b"]), (picture(1), ["c"])]
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"caption is empty": 2, "image without caption": 2}
+
+
+@pytest.mark.parametrize("caption", [5, b"a", [5], {"en": "a"}])
+def test_captions_of_other_types_are_refused(tmp_path: Path, refuse: Callable[..., str], caption: Any) -> None:
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.Table.from_pylist([{"jpg": picture(), "caption": caption}]), tmp_path / "raw/0.parquet")
+    message = refuse("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    assert "0.parquet: column caption is of type" in message and "neither text nor lists of texts" in message
+
+
+def test_captions_that_cannot_be_read(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    """A link that leads nowhere is no caption; a folder in the place of one is told."""
+    raw = tmp_path / "raw"
+    (raw / "a").mkdir(parents=True)
+    command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
+    for number in range(2):
+        (raw / f"a/{number}.jpg").write_bytes(picture(number))
+    (raw / "a/0.txt").symlink_to(tmp_path / "none.txt")
+    (raw / "a/1.txt").write_text("one")
+    convert(*command)
+    assert [row["caption"] for row in rows_of(tmp_path / "out/train")] == [["one"]]
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"image without caption": 1}
+    (raw / "a/0.txt").unlink()
+    (raw / "a/0.txt").mkdir()
+    assert "a/0.txt: cannot be read (Is a directory)" in refuse(*command, "--overwrite")
+
+
+def test_captions_that_go_while_the_run_is_at_work(tmp_path: Path) -> None:
+    (tmp_path / "raw/a").mkdir(parents=True)
+    (tmp_path / "raw/a/0.jpg").write_bytes(picture())
+    (tmp_path / "raw/a/0.txt").write_text("zero")
+    rows = read_folder(str(tmp_path / "raw"), "auto", TextCleaning(), ImageList([])).rows
+    (tmp_path / "raw/a/0.txt").unlink()
+    with pytest.raises(DataError, match="raw/a: image 0: has no caption any more"):
+        list(rows)
+
+
+def test_bad_statistics_are_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    raw = tmp_path / "raw"
+    (raw / "a").mkdir(parents=True)
+    (raw / "a/0.jpg").write_bytes(picture())
+    (raw / "a/0.txt").write_text("zero")
+    command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
+    for content in ({"count": 5, "successes": None}, {"count": 5}, {"count": 5, "successes": "1"}):
+        write_json(raw / "a_stats.json", content)
+        assert "a_stats.json: has no number 'successes'" in refuse(*command)
+    (raw / "a_stats.json").rename(raw / os.fsdecode(b"\xff_stats.json"))
+    assert "has no UTF-8 name" in refuse(*command)
+    assert not (tmp_path / "out").exists()

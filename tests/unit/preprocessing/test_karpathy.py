@@ -146,6 +146,10 @@ def test_bad_flickr_files_are_named(flickr: Path, refuse: Callable[..., str]) ->
     assert "bad.token: line 2: is not 'image.jpg#0<tab>caption'" in refuse(
         "flickr30k", "--annotations", flickr / "bad.token", *end
     )
+    (flickr / "twice.token").write_text("n.jpg#0\tfine\nm.jpg#0\tfine\nn.png#0\tanother\n")
+    assert "twice.token: image id n stands for n.jpg and for n.png" in refuse(
+        "flickr30k", "--annotations", flickr / "twice.token", *end
+    )
     other = write_json(flickr / "other.json", [])
     assert "other.json: is not Karpathy's JSON" in refuse("flickr30k", "--annotations", other, *end)
     karpathy = flickr / "dataset_flickr30k.json"

@@ -7,7 +7,7 @@ import pytest
 from preprocessing import places
 from preprocessing.image_refs import FileImage, TarMember
 from preprocessing.images import BadImage, read_image
-from preprocessing.places import RemotePath, names_in, open_input, place, put_file, remove, size_of, write_whole
+from preprocessing.places import RemotePath, exists, names_in, open_input, place, put_file, remove, size_of, write_whole
 from preprocessing.schema import DataError
 from tests.support.s3 import BUCKET, S3, s3_server
 
@@ -40,6 +40,7 @@ def test_objects_are_written_read_listed_and_removed(s3: S3, tmp_path: Path) -> 
     with open(tmp_path / "a", "rb") as file:
         file.read(7)
         put_file(file, folder / "a")
+    assert exists(f"{folder}/a") and not exists(f"{folder}/c")
     assert names_in(folder) == ["a", "b.json"] and folder.is_dir() and not (folder / "a").is_dir()
     assert (size_of(folder / "a"), (folder / "b.json").read_bytes()) == (9_000_000, b"second")
     with open_input(f"s3://{BUCKET}/set/b.json") as stream:
@@ -88,6 +89,11 @@ def test_unreadable_files_are_bad_images(tmp_path: Path) -> None:
         read_image(FileImage(str(tmp_path / "a.jpg")))
     with pytest.raises(BadImage, match="is missing"):
         read_image(FileImage(str(tmp_path / "b.jpg")))
+    too_long = FileImage(str(tmp_path / ("n" * 300)))
+    assert not exists(too_long.path) and not too_long.exists()
+    for room in (None, memoryview(bytearray(9))):
+        with pytest.raises(BadImage, match="is missing"):
+            read_image(too_long, room)
     (tmp_path / "t").write_bytes(b"123")
     with pytest.raises(BadImage, match="is cut short"):
         read_image(TarMember(str(tmp_path / "t"), 1, 4, "x"))

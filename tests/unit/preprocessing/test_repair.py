@@ -1,6 +1,8 @@
 import json
 import os
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import pytest
 
 from preprocessing.__main__ import main
 from preprocessing.schema import read_manifest
+from preprocessing.work import open_work
 from preprocessing.writer import ShardWriter, write_manifest
-from tests.unit.preprocessing.helpers import picture, rows_of
+from tests.unit.preprocessing.helpers import command, picture, rows_of
 
 ROWS = 300  # a shard of two record batches, and one of 40 rows
 
@@ -204,3 +207,53 @@ def test_verify_with_workers_says_the_same(tmp_path: Path, capsys: pytest.Captur
     assert said[0] == said[1]
     assert "shard-00000.arrow row 9: image is of no known format" in said[0]
     assert f"shard-00001.arrow row 3: image_id 1003 stands in {tmp_path}/train/shard-00000.arrow row 9 too" in said[0]
+
+
+def test_two_repairs_at_once_lose_nothing(tmp_path: Path) -> None:
+    rows = [row(index) for index in range(ROWS)]
+    rows[5] = row(5, image=b"no")
+    write(tmp_path / "train", rows)
+    with ThreadPoolExecutor(3) as threads:
+        runs = [threads.submit(command, "verify", tmp_path, "--repair") for _ in range(3)]
+        ended = [run.result() for run in runs]
+    assert 0 in {run.returncode for run in ended} <= {0, 2}
+    assert all("another process is writing it; wait" in run.stderr for run in ended if run.returncode)
+    assert [one["image_id"] for one in rows_of(tmp_path / "train")] == [
+        str(index) for index in [*range(5), *range(6, ROWS), *range(1000, 1040)]
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_split_that_is_being_written_is_not_repaired(split: Path, refuse: Callable[..., str], damaged: bool) -> None:
+    if damaged:
+        os.truncate(split / "shard-00001.arrow", 2000)
+    with open_work(split, {}, overwrite=True):
+        assert f"{split}: another process is writing it; wait" in refuse("verify", split, "--repair")
+    assert len(list(split.iterdir())) == 3
+
+
+def test_a_link_to_a_split_stays_one(split: Path, repair: Callable[[Path], str]) -> None:
+    far = split.parent / "far/v2"
+    shutil.move(split, far)
+    split.symlink_to(far)
+    for rows in (ROWS + 40, ROWS):
+        os.truncate(far / "shard-00000.arrow", (far / "shard-00000.arrow").stat().st_size - 2000)
+        repair(split.parent)
+        assert split.is_symlink() and read_manifest(far)["rows"] < rows
+    assert [path.name for path in far.parent.iterdir()] == ["v2"]
+    assert sorted(path.name for path in split.parent.iterdir()) == ["far", "train"]
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_shard_that_may_not_be_read_is_not_given_up(split: Path, refuse: Callable[..., str], manifest: bool) -> None:
+    """A folder, here; its rows may be sound ones."""
+    shard = split / "shard-00001.arrow"
+    shutil.move(shard, split.parent / "kept")
+    shard.mkdir()
+    (shard / "notes").write_text("mine")
+    if not manifest:
+        (split / "manifest.json").unlink()
+    said = refuse("verify", split.parent, "--repair")
+    assert f"{shard}: cannot be read (Is a directory); make it a file that can be, or move it away" in said
+    assert (shard / "notes").exists()

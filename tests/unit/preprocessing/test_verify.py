@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_manifest_that_miscounts(copy: Callable[[str], Path], capsys: pytest.Cap
         ("vqa", "answers", [], "row 3: answers has 0 entries for"),
         ("nlvr", "answers", ["True", "perhaps"], "row 3: answers holds something"),
         ("nlvr", "identifier", ["dev-0-0-0", "x"], "row 3: identifier dev-0-0-0 stands in"),
+        ("nlvr", "identifier", [None], "row 3: identifier holds a null"),
+        ("vqa", "question_id", [None], "row 3: question_id holds a null"),
     ],
 )
 def test_bad_rows_are_named(
@@ -156,6 +159,43 @@ def test_vqa_without_its_answer_list(copy: Callable[[str], Path], capsys: pytest
     folder = copy("vqa")
     (folder / "answer_list.json").unlink()
     assert "answer_list.json: no such file" in faults(folder, capsys)
+
+
+@pytest.mark.parametrize("make", ["folder", "loop"])
+def test_files_that_cannot_be_read_are_faults(
+    copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str], make: str
+) -> None:
+    folder = copy("caption")
+    manifest = read_manifest(folder / "val")
+    manifest["dropped_list"] = {"file": "dropped.jsonl", "bytes": 1, "sha256": ""}
+    (folder / "val/manifest.json").write_text(json.dumps(manifest))
+    (folder / "val/shard-00000.arrow").unlink()
+    for name in ("shard-00000.arrow", "dropped.jsonl"):
+        path = folder / "val" / name
+        path.mkdir() if make == "folder" else path.symlink_to(path)
+    said = faults(folder, capsys)
+    assert said.count("\n") == 2
+    assert "shard-00000.arrow: cannot be read (" in said and "dropped.jsonl: cannot be read (" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_shard_without_permission_is_a_fault(copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy("caption")
+    (folder / "val/shard-00000.arrow").chmod(0)
+    assert "shard-00000.arrow: cannot be read (Permission denied)" in faults(folder, capsys)
+
+
+def test_a_folder_named_as_another_split_is_a_fault(
+    copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy("caption")
+    (folder / "val").rename(folder / "train")
+    said = f"{folder}/train: is named train, its manifest says val; rename it"
+    assert said in faults(folder, capsys) and said in faults(folder / "train", capsys)
+    monkeypatch.chdir(folder / "train")
+    assert ".: is named train, its manifest says val" in faults(Path("."), capsys)
+    (folder / "train").rename(folder / "mine")  # names that are no split's say nothing
+    assert main(["verify", str(folder / "mine")]) == 0
 
 
 def test_what_is_no_data_set_is_bad_usage(tmp_path: Path, refuse: Callable[..., str]) -> None:

@@ -8,7 +8,14 @@ import pytest
 from preprocessing import writer as writer_module
 from preprocessing.reading import read_rows
 from preprocessing.schema import CAPTION_SCHEMA, DataError
-from preprocessing.writer import ShardWriter, check_output, file_sha256, write_manifest, write_provenance
+from preprocessing.writer import (
+    ShardWriter,
+    check_output,
+    file_sha256,
+    prepared_splits,
+    write_manifest,
+    write_provenance,
+)
 from tests.unit.preprocessing.helpers import picture, rows_of
 
 
@@ -60,6 +67,19 @@ def test_output_of_another_run_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path, "vqa", "val", overwrite=True)
 
 
+@pytest.mark.parametrize("content", ["", '{"kind": "capt', '{"schema_version": 99}'])
+def test_an_unreadable_manifest_is_no_dead_end(tmp_path: Path, content: str) -> None:
+    """With --overwrite the split is replaced, whatever its manifest; else, and beside it, what helps is said."""
+    write(tmp_path / "train", 1)
+    (tmp_path / "train/manifest.json").write_text(content)
+    check_output(tmp_path, "caption", "train", overwrite=True)
+    for split, overwrite in (("train", False), ("val", False), ("val", True)):
+        with pytest.raises(DataError, match=r"train/manifest\.json: .* again \(--split train --overwrite\)") as raised:
+            check_output(tmp_path, "caption", split, overwrite)
+        assert str(raised.value).endswith(f"mend it: python -m preprocessing verify {tmp_path}/train --repair")
+    assert prepared_splits(tmp_path) == ["train"]
+
+
 def test_provenance_says_where_it_came_from(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text("[]")
     write_provenance(tmp_path, [tmp_path / "in.json"])
@@ -96,7 +116,7 @@ def test_images_are_put_into_the_writers_memory_or_copied_there(tmp_path: Path) 
                 pair[column] = room if (index // 2 + side) % 3 else image
             writer.add({**pair, "questions": ["a"], "answers": ["True"], "identifier": [str(index)]})
         (shard,) = writer.close()
-    rows = list(read_rows(tmp_path / shard["file"]))
+    rows = list(read_rows(tmp_path / shard["file"], "nlvr"))
     assert [row[f"image_{side}"] for row in rows for side in range(2)] == images
 
 
