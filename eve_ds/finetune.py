@@ -29,7 +29,6 @@ def main() -> None:
     from eve_ds.scoring import Scorer
     from eve_ds.tasks.initial import load_initial
 
-    settle_precision(config, distributed.launched_world()[0])
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
@@ -38,6 +37,7 @@ def main() -> None:
     batches.check_batch(config, (training or scored[config.split]).rows)
 
     with distributed.joined() as device:
+        settle_precision(config, distributed.launched_world()[0])
         output_dir = run_folder.claim(config)
         task = setup.build_task(config, tokenizer, scored[config.split])
         if config.init_from:
@@ -52,7 +52,7 @@ def main() -> None:
             return
         evaluate = scorer.while_training if config.data.val_split else None
         steps = setup.total_steps(config, len(training))
-        trainer = Trainer(config, task, steps, device, standard_callbacks(config), evaluate)
+        trainer = Trainer(config, task, steps, device, setup.inputs(training), standard_callbacks(config), evaluate)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if not trainer.stopped_early:

@@ -25,7 +25,6 @@ def main() -> None:
     from eve_ds.engine.trainer import Trainer
     from eve_ds.tasks.initial import load_initial
 
-    settle_precision(config, distributed.launched_world()[0])
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
     training = setup.samples(config, config.data.train_split, tokenizer, train=True)
@@ -34,6 +33,7 @@ def main() -> None:
     held_out = setup.samples(config, config.data.val_split, tokenizer, train=False) if config.data.val_split else None
 
     with distributed.joined() as device:
+        settle_precision(config, distributed.launched_world()[0])
         output_dir = run_folder.claim(config)
         task = setup.build_task(config, tokenizer)
         if config.init_from:
@@ -47,7 +47,9 @@ def main() -> None:
             found = batches.evaluation_batches(config, held_out, limit) if held_out else iter(())
             return held_out_metrics(trainer, found)
 
-        trainer = Trainer(config, task, steps, device, callbacks, evaluate if held_out else None)
+        trainer = Trainer(
+            config, task, steps, device, setup.inputs(training), callbacks, evaluate if held_out else None
+        )
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if config.checkpoint.export and not trainer.stopped_early:

@@ -9,6 +9,8 @@ Shards without a manifest, as ViLT's and EVE's own scripts leave them, are count
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,6 +124,7 @@ class _Shard:
     bytes: int
     rows: int
     samples: int
+    sha256: str = ""  # where there is a manifest
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,12 @@ class Split:
     @property
     def parts(self) -> list[tuple[str, int]]:
         return [(self.name, self.samples)]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the shards hold, as the manifest has it; without one, of their names, sizes and counts."""
+        shards = [(shard.path.name, shard.bytes, shard.rows, shard.samples, shard.sha256) for shard in self._shards]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     def row(self, index: int) -> Row:
         """Row `index` of the split, from 0. Raises IndexError beyond the last one."""
@@ -255,7 +264,9 @@ class Split:
         manifest = read_manifest(self.directory)
         self.kind: str = manifest["kind"]
         self._shards = [
-            _Shard(self.directory / record["file"], record["bytes"], record["rows"], record["samples"])
+            _Shard(
+                self.directory / record["file"], record["bytes"], record["rows"], record["samples"], record["sha256"]
+            )
             for record in manifest["shards"]
         ]
         for shard in self._shards:

@@ -8,6 +8,8 @@ then no hash to check them by. A file belongs to the split that its name says, o
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -116,6 +118,11 @@ class JoinedSplit:
     @property
     def parts(self) -> list[tuple[str, int]]:
         return [(split.name, split.samples) for split in self.splits]
+
+    @property
+    def fingerprint(self) -> str:
+        """As Split's."""
+        return hashlib.sha256(json.dumps([split.fingerprint for split in self.splits]).encode()).hexdigest()
 
     def row(self, index: int) -> Row:
         """As Split.row."""

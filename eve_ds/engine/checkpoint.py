@@ -9,7 +9,10 @@ DeepSpeed's universal format, in a folder beside it that is deleted once it is l
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ import torch.distributed as dist
 
 from eve_ds.engine.manifest import COMPLETE, Hashes, Manifest, Topology, experts_of, file_names, hash_files
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
-from eve_ds.errors import UserError
+from eve_ds.errors import RankError, UserError
 
 UNIVERSAL = ".universal"
+_UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
 MISLEADING = (
     "zero_to_fp32.py",
     "zero_to_torch.py",
@@ -30,12 +34,13 @@ MISLEADING = (
 
 def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[str, Any]) -> Path:
     """Save ``engine`` as ``folder/step_NNNNNNNN`` and mark it whole. Called by all ranks; returns the folder."""
-    tag = f"step_{step:08d}"
+    tag = _tag(step)
     target = folder / tag
     if dist.get_rank() == 0 and target.exists():
         shutil.rmtree(target)  # the rest of a save that was killed: it has no complete.json, or we would have resumed
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    with _told_if_full(target):
+        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
     if dist.get_rank() == 0:
         for script in MISLEADING:
             (folder / script).unlink(missing_ok=True)
@@ -46,6 +51,25 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
         Manifest(step, topology, experts, deepspeed.__version__, state, hashes).write(target)
     dist.barrier()
     return target
+
+
+@contextlib.contextmanager
+def _told_if_full(target: Path) -> Iterator[None]:
+    """Turn what torch.save says of a full disk into a RankError, and remove ``target``: it would keep the disk full."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and not _UNWRITABLE.search(str(error)):
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        raise RankError(
+            f"rank {dist.get_rank()}: {target} cannot be written, most often because the disk is full; make room, and "
+            "the same command goes on from the last whole checkpoint"
+        ) from error
+
+
+def _tag(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def newest(folder: Path) -> Path | None:
@@ -61,21 +85,31 @@ def check(path: Path) -> Manifest:
         UserError: a file is missing, damaged, or was written for another topology than the manifest says.
     """
     manifest = Manifest.read(path)
+    if path.name != _tag(manifest.step):
+        raise UserError(f"{path}: holds step {manifest.step}, so it was renamed; call it {_tag(manifest.step)} again")
     manifest.check_sizes(path)
     manifest.check_hashes(path, _hash_together(path))
     manifest.check_contents(path)
     return manifest
 
 
-def load(engine: Any, path: Path, topology: Topology) -> Manifest:
+def load(engine: Any, path: Path, topology: Topology, identity: Mapping[str, str]) -> Manifest:
     """Check ``path`` and load it into a fresh ``engine``. Called by all ranks; returns the manifest.
 
     Hyper-parameters stay the engine's own; weights, Adam's moments and its step count are the checkpoint's.
 
+    Args:
+        identity: {what: fingerprint} of the run and of what it reads; the checkpoint's must be the same.
     Raises:
-        UserError: as ``check``, or the checkpoint has other MoE layers or another number of experts.
+        UserError: as ``check``, or the checkpoint is another run's, or has other MoE layers or numbers of experts.
     """
     manifest = check(path)
+    for what, value in identity.items():
+        if manifest.state.get("identity", {}).get(what, value) != value:
+            raise UserError(
+                f"{path}: the {what} is not the one that this checkpoint was trained with; put that back, or start in "
+                "another output_dir"
+            )
     experts = experts_of(engine.module)
     saved, wanted = ({name: e["num_experts"] for name, e in each.items()} for each in (manifest.experts, experts))
     if saved != wanted:
@@ -89,7 +123,7 @@ def load(engine: Any, path: Path, topology: Topology) -> Manifest:
         _load_universal(engine, path, manifest)
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
-    _set_steps(engine, manifest.step)
+    _set_steps(engine, manifest.step - manifest.skipped_steps)
     return manifest
 
 
@@ -114,9 +148,10 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest) -> None:
         folder.mkdir()
     dist.barrier()
     state = ShardedState(path, manifest)
-    write_parameters(state, folder, state.split(world_size)[rank])
-    if rank == 0:
-        write_common(state, folder)
+    with _told_if_full(folder):
+        write_parameters(state, folder, state.split(world_size)[rank])
+        if rank == 0:
+            write_common(state, folder)
     dist.barrier()
     engine._config.load_universal_checkpoint = True
     try:
@@ -146,7 +181,7 @@ def _set_steps(engine: Any, step: int) -> None:
     for parameter, state in optimizer.state.items():
         if float(state["step"]) != step:
             raise UserError(
-                f"a parameter group has Adam step {float(state['step']):g} after loading step {step}; this checkpoint "
+                f"a parameter group has Adam step {float(state['step']):g} after loading, not {step}; this checkpoint "
                 "cannot be resumed: start in another output_dir"
             )
         as_tensor = isinstance(optimizer, torch.optim.AdamW)

@@ -70,6 +70,11 @@ class Manifest:
     state: dict[str, Any]
     files: Hashes
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps among ``step`` that moved no weight; Adam did not count them."""
+        return int(self.state.get("skipped_steps", 0))
+
     def write(self, path: Path) -> None:
         """Write ``path/complete.json`` atomically."""
         write_json(path / COMPLETE, {**vars(self), "topology": vars(self.topology)})

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from eve_ds.config import EngineConfig, FinetuneConfig, PretrainConfig
+from eve_ds.engine.run_folder import CONFIG, holds_run
 
 Precision = Literal["bf16", "fp32"]
 
@@ -41,11 +43,11 @@ def precision_of(engine: EngineConfig) -> Precision:
 def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None:
     """Put bf16 or fp32 in the place of ``engine.precision: auto``: that of the run in ``output_dir``, if it holds one.
 
-    A run goes on in the numbers that it began with, whatever machine it is moved to. Rank 0 warns of bf16 that was
-    asked for where it is slow.
+    A run goes on in the numbers that it began with, whatever machine it is moved to. A new one takes bf16 if it is
+    quick on the devices of all ranks. Rank 0 warns of bf16 that was asked for where it is slow. Called by all ranks.
     """
     if config.engine.precision == "auto":
-        config.engine.precision = _stored(Path(config.output_dir or "") / "config.yaml") or best_precision()
+        config.engine.precision = _stored(Path(config.output_dir or ".")) or _best_of_all_ranks()
     if rank == 0 and config.engine.precision == "bf16" and best_precision() == "fp32":
         print(
             "engine.precision=bf16: this device has no products of bf16 matrices, which run many times slower than "
@@ -55,9 +57,19 @@ def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None
         )
 
 
-def _stored(path: Path) -> Precision | None:
+def _best_of_all_ranks() -> Precision:
+    if not dist.is_initialized():
+        return best_precision()
+    found: list[Precision] = [best_precision()] * dist.get_world_size()
+    dist.all_gather_object(found, best_precision())
+    return "fp32" if "fp32" in found else "bf16"
+
+
+def _stored(folder: Path) -> Precision | None:
+    if not holds_run(folder):
+        return None
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))["engine"]["precision"]
+        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["engine"]["precision"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None  # no run, or a folder that run_folder.claim refuses with the reason
+        return None  # run_folder.claim refuses it with the reason
     return stored if stored in ("bf16", "fp32") else None

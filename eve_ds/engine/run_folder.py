@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ FREE = (
     "engine.micro_batch_size",
     "data.max_corrupt",
 )
-LOCK = ".lock"
+CONFIG, LOCK = "config.yaml", ".lock"
 _held: list[int] = []  # descriptors of locks: closed, they would be given up
 
 
@@ -46,11 +48,10 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     if not config.output_dir:
         raise UserError("--output_dir is missing; name a folder for checkpoints, metrics and the resolved config")
     folder = Path(config.output_dir)
-    stored = folder / "config.yaml"
+    stored = folder / CONFIG
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
-    others = {path.name for path in folder.iterdir()} - {stored.name, LOCK} if folder.is_dir() else set()
-    if stored.is_file() and others:  # a config alone is what a start that failed has left
+    if holds_run(folder):
         if not config.checkpoint.resume:
             raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
         try:
@@ -65,7 +66,7 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
                 f"--output_dir {folder} holds another run: {key} is {stored_value!r} there and {value!r} here; "
                 "choose another folder, or make the settings equal to resume"
             )
-    elif others:
+    elif _contents(folder):
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
     if dist.is_initialized():
         dist.barrier()  # all ranks have looked before rank 0 writes
@@ -80,6 +81,29 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     if first:
         config_tree.save(config, stored)
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in the folder. A config alone is what a start that failed has left."""
+    return (folder / CONFIG).is_file() and bool(_contents(folder))
+
+
+def _contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {CONFIG, LOCK} if folder.is_dir() else set()
+
+
+def fingerprint(config: PretrainConfig | FinetuneConfig) -> str:
+    """The same for two configs of which the one may go on where the other stopped (`claim`)."""
+    return hashlib.sha256(json.dumps(_bound(dataclasses.asdict(config)), sort_keys=True).encode()).hexdigest()
+
+
+def _bound(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings without those that are FREE."""
+    return {
+        key: _bound(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in FREE
+    }
 
 
 def _lock(folder: Path) -> bool:

@@ -76,6 +76,11 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
     return samples(*arguments)
 
 
+def inputs(samples: Samples) -> dict[str, str]:
+    """{what: fingerprint} of what a run is trained on."""
+    return {"tokenizer": samples.tokenizer.fingerprint, "training data": samples.split.fingerprint}
+
+
 def total_steps(config: Config, count: int) -> int:
     """Optimizer steps of the run: ``optimizer.total_steps``, or ``optimizer.epochs`` passes over ``count`` samples."""
     optimizer = config.optimizer
@@ -84,7 +89,10 @@ def total_steps(config: Config, count: int) -> int:
     if optimizer.total_steps is not None:
         steps = optimizer.total_steps
     else:
-        steps = math.ceil(float(optimizer.epochs or 0) * count / config.engine.global_batch_size)
+        exact = float(optimizer.epochs or 0) * count / config.engine.global_batch_size
+        if not math.isfinite(exact):
+            raise UserError(f"optimizer.epochs={optimizer.epochs} makes a run without end; give a finite number")
+        steps = math.ceil(exact)
     if steps < 1:
         raise UserError(f"the run has {steps} steps; optimizer.total_steps and optimizer.epochs must be positive")
     return steps
@@ -117,7 +125,12 @@ def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = N
     ep_size = config.engine.expert_parallel_size
     torch.manual_seed(config.engine.seed)
     layer = functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=launched_world()[0] % ep_size)
-    backbone = Backbone(config.model, moe_layer=layer)
+    task = _task(config, Backbone(config.model, moe_layer=layer), tokenizer, samples)
+    task.seed = config.engine.seed
+    return task
+
+
+def _task(config: Config, backbone: Backbone, tokenizer: Tokenizer, samples: Samples | None) -> Task:
     if isinstance(config, PretrainConfig):
         objective = dataclasses.replace(config.objective, seed=config.objective.seed + config.engine.seed)
         return MaskedModelling(backbone, objective, tokenizer.mask_id)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint
+from eve_ds.engine import checkpoint, run_folder
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
@@ -23,10 +24,12 @@ from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
+from eve_ds.errors import UserError
 from eve_ds.tasks.base import Task
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
+MOST_UNSOUND = 10  # steps in a row without a finite loss and gradient, before the run counts as diverged
 _OUTSIDE = -1  # no module's number in ZeRO 3's book of parameters in use
 
 
@@ -45,6 +48,7 @@ class Trainer:
         task: the module to train, in fp32; DeepSpeed casts it.
         total_steps: optimizer steps of the whole run.
         device: this rank's.
+        inputs: {what: fingerprint} of what the run reads; a checkpoint that began with others is refused.
         callbacks: told of steps, evaluations, checkpoints.
         evaluate: called every ``logging.eval_every`` steps and at the end; returns scalars for the log.
     """
@@ -55,6 +59,7 @@ class Trainer:
         task: Task,
         total_steps: int,
         device: torch.device,
+        inputs: Mapping[str, str],
         callbacks: Sequence[Callback] = (),
         evaluate: Evaluate | None = None,
     ) -> None:
@@ -66,6 +71,9 @@ class Trainer:
         self.is_main = self.rank == 0
         self.step = self.start_step = 0
         self.stopped_early = False
+        self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
+        self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
+        self._identity = {"configuration": run_folder.fingerprint(config), **inputs}
         self._counts: dict[str, float] = {}  # of all ranks, since the run began
         self._counts_before: dict[str, float] = {}  # before this process
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
@@ -87,8 +95,9 @@ class Trainer:
         """
         path = checkpoint.newest(self.checkpoint_dir)
         if path is not None:
-            manifest = checkpoint.load(self.engine, path, self.topology)
+            manifest = checkpoint.load(self.engine, path, self.topology, self._identity)
             self.step = self.start_step = manifest.step
+            self.skipped_steps = manifest.skipped_steps
             self._counts_before = manifest.state.get("counts", {})
             self._tell_changes(path, manifest)
         return self.start_step
@@ -131,6 +140,7 @@ class Trainer:
                 while self.step < self.total_steps and not self.stopped_early:
                     record = self._train_step(batches, stop)
                     self._tell("step_end", record)
+                    self._check_sound()
                     self._between_steps()
                 self._tell("fit_end")
         finally:
@@ -142,7 +152,7 @@ class Trainer:
         """One optimizer step; returns its record: means over the global batch."""
         began = time.perf_counter()
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
-        torch.manual_seed(seed % 2**63)  # drop path and dropout: a function of the step, so a resumed run repeats it
+        torch.manual_seed(seed % 2**63)  # dropout (of NLVR's head alone): a resumed run on as many ranks repeats it
         lr = self._set_lr()
         self.engine.train()
         totals: dict[str, Tensor] = {}
@@ -171,21 +181,45 @@ class Trainer:
         waited = means.pop("waited")
         self._counts = {name: self._counts_before.get(name, 0.0) + means.pop(name) for name in counts}
         self.step += 1
-        self.stopped_early = asked_to_stop
+        self.stopped_early = asked_to_stop and self.step < self.total_steps
         seconds = time.perf_counter() - began
         samples = self.config.engine.global_batch_size
-        norm = self.engine.get_global_grad_norm()
+        norm = self._judge(means["loss"])
         return {
             "step": self.step,
             "samples": self.step * samples,
             **means,
             "lr": lr,
-            "grad_norm": float(norm) if norm is not None else 0.0,
+            "grad_norm": norm,
             "samples_per_second": samples / seconds,
             "step_seconds": seconds,
             "data/wait_fraction": waited / seconds,
             **self._counts,
+            **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
         }
+
+    def _judge(self, loss: float) -> float:
+        """Count a step whose loss or gradient is not finite; returns the gradient's norm. The same on every rank."""
+        found = self.engine.get_global_grad_norm()
+        norm = float(found) if found is not None else 0.0
+        applied = self.engine.was_step_applied()
+        self.skipped_steps += not applied
+        sound = applied and math.isfinite(loss) and math.isfinite(norm)
+        self._unsound = 0 if sound else self._unsound + 1
+        if not sound and self.is_main:
+            print(f"step {self.step}: the loss or its gradient is not finite; left out", file=sys.stderr, flush=True)
+        return norm
+
+    def _check_sound(self) -> None:
+        """Raise UserError when the run has diverged: before it is saved over what was still sound."""
+        if self._unsound < (MOST_UNSOUND if self.step < self.total_steps else 1):
+            return
+        last = checkpoint.newest(self.checkpoint_dir)
+        raise UserError(
+            f"the run has diverged: since step {self.step - self._unsound + 1} no loss or gradient was finite; nothing "
+            f"was saved since, the last checkpoint is {last.name if last else 'none'}; lower optimizer.lr or "
+            "optimizer.gradient_clipping, or lengthen optimizer.warmup, in another output_dir"
+        )
 
     def _set_lr(self) -> float:
         factor = lr_factor(self.step, self.total_steps, self.config.optimizer)
@@ -211,9 +245,9 @@ class Trainer:
             self.engine.eval()
             self._tell("evaluation_end", {"step": self.step, **self.evaluate(self)})
         every = self.config.checkpoint.every
-        if last or self.stopped_early or (every and self.step % every == 0):
+        if not self._unsound and (last or self.stopped_early or (every and self.step % every == 0)):
             state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
-            state["counts"] = self._counts
+            state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity}
             path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
             if self.is_main:
                 checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)

@@ -111,6 +111,7 @@ class Backbone(nn.Module):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         patch_keep: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> BackboneOutput:
         """Encode pictures, texts, or pairs. With a process group a collective of all ranks (see ``MoE.forward``).
 
@@ -119,6 +120,8 @@ class Backbone(nn.Module):
             text_ids: [B, L] int64; masked words are [MASK] ids already.
             text_mask: [B, L] bool or int, true on words, false on padding. None: no padding.
             patch_keep: [B, K] int64, the visible patches, encoded in this order. None: all.
+            draws: [2 depth, B] float between 0 and 1, which decide on drop path in training: of each block's attention,
+                then of its feed-forward part. None: from torch's generator.
         Raises:
             ValueError: neither pictures nor texts, or sizes that do not fit the model.
         """
@@ -134,19 +137,20 @@ class Backbone(nn.Module):
         valid = _valid(x, num_image_tokens, text_mask if text_ids is not None else None)
         modality = torch.full((x.shape[1],), TEXT, device=x.device)
         modality[:num_image_tokens] = IMAGE
-        x, aux = self._through_blocks(x, valid, modality, num_image_tokens)
+        x, aux = self._through_blocks(x, valid, modality, num_image_tokens, draws)
         aux_per_layer = torch.stack(aux) if aux else torch.zeros(0, device=x.device)
         aux_loss = aux_per_layer.sum() / max(1, len(aux))
         return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, num_image_tokens)
 
     def _through_blocks(
-        self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int
+        self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int, draws: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         bias = None if valid is None else key_bias(valid, x.dtype)
         aux = []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             soft = isinstance(block, SoftBlock)
-            args = (x, bias, modality, valid) if soft else (x, bias, num_image_tokens)
+            own = None if draws is None else draws[2 * number : 2 * number + 2]
+            args = (x, bias, modality, valid, own) if soft else (x, bias, num_image_tokens, own)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 out = checkpoint(block, *args, use_reentrant=False)
             else:

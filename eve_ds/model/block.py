@@ -14,6 +14,10 @@ from eve_ds.model.attention import Attention
 from eve_ds.model.config import ModelConfig
 from eve_ds.model.moe import MoE
 
+ATTENTION, FEED_FORWARD = 0, 1
+# [2, B] between 0 and 1, for the two branches: a sample's is dropped where it is below drop_path. None: drawn here.
+Draws = Tensor | None
+
 
 class MLP(nn.Module):
     """fc2(activation(fc1(x))), D -> H -> D."""
@@ -47,14 +51,15 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
         """x [B, N, D] after the attention branch."""
-        return self.add(x, self.attention(self.attention_norm(x), bias), self.attention_scale)
+        return self.add(x, self.attention(self.attention_norm(x), bias), self.attention_scale, draws, ATTENTION)
 
-    def add(self, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    def add(self, x: Tensor, branch: Tensor, scale: Tensor, draws: Draws, which: int) -> Tensor:
         """x + scale * branch; in training a sample's whole branch is dropped at times, the kept ones made up for it."""
         if self.training and self.drop_path > 0:
-            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
+            draw = torch.rand(x.shape[0], device=x.device) if draws is None else draws[which]
+            kept = (draw >= self.drop_path)[:, None, None]
             branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
         return torch.addcmul(x, branch, scale)
 
@@ -69,16 +74,16 @@ class HardBlock(Block):
         self.image_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
         self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, draws: Draws = None) -> Tensor:
         """x [B, N, D], its first ``num_image_tokens`` tokens from the picture -> [B, N, D]."""
-        x = self.attend(x, bias)
+        x = self.attend(x, bias, draws)
         parts = []
         if num_image_tokens:
             parts.append(self.image_mlp(self.image_norm(x[:, :num_image_tokens])))
         if num_image_tokens < x.shape[1]:
             parts.append(self.text_mlp(self.text_norm(x[:, num_image_tokens:])))
         branch = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self.add(x, branch, self.mlp_scale)
+        return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD)
 
 
 class SoftBlock(Block):
@@ -89,8 +94,10 @@ class SoftBlock(Block):
         self.moe_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.moe = moe
 
-    def forward(self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None, draws: Draws = None
+    ) -> tuple[Tensor, Tensor]:
         """x [B, N, D], modality [N], valid [B, N] bool or None -> ([B, N, D], share of the load-balancing loss)."""
-        x = self.attend(x, bias)
+        x = self.attend(x, bias, draws)
         branch, aux = self.moe(self.moe_norm(x), modality, valid)
-        return self.add(x, branch, self.mlp_scale), aux
+        return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD), aux

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.parallel import all_reduce_sum, world_size
+from eve_ds.tasks.masking import DROP_PATH, random_bits, uniform
 
 Batch = dict[str, Tensor]
 
@@ -40,6 +41,7 @@ class Task(nn.Module):
 
     Attributes:
         heads: prefixes of the names of what the task adds to the backbone.
+        seed: of drop path.
         pad_text_to: pad every text to this length first, as the published code does; None leaves it as it comes.
     """
 
@@ -49,6 +51,7 @@ class Task(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.config = backbone.config
+        self.seed = 0
         self.pad_text_to: int | None = None
 
     def forward(self, batch: Batch) -> TaskOutput:
@@ -73,12 +76,30 @@ class Task(nn.Module):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         patch_keep: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> BackboneOutput:
         """The backbone's forward, with texts padded if ``pad_text_to`` asks for it."""
         if text_ids is not None and text_mask is not None and self.pad_text_to is not None:
             missing = max(self.pad_text_to - text_ids.shape[1], 0)
             text_ids, text_mask = F.pad(text_ids, (0, missing)), F.pad(text_mask, (0, missing))
-        return self.backbone(images, text_ids, text_mask, patch_keep)
+        return self.backbone(images, text_ids, text_mask, patch_keep, draws)
+
+    def draws(self, sample_id: Tensor, *uses: int) -> Tensor | None:
+        """What decides on drop path in a pass, so that it is a function of the sample, on whatever rank it lies.
+
+        Args:
+            sample_id: [B] int64.
+            uses: a number for each time that a step encodes the sample. Several stand for a pass of so many times B
+                rows: the samples for the first use, then for the second, and so on.
+        Returns:
+            [2 depth, B x uses] float32 for the backbone; None where nothing is dropped.
+        """
+        if not self.training or self.config.drop_path == 0:
+            return None
+        branches = 2 * self.config.depth
+        places = torch.arange(branches, device=sample_id.device)[:, None]
+        parts = [random_bits(self.seed, DROP_PATH, sample_id, use * branches + places) for use in uses]
+        return uniform(torch.cat(parts, dim=1))
 
     def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Weighted load-balancing share (mean over the step's passes, as in EVE's code), and its metric."""

@@ -181,12 +181,13 @@ class MaskedModelling(Task):
         )
         mask = choose_words(objective.seed, batch["sample_id"], text_mask, objective.text_mask_ratio)
         masked_ids = text_ids.masked_fill(mask, self.mask_id)
+        draws = self.draws(batch["sample_id"], 0)
         if objective.mode == "joint":
-            for_pixels = for_words = self.encode(batch["images"], masked_ids, text_mask, kept)
+            for_pixels = for_words = self.encode(batch["images"], masked_ids, text_mask, kept, draws)
             passes = [for_pixels]
         else:
-            for_pixels = self.encode(batch["images"], text_ids, text_mask, kept)
-            for_words = self.encode(batch["images"], masked_ids, text_mask)
+            for_pixels = self.encode(batch["images"], text_ids, text_mask, kept, draws)
+            for_words = self.encode(batch["images"], masked_ids, text_mask, draws=self.draws(batch["sample_id"], 1))
             passes = [for_pixels, for_words]
         return self._pixels(for_pixels, batch["images"], kept, masked), self._words(for_words, text_ids, mask), passes
 

@@ -1,4 +1,4 @@
-"""Which patches and words are masked, as a pure function of (seed, sample id): the same on any rank and in any batch.
+"""Which patches and words are masked, and what else is random in a sample: pure functions of (seed, sample id).
 
 The random numbers are counter-based (splitmix64's finaliser over seed, stream, sample id and position), so a sample
 needs no state and a batch is one vectorised call on its own device.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # One stream of random numbers per use, so that the uses are independent of one another.
-PATCHES, WORDS, NEGATIVE_TEXTS, NEGATIVE_IMAGES = 1, 2, 3, 4
+PATCHES, WORDS, NEGATIVE_TEXTS, NEGATIVE_IMAGES, DROP_PATH = 1, 2, 3, 4, 5
 
 
 def _signed(value: int) -> int:

@@ -114,7 +114,9 @@ class NLVR(Task):
         batch = valid_rows(batch)
         label = batch["label"]
         images = (batch["images_0"], batch["images_1"])
-        logits, output = self._logits(images, batch["text_ids"], batch["text_mask"])
+        logits, output = self._logits(
+            images, batch["text_ids"], batch["text_mask"], self.draws(batch["sample_id"], 0, 1)
+        )
         loss_sum = F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum")
         rows = (label >= 0).sum().float()
         (count,) = global_counts(rows)
@@ -138,10 +140,10 @@ class NLVR(Task):
         return to_numpy(values)
 
     def _logits(
-        self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor
+        self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor, draws: Tensor | None = None
     ) -> tuple[Tensor, BackboneOutput]:
         """Both pictures go through the backbone as one batch of 2 B."""
-        output = self.encode(torch.cat(images), text_ids.repeat(2, 1), text_mask.repeat(2, 1))
+        output = self.encode(torch.cat(images), text_ids.repeat(2, 1), text_mask.repeat(2, 1), draws=draws)
         if not self.biattn:
             return self.output(torch.cat(joint_first_text(output).chunk(2), dim=1)), output
         mask = F.pad(text_mask.bool(), (output.num_image_tokens, 0), value=True)

@@ -86,8 +86,9 @@ class Retrieval(Task):
     def forward(self, batch: Batch) -> TaskOutput:
         """Contrast + matching. ``image_index`` [B] tells which rows show the same picture."""
         batch = valid_rows(batch)
-        vision = self.encode(images=batch["images"])
-        text = self.encode(text_ids=batch["text_ids"], text_mask=batch["text_mask"])
+        sample_id = batch["sample_id"]
+        vision = self.encode(images=batch["images"], draws=self.draws(sample_id, 0))
+        text = self.encode(text_ids=batch["text_ids"], text_mask=batch["text_mask"], draws=self.draws(sample_id, 1))
         image_own = self._vector(vision, self.itc_vision_proj_head)
         text_own = self._vector(text, self.itc_text_proj_head)
         image_all, text_all = gather_with_gradient(torch.cat([image_own, text_own], dim=1)).chunk(2, dim=1)
@@ -178,6 +179,7 @@ class Retrieval(Task):
             torch.cat([images, images, other_images]),
             torch.cat([own_ids, other_ids, own_ids])[:, :longest],
             text_mask[:, :longest],
+            draws=self.draws(batch["sample_id"], 2, 3, 4),
         )
         logits = self.itm_head(joint_first_text(output)).float()
         label = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)

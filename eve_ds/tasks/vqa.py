@@ -46,7 +46,9 @@ class VQA(Task):
     def forward(self, batch: Batch) -> TaskOutput:
         """Binary cross entropy summed over answers, mean over questions; ``answer_targets`` [B, A] are soft scores."""
         batch = valid_rows(batch)
-        logits, output = self._logits(batch["images"], batch["text_ids"], batch["text_mask"])
+        logits, output = self._logits(
+            batch["images"], batch["text_ids"], batch["text_mask"], self.draws(batch["sample_id"], 0)
+        )
         targets = batch["answer_targets"].float()
         loss_sum = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
         rows = torch.tensor(float(targets.shape[0]), device=targets.device)
@@ -71,6 +73,8 @@ class VQA(Task):
         }
         return to_numpy(values)
 
-    def _logits(self, images: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, BackboneOutput]:
-        output = self.encode(images, text_ids, text_mask)
+    def _logits(
+        self, images: Tensor, text_ids: Tensor, text_mask: Tensor, draws: Tensor | None = None
+    ) -> tuple[Tensor, BackboneOutput]:
+        output = self.encode(images, text_ids, text_mask, draws=draws)
         return self.output(joint_first_text(output)), output

@@ -1,6 +1,6 @@
 """One run carried on by other numbers of ranks, expert placements and ZeRO stages, as users would; and a ZeRO 3 run.
 
-Without drop path, in fp32 and with the same samples in a micro-batch of all ranks, a step is the same whoever takes it.
+In fp32 and with the same samples in a micro-batch of all ranks, a step is the same whoever takes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def arguments(tiny_run: list[str]) -> list[str]:
         *tiny_run,
         "--engine.precision=fp32",
         "--engine.micro_batch_size=null",
-        "--model.drop_path=0",
+        "--model.drop_path=0.3",
+        "--model.layer_scale=1",
         "--optimizer.eps=1e-4",
         f"--optimizer.total_steps={STEPS}",
         "--checkpoint.keep=3",

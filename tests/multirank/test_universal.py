@@ -89,7 +89,7 @@ class Run:
     def load(self, path: Path) -> None:
         from eve_ds.engine import checkpoint
 
-        assert checkpoint.load(self.engine, path, self.topology).step == BEFORE
+        assert checkpoint.load(self.engine, path, self.topology, {}).step == BEFORE
 
     def close(self) -> None:
         """A process of ours has one expert-parallel size: DeepSpeed takes the largest that it ever made for its own."""

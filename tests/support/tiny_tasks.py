@@ -31,8 +31,8 @@ TASKS: dict[str, Callable[[Backbone], Task]] = {
 }
 
 
-def tiny_config() -> ModelConfig:
-    """Three blocks, the last one soft with four experts; nothing is drawn at random in training."""
+def tiny_config(drop_path: float = 0.0) -> ModelConfig:
+    """Three blocks, the last one soft with four experts; without drop path nothing is drawn at random in training."""
     return ModelConfig(
         image_size=32,
         patch_size=8,
@@ -45,15 +45,15 @@ def tiny_config() -> ModelConfig:
         text_positions=16,
         soft_layers=[2],
         num_experts=4,
-        drop_path=0.0,
+        drop_path=drop_path,
         aux_loss_weight=0.1,
     )
 
 
-def tiny_task(name: str, seed: int = 0, moe_layer: Callable[..., MoE] = MoE) -> Task:
+def tiny_task(name: str, seed: int = 0, moe_layer: Callable[..., MoE] = MoE, drop_path: float = 0.0) -> Task:
     """A task with the same weights every time; a backbone with larger ones than usual, so that experts differ."""
     torch.manual_seed(seed)
-    task = TASKS[name](Backbone(tiny_config(), moe_layer=moe_layer))
+    task = TASKS[name](Backbone(tiny_config(drop_path), moe_layer=moe_layer))
     with torch.no_grad():
         for parameter in task.backbone.parameters():
             if parameter.ndim > 1:

@@ -51,15 +51,22 @@ def test_a_run_goes_on_in_the_numbers_it_began_with(best: str, tmp_path: Path, m
     assert fresh.engine.precision == best
     for stored in ("bf16", "fp32"):
         begun = PretrainConfig(output_dir=str(tmp_path), engine=EngineConfig(precision=stored))  # type: ignore[arg-type]
-        config_tree.save(begun, tmp_path / "config.yaml")
-        resumed = PretrainConfig(output_dir=str(tmp_path))
-        settle_precision(resumed, rank=0)
-        assert resumed.engine.precision == stored
+        folder = tmp_path / stored
+        folder.mkdir()
+        config_tree.save(begun, folder / "config.yaml")
+        found = []
+        for entry in (".lock", "metrics.jsonl"):  # a start that failed; a run
+            (folder / entry).touch()
+            resumed = PretrainConfig(output_dir=str(folder))
+            settle_precision(resumed, rank=0)
+            found.append(resumed.engine.precision)
+        assert found == [best, stored]
 
 
 @pytest.mark.parametrize("text", ["", "engine: 3", "engine: {precision: auto}", "\x00", "engine: {precision: [1]}"])
 def test_a_folder_that_is_no_run_decides_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "metrics.jsonl").touch()
     config = PretrainConfig(output_dir=str(tmp_path))
     settle_precision(config, rank=0)
     assert config.engine.precision == best_precision()

@@ -97,10 +97,13 @@ def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
     assert [block.drop_path for block in backbone.blocks] == pytest.approx([0.0, 0.2, 0.4])
     block, x = backbone.blocks[2].train(), torch.zeros(4000, 1, 16)
     torch.manual_seed(0)
-    added = block.add(x, torch.ones_like(x), torch.ones(16))[:, 0, 0]
+    added = block.add(x, torch.ones_like(x), torch.ones(16), None, 0)[:, 0, 0]
     assert sorted(set(added.tolist())) == pytest.approx([0.0, 1 / 0.6])
     assert (added > 0).float().mean() == pytest.approx(0.6, abs=0.03)
-    assert torch.equal(block.eval().add(x, torch.ones_like(x), torch.ones(16)), torch.ones_like(x))
+    draws = torch.linspace(0, 0.999, 4000).repeat(2, 1)
+    given = block.add(x, torch.ones_like(x), torch.ones(16), draws, 1)[:, 0, 0]
+    assert torch.equal(given > 0, draws[1] >= 0.4)
+    assert torch.equal(block.eval().add(x, torch.ones_like(x), torch.ones(16), draws, 0), torch.ones_like(x))
 
 
 def test_first_values() -> None:

@@ -1,0 +1,145 @@
+"""A run whose loss or gradient is not finite; a checkpoint that is not this run's, or whose data have changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.support import ranks
+from tests.support.shards import make_caption_set
+
+SPIKE = "tests.support.spike"
+
+
+@pytest.fixture(scope="module")
+def options(tiny_run: list[str]) -> list[str]:
+    return [*tiny_run, "--logging.wandb=false", "--engine.precision=fp32", "--optimizer.total_steps=6"]
+
+
+@pytest.fixture(scope="module")
+def spiked(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("spiked") / "run"
+    text = ranks.run(SPIKE, [*options, f"--output_dir={output}"])
+    assert text.count("step 2: the loss or its gradient is not finite; left out") == 1
+    return output
+
+
+def steps(output: Path) -> dict[int, dict[str, float]]:
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {int(record["step"]): record for record in found if "lr" in record}
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def without_the_end(run: Path, copy: Path) -> Path:
+    shutil.copytree(run, copy)
+    for late in ("checkpoints/step_00000006", "model", "samples"):
+        shutil.rmtree(copy / late)
+    return copy
+
+
+def refused(arguments: list[str], words: str) -> None:
+    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", arguments, 2))
+    assert codes == [2, -signal.SIGTERM], text
+    assert text.count("error:") == 1 and words in text and "Traceback" not in text, text
+
+
+def test_a_step_left_out_is_counted_and_resumed_exactly(spiked: Path, options: list[str], tmp_path: Path) -> None:
+    found = steps(spiked)
+    assert found[2]["loss"] is None and "skipped_steps" not in found[1]
+    assert [found[step]["skipped_steps"] for step in range(2, 7)] == [1] * 5
+    assert all(found[step]["loss"] > 0 for step in (1, 3, 4, 5, 6))
+    again = without_the_end(spiked, tmp_path / "run")
+    assert "training from step 3 to step 6" in ranks.run("eve_ds.pretrain", [*options, f"--output_dir={again}"])
+    for step in (4, 5, 6):
+        assert steps(again)[step]["loss"] == found[step]["loss"]
+    left, right = weights(spiked), weights(again)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_it_is_resumed_by_other_ranks_too(spiked: Path, options: list[str], tmp_path: Path) -> None:
+    other = without_the_end(spiked, tmp_path / "run")
+    changes = ["--engine.expert_parallel_size=1", "--engine.micro_batch_size=4"]
+    ranks.run("eve_ds.pretrain", [*options, f"--output_dir={other}", *changes], world_size=1)
+    for step in (4, 5, 6):
+        assert steps(other)[step]["loss"] == pytest.approx(steps(spiked)[step]["loss"], abs=1e-4)
+
+
+def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    refused(
+        [*options, f"--output_dir={output}", "--optimizer.lr=1e20", "--optimizer.total_steps=50"],
+        "the run has diverged: since step 2 no loss or gradient was finite; nothing was saved since",
+    )
+    assert len(steps(output)) == 11 and not (output / "model").exists()
+    assert not list((output / "checkpoints").glob("*/complete.json"))
+
+
+def test_other_data_another_tokenizer_and_foreign_checkpoints_are_refused(
+    spiked: Path, options: list[str], tmp_path: Path
+) -> None:
+    data, tokenizer = (Path(option.split("=")[1]) for option in options[1:3])
+    shutil.copytree(data, tmp_path / "captions")
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    paths = [f"--data.path={tmp_path / 'captions'}", f"--data.tokenizer={tmp_path / 'tokenizer'}"]
+    own = [options[0], *paths, *options[3:]]
+    begun = tmp_path / "begun"
+    ranks.run("eve_ds.pretrain", [*own, f"--output_dir={begun}", "--optimizer.total_steps=3"])
+
+    renamed = tmp_path / "renamed"
+    shutil.copytree(begun, renamed)
+    (renamed / "checkpoints/step_00000003").rename(renamed / "checkpoints/step_00000004")
+    refused([*own, f"--output_dir={renamed}"], "holds step 3, so it was renamed")
+
+    seeded = tmp_path / "seeded"
+    shutil.copytree(begun, seeded)
+    tree = yaml.safe_load((seeded / "config.yaml").read_text())
+    tree["engine"]["seed"] = 7
+    (seeded / "config.yaml").write_text(yaml.safe_dump(tree))
+    refused(
+        [*own, f"--output_dir={seeded}", "--engine.seed=7"], "the configuration is not the one that this checkpoint"
+    )
+
+    vocabulary = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+    vocabulary["normalizer"] = {"type": "Lowercase"}
+    whole = (tmp_path / "tokenizer/tokenizer.json").read_text()
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(vocabulary))
+    refused([*own, f"--output_dir={begun}"], "the tokenizer is not the one")
+    (tmp_path / "tokenizer/tokenizer.json").write_text(whole)
+
+    shutil.rmtree(tmp_path / "captions/train")
+    make_caption_set(tmp_path / "captions", rows=17, split="train")
+    refused([*own, f"--output_dir={begun}"], "the training data is not the one")
+
+
+def test_a_full_disk_is_told_in_a_line_and_left_with_room(options: list[str], tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        started = ranks.start("eve_ds.pretrain", [*options, f"--output_dir={small / 'run'}"], 2)
+        outputs = [rank.communicate(timeout=ranks.LIMIT)[0] for rank in started]
+        text = "".join(outputs)
+        assert 2 in [rank.returncode for rank in started] and "Traceback" not in text, text
+        assert "step_00000003 cannot be written, most often because the disk is full; make room" in text
+        assert not list((small / "run/checkpoints").glob("step_*"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_stop_at_the_last_step_changes_nothing(options: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    text = ranks.run(SPIKE, [*options, f"--output_dir={output}", "--optimizer.total_steps=1", "--spike=stop"])
+    assert "finished" in text and (output / "model" / "model.safetensors").is_file()

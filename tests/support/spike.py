@@ -1,0 +1,47 @@
+"""``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or a stop is asked for in each step.
+
+python -m tests.support.spike [--spike=stop] OPTIONS
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.errors import run_command
+
+
+def main() -> None:
+    prepare_environment()
+    from eve_ds import pretrain
+    from eve_ds.engine.trainer import Trainer
+    from eve_ds.tasks.masked import MaskedModelling
+
+    forward, train_step = MaskedModelling.forward, Trainer._train_step
+    stop = "--spike=stop" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--spike=stop"]
+    calls = {"training": 0}
+
+    def spiked(task: MaskedModelling, batch: Any) -> Any:
+        output = forward(task, batch)
+        calls["training"] += task.training
+        if task.training and calls["training"] == 3 and os.environ["RANK"] == "1":  # two micro-batches a step
+            output.loss = output.loss * float("inf")
+        return output
+
+    def stopped(trainer: Trainer, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(trainer, *arguments)
+
+    if stop:
+        Trainer._train_step = stopped  # type: ignore[method-assign]
+    else:
+        MaskedModelling.forward = spiked  # type: ignore[method-assign]
+    pretrain.main()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,39 @@
+"""Drop path is a function of the sample: not of its place, its neighbours, its rank or torch's generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.tiny_tasks import TASKS, Batch, tiny_batch, tiny_task
+
+ROWS = 6
+
+
+def loss(task: torch.nn.Module, batch: Batch, seed: int) -> float:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return float(task(batch).loss)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_is_the_same_in_any_order_of_its_samples(name: str) -> None:
+    task, batch = tiny_task(name, drop_path=0.5).train(), tiny_batch(ROWS)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    dropped = loss(task, batch, seed=0)
+    assert loss(task, {key: value[order] for key, value in batch.items()}, seed=1) == pytest.approx(dropped, abs=2e-6)
+    assert abs(loss(task.eval(), batch, seed=0) - dropped) > 1e-4
+    task.train().seed += 1
+    assert name == "retrieval" or abs(loss(task, batch, seed=0) - dropped) > 1e-4
+
+
+def test_every_branch_use_and_sample_has_a_number_of_its_own() -> None:
+    task, sample_id = tiny_task("nlvr_plain", drop_path=0.5).train(), torch.arange(1000)
+    draws = task.draws(sample_id, 0, 1)
+    assert draws is not None and draws.shape == (2 * 3, 2000)
+    assert torch.equal(draws[:, 1000:], task.draws(sample_id, 1))
+    assert draws.unique().numel() > 0.99 * draws.numel()
+    assert float(draws.mean()) == pytest.approx(0.5, abs=0.02)
+    assert torch.corrcoef(torch.cat([draws[:, :1000], draws[:, 1000:]])).fill_diagonal_(0).abs().max() < 0.15
+    assert task.eval().draws(sample_id, 0) is None
+    assert tiny_task("vqa").train().draws(sample_id, 0) is None
