@@ -7,9 +7,8 @@ stored beside the run. Keys that do not exist and values of the wrong type are e
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,10 +19,20 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import check_keys, known_keys, model_section, nearest, read_yaml, split_options
 from eve_ds.tasks.masked import ObjectiveConfig
 from preprocessing.schema import DataError
 
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
+
+
+def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
+    """Raise UserError naming the first of ``settings`` that is below its least value."""
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < lowest:
+            null = " or null" if getattr(type(settings), name) is None else ""
+            raise UserError(f"{section}.{name}={value} must be at least {lowest}{null}; see --help")
 
 
 @dataclass
@@ -59,14 +68,14 @@ class OptimizerConfig:
     def check(self) -> None:
         """Raise UserError naming the first setting that no optimizer takes."""
         ranges = {
-            "lr": self.lr > 0,
-            "head_lr_mult": self.head_lr_mult > 0,
+            "lr": 0 < self.lr < math.inf,
+            "head_lr_mult": 0 < self.head_lr_mult < math.inf,
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "eps": self.eps > 0,
-            "weight_decay": self.weight_decay >= 0,
+            "eps": 0 < self.eps < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
             "warmup": 0 <= self.warmup < 1,
             "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
-            "gradient_clipping": self.gradient_clipping >= 0,
+            "gradient_clipping": 0 <= self.gradient_clipping < math.inf,
         }
         for name, fits in ranges.items():
             if not fits:
@@ -94,6 +103,14 @@ class EngineConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: int = 0
 
+    def check(self) -> None:
+        """Raise UserError naming the first setting that spreads no work."""
+        _check_least(
+            "engine", self, {"global_batch_size": 1, "micro_batch_size": 1, "expert_parallel_size": 1, "seed": 0}
+        )
+        if self.seed >= 2**63:
+            raise UserError(f"engine.seed={self.seed} must be below 2**63")
+
 
 @dataclass
 class CheckpointConfig:
@@ -101,7 +118,7 @@ class CheckpointConfig:
 
     Args:
         every: steps between checkpoints; 0 saves at the end and on SIGTERM alone.
-        keep: newest checkpoints kept.
+        keep: newest checkpoints kept, at least 1.
         resume: go on from the newest whole checkpoint when ``output_dir`` holds this run; false refuses such a folder.
         export: write ``output_dir/model`` (safetensors, config, tokenizer) at the end.
     """
@@ -110,6 +127,10 @@ class CheckpointConfig:
     keep: int = 2
     resume: bool = True
     export: bool = True
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that keeps nothing."""
+        _check_least("checkpoint", self, {"every": 0, "keep": 1})
 
 
 @dataclass
@@ -129,6 +150,10 @@ class LoggingConfig:
     eval_every: int = 1000
     eval_samples: int | None = None
     samples: int = 8
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that makes no log."""
+        _check_least("logging", self, {"eval_every": 0, "eval_samples": 1, "samples": 0})
 
 
 @dataclass
@@ -151,8 +176,8 @@ class FinetuneObjective:
         """Raise UserError naming the first setting that makes no head."""
         for name in ("embed_dim", "temperature", "head_hidden"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"objective.{name}={value} must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"objective.{name}={value} must be a positive number")
 
 
 @dataclass
@@ -207,37 +232,6 @@ class FinetuneConfig(_Common):
 ConfigType = TypeVar("ConfigType", PretrainConfig, FinetuneConfig)
 
 
-def known_keys(root: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a dataclass tree, sections included."""
-    keys = []
-    hints = typing.get_type_hints(root)
-    for item in dataclasses.fields(root):
-        keys.append(prefix + item.name)
-        if dataclasses.is_dataclass(hints[item.name]):
-            keys += known_keys(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
-    return keys
-
-
-def check_keys(raw: Any, root: type, source: str) -> None:
-    """Raise UserError naming the first unknown key in a YAML tree, and the nearest known one."""
-    if not isinstance(raw, dict):
-        raise UserError(f"{source}: a config is a YAML mapping of sections, this is a {type(raw).__name__}")
-    known = known_keys(root)
-    sections = {key for key in known if any(other.startswith(key + ".") for other in known)}
-
-    def visit(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            path = f"{prefix}{key}"
-            if path not in known:
-                raise UserError(f"{source}: unknown key {path!r}{_nearest(path, known)}")
-            if path in sections:
-                if not isinstance(value, dict):
-                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {value!r}")
-                visit(value, path + ".")
-
-    visit(raw, "")
-
-
 def parse(
     root: type[ConfigType], argv: list[str], program: str, defaults: dict[str, Any] | None = None, epilog: str = ""
 ) -> ConfigType:
@@ -260,14 +254,7 @@ def parse(
     parser.add_argument("--config", action="config", help="YAML recipe, for example eve_ds/configs/tiny_shapes.yaml")
     parser.add_class_arguments(root)
     parser.set_defaults(defaults or {})
-    argv = _without_local_rank(argv)
-    for path in _config_files(argv):
-        check_keys(_read_yaml(path), root, path)
-    for option in argv:
-        if option.startswith("--"):
-            key = option[2:].split("=")[0].rstrip("+")
-            if key not in ("config", "help", "print_config", *known_keys(root)):
-                raise UserError(f"unknown option --{key}{_nearest(key, known_keys(root), '--')}")
+    argv = _checked(root, argv)
     try:
         parsed = parser.parse_args(argv)
         built = parser.instantiate(parsed)
@@ -281,6 +268,9 @@ def parse(
     except (ValueError, DataError) as error:
         raise UserError(str(error)) from error
     config.optimizer.check()
+    config.engine.check()
+    config.checkpoint.check()
+    config.logging.check()
     config.objective.check()
     return config
 
@@ -294,11 +284,26 @@ def save(config: _Common, path: Path) -> None:
 
 def load_model_config(path: Path) -> ModelConfig:
     """Read the ``model`` section of a stored config."""
-    raw = _read_yaml(str(path))
-    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
-        raise UserError(f"{path}: no 'model' section; expected the config.yaml that a run stores")
-    check_keys({"model": raw["model"]}, PretrainConfig, str(path))
-    return ModelConfig(**raw["model"])
+    section = model_section(path)
+    check_keys({"model": section}, PretrainConfig, str(path))
+    return ModelConfig(**section)
+
+
+def _checked(root: type, argv: list[str]) -> list[str]:
+    """The command line, its options and the keys of its recipes known ones, as the parser needs it.
+
+    The parser lets the last one win: recipes come first, wherever they stood.
+    """
+    recipes, options = split_options(_without_local_rank(argv))
+    known = known_keys(root)
+    for path in recipes:
+        check_keys(read_yaml(path, "--config"), root, path)
+    for option in options:
+        if option.startswith("--"):
+            key = option[2:].split("=")[0].rstrip("+")
+            if key not in ("help", "print_config", *known):
+                raise UserError(f"unknown option --{key}{nearest(key, known, '--')}")
+    return [*(f"--config={path}" for path in recipes), *options]
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:
@@ -312,32 +317,6 @@ def _without_local_rank(argv: list[str]) -> list[str]:
         elif not option.startswith(("--local_rank=", "--local-rank=")):
             kept.append(option)
     return kept
-
-
-def _config_files(argv: list[str]) -> list[str]:
-    files = [argv[i + 1] for i, option in enumerate(argv[:-1]) if option == "--config"]
-    return files + [option.split("=", 1)[1] for option in argv if option.startswith("--config=")]
-
-
-def _read_yaml(path: str) -> Any:
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"--config {path}: not valid YAML{place}: {getattr(error, 'problem', error)}") from error
-
-
-def _nearest(key: str, known: list[str], dashes: str = "") -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:
-        tails = {item.rsplit(".", 1)[-1]: item for item in known}
-        near = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)]
-    return f"; did you mean {dashes}{near[0]}?" if near else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from eve_ds import config as config_tree
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import read_yaml, split_options
 from eve_ds.weights.model_folder import ModelFolder
 
 VALUE_OPTIONS = {
@@ -36,7 +37,7 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     Returns:
         the remaining command line for ``config.parse``, and the defaults to parse it with.
     Raises:
-        UserError: an unreadable checkpoint or ``--vlmo_config`` file.
+        UserError: an unreadable checkpoint, recipe or ``--vlmo_config`` file, or two checkpoints.
     """
     short = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in VALUE_OPTIONS:
@@ -55,10 +56,19 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for name, (key, _) in FLAGS.items():
         if getattr(given, name):
             rest += [f"--{key}", "true"]
-    source = given.checkpoint or given.init_from
+    if given.checkpoint and given.init_from:
+        raise UserError("--checkpoint and --init_from name the same thing; give one of them")
     if given.init_from:
         rest += ["--init_from", given.init_from]
-    return rest, _model_defaults(source, given.vlmo_config)
+    source = given.checkpoint or given.init_from or _source_in_recipes(rest)
+    return rest, _model_defaults(None if source == "null" else source, given.vlmo_config)
+
+
+def _source_in_recipes(argv: list[str]) -> str | None:
+    """``init_from`` of the last recipe that has it; what else is wrong with a recipe is told when it is parsed."""
+    trees = [read_yaml(path, "--config") for path in split_options(argv)[0]]
+    named = [tree["init_from"] for tree in trees if isinstance(tree, dict) and "init_from" in tree]
+    return named[-1] if named and isinstance(named[-1], str) else None
 
 
 def _model_defaults(source: str | None, vlmo_config: str | None) -> dict[str, Any]:

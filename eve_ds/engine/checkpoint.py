@@ -134,7 +134,7 @@ def prune(folder: Path, keep: int) -> None:
         return
     whole = sorted(path.parent for path in folder.glob(f"step_*/{COMPLETE}"))
     half = [path for path in folder.glob("step_*") if not (path / COMPLETE).exists() and path < last]
-    for path in [*whole[: -max(1, keep)], *half, *folder.glob(f"{UNIVERSAL}_*")]:
+    for path in [*whole[:-keep], *half, *folder.glob(f"{UNIVERSAL}_*")]:
         (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
         shutil.rmtree(path)
 

@@ -10,6 +10,14 @@ from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
 
+# What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
+SECTIONS = (
+    "bf16", "fp16", "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+    "activation_checkpointing", "aio", "autotuning", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
+    "data_efficiency", "data_types", "expert_parallel", "flops_profiler", "hybrid_engine", "pipeline", "tensorboard",
+    "tensor_parallel", "torch_autocast", "wandb", "weight_quantization",
+)  # fmt: skip
+
 
 def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
     """(micro batch size, gradient accumulation steps) of each rank.
@@ -38,21 +46,21 @@ def load_deepspeed_config(
     A value that stands there in full must agree with the tree: one place decides, and a difference is an error.
 
     Raises:
-        UserError: unreadable file, a value that disagrees, a setting that trains wrongly in silence (``refuse``).
+        UserError: unreadable file, a value that disagrees, a setting that trains wrongly in silence (``refuse``),
+            or one that DeepSpeed does not take.
     """
     file = Path(path)
     if not file.is_file() and not file.is_absolute():
         file = Path(__file__).parents[2] / path
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise UserError(
             f"--deepspeed_config {path}: {error.strerror}; see ds_configs/ for those that come with EVE-DS"
         ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("zero_optimization", {}), dict):
-        raise UserError(f"--deepspeed_config {path}: must be a JSON object, and zero_optimization in it, too")
+    _check_sections(raw, path)
     micro, accumulation = batch_shape(engine, world_size)
     ours = {
         "train_batch_size": engine.global_batch_size,
@@ -62,11 +70,41 @@ def load_deepspeed_config(
         "bf16": {"enabled": precision_of(engine) == "bf16"},
     }
     filled = _fill(raw, ours, path)
+    if left := _unfilled(filled):
+        raise UserError(
+            f'--deepspeed_config {path}: nothing fills in "auto" for {left[0]}; write a value or leave it out'
+        )
     filled.setdefault("zero_allow_untested_optimizer", True)
     filled.setdefault("zero_force_ds_cpu_optimizer", False)  # ours takes host memory, too, and needs no compiler
     filled.setdefault("steps_per_print", 10**9)
     refuse(filled, path)
+    _try(filled, path)
     return filled
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of the file; ValueError if a key stands twice (Python would take the last and say nothing)."""
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"{key!r} stands twice in one object; put all of it in one place")
+        tree[key] = value
+    return tree
+
+
+def _check_sections(raw: Any, path: str) -> None:
+    """Raise UserError if the file or one of its sections is no JSON object ("auto" is told of later)."""
+    if not isinstance(raw, dict):
+        raise UserError(f"--deepspeed_config {path}: must be a JSON object, {{...}}")
+    for section in SECTIONS:
+        holder, _, name = section.rpartition(".")
+        node = raw.get(holder, {}) if holder else raw
+        value = node.get(name, {}) if isinstance(node, dict) else {}
+        if not isinstance(value, dict) and value != "auto":
+            raise UserError(
+                f"--deepspeed_config {path}: {section}={json.dumps(value)} must be a JSON object, {{...}}; "
+                "write one or leave it out"
+            )
 
 
 def _fill(raw: dict[str, Any], ours: dict[str, Any], path: str, prefix: str = "") -> dict[str, Any]:
@@ -81,31 +119,32 @@ def _fill(raw: dict[str, Any], ours: dict[str, Any], path: str, prefix: str = ""
             raise UserError(
                 f'--deepspeed_config {path}: {prefix}{key}={given} but the config gives {value}; write "auto" there'
             )
-    left = [f"{prefix}{key}" for key, value in filled.items() if value == "auto"]
-    if left:
-        raise UserError(
-            f'--deepspeed_config {path}: nothing fills in "auto" for {left[0]}; write a value or leave it out'
-        )
     return filled
+
+
+def _unfilled(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a tree whose value is "auto"."""
+    left = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            left += _unfilled(value, f"{prefix}{key}.")
+        elif value == "auto":
+            left.append(f"{prefix}{key}")
+    return left
 
 
 def refuse(config: dict[str, Any], path: str) -> None:
     """Raise UserError for what DeepSpeed 0.19.8 accepts and gets wrong with experts, or asserts on (FACTS.md)."""
     zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage, partitions = zero.get("stage", 0), zero.get("zero_hpz_partition_size", 1)
+    # DeepSpeed takes "false" and 0 for false, too.
+    contiguous, scattered = (zero.get(name, True) is True for name in ("contiguous_gradients", "reduce_scatter"))
     reasons = {
         "zero_optimization.stage=0: with experts its clipping norm is wrong (DeepSpeed#8475); use stage 1": stage == 0,
         "zero_optimization.stage must be 1, 2 or 3": stage not in (0, 1, 2, 3),
-        "zero_optimization.contiguous_gradients=false: gradients are silently wrong; use true": not zero.get(
-            "contiguous_gradients", True
-        ),
-        "zero_optimization.reduce_scatter=false: DeepSpeed asserts with experts; use true": not zero.get(
-            "reduce_scatter", True
-        ),
-        "zero_optimization.zero_hpz_partition_size: DeepSpeed asserts with experts; leave it out": zero.get(
-            "zero_hpz_partition_size", 1
-        )
-        > 1,
+        "zero_optimization.contiguous_gradients=false: gradients are silently wrong; use true": not contiguous,
+        "zero_optimization.reduce_scatter=false: DeepSpeed asserts with experts; use true": not scattered,
+        "zero_optimization.zero_hpz_partition_size: DeepSpeed asserts with experts; leave it out": partitions != 1,
         "optimizer: the engine makes its own (config section optimizer); leave it out": "optimizer" in config,
         "scheduler: the engine has its own (optimizer.schedule); leave it out": "scheduler" in config,
         "fp16: overflow steps would break exact resume; use bf16": config.get("fp16", {}).get("enabled", False),
@@ -113,3 +152,15 @@ def refuse(config: dict[str, Any], path: str) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise UserError(f"--deepspeed_config {path}: {reason}")
+
+
+def _try(config: dict[str, Any], path: str) -> None:
+    """Raise UserError for what DeepSpeed itself does not take, in its own words."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        # It works out the whole batch, for whatever world is joined by now.
+        DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
+    except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--deepspeed_config {path}: DeepSpeed does not take it: {reason}") from error

@@ -24,6 +24,7 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
     """Means of the task's metrics, and of the sum of its losses, over ``batches``; the same on every rank.
 
     Nothing is random: masks depend on the sample. Rows that only make the ranks even (``valid`` False) do not count.
+    Where no row counts there are no metrics.
     """
     totals: dict[str, list[float]] = {}
     for batch in batches:
@@ -36,7 +37,9 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
     packed = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=trainer.device)
     dist.all_reduce(packed)
     means = {name: total / count for name, (total, count) in zip(names, packed.tolist(), strict=True) if count > 0}
-    means["loss"] = sum(value for name, value in means.items() if name.endswith("_loss") and name != "aux_loss")
+    losses = [value for name, value in means.items() if name.endswith("_loss") and name != "aux_loss"]
+    if losses:
+        means["loss"] = sum(losses)
     return {f"{prefix}/{name}": value for name, value in means.items()}
 
 

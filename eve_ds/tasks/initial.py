@@ -1,12 +1,18 @@
-"""First weights of a fine-tuning run: another run's backbone, and its head if asked for."""
+"""First weights of a run: another run's backbone, and its head if asked for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from eve_ds.errors import UserError
+from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import model_section
 from eve_ds.tasks.base import Task
 from eve_ds.weights import from_published, is_published, load_state, load_weights, resize_positions
 from eve_ds.weights.model_folder import ModelFolder
+
+# What changes the model's function and no tensor's shape: weights trained with one value fit any other, and go wrong.
+SHAPELESS = ("num_heads", "top_k", "modality_to_experts", "activation", "norm_eps")
 
 
 def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
@@ -18,11 +24,26 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
         load_head: the head comes from there too, and must be there; else it keeps its first values.
     Raises:
         WeightsError, DataError: nothing there, unreadable, or of another model; the message names file and tensors.
+        UserError: the config beside the weights says that they were trained with other settings (``SHAPELESS``).
     """
-    file = ModelFolder.find(checkpoint).weights
+    files = ModelFolder.find(checkpoint)
+    if files.config is not None:
+        _check_settings(task.config, files.config)
+    file = files.weights
     state = load_weights(file)
     if is_published(state):
         state = from_published(state, task.config)
     wanted = ("backbone.", *task.heads) if load_head else ("backbone.",)
     own = {name: tensor for name, tensor in state.items() if name.startswith(wanted)}
     load_state(task, resize_positions(own, task.config), file, () if load_head else task.heads)
+
+
+def _check_settings(config: ModelConfig, stored: Path) -> None:
+    trained = model_section(stored)
+    for name in SHAPELESS:
+        before, now = trained.get(name, getattr(ModelConfig, name)), getattr(config, name)
+        if before != now:
+            raise UserError(
+                f"model.{name} is {now} here, but the weights were trained with {before} ({stored}); "
+                f"set --model.{name} {str(before).lower() if isinstance(before, bool) else before}"
+            )

@@ -23,12 +23,13 @@ LAYERS = {
     "eve_ds.weights": 2,
     "eve_ds.errors": 3,
     "eve_ds.files": 3,
-    "eve_ds.tasks": 4,
-    "eve_ds.config": 5,
-    "eve_ds.engine": 6,
-    "eve_ds.callbacks": 7,
+    "eve_ds.recipes": 4,
+    "eve_ds.tasks": 5,
+    "eve_ds.config": 6,
+    "eve_ds.engine": 7,
+    "eve_ds.callbacks": 8,
 }
-ENTRY_POINTS = 8
+ENTRY_POINTS = 9
 LEAVES = ("preprocessing.schema", "preprocessing.tokenizer", "evaluation")
 LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.benchmarks", "eve_ds.doctor")  # in functions alone
 PRIVATE_API = ("deepspeed.module_inject", "deepspeed.checkpoint.autoep")

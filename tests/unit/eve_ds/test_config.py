@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eve_ds.config import FinetuneConfig, PretrainConfig, known_keys, load_model_config, parse, save
+from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse, save
 from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import known_keys
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "eve_ds" / "configs").glob("*.yaml"))
 
@@ -44,6 +45,17 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path: Path) -
     assert config.optimizer.betas == PretrainConfig().optimizer.betas
 
 
+def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    recipe = written(tmp_path, {"optimizer": {"lr": 0.5, "eps": 0.25}})
+    other = written(tmp_path / "other", {"optimizer": {"lr": 0.75}})
+    for last in (["--config", recipe], [f"--config={recipe}"]):
+        assert pretrain("--optimizer.lr", "0.125", *last).optimizer.lr == 0.125
+    for both in (["--config", recipe, f"--config={other}"], [f"--config={recipe}", "--config", other]):
+        config = pretrain("--optimizer.weight_decay=0.5", *both)  # of two recipes the later one wins
+        assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.weight_decay) == (0.75, 0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -61,7 +73,22 @@ def test_command_line_wins_over_recipe_and_recipe_over_default(tmp_path: Path) -
         (["--data.shuffle_window", "15"], ["data.shuffle_window=15", "at least 16"]),
         (["--data.max_corrupt", "1"], ["data.max_corrupt=1"]),
         (["--objective.text_mask_ratio", "1"], ["objective.text_mask_ratio=1"]),
-        (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
+        (["--config", "no/such.yaml"], ["--config no/such.yaml", "No such file"]),
+        (["--config"], ["--config: no file follows"]),
+        (["--config", "--optimizer.lr", "1"], ["--config: no file follows"]),
+        (["--optimizer.lr", "1e400"], ["optimizer.lr=inf"]),
+        (["--optimizer.gradient_clipping", ".nan"], ["optimizer.gradient_clipping=nan"]),
+        (["--engine.global_batch_size", "0"], ["engine.global_batch_size=0", "at least 1"]),
+        (["--engine.micro_batch_size", "0"], ["engine.micro_batch_size=0", "at least 1 or null"]),
+        (["--engine.expert_parallel_size", "0"], ["engine.expert_parallel_size=0", "at least 1"]),
+        (["--engine.seed", "-1"], ["engine.seed=-1", "at least 0"]),
+        (["--engine.seed", str(2**64)], [f"engine.seed={2**64}", "below 2**63"]),
+        (["--checkpoint.every", "-1"], ["checkpoint.every=-1", "at least 0"]),
+        (["--checkpoint.keep", "0"], ["checkpoint.keep=0", "at least 1"]),
+        (["--logging.eval_every", "-2"], ["logging.eval_every=-2", "at least 0"]),
+        (["--logging.eval_samples", "0"], ["logging.eval_samples=0", "at least 1 or null"]),
+        (["--logging.eval_samples", "-1"], ["logging.eval_samples=-1", "at least 1 or null"]),
+        (["--logging.samples", "-1"], ["logging.samples=-1", "at least 0"]),
     ],
 )
 def test_a_bad_option_is_named_in_one_line(argv: list[str], words: list[str]) -> None:
@@ -79,6 +106,9 @@ def test_a_bad_option_is_named_in_one_line(argv: list[str], words: list[str]) ->
         ({"model": 3}, ["'model' is a section"]),
         ([1, 2], ["mapping"]),
         ("model: {dim: 3", ["line 1"]),
+        ("optimizer: {lr: 0.5}\nmodel: {dim: 96}\noptimizer: {total_steps: 7}", ["line 3", "'optimizer'", "line 1"]),
+        ("optimizer:\n  lr: 0.5\n  eps: 1\n  lr: 0.25", ["line 4", "'lr'", "line 2"]),
+        ({"optimizer.lr": 0.5, "optimizer": {"eps": 0.5}}, ["'optimizer.lr'", "write optimizer: {lr: 0.5}"]),
     ],
 )
 def test_a_bad_recipe_is_named_with_its_key(tree: object, words: list[str], tmp_path: Path) -> None:
@@ -86,6 +116,12 @@ def test_a_bad_recipe_is_named_with_its_key(tree: object, words: list[str], tmp_
     with pytest.raises(UserError) as error:
         pretrain("--config", recipe)
     assert all(word in str(error.value) for word in [recipe, *words]), str(error.value)
+
+
+def test_a_recipe_may_merge_mappings_and_write_1e_3(tmp_path: Path) -> None:
+    recipe = written(tmp_path, "model:\n  <<: {dim: 96, num_heads: 4, norm_eps: 1e-3}\n  dim: 128\n")
+    assert load_model_config(Path(recipe)) == ModelConfig(dim=128, num_heads=4, norm_eps=1e-3)
+    assert pretrain("--config", recipe).model.dim == 128
 
 
 def test_the_launchers_local_rank_is_ignored() -> None:
@@ -155,3 +191,32 @@ def test_the_checkpoints_model_is_the_default_and_options_win(tmp_path: Path) ->
     rest, defaults = expand_options(["--checkpoint", str(tmp_path / "run"), "--model.image_size", "384"])
     config = parse(FinetuneConfig, rest, "finetune", defaults)
     assert (config.model.dim, config.model.num_heads, config.model.image_size) == (96, 4, 384)
+
+
+def exported(folder: Path, **model: int) -> str:
+    """A run folder as far as its config is asked for."""
+    save(PretrainConfig(model=ModelConfig(**model)), folder / "model" / "config.yaml")  # type: ignore[arg-type]
+    (folder / "model" / "model.safetensors").write_bytes(b"")
+    return str(folder)
+
+
+def finetune(*argv: str) -> FinetuneConfig:
+    rest, defaults = expand_options(list(argv))
+    return parse(FinetuneConfig, rest, "finetune", defaults)
+
+
+def test_a_checkpoint_named_in_a_recipe_gives_its_model_too(tmp_path: Path) -> None:
+    run, other = exported(tmp_path / "run", dim=96, num_heads=4), exported(tmp_path / "other", dim=128, num_heads=8)
+    recipe = written(tmp_path, {"init_from": run, "model": {"image_size": 384}})
+    config = finetune("--config", recipe)
+    assert (config.init_from, config.model.dim, config.model.num_heads, config.model.image_size) == (run, 96, 4, 384)
+    for option in ("--checkpoint", "--init_from"):
+        config = finetune(option, other, f"--config={recipe}")
+        assert (config.init_from, config.model.dim, config.model.num_heads) == (other, 128, 8)
+    config = finetune("--init_from", "null", "--config", recipe)
+    assert (config.init_from, config.model.dim) == (None, ModelConfig().dim)
+
+
+def test_two_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--checkpoint and --init_from name the same thing"):
+        finetune("--checkpoint", exported(tmp_path / "a"), "--init_from", exported(tmp_path / "b"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_shipped_settings_are_filled_in(name: str) -> None:
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, ["bf16.enabled=False", "True"]),
         ({"zero_optimization": {"stage": 1}, "train_batch_size": 64}, ["train_batch_size=64", "32"]),
         ({"zero_optimization": {"stage": 1}, "wall_clock_breakdown": "auto"}, ["wall_clock_breakdown"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}, ['"auto"', "zero_hpz_partition_size"]),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": None}}, ["zero_hpz_partition_size"]),
+        ({"zero_optimization": {"stage": 1, "contiguous_gradients": "false"}}, ["contiguous_gradients"]),
+        ({"zero_optimization": {"stage": 2, "reduce_scatter": 0}}, ["reduce_scatter"]),
+        ({"zero_optimization": True}, ["zero_optimization=true", "JSON object"]),
+        ({"zero_optimization": "auto"}, ["zero_optimization"]),
+        ({"zero_optimization": {"stage": 2}, "fp16": True}, ["fp16=true", "JSON object"]),
+        ({"zero_optimization": {"stage": 2}, "bf16": True}, ["bf16=true", "JSON object"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": True}}, ["offload_optimizer=true", "JSON object"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": None}}, ["offload_optimizer=null", "JSON object"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, ['offload_param="cpu"', "JSON object"]),
+        ({"zero_optimization": {"stage": 2}, "flops_profiler": True}, ["flops_profiler=true", "JSON object"]),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, ["DeepSpeed does not take it", "big"]),
+        ({"zero_optimization": {"stage": 2}, "nebula": {}}, ["DeepSpeed does not take it", "Nebula"]),
+        ([], ["must be a JSON object"]),
     ],
 )
 def test_settings_that_train_wrongly_or_disagree_are_refused(tree: object, words: list[str], tmp_path: Path) -> None:
@@ -69,9 +85,15 @@ def test_settings_that_train_wrongly_or_disagree_are_refused(tree: object, words
     assert all(word in str(error.value) for word in [str(tmp_path), *words]), str(error.value)
 
 
+def test_a_section_may_be_auto(tmp_path: Path) -> None:
+    assert settings({"zero_optimization": {"stage": 1}, "bf16": "auto"}, tmp_path)["bf16"] == {"enabled": True}
+
+
 def test_unreadable_settings_are_named(tmp_path: Path) -> None:
-    for path, word in ((tmp_path / "none.json", "No such file"), (tmp_path / "bad.json", "not valid JSON")):
-        (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "twice.json").write_text('{"fp16": {}, "fp16": {}}')
+    for name, word in (("none", "No such file"), ("bad", "not valid JSON"), ("twice", "'fp16' stands twice")):
+        path = tmp_path / f"{name}.json"
         with pytest.raises(UserError, match=word):
             load_deepspeed_config(str(path), EngineConfig(), OptimizerConfig(), 1)
 
@@ -82,6 +104,13 @@ def test_the_global_batch_is_shared_evenly() -> None:
     for total, micro in ((62, None), (64, 7), (0, None)):
         with pytest.raises(UserError, match="global_batch_size"):
             batch_shape(EngineConfig(global_batch_size=total, micro_batch_size=micro), 4)
+
+
+@pytest.mark.parametrize("epochs", [math.inf, math.nan, 1e308])
+def test_a_run_without_end_is_refused(epochs: float) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.epochs=.*finite"):
+        setup.total_steps(PretrainConfig(optimizer=OptimizerConfig(epochs=epochs)), count=1000)
+    assert setup.total_steps(PretrainConfig(optimizer=OptimizerConfig(epochs=1.5)), count=1000) == 6
 
 
 def test_expert_parallel_size_must_divide_ranks_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
