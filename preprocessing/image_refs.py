@@ -121,10 +121,13 @@ class FileImage:
         except OSError as error:
             raise _missing_if_too_long(error) from None
         try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError("is no regular file")
             while count := os.readv(file, [room[size:]]):
                 size += count
+                if size == status.st_size:
+                    break
         finally:
             os.close(file)
         return room[:size] if size < len(room) else None

@@ -71,7 +71,10 @@ Place = Path | RemotePath
 
 def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
     """Whether `path` is a URI of one of the known schemes."""
-    return isinstance(path, RemotePath) or str(path).partition("://")[0] in SCHEMES
+    if isinstance(path, RemotePath):
+        return True
+    scheme, mark, _ = str(path).partition("://")
+    return bool(mark) and scheme in SCHEMES
 
 
 def place(path: str | os.PathLike[str] | RemotePath) -> Place:

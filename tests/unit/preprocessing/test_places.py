@@ -7,7 +7,18 @@ import pytest
 from preprocessing import places
 from preprocessing.image_refs import FileImage, TarMember
 from preprocessing.images import BadImage, read_image
-from preprocessing.places import RemotePath, exists, names_in, open_input, place, put_file, remove, size_of, write_whole
+from preprocessing.places import (
+    RemotePath,
+    exists,
+    is_remote,
+    names_in,
+    open_input,
+    place,
+    put_file,
+    remove,
+    size_of,
+    write_whole,
+)
 from preprocessing.schema import DataError
 from tests.support.s3 import BUCKET, S3, s3_server
 
@@ -20,6 +31,7 @@ def s3() -> Iterator[S3]:
 
 def test_a_path_stays_a_path() -> None:
     assert place("a/b") == Path("a/b") == place(Path("a/b"))
+    assert is_remote("s3://bucket") and not is_remote("s3") and not is_remote("gs/a")  # folders of these names
     assert place("s3://bucket/a/") == RemotePath("s3://bucket/a") == place(RemotePath("s3://bucket/a"))
     assert str(place("s3://bucket/a") / "b") == "s3://bucket/a/b"
     assert (place("s3://bucket/a/b").name, str(place("s3://bucket/a/b").parent)) == ("b", "s3://bucket/a")
