@@ -81,7 +81,8 @@ class Trainer:
         self.micro_batch_of_all_ranks = settings["train_micro_batch_size_per_gpu"] * self.world_size  # samples
         zero = settings["zero_optimization"]
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
-        optimizer = build_optimizer(task, config.optimizer, "offload_optimizer" in zero, device)
+        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        optimizer = build_optimizer(task, config.optimizer, offload, device)
         self.engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
 
     @property
