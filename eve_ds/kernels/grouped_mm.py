@@ -8,8 +8,8 @@ accepts other devices and dtypes, the CPU too, but runs a loop of ``mm`` there a
 (PyTorch's aten/src/ATen/native/GroupedMMUtils.h, ``_grouped_mm_fallback``), which is no better than the loop here. It
 leaves rows of no group unset, refuses strides and addresses that are no multiples of 16 bytes, and has no bias.
 
-These functions take no part in autograd: they are the pieces of an ``autograd.Function`` (``model/experts.py``). The
-grouped kernel itself could not be run here (no GPU); the code around it is tested through torch's CPU fallback.
+These functions take no part in autograd: they are the pieces of an ``autograd.Function`` (``kernels/expert_mlp.py``).
+The grouped kernel itself could not be run here (no GPU); the code around it is tested through torch's CPU fallback.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from torch.autograd.function import once_differentiable
 
 from eve_ds.kernels import permute_reference
 from eve_ds.kernels.choices import Alternative, Choice, triton_is_interpreted, triton_state
+
+
+class Layout(NamedTuple):
+    """Where each row lies while sorted by expert.
+
+    Attributes:
+        order: [P] int64, the row in each slot; R in an empty one.
+        inverse: [R] int64, the slot of each row.
+        counts: slots of each expert.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    counts: list[int]
 
 
 def spread(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
@@ -57,13 +71,13 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.top_k = top_k
-        return _rows_of(x_TD).gather_rows(x_TD, order_P, inverse_R.numel(), top_k)
+        return operations(x_TD).gather_rows(x_TD, order_P, inverse_R.numel(), top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_PD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return _rows_of(dy_PD).sum_rows(dy_PD, None, inverse_R, ctx.top_k), None, None, None
+        return operations(dy_PD).sum_rows(dy_PD, None, inverse_R, ctx.top_k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -71,21 +85,21 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_PD: Tensor, weights_Tk: Tensor | None, order_P: Tensor, inverse_R: Tensor) -> Tensor:
         weighted = () if weights_Tk is None else (y_PD, weights_Tk)
         ctx.save_for_backward(order_P, inverse_R, *weighted)
-        return _rows_of(y_PD).sum_rows(y_PD, weights_Tk, inverse_R, 1 if weights_Tk is None else weights_Tk.shape[1])
+        return operations(y_PD).sum_rows(y_PD, weights_Tk, inverse_R, 1 if weights_Tk is None else weights_Tk.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         order_P, inverse_R, *weighted = ctx.saved_tensors  # asked for once: activation checkpointing unpacks each time
-        rows = _rows_of(dout_TD)
+        rows = operations(dout_TD)
         if not weighted:
             return rows.sum_gradient(dout_TD, order_P, inverse_R.numel(), 1), None, None, None
         y_PD, weights_Tk = weighted
         return *rows.weighted_gradients(dout_TD, y_PD, weights_Tk, order_P, inverse_R), None, None
 
 
-def _rows_of(rows: Tensor) -> ModuleType:
-    """The module whose functions serve this tensor."""
+def operations(rows: Tensor) -> ModuleType:
+    """The module whose four row operations serve this tensor; they take no part in autograd."""
     if (rows.is_cuda or (rows.device.type == "cpu" and triton_is_interpreted())) and triton_state()[0]:
         from eve_ds.kernels import permute_triton  # imports triton, which need not be installed
 

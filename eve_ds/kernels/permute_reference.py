@@ -13,7 +13,7 @@ CHUNK = 2048  # rows whose products stay in the cache
 
 def gather_rows(x_TD: Tensor, order_P: Tensor, num_rows: int, top_k: int) -> Tensor:
     """[P, D]: slot i gets token order[i] // k; an empty one the last token's values."""
-    return x_TD.index_select(0, _tokens(order_P, num_rows, top_k))
+    return x_TD.index_select(0, token_of_slot(order_P, num_rows, top_k))
 
 
 def sum_rows(y_PD: Tensor, weights_Tk: Tensor | None, inverse_R: Tensor, top_k: int) -> Tensor:
@@ -50,7 +50,8 @@ def weighted_gradients(
     return _zero_empty(dy_PD, order_P, num_rows), dweights_Tk
 
 
-def _tokens(order_P: Tensor, num_rows: int, top_k: int) -> Tensor:
+def token_of_slot(order_P: Tensor, num_rows: int, top_k: int) -> Tensor:
+    """[P] int64; the last token in an empty slot."""
     choices = order_P if order_P.numel() == num_rows else order_P.clamp(max=num_rows - 1)
     return choices if top_k == 1 else choices.div(top_k, rounding_mode="floor")
 

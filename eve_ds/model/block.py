@@ -30,9 +30,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        w1, b1, w2, b2 = (part.unsqueeze(0) for layer in (self.fc1, self.fc2) for part in (layer.weight, layer.bias))
-        rows = x.flatten(0, -2)
-        return mlp(rows, w1, b1, w2, b2, [rows.shape[0]], self.activation).view_as(x)
+        fc1, fc2 = self.fc1, self.fc2
+        y = mlp(x.flatten(0, -2), fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.activation)
+        return y.view_as(x)
 
 
 class Block(nn.Module):

@@ -9,30 +9,15 @@ as zeros.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds import parallel
-from eve_ds.kernels.permute import combine, spread
+from eve_ds.kernels.permute import Layout, combine, spread
 
-ApplyExperts = Callable[[Tensor, list[int]], Tensor]
-
-
-class Layout(NamedTuple):
-    """Where each row lies while sorted by expert.
-
-    Attributes:
-        order: [P] int64, the row in each slot; R in an empty one.
-        inverse: [R] int64, the slot of each row.
-        counts: slots of each expert.
-    """
-
-    order: Tensor
-    inverse: Tensor
-    counts: list[int]
+ApplyExperts = Callable[[Tensor, Tensor | None, Layout], Tensor]
 
 
 def cpu_slots(count: int) -> int:
@@ -76,7 +61,8 @@ def dispatch(
         experts: [T, k] int64; E stands for "no expert".
         weights: [T, k], weight of each choice; differentiable.
         counts: [E] int64, rows of each expert in ``experts``.
-        apply_experts: (slots [P, D] sorted by expert, slots per expert held here) -> [P, D].
+        apply_experts: (tokens [T, D], weights [T, k], layout of the experts held here) -> weighted sums [T, D]; without
+            weights, k is 1.
         ep_size: ranks that share the experts; rank r of the group holds [r E / ep_size, (r + 1) E / ep_size).
         ep_group: those ranks. None: all.
     Returns:
@@ -86,8 +72,7 @@ def dispatch(
     weights = weights.to(tokens.dtype)
     if ep_size == 1:
         layout = sort_by_expert(experts.reshape(-1), _to_host(counts, experts.numel()))
-        done = apply_experts(spread(tokens, layout.order, layout.inverse, top_k), layout.counts)
-        return combine(done, weights, layout.order, layout.inverse)
+        return apply_experts(tokens, weights, layout)
     order = experts.reshape(-1).argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     rows = _through_ranks(spread(tokens, order, inverse, top_k), counts, apply_experts, ep_size, ep_group)
@@ -107,8 +92,7 @@ def _through_ranks(
     local = torch.arange(received.shape[1], device=rows.device).repeat(ep_size)
     expert = local.repeat_interleave(received.reshape(-1), output_size=sum(receive))
     layout = sort_by_expert(expert, received.sum(dim=0).tolist())
-    done = apply_experts(spread(arrived, layout.order, layout.inverse, 1), layout.counts)
-    done = combine(done, None, layout.order, layout.inverse)
+    done = apply_experts(arrived, None, layout)
     back = parallel.all_to_all_uneven(done, receive, send, ep_group)
     if used == rows.shape[0]:
         return back

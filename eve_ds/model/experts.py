@@ -1,6 +1,6 @@
-"""The experts of a softly routing block: E feed-forward networks over contiguous slices of sorted rows.
+"""The experts of a softly routing block: E feed-forward networks.
 
-Shapes: R rows, D dim, H hidden, E experts held here.
+Shapes: T tokens, k choices per token, D dim, H hidden, E experts held here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from eve_ds.kernels.mlp import mlp
+from eve_ds.kernels.expert_mlp import expert_mlp
+from eve_ds.kernels.permute import Layout
 
 
 def expert_seed(seed: int, expert: int) -> int:
@@ -35,11 +36,13 @@ class Experts(nn.Module):
         w1: [E, H, D] weights of fc1.
         w2: [E, D, H] weights of fc2.
         w3: [E, 1, H + D] biases of fc1, then of fc2.
+        one_launch: whether one grouped product serves all experts; None: where the device has it.
     """
 
     def __init__(self, dim: int, hidden: int, count: int, activation: str, seed: int, first: int = 0) -> None:
         super().__init__()
         self.activation = activation
+        self.one_launch: bool | None = None
         self.w1 = nn.Parameter(torch.empty(count, hidden, dim))
         self.w2 = nn.Parameter(torch.empty(count, dim, hidden))
         self.w3 = nn.Parameter(torch.zeros(count, 1, hidden + dim))
@@ -55,14 +58,15 @@ class Experts(nn.Module):
                 values = torch.empty(weight.shape[1:], device="cpu", dtype=torch.float32)
                 weight[index].copy_(nn.init.trunc_normal_(values, std=0.02, generator=generator))
 
-    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Apply expert e to its slice.
+    def forward(self, tokens: Tensor, weights: Tensor | None, layout: Layout) -> Tensor:
+        """Every token through the experts it is laid out for.
 
         Args:
-            rows: [R, D], sorted by expert.
-            counts: rows of each expert held here; rows beyond their sum belong to no expert and come out as zeros.
+            tokens: [T, D].
+            weights: [T, k] in the tokens' dtype, of each choice; differentiable. None: k is 1 and so is every weight.
+            layout: the slots of each expert held here; choices in slots beyond them add nothing.
         Returns:
-            [R, D].
+            [T, D], the weighted sum over a token's choices.
         """
         b1, b2 = self.w3.squeeze(1).split(self.w1.shape[1:], dim=1)
-        return mlp(rows, self.w1, b1, self.w2, b2, counts, self.activation)
+        return expert_mlp(tokens, weights, self.w1, b1, self.w2, b2, layout, self.activation, self.one_launch)

@@ -67,12 +67,12 @@ class Rehearsal:
         config: the run; ``model.checkpoint_activations`` counts.
         zero: stage, ranks, buffers.
         num_answers: VQA's classes.
-        fused_attention: as on a GPU; else every attention keeps its N x N weights (model/attention.py).
+        on_gpu: else every attention keeps its N x N weights (model/attention.py), and experts take turns.
     """
 
-    def __init__(self, config: Config, zero: Zero, num_answers: int, fused_attention: bool) -> None:
+    def __init__(self, config: Config, zero: Zero, num_answers: int, on_gpu: bool) -> None:
         self.config, self.zero, self.num_answers = config, zero, num_answers
-        self.task = prepare(build(config, num_answers, zero.ep_size), fused_attention)
+        self.task = prepare(build(config, num_answers, zero.ep_size), on_gpu)
         self.groups = groups_of(self.task, config.optimizer, zero)
 
     def memory(self, batch: Batch) -> Memory:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
+from eve_ds.kernels.permute import Layout, combine, spread
 from eve_ds.model.attention import Attention
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SoftBlock
@@ -110,20 +111,25 @@ class _EvenExperts(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
-        held = self.experts.w1.shape[0]
-        return self.experts(rows, [rows.shape[0] // held] * held)
+    def forward(self, tokens: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+        order, inverse, _ = layout
+        held, rows = self.experts.w1.shape[0], inverse.numel()
+        arrived = spread(tokens, order, inverse, weights.shape[1]).clone()  # an exchange has two ends
+        done = self.experts(arrived, None, Layout(order, inverse, [rows // held] * held))
+        return combine(done.clone(), weights, order, inverse)
 
 
-def prepare(task: Task, fused_attention: bool) -> Task:
-    """Make a task from ``build`` run alone: its experts take an even load, its attention is that of the device."""
+def prepare(task: Task, on_gpu: bool) -> Task:
+    """Make a task from ``build`` run alone: its experts take an even load, they and attention keep what they keep on
+    the device (on GPUs: fused attention, the experts' products in one launch)."""
     for layer in task.backbone.moe_layers():
         experts = layer.experts
+        experts.one_launch = on_gpu
         if layer.ep_size > 1:
             layer.ep_size = 1
             del layer.experts
             layer.experts = _EvenExperts(experts)  # type: ignore[assignment]
-    if fused_attention:
+    if on_gpu:
         for module in task.modules():
             if isinstance(module, Attention):
                 module.forward = functools.partial(_fused_attention, module)  # type: ignore[method-assign]

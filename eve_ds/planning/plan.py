@@ -132,7 +132,7 @@ def _run(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, An
 
 def _rehearse(config: Config, zero: Zero, options: Any, checkpointing: bool) -> Rehearsal:
     config = with_checkpointing(config, checkpointing)
-    return Rehearsal(config, zero, options.num_answers, fused_attention=options.device == "gpu")
+    return Rehearsal(config, zero, options.num_answers, on_gpu=options.device == "gpu")
 
 
 def _memory(rehearsal: Rehearsal, batch: Batch, limit: int) -> dict[str, int]:

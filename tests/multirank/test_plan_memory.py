@@ -120,7 +120,7 @@ def compare(cases: list[Case]) -> None:
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, WORLD)
         itemsize = 2 if precision == "bf16" else 4
         zero = Zero(stage, WORLD, ep_size, itemsize, 1, settings["zero_optimization"], whole_buffers=False)
-        rehearsal = Rehearsal(config, zero, num_answers=0, fused_attention=False)
+        rehearsal = Rehearsal(config, zero, num_answers=0, on_gpu=False)
         forecasted = rehearsal.memory(Batch(ROWS, TEXT)).peak
         told = (
             f"ZeRO {stage}, EP {ep_size}, {precision}: forecast {forecasted >> 20} MiB, measured {measured >> 20} MiB"

@@ -84,7 +84,7 @@ def test_operations_equal_a_count(task: str, biattn: bool) -> None:
     """Of the real task's forward and backward pass, on the meta device."""
     batch = Batch(rows=4, text_length=12)
     config: Any = PretrainConfig(model=finetune("vqa").model) if task == "pretrain" else finetune(task, biattn)
-    module = prepare(build(config, ANSWERS), fused_attention=False)
+    module = prepare(build(config, ANSWERS), on_gpu=False)
     inputs = even_batch(config, batch.rows, batch.text_length, ANSWERS)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, LiveBytes([], 4 * 5, 12):
         module(inputs).loss.backward()
@@ -233,7 +233,7 @@ CHOSEN = ("--world_size", "4", "--expert_parallel_size", "2", "--device", "cpu",
 def test_every_task_can_be_rehearsed(task: str) -> None:
     """Twice by the same rehearsal, with the same result."""
     config: Any = PretrainConfig(model=model_config()) if task == "pretrain" else finetune(task)
-    rehearsal = Rehearsal(config, zero(), ANSWERS, fused_attention=True)
+    rehearsal = Rehearsal(config, zero(), ANSWERS, on_gpu=True)
     memory = rehearsal.memory(Batch(4, 12))
     assert memory.peak >= memory.weights + memory.optimizer + memory.forward
     assert min(memory.forward, memory.activations, memory.step) > 0

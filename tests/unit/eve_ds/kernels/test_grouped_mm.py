@@ -112,7 +112,7 @@ def test_no_kernel_of_torch_on_the_cpu() -> None:
 
 
 def test_experts_in_a_few_calls(grouped_kernel: bool) -> None:
-    """An expert layer's forward and backward pass by these functions: what ``kernels/mlp.py`` does on CUDA."""
+    """An expert layer's forward and backward pass by these functions: what ``kernels/expert_mlp.py`` does on CUDA."""
     torch.manual_seed(0)
     counts, dim, hidden = [4, 0, 3], 8, 16
     x = torch.randn(9, dim, dtype=torch.bfloat16)

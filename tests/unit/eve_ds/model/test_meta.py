@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import eve_ds.model
 import eve_ds.tasks
+from eve_ds.kernels.permute import Layout
 from eve_ds.model.attention import QKV, Attention, key_bias
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import MLP, Block, HardBlock, SoftBlock
@@ -100,7 +101,7 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "texts": lambda: hard_block(0),
     },
     SoftBlock: {"unpadded": lambda: soft_block(False), "padded": lambda: soft_block(True)},
-    Experts: {"": lambda: (Experts(D, H, E, "gelu", seed=0), (floats(12, D), [3, 3, 3, 3]))},
+    Experts: {"": lambda: (Experts(D, H, E, "gelu", seed=0), (floats(12, D), None, Layout(ids(12), ids(12), [3] * 4)))},
     Router: {f"top {k}": lambda k=k: (Router(D, E, k), (floats(7, D),)) for k in (1, 2)},
     MoE: {
         "no token dropped": lambda: moe(),
