@@ -16,15 +16,16 @@ def test_a_run_folder_keeps_a_second_process_out(tmp_path: Path) -> None:
     script = (
         "import sys; from eve_ds.config import PretrainConfig; from eve_ds.engine import run_folder\n"
         "from eve_ds.errors import run_command\n"
-        "run_command(lambda: run_folder.claim(PretrainConfig(output_dir=sys.argv[1])) and None)"
+        "def main():\n"
+        "    for folder in sys.argv[1:]: run_folder.claim(PretrainConfig(output_dir=folder))\n"
+        "run_command(main)"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    refused = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", script, str(tmp_path / "other"), str(tmp_path / "run")]
+    refused = subprocess.run(command, capture_output=True, text=True)  # the other folder is its own until it ends
     assert refused.returncode == 2
     assert refused.stderr == (
         f"error: --output_dir {tmp_path / 'run'}: another process trains or scores in it; wait for its end, or choose "
         "another folder\n"
     )
-    command[-1] = str(tmp_path / "other")
-    for _ in range(2):  # the lock goes with its process
-        assert subprocess.run(command, capture_output=True, text=True).returncode == 0
+    assert (tmp_path / "other" / run_folder.LOCK).exists()  # and the lock goes with its process
+    assert subprocess.run(command[:-1], capture_output=True, text=True).returncode == 0
