@@ -1,0 +1,21 @@
+"""Command lines that no command can serve. tests/e2e/test_command_line.py types some in processes of their own."""
+
+from collections.abc import Callable
+
+import pytest
+
+LONG = "n" * 300  # longer than a name may be
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["coco", "--annotations", "x", "--images", LONG, "--split", "train", "--out", "x"], "--images nnn"),
+        (["coco", "--annotations", "x", "--images", ".", "--split", "train", "--out", LONG], "--out nnn"),
+        (["verify", LONG], "manifest.json: File name too long"),
+        (["tokenizer", "inspect", LONG, "text"], "File name too long; mend that"),
+    ],
+)
+def test_names_that_are_too_long_are_one_line(refuse: Callable[..., str], words: list[str], said: str) -> None:
+    message = refuse(*words)
+    assert message.startswith(f"preprocessing {words[0]}: ") and said in message and "File name too long" in message
