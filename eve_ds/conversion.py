@@ -18,12 +18,11 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
 from eve_ds.tasks.base import TASKS
 from eve_ds.tasks.load import build_for
-from eve_ds.weights import WeightsError, from_published, is_published, load_weights, to_published
 from eve_ds.weights.beit import fill_from_beit
-from eve_ds.weights.errors import listed
-from eve_ds.weights.load import check_fit
+from eve_ds.weights.errors import WeightsError, listed
+from eve_ds.weights.load import check_fit, load_weights
 from eve_ds.weights.model_folder import CONFIG, WEIGHTS, ModelFolder
-from eve_ds.weights.names import PREFIX
+from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
 from preprocessing.schema import ANSWER_LIST

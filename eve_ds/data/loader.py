@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from eve_ds.data.collate import Batch, to_batch
 from eve_ds.data.faults import explain_worker_death, heed_parent_alone
+from eve_ds.data.freed_memory import keep_freed_memory
 from eve_ds.data.readahead import ReadAhead
-from eve_ds.data.reading import Reader, Reading, SharedPictures, keep_freed_memory
+from eve_ds.data.reading import Reader, Reading, SharedPictures
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
 from preprocessing.schema import DataError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from dataclasses import dataclass
 
@@ -17,9 +16,6 @@ from preprocessing.schema import DataError
 
 # So many samples that follow a corrupt one are tried; a run of more is a broken shard, not a broken row.
 NEIGHBOURS = 100
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -94,18 +90,6 @@ class SharedPictures:
     def look_at(self, slot: int, count: int) -> Arrays:
         """The pictures of a slot, [count, H, W, 3] uint8 each, not copied: they are written over later."""
         return {name: self._pixels[slot, number, :count] for number, name in enumerate(self._names)}
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep what it frees, up to 64 MiB, for the next picture.
-
-    A decoded photo is a megabyte or more. glibc would give so much back to the kernel each time, and have it zeroed
-    page by page for the next one: a quarter of the time that decoding and cropping take.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES // 2)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.recipes import model_section
 from eve_ds.tasks.base import Task
-from eve_ds.weights import from_published, is_published, load_state, load_weights, resize_positions
+from eve_ds.weights.load import load_state, load_weights
 from eve_ds.weights.model_folder import ModelFolder
+from eve_ds.weights.names import from_published, is_published
+from eve_ds.weights.positions import resize_positions
 
 # What changes the model's function and no tensor's shape: weights trained with one value fit any other, and go wrong.
 SHAPELESS = ("num_heads", "top_k", "modality_to_experts", "activation", "norm_eps")

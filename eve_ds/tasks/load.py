@@ -20,8 +20,11 @@ from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.vqa import VQA
-from eve_ds.weights import WeightsError, from_published, is_published, load_state, load_weights, resize_positions
+from eve_ds.weights.errors import WeightsError
+from eve_ds.weights.load import load_state, load_weights
 from eve_ds.weights.model_folder import ModelFolder
+from eve_ds.weights.names import from_published, is_published
+from eve_ds.weights.positions import resize_positions
 from eve_ds.weights.published import published_config
 from preprocessing.tokenizer import Tokenizer
 

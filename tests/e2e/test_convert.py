@@ -23,7 +23,7 @@ from eve_ds.errors import exit_code
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
 from eve_ds.tasks import load_task_model
-from eve_ds.weights import load_weights
+from eve_ds.weights.load import load_weights
 from tests.support import ranks
 from tests.support.shards import make_caption_set, make_vqa_set, tiny_tokenizer
 from tests.support.tiny_tasks import OBJECTIVE, tiny_config, tiny_task

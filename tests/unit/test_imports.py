@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +39,14 @@ PRIVATE_API_USER = "eve_ds.engine.moe_deepspeed"
 Import = tuple[str, bool]  # what is imported, and whether at the module's top level
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def imports(source: str) -> Iterator[Import]:
     """All absolute imports of a module: ``from a import b`` counts as a.b, which may be a module."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     top_level = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -167,7 +173,7 @@ def test_files_and_functions_are_short() -> None:
             source = path.read_text(encoding="utf-8")
             if source.count("\n") > LONGEST_FILE:
                 too_long.append(f"{path.relative_to(ROOT)}: {source.count(chr(10))} lines")
-            for node in ast.walk(ast.parse(source)):
+            for node in ast.walk(parsed(source)):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     length = (node.end_lineno or 0) - node.lineno + 1
                     if length > LONGEST_FUNCTION:

@@ -1,11 +1,12 @@
-"""`bench loader` at tiny sizes, in real processes: its contestants do the same work, and what is missing is named."""
+"""`bench loader` at tiny sizes: its contestants do the same work, and one that ends does not end the run.
+
+tests/e2e/test_bench_loader.py has a whole run.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,30 +39,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     settings = Settings(str(work), str(work / "pictures"), images=16, batch_size=2, processes=1, **sizes)
     loader_rivals.Pictures(settings)
     return settings
-
-
-def test_the_whole_run_without_a_bench_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "figures.json"
-    sizes = ["--images", "16", "--batch_size", "2", "--processes", "1", "--packing_copies", "1", "--shards", "2"]
-    rounds = ["--repeats", "2", "--warmup", "0", "--threads", "1"]
-    where = ["--work", str(tmp_path / "work"), "--bench_python", str(tmp_path / "none")]
-    bench.main(["loader", *sizes, *rounds, *where, "--json", str(file)])
-    found = json.loads(file.read_text(encoding="utf-8"))
-    rates = found["images_per_second"]
-    assert list(rates) == ["ours", "bare", "webdataset", "streaming", "datasets"]
-    assert rates["ours"] > 0 and rates["bare"] > 0
-    assert found["ours_over"] == {"bare": pytest.approx(rates["ours"] / rates["bare"])}
-    for rival in loader.RIVALS:
-        assert rates[rival] is None
-        assert "make bench-env" in found["not_measured"][rival]
-    assert len(found["all_images_per_second"]["ours"]) == 2
-    packed, read = found["packing_images_per_second"], found["reading_and_hashing_images_per_second"]
-    assert found["packing_share"] == pytest.approx(packed / read)
-    assert found["writing_images_per_second"] > 0
-    assert 0 < found["open_seconds"] <= found["open_every_shard_seconds"]
-    assert (found["open_shards"], found["open_rows"]) == (2, 16_000)
-    table = capsys.readouterr().out
-    assert "streaming: images/s" in table and "not measured" in table
 
 
 def test_pictures_are_jpegs_of_the_stated_size(settings: Settings) -> None:
@@ -127,26 +104,6 @@ def test_opening_reads_a_row_of_every_shard(settings: Settings) -> None:
     (opening._split / "shard-00002.arrow").unlink()
     with pytest.raises(DataError, match="shard-00002"):
         opening.round()
-
-
-def test_a_rival_that_is_not_installed_is_named(settings: Settings) -> None:
-    process = JobProcess("absent", f"{loader._THEIRS}:WebDataset", settings, _bare_python(settings), 60)
-    with pytest.raises(JobError, match=r"webdataset.*absent\.log"):
-        process.start()
-    process.close()
-    assert "Traceback" in process.log.read_text(encoding="utf-8")
-
-
-def _bare_python(settings: Settings) -> Path:
-    """An interpreter of an environment where every rival fails to import."""
-    blocked = Path(settings.work) / "blocked"
-    for name in loader.RIVALS:
-        (blocked / name).mkdir(parents=True, exist_ok=True)
-        (blocked / name / "__init__.py").write_text(f"raise ImportError('{name} is broken')")
-    script = Path(settings.work) / "python"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="{blocked}:$PYTHONPATH" exec "{sys.executable}" "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return script
 
 
 JOBS = """

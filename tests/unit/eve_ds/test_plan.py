@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +140,7 @@ def test_steady_memory_by_hand(stage: int) -> None:
 
 def test_memory_moves_as_it_must() -> None:
     light = ObjectiveConfig(decoder_dim=32, decoder_depth=1, decoder_heads=4)
-    config = PretrainConfig(model=model_config(), objective=light)
+    config = PretrainConfig(model=model_config(depth=2, soft_layers=[1]), objective=light)  # nine are rehearsed
 
     def of(changed: PretrainConfig = config, rows: int = 8, fused: bool = False, **changes: int) -> Memory:
         return Rehearsal(changed, zero(**changes), ANSWERS, fused).memory(Batch(rows, text_length=12))
@@ -156,7 +152,7 @@ def test_memory_moves_as_it_must() -> None:
     assert of(world=64).optimizer < 0.2 * plain.optimizer
     assert of(ep=4).weights < plain.weights
     assert of(stage=1, accumulation=2).gradients > of(stage=1).gradients
-    deep = dataclasses.replace(config, model=model_config(depth=6, soft_layers=[1, 2]))
+    deep = dataclasses.replace(config, model=model_config(depth=4, soft_layers=[1]))
     assert of(deep).forward > 1.4 * plain.forward
 
 
@@ -226,9 +222,6 @@ def refused_by_parse(recipe: str, *argv: str) -> str:
     return str(told.value)
 
 
-CHOSEN = ("--world_size", "4", "--expert_parallel_size", "2", "--device", "cpu", "--device_memory", "64MiB")
-
-
 @pytest.mark.parametrize("task", ["pretrain", "itr_flickr", "vqa", "nlvr"])
 def test_every_task_can_be_rehearsed(task: str) -> None:
     """Twice by the same rehearsal, with the same result."""
@@ -238,32 +231,6 @@ def test_every_task_can_be_rehearsed(task: str) -> None:
     assert memory.peak >= memory.weights + memory.optimizer + memory.forward
     assert min(memory.forward, memory.activations, memory.step) > 0
     assert rehearsal.memory(Batch(4, 12)) == memory
-
-
-def command(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "eve_ds.plan", *argv],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-        check=False,
-    )
-
-
-def test_the_command(tmp_path: Path, repository: Path) -> None:
-    out = tmp_path / "plan.json"
-    recipe = str(repository / "eve_ds/configs/tiny_shapes.yaml")
-    done = command("--config", recipe, *CHOSEN, "--zero", "3", "--pairs", "16e6", "--json", str(out))
-    assert done.returncode == 0, done.stderr
-    assert "largest micro-batch that fits" in done.stdout
-    plan = json.loads(out.read_text(encoding="utf-8"))
-    assert (plan["run"]["micro_batch_size"], plan["run"]["zero_stage"]) == (16, 3)
-    assert plan["days"] == pytest.approx(days(16e6, plan["flops_per_sample"], 4, 989, 0.4))
-    bad = command("--config", recipe, "--world_size", "100", "--expert_parallel_size", "2")
-    assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr.count("\n") == 1
-    assert "engine.global_batch_size=64 is not a positive multiple of the world size 100" in bad.stderr
 
 
 def test_optimizer_groups_are_the_engines() -> None:

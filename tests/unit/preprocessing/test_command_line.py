@@ -1,51 +1,8 @@
-"""`python -m preprocessing` as a user types it, in a process of its own."""
+"""Command lines that no command can serve. tests/e2e/test_command_line.py types some in processes of their own."""
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-from preprocessing.__main__ import COMMANDS
-from tests.unit.preprocessing.helpers import ROOT, command, write_json
-
-
-def one_line(*arguments: object) -> str:
-    """The line on stderr of a run that ends with exit code 2."""
-    done = command(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    return done.stderr
-
-
-def test_help_names_every_command() -> None:
-    done = command("--help")
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in COMMANDS)
-    done = command("coco", "--help")
-    assert done.returncode == 0 and "--max-dropped" in done.stdout
-
-
-def test_bad_usage_is_one_line() -> None:
-    assert "COMMAND" in one_line()
-    assert "--annotations" in one_line("coco", "--images", ".", "--split", "train", "--out", "x")
-    assert "invalid choice: 'dev'" in one_line("easy-vqa", "--split", "dev", "--out", "x")
-
-
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    end = ("--images", tmp_path, "--split", "train", "--out", tmp_path / "out")
-    message = one_line("coco", "--annotations", tmp_path / "captions.json", *end)
-    assert message.startswith("preprocessing coco: ") and "captions.json: no such file" in message
-    (tmp_path / "bad.json").write_text("[1,\n2,]")
-    assert "bad.json: invalid JSON at line 2 column" in one_line("json", "--task", "vqa", "--annotations",
-                                                                 tmp_path / "bad.json", *end)  # fmt: skip
-    empty = write_json(tmp_path / "empty.json", [])
-    assert "empty data set" in one_line("json", "--task", "retrieval", "--annotations", empty, *end)
-    assert not (tmp_path / "out").exists()
-
 
 LONG = "n" * 300  # longer than a name may be
 
@@ -62,44 +19,3 @@ LONG = "n" * 300  # longer than a name may be
 def test_names_that_are_too_long_are_one_line(refuse: Callable[..., str], words: list[str], said: str) -> None:
     message = refuse(*words)
     assert message.startswith(f"preprocessing {words[0]}: ") and said in message and "File name too long" in message
-
-
-def test_words_that_are_no_utf8_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    bad = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    end = ("--images", tmp_path, "--split", "train", "--out", bad)
-    assert "caf\\udce9': is not UTF-8 text" in one_line("coco", "--annotations", tmp_path / "none.json", *end)
-    assert not os.path.exists(bad)
-    assert "caf\\udce9': is not UTF-8 text" in one_line("tokenizer", "inspect", tmp_path, bad)
-
-
-def test_folders_without_permission_are_one_line(tmp_path: Path) -> None:
-    """Root may list any folder, unless it gives that power away."""
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0)
-    run = [sys.executable, "-m", "preprocessing"]
-    if os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("runs as root, and setpriv is not there to give root's power away")
-        run = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *run]
-    (tmp_path / "x").write_text("1.jpg#0\tcaption\n")
-    for words, said in (
-        (
-            ["img2dataset", "--images", locked, "--out", tmp_path / "out"],
-            "locked: cannot be listed (Permission denied)",
-        ),
-        (["img2dataset", "--images", locked / "a", "--out", tmp_path / "out"], "--images"),
-        (["img2dataset", "--images", tmp_path, "--out", locked / "out"], "--out"),
-        (
-            ["flickr30k", "--annotations", tmp_path / "x", "--images", locked, "--out", tmp_path / "out"],
-            "cannot be list",
-        ),
-    ):
-        line = [*run, *map(str, words), "--split", "train"]
-        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert said in done.stderr and "Permission denied" in done.stderr
-
-
-def test_preprocessing_does_not_import_torch() -> None:
-    code = "import sys, preprocessing.__main__; sys.exit(bool({'torch', 'eve_ds'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -225,7 +225,7 @@ def test_too_few_descriptors_for_workers(tmp_path: Path, capfd: pytest.CaptureFi
 def test_freed_memory_is_kept() -> None:
     """Pages that are given back are zeroed anew, at a fault each, when they are taken again."""
     script = (
-        "import resource, sys; from eve_ds.data.reading import keep_freed_memory\n"
+        "import resource, sys; from eve_ds.data.freed_memory import keep_freed_memory\n"
         "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "def faults():\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.kernels import adam
-from tests.support.distributed import run_distributed_test
 
 CPU = torch.device("cpu")
 STEPS, BETAS, EPS = 5, (0.9, 0.98), 1e-8
@@ -83,15 +81,6 @@ def test_what_is_not_compiled_is_never_compiled_in_passing(tmp_path: Path, monke
     assert name == "AdamW" and difference < 3e-6 and not any(tmp_path.iterdir())
     available, reason, how = adam.operation_state(adam.CPU_ADAM)
     assert not available and reason == "not compiled" and "CPUAdamBuilder" in how
-
-
-def ranks_agree() -> None:
-    assert adam._on_all_ranks(True, CPU)
-    assert not adam._on_all_ranks(dist.get_rank() == 0, CPU)
-
-
-def test_all_ranks_take_the_same_kernel() -> None:
-    run_distributed_test(ranks_agree, world_size=2)
 
 
 def test_a_compiled_operation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

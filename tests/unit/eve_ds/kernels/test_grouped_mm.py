@@ -1,6 +1,6 @@
 """Grouped products against one group at a time in float64; torch's own kernel through its CPU implementation.
 
-test_triton.py runs the bias tests again with TRITON_INTERPRET=1, where the Triton kernel serves CPU tensors.
+tests/e2e/test_triton.py runs the bias tests again with TRITON_INTERPRET=1, where the Triton kernel serves CPU tensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Spreading and combining rows, against a product with a matrix of zeros and ones in float64.
 
-test_triton.py runs this file again with TRITON_INTERPRET=1, where the Triton kernels serve CPU tensors.
+tests/e2e/test_triton.py runs this file again with TRITON_INTERPRET=1, where the Triton kernels serve CPU tensors.
 """
 
 from __future__ import annotations

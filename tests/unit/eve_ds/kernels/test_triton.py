@@ -1,10 +1,7 @@
-"""The Triton kernels: run on the CPU by Triton's interpreter, and compiled for two generations of NVIDIA GPUs."""
+"""The Triton kernels compile for two generations of NVIDIA GPUs. tests/e2e/test_triton.py runs them."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +12,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from eve_ds.kernels import group_bias_triton, permute_triton
-
-
-def test_kernels_in_the_interpreter(repository: Path) -> None:
-    """The tests of both operations, in a process where Triton's interpreter serves CPU tensors."""
-    tests = [str(Path(__file__).with_name(name)) for name in ("test_permute.py", "test_grouped_mm.py::test_bias")]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=repository,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-
 
 INTEGERS = dict.fromkeys(["dim", "num_rows", "width", "bias_stride", "groups"], "i32")
 INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}

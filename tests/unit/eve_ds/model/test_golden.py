@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
-from eve_ds.weights import load_into
+from eve_ds.weights.load import load_into
 
 ASSETS = Path(__file__).parents[3] / "assets"
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -16,61 +13,7 @@ from PIL import Image
 from evaluation.files import run
 from eve_ds.report import build, main
 from tests.support.made_run import make_run
-
-ROOT = Path(__file__).parents[4]
-VOID = {"img", "meta", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are balanced and collects what the tests look at."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(content)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
-
-    def missing(self) -> int:
-        return sum(attributes.get("class") == "missing" for _, attributes in self.tags)
-
-
-def test_command_writes_a_page_that_needs_nothing_from_outside(run_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "new" / "report.html"
-    command = [sys.executable, "-m", "eve_ds.report", "--run", str(run_folder), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    content = out.read_text(encoding="utf-8")
-    assert "http" not in content
-    assert "@import" not in content
-    assert "url(http" not in content
-    page = Page(content)
-    for name, attributes in page.tags:
-        assert name not in ("script", "link", "iframe", "object")
-        for attribute in ("src", "href", "xlink:href", "srcset"):
-            assert (attributes.get(attribute) or "#").startswith(("#", "data:image/"))
-    anchors = {attributes.get("id") for name, attributes in page.tags if name == "section"}
-    links = {(attributes.get("href") or "")[1:] for name, attributes in page.tags if name == "a"}
-    assert links == anchors
-    assert len(links) == 11
+from tests.support.page import Page
 
 
 @pytest.fixture

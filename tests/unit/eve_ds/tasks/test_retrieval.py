@@ -137,7 +137,7 @@ def test_contrast_learns_the_batch() -> None:
     task = retrieval_task()
     batch = rows_of(tiny_batch(10), torch.arange(0, 10, 2))
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
-    for _ in range(100):
+    for _ in range(60):  # it has learnt after 45
         optimizer.zero_grad()
         task(batch).loss.backward()
         optimizer.step()

@@ -13,8 +13,9 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.model.config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT
-from eve_ds.weights import WeightsError, interpolate_positions
 from eve_ds.weights.beit import Origins, fill_from_beit
+from eve_ds.weights.errors import WeightsError
+from eve_ds.weights.positions import interpolate_positions
 
 DIM, HIDDEN, HEADS, DEPTH, PATCH, PATCHES = 24, 40, 3, 3, 4, 9
 CONFIG = ModelConfig(

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.weights import WeightsError, interpolate_positions, load_into, load_state, load_weights
+from eve_ds.weights.errors import WeightsError
+from eve_ds.weights.load import load_into, load_state, load_weights
+from eve_ds.weights.positions import interpolate_positions
 
 ASSETS = Path(__file__).parents[3] / "assets"
 STATE = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}

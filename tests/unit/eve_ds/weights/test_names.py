@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
-from eve_ds.weights import WeightsError, from_published, is_published, to_published
+from eve_ds.weights.errors import WeightsError
+from eve_ds.weights.names import from_published, is_published, to_published
 
 ASSETS = Path(__file__).parents[3] / "assets"
 CONFIG = ModelConfig.from_vlmo(ASSETS / "vlmo_config.json", image_size=32)

@@ -15,8 +15,8 @@ from torch import Tensor
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
 from eve_ds.tasks import VQA, load_task_model
-from eve_ds.weights import WeightsError, interpolate_positions
-from eve_ds.weights.positions import POSITIONS
+from eve_ds.weights.errors import WeightsError
+from eve_ds.weights.positions import POSITIONS, interpolate_positions
 
 ASSETS = Path(__file__).parents[3] / "assets"
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from eve_ds.model.config import ModelConfig, ModelConfigError
-from eve_ds.weights import from_published
+from eve_ds.weights.names import from_published
 from eve_ds.weights.published import published_config, sized_as
 
 ASSETS = Path(__file__).parents[3] / "assets"

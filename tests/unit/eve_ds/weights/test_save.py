@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.weights import load_weights
+from eve_ds.weights.load import load_weights
 from eve_ds.weights.save import check_out, replacing, write_weights
 from preprocessing.schema import DataError
 

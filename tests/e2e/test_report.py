@@ -1,0 +1,31 @@
+"""`python -m eve_ds.report` as it is typed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.made_run import make_run
+from tests.support.page import Page
+
+
+def test_command_writes_a_page_that_needs_nothing_from_outside(tmp_path: Path, repository: Path) -> None:
+    run_folder = make_run(tmp_path / "demo")
+    out = tmp_path / "new" / "report.html"
+    command = [sys.executable, "-m", "eve_ds.report", "--run", str(run_folder), "--out", str(out)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    content = out.read_text(encoding="utf-8")
+    assert "http" not in content
+    assert "@import" not in content
+    assert "url(http" not in content
+    page = Page(content)
+    for name, attributes in page.tags:
+        assert name not in ("script", "link", "iframe", "object")
+        for attribute in ("src", "href", "xlink:href", "srcset"):
+            assert (attributes.get(attribute) or "#").startswith(("#", "data:image/"))
+    anchors = {attributes.get("id") for name, attributes in page.tags if name == "section"}
+    links = {(attributes.get("href") or "")[1:] for name, attributes in page.tags if name == "a"}
+    assert links == anchors
+    assert len(links) == 11

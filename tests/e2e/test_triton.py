@@ -1,0 +1,24 @@
+"""The Triton kernels, run on the CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kernels_in_the_interpreter(repository: Path) -> None:
+    """The tests of both operations, in a process where Triton's interpreter serves CPU tensors."""
+    tests = [
+        str(repository / "tests/unit/eve_ds/kernels" / name)
+        for name in ("test_permute.py", "test_grouped_mm.py::test_bias")
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=repository,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
