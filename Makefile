@@ -31,8 +31,8 @@ demo: setup ## the whole road on a small embedded data set; ends with runs/demo/
 test: $(DEV_READY) setup test-packages ## what CI runs
 	$(PYTEST) -m "not long" tests
 
-test-unit: $(DEV_READY) ## unit tests alone
-	$(PYTEST) tests/unit
+test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
+	$(PYTEST) -n auto --maxprocesses 8 -m "not long" tests/unit
 
 test-all: $(DEV_READY) setup test-packages ## the long tests too
 	$(PYTEST) tests
