@@ -101,24 +101,26 @@ class _ExpertMLP(torch.autograd.Function):
         activation: Activation,
         one_launch: bool,
     ) -> Tensor:
-        ctx.layout, ctx.activation = layout, activation
+        ctx.activation, ctx.one_launch = activation, one_launch
         ctx.top_k = 1 if weights_Tk is None else weights_Tk.shape[1]
         ctx.groups = Groups(layout.counts, x_TD.device)
-        ctx.one_launch = one_launch
-        forward = _grouped_forward if ctx.one_launch else _looped_forward
-        out_TD, *kept = forward(ctx, x_TD, weights_Tk, w1_EHD, b1_EH, w2_EDH, b2_ED)
-        ctx.save_for_backward(x_TD, weights_Tk, w1_EHD, w2_EDH, b2_ED, *kept)
+        forward = _grouped_forward if one_launch else _looped_forward
+        out_TD, *kept = forward(ctx, layout, x_TD, weights_Tk, w1_EHD, b1_EH, w2_EDH, b2_ED)
+        ctx.save_for_backward(layout.order, layout.inverse, x_TD, weights_Tk, w1_EHD, w2_EDH, b2_ED, *kept)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         backward = _grouped_backward if ctx.one_launch else _looped_backward
-        return *backward(ctx, dout_TD.contiguous(), *ctx.saved_tensors), None, None, None
+        order, inverse, *kept = ctx.saved_tensors  # asked for once: activation checkpointing unpacks each time
+        layout = Layout(order, inverse, ctx.groups.counts)
+        return *backward(ctx, layout, dout_TD.contiguous(), *kept), None, None, None
 
 
 def _looped_forward(
     ctx: Any,
+    layout: Layout,
     x_TD: Tensor,
     weights_Tk: Tensor | None,
     w1_EHD: Tensor,
@@ -128,7 +130,7 @@ def _looped_forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, and scale x what the activation sees, a row for every slot of a network."""
     groups, scale, (hidden, dim) = ctx.groups, ctx.activation.scale, w1_EHD.shape[1:]
-    token_P, weight_P1 = _token_of_slot(ctx), _weight_of_slot(ctx, weights_Tk, x_TD)
+    token_P, weight_P1 = _token_of_slot(layout, ctx.top_k), _weight_of_slot(layout, weights_Tk, x_TD)
     h_PH, out_TD = x_TD.new_empty(sum(groups.counts), hidden), torch.zeros_like(x_TD)
     rows_D, rows_H = (x_TD.new_empty(max(groups.counts, default=0), width) for width in (dim, hidden))
     for e, rows in groups.slices():
@@ -144,6 +146,7 @@ def _looped_forward(
 
 def _looped_backward(
     ctx: Any,
+    layout: Layout,
     dout_TD: Tensor,
     x_TD: Tensor,
     weights_Tk: Tensor | None,
@@ -154,7 +157,7 @@ def _looped_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tokens, the weights of choices, w1, b1, w2 and b2."""
     groups, activation, (hidden, dim) = ctx.groups, ctx.activation, w1_EHD.shape[1:]
-    token_P, weight_P1 = _token_of_slot(ctx), _weight_of_slot(ctx, weights_Tk, x_TD)
+    token_P, weight_P1 = _token_of_slot(layout, ctx.top_k), _weight_of_slot(layout, weights_Tk, x_TD)
     dw1_EHD, dw2_EDH = reused_empty_like(w1_EHD), reused_empty_like(w2_EDH)
     db1_EH, db2_ED = w1_EHD.new_empty(w1_EHD.shape[:2]), torch.empty_like(b2_ED)
     dx_TD, dweight_P1 = torch.zeros_like(x_TD), torch.zeros_like(weight_P1)
@@ -182,12 +185,13 @@ def _looped_backward(
         if not count:
             for gradient in (dw1_EHD, db1_EH, dw2_EDH, db2_ED):
                 gradient[e] = 0
-    dweights_Tk = None if weights_Tk is None else dweight_P1[ctx.layout.inverse].view_as(weights_Tk)
+    dweights_Tk = None if weights_Tk is None else dweight_P1[layout.inverse].view_as(weights_Tk)
     return dx_TD, dweights_Tk, dw1_EHD, db1_EH, dw2_EDH, db2_ED
 
 
 def _grouped_forward(
     ctx: Any,
+    layout: Layout,
     x_TD: Tensor,
     weights_Tk: Tensor | None,
     w1_EHD: Tensor,
@@ -198,19 +202,20 @@ def _grouped_forward(
     """As ``_looped_forward``, each product of all networks at once. What is kept has rows for all slots; with weights,
     the networks' results are kept too."""
     groups, activation = ctx.groups, ctx.activation
-    h_PH = add_group_bias_(grouped_mm(_slots(ctx, x_TD), w1_EHD.mT, groups), b1_EH, groups)
+    h_PH = add_group_bias_(grouped_mm(_slots(layout, x_TD, ctx.top_k), w1_EHD.mT, groups), b1_EH, groups)
     if activation.scale != 1:
         h_PH *= activation.scale
     y_PD = grouped_mm(activation.forward(h_PH, out=torch.empty_like(h_PH)), w2_EDH.mT, groups)
     if activation.scale != 1:
         y_PD /= activation.scale
     add_group_bias_(y_PD, b2_ED, groups)
-    out_TD = permute.operations(x_TD).sum_rows(y_PD, weights_Tk, ctx.layout.inverse, ctx.top_k)
+    out_TD = permute.operations(x_TD).sum_rows(y_PD, weights_Tk, layout.inverse, ctx.top_k)
     return (out_TD, h_PH) if weights_Tk is None else (out_TD, h_PH, y_PD)
 
 
 def _grouped_backward(
     ctx: Any,
+    layout: Layout,
     dout_TD: Tensor,
     x_TD: Tensor,
     weights_Tk: Tensor | None,
@@ -222,7 +227,7 @@ def _grouped_backward(
 ) -> tuple[Tensor | None, ...]:
     """As ``_looped_backward``, each product of all networks at once. Here <dy, y> takes less time from a y that was
     kept [P, D] than from passes over [P, H]."""
-    order, inverse, _ = ctx.layout
+    order, inverse, _ = layout
     operations, groups, activation = permute.operations(x_TD), ctx.groups, ctx.activation
     if weights_Tk is None:
         dy_PD, dweights_Tk = operations.sum_gradient(dout_TD, order, inverse.numel(), 1), None
@@ -232,24 +237,23 @@ def _grouped_backward(
     dw2_EDH = grouped_weight_gradient(dy_PD / activation.scale, a_PH, groups)
     dh_PH = grouped_mm(dy_PD, w2_EDH, groups)
     dh_PH = activation.backward(dh_PH, h_PH, grad_input=dh_PH)
-    dw1_EHD = grouped_weight_gradient(dh_PH, _slots(ctx, x_TD), groups)
+    dw1_EHD = grouped_weight_gradient(dh_PH, _slots(layout, x_TD, ctx.top_k), groups)
     db1_EH, db2_ED = grouped_sum(dh_PH, groups), grouped_sum(dy_PD, groups)
     dx_TD = operations.sum_rows(grouped_mm(dh_PH, w1_EHD, groups), None, inverse, ctx.top_k)
     return dx_TD, dweights_Tk, dw1_EHD, db1_EH, dw2_EDH, db2_ED
 
 
-def _slots(ctx: Any, x_TD: Tensor) -> Tensor:
+def _slots(layout: Layout, x_TD: Tensor, top_k: int) -> Tensor:
     """[P, D]: the token in each slot."""
-    return permute.operations(x_TD).gather_rows(x_TD, ctx.layout.order, ctx.layout.inverse.numel(), ctx.top_k)
+    return permute.operations(x_TD).gather_rows(x_TD, layout.order, layout.inverse.numel(), top_k)
 
 
-def _token_of_slot(ctx: Any) -> Tensor:
+def _token_of_slot(layout: Layout, top_k: int) -> Tensor:
     """[P] int64; some token's in an empty slot."""
-    return permute_reference.token_of_slot(ctx.layout.order, ctx.layout.inverse.numel(), ctx.top_k)
+    return permute_reference.token_of_slot(layout.order, layout.inverse.numel(), top_k)
 
 
-def _weight_of_slot(ctx: Any, weights_Tk: Tensor | None, x_TD: Tensor) -> Tensor:
+def _weight_of_slot(layout: Layout, weights_Tk: Tensor | None, x_TD: Tensor) -> Tensor:
     """[P, 1] in x's dtype; zero in an empty slot."""
-    order, inverse, _ = ctx.layout
-    weights_R = x_TD.new_ones(inverse.numel()) if weights_Tk is None else weights_Tk.reshape(-1)
-    return torch.cat([weights_R, weights_R.new_zeros(1)])[order].unsqueeze(1)
+    weights_R = x_TD.new_ones(layout.inverse.numel()) if weights_Tk is None else weights_Tk.reshape(-1)
+    return torch.cat([weights_R, weights_R.new_zeros(1)])[layout.order].unsqueeze(1)
