@@ -41,10 +41,10 @@ def reference(
     """What ``expert_mlp`` computes, in plain PyTorch."""
     top_k = 1 if weights_Tk is None else weights_Tk.shape[1]
     slots = permute_reference.gather_rows(x_TD, layout.order, layout.inverse.numel(), top_k)
-    served = sum(layout.counts)
+    served = sum(layout.slots)
     parts = [
         F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)), w2, b2)
-        for x, w1, b1, w2, b2 in zip(slots[:served].split(layout.counts), w1_EHD, b1_EH, w2_EDH, b2_ED, strict=True)
+        for x, w1, b1, w2, b2 in zip(slots[:served].split(layout.slots), w1_EHD, b1_EH, w2_EDH, b2_ED, strict=True)
     ]
     rows = torch.cat([*parts, slots.new_zeros(slots.shape[0] - served, slots.shape[1])])[layout.inverse]
     return rows if weights_Tk is None else (rows.view(-1, top_k, rows.shape[1]) * weights_Tk.unsqueeze(2)).sum(dim=1)
@@ -77,12 +77,12 @@ def expert_mlp(
         b2_ED: biases of fc2.
         layout: the slots of each network; choices in slots beyond them visit none and add nothing.
         activation: a name in ``ACTIVATIONS``.
-        one_launch: whether each product of all networks is one call; None: where the device has a kernel for that.
+        one_launch: whether each product of all networks is one call; None: in bf16 where the device has a kernel.
     Returns:
         [T, D] in x's dtype.
     """
     if one_launch is None:
-        one_launch = has_grouped_kernel(x_TD.device)
+        one_launch = has_grouped_kernel(x_TD.device) and x_TD.dtype == torch.bfloat16
     networks = (w1_EHD, b1_EH, w2_EDH, b2_ED)
     return _ExpertMLP.apply(x_TD, weights_Tk, *networks, layout, ACTIVATIONS[activation], one_launch)
 
@@ -103,10 +103,10 @@ class _ExpertMLP(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.one_launch = activation, one_launch
         ctx.top_k = 1 if weights_Tk is None else weights_Tk.shape[1]
-        ctx.groups = Groups(layout.counts, x_TD.device)
+        ctx.counts, ctx.groups = layout.counts, Groups(layout.slots, x_TD.device)
         forward = _grouped_forward if one_launch else _looped_forward
         out_TD, *kept = forward(ctx, layout, x_TD, weights_Tk, w1_EHD, b1_EH, w2_EDH, b2_ED)
-        ctx.save_for_backward(layout.order, layout.inverse, x_TD, weights_Tk, w1_EHD, w2_EDH, b2_ED, *kept)
+        ctx.save_for_backward(layout.order, layout.inverse, x_TD, weights_Tk, w1_EHD, w2_EDH, *kept)
         return out_TD
 
     @staticmethod
@@ -114,7 +114,7 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor | None, ...]:
         backward = _grouped_backward if ctx.one_launch else _looped_backward
         order, inverse, *kept = ctx.saved_tensors  # asked for once: activation checkpointing unpacks each time
-        layout = Layout(order, inverse, ctx.groups.counts)
+        layout = Layout(order, inverse, ctx.counts, ctx.groups.counts)
         return *backward(ctx, layout, dout_TD.contiguous(), *kept), None, None, None
 
 
@@ -127,21 +127,22 @@ def _looped_forward(
     b1_EH: Tensor,
     w2_EDH: Tensor,
     b2_ED: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The result, and scale x what the activation sees, a row for every slot of a network."""
+) -> tuple[Tensor, ...]:
+    """The result, and what is kept: scale x what the activation sees, a row for every slot of a network; with weights,
+    b2 too."""
     groups, scale, (hidden, dim) = ctx.groups, ctx.activation.scale, w1_EHD.shape[1:]
     token_P, weight_P1 = _token_of_slot(layout, ctx.top_k), _weight_of_slot(layout, weights_Tk, x_TD)
     h_PH, out_TD = x_TD.new_empty(sum(groups.counts), hidden), torch.zeros_like(x_TD)
     rows_D, rows_H = (x_TD.new_empty(max(groups.counts, default=0), width) for width in (dim, hidden))
     for e, rows in groups.slices():
-        token, h = token_P[rows], h_PH[rows]
+        token, h, count = token_P[rows], h_PH[rows], layout.counts[e]
         x, a = rows_D[: len(token)], rows_H[: len(token)]
         torch.index_select(x_TD, 0, token, out=x)
         torch.addmm(b1_EH[e], x, w1_EHD[e].t(), beta=scale, alpha=scale, out=h)
         ctx.activation.forward(h, out=a)
-        y = torch.addmm(b2_ED[e], a, w2_EDH[e].t(), alpha=1 / scale, out=x)
-        out_TD.index_add_(0, token, y.mul_(weight_P1[rows]))  # a token comes to a network once: the sum has one order
-    return out_TD, h_PH
+        y = torch.addmm(b2_ED[e], a, w2_EDH[e].t(), alpha=1 / scale, out=x).mul_(weight_P1[rows])
+        out_TD.index_add_(0, token[:count], y[:count])  # a token comes to a network once: the sum has one order
+    return (out_TD, h_PH) if weights_Tk is None else (out_TD, h_PH, b2_ED.contiguous())
 
 
 def _looped_backward(
@@ -152,35 +153,36 @@ def _looped_backward(
     weights_Tk: Tensor | None,
     w1_EHD: Tensor,
     w2_EDH: Tensor,
-    b2_ED: Tensor,
     h_PH: Tensor,
+    b2_ED: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tokens, the weights of choices, w1, b1, w2 and b2."""
     groups, activation, (hidden, dim) = ctx.groups, ctx.activation, w1_EHD.shape[1:]
     token_P, weight_P1 = _token_of_slot(layout, ctx.top_k), _weight_of_slot(layout, weights_Tk, x_TD)
     dw1_EHD, dw2_EDH = reused_empty_like(w1_EHD), reused_empty_like(w2_EDH)
-    db1_EH, db2_ED = w1_EHD.new_empty(w1_EHD.shape[:2]), torch.empty_like(b2_ED)
+    db1_EH, db2_ED = (w.new_empty(w.shape[:2]) for w in (w1_EHD, w2_EDH))
     dx_TD, dweight_P1 = torch.zeros_like(x_TD), torch.zeros_like(weight_P1)
     rows_D, rows_H = (x_TD.new_empty(2, max(groups.counts, default=0), width) for width in (dim, hidden))
     for e, rows in groups.slices():
-        token, weight, h = token_P[rows], weight_P1[rows], h_PH[rows]
+        token, weight, h, count = token_P[rows], weight_P1[rows], h_PH[rows], layout.counts[e]
         (x, dy), (a, dh) = rows_D[:, : len(token)], rows_H[:, : len(token)]
         torch.index_select(x_TD, 0, token, out=x)
         torch.index_select(dout_TD, 0, token, out=dy)
         activation.forward(h, out=a)
         torch.mm(dy, w2_EDH[e], out=dh)
-        if weights_Tk is not None:  # its gradient is <dy, y>; y = w2 a / scale + b2 was not kept
+        if b2_ED is not None:  # a weight's gradient is <dy, y>, but y = w2 a / scale + b2 was not kept
             torch.mv(dy, b2_ED[e], out=dweight_P1[rows, 0])
         dy *= weight
         torch.addmm(dw2_EDH[e], dy.t(), a, beta=0, alpha=1 / activation.scale, out=dw2_EDH[e])
         torch.sum(dy, dim=0, out=db2_ED[e])
-        if weights_Tk is not None:
+        if b2_ED is not None:
             dweight_P1[rows].add_(a.mul_(dh).sum(dim=1, keepdim=True), alpha=1 / activation.scale)
         activation.backward(dh, h, grad_input=dh)  # both scales cancel here
         dh *= weight
         torch.mm(dh.t(), x, out=dw1_EHD[e])
         torch.sum(dh, dim=0, out=db1_EH[e])
-        dx_TD.index_add_(0, token, torch.mm(dh, w1_EHD[e], out=x))
+        torch.mm(dh, w1_EHD[e], out=x)
+        dx_TD.index_add_(0, token[:count], x[:count])
     for e, count in enumerate(groups.counts):
         if not count:
             for gradient in (dw1_EHD, db1_EH, dw2_EDH, db2_ED):
@@ -221,20 +223,21 @@ def _grouped_backward(
     weights_Tk: Tensor | None,
     w1_EHD: Tensor,
     w2_EDH: Tensor,
-    b2_ED: Tensor,
     h_PH: Tensor,
     y_PD: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """As ``_looped_backward``, each product of all networks at once. Here <dy, y> takes less time from a y that was
     kept [P, D] than from passes over [P, H]."""
-    order, inverse, _ = layout
+    order, inverse, _, _ = layout
     operations, groups, activation = permute.operations(x_TD), ctx.groups, ctx.activation
     if weights_Tk is None:
         dy_PD, dweights_Tk = operations.sum_gradient(dout_TD, order, inverse.numel(), 1), None
     else:
         dy_PD, dweights_Tk = operations.weighted_gradients(dout_TD, y_PD, weights_Tk, order, inverse)
     a_PH = activation.forward(h_PH, out=torch.empty_like(h_PH))
-    dw2_EDH = grouped_weight_gradient(dy_PD / activation.scale, a_PH, groups)
+    scaled_PD = dy_PD if activation.scale == 1 else dy_PD / activation.scale
+    dw2_EDH = grouped_weight_gradient(scaled_PD, a_PH, groups)
+    del a_PH, scaled_PD
     dh_PH = grouped_mm(dy_PD, w2_EDH, groups)
     dh_PH = activation.backward(dh_PH, h_PH, grad_input=dh_PH)
     dw1_EHD = grouped_weight_gradient(dh_PH, _slots(layout, x_TD, ctx.top_k), groups)

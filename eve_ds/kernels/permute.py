@@ -4,6 +4,8 @@ Shapes: T tokens, k choices per token, R = T k rows (one per choice), P >= R slo
 ``order`` [P] int64 names the choice in each slot: choice order[i] is one of token order[i] // k, and R stands for an
 empty slot. ``inverse`` [R] int64 is the slot of each choice. With P = R they are a permutation and its inverse.
 
+Experts that take turns (``expert_mlp``) move their rows themselves: there only rows for other ranks come here.
+
 The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90; no GPU was at hand to time them.
 """
 
@@ -26,12 +28,14 @@ class Layout(NamedTuple):
     Attributes:
         order: [P] int64, the row in each slot; R in an empty one.
         inverse: [R] int64, the slot of each row.
-        counts: slots of each expert.
+        counts: rows of each expert.
+        slots: slots of each expert: its rows, then empty ones. Rows of no expert lie behind all.
     """
 
     order: Tensor
     inverse: Tensor
     counts: list[int]
+    slots: list[int]
 
 
 def spread(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
@@ -48,14 +52,14 @@ def spread(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tens
     return _Spread.apply(x_TD, order_P, inverse_R, top_k)
 
 
-def combine(y_PD: Tensor, weights_Tk: Tensor | None, order_P: Tensor, inverse_R: Tensor) -> Tensor:
+def combine(y_PD: Tensor, weights_Tk: Tensor, order_P: Tensor, inverse_R: Tensor) -> Tensor:
     """Weighted sum of a token's k rows, which stand in slots ``inverse[t k .. t k + k - 1]``.
 
     Rows are taken as they are: one that no expert has served must hold zeros to add nothing.
 
     Args:
         y_PD: [P, D], any floating dtype; differentiable. Its gradient is zero in empty slots.
-        weights_Tk: [T, k] in y's dtype; differentiable. None: k is 1 and every weight too (rows in their old order).
+        weights_Tk: [T, k] in y's dtype; differentiable.
         order_P: [P] int64.
         inverse_R: [R] int64.
     Returns:
@@ -65,7 +69,7 @@ def combine(y_PD: Tensor, weights_Tk: Tensor | None, order_P: Tensor, inverse_R:
 
 
 class _Spread(torch.autograd.Function):
-    """Backward is a gather too: index_add walks row by row on the CPU and adds in no fixed order on a GPU."""
+    """Backward is a gather too: to add k rows to a token, a GPU would take them in no fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
@@ -82,20 +86,14 @@ class _Spread(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_PD: Tensor, weights_Tk: Tensor | None, order_P: Tensor, inverse_R: Tensor) -> Tensor:
-        weighted = () if weights_Tk is None else (y_PD, weights_Tk)
-        ctx.save_for_backward(order_P, inverse_R, *weighted)
-        return operations(y_PD).sum_rows(y_PD, weights_Tk, inverse_R, 1 if weights_Tk is None else weights_Tk.shape[1])
+    def forward(ctx: Any, y_PD: Tensor, weights_Tk: Tensor, order_P: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(y_PD, weights_Tk, order_P, inverse_R)
+        return operations(y_PD).sum_rows(y_PD, weights_Tk, inverse_R, weights_Tk.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        order_P, inverse_R, *weighted = ctx.saved_tensors  # asked for once: activation checkpointing unpacks each time
-        rows = operations(dout_TD)
-        if not weighted:
-            return rows.sum_gradient(dout_TD, order_P, inverse_R.numel(), 1), None, None, None
-        y_PD, weights_Tk = weighted
-        return *rows.weighted_gradients(dout_TD, y_PD, weights_Tk, order_P, inverse_R), None, None
+    def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *operations(dout_TD).weighted_gradients(dout_TD, *ctx.saved_tensors), None, None
 
 
 def operations(rows: Tensor) -> ModuleType:

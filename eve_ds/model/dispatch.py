@@ -1,9 +1,9 @@
 """Tokens to their experts and back: sort by expert, exchange between ranks, apply, undo, weigh and sum.
 
 Shapes: T tokens, k choices per token, R = T k rows (one per choice), P slots (rows, and on the CPU some empty ones), D
-dim, E experts. No shape depends on the routing, but for the empty slots and what is sent to other ranks. Rows of no
-expert (padding, choices beyond an expert's capacity) lie in the last slots, are never sent or multiplied, and come back
-as zeros.
+dim, E experts. Where the experts' products are one launch (``kernels/expert_mlp.py``), no shape depends on the routing
+but those of what is sent to other ranks. Rows of no expert (padding, choices beyond an expert's capacity) lie in the
+last slots, are never sent or multiplied, and come back as zeros.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def sort_by_expert(expert: Tensor, counts: list[int]) -> Layout:
     slot = torch.arange(order.numel(), device=order.device)
     inverse = torch.empty_like(order)
     if order.device.type != "cpu":
-        return Layout(order, inverse.scatter_(0, order, slot), counts)
+        return Layout(order, inverse.scatter_(0, order, slot), counts, counts)
     slots = [cpu_slots(count) for count in counts]
     rows = torch.tensor([*counts, order.numel() - sum(counts)])
     added = torch.tensor([0, *(s - c for s, c in zip(slots, counts, strict=True))]).cumsum(0)
     slot += added.repeat_interleave(rows, output_size=order.numel())
     order_P = order.new_full((order.numel() + int(added[-1]),), order.numel()).scatter_(0, slot, order)
-    return Layout(order_P, inverse.scatter_(0, order, slot), slots)
+    return Layout(order_P, inverse.scatter_(0, order, slot), counts, slots)
 
 
 def dispatch(

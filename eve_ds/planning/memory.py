@@ -67,7 +67,8 @@ class Rehearsal:
         config: the run; ``model.checkpoint_activations`` counts.
         zero: stage, ranks, buffers.
         num_answers: VQA's classes.
-        on_gpu: else every attention keeps its N x N weights (model/attention.py), and experts take turns.
+        on_gpu: one of Hopper's or Blackwell's; else every attention keeps its N x N weights (model/attention.py), and
+            experts take turns.
     """
 
     def __init__(self, config: Config, zero: Zero, num_answers: int, on_gpu: bool) -> None:

@@ -112,19 +112,20 @@ class _EvenExperts(nn.Module):
         self.experts = experts
 
     def forward(self, tokens: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-        order, inverse, _ = layout
-        held, rows = self.experts.w1.shape[0], inverse.numel()
-        arrived = spread(tokens, order, inverse, weights.shape[1]).clone()  # an exchange has two ends
-        done = self.experts(arrived, None, Layout(order, inverse, [rows // held] * held))
+        order, inverse, _, _ = layout
+        even = [inverse.numel() // self.experts.w1.shape[0]] * self.experts.w1.shape[0]
+        sent = spread(tokens, order, inverse, weights.shape[1])
+        arrived = sent.clone()  # an exchange has two ends
+        done = self.experts(arrived, None, Layout(order, inverse, even, even))
         return combine(done.clone(), weights, order, inverse)
 
 
 def prepare(task: Task, on_gpu: bool) -> Task:
     """Make a task from ``build`` run alone: its experts take an even load, they and attention keep what they keep on
-    the device (on GPUs: fused attention, the experts' products in one launch)."""
+    the device (on a GPU of Hopper's or Blackwell's: fused attention, the experts' bf16 products in one launch)."""
     for layer in task.backbone.moe_layers():
         experts = layer.experts
-        experts.one_launch = on_gpu
+        experts.one_launch = on_gpu and experts.w1.dtype == torch.bfloat16
         if layer.ep_size > 1:
             layer.ep_size = 1
             del layer.experts

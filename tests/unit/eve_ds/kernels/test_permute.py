@@ -86,19 +86,6 @@ def test_numeric_gradients(empty: int) -> None:
     assert torch.autograd.gradcheck(lambda y, w: permute.combine(y, w, order, inverse), (y, weights), fast_mode=True)
 
 
-@pytest.mark.parametrize("empty", [0, 2])
-def test_without_weights_rows_return_to_their_order(empty: int) -> None:
-    order, inverse = layout(6, 1, empty, "cpu")
-    x = torch.randn(6, 5, requires_grad=True)
-    slots = permute.spread(x, order, inverse, 1)
-    slots.retain_grad()
-    out = permute.combine(slots, None, order, inverse)
-    assert torch.equal(out, x)
-    out.sum().backward()  # an expanded gradient, which is not contiguous
-    assert torch.equal(x.grad, torch.ones(6, 5))
-    assert torch.equal(slots.grad.sum(1), 5.0 * (order < 6))
-
-
 def test_rows_of_no_expert_add_nothing() -> None:
     order, inverse = layout(2, 2, 0, "cpu")
     y, weights = torch.randn(4, 8), torch.rand(2, 2)

@@ -14,7 +14,7 @@ from eve_ds.model.experts import Experts
 
 
 def as_they_lie(rows: int, counts: list[int]) -> Layout:
-    return Layout(torch.arange(rows), torch.arange(rows), counts)
+    return Layout(torch.arange(rows), torch.arange(rows), counts, counts)
 
 
 def one_by_one(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:

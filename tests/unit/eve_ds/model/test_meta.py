@@ -101,7 +101,12 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "texts": lambda: hard_block(0),
     },
     SoftBlock: {"unpadded": lambda: soft_block(False), "padded": lambda: soft_block(True)},
-    Experts: {"": lambda: (Experts(D, H, E, "gelu", seed=0), (floats(12, D), None, Layout(ids(12), ids(12), [3] * 4)))},
+    Experts: {
+        "": lambda: (
+            Experts(D, H, E, "gelu", seed=0),
+            (floats(12, D), None, Layout(ids(12), ids(12), [3] * 4, [3] * 4)),
+        )
+    },
     Router: {f"top {k}": lambda k=k: (Router(D, E, k), (floats(7, D),)) for k in (1, 2)},
     MoE: {
         "no token dropped": lambda: moe(),
