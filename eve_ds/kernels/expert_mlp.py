@@ -27,6 +27,8 @@ from eve_ds.kernels.grouped_mm import (
 from eve_ds.kernels.mlp import ACTIVATIONS, Activation
 from eve_ds.kernels.permute import Layout
 
+Networks = tuple[Tensor, Tensor, Tensor, Tensor]  # w1 [E, H, D], b1 [E, H], w2 [E, D, H], b2 [E, D]
+
 
 def reference(
     x_TD: Tensor,
@@ -105,7 +107,7 @@ class _ExpertMLP(torch.autograd.Function):
         ctx.top_k = 1 if weights_Tk is None else weights_Tk.shape[1]
         ctx.counts, ctx.groups = layout.counts, Groups(layout.slots, x_TD.device)
         forward = _grouped_forward if one_launch else _looped_forward
-        out_TD, *kept = forward(ctx, layout, x_TD, weights_Tk, w1_EHD, b1_EH, w2_EDH, b2_ED)
+        out_TD, *kept = forward(ctx, layout, x_TD, weights_Tk, (w1_EHD, b1_EH, w2_EDH, b2_ED))
         ctx.save_for_backward(layout.order, layout.inverse, x_TD, weights_Tk, w1_EHD, w2_EDH, *kept)
         return out_TD
 
@@ -119,17 +121,11 @@ class _ExpertMLP(torch.autograd.Function):
 
 
 def _looped_forward(
-    ctx: Any,
-    layout: Layout,
-    x_TD: Tensor,
-    weights_Tk: Tensor | None,
-    w1_EHD: Tensor,
-    b1_EH: Tensor,
-    w2_EDH: Tensor,
-    b2_ED: Tensor,
+    ctx: Any, layout: Layout, x_TD: Tensor, weights_Tk: Tensor | None, networks: Networks
 ) -> tuple[Tensor, ...]:
     """The result, and what is kept: scale x what the activation sees, a row for every slot of a network; with weights,
     b2 too."""
+    w1_EHD, b1_EH, w2_EDH, b2_ED = networks
     groups, scale, (hidden, dim) = ctx.groups, ctx.activation.scale, w1_EHD.shape[1:]
     token_P, weight_P1 = _token_of_slot(layout, ctx.top_k), _weight_of_slot(layout, weights_Tk, x_TD)
     h_PH, out_TD = x_TD.new_empty(sum(groups.counts), hidden), torch.zeros_like(x_TD)
@@ -192,17 +188,11 @@ def _looped_backward(
 
 
 def _grouped_forward(
-    ctx: Any,
-    layout: Layout,
-    x_TD: Tensor,
-    weights_Tk: Tensor | None,
-    w1_EHD: Tensor,
-    b1_EH: Tensor,
-    w2_EDH: Tensor,
-    b2_ED: Tensor,
+    ctx: Any, layout: Layout, x_TD: Tensor, weights_Tk: Tensor | None, networks: Networks
 ) -> tuple[Tensor, ...]:
     """As ``_looped_forward``, each product of all networks at once. What is kept has rows for all slots; with weights,
     the networks' results are kept too."""
+    w1_EHD, b1_EH, w2_EDH, b2_ED = networks
     groups, activation = ctx.groups, ctx.activation
     h_PH = add_group_bias_(grouped_mm(_slots(layout, x_TD, ctx.top_k), w1_EHD.mT, groups), b1_EH, groups)
     if activation.scale != 1:

@@ -111,6 +111,6 @@ def choice(device: torch.device) -> Choice:
     if available and device.type != "cuda" and not triton_is_interpreted():
         available, reason, how = False, "for CUDA tensors", ""
     return Choice(
-        "permute (tokens to experts and back)",
+        "permute (rows for other ranks; all rows where experts are one launch)",
         (Alternative("Triton", available, reason, how), Alternative("plain torch", True, "always runs")),
     )
