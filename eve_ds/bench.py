@@ -1,10 +1,10 @@
-"""Speed and memory of the parts, measured on this machine beside what they are compared with.
+"""Speed and memory of the parts, measured on this machine beside what they are compared with; and what is learned.
 
-    python -m eve_ds.bench moe|attention|step|gemm|loader [--json FILE] ...
+    python -m eve_ds.bench moe|attention|step|gemm|loader|probe|words [--json FILE] ...
 
 Prints a table; the file is a list of rows with all figures, of `loader` one dictionary: milliseconds are medians,
 shares are fractions. On a machine that does other work the figures say little: every row holds the load average that
-the run began with.
+the run began with. `probe` takes no times: it tests how much of an image the features of a pre-trained model hold.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from eve_ds.benchmarks import attention, gemm, loader, machine, moe, step
+from eve_ds.benchmarks import attention, gemm, loader, machine, moe, probe, step, words
 from eve_ds.benchmarks.benchmark import Benchmark, print_table
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
@@ -28,6 +28,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "step": step.BENCHMARK,
     "gemm": gemm.BENCHMARK,
     "loader": loader.BENCHMARK,
+    "probe": probe.BENCHMARK,
+    "words": words.BENCHMARK,
 }
 
 

@@ -1,4 +1,4 @@
-"""The whole road on an embedded data set: raw files, shards, pre-training, three fine-tunings, scores, report.
+"""The whole road on an embedded data set: raw files, shards, pre-training, fine-tuning with and without it, scores.
 
     make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
 
@@ -23,10 +23,15 @@ from typing import Any
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
+from eve_ds.recipes import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
+PRETRAIN = CONFIGS / "tiny_shapes.yaml"
 MARKER = "demo.json"
 LOSS_WINDOW = 20  # steps over which the first and last pre-training loss are averaged
+ASKED = 600  # of the 6,000 training images: pre-training sees all captions, fine-tuning few labels
+FIRST = "first_values"  # below the folder of a fine-tuning: the same without pre-training
+TASK_FOLDERS = {"retrieval": "itr", "vqa": "vqa", "nlvr": "nlvr"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def data_stages(root: Path, seed: int) -> list[Stage]:
     """Raw files, shards, tokenizer."""
     raw, data = root / "raw", root / "data"
     shapes = ["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed), "--test", "200"]
+    shapes += ["--asked", str(ASKED)]
     convert = []
     for split, nlvr_split in (("train", "train"), ("val", "dev"), ("test", "test1")):
         captions = ["--annotations", f"{raw}/annotations/captions_{split}2014.json", "--images", f"{raw}/images"]
@@ -73,42 +79,61 @@ def data_stages(root: Path, seed: int) -> list[Stage]:
 
 
 def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
-    """Pre-training and three fine-tunings, on ``world_size`` ranks."""
-    data = root / "data"
+    """Pre-training; then three fine-tunings, each from the pre-trained weights and from first values."""
     common = ["--engine.expert_parallel_size", str(2 if world_size % 2 == 0 else 1)]
     common += ["--deepspeed_config", "ds_configs/zero2.json"]
-
-    def finetune(task: str, recipe: str, folder: str, source: str) -> list[str]:
-        config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task]
-        where = ["--checkpoint", f"{root}/{source}", "--data", f"{data}/{folder}", "--output_dir", f"{root}/{recipe}"]
-        return ["eve_ds.finetune", *config, *where, "--seed", str(seed), *common]
-
-    pretrain = ["eve_ds.pretrain", "--config", str(CONFIGS / "tiny_shapes.yaml"), "--data.path", f"{data}/captions"]
+    pretrain = ["eve_ds.pretrain", "--config", str(PRETRAIN), "--data.path", f"{root}/data/captions"]
     pretrain += ["--data.tokenizer", f"{root}/tokenizer", "--engine.seed", str(seed)]
     pretrain += ["--output_dir", f"{root}/pretrain", *common]
+    shape = json.dumps(read_yaml(str(PRETRAIN), "--config")["model"])
+    first_values = ["--init_from", "null", "--model", shape, "--data.tokenizer", f"{root}/tokenizer"]
+
+    def finetune(task: str, recipe: str, data: str, source: str) -> list[list[str]]:
+        """The two commands; ``source``: what the first starts from, and the second from its rival, if it has one."""
+        config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task, "--seed", str(seed)]
+        rival = ["--checkpoint", f"{root}/{source}/{FIRST}"] if source != "pretrain" else first_values
+        return [
+            ["eve_ds.finetune", *config, *start, "--data", f"{root}/data/{data}", "--output_dir", folder, *common]
+            for start, folder in (
+                (["--checkpoint", f"{root}/{source}"], f"{root}/{recipe}"),
+                (rival, f"{root}/{recipe}/{FIRST}"),
+            )
+        ]
+
     return [
-        Stage("Pre-training: masked pixels and words", 100, [pretrain], ranks=True),
-        Stage("Fine-tuning on retrieval", 105, [finetune("itr_coco", "itr", "captions", "pretrain")], ranks=True),
-        Stage("Fine-tuning on VQA", 84, [finetune("vqa", "vqa", "vqa", "pretrain")], ranks=True),
-        Stage("Fine-tuning on NLVR", 65, [finetune("nlvr", "nlvr", "nlvr", "vqa")], ranks=True),
+        Stage("Pre-training: masked pixels and words", 150, [pretrain], ranks=True),
+        Stage("Fine-tuning on retrieval, twice", 64, finetune("itr_coco", "itr", "captions", "pretrain"), ranks=True),
+        Stage("Fine-tuning on VQA, twice", 72, finetune("vqa", "vqa", "vqa", "pretrain"), ranks=True),
+        Stage("Fine-tuning on NLVR, twice", 88, finetune("nlvr", "nlvr", "nlvr", "vqa"), ranks=True),
     ]
 
 
 def scoring_stage(root: Path) -> Stage:
-    """The evaluation commands on the predictions, and the scores of models that see no picture."""
+    """The evaluation commands on the predictions, and what is had without a model or without an image."""
     raw = root / "raw"
     tested = ["--questions", vqa_file(raw, "test", "questions"), "--annotations", vqa_file(raw, "test", "annotations")]
-    learnt = ["--train-questions", vqa_file(raw, "train", "questions")]
-    learnt += ["--train-annotations", vqa_file(raw, "train", "annotations")]
-    stated = ["--predictions", f"{root}/nlvr/predictions_test.csv", "--annotations", f"{raw}/nlvr2/test1.json"]
-    commands = [
-        ["retrieval", "--scores", f"{root}/itr/predictions_test.npz", "--out", f"{root}/scores_retrieval.json"],
-        ["vqa", "--predictions", f"{root}/vqa/predictions_test.json", *tested, "--out", f"{root}/scores_vqa.json"],
-        ["baselines", *learnt, *tested, "--out", f"{root}/baselines_vqa.json"],
-        ["nlvr", *stated, "--out", f"{root}/scores_nlvr.json"],
-    ]
-    title = "Scoring the predictions, and what is had without pictures"
-    return Stage(title, 4, [["-m", f"evaluation.{module}", *options] for module, *options in commands])
+    learned = ["--train-questions", vqa_file(raw, "train", "questions")]
+    learned += ["--train-annotations", vqa_file(raw, "train", "annotations")]
+    stated = ["--annotations", f"{raw}/nlvr2/test1.json"]
+    commands = [["-m", "evaluation.baselines", *learned, *tested, "--out", f"{root}/baselines_vqa.json"]]
+    for run in ("", FIRST):
+        for task, options in (
+            ("retrieval", ["--scores"]),
+            ("vqa", [*tested, "--predictions"]),
+            ("nlvr", [*stated, "--predictions"]),
+        ):
+            folder = root / TASK_FOLDERS[task] / run
+            suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[task]
+            files = [str(folder / f"predictions_test.{suffix}"), "--out", str(scores_file(root, task, run))]
+            commands.append(["-m", f"evaluation.{task}", *options, *files])
+    words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
+    commands.append([*words, "--scenes", f"{raw}/annotations", "--json", f"{root}/words.json"])
+    return Stage("Scoring the predictions and the masked words", 12, commands)
+
+
+def scores_file(root: Path, task: str, run: str) -> Path:
+    """What the evaluation command writes; ``run`` is "" or FIRST."""
+    return root / f"scores_{task}{run and f'_{run}'}.json"
 
 
 def vqa_file(raw: Path, split: str, kind: str) -> str:
@@ -161,30 +186,39 @@ class Road:
 
 
 def metrics(root: Path, world_size: int) -> dict[str, Any]:
-    """The demo's summary, from the files that its stages wrote. Percent, but for NLVR's fractions."""
+    """The demo's summary, from the files that its stages wrote. Percent, but for NLVR's and the words' fractions."""
 
-    def read(name: str) -> dict[str, Any]:
-        return dict(json.loads((root / name).read_text(encoding="utf-8")))
+    def read(name: str) -> Any:
+        return json.loads((root / name).read_text(encoding="utf-8"))
+
+    def scores(task: str) -> dict[str, Any]:
+        own, rival = (read(scores_file(root, task, run).name) for run in ("", FIRST))
+        return {**own, "from_first_values": rival}
 
     lines = [
         json.loads(line) for line in (root / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     steps = [line for line in lines if "samples_per_second" in line]
-    retrieval, examples = read("scores_retrieval.json"), read("data/captions/test/manifest.json")
+    examples = read("data/captions/test/manifest.json")
+    words = next(row for row in read("words.json") if row["words"] == "all")
+    chance = 100 / examples["rows"]
     return {
         "pretrain": {
             "loss_first": mean(steps[:LOSS_WINDOW], "loss"),
             "loss_last": mean(steps[-LOSS_WINDOW:], "loss"),
             "samples_per_second": mean(steps, "samples_per_second"),
+            "words_accuracy": words["accuracy"],
+            "words_accuracy_other_image": words["shuffled"],
+            "words_accuracy_oracle": words["oracle"],
         },
         "retrieval": {
-            **retrieval,
-            "chance_txt_r1": 100 / examples["rows"],
-            "chance_img_r1": 100 / examples["rows"],
+            **scores("retrieval"),
+            "chance_txt_r1": chance,
+            "chance_img_r1": chance,
             "pool": examples["rows"],
         },
-        "vqa": {**read("scores_vqa.json"), **read("baselines_vqa.json")},
-        "nlvr": {**read("scores_nlvr.json"), "chance": 0.5},
+        "vqa": {**scores("vqa"), **read("baselines_vqa.json"), "labeled_images": ASKED},
+        "nlvr": {**scores("nlvr"), "chance": 0.5},
         "world_size": world_size,
         "expert_parallel_size": 2 if world_size % 2 == 0 else 1,
         "zero_stage": 2,
@@ -192,19 +226,29 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The scores beside what is had by chance."""
+    """The scores beside those of the same road without pre-training, and what is had by chance."""
     pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
+    other, oracle = (100 * pretrain[f"words_accuracy_{name}"] for name in ("other_image", "oracle"))
     rows = [
-        ("", "score", "without the model"),
-        ("pre-training loss", f"{pretrain['loss_last']:.3f}", f"{pretrain['loss_first']:.3f} at the start"),
-        ("text retrieval R@1", f"{retrieval['txt_r1']:.1f} %", f"{retrieval['chance_txt_r1']:.1f} % by chance"),
-        ("image retrieval R@1", f"{retrieval['img_r1']:.1f} %", f"{retrieval['chance_img_r1']:.1f} % by chance"),
-        ("VQA accuracy", f"{vqa['overall']:.1f} %", f"{vqa['text_only_baseline']:.1f} % from the words alone, "),
-        ("", "", f"{vqa['majority_baseline']:.1f} % by the commonest answer"),
-        ("NLVR accuracy", f"{100 * nlvr['accuracy']:.1f} %", f"{100 * nlvr['chance']:.1f} % by chance"),
-        ("NLVR consistency", f"{100 * nlvr['consistency']:.1f} %", ""),
+        ("", "pre-trained", "from first values", "without the model"),
+        ("pre-training loss", f"{pretrain['loss_last']:.3f}", f"{pretrain['loss_first']:.3f}", ""),
+        (
+            "masked words",
+            f"{100 * pretrain['words_accuracy']:.1f} %",
+            "",
+            f"{other:.1f} % with another image, {oracle:.1f} % by an oracle",
+        ),
     ]
-    return "\n".join(f"  {name:<22}{score:>10}   {other}".rstrip().rstrip(",") for name, score, other in rows)
+    for title, part, key, factor, beside in (
+        ("text retrieval R@1", retrieval, "txt_r1", 1, f"{retrieval['chance_txt_r1']:.1f} % by chance"),
+        ("image retrieval R@1", retrieval, "img_r1", 1, f"{retrieval['chance_img_r1']:.1f} % by chance"),
+        ("VQA accuracy", vqa, "overall", 1, f"{vqa['text_only_baseline']:.1f} % from the words alone"),
+        ("NLVR accuracy", nlvr, "accuracy", 100, f"{100 * nlvr['chance']:.1f} % by chance"),
+        ("NLVR consistency", nlvr, "consistency", 100, ""),
+    ):
+        own, rival = (f"{factor * scores[key]:.1f} %" for scores in (part, part["from_first_values"]))
+        rows.append((title, own, rival, beside))
+    return "\n".join(f"  {name:<20}{own:>12}{rival:>19}   {beside}".rstrip() for name, own, rival, beside in rows)
 
 
 def mean(rows: list[dict[str, Any]], key: str) -> float:

@@ -63,8 +63,7 @@ class Progress(Callback):
         self._say(trainer, f"{where}  loss {record['loss']:.4f}  {speed}  {duration(left)} left")
 
     def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
-        scores = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if "/" in name)
-        self._say(trainer, f"step {trainer.step}  {scores}")
+        self._say(trainer, f"step {trainer.step}  {evaluation_line(record)}")
 
     def checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
         self._say(trainer, f"step {trainer.step}  saved {path}")
@@ -86,6 +85,21 @@ class Progress(Callback):
         if trainer.is_main:
             tqdm.write(f"{trainer.task_name}: {text}", file=self._stream or sys.stderr)
             (self._stream or sys.stderr).flush()
+
+
+def evaluation_line(record: dict[str, float]) -> str:
+    """``val/loss 5.2  val/mlm_loss 3.1 (no_image 3.6, shuffled 3.5)``: variants of a metric stand behind its value."""
+    scores = {name: f"{value:.4g}" for name, value in record.items() if "/" in name}
+    variants: dict[str, list[str]] = {}
+    for name, value in scores.items():
+        base = min((other for other in scores if name.startswith(f"{other}_")), key=len, default=name)
+        behind = variants.setdefault(base, [])
+        if base != name:
+            behind.append(f"{name.removeprefix(f'{base}_')} {value}")
+    shown = (
+        f"{name} {scores[name]}" + (f" ({', '.join(behind)})" if behind else "") for name, behind in variants.items()
+    )
+    return "  ".join(shown)
 
 
 def duration(seconds: float) -> str:

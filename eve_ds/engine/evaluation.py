@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eve_ds.tasks.base import Task
+from eve_ds.tasks.base import Task, measuring_held_out
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
@@ -24,15 +24,16 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
     """Means of the task's metrics, and of the sum of its losses, over ``batches``; the same on every rank.
 
     Nothing is random: masks depend on the sample. Rows that only make the ranks even (``valid`` False) do not count.
-    Where no row counts there are no metrics.
+    A metric for which no row counts is left out.
     """
     totals: dict[str, list[float]] = {}
-    for batch in batches:
-        output = trainer.engine({key: value.to(trainer.device) for key, value in batch.items()})
-        for name, pair in output.metrics.items():
-            total = totals.setdefault(name, [0.0, 0.0])
-            total[0] += float(pair[0])
-            total[1] += float(pair[1])
+    with measuring_held_out(trainer.task):
+        for batch in batches:
+            output = trainer.engine({key: value.to(trainer.device) for key, value in batch.items()})
+            for name, pair in output.metrics.items():
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += float(pair[0])
+                total[1] += float(pair[1])
     names = sorted(totals)
     packed = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=trainer.device)
     dist.all_reduce(packed)

@@ -17,6 +17,9 @@ TITLES = {
     "mim_loss": "Masked pictures: loss",
     "mlm_loss": "Masked words: loss",
     "mlm_accuracy": "Masked words: share predicted",
+    "mim_loss by input": "Masked patches: held-out loss, by text",
+    "mlm_loss by input": "Masked words: held-out loss, by image",
+    "mlm_accuracy by input": "Masked words: held-out share, by image",
     "itc_loss": "Contrastive loss",
     "itm_loss": "Matching loss",
     "aux_loss": "Balance of experts (1 is even)",
@@ -28,11 +31,15 @@ TITLES = {
     "img_r1": "Recall at 1: picture of a caption",
     "soft_accuracy": "VQA accuracy over the answer list",
 }
-ORDER = ["loss", "mim_loss", "mlm_loss", "mlm_accuracy", "itc_loss", "itm_loss"]
+BY_INPUT = re.compile(r"(?P<metric>.+)_(?P<input>shuffled|no_image)")  # a held-out metric with another input
+ORDER = ["loss", "mim_loss", "mlm_loss", "mlm_accuracy"]
+ORDER += ["mim_loss by input", "mlm_loss by input", "mlm_accuracy by input", "itc_loss", "itm_loss"]
 ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_loss"]
-FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy"}
+FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy", "mlm_accuracy by input"}
 NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
 SPLITS = {"": "training", "val": "held out", "test": "test"}
+INPUTS = {"true": "true", "shuffled": "shuffled", "no_image": "none"}
+COLORS = {"": 0, "val": 1, "true": 1, "no_image": 0}  # index in the page's colors; 2 for any other
 
 
 def curves_section(run: Run) -> Html:
@@ -65,31 +72,53 @@ def _stage(stage: Stage) -> Html:
 
 
 def group_curves(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Curves by what they show: ``loss`` and ``val/loss`` make one chart. Losses first, machinery last."""
+    """Curves by what they show: ``loss`` and ``val/loss`` make one chart. Losses first, machinery last.
+
+    ``val/mlm_loss_shuffled`` and ``val/mlm_loss_no_image`` share a chart ``mlm_loss by input`` with ``val/mlm_loss``.
+    """
     groups: dict[str, dict[str, Curve]] = {}
     for key, curve in curves.items():
         split, _, name = key.rpartition("/")
         if split == "data/samples":
             continue
         split = "" if split == "data" else split  # the loader's figures are training's
-        if not NO_CHART.fullmatch(name) and any(math.isfinite(value) for value in curve.values):
-            groups.setdefault(name, {})[split] = curve
+        if NO_CHART.fullmatch(name) or not any(math.isfinite(value) for value in curve.values):
+            continue
+        if found := BY_INPUT.fullmatch(name):
+            name, split = f"{found['metric']} by input", found["input"]
+        groups.setdefault(name, {})[split] = curve
+    for name, group in groups.items():
+        true = groups.get(name.removesuffix(" by input"), {})
+        if true is not group and "val" in true:
+            group["true"] = true["val"]
 
     def rank(name: str) -> tuple[int, int]:
         if name in ORDER:
             return 0, ORDER.index(name)
         return (2, ORDER_LAST.index(name)) if name in ORDER_LAST else (1, 0)
 
-    return {name: dict(sorted(groups[name].items())) for name in sorted(groups, key=rank)}
+    return {name: dict(sorted(groups[name].items(), key=_place)) for name in sorted(groups, key=rank)}
+
+
+def _place(line: tuple[str, Curve]) -> tuple[int, str]:
+    """Lines of a chart in the order of SPLITS or INPUTS, others behind them by name."""
+    known = [*SPLITS, *INPUTS]
+    return (known.index(line[0]) if line[0] in known else len(known)), line[0]
 
 
 def _chart(stage: Stage, name: str, curves: dict[str, Curve]) -> Html:
-    lines = []
-    for split, curve in curves.items():
-        colour = min(list(SPLITS).index(split) if split in SPLITS else 2, 2)
-        lines.append(Line(SPLITS.get(split, split), curve, colour, dots=bool(split), smooth=name != "lr"))
+    labels = SPLITS | INPUTS
+    lines = [
+        Line(labels.get(kind, kind), curve, COLORS.get(kind, 2), dots=bool(kind), smooth=name != "lr")
+        for kind, curve in curves.items()
+    ]
     title = TITLES.get(name, name.replace("_", " ").capitalize())
-    last = " · ".join(_last(name, line) for line in lines)
+    last: list[Html | str] = []
+    for kind, line in zip(curves, lines, strict=True):
+        last.append(" · " if last else "")
+        if kind in INPUTS:  # the section's legend has the other colors
+            last.append(tag("span", "", class_="key", style=f"background: var(--c{line.colour + 1})"))
+        last.append(_last(name, line))
     caption = tag("figcaption", tag("div", title), tag("div", last, class_="last num"))
     return tag("figure", caption, line_chart(f"{stage.title}, {title}", lines, zero=name in FROM_ZERO))
 

@@ -17,6 +17,7 @@ from eve_ds.parallel import all_reduce_sum, world_size
 from eve_ds.tasks.masking import DROP_PATH, random_bits, uniform
 
 Batch = dict[str, Tensor]
+Metrics = dict[str, tuple[Tensor, Tensor]]  # named (sum, count) pairs of this rank, scalars
 
 
 @dataclass
@@ -30,7 +31,7 @@ class TaskOutput:
     """
 
     loss: Tensor
-    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
 
 class Task(nn.Module):
@@ -43,6 +44,8 @@ class Task(nn.Module):
         heads: prefixes of the names of what the task adds to the backbone.
         seed: of drop path.
         pad_text_to: pad every text to this length first, as the published code does; None leaves it as it comes.
+        held_out: True within ``measuring_held_out``: ``forward`` adds the metrics that only validation pays for, if the
+            task has any. Not a method beside forward: with ZeRO 3 the weights are there only in the engine's forward.
     """
 
     heads: ClassVar[tuple[str, ...]] = ()
@@ -53,6 +56,7 @@ class Task(nn.Module):
         self.config = backbone.config
         self.seed = 0
         self.pad_text_to: int | None = None
+        self.held_out = False
 
     def forward(self, batch: Batch) -> TaskOutput:
         """Loss share and metrics of one micro-batch; random choices depend on ``batch["sample_id"]`` alone."""
@@ -101,7 +105,7 @@ class Task(nn.Module):
         parts = [random_bits(self.seed, DROP_PATH, sample_id, use * branches + places) for use in uses]
         return uniform(torch.cat(parts, dim=1))
 
-    def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, Metrics]:
         """Weighted load-balancing share (mean over the step's passes, as in EVE's code), and its metric."""
         aux = torch.stack([output.aux_loss.float() for output in passes]).mean()
         metric = (aux.detach(), torch.tensor(1.0 / world_size(), device=aux.device))
@@ -131,6 +135,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(was_training)
+
+
+@contextmanager
+def measuring_held_out(task: Task) -> Iterator[None]:
+    """In it ``task.forward`` also gives the metrics that cost passes of their own. Entered by all ranks or by none."""
+    task.held_out = True
+    try:
+        yield
+    finally:
+        task.held_out = False
 
 
 def global_counts(*local: Tensor) -> list[Tensor]:

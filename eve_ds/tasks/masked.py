@@ -19,7 +19,17 @@ from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
 from eve_ds.model.embeddings import patches
-from eve_ds.tasks.base import Batch, Task, TaskOutput, evaluating, global_counts, register, to_numpy, valid_rows
+from eve_ds.tasks.base import (
+    Batch,
+    Metrics,
+    Task,
+    TaskOutput,
+    evaluating,
+    global_counts,
+    register,
+    to_numpy,
+    valid_rows,
+)
 from eve_ds.tasks.masking import choose_words, split_patches
 
 EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide by zero
@@ -65,12 +75,28 @@ class ObjectiveConfig:
 
 
 @dataclass
+class _Masks:
+    """What is hidden: kept [B, K] and masked [B, M] patches; words [B, L] bool; text_ids [B, L] with [MASK] there."""
+
+    kept: Tensor
+    masked: Tensor
+    words: Tensor
+    text_ids: Tensor
+
+
+@dataclass
 class _Picture:
     """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (mean 0, deviation 1 a patch); masked [B, M]."""
 
     predicted: Tensor
     target: Tensor
     masked: Tensor
+
+    def metrics(self, suffix: str = "") -> Metrics:
+        """Squared error of normalized pixels, mean over a patch's values, summed over patches; with its gradient."""
+        error = F.mse_loss(self.predicted, self.target, reduction="sum") / self.target.shape[-1]
+        count = torch.tensor(float(self.masked.numel()), device=error.device)
+        return {f"mim_loss{suffix}": (error, count)}
 
 
 @dataclass
@@ -80,6 +106,13 @@ class _Words:
     scores: Tensor
     truth: Tensor
     mask: Tensor
+
+    def metrics(self, suffix: str = "") -> Metrics:
+        """Cross entropy (nats; with its gradient) and right predictions, summed over masked words."""
+        entropy = F.cross_entropy(self.scores, self.truth, reduction="sum")
+        count = torch.tensor(float(self.truth.numel()), device=entropy.device)
+        right = (self.scores.argmax(dim=1) == self.truth).sum().float()
+        return {f"mlm_loss{suffix}": (entropy, count), f"mlm_accuracy{suffix}": (right, count)}
 
 
 @register("pretrain")
@@ -114,21 +147,19 @@ class MaskedModelling(Task):
         self.word_decoder = WordDecoder(config.dim, config.vocab_size)
 
     def forward(self, batch: Batch) -> TaskOutput:
-        """Squared error of normalised pixels, mean over masked patches, + cross entropy, mean over masked words."""
+        """Squared error of normalized pixels, mean over masked patches, + cross entropy, mean over masked words.
+
+        While ``held_out`` is set, the metrics also tell whether words use the image, and pixels the text.
+        """
         batch = valid_rows(batch)
         picture, words, passes = self._predict(batch)
-        mim_sum = F.mse_loss(picture.predicted, picture.target, reduction="sum") / picture.target.shape[-1]
-        mlm_sum = F.cross_entropy(words.scores, words.truth, reduction="sum")
-        masked_patches = torch.tensor(float(picture.masked.numel()), device=mim_sum.device)
-        masked_words = torch.tensor(float(words.truth.numel()), device=mim_sum.device)
+        measured = picture.metrics() | words.metrics()
+        (mim_sum, masked_patches), (mlm_sum, masked_words) = measured["mim_loss"], measured["mlm_loss"]
         patch_count, word_count = global_counts(masked_patches, masked_words)
         aux, metrics = self.aux_share(*passes)
-        right = (words.scores.argmax(dim=1) == words.truth).sum().float()
-        metrics |= {
-            "mim_loss": (mim_sum.detach(), masked_patches),
-            "mlm_loss": (mlm_sum.detach(), masked_words),
-            "mlm_accuracy": (right, masked_words),
-        }
+        metrics |= {name: (total.detach(), count) for name, (total, count) in measured.items()}
+        if self.held_out:
+            metrics |= self._grounding(batch)
         return TaskOutput(mim_sum / patch_count + mlm_sum / word_count + aux, metrics)
 
     def reconstruct(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -175,21 +206,45 @@ class MaskedModelling(Task):
 
     def _predict(self, batch: Batch) -> tuple[_Picture, _Words, list[BackboneOutput]]:
         """Mask, encode (once or twice) and decode."""
-        objective, text_ids, text_mask = self.objective, batch["text_ids"], batch["text_mask"]
-        kept, masked = split_patches(
-            objective.seed, batch["sample_id"], self.config.num_patches, objective.image_mask_ratio
-        )
-        mask = choose_words(objective.seed, batch["sample_id"], text_mask, objective.text_mask_ratio)
-        masked_ids = text_ids.masked_fill(mask, self.mask_id)
+        images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
+        masks = self._masks(batch)
         draws = self.draws(batch["sample_id"], 0)
-        if objective.mode == "joint":
-            for_pixels = for_words = self.encode(batch["images"], masked_ids, text_mask, kept, draws)
+        if self.objective.mode == "joint":
+            for_pixels = for_words = self.encode(images, masks.text_ids, text_mask, masks.kept, draws)
             passes = [for_pixels]
         else:
-            for_pixels = self.encode(batch["images"], text_ids, text_mask, kept, draws)
-            for_words = self.encode(batch["images"], masked_ids, text_mask, draws=self.draws(batch["sample_id"], 1))
+            for_pixels = self.encode(images, text_ids, text_mask, masks.kept, draws)
+            for_words = self.encode(images, masks.text_ids, text_mask, draws=self.draws(batch["sample_id"], 1))
             passes = [for_pixels, for_words]
-        return self._pixels(for_pixels, batch["images"], kept, masked), self._words(for_words, text_ids, mask), passes
+        picture = self._pixels(for_pixels, images, masks.kept, masks.masked)
+        return picture, self._words(for_words, text_ids, masks.words), passes
+
+    @torch.no_grad()
+    def _grounding(self, batch: Batch) -> Metrics:
+        """The losses with another pair's image or text, and of the words without an image; the masks stay as they are.
+
+        Three passes of the backbone, whatever the batch holds, since each is a collective: a row for which there is no
+        other pair runs with its own and does not count.
+        """
+        images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
+        masks = self._masks(batch)
+        joint = self.objective.mode == "joint"
+        other, found = another_image(batch["image_index"])
+        shuffled = self.encode(images[other], masks.text_ids, text_mask, masks.kept if joint else None)
+        metrics = self._words(shuffled, text_ids, masks.words & found[:, None]).metrics("_shuffled")
+        alone = self.encode(text_ids=masks.text_ids, text_mask=text_mask)
+        metrics |= self._words(alone, text_ids, masks.words).metrics("_no_image")
+        other_text = (masks.text_ids if joint else text_ids)[other]
+        shuffled = self.encode(images, other_text, text_mask[other], masks.kept)
+        picture = self._pixels(shuffled, images, masks.kept, masks.masked)
+        counted = _Picture(picture.predicted[found], picture.target[found], picture.masked[found])
+        return metrics | counted.metrics("_shuffled")
+
+    def _masks(self, batch: Batch) -> _Masks:
+        objective, sample_id = self.objective, batch["sample_id"]
+        kept, masked = split_patches(objective.seed, sample_id, self.config.num_patches, objective.image_mask_ratio)
+        words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio)
+        return _Masks(kept, masked, words, batch["text_ids"].masked_fill(words, self.mask_id))
 
     def _pixels(self, output: BackboneOutput, images: Tensor, kept: Tensor, masked: Tensor) -> _Picture:
         predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], kept, masked).float()
@@ -204,6 +259,24 @@ class MaskedModelling(Task):
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
         scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), self.backbone.text_embedding.words.weight)
         return _Words(scores[: rows.shape[0]].float(), text_ids[mask], mask)
+
+
+def another_image(image_index: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row the first one after it, around the end of the batch, that shows another image.
+
+    Captions of one image stand side by side in a split, so the next row would often show the same one.
+
+    Args:
+        image_index: [B] int64, equal where rows show the same image.
+    Returns:
+        row [B] int64, and found [B] bool, False where all rows show the same image: then ``row`` is the row itself.
+    """
+    count = image_index.shape[0]
+    place = torch.arange(count, device=image_index.device)
+    steps = (place - place[:, None]) % max(count, 1)
+    steps = steps.masked_fill(image_index == image_index[:, None], count)
+    nearest = F.pad(steps, (0, 1), value=count).amin(dim=1)  # padded: without rows there is no column to reduce
+    return (place + nearest) % max(count, 1), nearest < count
 
 
 def _places(index: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,52 +1,81 @@
-"""Five captions for a scene. Each names every object with colour, shape and quarter, in wording of its own."""
+"""Five captions for a scene. Each names every object with its color and shape, in wording of its own.
+
+Objects are named in reading order: row by row, from left to right. In random order an image does not tell which object
+a word belongs to, and masked prediction learns little from such captions (docs/pretraining.md has the comparison).
+"""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import permutations
 
-from preprocessing.shapes.scenes import Scene, Thing
+from preprocessing.shapes.scenes import COLORS, QUADRANTS, SHAPES, Scene, Thing
 
+ORDERS = ("reading", "random")
 MOST_WORDS = 29  # words and punctuation marks in a caption
-_NUMBER = {2: "two", 3: "three", 4: "four", 5: "five"}
+_NUMBER = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
 
-def _name(thing: Thing, sized: bool) -> str:
-    return f"{thing.size} {thing.color} {thing.shape}" if sized else f"{thing.color} {thing.shape}"
+def _name(thing: Thing) -> str:
+    return f"{thing.color} {thing.shape}"
 
 
-def _name_first(things: Sequence[Thing], sized: bool) -> str:
-    return ", ".join(f"{_name(thing, sized)} {thing.quadrant}" for thing in things)
+def _name_first(things: Sequence[Thing]) -> str:
+    return ", ".join(f"{_name(thing)} {thing.quadrant}" for thing in things)
 
 
-def _place_first(things: Sequence[Thing], sized: bool) -> str:
-    return ", ".join(f"{thing.quadrant} {_name(thing, sized)}" for thing in things)
+def _place_first(things: Sequence[Thing]) -> str:
+    return ", ".join(f"{thing.quadrant} {_name(thing)}" for thing in things)
 
 
-def _counted(things: Sequence[Thing], sized: bool) -> str:
-    return f"{_NUMBER[len(things)]} objects: {_name_first(things, sized)}"
+def _counted(things: Sequence[Thing]) -> str:
+    return f"{_NUMBER[len(things)]} objects: {_name_first(things)}"
 
 
-def _sentence(things: Sequence[Thing], sized: bool) -> str:
-    return " and ".join(f"a {_name(thing, sized)} at the {thing.quadrant}" for thing in things)
+def _sentence(things: Sequence[Thing]) -> str:
+    return " and ".join(f"a {_name(thing)} at the {thing.quadrant}" for thing in things)
 
 
-def _there_is(things: Sequence[Thing], sized: bool) -> str:
-    return "there is " + ", ".join(f"a {_name(thing, sized)} in the {thing.quadrant}" for thing in things)
+def _there_is(things: Sequence[Thing]) -> str:
+    return "there is " + ", ".join(f"a {_name(thing)} in the {thing.quadrant}" for thing in things)
 
 
-def _by_quarter(things: Sequence[Thing], sized: bool) -> str:
-    """Groups what shares a quarter; quarters come in the order of their first object."""
-    quarters = list(dict.fromkeys(thing.quadrant for thing in things))
-    groups = (" and ".join(f"a {_name(t, sized)}" for t in things if t.quadrant == quarter) for quarter in quarters)
-    return ", ".join(f"{quarter}: {group}" for quarter, group in zip(quarters, groups, strict=True))
+def _by_quarter(things: Sequence[Thing]) -> str:
+    """All four quarters, the empty ones too."""
+    groups = []
+    for quarter in QUADRANTS:
+        inside = " and ".join(_name(thing) for thing in things if thing.quadrant == quarter)
+        groups.append(f"{quarter}: {inside or 'nothing'}")
+    return ", ".join(groups)
 
 
-_STYLES: tuple[Callable[[Sequence[Thing], bool], str], ...] = (
+def _by_shape(things: Sequence[Thing]) -> str:
+    """All three shapes, the absent ones too; quarters are not told."""
+    groups = []
+    for shape in SHAPES:
+        colors = [thing.color for thing in things if thing.shape == shape]
+        name = shape if len(colors) == 1 else f"{shape}s"
+        groups.append(f"{_NUMBER[len(colors)]} {name}: {' and '.join(colors)}" if colors else f"no {name}")
+    return ", ".join(groups)
+
+
+def _by_color(things: Sequence[Thing]) -> str:
+    """The colors that are there; quarters are not told."""
+    groups = []
+    for color in COLORS:
+        shapes = [thing.shape for thing in things if thing.color == color]
+        groups += [f"{color}: {' and '.join(shapes)}"] if shapes else []
+    return ", ".join(groups)
+
+
+_STYLES: tuple[Callable[[Sequence[Thing]], str], ...] = (
     _name_first,
     _place_first,
     _counted,
     _sentence,
     _there_is,
     _by_quarter,
+    _by_shape,
+    _by_color,
 )
 
 
@@ -55,16 +84,24 @@ def count_words(caption: str) -> int:
     return len(caption.replace(",", " ,").replace(":", " :").split())
 
 
-def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions of at most MOST_WORDS words, each with the objects in another order.
+def captions(scene: Scene, rng: random.Random, order: str = "reading") -> list[str]:
+    """Five captions of at most MOST_WORDS words, in different wordings.
 
-    Sizes are told where there is room: full scenes take the terse wordings.
+    Args:
+        scene: what is in the image.
+        rng: draws the wordings.
+        order: of the objects, one of ORDERS: "reading", or "random" for another order in each caption.
     """
     result: list[str] = []
-    styles = rng.sample(_STYLES, len(_STYLES))
-    for index in range(5):
-        things = rng.sample(scene, len(scene))
-        ways = [(style, sized) for sized in rng.sample((True, False), 2) for style in styles[index:] + styles[:index]]
-        fitting = (text for style, sized in ways if count_words(text := style(things, sized)) <= MOST_WORDS)
-        result.append(next(text for text in fitting if text not in result))
-    return result
+    for style in rng.sample(_STYLES, len(_STYLES)):
+        text = style(rng.sample(scene, len(scene)) if order == "random" else scene)
+        if count_words(text) <= MOST_WORDS:
+            result.append(text)
+    return result[:5]
+
+
+def wordings(scene: Scene, order: str = "reading") -> Iterator[str]:
+    """Every text that ``captions`` may give for the scene, once or more often."""
+    for things in permutations(scene) if order == "random" else (scene,):
+        texts = (style(things) for style in _STYLES)
+        yield from (text for text in texts if count_words(text) <= MOST_WORDS)

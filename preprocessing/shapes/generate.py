@@ -2,6 +2,7 @@
 
 RAW/images/{split}2014/COCO_{split}2014_000000000001.png        split: train, val, test
 RAW/annotations/captions_{split}2014.json
+RAW/annotations/scenes_{split}2014.json                         what is in each image; COCO has no such file
 RAW/vqa/v2_OpenEnded_mscoco_{split}2014_questions.json
 RAW/vqa/v2_mscoco_{split}2014_annotations.json
 RAW/nlvr2/{train,dev,test1}.json                                JSON lines
@@ -19,7 +20,7 @@ import numpy as np
 
 from preprocessing.files import output_folder
 from preprocessing.schema import DataError
-from preprocessing.shapes.captions import captions
+from preprocessing.shapes.captions import ORDERS, captions
 from preprocessing.shapes.drawing import SIDE, draw, to_png
 from preprocessing.shapes.questions import KINDS, Question, questions, ten_answers
 from preprocessing.shapes.scenes import Scene, SceneSampler
@@ -38,9 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=int, default=6000, help="training pictures (default 6000)")
     parser.add_argument("--val", type=int, default=300, help="validation pictures (default 300)")
     parser.add_argument("--test", type=int, default=500, help="test pictures (default 500)")
+    parser.add_argument(
+        "--asked", type=int, help="training images that questions are asked about, the first ones (default all)"
+    )
     parser.add_argument("--nlvr-train", type=int, default=6400, help="training examples of NLVR2 (default 6400)")
     parser.add_argument("--nlvr-dev", type=int, default=400, help="development examples of NLVR2 (default 400)")
     parser.add_argument("--nlvr-test", type=int, default=800, help="test examples of NLVR2 (default 800)")
+    parser.add_argument(
+        "--order", choices=ORDERS, default=ORDERS[0], help="of the objects in a caption (default reading: row by row)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
 
@@ -49,6 +56,9 @@ def run(args: argparse.Namespace) -> None:
     for name in ("train", "val", "test"):
         if getattr(args, name) < 1:
             raise DataError(f"--{name} {getattr(args, name)}: must be at least 1 picture")
+    asked = args.train if args.asked is None else args.asked
+    if not 1 <= asked <= args.train:
+        raise DataError(f"--asked {asked}: must be from 1 to the {args.train} of --train")
     group = PAIRS * STATEMENTS
     for name in ("nlvr_train", "nlvr_dev", "nlvr_test"):
         if getattr(args, name) < group or getattr(args, name) % group:
@@ -59,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
         for split in ("train", "val", "test"):
             count = getattr(args, split)
             scenes = [sampler.draw() for _ in range(count)]
-            _write_coco(folder, f"{split}2014", scenes, first_id, args.seed)
+            _write_coco(folder, f"{split}2014", scenes, first_id, args.seed, args.order)
+            _write_vqa(folder, f"{split}2014", scenes[:asked] if split == "train" else scenes, first_id, args.seed)
             first_id += count
         for split, count in (("train", args.nlvr_train), ("dev", args.nlvr_dev), ("test1", args.nlvr_test)):
             _write_nlvr2(folder, split, count // group, sampler, args.seed)
@@ -74,15 +85,15 @@ def _random(seed: int, *purpose: str) -> random.Random:
     return random.Random(":".join((str(seed), *purpose)))
 
 
-def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int, seed: int) -> None:
-    """Pictures, captions and questions of one split; picture ids run on from split to split."""
+def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int, seed: int, order: str) -> None:
+    """Images, captions and scenes of one split; image ids run on from split to split."""
     names = [f"COCO_{subset}_{first_id + index:012d}.png" for index in range(len(scenes))]
     _write_pictures(folder / "images" / subset, names, scenes, _random(seed, "pictures", subset))
     words = _random(seed, "captions", subset)
     annotations = [
         {"id": (first_id + index) * 5 + number, "image_id": first_id + index, "caption": text}
         for index, scene in enumerate(scenes)
-        for number, text in enumerate(captions(scene, words))
+        for number, text in enumerate(captions(scene, words, order))
     ]
     images = [
         {"id": first_id + index, "file_name": name, "width": SIDE, "height": SIDE, "license": 1}
@@ -92,6 +103,15 @@ def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: in
         folder / "annotations" / f"captions_{subset}.json",
         {"info": _INFO, "licenses": [_LICENSE], "images": images, "annotations": annotations},
     )
+    told = [
+        {"image_id": first_id + index, "objects": [thing._asdict() for thing in scene]}
+        for index, scene in enumerate(scenes)
+    ]
+    _write_json(folder / "annotations" / f"scenes_{subset}.json", {"info": _INFO, "license": _LICENSE, "scenes": told})
+
+
+def _write_vqa(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int, seed: int) -> None:
+    """Questions about the images of one split, and their answers."""
     asked, answered = [], []
     people = _random(seed, "answers", subset)
     for number, question in _numbered(questions(scenes, _random(seed, "questions", subset)), first_id):

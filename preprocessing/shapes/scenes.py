@@ -1,7 +1,12 @@
 """What is in a picture: two to five objects on a 4x4 grid of cells, one object a cell."""
 
+import json
+import os
 import random
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from preprocessing.schema import DataError
 
 SHAPES = ("ring", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -14,6 +19,7 @@ _COUNT_WEIGHTS = (7, 6, 4, 3)  # of 2, 3, 4 and 5 objects
 # One scene in three has a favourite shape, so that three of a kind are common enough to be asked for.
 _FAVOURITE_SCENES = 1 / 3
 _FAVOURITE_OBJECTS = 0.6
+_MEND = "write the world again with `python -m preprocessing shapes`"
 
 
 _QUADRANT = tuple(QUADRANTS[2 * (cell // GRID >= GRID // 2) + (cell % GRID >= GRID // 2)] for cell in range(GRID**2))
@@ -76,3 +82,48 @@ class SceneSampler:
             Thing(cell, shape, color, rng.choice(SIZES)) for cell, (color, shape) in zip(cells, kinds, strict=True)
         )
         return tuple(sorted(things))
+
+
+def read_scenes(path: str | os.PathLike[str]) -> dict[int, Scene]:
+    """The scenes of a file RAW/annotations/scenes_{split}2014.json, by image id, in the order of the file.
+
+    Raises DataError naming the file, the entry and the mend: it is missing or no JSON, an image id comes twice, a cell
+    is off the grid or taken, or a shape, color or size is unknown.
+    """
+    scenes: dict[int, Scene] = {}
+    for index, entry in enumerate(_entries(Path(path))):
+        where = f"{path}: scenes[{index}]"
+        image_id, objects = (entry.get(name) if isinstance(entry, dict) else None for name in ("image_id", "objects"))
+        if type(image_id) is not int or not isinstance(objects, list):
+            raise DataError(f"{where}: needs image_id, a whole number, and objects, a list; {_MEND}")
+        if image_id in scenes:
+            raise DataError(f"{where}: image_id {image_id} stands twice; {_MEND}")
+        things = [_thing(record, f"{where}.objects[{number}]") for number, record in enumerate(objects)]
+        if len({thing.cell for thing in things}) < len(things):
+            raise DataError(f"{where}: two objects are in one cell; {_MEND}")
+        scenes[image_id] = tuple(sorted(things))
+    return scenes
+
+
+def _entries(path: Path) -> list[Any]:
+    """The list `scenes` of the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_MEND}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: invalid JSON ({error}); {_MEND}") from None
+    scenes = content.get("scenes") if isinstance(content, dict) else None
+    if not isinstance(scenes, list):
+        raise DataError(f"{path}: has no list 'scenes'; is this the right file? It is named scenes_{{split}}2014.json")
+    return scenes
+
+
+def _thing(record: Any, where: str) -> Thing:
+    known = {"cell": range(GRID**2), "shape": SHAPES, "color": COLORS, "size": SIZES}
+    for name, values in known.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if isinstance(value, bool | float) or value not in values:  # True and 1.0 equal 1
+            allowed = f"0 to {GRID**2 - 1}" if name == "cell" else ", ".join(map(str, values))
+            raise DataError(f"{where}: {name} is {json.dumps(value)[:40]}, none of {allowed}; {_MEND}")
+    return Thing(**{name: record[name] for name in known})

@@ -16,6 +16,19 @@ from safetensors.torch import load_file
 from tests.support import ranks
 
 STEPS = 6
+GROUNDING = {
+    "val/mlm_loss_shuffled",
+    "val/mlm_accuracy_shuffled",
+    "val/mlm_loss_no_image",
+    "val/mlm_accuracy_no_image",
+    "val/mim_loss_shuffled",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_run: list[str]) -> list[str]:
+    """With micro-batches of two images, which have two captions each: of one image alone nothing can be shuffled."""
+    return [*tiny_run, "--engine.global_batch_size=16", "--engine.micro_batch_size=4"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,11 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
     assert all(torch.isfinite(torch.tensor(list(record.values()))).all() for record in steps)
     held_out = [record for record in records(straight) if "val/loss" in record]
     assert [record["step"] for record in held_out] == [3, 6]
-    assert yaml.safe_load((straight / "config.yaml").read_text())["engine"]["global_batch_size"] == 8
+    assert all(record.keys() >= GROUNDING for record in held_out)
+    assert not any(record.keys() & {key.removeprefix("val/") for key in GROUNDING} for record in steps)
+    for record in held_out:
+        assert record["val/loss"] == pytest.approx(record["val/mim_loss"] + record["val/mlm_loss"])
+    assert yaml.safe_load((straight / "config.yaml").read_text())["engine"]["global_batch_size"] == 16
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
     assert {path.name for path in (straight / "model").iterdir()} == {
         "model.safetensors",

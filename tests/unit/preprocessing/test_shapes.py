@@ -9,13 +9,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from preprocessing.shapes.captions import MOST_WORDS, captions, count_words
+from preprocessing.schema import DataError
+from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.drawing import CELL, SIDE, draw
 from preprocessing.shapes.questions import questions, ten_answers
-from preprocessing.shapes.scenes import COLORS, FEWEST, GRID, MOST, QUADRANTS, SHAPES, SIZES, Scene, SceneSampler, Thing
+from preprocessing.shapes.scenes import (
+    COLORS,
+    FEWEST,
+    GRID,
+    MOST,
+    QUADRANTS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneSampler,
+    Thing,
+    read_scenes,
+)
 from preprocessing.shapes.statements import pair_set
-from tests.unit.preprocessing.helpers import PICTURES, convert
+from tests.unit.preprocessing.helpers import PICTURES, convert, write_json
 
 things = st.builds(
     Thing, st.integers(0, GRID**2 - 1), st.sampled_from(SHAPES), st.sampled_from(COLORS), st.sampled_from(SIZES)
@@ -87,29 +101,6 @@ def test_kinds_and_sizes_can_be_told_apart() -> None:
     for index in range(len(drawn)):
         others = np.delete(np.abs(pictures - pictures[index]).max(axis=1), index)
         assert others.min() > 40
-
-
-# Captions
-
-
-@given(scenes, st.integers(0, 9))
-def test_captions_name_every_object_and_stay_short(scene: Scene, seed: int) -> None:
-    texts = captions(scene, random.Random(seed))
-    assert len(set(texts)) == 5
-    for text in texts:
-        assert count_words(text) <= MOST_WORDS
-        words = Counter(text.replace(",", " ").replace(":", " ").split())
-        for color in COLORS:
-            assert words[color] == sum(thing.color == color for thing in scene)
-        for shape in SHAPES:
-            assert words[shape] == sum(thing.shape == shape for thing in scene)
-        assert {quadrant for quadrant in QUADRANTS if quadrant in text} == {thing.quadrant for thing in scene}
-
-
-def test_captions_tell_pictures_apart() -> None:
-    drawn = sample(500)
-    texts = [text for scene in drawn for text in captions(scene, random.Random(0))]
-    assert len(set(texts)) / len(texts) > 0.99
 
 
 # Questions
@@ -229,6 +220,69 @@ def test_files_are_as_coco_and_vqa_ship_them(raw: Path) -> None:
         assert {a["answer_type"] for a in answered} == {"yes/no", "number", "other"}
 
 
+def test_scene_files_say_what_is_in_each_image(raw: Path) -> None:
+    for split, count in PICTURES.items():
+        captioned, _, _ = load(raw, split)
+        path = raw / f"annotations/scenes_{split}2014.json"
+        read = read_scenes(path)
+        assert list(read) == [image["id"] for image in captioned["images"]] and len(read) == count
+        for image in captioned["images"]:
+            with Image.open(raw / f"images/{split}2014" / image["file_name"]) as file:
+                cells = np.asarray(file).reshape(GRID, CELL, GRID, CELL, 3).astype(int)
+            spread = np.ptp(cells, axis=(1, 3)).max(axis=-1).reshape(-1)  # as in the test of drawing above
+            assert np.flatnonzero(spread > 40).tolist() == [thing.cell for thing in read[image["id"]]]
+        for annotation in captioned["annotations"]:
+            assert annotation["caption"] in set(wordings(read[annotation["image_id"]]))
+        content = json.loads(path.read_text())
+        assert list(content) == ["info", "license", "scenes"]
+        assert list(content["scenes"][0]["objects"][0]) == ["cell", "shape", "color", "size"]
+
+
+RED = {"cell": 3, "shape": "ring", "color": "red", "size": "small"}
+
+
+def scene_file(*objects: object) -> dict[str, Any]:
+    return {"scenes": [{"image_id": 7, "objects": [RED]}, {"image_id": 8, "objects": list(objects)}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([], "has no list 'scenes'"),
+        ({"scenes": [3]}, "scenes[0]: needs image_id"),
+        ({"scenes": [{"image_id": True, "objects": []}]}, "scenes[0]: needs image_id"),
+        ({"scenes": [{"image_id": 7, "objects": []}] * 2}, "scenes[1]: image_id 7 stands twice"),
+        (scene_file(RED, RED), "scenes[1]: two objects are in one cell"),
+        (scene_file(RED, "ring"), "scenes[1].objects[1]: cell is null, none of 0 to 15"),
+        (scene_file(RED | {"cell": 16}), "scenes[1].objects[0]: cell is 16, none of 0 to 15"),
+        (scene_file(RED | {"cell": 1.0}), "scenes[1].objects[0]: cell is 1.0, none of 0 to 15"),
+        (scene_file(RED | {"shape": "star"}), 'shape is "star", none of ring, square, triangle'),
+        (scene_file(RED | {"color": ["red"]}), 'color is ["red"], none of red, green'),
+        (scene_file({**RED, "size": None}), "size is null, none of small, large"),
+    ],
+)
+def test_bad_scene_files_are_refused(content: object, told: str, tmp_path: Path) -> None:
+    path = write_json(tmp_path / "scenes_val2014.json", content)
+    with pytest.raises(DataError) as caught:
+        read_scenes(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and told in message and "\n" not in message
+
+
+def test_scene_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.json: cannot be read \(No such file.*write the world again"):
+        read_scenes(tmp_path / "none.json")
+    for content in (b'{"scenes": [', b"\xff", b"[" * 100_000):
+        (tmp_path / "cut.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"cut\.json: invalid JSON .*write the world again"):
+            read_scenes(tmp_path / "cut.json")
+
+
+def test_scenes_are_ordered_by_cell_whatever_the_file_has(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "scenes.json", scene_file(RED, RED | {"cell": 1, "size": "large"}))
+    assert read_scenes(path)[8] == (Thing(1, "ring", "red", "large"), Thing(3, "ring", "red", "small"))
+
+
 def test_no_picture_file_is_in_two_splits(raw: Path) -> None:
     files = [path.read_bytes() for path in raw.rglob("*.png")]
     assert len(files) == len(set(files)) == 100 + 88
@@ -241,21 +295,8 @@ def test_no_scene_is_in_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     drawn: list[Scene] = []
     pictures = generate.draw
     monkeypatch.setattr(generate, "draw", lambda scenes, rng: drawn.extend(scenes) or pictures(scenes, rng))
-    convert(
-        "shapes",
-        "--out",
-        tmp_path / "raw",
-        "--train",
-        300,
-        "--val",
-        50,
-        "--test",
-        50,
-        "--nlvr-train",
-        160,
-        "--nlvr-test",
-        80,
-    )
+    counts = ("--train", 300, "--val", 50, "--test", 50, "--nlvr-train", 160, "--nlvr-test", 80)
+    convert("shapes", "--out", tmp_path / "raw", *counts)
     assert len(drawn) == len(set(drawn)) == 400 + 160 + 400 + 80
 
 
@@ -284,16 +325,54 @@ def test_text_alone_reaches_little(tmp_path: Path) -> None:
     assert all(labels["True"] == labels["False"] for labels in by_sentence.values())
 
 
-def test_same_seed_same_files_other_seed_other_files(tmp_path: Path, raw: Path) -> None:
-    small = ("--train", 20, "--val", 2, "--test", 2, "--nlvr-train", 8, "--nlvr-dev", 8, "--nlvr-test", 8)
+SMALL = ("--train", 20, "--val", 2, "--test", 2, "--nlvr-train", 8, "--nlvr-dev", 8, "--nlvr-test", 8)
+
+
+def test_same_seed_same_files_other_seed_other_files(tmp_path: Path) -> None:
     for name, seed in (("one", 5), ("two", 5), ("three", 6)):
-        convert("shapes", "--out", tmp_path / name, "--seed", seed, *small)
+        convert("shapes", "--out", tmp_path / name, "--seed", seed, *SMALL)
     files = [path.relative_to(tmp_path / "one") for path in sorted((tmp_path / "one").rglob("*.*"))]
-    assert len(files) == 24 + 24 + 9 + 3
+    assert len(files) == 24 + 24 + 12 + 3
     for file in files:
         content = (tmp_path / "one" / file).read_bytes()
         assert content == (tmp_path / "two" / file).read_bytes()
         assert content != (tmp_path / "three" / file).read_bytes()
+
+
+def changed_files(one: Path, two: Path) -> set[str]:
+    """Files, without folders, of two folders that hold the same ones but not the same bytes."""
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*.*")) for folder in (one, two)]
+    assert files[0] == files[1]
+    return {file.name for file in files[0] if (one / file).read_bytes() != (two / file).read_bytes()}
+
+
+def test_questions_are_asked_about_the_first_training_images_alone(tmp_path: Path) -> None:
+    convert("shapes", "--out", tmp_path / "all", *SMALL)
+    convert("shapes", "--out", tmp_path / "few", "--asked", 7, *SMALL)
+    convert("shapes", "--out", tmp_path / "twenty", "--asked", 20, *SMALL)
+    kinds = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json")
+    assert changed_files(tmp_path / "all", tmp_path / "few") == set(kinds)
+    assert not changed_files(tmp_path / "all", tmp_path / "twenty")
+    captioned, asked, answered = load(tmp_path / "few", "train")
+    first = [image["id"] for image in captioned["images"]][:7]
+    assert sorted({question["image_id"] for question in asked}) == first
+    assert [q["question_id"] for q in asked] == [a["question_id"] for a in answered]
+
+
+def test_order_of_the_objects_changes_the_captions_alone(tmp_path: Path) -> None:
+    convert("shapes", "--out", tmp_path / "reading", *SMALL)
+    convert("shapes", "--out", tmp_path / "random", "--order", "random", *SMALL)
+    changed = changed_files(tmp_path / "reading", tmp_path / "random")
+    assert changed <= {f"captions_{split}2014.json" for split in PICTURES}
+    assert "captions_train2014.json" in changed
+    in_order = 0
+    read = read_scenes(tmp_path / "random/annotations/scenes_train2014.json")
+    annotations = load(tmp_path / "random", "train")[0]["annotations"]
+    for annotation in annotations:
+        scene = read[annotation["image_id"]]
+        assert annotation["caption"] in set(wordings(scene, "random"))
+        in_order += annotation["caption"] in set(wordings(scene))
+    assert 0.2 * len(annotations) < in_order < 0.8 * len(annotations)  # a few of two objects are in order by chance
 
 
 def test_bad_options_are_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
@@ -301,6 +380,11 @@ def test_bad_options_are_refused(tmp_path: Path, refuse: Callable[..., str]) -> 
     assert "--nlvr-dev 12: must be a positive multiple of 8" in refuse(
         "shapes", "--out", tmp_path / "raw", "--nlvr-dev", 12
     )
+    for value in (0, -3, 21):
+        told = refuse("shapes", "--out", tmp_path / "raw", "--asked", value, *SMALL)
+        assert told.endswith(f": --asked {value}: must be from 1 to the 20 of --train\n")
+    assert "--order" in refuse("shapes", "--out", tmp_path / "raw", "--order", "alphabetical")
+    assert not (tmp_path / "raw").exists()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/thesis.tex").write_text("")
     assert "taken: holds another run's files" in refuse("shapes", "--out", tmp_path / "taken")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eve_ds.callbacks.progress import Progress, duration
+from eve_ds.callbacks.progress import Progress, duration, evaluation_line
 
 
 class Terminal(io.StringIO):
@@ -69,6 +69,13 @@ def test_a_bar_on_a_terminal() -> None:
 
 def test_other_ranks_are_silent() -> None:
     assert train(io.StringIO(), trainer(12, is_main=False)) == []
+
+
+def test_variants_of_a_metric_stand_behind_it() -> None:
+    record = {"step": 9, "val/aux_loss": 1.02, "val/mlm_loss": 3.12345, "val/mlm_loss_no_image": 3.6}
+    record |= {"val/mlm_loss_shuffled": 3.5, "val/loss": 4.0}
+    assert evaluation_line(record) == "val/aux_loss 1.02  val/mlm_loss 3.123 (no_image 3.6, shuffled 3.5)  val/loss 4"
+    assert evaluation_line({"val/txt_r1": 1.0, "val/txt_r10": 2.0}) == "val/txt_r1 1  val/txt_r10 2"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])

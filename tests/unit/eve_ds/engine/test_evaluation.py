@@ -17,9 +17,10 @@ from tests.support.tiny import caption_batch, masked_task
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Iterator[Any]:
-    """What the metrics need of a trainer: a model and a device, in a group of one rank."""
+    """What the metrics need of a trainer: a task, its engine and a device, in a group of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    yield SimpleNamespace(engine=masked_task().eval(), device=torch.device("cpu"))
+    task = masked_task().eval()
+    yield SimpleNamespace(engine=task, task=task, device=torch.device("cpu"))
     dist.destroy_process_group()
 
 

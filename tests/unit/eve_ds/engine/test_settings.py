@@ -218,6 +218,8 @@ def test_weights_come_with_their_own_tokenizer_alone(tmp_path: Path) -> None:
     (model / "tokenizer.json").unlink()  # published weights come without
     with pytest.raises(UserError, match=rf"other: has \d+ entries, the model {own.vocab_size}"):
         setup.tokenizer(config)
+    first_values = dataclasses.replace(config, init_from=None)  # nothing was trained with another tokenizer
+    assert setup.tokenizer(first_values).vocab_size < own.vocab_size * 15 // 16
     with pytest.raises(UserError, match=r"--data\.tokenizer is missing"):
         setup.tokenizer(dataclasses.replace(config, data=DataConfig()))
 

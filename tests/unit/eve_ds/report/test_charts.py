@@ -83,3 +83,25 @@ def test_the_loaders_figures_are_trainings() -> None:
     names = ("data/wait_fraction", "data/replaced", "data/samples/coco", "loss", "val/loss")
     groups = group_curves({name: curve([1.0]) for name in names})
     assert {name: list(group) for name, group in groups.items()} == {"loss": ["", "val"], "wait_fraction": [""]}
+
+
+def test_what_another_input_gives_shares_a_chart_with_the_true_one() -> None:
+    names = [
+        "mlm_loss",
+        "val/mlm_loss",
+        "val/mlm_loss_no_image",
+        "val/mlm_loss_shuffled",
+        "val/mim_loss_shuffled",
+        "lr",
+    ]
+    curves = {name: curve([float(place)]) for place, name in enumerate(names)}
+    gone = {"val/mlm_accuracy": curve([0.5]), "val/mlm_accuracy_shuffled": curve([math.nan])}
+    groups = group_curves(curves | gone)
+    assert list(groups) == ["mlm_loss", "mlm_accuracy", "mim_loss by input", "mlm_loss by input", "lr"]
+    assert list(groups["mlm_loss"]) == ["", "val"]
+    assert {kind: line.values for kind, line in groups["mlm_loss by input"].items()} == {
+        "true": [1.0],
+        "shuffled": [3.0],
+        "no_image": [2.0],
+    }
+    assert list(groups["mim_loss by input"]) == ["shuffled"]

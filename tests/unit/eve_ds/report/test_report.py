@@ -125,6 +125,15 @@ def test_a_running_job_and_values_that_are_not_finite(run_folder: Path) -> None:
     assert "loss was not a finite number in 1 record(s)" in text
 
 
+def test_held_out_losses_with_other_inputs_have_a_chart_and_its_legend(run_folder: Path) -> None:
+    path = run_folder / "pretrain" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 400, "val/mlm_loss_shuffled": 2.5, "val/mlm_loss_no_image": 2.75}\n')
+    content = build(run_folder / "pretrain")
+    assert "Masked words: held-out loss, by image" in Page(content).text
+    figures = re.findall(r'style="background: var\(--c(\d)\)"></span>(true|shuffled 2.5|none 2.75)', content)
+    assert figures == [("2", "true"), ("3", "shuffled 2.5"), ("1", "none 2.75")]
+
+
 def test_recorded_versions_win(run_folder: Path) -> None:
     (run_folder / "vqa" / "versions.json").write_text(json.dumps({"torch": "9.9.9+<cpu>"}))
     text = Page(build(run_folder / "vqa")).text

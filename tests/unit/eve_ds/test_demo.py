@@ -1,0 +1,194 @@
+"""The demo's commands fit together, and its metrics come from the files that they write."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eve_ds import demo
+from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.finetune_options import expand_options
+from eve_ds.recipes import read_yaml
+from tests.support.made_run import dump
+
+SEED = 7
+START = {"--checkpoint", "--init_from", "--model", "--data.tokenizer"}  # options that say where a fine-tuning starts
+SHAPE = read_yaml(str(demo.PRETRAIN), "--config")["model"]
+
+
+def pretraining(root: Path, world_size: int = 2) -> list[str]:
+    (command,) = demo.training_stages(root, SEED, world_size)[0].commands
+    return command
+
+
+def finetunings(root: Path) -> list[tuple[list[str], list[str]]]:
+    """(with pre-training, without), a pair a task."""
+    return [(stage.commands[0], stage.commands[1]) for stage in demo.training_stages(root, SEED, 2)[1:]]
+
+
+def options(command: list[str]) -> dict[str, str]:
+    names, values = command[1::2], command[2::2]
+    assert all(name.startswith("--") for name in names) and len(set(names)) == len(names) == len(values)
+    return dict(zip(names, values, strict=True))
+
+
+def parsed(command: list[str]) -> FinetuneConfig:
+    assert command[0] == "eve_ds.finetune"
+    argv, defaults = expand_options(command[1:])
+    return parse(FinetuneConfig, argv, "test", defaults)
+
+
+# Commands
+
+
+def test_every_fine_tuning_has_a_rival_that_differs_in_its_start_alone(tmp_path: Path) -> None:
+    assert [options(own)["--task"] for own, _ in finetunings(tmp_path)] == ["itr_coco", "vqa", "nlvr"]
+    for stage in demo.training_stages(tmp_path, SEED, 2)[1:]:
+        assert stage.ranks and len(stage.commands) == 2
+        own, rival = map(options, stage.commands)
+        assert stage.commands[0][0] == stage.commands[1][0] == "eve_ds.finetune"
+        assert {name for name in own.keys() | rival.keys() if own.get(name) != rival.get(name)} <= {
+            *START,
+            "--output_dir",
+        }
+        assert rival["--output_dir"] == f"{own['--output_dir']}/{demo.FIRST}"
+
+
+def test_each_run_starts_from_an_earlier_one_on_its_own_side(tmp_path: Path) -> None:
+    """No rival ever sees pre-trained weights, not by way of another task either."""
+    done = {options(pretraining(tmp_path))["--output_dir"]}
+    pretrained = set(done)
+    for own, rival in finetunings(tmp_path):
+        for command in (own, rival):
+            source, folder = options(command).get("--checkpoint"), options(command)["--output_dir"]
+            assert (source in done) if source else options(command)["--init_from"] == "null"
+            assert (source in pretrained) == (command is own)
+            assert folder not in done
+            done.add(folder)
+            pretrained |= {folder} if command is own else set()
+
+
+def test_first_values_have_the_shape_and_the_seed_of_the_pre_training(tmp_path: Path) -> None:
+    pretrained = parse(PretrainConfig, pretraining(tmp_path)[1:], "test")
+    assert {name: getattr(pretrained.model, name) for name in SHAPE} == SHAPE
+    assert pretrained.engine.seed == SEED and pretrained.engine.expert_parallel_size == 2
+    rivals = [rival for _, rival in finetunings(tmp_path) if "--init_from" in rival]
+    assert [options(rival)["--task"] for rival in rivals] == ["itr_coco", "vqa"]
+    for rival in rivals:
+        config = parsed(rival)
+        assert config.init_from is None and config.model == pretrained.model
+        assert config.engine.seed == SEED and config.engine.expert_parallel_size == 2
+        assert config.data.tokenizer == pretrained.data.tokenizer == f"{tmp_path}/tokenizer"
+
+
+def test_both_runs_of_a_task_train_alike(tmp_path: Path) -> None:
+    """What is parsed differs in the start alone, too: the model's shape comes from the checkpoint, or is given."""
+    for name in ("pretrain", "vqa", f"vqa/{demo.FIRST}"):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": SHAPE}), encoding="utf-8")
+    for pair in finetunings(tmp_path):
+        own, rival = map(parsed, pair)
+        assert own.init_from != rival.init_from and own.output_dir != rival.output_dir
+        for config in (own, rival):
+            config.init_from, config.output_dir, config.data.tokenizer = None, "", None
+        assert own == rival
+        assert own.optimizer.total_steps and own.engine.seed == SEED and own.model.vocab_size == SHAPE["vocab_size"]
+
+
+@pytest.mark.parametrize(("world_size", "spread"), [(1, "1"), (2, "2"), (8, "2")])
+def test_experts_are_spread_over_ranks_where_there_are_two(world_size: int, spread: str, tmp_path: Path) -> None:
+    for stage in demo.training_stages(tmp_path, SEED, world_size):
+        assert {options(command)["--engine.expert_parallel_size"] for command in stage.commands} == {spread}
+
+
+def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
+    runs = {options(command)["--output_dir"] for pair in finetunings(tmp_path) for command in pair}
+    commands = demo.scoring_stage(tmp_path).commands
+    predictions = [word for command in commands for word in command if "predictions_test" in word]
+    assert {str(Path(file).parent) for file in predictions} == runs and len(predictions) == len(runs) == 6
+    written = [after for command in commands for word, after in pairwise(command) if word in ("--out", "--json")]
+    assert len(set(written)) == len(written) == len(commands) == 8
+
+
+# Metrics
+
+SCORES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "retrieval": ({"txt_r1": 71.5, "img_r1": 64.5, "r_mean": 80.0}, {"txt_r1": 55.0, "img_r1": 41.2, "r_mean": 62.1}),
+    "vqa": ({"overall": 78.3, "per_answer_type": {"other": 70.1}}, {"overall": 60.4, "per_answer_type": {"other": 52.0}}),
+    "nlvr": ({"accuracy": 0.742, "consistency": 0.311}, {"accuracy": 0.663, "consistency": 0.187}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The files that ``metrics`` reads, with the names that the scoring commands are given."""
+    for task, pair in SCORES.items():
+        for run, scores in zip(("", demo.FIRST), pair, strict=True):
+            dump(demo.scores_file(tmp_path, task, run), scores)
+    dump(tmp_path / "baselines_vqa.json", {"majority_baseline": 21.0, "text_only_baseline": 41.7})
+    parts = {"color": (0.8, 0.4, 0.99), "all": (0.92, 0.63, 0.998)}
+    rows = [
+        dict(zip(("words", "accuracy", "shuffled", "oracle"), (kind, *v), strict=True)) for kind, v in parts.items()
+    ]
+    dump(tmp_path / "words.json", rows)
+    dump(tmp_path / "data/captions/test/manifest.json", {"rows": 200})
+    lines = [
+        {"step": n, "loss": 4.0 if n <= 20 else 1.0 + n % 2, "samples_per_second": 300.0 + n} for n in range(1, 61)
+    ]
+    lines.insert(30, {"step": 30, "split": "val", "val/loss": 9.0})
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_files_read_are_those_that_the_commands_write(root: Path) -> None:
+    written = {Path(command[-1]) for command in demo.scoring_stage(root).commands}
+    assert {path for path in root.glob("*.json") if path.is_file()} == written
+
+
+def test_metrics_hold_both_roads(root: Path) -> None:
+    found = demo.metrics(root, 2)
+    for task, (own, rival) in SCORES.items():
+        assert {key: found[task][key] for key in own} == own
+        assert found[task]["from_first_values"] == rival
+        assert rival.keys() <= found[task].keys()
+    assert found["pretrain"] == {
+        "loss_first": 4.0,
+        "loss_last": 1.5,
+        "samples_per_second": pytest.approx(330.5),
+        "words_accuracy": 0.92,
+        "words_accuracy_other_image": 0.63,
+        "words_accuracy_oracle": 0.998,
+    }
+    assert (found["retrieval"]["pool"], found["retrieval"]["chance_txt_r1"], found["nlvr"]["chance"]) == (200, 0.5, 0.5)
+    assert (found["vqa"]["text_only_baseline"], found["vqa"]["labeled_images"]) == (41.7, demo.ASKED)
+    assert (found["world_size"], found["expert_parallel_size"], found["zero_stage"]) == (2, 2, 2)
+    assert demo.metrics(root, 1)["expert_parallel_size"] == 1
+
+
+def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
+    lines = demo.table(demo.metrics(root, 2)).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "pre-trained from first values without the model",
+        "pre-training loss 1.500 4.000",
+        "masked words 92.0 % 63.0 % with another image, 99.8 % by an oracle",
+        "text retrieval R@1 71.5 % 55.0 % 0.5 % by chance",
+        "image retrieval R@1 64.5 % 41.2 % 0.5 % by chance",
+        "VQA accuracy 78.3 % 60.4 % 41.7 % from the words alone",
+        "NLVR accuracy 74.2 % 66.3 % 50.0 % by chance",
+        "NLVR consistency 31.1 % 18.7 %",
+    ]
+    ends = [
+        line.index(heading) + len(heading)
+        for line, heading in zip(lines[:1] * 2, ("pre-trained", "values"), strict=True)
+    ]
+    for line in lines[3:]:
+        assert line[ends[0] - 2 : ends[0]] == line[ends[1] - 2 : ends[1]] == " %"
+    assert all(len(line) <= 120 for line in lines)
