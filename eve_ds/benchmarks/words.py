@@ -20,14 +20,13 @@ from eve_ds.tasks.masked import another_image
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.shapes.captions import ORDERS, wordings
 from preprocessing.shapes.oracle import best_guesses
-from preprocessing.shapes.scenes import COLORS, QUADRANTS, SHAPES, SIZES, Scene
+from preprocessing.shapes.scenes import COLORS, QUADRANTS, SHAPES, Scene
 from preprocessing.tokenizer import Tokenizer
 
 ALL = "all"
 KINDS = {
     "color": set(COLORS),
     "shape": {*SHAPES, *(f"{shape}s" for shape in SHAPES)},
-    "size": set(SIZES),
     "place": {word for quarter in QUADRANTS for word in quarter.split()},
     "number": {"no", "nothing", "one", "two", "three", "four", "five"},
 }
@@ -39,7 +38,7 @@ class Word(NamedTuple):
 
     kind: str
     model: bool
-    shuffled: bool
+    shuffled: bool | None  # None where no other image was at hand
     oracle: bool
 
 
@@ -80,10 +79,11 @@ def _judge(
     """Masked words of the chosen captions, masked as in a run's validation."""
     tokenizer, longest = samples.tokenizer, samples.max_text_length
     batch = collate([samples[number, 0] for number in chosen], samples.pad_id, longest)
-    other, _ = another_image(batch["image_index"])
+    other, found = another_image(batch["image_index"])
     own = task.predict_words(batch)
     shuffled = task.predict_words(batch | {"images": batch["images"][other]})
-    for entry, beside, row in zip(own, shuffled, batch["image_index"].tolist(), strict=True):
+    rows = zip(own, shuffled, batch["image_index"].tolist(), found.tolist(), strict=True)
+    for entry, beside, row, has_other in rows:
         texts = (tokenizer.encode(text, longest) for text in wordings(scenes[row], order))
         guesses = best_guesses(texts, entry["text_ids"], entry["positions"])
         if guesses is None:
@@ -93,18 +93,21 @@ def _judge(
             )
         for place, truth in enumerate(entry["truth"]):
             kind = next((name for name, known in KINDS.items() if tokenizer.decode([truth]).strip() in known), OTHER)
-            right = (found[place] == truth for found in (entry["predicted"], beside["predicted"], guesses))
-            yield Word(kind, *right)
+            model, other_image, oracle = (
+                words[place] == truth for words in (entry["predicted"], beside["predicted"], guesses)
+            )
+            yield Word(kind, model, other_image if has_other else None, oracle)
 
 
 def _row(kind: str, words: list[Word], total: int, options: Namespace) -> Row:
     count = len(words)
     accuracy, oracle = (sum(getattr(word, name) for word in words) / count for name in ("model", "oracle"))
+    shuffled = [word.shuffled for word in words if word.shuffled is not None]
     return {
         "words": kind,
         "share": count / total,
         "accuracy": accuracy,
-        "shuffled": sum(word.shuffled for word in words) / count,
+        "shuffled": sum(shuffled) / len(shuffled) if shuffled else None,
         "oracle": oracle,
         "of_oracle": accuracy / oracle if oracle else None,
         "count": count,

@@ -10,7 +10,13 @@ from eve_ds.reporting.html import Html, missing, section, tag
 from eve_ds.reporting.read import Run
 
 DASH = "\N{EN DASH}"
-BASELINES = ("chance", "majority", "text_only")
+# name -> for people; "first_values" is the same fine-tuning without pre-training
+BASELINES = {
+    "first_values": "from first values",
+    "chance": "chance",
+    "majority": "majority",
+    "text_only": "text only",
+}
 
 
 @dataclass
@@ -61,22 +67,34 @@ def find_scores(metrics: dict[str, Any]) -> list[Score]:
         for place, (key, label) in enumerate(found):
             baselines = _baselines(part, key, key == main, factor)
             scores.append(Score(task if place == 0 else "", label, part[key] * factor, baselines))
-            kinds = part.get("per_answer_type") if key == "overall" else None
-            for kind, value in kinds.items() if isinstance(kinds, dict) else ():
+            kinds = _section(part, "per_answer_type") if key == "overall" else {}
+            rivals = _section(_section(part, "from_first_values"), "per_answer_type")
+            for kind, value in kinds.items():
                 if _number(value) is not None:
-                    scores.append(Score("", str(kind), value * factor, minor=True))
+                    rival = _number(rivals.get(kind))
+                    beside = {} if rival is None else {"first_values": rival * factor}
+                    scores.append(Score("", str(kind), value * factor, beside, minor=True))
     return scores
 
 
 def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dict[str, float]:
-    """``chance_KEY``; for the main measure of a task also ``chance``, ``majority_baseline``, ``text_only_baseline``."""
-    found = {}
+    """``from_first_values[KEY]`` and ``chance_KEY``; for the main measure of a task also ``chance``,
+    ``majority_baseline``, ``text_only_baseline``.
+    """
+    rival = _number(_section(part, "from_first_values").get(key))
+    found = {} if rival is None else {"first_values": rival * factor}
     for baseline in BASELINES:
         names = [f"{baseline}_{key}", *([baseline, f"{baseline}_baseline"] if main else [])]
         values = [part[name] for name in names if _number(part.get(name)) is not None]
         if values:
             found[baseline] = values[0] * factor
     return found
+
+
+def _section(part: dict[str, Any], name: str) -> dict[str, Any]:
+    """A dictionary in metrics.json, empty where there is none: older runs have no ``from_first_values``."""
+    found = part.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _number(value: Any) -> float | None:
@@ -103,6 +121,9 @@ def summary(run: Run) -> Html:
         )
     elif where or how:
         sentences.append(f"This run trained{where}{how}.")
+    if words := _masked_words(metrics):
+        beside = ", ".join(f"{percent(value)} {who}" for who, value in words[1:])
+        sentences.append(f"It predicts {percent(words[0][1])} of held-out masked words{beside and f' ({beside})'}.")
     by_name = {(score.task, score.measure): score for score in find_scores(metrics)}
     for key, text in (
         (("Retrieval", "text R@1"), "finds a caption of a picture at the first try in {} of cases"),
@@ -110,7 +131,7 @@ def summary(run: Run) -> Html:
         (("NLVR", "accuracy"), "judges statements about two pictures right in {} of cases"),
     ):
         if score := by_name.get(key):
-            beside = ", ".join(f"{name.replace('_', ' ')} {percent(value)}" for name, value in score.baselines.items())
+            beside = ", ".join(f"{BASELINES[name]} {percent(value)}" for name, value in score.baselines.items())
             sentences.append(f"It {text.format(percent(score.value))}{f' ({beside})' if beside else ''}.")
     if not sentences:
         sentences.append("The run recorded no scores; what it did leave is shown below.")
@@ -118,11 +139,18 @@ def summary(run: Run) -> Html:
 
 
 def _losses(metrics: dict[str, Any]) -> tuple[float, float] | None:
-    part = metrics.get("pretrain")
-    if not isinstance(part, dict):
-        return None
+    part = _section(metrics, "pretrain")
     first, last = _number(part.get("loss_first")), _number(part.get("loss_last"))
-    return (first, last) if first and last is not None else None
+    return (first, last) if first is not None and last is not None else None
+
+
+def _masked_words(metrics: dict[str, Any]) -> list[tuple[str, float]]:
+    """Who predicts how many of the masked words, in percent, the model first; empty if the run did not record it."""
+    part = _section(metrics, "pretrain")
+    names = {"": "", "_other_image": "with another image", "_oracle": "by an oracle that knows the scene"}
+    found = [(who, _number(part.get(f"words_accuracy{name}"))) for name, who in names.items()]
+    known = [(who, 100 * value) for who, value in found if value is not None]
+    return known if found[0][1] is not None else []
 
 
 def tiles(run: Run) -> Html | None:
@@ -132,10 +160,13 @@ def tiles(run: Run) -> Html | None:
         speed = _number(run.metrics["pretrain"].get("samples_per_second"))
         beside = f"from {losses[0]:.3g}" + (f", {speed:,.0f} samples/s" if speed else "")
         shown.append(("Pre-training loss", f"{losses[1]:.3g}", beside))
+    if words := _masked_words(run.metrics):
+        beside = ", ".join(f"{percent(value)} {who.removesuffix(' that knows the scene')}" for who, value in words[1:])
+        shown.append(("Masked words: accuracy", percent(words[0][1]), beside or "no baseline recorded"))
     for score in find_scores(run.metrics):
         if score.task:
             best = max(score.baselines, key=lambda name: score.baselines[name], default=None)
-            beside = f"{best.replace('_', ' ')} {percent(score.baselines[best])}" if best else "no baseline recorded"
+            beside = f"{BASELINES[best]} {percent(score.baselines[best])}" if best else "no baseline recorded"
             shown.append((f"{score.task}: {score.measure}", percent(score.value), beside))
     if not shown:
         return None
@@ -146,22 +177,22 @@ def tiles(run: Run) -> Html | None:
 
 
 def scores_section(run: Run) -> Html:
-    """The table of scores beside chance, the majority answer, and a model that sees no picture."""
+    """The table of scores beside the same without pre-training, chance, the majority answer and the text alone."""
     scores = find_scores(run.metrics)
     absent = [] if run.single else [task for task, *_ in TASKS.values() if not any(s.task == task for s in scores)]
     gaps = [missing(f"scores of {task} (metrics.json has none)") for task in absent]
     if not scores:
         gaps = gaps or [missing("scores (neither metrics.json nor scores_*.json has any)")]
         return section("scores", "Scores", gaps)
-    titles = [("Task", ""), ("Measure", ""), ("Score", "n"), ("", ""), ("Chance", "n"), ("Majority answer", "n"),
-              ("Text only", "n"), ("Above the best", "n")]  # fmt: skip
+    columns = [(name.capitalize(), "n") for name in ("score", *BASELINES.values(), "above the best")]
+    titles = [("Task", ""), ("Measure", ""), columns[0], ("", ""), *columns[1:]]
     head = tag("tr", [tag("th", title, class_=kind or None) for title, kind in titles])
     table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
     note = (
-        "All on held-out pictures. Text R@k: share of pictures that have one of their captions among the k ranked "
-        "highest; image R@k: the same for captions and their picture. The marks on the bars are the baselines: "
-        "drawing at random, always the most frequent answer, the best model without pictures. A dash: not defined or "
-        "not recorded."
+        "All on held-out images. Text R@k: share of images that have one of their captions among the k ranked highest; "
+        "image R@k: the same for captions and their image. The marks on the bars are the baselines: the same "
+        "fine-tuning from first values, that is, without pre-training; drawing at random (chance); always the most "
+        "frequent answer (majority); the best model without images (text only). A dash: not defined or not recorded."
     )
     whole = tag(
         "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))

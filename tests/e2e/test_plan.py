@@ -33,9 +33,9 @@ def test_the_command(tmp_path: Path, repository: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "largest micro-batch that fits" in done.stdout
     plan = json.loads(out.read_text(encoding="utf-8"))
-    assert (plan["run"]["micro_batch_size"], plan["run"]["zero_stage"]) == (16, 3)
+    assert (plan["run"]["micro_batch_size"], plan["run"]["zero_stage"]) == (32, 3)
     assert plan["days"] == pytest.approx(days(16e6, plan["flops_per_sample"], 4, 989, 0.4))
     bad = command("--config", recipe, "--world_size", "100", "--expert_parallel_size", "2")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.count("\n") == 1
-    assert "engine.global_batch_size=64 is not a positive multiple of the world size 100" in bad.stderr
+    assert "engine.global_batch_size=128 is not a positive multiple of the world size 100" in bad.stderr

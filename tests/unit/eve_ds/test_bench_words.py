@@ -158,6 +158,11 @@ def test_the_other_image_is_the_next_one(world: Path, tmp_path: Path) -> None:
     assert any(row["shuffled"] != row["accuracy"] for row in rows.values())  # the model looks at the image
 
 
+def test_without_another_image_at_hand_there_is_no_such_figure(world: Path, tmp_path: Path) -> None:
+    rows = measured(world, tmp_path, captions=5, batch_size=5)  # all of one image
+    assert {row["shuffled"] for row in rows.values()} == {None}
+
+
 def test_who_does_not_know_the_order_predicts_less(world: Path, tmp_path: Path) -> None:
     reading, random = (measured(world, tmp_path, captions=60, order=order) for order in ("reading", "random"))
     assert random["color"]["oracle"] < 0.97 * reading["color"]["oracle"]

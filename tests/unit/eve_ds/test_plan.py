@@ -208,12 +208,12 @@ def test_refusals_are_those_of_a_run(repository: Path) -> None:
         check_world(8, 4, 8)
     assert refused("--world_size", "8", "--expert_parallel_size", "8") == str(experts.value)
     with pytest.raises(UserError) as batch:
-        batch_shape(EngineConfig(global_batch_size=64), 48)
+        batch_shape(EngineConfig(global_batch_size=128), 48)
     assert refused("--world_size", "48") == str(batch.value)
     assert "micro_batch_size=3 does not divide" in refused("--micro_batch_size", "3")
     assert "objective.decoder_dim" in refused_by_parse(recipe, "--objective.decoder_dim", "6")
     assert "--mfu=40.0 is out of range" in refused("--mfu", "40")
-    assert "--text_length=25 must lie between" in refused("--text_length", "25")
+    assert "--text_length=33 must lie between" in refused("--text_length", "33")
 
 
 def refused_by_parse(recipe: str, *argv: str) -> str:

@@ -347,16 +347,17 @@ def changed_files(one: Path, two: Path) -> set[str]:
 
 
 def test_questions_are_asked_about_the_first_training_images_alone(tmp_path: Path) -> None:
-    convert("shapes", "--out", tmp_path / "all", *SMALL)
-    convert("shapes", "--out", tmp_path / "few", "--asked", 7, *SMALL)
-    convert("shapes", "--out", tmp_path / "twenty", "--asked", 20, *SMALL)
+    for name, options in (("all", ()), ("few", ("--asked", 7)), ("twenty", ("--asked", 20))):
+        convert("shapes", "--out", tmp_path / name, *SMALL, "--val", 9, "--test", 9, *options)
     kinds = ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json")
     assert changed_files(tmp_path / "all", tmp_path / "few") == set(kinds)
     assert not changed_files(tmp_path / "all", tmp_path / "twenty")
     captioned, asked, answered = load(tmp_path / "few", "train")
-    first = [image["id"] for image in captioned["images"]][:7]
-    assert sorted({question["image_id"] for question in asked}) == first
-    assert [q["question_id"] for q in asked] == [a["question_id"] for a in answered]
+    assert sorted({question["image_id"] for question in asked}) == [image["id"] for image in captioned["images"]][:7]
+    read = read_scenes(tmp_path / "few/annotations/scenes_train2014.json")
+    for question, annotation in zip(asked, answered, strict=True):
+        assert question["question_id"] == annotation["question_id"]
+        assert annotation["multiple_choice_answer"] == true_answer(question["question"], read[question["image_id"]])
 
 
 def test_order_of_the_objects_changes_the_captions_alone(tmp_path: Path) -> None:

@@ -29,16 +29,104 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_all_that_the_run_recorded_is_there(content: str) -> None:
     page = Page(content)
     how = "on 2 processes (ZeRO stage 2, experts spread over 2); its loss went from 4.1 to 1.2, 29% of its start"
-    scores = ["71.5", "0.5", "78.3", "21.0", "41.7", "74.2", "50.0", "31.1"]
+    scores = ["71.5", "0.5", "78.3", "21.0", "41.7", "74.2", "50.0", "31.1", "55.0", "60.4", "58.7", "66.8", "19.3"]
     samples = ["yes/no", "a caption about 9", "both pictures have a circle", "what colour is shape 1?"]
     titles = ["Masked pictures: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
-    for text in (how, "+36.6", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s together"):
+    for text in (how, "+17.9", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s together"):
         assert text in page.text
     assert page.count("img") == 6 * 3 + 3 * 5 + 2 + 4 + 4 * 2
     assert page.count("svg") == 7 + 8 + 5 + 6
     hits = [a for name, a in page.tags if name == "figure" and a.get("class") == "hit"]
     assert len(hits) == 2  # of three captions one does not find its picture
     assert page.missing() == 3  # the configs of the three stages that have none
+
+
+def rows(content: str) -> list[list[str]]:
+    """The cells of the table of scores, its head first."""
+    table = content[content.index('<section id="scores">') :].split("<table>")[1].split("</table>")[0]
+    return [
+        [Page(cell).text for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", table)
+    ]
+
+
+def test_scores_stand_beside_those_without_pre_training(content: str) -> None:
+    head, *found = rows(content)
+    assert head == [
+        "Task",
+        "Measure",
+        "Score",
+        "",
+        "From first values",
+        "Chance",
+        "Majority",
+        "Text only",
+        "Above the best",
+    ]
+    assert {len(row) for row in found} == {len(head)}
+    assert [[*row[:3], *row[4:]] for row in found] == [
+        [text.replace("%", "\xa0%").replace("-", "\N{EN DASH}") for text in row.split("|")]
+        for row in (
+            "Retrieval|text R@1|71.5%|55.0%|0.5%|-|-|+16.5",
+            "|text R@5|90.0%|81.2%|-|-|-|+8.8",
+            "|text R@10|96.0%|89.9%|-|-|-|+6.1",
+            "|image R@1|64.5%|47.3%|0.5%|-|-|+17.2",
+            "|image R@5|88.0%|79.4%|-|-|-|+8.6",
+            "|image R@10|95.1%|88.8%|-|-|-|+6.3",
+            "VQA|accuracy|78.3%|60.4%|-|21.0%|41.7%|+17.9",
+            "|yes/no|82.2%|66.6%|-|-|-|+15.6",
+            "|number|70.1%|58.7%|-|-|-|+11.4",
+            "|other <x>|76.0%|-|-|-|-|-",
+            "NLVR|accuracy|74.2%|66.8%|50.0%|-|-|+7.4",
+            "|consistency|31.1%|19.3%|-|-|-|+11.8",
+        )
+    ]
+    assert '<i style="width: 74.2%"></i><b style="left: 66.8%"></b><b style="left: 50.0%"></b>' in content
+
+
+def test_summary_and_tiles_tell_the_best_that_is_had_otherwise(content: str) -> None:
+    text = Page(content).text.replace("\xa0", " ")
+    for sentence in (
+        "It predicts 92.1 % of held-out masked words (63.4 % with another image, 99.8 % by an oracle that knows",
+        "at the first try in 71.5 % of cases (from first values 55.0 %, chance 0.5 %).",
+        "with 78.3 % accuracy (from first values 60.4 %, majority 21.0 %, text only 41.7 %).",
+        "right in 74.2 % of cases (from first values 66.8 %, chance 50.0 %).",
+    ):
+        assert sentence in text
+    tiles = re.findall(r'"label">(.*?)</div><div class="value">(.*?)</div><div class="beside">(.*?)</div>', content)
+    assert [" | ".join(tile).replace("\xa0", " ") for tile in tiles] == [
+        "Pre-training loss | 1.2 | from 4.1, 351 samples/s",
+        "Masked words: accuracy | 92.1 % | 63.4 % with another image, 99.8 % by an oracle",
+        "Retrieval: text R@1 | 71.5 % | from first values 55.0 %",
+        "VQA: accuracy | 78.3 % | from first values 60.4 %",
+        "NLVR: accuracy | 74.2 % | from first values 66.8 %",
+    ]
+
+
+@pytest.mark.parametrize("other", [None, 4, {}, {"accuracy": None}, {"accuracy": True}])
+def test_runs_without_a_rival_have_a_dash_for_it(run_folder: Path, other: object) -> None:
+    """As those made before there was one, or ones made by hand."""
+    part = {"accuracy": 0.742, "chance": 0.5} | ({} if other is None else {"from_first_values": other})
+    (run_folder / "metrics.json").write_text(json.dumps({"pretrain": {"words_accuracy": 0.5}, "nlvr": part}))
+    content = build(run_folder)
+    assert rows(content)[1][4:] == ["\N{EN DASH}", "50.0\xa0%", "\N{EN DASH}", "\N{EN DASH}", "+24.2"]
+    text = Page(content).text.replace("\xa0", " ")
+    assert "right in 74.2 % of cases (chance 50.0 %)." in text
+    assert "It predicts 50.0 % of held-out masked words." in text
+
+
+def test_no_masked_words_no_sentence_about_them(run_folder: Path) -> None:
+    (run_folder / "metrics.json").write_text(json.dumps({"pretrain": {"words_accuracy_oracle": 0.5}}))
+    content = build(run_folder)
+    assert "It predicts" not in content and "Masked words: accuracy" not in content
+
+
+def test_a_score_below_its_rival_is_told_as_such(run_folder: Path) -> None:
+    part = {"overall": 40.0, "text_only_baseline": 41.7, "from_first_values": {"overall": 60.4}}
+    (run_folder / "metrics.json").write_text(json.dumps({"vqa": part}))
+    content = build(run_folder)
+    assert rows(content)[1][-1] == "-20.4"
+    assert "from first values 60.4\xa0%</div>" in content
 
 
 def test_words_join_as_they_were_written(content: str) -> None:
