@@ -4,7 +4,7 @@
 
 Prints a table; the file is a list of rows with all figures, of `loader` one dictionary: milliseconds are medians,
 shares are fractions. On a machine that does other work the figures say little: every row holds the load average that
-the run began with. `probe` takes no times: it tests how much of an image the features of a pre-trained model hold.
+the run began with. `probe` and `words` take no times: they test what a pre-trained model has learned of the shapes.
 """
 
 from __future__ import annotations

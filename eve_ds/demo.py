@@ -1,4 +1,4 @@
-"""The whole road on an embedded data set: raw files, shards, pre-training, fine-tuning with and without it, scores.
+"""The whole road on an embedded data set: raw files, shards, pre-training, fine-tuning, scores.
 
     make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
 
@@ -89,7 +89,7 @@ def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
     first_values = ["--init_from", "null", "--model", shape, "--data.tokenizer", f"{root}/tokenizer"]
 
     def finetune(task: str, recipe: str, data: str, source: str) -> list[list[str]]:
-        """The two commands; ``source``: what the first starts from, and the second from its rival, if it has one."""
+        """From ``source``; and from what ``source`` itself is without pre-training, or from first values."""
         config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task, "--seed", str(seed)]
         rival = ["--checkpoint", f"{root}/{source}/{FIRST}"] if source != "pretrain" else first_values
         return [
@@ -230,8 +230,8 @@ def table(result: dict[str, Any]) -> str:
     pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
     other, oracle = (100 * pretrain[f"words_accuracy_{name}"] for name in ("other_image", "oracle"))
     rows = [
-        ("", "pre-trained", "from first values", "without the model"),
-        ("pre-training loss", f"{pretrain['loss_last']:.3f}", f"{pretrain['loss_first']:.3f}", ""),
+        ("", "pre-trained", "from first values", "for comparison"),
+        ("pre-training loss", f"{pretrain['loss_last']:.3f}", "", f"{pretrain['loss_first']:.3f} at the start"),
         (
             "masked words",
             f"{100 * pretrain['words_accuracy']:.1f} %",

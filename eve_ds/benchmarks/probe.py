@@ -224,8 +224,8 @@ BENCHMARK = Benchmark(
     "Ridge regression to one-hot targets is fitted to images of the train split, its ridge chosen on a tenth of them,\n"
     "and tested on another split. The same is done with the features of a model with first values and, where an\n"
     "object's patch is read, with its pixels: what the model has over these it has learned. 'presence of kinds' is\n"
-    "the mean over the 18 kinds (color and shape) of the balanced accuracy of 'is there one?'. Chance is the share of\n"
-    "the commonest answer. Accuracies are fractions. Runs without DeepSpeed, in fp32 on the CPU.",
+    "the mean over up to 18 kinds (color and shape) of the balanced accuracy of 'is there one?'. Chance is the share\n"
+    "of the commonest answer. Accuracies are fractions. Runs without DeepSpeed, in fp32 on the CPU.",
     [
         Column("probe", "probe", width=max(len(probe.name) for probe in PROBES)),
         Column("accuracy", "accuracy", _show),

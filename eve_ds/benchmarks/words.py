@@ -17,6 +17,7 @@ from eve_ds.data.transforms import build_transform
 from eve_ds.errors import UserError
 from eve_ds.tasks import MaskedModelling, load_task_model
 from eve_ds.tasks.masked import another_image
+from eve_ds.weights.load import load_weights
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.shapes.captions import ORDERS, wordings
 from preprocessing.shapes.oracle import best_guesses
@@ -46,15 +47,19 @@ def _add_options(parser: ArgumentParser) -> None:
     add_shapes_options(parser)
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="of `preprocessing shapes --order`")
     parser.add_argument("--captions", type=PositiveInt, default=1000, help="of the split, from its start")
-    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="captions at once")
+    parser.add_argument(
+        "--batch_size", type=PositiveInt, default=64, help="captions at once; 'other image' is one of the same batch"
+    )
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
-    task = load_task_model("pretrain", checkpoint=options.checkpoint)
-    assert isinstance(task, MaskedModelling)
     folder = ModelFolder.find(options.checkpoint)
+    if not any(name.startswith("word_decoder.") for name in load_weights(folder.weights)):
+        raise UserError(f"--checkpoint {options.checkpoint}: holds no word decoder; name a pre-training run")
     if folder.tokenizer is None:
         raise UserError(f"--checkpoint {options.checkpoint}: no tokenizer.json beside the weights; name a run folder")
+    task = load_task_model("pretrain", checkpoint=options.checkpoint)
+    assert isinstance(task, MaskedModelling)
     tokenizer, config = Tokenizer.load(folder.tokenizer), task.config
     split = open_split(options.data, options.split, "caption")
     transform = build_transform(config.image_size, train=False)
@@ -76,14 +81,14 @@ def _rows(options: Namespace) -> Iterator[Row]:
 def _judge(
     task: MaskedModelling, samples: CaptionSamples, chosen: range, scenes: list[Scene], order: str
 ) -> Iterator[Word]:
-    """Masked words of the chosen captions, masked as in a run's validation."""
+    """Masked words of the chosen captions. As many are masked as in the run, by its ``objective.seed``."""
     tokenizer, longest = samples.tokenizer, samples.max_text_length
     batch = collate([samples[number, 0] for number in chosen], samples.pad_id, longest)
-    other, found = another_image(batch["image_index"])
+    other_row, has_other = another_image(batch["image_index"])
     own = task.predict_words(batch)
-    shuffled = task.predict_words(batch | {"images": batch["images"][other]})
-    rows = zip(own, shuffled, batch["image_index"].tolist(), found.tolist(), strict=True)
-    for entry, beside, row, has_other in rows:
+    shuffled = task.predict_words(batch | {"images": batch["images"][other_row]})
+    rows = zip(own, shuffled, batch["image_index"].tolist(), has_other.tolist(), strict=True)
+    for entry, beside, row, counted in rows:
         texts = (tokenizer.encode(text, longest) for text in wordings(scenes[row], order))
         guesses = best_guesses(texts, entry["text_ids"], entry["positions"])
         if guesses is None:
@@ -96,7 +101,7 @@ def _judge(
             model, other_image, oracle = (
                 words[place] == truth for words in (entry["predicted"], beside["predicted"], guesses)
             )
-            yield Word(kind, model, other_image if has_other else None, oracle)
+            yield Word(kind, model, other_image if counted else None, oracle)
 
 
 def _row(kind: str, words: list[Word], total: int, options: Namespace) -> Row:
@@ -123,7 +128,7 @@ def _show(value: Any) -> str:
 BENCHMARK = Benchmark(
     "How well a pre-trained model predicts masked words of the shapes world, by kind of word.\n\n"
     "Beside it the same model with another pair's image, and an oracle that knows the scene, all wordings and the\n"
-    "visible words. Words are masked as in the run's validation. Accuracies and shares are fractions. Runs without\n"
+    "visible words. As many words are masked as in the run. Accuracies and shares are fractions. Runs without\n"
     "DeepSpeed, in fp32 on the CPU.",
     [
         Column("words", "words"),

@@ -39,8 +39,8 @@ def tokenizer(config: Config) -> Tokenizer:
             f"--data.tokenizer {path} is not the tokenizer that {config.init_from} was trained with ({trained}): "
             f"{difference}; leave --data.tokenizer out to take the latter"
         )
-    weights_alone = isinstance(config, FinetuneConfig) and config.init_from and trained is None
-    if weights_alone and found.vocab_size < config.model.vocab_size * 15 // 16:
+    weights_without_tokenizer = isinstance(config, FinetuneConfig) and config.init_from is not None and trained is None
+    if weights_without_tokenizer and found.vocab_size < config.model.vocab_size * 15 // 16:
         # Weights that come without their tokenizer: their vocabulary may be padded a little, no more.
         raise UserError(
             f"--data.tokenizer {path}: has {found.vocab_size} entries, the model {config.model.vocab_size}; name the "

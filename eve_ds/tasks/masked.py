@@ -229,15 +229,15 @@ class MaskedModelling(Task):
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
         masks = self._masks(batch)
         joint = self.objective.mode == "joint"
-        other, found = another_image(batch["image_index"])
-        shuffled = self.encode(images[other], masks.text_ids, text_mask, masks.kept if joint else None)
-        metrics = self._words(shuffled, text_ids, masks.words & found[:, None]).metrics("_shuffled")
+        other, has_other = another_image(batch["image_index"])
+        wrong_image = self.encode(images[other], masks.text_ids, text_mask, masks.kept if joint else None)
+        metrics = self._words(wrong_image, text_ids, masks.words & has_other[:, None]).metrics("_shuffled")
         alone = self.encode(text_ids=masks.text_ids, text_mask=text_mask)
         metrics |= self._words(alone, text_ids, masks.words).metrics("_no_image")
         other_text = (masks.text_ids if joint else text_ids)[other]
-        shuffled = self.encode(images, other_text, text_mask[other], masks.kept)
-        picture = self._pixels(shuffled, images, masks.kept, masks.masked)
-        counted = _Picture(picture.predicted[found], picture.target[found], picture.masked[found])
+        wrong_text = self.encode(images, other_text, text_mask[other], masks.kept)
+        picture = self._pixels(wrong_text, images, masks.kept, masks.masked)
+        counted = _Picture(picture.predicted[has_other], picture.target[has_other], picture.masked[has_other])
         return metrics | counted.metrics("_shuffled")
 
     def _masks(self, batch: Batch) -> _Masks:

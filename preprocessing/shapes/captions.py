@@ -1,7 +1,8 @@
 """Five captions for a scene. Each names every object with its color and shape, in wording of its own.
 
-Objects are named in reading order: row by row, from left to right. In random order an image does not tell which object
-a word belongs to, and masked prediction learns little from such captions (docs/pretraining.md has the comparison).
+Lists name them in reading order: row by row, from left to right. The other wordings group them by quarter, shape or
+color. In random order an image does not tell which object a word belongs to, and masked prediction learns little
+(docs/pretraining.md has the comparison).
 """
 
 import random

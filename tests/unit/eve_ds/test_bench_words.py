@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from eve_ds import bench
 from eve_ds.data.collate import collate
@@ -183,10 +183,13 @@ def refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_folder(tmp_path / "mute", world, tokenizer=False)
+    weights = model_folder(tmp_path / "tuned", world) / "model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if name.startswith("backbone.")}, weights)
     make_vqa_set(tmp_path / "vqa", split="val")
     cases: list[tuple[dict[str, object], list[str]]] = [
         ({"checkpoint": tmp_path / "mute"}, ["--checkpoint", "mute", "no tokenizer.json"]),
         ({"checkpoint": tmp_path / "none"}, ["none: no such file"]),
+        ({"checkpoint": tmp_path / "tuned"}, ["--checkpoint", "tuned", "no word decoder", "pre-training run"]),
         ({"split": "test"}, ["data/test", "run a converter"]),
         ({"data": tmp_path / "vqa"}, ["vqa/val", "caption data is needed"]),
         ({"scenes": tmp_path}, ["scenes_val2014.json", "No such file", "preprocessing shapes"]),

@@ -176,8 +176,8 @@ def test_metrics_hold_both_roads(root: Path) -> None:
 def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
     lines = demo.table(demo.metrics(root, 2)).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "pre-trained from first values without the model",
-        "pre-training loss 1.500 4.000",
+        "pre-trained from first values for comparison",
+        "pre-training loss 1.500 4.000 at the start",
         "masked words 92.0 % 63.0 % with another image, 99.8 % by an oracle",
         "text retrieval R@1 71.5 % 55.0 % 0.5 % by chance",
         "image retrieval R@1 64.5 % 41.2 % 0.5 % by chance",
