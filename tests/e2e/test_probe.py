@@ -66,4 +66,4 @@ def test_a_missing_scene_file_is_one_line(world: Path) -> None:
     ended = command(["-m", "eve_ds.bench"], world, f"--scenes={world}")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
-    assert f"{world}/scenes_train2014.json: No such file" in ended.stderr
+    assert f"{world}/scenes_train2014.json: cannot be read (No such file" in ended.stderr
