@@ -28,8 +28,9 @@ COLOURS = {
     "#0a0b01": "var(--c1)",
     "#0a0b02": "var(--c2)",
     "#0a0b03": "var(--c3)",
+    "#0a0b04": "var(--c4)",
 }
-SERIES = ("#0a0b01", "#0a0b02", "#0a0b03")
+SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
 WIDTH, HEIGHT = 4.1, 2.25  # inches of 72 points
 POINTS = 240  # drawn at most; longer curves are averaged over equal stretches
 SMOOTHED_FROM = 40  # points, from which a running mean is drawn

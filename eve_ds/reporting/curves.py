@@ -39,7 +39,7 @@ FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy", "mlm_a
 NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
 SPLITS = {"": "training", "val": "held out", "test": "test"}
 INPUTS = {"true": "true", "shuffled": "shuffled", "no_image": "none"}
-COLORS = {"": 0, "val": 1, "true": 1, "no_image": 0}  # index in the page's colors; 2 for any other
+COLORS = {"": 0, "val": 1, "true": 1, "no_image": 3}  # index in the page's colors; 2 for any other
 
 
 def curves_section(run: Run) -> Html:

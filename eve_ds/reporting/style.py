@@ -6,13 +6,13 @@ CSS = """
 :root {
   color-scheme: light dark;
   --paper: #fbfaf8; --panel: #ffffff; --ink: #23262b; --muted: #6b7078; --line: #e3e1dc; --grid: #ecebe7;
-  --c1: #2f6690; --c2: #c0612b; --c3: #5b8c5a; --c1-rgb: 47, 102, 144; --c2-rgb: 192, 97, 43;
+  --c1: #2f6690; --c2: #c0612b; --c3: #5b8c5a; --c4: #7d5ba6; --c1-rgb: 47, 102, 144; --c2-rgb: 192, 97, 43;
   --right: #3c7d4f; --wrong: #b3453a; --right-soft: #e6f1e9; --wrong-soft: #f8e8e5;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #17191c; --panel: #1e2125; --ink: #dfe1e4; --muted: #979ca5; --line: #33373d; --grid: #2a2e33;
-    --c1: #7fb2dc; --c2: #e8955e; --c3: #8fc08d; --c1-rgb: 127, 178, 220; --c2-rgb: 232, 149, 94;
+    --c1: #7fb2dc; --c2: #e8955e; --c3: #8fc08d; --c4: #b79ad6; --c1-rgb: 127, 178, 220; --c2-rgb: 232, 149, 94;
     --right: #7fc493; --wrong: #e58a7f; --right-soft: #21352a; --wrong-soft: #3b2725;
   }
 }
