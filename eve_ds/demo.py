@@ -103,8 +103,8 @@ def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
     return [
         Stage("Pre-training: masked pixels and words", 150, [pretrain], ranks=True),
         Stage("Fine-tuning on retrieval, twice", 64, finetune("itr_coco", "itr", "captions", "pretrain"), ranks=True),
-        Stage("Fine-tuning on VQA, twice", 72, finetune("vqa", "vqa", "vqa", "pretrain"), ranks=True),
-        Stage("Fine-tuning on NLVR, twice", 88, finetune("nlvr", "nlvr", "nlvr", "vqa"), ranks=True),
+        Stage("Fine-tuning on VQA, twice", 134, finetune("vqa", "vqa", "vqa", "pretrain"), ranks=True),
+        Stage("Fine-tuning on NLVR, twice", 54, finetune("nlvr", "nlvr", "nlvr", "vqa"), ranks=True),
     ]
 
 
