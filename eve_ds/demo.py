@@ -88,23 +88,21 @@ def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
     shape = json.dumps(read_yaml(str(PRETRAIN), "--config")["model"])
     first_values = ["--init_from", "null", "--model", shape, "--data.tokenizer", f"{root}/tokenizer"]
 
-    def finetune(task: str, recipe: str, data: str, source: str) -> list[list[str]]:
-        """From ``source``; and from what ``source`` itself is without pre-training, or from first values."""
+    def finetune(task: str, recipe: str, data: str) -> list[list[str]]:
         config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task, "--seed", str(seed)]
-        rival = ["--checkpoint", f"{root}/{source}/{FIRST}"] if source != "pretrain" else first_values
         return [
             ["eve_ds.finetune", *config, *start, "--data", f"{root}/data/{data}", "--output_dir", folder, *common]
             for start, folder in (
-                (["--checkpoint", f"{root}/{source}"], f"{root}/{recipe}"),
-                (rival, f"{root}/{recipe}/{FIRST}"),
+                (["--checkpoint", f"{root}/pretrain"], f"{root}/{recipe}"),
+                (first_values, f"{root}/{recipe}/{FIRST}"),
             )
         ]
 
     return [
         Stage("Pre-training: masked pixels and words", 150, [pretrain], ranks=True),
-        Stage("Fine-tuning on retrieval, twice", 64, finetune("itr_coco", "itr", "captions", "pretrain"), ranks=True),
-        Stage("Fine-tuning on VQA, twice", 134, finetune("vqa", "vqa", "vqa", "pretrain"), ranks=True),
-        Stage("Fine-tuning on NLVR, twice", 54, finetune("nlvr", "nlvr", "nlvr", "vqa"), ranks=True),
+        Stage("Fine-tuning on retrieval, twice", 60, finetune("itr_coco", "itr", "captions"), ranks=True),
+        Stage("Fine-tuning on VQA, twice", 130, finetune("vqa", "vqa", "vqa"), ranks=True),
+        Stage("Fine-tuning on NLVR, twice", 145, finetune("nlvr", "nlvr", "nlvr"), ranks=True),
     ]
 
 
