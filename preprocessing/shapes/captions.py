@@ -1,7 +1,7 @@
 """Five captions for a scene. Each names every object with its color and shape, in wording of its own.
 
 Lists name them in reading order: row by row, from left to right. The other wordings group them by quarter, shape or
-color. In random order an image does not tell which object a word belongs to, and masked prediction learns little
+color. In random order an image does not tell which object a masked word belongs to, so fewer of them can be predicted
 (docs/pretraining.md has the comparison).
 """
 
