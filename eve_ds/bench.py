@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -66,11 +67,23 @@ def _parser(program: str, description: str) -> ArgumentParser:
     return parser
 
 
+def _check_writable(path: Path) -> None:
+    """Raises UserError before anything is measured, not after minutes."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--json {path}: is no regular file; name another one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from error
+
+
 def main(argv: list[str] | None = None) -> None:
     prepare_environment()
     benchmark, options = parse(sys.argv[1:] if argv is None else argv)
-    if options.json and Path(options.json).is_dir():
-        raise UserError(f"--json {options.json}: is a folder; name a file in it")
+    if options.json:
+        _check_writable(Path(options.json))
     machine.use_all_cores(options.threads)
     facts = machine.facts(machine.choose_device(options.get("device", "cpu")))
     print(", ".join(f"{name} {value}" for name, value in facts.items()))

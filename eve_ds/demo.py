@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -179,7 +180,7 @@ class Road:
             raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
         shown = ["deepspeed", "--num_gpus", str(self.world_size), "--module"] if stage.ranks else ["python"]
         self.done.append(
-            {"title": stage.title, "command": " ".join([*shown, *arguments]), "seconds": time.monotonic() - start}
+            {"title": stage.title, "command": shlex.join([*shown, *arguments]), "seconds": time.monotonic() - start}
         )
 
 

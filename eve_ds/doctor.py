@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -119,6 +120,8 @@ def notes(facts: Facts) -> list[str]:
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all. preprocessing.schema.write_atomic imports pyarrow, which may be what is missing here."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file; name another one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -32,7 +32,7 @@ _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo con
 # Launchers end all ranks as soon as one leaves, so who has the least to say leaves last.
 RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
 LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 

@@ -115,10 +115,13 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True
     """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
 
     Without `sync` that is so when this process is killed, but not when the machine loses its power: then `path` may
-    hold a part. Raises DataError when the folder cannot be made or written.
+    hold a part. Raises DataError when the folder cannot be made or written, or `path` is there and no regular file:
+    to rename over a device, such as /dev/null, would replace it.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: is no regular file; name another one")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:

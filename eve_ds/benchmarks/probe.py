@@ -23,7 +23,7 @@ from eve_ds.benchmarks.probe_labels import (
     top_left_labels,
 )
 from eve_ds.benchmarks.probe_linear import Examples, Result, linear_probe
-from eve_ds.benchmarks.shapes_truth import add_shapes_options, scene_file, scenes_of_rows
+from eve_ds.benchmarks.shapes_truth import add_shapes_options, scenes_of_rows
 from eve_ds.data.collate import collate
 from eve_ds.data.samples import CaptionImages
 from eve_ds.data.sources import open_split
@@ -110,6 +110,8 @@ def _add_options(parser: ArgumentParser) -> None:
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
+    if options.seed >= 2**63:
+        raise UserError(f"--seed {options.seed}: must be below 2**63")
     if options.split == FITTED:
         raise UserError(f"--split {FITTED}: is what the probes are fitted to; test on val or test")
     tokenizer, trained = _model(options.checkpoint)
@@ -119,7 +121,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
     datasets = [_dataset(options.data, split, tokenizer, trained) for split in (FITTED, options.split)]
     counts = [min(options.images, len(datasets[0])), len(datasets[1])]
     fitted, tested = (
-        scenes_of_rows(dataset.split, count, scene_file(options.scenes, split))
+        scenes_of_rows(dataset.split, count, options.scenes, split)[1]
         for dataset, count, split in zip(datasets, counts, (FITTED, options.split), strict=True)
     )
     question = torch.tensor([tokenizer.encode(QUESTION, trained.config.max_text_length)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -10,7 +9,8 @@ from jsonargparse import ArgumentParser
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit
 from preprocessing.schema import DataError
-from preprocessing.shapes.scenes import COLORS, Scene, read_scenes
+from preprocessing.shapes.captions import wordings
+from preprocessing.shapes.scenes import Scene, read_scenes
 
 
 def add_shapes_options(parser: ArgumentParser) -> None:
@@ -21,35 +21,37 @@ def add_shapes_options(parser: ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="tested: val or test")
 
 
-def scene_file(folder: str, split: str) -> Path:
-    """What `preprocessing shapes` calls the scenes of a split."""
-    return Path(folder) / f"scenes_{split}2014.json"
-
-
-def scenes_of_rows(split: AnySplit, count: int, path: Path) -> list[Scene]:
+def scenes_of_rows(split: AnySplit, count: int, folder: str, name: str) -> tuple[str, list[Scene]]:
     """What is in the first ``count`` images of a caption split.
 
     Args:
-        path: the scene file of that split.
+        folder: of the scene files.
+        name: of the split.
+    Returns:
+        the order in which captions name objects, one of ORDERS, and the scenes.
     Raises:
-        DataError: as ``read_scenes``; or an image has no scene there, or another one than its caption tells: the
-            file is of another world, whose images have the same ids.
+        DataError: as ``read_scenes``; or an image has no scene in the file, or its first caption is none that the
+            scene may have: the file is of another world, whose images have the same ids.
     """
-    scenes = {str(image_id): scene for image_id, scene in read_scenes(path).items()}  # text as in the shards
+    if Path(folder).is_file():
+        raise DataError(f"--scenes {folder}: is a file; name its folder")
+    path = Path(folder) / f"scenes_{name}2014.json"
+    order, read = read_scenes(path)
+    scenes = {str(image_id): scene for image_id, scene in read.items()}  # text as in the shards
     found = []
     for index in range(count):
         row = split.row(index)
         scene = scenes.get(_image_id(row))
         if scene is None:
             raise DataError(f"{row.where}: image_id {_image_id(row)!r} is not in {path}; name its own with --scenes")
-        told = set(COLORS) & set(re.findall(r"\w+", str(row.item("caption", 0)).lower()))
-        if not told <= {item.color for item in scene}:
+        caption = str(row.item("caption", 0))
+        if caption not in wordings(scene, order):
             raise DataError(
-                f"{row.where}: its caption tells of {' and '.join(sorted(told))}, {path} of another scene; name the "
-                "scene files of the same world with --scenes"
+                f"{row.where}: its caption {caption[:60]!r} is none that image {_image_id(row)} of {path} may have; "
+                "name the scene files of the same world with --scenes"
             )
         found.append(scene)
-    return found
+    return order, found
 
 
 def _image_id(row: Row) -> str:

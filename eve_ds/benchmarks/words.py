@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from eve_ds.benchmarks.benchmark import Benchmark, Column, Row
-from eve_ds.benchmarks.shapes_truth import add_shapes_options, scene_file, scenes_of_rows
+from eve_ds.benchmarks.shapes_truth import add_shapes_options, scenes_of_rows
 from eve_ds.data.collate import collate
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.sources import open_split
@@ -19,7 +19,7 @@ from eve_ds.tasks import MaskedModelling, load_task_model
 from eve_ds.tasks.masked import another_image
 from eve_ds.weights.load import load_weights
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shapes.captions import ORDERS, wordings
+from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.oracle import best_guesses
 from preprocessing.shapes.scenes import COLORS, QUADRANTS, SHAPES, Scene
 from preprocessing.tokenizer import Tokenizer
@@ -45,7 +45,6 @@ class Word(NamedTuple):
 
 def _add_options(parser: ArgumentParser) -> None:
     add_shapes_options(parser)
-    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help="of `preprocessing shapes --order`")
     parser.add_argument("--captions", type=PositiveInt, default=1000, help="of the split, from its start")
     parser.add_argument(
         "--batch_size", type=PositiveInt, default=64, help="captions at once; 'other image' is one of the same batch"
@@ -66,11 +65,11 @@ def _rows(options: Namespace) -> Iterator[Row]:
     samples = CaptionSamples(split, tokenizer, transform, config.max_text_length, config.vocab_size)
     count = min(options.captions, len(samples))
     images = int(split.sample(count - 1)[0]) + 1
-    scenes = scenes_of_rows(split, images, scene_file(options.scenes, options.split))
+    order, scenes = scenes_of_rows(split, images, options.scenes, options.split)
     words = [
         word
         for start in range(0, count, options.batch_size)
-        for word in _judge(task, samples, range(start, min(start + options.batch_size, count)), scenes, options.order)
+        for word in _judge(task, samples, range(start, min(start + options.batch_size, count)), scenes, order)
     ]
     for kind in (ALL, *KINDS, OTHER):
         found = [word for word in words if kind in (ALL, word.kind)]
@@ -93,8 +92,8 @@ def _judge(
         guesses = best_guesses(texts, entry["text_ids"], entry["positions"])
         if guesses is None:
             raise UserError(
-                f"caption {entry['sample_id']} is none that its scene may have; name its own scenes with --scenes and "
-                "the order of its objects with --order"
+                f"{samples.split.row(row).where}: caption {entry['sample_id']} is none that its scene may have; name "
+                "its own scenes with --scenes"
             )
         for place, truth in enumerate(entry["truth"]):
             kind = next((name for name, known in KINDS.items() if tokenizer.decode([truth]).strip() in known), OTHER)

@@ -9,9 +9,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations
 
-from preprocessing.shapes.scenes import COLORS, QUADRANTS, SHAPES, Scene, Thing
+from preprocessing.shapes.scenes import COLORS, ORDERS, QUADRANTS, SHAPES, Scene, Thing
 
-ORDERS = ("reading", "random")
 MOST_WORDS = 29  # words and punctuation marks in a caption
 _NUMBER = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five"}
 
@@ -85,7 +84,7 @@ def count_words(caption: str) -> int:
     return len(caption.replace(",", " ,").replace(":", " :").split())
 
 
-def captions(scene: Scene, rng: random.Random, order: str = "reading") -> list[str]:
+def captions(scene: Scene, rng: random.Random, order: str = ORDERS[0]) -> list[str]:
     """Five captions of at most MOST_WORDS words, in different wordings.
 
     Args:
@@ -101,7 +100,7 @@ def captions(scene: Scene, rng: random.Random, order: str = "reading") -> list[s
     return result[:5]
 
 
-def wordings(scene: Scene, order: str = "reading") -> Iterator[str]:
+def wordings(scene: Scene, order: str = ORDERS[0]) -> Iterator[str]:
     """Every text that ``captions`` may give for the scene, once or more often."""
     for things in permutations(scene) if order == "random" else (scene,):
         texts = (style(things) for style in _STYLES)

@@ -20,10 +20,10 @@ import numpy as np
 
 from preprocessing.files import output_folder
 from preprocessing.schema import DataError
-from preprocessing.shapes.captions import ORDERS, captions
+from preprocessing.shapes.captions import captions
 from preprocessing.shapes.drawing import SIDE, draw, to_png
 from preprocessing.shapes.questions import KINDS, Question, questions, ten_answers
-from preprocessing.shapes.scenes import Scene, SceneSampler
+from preprocessing.shapes.scenes import ORDERS, Scene, SceneSampler
 from preprocessing.shapes.statements import PAIRS, STATEMENTS, pair_set
 
 _DRAWN_AT_ONCE = 512
@@ -107,7 +107,10 @@ def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: in
         {"image_id": first_id + index, "objects": [thing._asdict() for thing in scene]}
         for index, scene in enumerate(scenes)
     ]
-    _write_json(folder / "annotations" / f"scenes_{subset}.json", {"info": _INFO, "license": _LICENSE, "scenes": told})
+    _write_json(
+        folder / "annotations" / f"scenes_{subset}.json",
+        {"info": _INFO, "license": _LICENSE, "order": order, "scenes": told},
+    )
 
 
 def _write_vqa(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int, seed: int) -> None:

@@ -14,6 +14,7 @@ SIZES = ("small", "large")
 GRID = 4  # cells a side
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 FEWEST, MOST = 2, 5  # objects a picture
+ORDERS = ("reading", "random")  # of the objects in a caption
 _COUNT_WEIGHTS = (7, 6, 4, 3)  # of 2, 3, 4 and 5 objects
 
 # One scene in three has a favourite shape, so that three of a kind are common enough to be asked for.
@@ -84,39 +85,57 @@ class SceneSampler:
         return tuple(sorted(things))
 
 
-def read_scenes(path: str | os.PathLike[str]) -> dict[int, Scene]:
-    """The scenes of a file RAW/annotations/scenes_{split}2014.json, by image id, in the order of the file.
+class SceneFile(NamedTuple):
+    """RAW/annotations/scenes_{split}2014.json.
 
-    Raises DataError naming the file, the entry and the mend: it is missing or no JSON, an image id comes twice, a cell
-    is off the grid or taken, or a shape, color or size is unknown.
+    Attributes:
+        order: how its captions name the objects, one of ORDERS.
+        scenes: what is drawn, by image id, in the order of the file.
     """
+
+    order: str
+    scenes: dict[int, Scene]
+
+
+def read_scenes(path: str | os.PathLike[str]) -> SceneFile:
+    """Read a scene file.
+
+    Raises DataError naming the file, the entry and the mend: it is missing or no JSON, the order of objects is unknown,
+    an image id comes twice, there are too few or too many objects, a cell is off the grid or taken, or a shape, color
+    or size is unknown.
+    """
+    content = _content(Path(path))
+    order = content.get("order")
+    if order not in ORDERS:
+        raise DataError(f"{path}: order is {json.dumps(order)[:40]}, none of {', '.join(ORDERS)}; {_MEND}")
     scenes: dict[int, Scene] = {}
-    for index, entry in enumerate(_entries(Path(path))):
+    for index, entry in enumerate(content["scenes"]):
         where = f"{path}: scenes[{index}]"
         image_id, objects = (entry.get(name) if isinstance(entry, dict) else None for name in ("image_id", "objects"))
         if type(image_id) is not int or not isinstance(objects, list):
             raise DataError(f"{where}: needs image_id, a whole number, and objects, a list; {_MEND}")
         if image_id in scenes:
             raise DataError(f"{where}: image_id {image_id} stands twice; {_MEND}")
+        if not FEWEST <= len(objects) <= MOST:
+            raise DataError(f"{where}: has {len(objects)} objects, needs {FEWEST} to {MOST}; {_MEND}")
         things = [_thing(record, f"{where}.objects[{number}]") for number, record in enumerate(objects)]
         if len({thing.cell for thing in things}) < len(things):
             raise DataError(f"{where}: two objects are in one cell; {_MEND}")
         scenes[image_id] = tuple(sorted(things))
-    return scenes
+    return SceneFile(order, scenes)
 
 
-def _entries(path: Path) -> list[Any]:
-    """The list `scenes` of the file."""
+def _content(path: Path) -> dict[str, Any]:
+    """The file, which has a list `scenes`."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_MEND}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: invalid JSON ({error}); {_MEND}") from None
-    scenes = content.get("scenes") if isinstance(content, dict) else None
-    if not isinstance(scenes, list):
+    if not isinstance(content, dict) or not isinstance(content.get("scenes"), list):
         raise DataError(f"{path}: has no list 'scenes'; is this the right file? It is named scenes_{{split}}2014.json")
-    return scenes
+    return content
 
 
 def _thing(record: Any, where: str) -> Thing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,18 @@ def test_a_mistake_is_one_line(arguments: list[str], culprit: str, capsys: pytes
     code = exit_code(lambda: bench.main([*arguments, *(["--threads", "1"] if len(arguments) > 1 else [])]))
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and culprit in error
+
+
+def test_a_file_that_cannot_be_written_is_noticed_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    for name, told in (("pipe", "is no regular file"), ("file/x.json", "cannot be written"), ("x" * 300, "too long")):
+        code = exit_code(lambda name=name: bench.main(["gemm", "--json", str(tmp_path / name), "--threads", "1"]))
+        printed = capsys.readouterr()
+        assert code == 2 and printed.out == "" and printed.err.count("\n") == 1 and told in printed.err
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_without_the_tests_folder_the_reference_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -163,8 +163,17 @@ def test_without_another_image_at_hand_there_is_no_such_figure(world: Path, tmp_
     assert {row["shuffled"] for row in rows.values()} == {None}
 
 
+def scenes_changed(world: Path, folder: Path, **changes: object) -> Path:
+    """A folder with the scene file of val, changed."""
+    content = json.loads((world / "raw/annotations/scenes_val2014.json").read_text(encoding="utf-8"))
+    folder.mkdir(exist_ok=True)
+    (folder / "scenes_val2014.json").write_text(json.dumps(content | changes), encoding="utf-8")
+    return folder
+
+
 def test_who_does_not_know_the_order_predicts_less(world: Path, tmp_path: Path) -> None:
-    reading, random = (measured(world, tmp_path, captions=60, order=order) for order in ("reading", "random"))
+    folders = {order: scenes_changed(world, tmp_path / order, order=order) for order in ("reading", "random")}
+    reading, random = (measured(world, tmp_path, captions=60, scenes=folder) for folder in folders.values())
     assert random["color"]["oracle"] < 0.97 * reading["color"]["oracle"]
     unchanged = [(row["count"], row["accuracy"], row["shuffled"]) for row in reading.values()]
     assert [(row["count"], row["accuracy"], row["shuffled"]) for row in random.values()] == unchanged
@@ -193,7 +202,7 @@ def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pyte
         ({"split": "test"}, ["data/test", "run a converter"]),
         ({"data": tmp_path / "vqa"}, ["vqa/val", "caption data is needed"]),
         ({"scenes": tmp_path}, ["scenes_val2014.json", "No such file", "preprocessing shapes"]),
-        ({"order": "alphabetical"}, ["--order", "reading"]),
+        ({"scenes": world / "raw/annotations/scenes_val2014.json"}, ["--scenes", "is a file; name its folder"]),
         ({"captions": 0}, ["captions"]),
         ({"batch_size": 0}, ["batch_size"]),
     ]
@@ -205,7 +214,7 @@ def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pyte
 def test_scenes_of_another_world_are_noticed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes_world(tmp_path / "other", seed=1, splits=("train",))
     told = refused(arguments(world, scenes=tmp_path / "other/raw/annotations"), capsys)
-    assert "its caption tells of" in told and "same world" in told
+    assert "is none that image" in told and "same world" in told
 
 
 def test_scenes_with_the_same_colors_but_other_shapes_are_noticed(
@@ -216,7 +225,21 @@ def test_scenes_with_the_same_colors_but_other_shapes_are_noticed(
         item["shape"] = {"ring": "square", "square": "triangle", "triangle": "ring"}[item["shape"]]
     (tmp_path / "scenes_val2014.json").write_text(json.dumps(content), encoding="utf-8")
     told = refused(arguments(world, scenes=tmp_path), capsys)
-    assert re.search(r"caption 1[5-9] is none that its scene may have", told) and "--scenes" in told
+    assert re.search(r"row 3: its caption '.*' is none that image \d+ of .*scenes_val2014.json may have", told)
+
+
+def test_later_captions_of_another_scene_are_noticed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second caption of image 3 is that of image 4."""
+    path = world / "raw/annotations/captions_val2014.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["annotations"][16]["caption"] = content["annotations"][20]["caption"]
+    (tmp_path / path.name).write_text(json.dumps(content), encoding="utf-8")
+    where = ["--images", str(world / "raw/images"), "--split", "val", "--out", str(tmp_path / "data")]
+    assert main(["coco", "--annotations", str(tmp_path / path.name), *where]) == 0
+    told = refused(arguments(world, data=tmp_path / "data"), capsys)
+    assert re.search(r"row 3: caption 1[5-9] is none that its scene may have", told) and "--scenes" in told
 
 
 def test_captions_in_another_order_are_noticed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +249,6 @@ def test_captions_in_another_order_are_noticed(world: Path, tmp_path: Path, caps
     where = ["--images", str(raw / "images"), "--split", "val", "--out", str(tmp_path / "data")]
     assert main(["coco", "--annotations", str(raw / "annotations/captions_val2014.json"), *where]) == 0
     told = refused(arguments(world, data=tmp_path / "data"), capsys)
-    assert "is none that its scene may have" in told and "--order" in told
-    rows = measured(world, tmp_path, data=tmp_path / "data", order="random", captions=40)
+    assert "is none that" in told
+    rows = measured(world, tmp_path, data=tmp_path / "data", scenes=raw / "annotations", captions=40)
     assert rows["color"]["oracle"] < 0.98

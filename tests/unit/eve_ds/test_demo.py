@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,13 @@ def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
     assert {str(Path(file).parent) for file in predictions} == runs and len(predictions) == len(runs) == 6
     written = [after for command in commands for word, after in pairwise(command) if word in ("--out", "--json")]
     assert len(set(written)) == len(written) == len(commands) == 8
+
+
+def test_commands_are_told_as_a_shell_takes_them() -> None:
+    words = ["-c", "pass", "--model", json.dumps({"dim": 96, "activation": "gelu"}), "a b"]
+    road = demo.Road([demo.Stage("Nothing", 1, [words])], 2)
+    road.run()
+    assert shlex.split(road.done[0]["command"]) == ["python", *words]
 
 
 # Metrics

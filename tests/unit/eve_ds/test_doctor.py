@@ -136,6 +136,13 @@ def test_wandb_with_a_login(tmp_path: Path) -> None:
         assert find_faults(Facts(**HEALTHY | {"environ": {"PATH": "", "WANDB_MODE": "online"} | environ})) == []
 
 
+def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is no regular file"):
+        doctor.write(tmp_path / "pipe", "")
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_two_ninjas(tmp_path: Path) -> None:
     program(tmp_path / "old" / "ninja", "1.11.1")
     program(tmp_path / "new" / "ninja", "1.13.2")

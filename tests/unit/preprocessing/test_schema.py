@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_atomic_write_over_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A rename over /dev/null, as root, would leave a plain file where all programs expect the device."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(DataError, match=rf"{name}: is no regular file"):
+            write_atomic(tmp_path / name, b"")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and (tmp_path / "folder").is_dir()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_atomic_write_into_a_file_is_refused(tmp_path: Path) -> None:

@@ -224,7 +224,8 @@ def test_scene_files_say_what_is_in_each_image(raw: Path) -> None:
     for split, count in PICTURES.items():
         captioned, _, _ = load(raw, split)
         path = raw / f"annotations/scenes_{split}2014.json"
-        read = read_scenes(path)
+        order, read = read_scenes(path)
+        assert order == "reading"
         assert list(read) == [image["id"] for image in captioned["images"]] and len(read) == count
         for image in captioned["images"]:
             with Image.open(raw / f"images/{split}2014" / image["file_name"]) as file:
@@ -234,31 +235,39 @@ def test_scene_files_say_what_is_in_each_image(raw: Path) -> None:
         for annotation in captioned["annotations"]:
             assert annotation["caption"] in set(wordings(read[annotation["image_id"]]))
         content = json.loads(path.read_text())
-        assert list(content) == ["info", "license", "scenes"]
+        assert list(content) == ["info", "license", "order", "scenes"]
         assert list(content["scenes"][0]["objects"][0]) == ["cell", "shape", "color", "size"]
 
 
 RED = {"cell": 3, "shape": "ring", "color": "red", "size": "small"}
 
 
-def scene_file(*objects: object) -> dict[str, Any]:
-    return {"scenes": [{"image_id": 7, "objects": [RED]}, {"image_id": 8, "objects": list(objects)}]}
+BLUE = RED | {"cell": 5, "color": "blue"}
+PAIR = {"image_id": 7, "objects": [RED, BLUE]}
+
+
+def scene_file(*objects: object, order: object = "reading") -> dict[str, Any]:
+    return {"order": order, "scenes": [PAIR, {"image_id": 8, "objects": list(objects)}]}
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         ([], "has no list 'scenes'"),
-        ({"scenes": [3]}, "scenes[0]: needs image_id"),
-        ({"scenes": [{"image_id": True, "objects": []}]}, "scenes[0]: needs image_id"),
-        ({"scenes": [{"image_id": 7, "objects": []}] * 2}, "scenes[1]: image_id 7 stands twice"),
+        ({"scenes": [PAIR]}, "order is null, none of reading, random"),
+        (scene_file(RED, BLUE, order=["reading"]), 'order is ["reading"], none of reading, random'),
+        ({"order": "random", "scenes": [3]}, "scenes[0]: needs image_id"),
+        ({"order": "random", "scenes": [PAIR | {"image_id": True}]}, "scenes[0]: needs image_id"),
+        ({"order": "random", "scenes": [PAIR] * 2}, "scenes[1]: image_id 7 stands twice"),
+        (scene_file(), "scenes[1]: has 0 objects, needs 2 to 5"),
+        (scene_file(*({**RED, "cell": cell} for cell in range(6))), "scenes[1]: has 6 objects, needs 2 to 5"),
         (scene_file(RED, RED), "scenes[1]: two objects are in one cell"),
         (scene_file(RED, "ring"), "scenes[1].objects[1]: cell is null, none of 0 to 15"),
-        (scene_file(RED | {"cell": 16}), "scenes[1].objects[0]: cell is 16, none of 0 to 15"),
-        (scene_file(RED | {"cell": 1.0}), "scenes[1].objects[0]: cell is 1.0, none of 0 to 15"),
-        (scene_file(RED | {"shape": "star"}), 'shape is "star", none of ring, square, triangle'),
-        (scene_file(RED | {"color": ["red"]}), 'color is ["red"], none of red, green'),
-        (scene_file({**RED, "size": None}), "size is null, none of small, large"),
+        (scene_file(RED | {"cell": 16}, BLUE), "scenes[1].objects[0]: cell is 16, none of 0 to 15"),
+        (scene_file(RED | {"cell": 1.0}, BLUE), "scenes[1].objects[0]: cell is 1.0, none of 0 to 15"),
+        (scene_file(RED | {"shape": "star"}, BLUE), 'shape is "star", none of ring, square, triangle'),
+        (scene_file(RED | {"color": ["red"]}, BLUE), 'color is ["red"], none of red, green'),
+        (scene_file({**RED, "size": None}, BLUE), "size is null, none of small, large"),
     ],
 )
 def test_bad_scene_files_are_refused(content: object, told: str, tmp_path: Path) -> None:
@@ -280,7 +289,7 @@ def test_scene_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 def test_scenes_are_ordered_by_cell_whatever_the_file_has(tmp_path: Path) -> None:
     path = write_json(tmp_path / "scenes.json", scene_file(RED, RED | {"cell": 1, "size": "large"}))
-    assert read_scenes(path)[8] == (Thing(1, "ring", "red", "large"), Thing(3, "ring", "red", "small"))
+    assert read_scenes(path).scenes[8] == (Thing(1, "ring", "red", "large"), Thing(3, "ring", "red", "small"))
 
 
 def test_no_picture_file_is_in_two_splits(raw: Path) -> None:
@@ -354,7 +363,7 @@ def test_questions_are_asked_about_the_first_training_images_alone(tmp_path: Pat
     assert not changed_files(tmp_path / "all", tmp_path / "twenty")
     captioned, asked, answered = load(tmp_path / "few", "train")
     assert sorted({question["image_id"] for question in asked}) == [image["id"] for image in captioned["images"]][:7]
-    read = read_scenes(tmp_path / "few/annotations/scenes_train2014.json")
+    read = read_scenes(tmp_path / "few/annotations/scenes_train2014.json").scenes
     for question, annotation in zip(asked, answered, strict=True):
         assert question["question_id"] == annotation["question_id"]
         assert annotation["multiple_choice_answer"] == true_answer(question["question"], read[question["image_id"]])
@@ -364,10 +373,11 @@ def test_order_of_the_objects_changes_the_captions_alone(tmp_path: Path) -> None
     convert("shapes", "--out", tmp_path / "reading", *SMALL)
     convert("shapes", "--out", tmp_path / "random", "--order", "random", *SMALL)
     changed = changed_files(tmp_path / "reading", tmp_path / "random")
-    assert changed <= {f"captions_{split}2014.json" for split in PICTURES}
+    assert changed <= {f"{kind}_{split}2014.json" for split in PICTURES for kind in ("captions", "scenes")}
     assert "captions_train2014.json" in changed
     in_order = 0
-    read = read_scenes(tmp_path / "random/annotations/scenes_train2014.json")
+    order, read = read_scenes(tmp_path / "random/annotations/scenes_train2014.json")
+    assert order == "random" and read == read_scenes(tmp_path / "reading/annotations/scenes_train2014.json").scenes
     annotations = load(tmp_path / "random", "train")[0]["annotations"]
     for annotation in annotations:
         scene = read[annotation["image_id"]]
