@@ -73,7 +73,7 @@ def _check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise UserError(f"--json {path}: is no regular file; name another one")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):  # the name may be too long
             pass
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from error

@@ -87,9 +87,11 @@ def _judge(
     own = task.predict_words(batch)
     shuffled = task.predict_words(batch | {"images": batch["images"][other_row]})
     rows = zip(own, shuffled, batch["image_index"].tolist(), has_other.tolist(), strict=True)
+    texts: dict[int, list[list[int]]] = {}  # by row: an image has several captions
     for entry, beside, row, counted in rows:
-        texts = (tokenizer.encode(text, longest) for text in wordings(scenes[row], order))
-        guesses = best_guesses(texts, entry["text_ids"], entry["positions"])
+        if row not in texts:
+            texts[row] = [tokenizer.encode(text, longest) for text in wordings(scenes[row], order)]
+        guesses = best_guesses(texts[row], entry["text_ids"], entry["positions"])
         if guesses is None:
             raise UserError(
                 f"{samples.split.row(row).where}: caption {entry['sample_id']} is none that its scene may have; name "
