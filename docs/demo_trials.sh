@@ -25,6 +25,10 @@ recipe = yaml.safe_load(open("eve_ds/configs/tiny_shapes.yaml"))
 print(json.dumps(recipe["model"] | json.loads(sys.argv[1])))' "$1"
 }
 
+probe() { # run
+    python -m eve_ds.bench probe --checkpoint "$1" --data "$demo/data/captions" --scenes "$demo/raw/annotations" --images 6000
+}
+
 convert() { # raw files, out: caption shards
     for split in train val test; do
         python -m preprocessing coco --annotations "$1/annotations/captions_${split}2014.json" --images "$1/images" --split $split --out "$2"
@@ -40,9 +44,10 @@ finetune() { # name, then where it starts: 500 steps of VQA, the demo's retrieva
 }
 
 finetune_long() { # name, captions, then where it starts: retrieval as the old demo had it
-    echo "== $1, seed $seed: retrieval, 450 steps at 2e-3"
+    echo "== $1, seed $seed: retrieval, 450 steps at 2e-3, and what the model knows then"
     run eve_ds.finetune --config eve_ds/configs/tiny_shapes_itr.yaml --task itr_coco --optimizer.total_steps 450 --optimizer.lr 2e-3 \
-        --seed "$seed" --data "$2" --output_dir "$out/$1/itr450" "${@:3}"
+        --seed "$seed" --data "$2" --checkpoint.export true --output_dir "$out/$1/itr450" "${@:3}"
+    probe "$out/$1/itr450"
 }
 
 trial() { # name, captions, tokenizer, options of the pre-training
@@ -53,7 +58,7 @@ trial() { # name, captions, tokenizer, options of the pre-training
 
 look() { # name, pre-training: what it has learned, and what it gives
     echo "== $1, seed $seed: probe"
-    python -m eve_ds.bench probe --checkpoint "$2" --data "$demo/data/captions" --scenes "$demo/raw/annotations" --images 6000
+    probe "$2"
     finetune "$1" --checkpoint "$2"
 }
 
@@ -96,6 +101,7 @@ PYTHON
     trial sizes "$old" "$old_tokenizer"
     trial width_64_sizes "$old" "$old_tokenizer" --model "$(model "$small")"
     old_recipe=(--model "$(model "$small_short")" --engine.global_batch_size 64 --optimizer.lr 2.5e-3)
+    trial width_64_short "$old" "$old_tokenizer" --model "$(model "$small_short")"
     trial old_2400 "$old" "$old_tokenizer" "${old_recipe[@]}" --optimizer.total_steps 2400
     trial old "$old" "$old_tokenizer" "${old_recipe[@]}" --optimizer.total_steps 550
 
