@@ -263,6 +263,8 @@ def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pyte
         told = refused(arguments(world, **changes), capsys)
         assert all(word in told for word in words), told
     assert "checkpoint" in refused(["probe", "--data=x", "--scenes=y"], capsys)
+    assert "must be below 2**63" in refused(arguments(world, seed=2**63), capsys)
+    assert "File name too long" in refused(arguments(world, data="x" * 300), capsys)
 
 
 def test_scenes_that_agree_with_the_captions_in_color_alone_are_noticed(
