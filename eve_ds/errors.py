@@ -32,11 +32,12 @@ _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo con
 # Launchers end all ranks as soon as one leaves, so who has the least to say leaves last.
 RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
 LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
+STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
+def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and end the process with its `exit_code`.
 
     What is registered for the exit is done, but the interpreter is not taken down: a thread of gloo that lets go of a
@@ -49,15 +50,15 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-def exit_code(main: Callable[[], None]) -> int:
-    """Run an entry point. Returns 0 on success, 2 after one line on stderr on a user's mistake.
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Run an entry point. Returns what it returns (None is 0), or 2 after one line on stderr on a user's mistake.
 
     All ranks meet the same mistakes in set-up, so rank 0 prints them; another one waits to be ended by its launcher,
     and prints if that never comes: it alone met the mistake. A rank that finds another one gone returns 3: launchers
     then report the one that knows why.
     """
     try:
-        main()
+        code = main()
     except USER_ERRORS as error:
         line = " ".join(str(error).split())
         if _rank() != 0 and not isinstance(error, RankError):
@@ -83,7 +84,7 @@ def exit_code(main: Callable[[], None]) -> int:
         return 3
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def _rank() -> int:

@@ -9,11 +9,11 @@ import sys
 
 from eve_ds.config import FinetuneConfig, parse
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.errors import UserError, run_command
+from eve_ds.errors import STOPPED, UserError, run_command
 from eve_ds.finetune_options import expand_options, help_text
 
 
-def main() -> None:
+def main() -> int:
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     if config.evaluate and not config.init_from:
@@ -49,18 +49,20 @@ def main() -> None:
         if training is None:
             setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, output_dir)
-            return
+            return 0
         evaluate = scorer.while_training if config.data.val_split else None
         steps = setup.total_steps(config, len(training))
         trainer = Trainer(config, task, steps, device, setup.inputs(training), standard_callbacks(config), evaluate)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
-        if not trainer.stopped_early:
-            with trainer.whole_weights():
-                scorer.score(task, config.split, output_dir)
-            if config.checkpoint.export:
-                answers = read_answer_list(config.data.home) if config.task == "vqa" else None
-                export_model(task, config, tokenizer, output_dir / "model", answers)
+        if trainer.stopped_early:
+            return STOPPED
+        with trainer.whole_weights():
+            scorer.score(task, config.split, output_dir)
+        if config.checkpoint.export:
+            answers = read_answer_list(config.data.home) if config.task == "vqa" else None
+            export_model(task, config, tokenizer, output_dir / "model", answers)
+    return 0
 
 
 if __name__ == "__main__":

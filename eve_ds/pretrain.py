@@ -9,10 +9,10 @@ import sys
 
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.errors import run_command
+from eve_ds.errors import STOPPED, run_command
 
 
-def main() -> None:
+def main() -> int:
     config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
@@ -52,8 +52,11 @@ def main() -> None:
         )
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
-        if config.checkpoint.export and not trainer.stopped_early:
+        if trainer.stopped_early:
+            return STOPPED
+        if config.checkpoint.export:
             export_model(task, config, tokenizer, output_dir / "model")
+    return 0
 
 
 if __name__ == "__main__":

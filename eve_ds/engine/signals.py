@@ -26,6 +26,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.requested:
+            return  # a launcher sends TERM to the ranks that are left as soon as one has ended
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -177,6 +177,6 @@ def test_a_signal_for_the_whole_job_saves(data: Path, tmp_path: Path) -> None:
     for process in [*run.readers(rank=0), run.ranks[0].pid]:
         os.kill(process, signal.SIGTERM)
     codes, text = ranks.finish(run.ranks)
-    assert codes == [0] and "error:" not in text and "Traceback" not in text, text
+    assert codes == [75] and "error:" not in text and "Traceback" not in text, text
     (saved,) = (run.output / "checkpoints").iterdir()
     assert saved.name == f"step_{len(records(run.output)):08d}" and (saved / "complete.json").is_file()

@@ -14,7 +14,7 @@ from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import run_command
 
 
-def main() -> None:
+def main() -> int:
     prepare_environment()
     from eve_ds import pretrain
     from eve_ds.engine.trainer import Trainer
@@ -40,7 +40,7 @@ def main() -> None:
         Trainer._train_step = stopped  # type: ignore[method-assign]
     else:
         MaskedModelling.forward = spiked  # type: ignore[method-assign]
-    pretrain.main()
+    return pretrain.main()
 
 
 if __name__ == "__main__":
