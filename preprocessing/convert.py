@@ -5,7 +5,8 @@ import os
 from itertools import islice
 from typing import Any
 
-from preprocessing.image_policy import add_image_arguments, image_policy
+from preprocessing.image_names import report_excluded
+from preprocessing.image_policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_arguments, image_policy
 from preprocessing.pipeline import build_split
 from preprocessing.places import place
 from preprocessing.pool import check_workers
@@ -83,11 +84,16 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     if not len(source.rows):
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
+    report_excluded(args, source)
     _check_images_there(source.rows)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lost = "".join(f", {count} dropped: {reason}" for reason, count in sorted(manifest["dropped"].items()))
     target = place(args.out) / args.split
+    if args.exclude_images_of or args.near_duplicates_of:
+        same, near = (manifest["dropped"].get(f"image {reason}", 0) for reason in (IN_OTHER_SET, NEAR_OTHER_SET))
+        sets = " ".join([*args.exclude_images_of, *args.near_duplicates_of])
+        print(f"images of {sets}: {same} rows left out that have the same file, {near} that look alike")
     print(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}")
     return manifest
 

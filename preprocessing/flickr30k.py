@@ -45,8 +45,11 @@ def run(args: argparse.Namespace) -> None:
     path = place(args.annotations)
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images, _FOLDERS)
     if not path.name.endswith(".json"):
-        only = None if args.only is None else ImageList(read_image_names(place(args.only)))
-        write_split(read_tokens(path, images, cleaning, excluded, only), args)
+        only = None if args.only is None else ImageList(read_image_names(place(args.only)), args.only)
+        source = read_tokens(path, images, cleaning, excluded, only)
+        for file, names, found in only.found() if only is not None else ():
+            print(f"--only {file}: {found} of {names} images found")
+        write_split(source, args)
         return
     content = read_json(path)
     if not is_karpathy(content):
@@ -81,9 +84,10 @@ def read_tokens(
         image_id = posixpath.splitext(name)[0]
         if owner.setdefault(image_id, name) != name:
             raise DataError(f"{path}: image id {image_id} stands for {owner[image_id]} and for {name}; rename one")
+        out = excluded.holds(name)
         if only is not None and not only.holds(name):
             source.left_out["image is not listed in --only"] += 1
-        elif excluded.holds(name):
+        elif out:
             source.left_out[EXCLUDED] += 1
         elif kept := cleaning.captions(texts, source.left_out):
             rows.append(Row(name, (images.find(name),), {"caption": kept, "image_id": image_id}))

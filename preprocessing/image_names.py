@@ -3,16 +3,19 @@
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from preprocessing.files import read_json, read_text
 from preprocessing.image_refs import ImageRef, image_in, join
 from preprocessing.places import Place, names_in, place
 from preprocessing.schema import DataError
+from preprocessing.source import Source
 
 _ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 _COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
-COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
+_NUMBER = re.compile(r"[0-9]{1,11}")
+_FOLDER = re.compile(r"[/\\]")
+COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017", "images", "image")
 
 
 def image_key(name: str) -> str:
@@ -20,7 +23,7 @@ def image_key(name: str) -> str:
 
     So train2014/COCO_train2014_000000000009.jpg and 000000000009.jpg (2017) are both "coco:9".
     """
-    base = name.rsplit("/", 1)[-1]
+    base = _FOLDER.split(name)[-1]
     stem, dot, ending = base.rpartition(".")
     if not dot or ending.lower() not in _ENDINGS:
         stem = base
@@ -58,21 +61,65 @@ class ImageFolder:
 
 
 class ImageList:
-    """Names of images, as a list file has them."""
+    """Names of images, as list files have them; notes which of them were met."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = {form for name in names for form in (name, image_key(name))}
+    def __init__(self, names: Iterable[str], file: str = "") -> None:
+        self._lists = [_NameList(names, file)]
+
+    @classmethod
+    def joined(cls, lists: Iterable["ImageList"]) -> "ImageList":
+        """All of several lists, each of which is still counted for itself."""
+        whole = cls(())
+        whole._lists = [part for one in lists for part in one._lists]
+        return whole
 
     def __bool__(self) -> bool:
-        return bool(self._names)
+        return any(part.names for part in self._lists)
 
     def holds(self, *names: str) -> bool:
         """Whether the list has an image of which `names` are the file's name, its id, or its key."""
-        return bool(self._names) and any(name in self._names or image_key(name) in self._names for name in names)
+        if not self._lists:
+            return False
+        forms = {form for name in names for form in (name, image_key(name))}
+        return sum(part.meets(forms) for part in self._lists) > 0  # every one of them notes what it met
+
+    def found(self) -> Iterator[tuple[str, int, int]]:
+        """(file, names in it, how many of them `holds` has met) of each list."""
+        yield from ((part.file, part.names, len(part.met)) for part in self._lists)
+
+    def example(self, file: str) -> str:
+        """A name of the list `file`."""
+        return next(part.first for part in self._lists if part.file == file)
+
+
+class _NameList:
+    """The names of one file: the number of the image that each form of a name means."""
+
+    def __init__(self, names: Iterable[str], file: str) -> None:
+        self.file = file
+        self.first = ""
+        self.names = 0
+        self.met: set[int] = set()
+        self._image: dict[str, int] = {}
+        for name in names:
+            self.first = self.first or name
+            forms = [name, image_key(name)]
+            if _NUMBER.fullmatch(name):  # an id, which COCO's files have in their names
+                forms.append(coco_key(int(name)))
+            number = next((self._image[form] for form in forms if form in self._image), self.names)
+            self.names += number == self.names
+            for form in forms:
+                self._image.setdefault(form, number)
+
+    def meets(self, forms: Iterable[str]) -> bool:
+        """Whether one of `forms` stands in the list; notes which image that is."""
+        here = [self._image[form] for form in forms if form in self._image]
+        self.met.update(here)
+        return bool(here)
 
 
 def add_exclude_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare `--exclude`."""
+    """Declare `--exclude` and `--allow-unmatched`."""
     parser.add_argument(
         "--exclude",
         nargs="+",
@@ -81,14 +128,45 @@ def add_exclude_argument(parser: argparse.ArgumentParser) -> None:
         help="leave out the images that these files name: X-VLM JSON, COCO JSON, test split of a Karpathy JSON, the "
         "list of `duplicates find`, or text with a name or id a line",
     )
+    parser.add_argument(
+        "--allow-unmatched", action="store_true", help="go on where none of a list's images is among the data set's"
+    )
 
 
 EXCLUDED = "image is listed in --exclude"
 
 
 def excluded_images(args: argparse.Namespace) -> ImageList:
-    """The images of all `--exclude` files. Raises DataError naming the file at fault."""
-    return ImageList(name for path in args.exclude for name in read_image_names(place(path)))
+    """The images of all `--exclude` files; `args.excluded` has them too. Raises DataError naming the file at fault."""
+    args.excluded = ImageList.joined(ImageList(read_image_names(_list_file(path)), path) for path in args.exclude)
+    return cast(ImageList, args.excluded)
+
+
+def _list_file(path: str) -> Place:
+    found = place(path)
+    if found.is_dir():
+        raise DataError(f"{path}: is a folder; a prepared data set goes to --exclude-images-of, --exclude takes files")
+    return found
+
+
+def report_excluded(args: argparse.Namespace, source: Source) -> None:
+    """Print how many images of each `--exclude` list `source` knows and what it left out; adds that to its counts.
+
+    Raises DataError for a list of which no image was met, unless `args.allow_unmatched`.
+    """
+    lists = list(args.excluded.found()) if "excluded" in args else []
+    for file, names, found in lists:
+        if not found and not args.allow_unmatched:
+            raise DataError(
+                f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
+                f", the data set like {source.rows[0].name}; give the right list, or --allow-unmatched"
+            )
+        print(f"--exclude {file}: {found} of {names} images found")
+    if lists:
+        gone = [f"{count} left out: {reason}" for reason, count in source.left_out.items() if EXCLUDED in reason]
+        print(f"--exclude: {'; '.join(gone) or 'nothing left out'}")
+        source.counts["images named by --exclude"] = sum(names for _, names, _ in lists)
+        source.counts["images named by --exclude and found"] = sum(found for _, _, found in lists)
 
 
 def read_image_names(path: Place) -> Iterator[str]:

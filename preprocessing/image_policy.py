@@ -18,6 +18,8 @@ from preprocessing.reading import hashes_of
 from preprocessing.schema import DataError
 
 CHECKS = ("full", "header")
+IN_OTHER_SET = "is in a set of --exclude-images-of"
+NEAR_OTHER_SET = "nearly duplicates one of --near-duplicates-of"
 _QUALITY = 90
 _LEAST_SIDE = 32
 
@@ -61,7 +63,7 @@ class ImagePolicy:
             key = np.uint64(content_key(data))
             place = int(np.searchsorted(self.excluded, key))
             if place < len(self.excluded) and self.excluded[place] == key:
-                raise ExcludedImage("is in a set of --exclude-images-of")
+                raise ExcludedImage(IN_OTHER_SET)
 
     def _refuse_near(self, image: Image.Image) -> None:
         try:
@@ -69,7 +71,7 @@ class ImagePolicy:
         except Exception as error:  # decoders raise whatever they like on broken files
             raise BadImage("does not decode") from error
         if next(self.near.near(*hashes, self.near_distance), None) is not None:
-            raise ExcludedImage("nearly duplicates one of --near-duplicates-of")
+            raise ExcludedImage(NEAR_OTHER_SET)
 
 
 def _shrunk(image: Image.Image, max_side: int, quality: int) -> bytes:
@@ -118,6 +120,9 @@ def image_policy(args: argparse.Namespace) -> ImagePolicy:
     workers = getattr(args, "workers", 1)
     near = HashList.joined(hashes_of(place(name), workers=workers) for name in args.near_duplicates_of)
     exact = [hashes_of(place(name), False, workers).keys for name in args.exclude_images_of]
+    for name, keys in zip(args.exclude_images_of, exact, strict=True):
+        if not len(keys):
+            raise DataError(f"--exclude-images-of {name}: holds no image; name the set that is to be kept out")
     nameless = replace(near, names=np.zeros(len(near), dtype="S1"))  # it is sent to the workers, who need no names
     return ImagePolicy(
         args.max_pixels,

@@ -46,17 +46,18 @@ def read_karpathy(
         found = field(record, "split", str, where)
         if found not in _SPLITS:
             raise DataError(f"{where}: split '{found}' is none of {', '.join(_SPLITS)}; is this the right file?")
-        if found not in wanted:
-            continue
         file = field(record, "filename", str, where)
         image_id = str(record["cocoid"]) if "cocoid" in record else posixpath.splitext(file)[0]
+        out = excluded.holds(file, image_id)  # asked of other splits, too: a list of their images is one of this set
+        if found not in wanted:
+            continue
         if image_id in seen:
             raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
         seen.add(image_id)
         sentences = [field(one, "raw", str, where) for one in field(record, "sentences", list, where)]
         source.counts["images"] += 1
         source.counts["captions"] += len(sentences)
-        if excluded.holds(file, image_id):
+        if out:
             source.left_out[EXCLUDED] += 1
             continue
         captions = cleaning.captions(sentences, source.left_out)

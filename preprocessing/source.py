@@ -29,6 +29,10 @@ class Rows(Protocol):
         """From the first to the last."""
         ...
 
+    def __getitem__(self, index: int) -> Row:
+        """One of them."""
+        ...
+
 
 @dataclass
 class Source:

@@ -42,11 +42,24 @@ def test_files_are_found_by_any_of_their_names(tmp_path: Path) -> None:
         assert images.find(name).path == f"{tmp_path}/{place}"
 
 
-def test_a_list_of_bare_numbers_does_not_mean_coco() -> None:
-    assert not ImageList(["391895"]).holds("000000391895.jpg")  # it may be Visual Genome's
-    assert ImageList(["391895"]).holds("391895.jpg")
+def test_an_image_is_known_by_its_base_name_and_a_coco_image_by_its_number() -> None:
+    numbers = ImageList(["391895"])
+    assert numbers.holds("val2014/COCO_val2014_000000391895.jpg") and numbers.holds("000000391895.jpg")
+    assert numbers.holds("VG_100K/391895.jpg")
+    assert not numbers.holds("1391895.jpg") and not numbers.holds("COCO_val2014_000000391896.jpg")
+    assert not ImageList(["391895.jpg"]).holds("000000391895.jpg")  # a file of that name is Visual Genome's
     assert ImageList(["COCO_val2014_000000391895.jpg"]).holds("train2017/000000391895.jpg")
+    assert ImageList([r"C:\data\val\a.jpg"]).holds("images/a.png")
     assert not ImageList([]).holds("a.jpg")
+
+
+def test_names_of_each_list_are_counted_as_images_and_once() -> None:
+    first = ImageList(["a.jpg", "x/a.jpg", "42", "COCO_val2014_000000000042.jpg", "b.jpg"], "first")
+    lists = ImageList.joined([first, ImageList(["b.jpg", "c.jpg"], "second")])
+    assert list(lists.found()) == [("first", 3, 0), ("second", 2, 0)]
+    for names in (("a.png", "7"), ("y/a.jpg",), ("b.jpg", "9"), ("d.jpg",)):
+        assert lists.holds(*names) == (names != ("d.jpg",))
+    assert list(lists.found()) == [("first", 3, 2), ("second", 2, 1)]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def evaluation(tmp_path: Path) -> Path:
     return prepare(tmp_path / "test", {"e1.png": encode(scene(1), "PNG"), "e2.jpg": encode(scene(2), "JPEG")})
 
 
-def test_images_of_other_sets_stay_out(tmp_path: Path, evaluation: Path) -> None:
+def test_images_of_other_sets_stay_out(tmp_path: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = {
         "same.jpg": encode(scene(2), "JPEG"),
         "smaller.jpg": encode(scene(1).resize((160, 120)), "JPEG", quality=60),
@@ -129,6 +129,8 @@ def test_images_of_other_sets_stay_out(tmp_path: Path, evaluation: Path) -> None
     exact = prepare(tmp_path, pictures, "--exclude-images-of", evaluation, out="exact")
     assert [row["image_id"] for row in rows_of(exact)] == ["smaller.jpg", "other.jpg"]
     assert read_manifest(exact)["dropped"] == {"image is in a set of --exclude-images-of": 1}  # no fault of the data
+    told = f"images of {evaluation}: 1 rows left out that have the same file, 0 that look alike\n"
+    assert told in capsys.readouterr().out
     convert("duplicates", "hash", evaluation, "--out", tmp_path / "e.npz")
     for listed in (evaluation.parent, tmp_path / "e.npz"):
         near = prepare(tmp_path, pictures, "--near-duplicates-of", listed, "--overwrite", out="near")

@@ -93,6 +93,34 @@ def test_pre_training_on_train_and_val_less_the_test_list(tmp_path: Path, coco: 
         assert read_manifest(out / "train")["dropped"] == {"image is listed in --exclude": 1}
 
 
+def test_lists_of_which_nothing_is_here_are_refused_unless_allowed(
+    coco: list[object], tmp_path: Path, refuse: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong list would leave test images in the training data without a word."""
+    (tmp_path / "ids.txt").write_text("42\n43\n42\n")
+    (tmp_path / "other.txt").write_text("4385058960_b0f291553e.jpg\n")
+    words = [*coco, "--split", "train", "--exclude", tmp_path / "ids.txt", tmp_path / "other.txt"]
+    message = refuse(*words)
+    assert "other.txt: none of its 1 images is here: it has names like 4385058960_b0f291553e.jpg" in message
+    assert "the data set like COCO_train2014_000000000009.jpg;" in message and "--allow-unmatched" in message
+    assert not (tmp_path / "out/train").exists()
+    convert(*words, "--allow-unmatched")
+    out = capsys.readouterr().out
+    assert "ids.txt: 1 of 2 images found\n" in out and "other.txt: 0 of 1 images found\n" in out
+    assert "--exclude: 1 left out: image is listed in --exclude\n" in out
+    assert [row["image_id"] for row in rows_of(tmp_path / "out/train")] == ["9"]
+    assert read_manifest(tmp_path / "out/train")["source"] == {
+        "images": 2, "captions": 4, "images named by --exclude": 3, "images named by --exclude and found": 1
+    }  # fmt: skip
+    test = write_json(tmp_path / "coco_test.json", [{"image": "val2014/COCO_val2014_000000000074.jpg"}])
+    convert(*coco, "--split", "train", "--exclude", test, "--overwrite")  # its images are another split's
+    out = capsys.readouterr().out
+    assert "coco_test.json: 1 of 1 images found\n" in out and "--exclude: nothing left out\n" in out
+    assert "out/train: is a folder; a prepared data set goes to --exclude-images-of" in refuse(
+        *coco, "--split", "val", "--exclude", tmp_path / "out/train"
+    )
+
+
 def test_cleaned_captions(coco: list[object], tmp_path: Path) -> None:
     convert(*coco, "--split", "val", "--text-cleaning", "xvlm")
     assert rows_of(tmp_path / "out/val")[0]["caption"] == ["a 73 0", "a 73 1"]
@@ -124,12 +152,13 @@ def flickr(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_flickr_by_both_files(flickr: Path) -> None:
-    (flickr / "train.txt").write_text("1000092795\n10002456\n")
+def test_flickr_by_both_files(flickr: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (flickr / "train.txt").write_text("1000092795\n10002456\n1\n")
     end = ["--images", flickr, "--split", "train", "--out"]
     convert("flickr30k", "--annotations", flickr / "dataset_flickr30k.json", *end, flickr / "a")
     convert("flickr30k", "--annotations", flickr / "results_20130124.token", "--only", flickr / "train.txt", *end,
             flickr / "b")  # fmt: skip
+    assert "train.txt: 2 of 3 images found\n" in capsys.readouterr().out
     rows = rows_of(flickr / "a/train")
     assert rows == rows_of(flickr / "b/train")
     assert [(row["image_id"], row["image"]) for row in rows] == [("1000092795", picture(0)), ("10002456", picture(1))]
