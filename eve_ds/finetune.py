@@ -34,6 +34,7 @@ def main() -> int:
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
     scored = {split: setup.samples(config, split, tokenizer, train=False) for split in splits}
     training = None if config.evaluate else setup.samples(config, config.data.train_split, tokenizer, train=True)
+    setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
 
     with distributed.joined() as device:

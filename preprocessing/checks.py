@@ -1,6 +1,5 @@
 """What `verify` asks of a shard and of each of its rows, and what both `verify` and `repair` learn from it."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -14,10 +13,9 @@ from preprocessing.places import Place, names_in, open_input, size_of
 from preprocessing.pool import run_tasks
 from preprocessing.progress import Progress
 from preprocessing.reading import batches_of
-from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
+from preprocessing.schema import ANSWER_LIST, ID_COLUMNS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, id_key
 from preprocessing.writer import file_sha256
 
-ID_COLUMNS = {"caption": ("image_id",), "vqa": ("image_id", "question_id"), "nlvr": ("identifier",)}
 _PER_SAMPLE = {  # list columns that run over the samples of a row, as long as SAMPLE_COLUMN's
     "caption": (),
     "vqa": ("answers", "answer_labels", "answer_scores", "question_id"),
@@ -69,7 +67,7 @@ def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -
         report.barred = True
         return report
     unreadable: list[str] = []
-    keys: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
+    keys: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[facts.kind]}
     key_rows: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
     for batch in batches_of(path, KINDS[facts.kind], unreadable):
         for row in batch.to_pylist():
@@ -77,7 +75,7 @@ def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -
             if faults:
                 report.row_faults[report.rows] = faults
             for column, ids in ids_of(row, facts.kind):
-                keys[column] += map(_key, ids)
+                keys[column] += map(id_key, ids)
                 key_rows[column] += [report.rows] * len(ids)
             report.rows += 1
             report.samples += len(row[SAMPLE_COLUMN[facts.kind]] or ())
@@ -87,7 +85,7 @@ def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -
         if record is not None and report.whole and found != record[name]:
             report.faults.append(f"has {found} {name}, the manifest says {record[name]}")
     for column in keys:
-        report.ids[column] = np.array(keys[column], np.uint64), np.array(key_rows[column], np.int64)
+        report.ids[column] = np.frombuffer(b"".join(keys[column]), "<u8"), np.array(key_rows[column], np.int64)
     return report
 
 
@@ -156,10 +154,6 @@ def ids_of(row: dict[str, Any], kind: str) -> Iterator[tuple[str, list[Any]]]:
         value = row[column]
         ids = value if isinstance(value, list) else [value]
         yield column, [one for one in ids if one is not None]
-
-
-def _key(value: str | int) -> int:
-    return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=8).digest(), "little")
 
 
 def add_duplicates(reports: Sequence[ShardReport], kind: str) -> None:

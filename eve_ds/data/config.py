@@ -44,6 +44,8 @@ class DataConfig:
             sequential (eve_ds/data/sampler.py); 0 shuffles the whole epoch, best for local disks.
         max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbour stands in for
             each. 0 stops at the first one.
+        allow_overlap: train and score although images, questions or statements of the training split stand in a split
+            that is scored, too; they are logged.
     """
 
     path: str = ""
@@ -57,6 +59,7 @@ class DataConfig:
     num_workers: int = 0
     shuffle_window: int = 0
     max_corrupt: float = 0.001
+    allow_overlap: bool = False
 
     @property
     def home(self) -> str:

@@ -219,23 +219,24 @@ class Split:
 
     def sample_rows(self) -> np.ndarray:
         """[samples] int64: the row of every sample. Reads every shard's list offsets, and nothing else of it."""
-        counts = [np.zeros(0, dtype=np.int64)]
+        column = SAMPLE_COLUMN[self.kind]
+        counts = [np.diff(_sample_starts(batch.column(column))) for _, batch in self.batches()]
+        return np.repeat(np.arange(self.rows), np.concatenate([np.zeros(0, dtype=np.int64), *counts]))
+
+    def batches(self) -> Iterator[tuple[Path, pa.RecordBatch]]:
+        """(shard, record batch) of all of them, in order; what is not looked at is not read."""
         for number in range(len(self._shards)):
-            reader = self._shard(number)[0].reader
-            for b in range(reader.num_record_batches):
-                counts.append(np.diff(_sample_starts(reader.get_batch(b).column(SAMPLE_COLUMN[self.kind]))))
-        return np.repeat(np.arange(self.rows), np.concatenate(counts))
+            file = self._shard(number)[0]
+            for b in range(file.reader.num_record_batches):
+                yield file.path, file.reader.get_batch(b)
 
     def answers(self) -> Iterator[dict[int, str]]:
         """Label -> answer of every question that has some; nothing but their columns is read. For "vqa" alone."""
-        for number in range(len(self._shards) if self.kind == "vqa" else 0):
-            reader = self._shard(number)[0].reader
-            for b in range(reader.num_record_batches):
-                batch = reader.get_batch(b)
-                pairs = zip(batch.column("answer_labels").to_pylist(), batch.column("answers").to_pylist(), strict=True)
-                for labels, answers in pairs:
-                    for of_question in zip(labels or (), answers or (), strict=True):
-                        yield dict(zip(*(part or () for part in of_question), strict=True))
+        for _, batch in self.batches() if self.kind == "vqa" else ():
+            pairs = zip(batch.column("answer_labels").to_pylist(), batch.column("answers").to_pylist(), strict=True)
+            for labels, answers in pairs:
+                for of_question in zip(labels or (), answers or (), strict=True):
+                    yield dict(zip(*(part or () for part in of_question), strict=True))
 
     def read_ahead(self, samples: Iterable[int]) -> None:
         """Have the kernel read the pictures of these samples (in rising order) into its cache; does not wait for it."""

@@ -3,12 +3,17 @@
 ViLT's `vilt/utils/write_*.py` and EVE's `data_utils/dataset_*.py` leave one folder of Arrow files for all splits and no
 manifest: `coco_caption_karpathy_restval.arrow`, `nlvr2_dev.arrow`, `sbu_3.arrow`. They are taken as they are; there is
 then no hash to check them by. A file belongs to the split that its name says, or to train where the name says none.
+
+Of ViLT's questions `vqav2_val` is the whole of val2014, and `trainable_val` and `rest_val` are its two parts: train is
+train and trainable_val, val is rest_val where there is one. `nlvr2_balanced_dev`, `unbalanced_dev` and their like
+repeat pairs of dev and test1: they are read by their own names alone.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,16 +25,21 @@ import numpy as np
 from eve_ds.data.shards import OPEN_SHARDS, Row, Split, shard_kind
 from preprocessing.schema import MANIFEST, DataError
 
-# The first of these words in a file's name says its split; Karpathy's restval is what COCO trains on, too.
-_SPLIT_WORDS = {
+# The first of these words in a file's name says its split, together with a word of _PARTS before it. Of these splits
+# a run's train, val and test are made: Karpathy's restval is what COCO trains on, too.
+_MEANING = {
     "train": "train",
     "restval": "train",
-    "trainable": "train",
+    "trainable_val": "train",
     "val": "val",
+    "rest_val": "val",
     "dev": "val",
     "test": "test",
     "test1": "test",
 }
+_SPLIT_WORDS = ("train", "restval", "val", "dev", "test", "test1")
+_PARTS = ("trainable", "rest", "balanced", "unbalanced")
+_NAMED = 12  # of a folder's files in a message
 _OURS = re.compile(r"shard-\d+\.arrow")
 
 
@@ -43,7 +53,7 @@ def open_split(
 
     Args:
         root: the data set's folder.
-        split: train, val, test or another split's name.
+        split: train, val, test or another split's name; of files without a manifest also a file's, without its ending.
         kind: of files without a manifest, take those that hold this kind of data alone: ViLT keeps all in one folder.
         open_shards: so many stay mapped.
     Raises:
@@ -53,9 +63,13 @@ def open_split(
     if (folder / MANIFEST).is_file():
         return Split(folder, open_shards=open_shards)
     inside = folder.is_dir()
-    files = _natural(folder.glob("*.arrow") if inside else Path(root).glob("*.arrow"))
-    if not inside:
-        files = [path for path in files if _is_of(path.stem, split)]
+    there = _natural(folder.glob("*.arrow") if inside else Path(root).glob("*.arrow"))
+    files = there if inside else _files_of(there, split)
+    if there and not files and not any(_OURS.fullmatch(path.name) for path in there):
+        raise DataError(
+            f"{folder / MANIFEST}: no such file, and no Arrow file in {root} is of split {split}: it holds "
+            f"{_listed(path.name for path in there)}; to read one of these, give its name without .arrow as the split"
+        )
     if not files or any(_OURS.fullmatch(path.name) for path in files):
         return Split(folder, open_shards=open_shards)  # which says what is missing
     files = [path for path in files if kind is None or shard_kind(path) == kind] or files
@@ -71,12 +85,40 @@ def _natural(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=parts)
 
 
-def _is_of(stem: str, split: str) -> bool:
+def _files_of(files: Sequence[Path], split: str) -> list[Path]:
+    """Those whose names say that they belong to the split."""
+    named = [(path, *_data_and_split(path.stem)) for path in files]
+    parted = {data for _, data, name in named if name == "rest_val"}
+    return [
+        path
+        for path, data, name in named
+        if split in (name, path.stem) or _MEANING.get(name) == split or _is_word(split, path.stem)
+        if not (split == name == "val" and data in parted and path.stem != split)  # it holds the trainable part as well
+    ]
+
+
+def _data_and_split(stem: str) -> tuple[str, str]:
+    """What a file's name says of its data set and of its split: coco_caption_karpathy and restval, vqav2 and rest_val.
+
+    The split is train where no word says one, and none of ours where it is a variant, such as test-dev.
+    """
     words = stem.split("_")
-    first = next((word for word in words if word == split or word in _SPLIT_WORDS), None)
-    if first is None:
-        return split == "train" and not any(word.split("-")[0] in _SPLIT_WORDS for word in words)  # test-dev
-    return split in (first, _SPLIT_WORDS.get(first))
+    at = next((i for i, word in enumerate(words) if word.split("-")[0] in _SPLIT_WORDS), None)
+    if at is None:
+        return stem, "train"
+    start = at - 1 if at and words[at - 1] in _PARTS else at
+    return "_".join(words[:start]), "_".join(words[start : at + 1])
+
+
+def _is_word(split: str, stem: str) -> bool:
+    """Whether a split that is none of the usual ones, such as minival, stands in a file's name."""
+    return split not in _MEANING and split in stem.split("_")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    first = list(itertools.islice(names, _NAMED + 1))
+    return ", ".join(first[:_NAMED]) + (", …" if len(first) > _NAMED else "")
 
 
 @functools.lru_cache(maxsize=4)

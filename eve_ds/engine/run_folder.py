@@ -30,6 +30,7 @@ FREE = (
     "engine.expert_parallel_size",
     "engine.micro_batch_size",
     "data.max_corrupt",
+    "data.allow_overlap",
 )
 CONFIG, LOCK = "config.yaml", ".lock"
 _held: list[int] = []  # descriptors of locks: closed, they would be given up

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.data.overlap import check_once, overlap
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
+from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
 from eve_ds.engine.distributed import launched_world
@@ -19,10 +23,11 @@ from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.schema import ANSWER_LIST
+from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
+_log = logging.getLogger(__name__)
 
 
 def tokenizer(config: Config) -> Tokenizer:
@@ -75,6 +80,46 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
                 )
         return VqaSamples(*arguments, num_answers=len(answers))
     return samples(*arguments)
+
+
+def check_apart(config: Config, training: Samples | None, held_out: Mapping[str, Samples]) -> None:
+    """Raise DataError where what is trained on is scored, too, or is scored twice. ``data.allow_overlap`` lets it pass.
+
+    Compared are splits of one data set: in another one, the same id may be another image's. ``training`` is None where
+    a model is scored alone: then it is the data set's training split, if there is one, that it must not hold.
+    """
+    home = Path(config.data.home).resolve()
+    opened = {split: samples.split for split, samples in held_out.items() if isinstance(samples.split, Split)}
+    for split in opened.values():
+        check_once(split)
+    own = next((split for split in _training_splits(config, training) if home in _folders(split)), None)
+    for name, split in opened.items():
+        if own is None or name == config.data.train_split:  # as the user says
+            continue
+        if found := overlap(own, split):
+            if not config.data.allow_overlap:
+                raise DataError(
+                    f"{found}; leave them out of one of these (preprocessing --exclude), or say that it is meant: "
+                    "--data.allow_overlap true"
+                )
+            if launched_world()[0] == 0:
+                _log.warning("%s; data.allow_overlap lets that pass", found)
+
+
+def _training_splits(config: Config, training: Samples | None) -> list[Split]:
+    if training is not None:
+        return training.split.splits if isinstance(training.split, JoinedSplit) else [training.split]
+    kind = {"vqa": "vqa", "nlvr": "nlvr"}.get(getattr(config, "task", ""), "caption")
+    try:
+        return [open_split(config.data.home, config.data.train_split, kind)]
+    except DataError:
+        return []  # only what is scored need be there
+
+
+def _folders(split: Split) -> tuple[Path, Path]:
+    """Where a split lies, and the data set's folder unless that is where it lies."""
+    folder = split.directory.resolve()
+    return folder, folder.parent
 
 
 def inputs(samples: Samples) -> dict[str, str]:

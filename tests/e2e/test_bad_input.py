@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_caption_set(root / "broken", rows=6, split="val")
     shard = root / "broken" / "train" / "shard-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
+    shutil.copytree(make_caption_set(root / "leaky", rows=6), root / "leaky" / "val")
     make_caption_set(root / "empty", rows=0, split="train")
     tiny_tokenizer(root / "tokenizer")
     (root / "occupied").mkdir()
@@ -36,6 +38,10 @@ CASES = {
     "no data": (["--data.path={root}/nowhere"], ["nowhere/train"]),
     "no tokenizer": (["--data.tokenizer={root}/nowhere"], ["nowhere"]),
     "truncated shard": (["--data.path={root}/broken"], ["shard-00000.arrow"]),
+    "trained on what is held out": (
+        ["--data.path={root}/leaky"],
+        ["6 images stand in both", "image-0", "allow_overlap"],
+    ),
     "empty data set": (["--data.path={root}/empty"], ["empty"]),
     "more ranks than rows": (["--data.num_workers=7"], ["6 rows", "1 ranks x 7 workers"]),
     "token ids beyond the vocabulary": (["--model.vocab_size=100"], ["tokenizer.json", "model.vocab_size"]),

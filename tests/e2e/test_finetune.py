@@ -10,7 +10,7 @@ import pytest
 
 from evaluation import nlvr, retrieval
 from tests.support import ranks
-from tests.support.shards import make_caption_set, make_nlvr_set, make_vqa_set, tiny_tokenizer
+from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, tiny_tokenizer
 
 ROWS = 9  # 18 samples on 4 ranks of 2: the last block has fewer than ranks, and repeats must not count
 KINDS = {"captions": make_caption_set, "vqa": make_vqa_set, "nlvr": make_nlvr_set}
@@ -79,7 +79,9 @@ def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretr
         )
     elif task == "vqa":
         rows = json.loads((first / "predictions_test.json").read_text())
-        assert [row["question_id"] for row in rows] == sorted(10 * i + q for i in range(ROWS) for q in (0, 1))
+        assert [row["question_id"] for row in rows] == [
+            10 * (FIRST_ID["test"] + i) + q for i in range(ROWS) for q in (0, 1)
+        ]
         assert 0 <= scores["soft_accuracy"] <= 100
         answers = [row["answer"] for row in rows]
         repeats = [row["answer"] for row in json.loads((again / "predictions_test.json").read_text())]

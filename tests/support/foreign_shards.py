@@ -63,15 +63,21 @@ def vilt_coco(folder: Path, rows: int = 5) -> list[Path]:
     ]
 
 
-def vilt_vqa(folder: Path, rows: int = 5) -> list[Path]:
-    """write_vqa.py: vqav2_{train,val,test,test-dev}.arrow; without answers on test, where pandas makes list<null>."""
+def vilt_vqa(folder: Path, rows: int = 5, whole: bool = False) -> list[Path]:
+    """write_vqa.py: vqav2_{train,val,test,test-dev}.arrow; without answers on test, where pandas makes list<null>.
+
+    `whole`: trainable_val and rest_val, too, the two parts of val: its last 2 images are the rest.
+    """
+    parts = {"train": (0, rows), "val": (100, 100 + rows), "test": (200, 200 + rows), "test-dev": (200, 200 + rows)}
+    if whole:
+        parts |= {"trainable_val": (100, 98 + rows), "rest_val": (98 + rows, 100 + rows)}
     paths = []
-    for split in ("train", "val", "test", "test-dev"):
+    for split, (start, end) in parts.items():
         known = not split.startswith("test")
         table = [
             {
                 "image": picture(i),
-                "questions": [f"is picture {i} red?", f"what colour has picture {i}?"],
+                "questions": [f"is picture {i - start} red?", f"what colour has picture {i - start}?"],
                 "answers": [["yes"], [COLORS[i % 4], "yes"]] if known else [],
                 "answer_labels": [[0], [2 + i % 4, 0]] if known else [],
                 "answer_scores": [[1.0], [0.9, 0.3]] if known else [],
@@ -79,18 +85,26 @@ def vilt_vqa(folder: Path, rows: int = 5) -> list[Path]:
                 "question_id": [10 * i, 10 * i + 1],
                 "split": split,
             }
-            for i in range(rows)
+            for i in range(start, end)
         ]
         types = None if known else {n: pa.list_(pa.null()) for n in ("answers", "answer_labels", "answer_scores")}
         paths.append(write_arrow(folder / f"vqav2_{split}.arrow", table_of(table, types)))
     return paths
 
 
-def vilt_nlvr(folder: Path, rows: int = 5) -> list[Path]:
-    """write_nlvr2.py: nlvr2_{train,dev,test1}.arrow; one row a pair of images."""
+def vilt_nlvr(folder: Path, rows: int = 5, whole: bool = False) -> list[Path]:
+    """write_nlvr2.py: nlvr2_{train,dev,test1}.arrow; one row a pair of images.
+
+    `whole`: {balanced,unbalanced}_{dev,test1}, too, which hold some of the pairs of dev and test1 again.
+    """
+    parts = {split: (split, range(rows)) for split in ("train", "dev", "test1")}
+    if whole:
+        for split in ("dev", "test1"):
+            parts[f"balanced_{split}"] = (split, range(rows - 2))
+            parts[f"unbalanced_{split}"] = (split, range(rows - 1))
     return [
         write_arrow(
-            folder / f"nlvr2_{split}.arrow",
+            folder / f"nlvr2_{name}.arrow",
             table_of(
                 [
                     {
@@ -99,13 +113,13 @@ def vilt_nlvr(folder: Path, rows: int = 5) -> list[Path]:
                         "questions": [f"both show {color}" for color in COLORS[:2]],
                         "answers": ["True", "False"],
                         "identifier": [f"{split}-{i}-0-0", f"{split}-{i}-0-1"],
-                        "split": split,
+                        "split": name,
                     }
-                    for i in range(rows)
+                    for i in numbers
                 ]
             ),
         )
-        for split in ("train", "dev", "test1")
+        for name, (split, numbers) in parts.items()
     ]
 
 

@@ -18,6 +18,7 @@ from preprocessing.tokenizer import Tokenizer, train_tokenizer
 
 COLORS = ("red", "green", "blue", "yellow")
 ANSWERS = ("yes", "no", *COLORS)
+FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # no id stands in two splits
 _RGB = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
 
 
@@ -103,7 +104,7 @@ def make_caption_set(
         {
             "image": picture(i, image_size),
             "caption": [f"picture {i} caption {c} shows a {COLORS[i % 4]} square" for c in range(captions)],
-            "image_id": f"image-{i}",
+            "image_id": f"image-{FIRST_ID[split] + i}",
             "split": split,
         }
         for i in range(rows)
@@ -114,7 +115,8 @@ def make_caption_set(
 def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
     """`rows` pictures with two questions each in root/split, and root/answer_list.json (ANSWERS). Returns root/split.
 
-    Question ids are 10 x row and 10 x row + 1; the first is yes/no, the second asks for the colour (it 0.9, yes 0.3).
+    Question ids are 10 x row and 10 x row + 1, row counted from FIRST_ID; the first is yes/no, the
+    second asks for the colour (it 0.9, yes 0.3).
     """
     table = []
     for i in range(rows):
@@ -126,8 +128,8 @@ def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: i
                 "answers": [[yes], [color, "yes"]],
                 "answer_labels": [[ANSWERS.index(yes)], [ANSWERS.index(color), 0]],
                 "answer_scores": [[1.0], [0.9, 0.3]],
-                "question_id": [10 * i, 10 * i + 1],
-                "image_id": f"image-{i}",
+                "question_id": [10 * (FIRST_ID[split] + i), 10 * (FIRST_ID[split] + i) + 1],
+                "image_id": f"image-{FIRST_ID[split] + i}",
                 "split": split,
             }
         )

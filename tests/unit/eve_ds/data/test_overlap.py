@@ -1,0 +1,155 @@
+"""Splits of one data set that share images, questions or statements are refused with the names of files and ids."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.data.config import DataSource
+from eve_ds.data.overlap import check_once, overlap
+from eve_ds.data.samples import Samples
+from eve_ds.data.sources import open_split
+from eve_ds.engine import setup
+from preprocessing.schema import DataError
+from preprocessing.tokenizer import Tokenizer
+from tests.support import foreign_shards
+from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, texts, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+def config(root: Path, task: str = "pretrain", **data: object) -> PretrainConfig | FinetuneConfig:
+    chosen: PretrainConfig | FinetuneConfig = PretrainConfig()
+    if task != "pretrain":
+        chosen = FinetuneConfig()
+        chosen.task = task
+    chosen.data.path = str(root)
+    chosen.model.image_size = 32
+    for name, value in data.items():
+        setattr(chosen.data, name, value)
+    return chosen
+
+
+def check(
+    chosen: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer, *held_out: str, train: bool = True
+) -> tuple[Samples | None, dict[str, Samples]]:
+    training = setup.samples(chosen, "train", tokenizer, train=True) if train else None
+    scored = {split: setup.samples(chosen, split, tokenizer, train=False) for split in held_out}
+    setup.check_apart(chosen, training, scored)
+    return training, scored
+
+
+def test_vilts_questions_are_split_as_vilt_splits_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign_shards.vilt_vqa(tmp_path, rows=12, whole=True)
+    training, scored = check(config(tmp_path, "vqa"), tokenizer, "val", "test")
+    assert training is not None and (training.rows, scored["val"].rows, scored["test"].rows) == (22, 2, 12)
+    ids = [
+        {samples.split.row(row).value("image_id") for row in range(samples.rows)}
+        for samples in (training, scored["val"], scored["test"])
+    ]
+    assert ids[1] == {110, 111} and not (ids[0] & ids[1]) and not (ids[0] & ids[2])
+    rows = {name: open_split(tmp_path, name).rows for name in ("rest_val", "trainable_val", "vqav2_val", "test-dev")}
+    assert rows == {"rest_val": 2, "trainable_val": 10, "vqav2_val": 12, "test-dev": 12}
+
+
+def test_vilts_val_without_its_rest_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign_shards.vilt_vqa(tmp_path, rows=12, whole=True)
+    (tmp_path / "vqav2_rest_val.arrow").unlink()
+    words = (
+        r"vqav2_trainable_val\.arrow and \S*vqav2_val\.arrow: 10 images stand in both, such as image_id 100, 101, 102"
+    )
+    with pytest.raises(DataError, match=words):
+        check(config(tmp_path, "vqa"), tokenizer, "val")
+    check(config(tmp_path, "vqa", allow_overlap=True), tokenizer, "val")
+    (tmp_path / "vqav2_trainable_val.arrow").unlink()
+    training, scored = check(config(tmp_path, "vqa"), tokenizer, "val")
+    assert training is not None and (training.rows, scored["val"].rows) == (12, 12)
+
+
+def test_vilts_pairs_count_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign_shards.vilt_nlvr(tmp_path, rows=6, whole=True)
+    training, scored = check(config(tmp_path, "nlvr"), tokenizer, "val", "test", "unbalanced_dev")
+    assert training is not None and training.rows == 6
+    assert {name: samples.rows for name, samples in scored.items()} == {"val": 6, "test": 6, "unbalanced_dev": 5}
+    assert scored["test"].split.row(0).value("split") == "test1"
+    (tmp_path / "nlvr2_dev.arrow").unlink()
+    with pytest.raises(DataError, match=r"no Arrow file in \S+ is of split val: it holds nlvr2_balanced_dev\.arrow, "):
+        open_split(tmp_path, "val", "nlvr")
+
+
+def test_a_pair_that_stands_twice_in_a_split_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign_shards.vilt_nlvr(tmp_path, rows=6, whole=True)
+    (tmp_path / "val").mkdir()
+    for name in ("dev", "balanced_dev"):
+        shutil.copy(tmp_path / f"nlvr2_{name}.arrow", tmp_path / "val")
+    words = r"nlvr2_balanced_dev\.arrow and \S*nlvr2_dev\.arrow: 8 statements stand twice .* identifier dev-0-0-0, "
+    with pytest.raises(DataError, match=words):
+        check(config(tmp_path, "nlvr"), tokenizer, "val")
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "words"),
+    [
+        (make_caption_set, "pretrain", "3 images stand in both, such as image_id image-0, image-1, image-2;"),
+        (make_vqa_set, "vqa", "3 images stand in both, such as image_id image-0, image-1, image-2;"),
+        (
+            make_nlvr_set,
+            "nlvr",
+            "6 statements stand in both, such as identifier train-0-0-0, train-0-0-1, train-1-0-0;",
+        ),
+    ],
+)
+def test_prepared_splits_that_overlap_are_refused(
+    make: object, task: str, words: str, tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert callable(make)
+    for split in ("train", "val", "test"):
+        make(tmp_path, rows=10, split=split)
+    check(config(tmp_path, task), tokenizer, "val", "test")
+    make(tmp_path / "other", rows=3, split="train")
+    shutil.rmtree(tmp_path / "test")
+    shutil.move(tmp_path / "other" / "train", tmp_path / "test")
+    for train in (True, False):  # a model that is scored alone was trained here, as far as anyone knows
+        with pytest.raises(DataError) as told:
+            check(config(tmp_path, task), tokenizer, "val", "test", train=train)
+        assert f"train/shard-00000.arrow and {tmp_path}/test/shard-00000.arrow: {words}" in str(told.value)
+    assert not caplog.messages
+    check(config(tmp_path, task, allow_overlap=True), tokenizer, "test")
+    assert len(caplog.messages) == 1 and words[:-1] in caplog.messages[0]
+
+
+def test_questions_that_overlap_over_other_images(tmp_path: Path) -> None:
+    make_vqa_set(tmp_path, rows=3)
+    FIRST_ID["shifted"] = 2
+    try:
+        held_out = open_split(make_vqa_set(tmp_path / "b", rows=3, split="shifted").parent, "shifted")
+    finally:
+        del FIRST_ID["shifted"]
+    assert ": 1 images stand in both, such as image_id image-2" in overlap(open_split(tmp_path, "train"), held_out)
+    check_once(held_out)
+
+
+def test_what_may_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    make_caption_set(tmp_path / "a", rows=4)
+    make_caption_set(tmp_path / "a", rows=4, split="val")
+    make_caption_set(tmp_path / "b", rows=4)
+    both = [DataSource(str(tmp_path / name)) for name in "ab"]
+    check(config(tmp_path / "a", sources=both), tokenizer, "val")
+    check(config(tmp_path / "b", sources=both), tokenizer, "train")  # said by the user in so many words
+    shutil.copytree(tmp_path / "a" / "train", tmp_path / "b" / "val")
+    check(config(tmp_path / "b", sources=both[:1]), tokenizer, "val")  # another data set: its ids are its own
+    with pytest.raises(DataError, match=r"b/train/shard-00000\.arrow and \S*b/val/shard-00000\.arrow: 4 images stand"):
+        check(config(tmp_path / "b", sources=both), tokenizer, "val")
+
+
+def test_eves_files_repeat_an_images_id(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    foreign_shards.eve_captions(tmp_path, "sbu")  # without ids
+    foreign_shards.eve_captions(tmp_path, "coco")
+    _, scored = check(config(tmp_path), tokenizer, "train")
+    assert len(texts(scored["train"].split, "caption")) == 20
