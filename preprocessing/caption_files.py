@@ -18,7 +18,7 @@ import pyarrow as pa
 from preprocessing.files import read_json, read_text
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import Base64Cell, FileImage, ImageRef, image_in
-from preprocessing.line_records import BadLine, Form, Record, caption_text, find_form, parse_line, record_of
+from preprocessing.line_records import BadLine, Form, Record, caption_texts, find_form, parse_line, record_of
 from preprocessing.places import exists, open_input, place
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
@@ -107,12 +107,13 @@ class _Keeper:
         source.counts["captions"] = 0
 
     def keeps(self, record: Record, image_id: str) -> bool:
-        self._source.counts["captions"] += 1
-        if not self._cleaning.caption(record.caption):
-            self._source.left_out["caption is empty"] += 1
-            return False
+        self._source.counts["captions"] += len(record.captions)
         if self._excluded.holds(record.file or url_name(record.url or ""), image_id):
             self._source.left_out[EXCLUDED] += 1
+            return False
+        if not self._cleaning.captions(record.captions, self._source.left_out):
+            if len(record.captions) != 1:
+                self._source.left_out["image without caption"] += 1
             return False
         return True
 
@@ -188,7 +189,7 @@ class LineRows(LazyRows):
         except BadLine as error:
             raise DataError(f"{path}: row {number}: {error}; it changed since the run began, start again") from None
         image = self._finder.find(record, path, offset, number)
-        columns = {"caption": [self._cleaning.caption(record.caption)], "image_id": self._id(file, number)}
+        columns = {"caption": self._cleaning.captions(record.captions), "image_id": self._id(file, number)}
         return Row(image.name, (image,), columns)
 
 
@@ -203,18 +204,20 @@ class EntryRows(LazyRows):
         self._stem = _stem(path)
         self._finder = finder
         self._cleaning = cleaning
-        kept: list[tuple[int, str, str | None, str | None]] = []
+        kept: list[tuple[int, tuple[str, ...], str | None, str | None]] = []
         number = -1
         try:
             for number, record in enumerate(entries):
                 finder.check(record)
                 if keeper.keeps(record, self._id(number)):
-                    kept.append((number, record.caption, record.file, record.url))
+                    kept.append((number, record.captions, record.file, record.url))
         except BadLine as error:
             raise DataError(f"{path}: entry {number + 1}: {error}") from None
         numbers, captions, names, urls = zip(*kept, strict=True) if kept else ((), (), (), ())
         self._number = np.array(numbers, dtype=np.int64)
-        self._text = [pa.array(values, pa.large_string()) for values in (captions, names, urls)]
+        text = pa.large_string()
+        columns = ((captions, pa.large_list(text)), (names, text), (urls, text))
+        self._text = [pa.array(values, kind) for values, kind in columns]
 
     def __len__(self) -> int:
         return len(self._number)
@@ -234,9 +237,9 @@ class EntryRows(LazyRows):
         """See LazyRows."""
         return self._row(int(self._number[index]), *(column[index].as_py() for column in self._text))
 
-    def _row(self, number: int, caption: str, name: str | None, url: str | None) -> Row:
-        image = self._finder.find(Record(caption, name, url), self._path, 0, number)
-        columns = {"caption": [self._cleaning.caption(caption)], "image_id": self._id(number)}
+    def _row(self, number: int, captions: Sequence[str], name: str | None, url: str | None) -> Row:
+        image = self._finder.find(Record((), name, url), self._path, 0, number)
+        columns = {"caption": self._cleaning.captions(captions), "image_id": self._id(number)}
         return Row(image.name, (image,), columns)
 
 
@@ -276,7 +279,7 @@ def _entries(files: Sequence[str]) -> Iterator[Record] | None:
         if not (isinstance(urls, list) and isinstance(captions, list) and len(urls) == len(captions)):
             raise DataError(f"{files[0]}: has no lists image_urls and captions of one length; is this the right file?")
         pairs = zip(urls, captions, strict=True)
-        return (Record(caption_text(caption, "its caption"), url=str(url)) for url, caption in pairs)
+        return (Record(caption_texts(caption, "its caption"), url=str(url)) for url, caption in pairs)
     return None
 
 
@@ -284,7 +287,7 @@ def _aligned(urls: str, captions: str) -> Iterator[Record]:
     addresses, texts = (read_text(path).removesuffix("\n").split("\n") for path in (urls, captions))
     if len(addresses) != len(texts):
         raise DataError(f"{captions}: has {len(texts)} lines, {urls} has {len(addresses)}; give the files of one set")
-    return (Record(text, url=address.strip()) for address, text in zip(addresses, texts, strict=True))
+    return (Record((text,), url=address.strip()) for address, text in zip(addresses, texts, strict=True))
 
 
 def _listed(files: Sequence[str]) -> Iterator[Record]:

@@ -1,11 +1,18 @@
 """`python -m preprocessing flickr30k`: Flickr30k -> caption shards.
 
-From Karpathy's dataset_flickr30k.json, which holds the splits (29,000 + 1,014 + 1,000 images), or from the captions'
-own file, results_20130124.token, which holds none: then `--only` names the images of the split.
+From Karpathy's dataset_flickr30k.json, which holds the splits (29,000 + 1,014 + 1,000 images), or from a file of
+captions alone, which holds none: then `--only` names the images of the split. Such files are
+
+results_20130124.token   1000092795.jpg#0<tab>caption
+results.csv              a header image_name| comment_number| comment, and lines of that form (Kaggle)
+captions.txt             a header image,caption or image,comment_number,comment, and CSV (Kaggle; Flickr8k's, too)
 """
 
 import argparse
+import csv
 import posixpath
+import re
+from collections.abc import Callable, Iterator
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import read_json, read_text
@@ -23,16 +30,25 @@ from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
-_FOLDERS = ("flickr30k-images", "flickr30k_images", "Images", "images")
+_FOLDERS = (
+    *("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images"),
+    *("Images", "images", "image", "Flicker8k_Dataset"),
+)
+_IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
+_CAPTION_COLUMNS = ("caption", "comment")
+_NUMBERED = re.compile(r"\s*\d+\s+(\S.*)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `flickr30k`."""
     parser.add_argument(
-        "--annotations", required=True, metavar="FILE", help="dataset_flickr30k.json or results_20130124.token"
+        "--annotations",
+        required=True,
+        metavar="FILE",
+        help="dataset_flickr30k.json, results_20130124.token, results.csv, captions.txt",
     )
     parser.add_argument(
-        "--only", metavar="FILE", help="of a .token file, keep the images that this file names, one a line"
+        "--only", metavar="FILE", help="of a file of captions alone, keep the images that this file names, one a line"
     )
     add_exclude_argument(parser)
     add_text_argument(parser)
@@ -62,19 +78,10 @@ def run(args: argparse.Namespace) -> None:
 def read_tokens(
     path: Place, images: ImageFolder, cleaning: TextCleaning, excluded: ImageList, only: ImageList | None
 ) -> Source:
-    """One row an image, in the order of the file; its lines are `1000092795.jpg#0<tab>caption`.
-
-    Raises DataError naming the line at fault.
-    """
+    """One row an image, in the order of the file. Raises DataError naming the line at fault."""
     captions: dict[str, list[str]] = {}
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        label, tab, text = line.partition("\t")
-        name, mark, place = label.rpartition("#")
-        if not (tab and mark and place.isdigit()):
-            raise DataError(f"{path}: line {number}: is not 'image.jpg#0<tab>caption'; is this the right file?")
+    for name, text in _captions_in(path):
         captions.setdefault(name, []).append(text)
         source.counts["captions"] += 1
     rows: list[Row] = []
@@ -95,3 +102,42 @@ def read_tokens(
             source.left_out["image without caption"] += 1
     source.rows = rows
     return source
+
+
+def _captions_in(path: Place) -> Iterator[tuple[str, str]]:
+    """(image, caption) of each line that is not blank. Raises DataError."""
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    parse = _table(lines[0][1])
+    what = "'image.jpg#0<tab>caption'" if parse is None else f"of the form of its header, {lines[0][1].strip()[:60]!r}"
+    for number, line in lines if parse is None else lines[1:]:
+        found = (parse or _token)(line)
+        if found is None:
+            raise DataError(f"{path}: line {number}: is not {what}; is this the right file?")
+        yield found
+
+
+def _token(line: str) -> tuple[str, str] | None:
+    label, tab, text = line.partition("\t")
+    name, mark, place = label.rpartition("#")
+    return (name, text) if tab and mark and place.isdigit() else None
+
+
+def _table(header: str) -> Callable[[str], tuple[str, str] | None] | None:
+    """What parses the lines below a header; None for a line that is none."""
+    for separator in "|,\t":
+        names = [name.strip().strip('"').lower() for name in header.split(separator)]
+        image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
+        caption = next((names.index(name) for name in _CAPTION_COLUMNS if name in names), None)
+        if image is not None and caption is not None:
+            return lambda line: _cells(line, separator, image, caption, len(names))
+    return None
+
+
+def _cells(line: str, separator: str, image: int, caption: int, columns: int) -> tuple[str, str] | None:
+    """(image, caption) of a line of a table. Separators in a last column that is not quoted belong to the caption."""
+    cells = line.split("|", columns - 1) if separator == "|" else next(csv.reader([line], delimiter=separator))
+    if len(cells) > columns == caption + 1:
+        cells[caption:] = [separator.join(cells[caption:])]
+    if len(cells) == columns - 1 == caption and (numbered := _NUMBERED.fullmatch(cells[-1])):
+        cells[-1:] = ["", numbered[1]]  # Kaggle's results.csv has a line without its second mark
+    return (cells[image].strip(), cells[caption]) if len(cells) == columns and cells[image].strip() else None

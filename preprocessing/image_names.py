@@ -15,7 +15,8 @@ _ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 _COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
 _NUMBER = re.compile(r"[0-9]{1,11}")
 _FOLDER = re.compile(r"[/\\]")
-COCO_FOLDERS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017", "images", "image")
+_COCO_SUBSETS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
+COCO_FOLDERS = (*_COCO_SUBSETS, "images", "image", *(f"images/{name}" for name in _COCO_SUBSETS))
 
 
 def image_key(name: str) -> str:
@@ -44,7 +45,7 @@ class ImageFolder:
         self._names: set[str] = set()
         self._by_key: dict[str, str] = {}
         top = names_in(place(folder))
-        for sub in ("", *(name for name in below if name in top)):
+        for sub in ("", *(name for name in below if name.split("/")[0] in top)):
             for entry in names_in(place(join(folder, sub))) if sub else top:
                 name = f"{sub}/{entry}" if sub else entry
                 self._names.add(name)

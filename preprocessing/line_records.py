@@ -16,7 +16,7 @@ from preprocessing.json_text import parse_json
 
 ROLES: dict[str, tuple[str, ...]] = {
     "caption": ("caption", "desc", "text", "title", "txt"),
-    "file": ("file", "filepath", "filename", "file_name", "image_path", "path", "image"),
+    "file": ("file", "filepath", "filename", "file_name", "image_path", "path", "image_rpath", "image"),
     "base64": ("base64", "binary", "image_base64", "b64", "bytes"),
     "url": ("url", "image_url", "photo_url"),
 }
@@ -37,7 +37,7 @@ class BadLine(ValueError):
 class Record:
     """What a line says. `cell` is (first byte in the line, bytes) of base64."""
 
-    caption: str
+    captions: tuple[str, ...]
     file: str | None = None
     url: str | None = None
     cell: tuple[int, int] | None = None
@@ -121,7 +121,7 @@ def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
             except UnicodeDecodeError:
                 raise BadLine("is not UTF-8 text") from None
         start += length + 1
-    return Record(found.get("caption", ""), found.get("file"), found.get("url"), cell)
+    return Record((found.get("caption", ""),), found.get("file"), found.get("url"), cell)
 
 
 def _parse_json(line: bytes) -> Record:
@@ -134,7 +134,7 @@ def _parse_json(line: bytes) -> Record:
     chosen = _fields(value)
     data = chosen.get("base64") or chosen.get(_INLINE)
     cell = None if data is None else _string_place(line, data, value[data])
-    return Record(_caption(value, chosen), _text(value, chosen, "file"), _text(value, chosen, "url"), cell)
+    return Record(_captions(value, chosen), _text(value, chosen, "file"), _text(value, chosen, "url"), cell)
 
 
 def _fields(entry: dict[str, Any]) -> dict[str, str]:
@@ -156,21 +156,26 @@ def _text(entry: dict[str, Any], chosen: dict[str, str], role: str) -> str | Non
     return entry[chosen[role]] if role in chosen else None
 
 
-def _caption(entry: dict[str, Any], chosen: dict[str, str]) -> str:
-    """The caption of an entry: an empty one where all its fields for it are null. Raises BadLine."""
+def _captions(entry: dict[str, Any], chosen: dict[str, str]) -> tuple[str, ...]:
+    """The captions of an entry: an empty one where all its fields for them are null. Raises BadLine."""
     name = chosen.get("caption")
     if name is not None:
-        return caption_text(entry[name], f"its {name}")
+        return caption_texts(entry[name], f"its {name}")
     if not any(_role(name) == "caption" for name in entry):
         raise BadLine(f"has no field of {', '.join(ROLES['caption'])}")
-    return ""
+    return ("",)
 
 
-def caption_text(value: Any, what: str) -> str:
-    """A caption as JSON has it; null is an empty one, which is counted as such. Raises BadLine for all but text."""
-    if value is not None and not isinstance(value, str):
-        raise BadLine(f"{what} is {json.dumps(value)[:40]}, not text; mend the file")
-    return value or ""
+def caption_texts(value: Any, what: str) -> tuple[str, ...]:
+    """The captions that a value of JSON is or lists; null is an empty one, which is counted as such.
+
+    Raises BadLine for all but text.
+    """
+    texts = value if isinstance(value, list) else [value]
+    wrong = [text for text in texts if text is not None and not isinstance(text, str)]
+    if wrong:
+        raise BadLine(f"{what} is {json.dumps(wrong[0])[:40]}, not text; mend the file")
+    return tuple(text or "" for text in texts)
 
 
 def record_of(entry: Any) -> Record:
@@ -179,12 +184,12 @@ def record_of(entry: Any) -> Record:
     Raises BadLine.
     """
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
-        return Record(caption_text(entry[1], "its caption"), entry[0])
+        return Record(caption_texts(entry[1], "its caption"), entry[0])
     if not isinstance(entry, dict):
         raise BadLine("is neither an object nor [file, caption]")
     chosen = _fields(entry)
     file = _text(entry, chosen, "file") or _text(entry, chosen, _INLINE)
-    return Record(_caption(entry, chosen), file, _text(entry, chosen, "url"))
+    return Record(_captions(entry, chosen), file, _text(entry, chosen, "url"))
 
 
 def _string_place(line: bytes, name: str, text: str) -> tuple[int, int]:

@@ -58,8 +58,9 @@ def _folder(images: Place, split: str, directory: str, pair: str, known: dict[st
     """Where this record's images are. The archives hold train/DIRECTORY/, dev/ and test1/; some copies are flat."""
     key = f"{split}/{directory}"
     if key not in known:
-        candidates = [images / split / directory if directory else images / split, images / split, images]
-        candidates.insert(1, images / directory if directory else images)
+        inside = (f"{split}/{directory}", directory, split, "") if directory else (split, "")
+        roots = (images, images / "images", images / "image")
+        candidates = [root / below if below else root for root in roots for below in inside]
         found = next((path for path in candidates if (path / f"{pair}-img0.png").exists()), None)
         if found is None:
             return candidates[0]  # this pair is missing, which says nothing of the next one's folder

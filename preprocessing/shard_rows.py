@@ -3,6 +3,7 @@
 import os
 import posixpath
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from preprocessing.json_text import parse_json, whole_characters
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
-from preprocessing.text import TextCleaning
+from preprocessing.text import EMPTY, TextCleaning, lines_of
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
@@ -39,15 +40,16 @@ class ShardRows(LazyRows):
             for key, captions, entry in self.look_through(shard):
                 source.counts["images"] += 1
                 self.images[name] += 1
-                texts = self._cleaned(captions)
-                if not texts:
-                    source.left_out["image without caption"] += 1
-                elif excluded.holds(key):
+                faults: Counter[str] = Counter()
+                if excluded.holds(key):
                     source.left_out[EXCLUDED] += 1
-                else:
+                    continue
+                if self._cleaning.captions(captions, faults):
                     entries.append((key, *entry))
-                    if len(texts) < len(captions):
-                        source.left_out["caption is empty"] += len(captions) - len(texts)
+                else:
+                    source.left_out["image without caption"] += 1
+                    del faults[EMPTY]
+                source.left_out.update(faults)
             width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
             kept = np.empty(len(entries), dtype=[("key", f"S{width}"), *self.fields.descr])
             for index, (key, *values) in enumerate(entries):
@@ -81,15 +83,11 @@ class ShardRows(LazyRows):
         captions, image = self.at(self._shards[number], key, entry)
         name = posixpath.basename(self._shards[number]).partition(".")[0]
         image_id = whole_characters(key if self._unique else f"{name}/{key}")
-        kept = self._cleaned(captions)
+        kept = self._cleaning.captions(captions)
         if not kept:
             where = f"{self._shards[number]}: image {image_id}"
             raise DataError(f"{where}: has no caption any more; it changed since the run began, start again")
         return Row(image_id, (image,), {"caption": kept, "image_id": image_id})
-
-    def _cleaned(self, captions: Sequence[str]) -> list[str]:
-        """The captions of which something is left."""
-        return [text for text in map(self._cleaning.caption, captions) if text]
 
     @abstractmethod
     def look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
@@ -103,7 +101,7 @@ class ShardRows(LazyRows):
 def decode(text: bytes, as_json: bool) -> Sequence[str]:
     """The captions of a .txt or of a .json file; none where it has none."""
     if not as_json:
-        return (text.decode("utf-8", "replace"),)
+        return lines_of(text.decode("utf-8", "replace"))
     try:
         record = parse_json(text)
     except ValueError:

@@ -6,6 +6,7 @@ github.com/ssyze/EVE, whose captions lose the backtick too and whose single tabs
 
 import argparse
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,13 @@ CLEANINGS = ("none", "xvlm", "eve")
 _DELETED = str.maketrans("", "", ",.'!?\"()*#:;~")
 _SPACES = re.compile(r"\s{2,}")
 _EVE_SPACES = re.compile(r"\s+")
-# The lengths that both take: retrieval 30 words, NLVR2 40, VQA 30 in training and 50 in evaluation.
-CAPTION_WORDS, STATEMENT_WORDS, QUESTION_WORDS, TEST_QUESTION_WORDS = 30, 40, 30, 50
+# The lengths that both take: retrieval 30 words, VQA 30 in training and 50 in evaluation. NLVR2: ALBEF's is X-VLM's.
+CAPTION_WORDS, QUESTION_WORDS, TEST_QUESTION_WORDS = 30, 30, 50
+STATEMENT_WORDS = {"xvlm": 30, "eve": 40}
+EMPTY = "caption is empty"
+MOST_CHARACTERS = 10_000  # of a caption: ten times the longest that people write of an image
+_WORD = re.compile(r"[^\W_]")
+_LINES = re.compile(r"\r\n|\n|\r")
 
 
 def _strip_marks(text: str) -> str:
@@ -26,6 +32,17 @@ def _shorten(text: str, max_words: int) -> str:
     # Cut at single spaces, as both do: two spaces in a row hold an empty word between them.
     words = text.split(" ")
     return text if len(words) <= max_words else " ".join(words[:max_words])
+
+
+def _is_mark(character: str) -> bool:
+    """Whether a character that is no letter and no digit is a mark, a space or a replacement, not an emoji."""
+    kind = unicodedata.category(character)
+    return kind[0] in "PZC" or kind in ("Sm", "Sc", "Sk") or character == "\ufffd"
+
+
+def lines_of(text: str) -> list[str]:
+    """The captions in a text file, a line each; blank lines are none."""
+    return [line for line in _LINES.split(text.removeprefix("\ufeff")) if line.strip()]
 
 
 def pre_question(question: str, max_words: int) -> str:
@@ -50,14 +67,15 @@ class TextCleaning:
     """The cleaning that `--text-cleaning` names. Without any, texts lose the white space around them and no more."""
 
     name: str = "none"
+    lenient: bool = False  # on a test split: only empty captions are of no use
 
     def caption(self, text: str) -> str:
-        """A caption, "" where nothing is left of it."""
-        return self._clean(text, CAPTION_WORDS)
+        """A caption, "" where it is of no use."""
+        return "" if self._fault(text) else self._clean(text, CAPTION_WORDS)
 
     def statement(self, text: str) -> str:
         """An NLVR2 sentence."""
-        return self._clean(text, STATEMENT_WORDS)
+        return self._clean(text, STATEMENT_WORDS.get(self.name, 0))
 
     def question(self, text: str, split: str) -> str:
         """A question; those of the training split are cut shorter."""
@@ -65,12 +83,26 @@ class TextCleaning:
             return text.strip()
         return pre_question(text, QUESTION_WORDS if split == "train" else TEST_QUESTION_WORDS)
 
-    def captions(self, texts: Iterable[str], left_out: Counter[str]) -> list[str]:
-        """The captions that are not empty; the others are counted in `left_out`."""
-        cleaned = [self.caption(text) for text in texts]
-        if not all(cleaned):
-            left_out["caption is empty"] += cleaned.count("")
-        return [text for text in cleaned if text]
+    def captions(self, texts: Iterable[str], left_out: Counter[str] | None = None) -> list[str]:
+        """The captions that are of use; the others are counted in `left_out`, by reason."""
+        kept = []
+        for text in texts:
+            if clean := self.caption(text):
+                kept.append(clean)
+            elif left_out is not None:
+                left_out[self._fault(text) or EMPTY] += 1
+        return kept
+
+    def _fault(self, text: str) -> str:
+        """Why a caption is of no use, in words that can be counted; "" where it is of use or nothing is in it."""
+        if self.lenient or not text:
+            return ""
+        if "\0" in text:
+            return "caption holds a NUL byte"
+        if len(text) > MOST_CHARACTERS:
+            return f"caption has more than {MOST_CHARACTERS} characters"
+        wordless = not _WORD.search(text) and text.strip() and all(map(_is_mark, text))
+        return "caption has only punctuation" if wordless else ""
 
     def _clean(self, text: str, max_words: int) -> str:
         if self.name == "none":
@@ -90,4 +122,4 @@ def add_text_argument(parser: argparse.ArgumentParser, default: str = "none") ->
 
 def text_cleaning(args: argparse.Namespace) -> TextCleaning:
     """The cleaning that the options name."""
-    return TextCleaning(args.text_cleaning)
+    return TextCleaning(args.text_cleaning, lenient=args.split == "test")

@@ -1,13 +1,14 @@
 """`python -m preprocessing visual-genome`: Visual Genome's region descriptions -> caption shards, a row an image.
 
 region_descriptions.json  [{"id": image, "regions": [{"region_id", "image_id", "phrase", "x", "y", "width", "height"}]}]
-image_data.json           [{"image_id", "url", "width", "height", "coco_id", "flickr_id"}], optional here
+image_data.json           [{"image_id", "url", "width", "height", "coco_id", "flickr_id"}], optional here; 1.0 has "id"
 
 Each phrase is a caption of the whole image, as ViLT and EVE train on them: the boxes stay behind. About half of the
 images are COCO's (`coco_id`): with `--image-data`, `--exclude` knows them by their COCO names too.
 """
 
 import argparse
+from typing import Any, cast
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import field, read_json
@@ -24,7 +25,7 @@ from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
-FOLDERS = ("VG_100K", "VG_100K_2", "images")
+FOLDERS = ("VG_100K", "VG_100K_2", "images", "images/VG_100K", "images/VG_100K_2", "image")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +63,16 @@ def read_coco_numbers(path: str | None) -> dict[int, int]:
         raise DataError(f"{path}: is no JSON list of images; give Visual Genome's image_data.json")
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
-        image_id = field(record, "image_id", int, where)
+        image_id = image_number(record, where)
         if record.get("coco_id") is not None:
             numbers[image_id] = field(record, "coco_id", int, where)
     return numbers
+
+
+def image_number(record: Any, where: str) -> int:
+    """The number of an image: version 1.0 has it in "id", version 1.2 in "image_id". Raises DataError."""
+    name = "id" if isinstance(record, dict) and "image_id" not in record and "id" in record else "image_id"
+    return cast(int, field(record, name, int, where))
 
 
 def names_of(image_id: int, coco: dict[int, int]) -> tuple[str, ...]:
@@ -92,9 +99,9 @@ def read_regions(
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         regions = field(record, "regions", list, where)
-        # Version 1.0 has the image's number in "id", some copies in "image_id" or in the regions alone.
+        # Some copies have the image's number in the regions alone.
         holder = next((one for one in (record, *regions[:1]) if isinstance(one, dict) and "image_id" in one), record)
-        image_id = field(holder, "image_id" if "image_id" in holder else "id", int, where)
+        image_id = image_number(holder, where)
         if image_id in seen:
             raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
         seen.add(image_id)

@@ -13,7 +13,7 @@ from preprocessing.image_names import ImageFolder, ImageList, add_exclude_argume
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
-from preprocessing.visual_genome import FOLDERS, add_image_data_argument, names_of, read_coco_numbers
+from preprocessing.visual_genome import FOLDERS, add_image_data_argument, image_number, names_of, read_coco_numbers
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
 
 
@@ -58,7 +58,7 @@ def read_questions(
     for index, record in enumerate(records):
         for number, qa in enumerate(field(record, "qas", list, f"{path}: record {index}")):
             where = f"{path}: record {index}: qas[{number}]"
-            image_id = field(qa, "image_id", int, where)
+            image_id = image_number(qa if isinstance(qa, dict) and "image_id" in qa else record, where)
             asked.append(
                 Asked(
                     image=images.find(f"{image_id}.jpg"),

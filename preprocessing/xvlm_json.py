@@ -1,16 +1,18 @@
 """`python -m preprocessing json`: the X-VLM/ALBEF fine-tuning JSON -> shards of any kind.
 
-retrieval  {"image", "caption": str or list, "image_id"}: rows of one image are brought together
+retrieval  {"image", "caption": str or list, "image_id"}: rows of one image are brought together; the lines of X-VLM's
+           pre-training, {"image_rpath", "caption": list}, are taken as well
 vqa        {"image", "question", "question_id", "answer": str or list}; no answer on test splits
 nlvr       {"images": [left, right], "sentence", "label", "identifier"}
 """
 
 import argparse
+import codecs
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import field, read_json
+from preprocessing.files import field, open_input, read_json, read_json_lines
 from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import image_in
 from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
@@ -20,6 +22,7 @@ from preprocessing.source import Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
 
+_FIRST = 1 << 16  # bytes, in which the first line tells what it is
 _KINDS = {"retrieval": "caption", "vqa": "vqa", "nlvr": "nlvr"}
 
 
@@ -54,10 +57,23 @@ def run(args: argparse.Namespace) -> None:
 def _records(files: Sequence[Place]) -> Iterator[tuple[str, Any]]:
     """(where, record) of every record of every file."""
     for path in files:
+        if _is_lines(path):
+            yield from ((f"{path}: line {number}", record) for number, record in read_json_lines(path))
+            continue
         records = read_json(path)
         if not isinstance(records, list):
             raise DataError(f"{path}: is no JSON list of records; is this the right file?")
         yield from ((f"{path}: record {index}", record) for index, record in enumerate(records))
+
+
+def _is_lines(path: Place) -> bool:
+    """Whether the file holds a record a line, not a list of them; false for one that cannot be read."""
+    try:
+        with open_input(path) as file:
+            first = bytes(file.read(_FIRST)).removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0]
+    except OSError:
+        return False
+    return first.startswith(b"{") and any(name in first for name in (b'"image_rpath"', b'"image"', b'"sentence"'))
 
 
 def _strings(record: Any, name: str, where: str) -> list[str]:
@@ -81,7 +97,8 @@ def read_retrieval(files: Sequence[Place], images: str, excluded: ImageList, cle
     owner: dict[str, str] = {}
     captions = 0
     for where, record in _records(files):
-        name = field(record, "image", str, where)
+        named = "image_rpath" if isinstance(record, dict) and "image_rpath" in record else "image"
+        name = field(record, named, str, where)
         image_id = _image_id(record, name, where)
         if owner.setdefault(image_id, name) != name:
             raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")

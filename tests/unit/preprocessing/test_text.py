@@ -1,6 +1,8 @@
+from collections import Counter
+
 import pytest
 
-from preprocessing.text import TextCleaning, pre_caption, pre_caption_eve, pre_question
+from preprocessing.text import TextCleaning, lines_of, pre_caption, pre_caption_eve, pre_question
 
 # What dataset/utils.py of zengyan-97/X-VLM (and of ssyze/EVE in the last column) gives, by running it.
 CAPTIONS = [
@@ -46,7 +48,9 @@ def test_lengths_of_each_task() -> None:
     text = " ".join(map(str, range(60)))
     xvlm = TextCleaning("xvlm")
     assert len(xvlm.caption(text).split()) == 30
-    assert len(xvlm.statement(text).split()) == 40
+    assert len(xvlm.statement(text).split()) == 30  # X-VLM's and ALBEF's NLVR configurations: max_words 30
+    assert len(TextCleaning("eve").statement(text).split()) == 40
+    assert TextCleaning().statement(text) == text
     assert len(xvlm.question(text, "train").split()) == 30
     assert len(xvlm.question(text, "test").split()) == 50
 
@@ -55,3 +59,34 @@ def test_without_cleaning_a_text_is_only_stripped() -> None:
     none = TextCleaning()
     assert none.caption(" A dog, a CAT. ") == none.statement(" A dog, a CAT. ") == "A dog, a CAT."
     assert none.question(" Who? ", "train") == "Who?"
+
+
+@pytest.mark.parametrize("cleaning", ["none", "xvlm", "eve"])
+def test_captions_of_no_use_are_counted_by_reason_and_not_kept(cleaning: str) -> None:
+    bad = {
+        "": "caption is empty",
+        " \n": "caption is empty",
+        "a cat\0": "caption holds a NUL byte",
+        "\0": "caption holds a NUL byte",
+        "cat " * 25_000: "caption has more than 10000 characters",
+        "...": "caption has only punctuation",
+        " — ¿?! ": "caption has only punctuation",
+        "$ + = _": "caption has only punctuation",
+        "\ufffd\ufffd": "caption has only punctuation",
+    }
+    good = ["a cat", "猫", "7", "😀", "☕ ", "é"]
+    left_out: Counter[str] = Counter()
+    assert TextCleaning(cleaning).captions([*bad, *good], left_out) == [text.strip() for text in good]
+    assert left_out == Counter(bad.values())
+
+
+def test_of_a_test_split_only_empty_captions_are_left_out() -> None:
+    texts = ["...", "a\0", "a" * 100_000, " "]
+    left_out: Counter[str] = Counter()
+    assert TextCleaning(lenient=True).captions(texts, left_out) == texts[:3]
+    assert left_out == {"caption is empty": 1}
+
+
+def test_lines_of_a_text_file() -> None:
+    assert lines_of("\ufeffa cat\r\n\n  \na dog\rtwo\u2028parts\n") == ["a cat", "a dog", "two\u2028parts"]
+    assert lines_of("\n") == []
