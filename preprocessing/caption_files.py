@@ -1,25 +1,25 @@
 """Files of captions with image names, addresses or base64 -> rows: what SBU, CC3M and CC12M share."""
 
-import codecs
 import hashlib
-import io
 import posixpath
 import re
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
-from typing import IO, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.files import read_json, read_text
+from preprocessing.files import BadRecord, read_json, read_text
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import Base64Cell, FileImage, ImageRef, image_in
+from preprocessing.json_text import shown
 from preprocessing.line_records import BadLine, Form, Record, caption_texts, find_form, parse_line, record_of
-from preprocessing.places import exists, open_input, place
+from preprocessing.lines import MAX_LINE, CutFile, first_bytes, is_compressed, open_text, read_lines
+from preprocessing.places import exists, place
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
@@ -33,6 +33,7 @@ NAME_FIELDS: dict[str, Callable[[int, str], object]] = {
     "sha1": lambda row, url: hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest(),
 }
 _SLICE = 1024  # entries
+_SNIFFED = 4096  # bytes of a file that tell whether it holds lines
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
@@ -53,11 +54,14 @@ class ImageFinder:
         if record.cell is not None:
             return
         if self._images is None:
-            raise BadLine("holds no image itself; name the folder of the downloaded ones with --images")
+            what = "holds no image itself; name the folder of the downloaded ones with --images"
+            raise BadLine(what, "record holds no image")
         if record.file is None and record.url is None:
-            raise BadLine("names neither an image file nor an address")
+            what = "names neither an image file nor an address; mend the file"
+            raise BadLine(what, "record names no image")
         if record.file is None and self._template is None:
-            raise BadLine("names no image file; say with --image-name how the files are called, such as '{row:07d}'")
+            what = "names no image file; say with --image-name how the files are called, such as '{row:07d}'"
+            raise BadLine(what, "record names no image file")
 
     def find(self, record: Record, path: str, offset: int, row: int) -> ImageRef:
         """The image of the record that stands in row `row`, from 0, of `path`, where its line starts at `offset`."""
@@ -89,11 +93,11 @@ def read_captions(
         raise DataError(f"--annotations: two files are called {stems[0]}, which image ids begin with; rename one")
     source = Source("caption", [], [place(name) for name in files], {})
     keeper = _Keeper(source, cleaning, excluded)
-    entries = _entries(files)
-    if entries is None:
+    listed = _entries(files)
+    if listed is None:
         source.rows = LineRows(files, columns, finder, cleaning, keeper)
     else:
-        source.rows = EntryRows(files[0], entries, finder, cleaning, keeper)
+        source.rows = EntryRows(files[0], *listed, finder, cleaning, keeper)
     return source
 
 
@@ -105,6 +109,10 @@ class _Keeper:
         self._cleaning = cleaning
         self._excluded = excluded
         source.counts["captions"] = 0
+
+    def fault(self, where: str, what: object, reason: str) -> None:
+        """Count a record at fault."""
+        self._source.faults.add(BadRecord(where, str(what), reason))
 
     def keeps(self, record: Record, image_id: str) -> bool:
         self._source.counts["captions"] += len(record.captions)
@@ -129,38 +137,39 @@ class LineRows(LazyRows):
         cleaning: TextCleaning,
         keeper: _Keeper,
     ) -> None:
-        """Read all lines once to find those that `keeper` keeps. Raises DataError naming file and line at fault."""
+        """Read all lines once to find those that `keeper` keeps. Raises DataError naming the file at fault."""
         self._files = list(files)
         self._finder = finder
         self._cleaning = cleaning
-        self._forms: list[Form] = []
-        parts = [self._index(number, columns, keeper) for number in range(len(files))]
+        self._forms = [_form(path, columns) for path in files]
+        parts = [self._index(number, keeper) for number in range(len(files))]
         self._file = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
         self._offset, self._length, self._number = np.concatenate(parts).T.copy()
 
-    def _index(self, file: int, columns: Sequence[str] | None, keeper: _Keeper) -> np.ndarray:
+    def _index(self, file: int, keeper: _Keeper) -> np.ndarray:
         """[lines kept, 3] int64: first byte, bytes, number from 0."""
-        path = self._files[file]
+        path, form = self._files[file], self._forms[file]
+        packed = is_compressed(path)
         found = array("q")
-        number, where = 0, f"{path}: line 1"
-        for line_number, (offset, line) in enumerate(_lines(path), 1):
-            where = f"{path}: line {line_number}"
-            try:
-                if line_number == 1:
-                    self._forms.append(find_form(line, columns))
-                    if self._forms[file].header:
-                        continue
-                if not line.strip():
+        number = 0
+        try:
+            for line_number, (offset, line) in enumerate(_lines(path), 1):
+                if (line_number == 1 and form.header) or (line is not None and not line.strip()):
                     continue
-                record = parse_line(line, self._forms[file])
-                self._finder.check(record)
-            except BadLine as error:
-                raise DataError(f"{where}: {error}") from None
-            if keeper.keeps(record, self._id(file, number)):
-                found.extend((offset, len(line), number))
-            number += 1
-        if not self._forms[file:]:
-            raise DataError(f"{path}: is empty; fetch it again")
+                try:
+                    if line is None:
+                        raise BadLine(f"has more than {MAX_LINE >> 20} MiB; mend the file", "line is too long")
+                    record = parse_line(line, form)
+                    self._finder.check(record)
+                    if keeper.keeps(record, self._id(file, number)):
+                        found.extend((offset, len(line), number))
+                    if packed and record.cell is not None:
+                        raise DataError(f"{path}: is compressed, and images in it are read by their place; unpack it")
+                except BadLine as error:
+                    keeper.fault(f"{path}: line {line_number}", error, error.reason)
+                number += 1
+        except CutFile as error:
+            keeper.fault(f"{path}: line {error.line}", error, "lines are lost: a file is cut")
         return np.frombuffer(found, dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -171,22 +180,21 @@ class LineRows(LazyRows):
 
     def __iter__(self) -> Iterator[Row]:
         for file, rows in groupby(range(len(self)), key=lambda index: int(self._file[index])):
-            with open_input(self._files[file]) as stream:
+            with open_text(self._files[file]) as stream:
                 yield from (self._read(stream, index) for index in rows)
 
     def row(self, index: int) -> Row:
         """See LazyRows."""
-        with open_input(self._files[int(self._file[index])]) as stream:
+        with open_text(self._files[int(self._file[index])]) as stream:
             return self._read(stream, index)
 
     def _read(self, stream: IO[bytes], index: int) -> Row:
         file, offset, number = int(self._file[index]), int(self._offset[index]), int(self._number[index])
         path = self._files[file]
-        stream.seek(offset)
-        line = bytes(stream.read(int(self._length[index])))
         try:
-            record = parse_line(line, self._forms[file])
-        except BadLine as error:
+            stream.seek(offset)
+            record = parse_line(bytes(stream.read(int(self._length[index]))), self._forms[file])
+        except (BadLine, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path}: row {number}: {error}; it changed since the run began, start again") from None
         image = self._finder.find(record, path, offset, number)
         columns = {"caption": self._cleaning.captions(record.captions), "image_id": self._id(file, number)}
@@ -197,22 +205,29 @@ class EntryRows(LazyRows):
     """The entries of one JSON file, or of two text files, held as Arrow strings."""
 
     def __init__(
-        self, path: str, entries: Iterator[Record], finder: ImageFinder, cleaning: TextCleaning, keeper: _Keeper
+        self,
+        path: str,
+        entries: Iterable[Any],
+        record_of: Callable[[Any], Record],
+        finder: ImageFinder,
+        cleaning: TextCleaning,
+        keeper: _Keeper,
     ) -> None:
-        """Raises DataError naming the entry at fault."""
+        """Keep the records of those entries that `keeper` keeps; `record_of` raises BadLine."""
         self._path = path
         self._stem = _stem(path)
         self._finder = finder
         self._cleaning = cleaning
         kept: list[tuple[int, tuple[str, ...], str | None, str | None]] = []
-        number = -1
-        try:
-            for number, record in enumerate(entries):
+        for number, entry in enumerate(entries):
+            try:
+                record = record_of(entry)
                 finder.check(record)
-                if keeper.keeps(record, self._id(number)):
-                    kept.append((number, record.captions, record.file, record.url))
-        except BadLine as error:
-            raise DataError(f"{path}: entry {number + 1}: {error}") from None
+            except BadLine as error:
+                keeper.fault(f"{path}: entry {number}", error, error.reason)
+                continue
+            if keeper.keeps(record, self._id(number)):
+                kept.append((number, record.captions, record.file, record.url))
         numbers, captions, names, urls = zip(*kept, strict=True) if kept else ((), (), (), ())
         self._number = np.array(numbers, dtype=np.int64)
         text = pa.large_string()
@@ -247,50 +262,68 @@ def _stem(path: str) -> str:
     return posixpath.basename(path).split(".")[0]
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(first byte, line without its end) of each line. Raises DataError when there is no such file."""
+def _form(path: str, columns: Sequence[str] | None) -> Form:
+    """The form of a file, by its first two lines. Raises DataError when it is none."""
     try:
-        with open_input(path) as file:
-            head = bytes(file.read(3))
-            if head.startswith(b"\x1f\x8b"):
-                raise DataError(f"{path}: is compressed, and rows are read by their place in it; unpack it")
-            offset = len(head) if head == codecs.BOM_UTF8 else 0
-            file.seek(offset)
-            for line in cast(IO[bytes], io.BufferedReader(cast(Any, file), 1 << 20)):
-                yield offset, line.rstrip(b"\r\n")
-                offset += len(line)
+        first = [line or b"" for _, line in islice(_lines(path), 2)]
+        if not first:
+            raise DataError(f"{path}: is empty; fetch it again")
+        return find_form(first[0], (*first, b"")[1], columns)
+    except (BadLine, CutFile) as error:
+        raise DataError(f"{path}: line 1: {error}") from None
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes | None]]:
+    """What `read_lines` yields. Raises DataError when there is no such file, and CutFile."""
+    try:
+        with open_text(path) as file:
+            yield from read_lines(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
 
 
 _SBU_JSON = re.compile(rb'\s*\{\s*"(image_urls|captions|user_ids)"\s*:\s*\[')
+Listed = tuple[Iterable[Any], Callable[[Any], Record]]  # entries, and what makes a record of one
 
 
-def _entries(files: Sequence[str]) -> Iterator[Record] | None:
-    """The records of files that are one JSON value, or SBU's two text files; None for files of lines."""
-    _, first = next(_lines(files[0]), (0, b""))
+def _entries(files: Sequence[str]) -> Listed | None:
+    """The entries of files that are one JSON value, or SBU's two text files; None for files of lines."""
+    try:
+        first = first_bytes(files[0], _SNIFFED)
+    except OSError as error:
+        raise DataError(f"{files[0]}: cannot be read ({error.strerror or error}); check the path") from None
     if len(files) == 2 and first.startswith((b"http://", b"https://")) and b"\t" not in first:
-        return _aligned(*files)
+        return _aligned(*files), _paired
     if first.lstrip().startswith(b"["):
-        return _listed(files)
-    if _SBU_JSON.match(first[:4096]) or first.strip() == b"{":
+        return _listed(files), record_of
+    if _SBU_JSON.match(first) or first.strip() == b"{":
         content = read_json(files[0])
         urls, captions = (content.get(name) for name in ("image_urls", "captions"))
         if not (isinstance(urls, list) and isinstance(captions, list) and len(urls) == len(captions)):
             raise DataError(f"{files[0]}: has no lists image_urls and captions of one length; is this the right file?")
-        pairs = zip(urls, captions, strict=True)
-        return (Record(caption_texts(caption, "its caption"), url=str(url)) for url, caption in pairs)
+        return zip(urls, captions, strict=True), _paired
     return None
 
 
-def _aligned(urls: str, captions: str) -> Iterator[Record]:
+def _paired(entry: tuple[Any, Any]) -> Record:
+    """The record of an address and its caption. Raises BadLine."""
+    url, caption = entry
+    if not isinstance(url, str):
+        raise BadLine(f"its address is {shown(url)}, not text; mend the file", "address is no text")
+    return Record(caption_texts(caption, "its caption"), url=url.strip())
+
+
+def _aligned(urls: str, captions: str) -> Iterable[tuple[str, str]]:
     addresses, texts = (read_text(path).removesuffix("\n").split("\n") for path in (urls, captions))
     if len(addresses) != len(texts):
         raise DataError(f"{captions}: has {len(texts)} lines, {urls} has {len(addresses)}; give the files of one set")
-    return (Record((text,), url=address.strip()) for address, text in zip(addresses, texts, strict=True))
+    return zip(addresses, texts, strict=True)
 
 
-def _listed(files: Sequence[str]) -> Iterator[Record]:
+def _listed(files: Sequence[str]) -> list[Any]:
     if len(files) > 1:
         raise DataError(f"{files[1]}: a JSON list stands alone in --annotations; convert the files one by one")
-    yield from (record_of(entry) for entry in read_json(files[0]))
+    entries = read_json(files[0])
+    if not isinstance(entries, list):
+        raise DataError(f"{files[0]}: is no JSON list; is this the right file?")
+    return entries

@@ -1,8 +1,9 @@
 """What all converters share: their options, and the way from a source to a finished split folder."""
 
 import argparse
+import math
 import os
-from itertools import islice
+import random
 from typing import Any
 
 from preprocessing.image_names import report_excluded
@@ -17,7 +18,8 @@ from preprocessing.writer import check_output
 
 __all__ = ["Row", "Rows", "Source", "add_common_arguments", "check_common_arguments", "write_split"]
 
-_PROBED = 100  # rows looked at to tell a wrong image folder from a few lost images
+_PROBED = 100  # rows looked at, or more, to tell a wrong image folder from lost images
+_CHANCE = 1e-12  # that a sound data set is refused for what these hold
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = True) -> None:
@@ -34,7 +36,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="fail when more than this share of rows has a missing or broken image (default 0.01)",
+        help="fail when more than this share of rows has a missing or broken image or is no sound record of its file "
+        "(default 0.01)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR/SPLIT if it exists")
     parser.add_argument(
@@ -78,14 +81,16 @@ def _check_images(folder: str) -> None:
 def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """Write `source` to `args.out/args.split` and print a summary line. Returns the manifest.
 
-    Rows with a missing or broken image are dropped, counted and listed in the manifest. Raises DataError when there
-    are no rows, when no image is there, and as `build_split` does.
+    Rows with a missing or broken image are dropped, counted and listed in the manifest, as are records at fault.
+    Raises DataError when there are no rows, when no image is there, when more records are at fault than
+    `args.max_dropped` allows, and as `build_split` does.
     """
+    _check_faults(source, args.max_dropped)
     if not len(source.rows):
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
     report_excluded(args, source)
-    _check_images_there(source.rows)
+    _check_images_there(source.rows, args.max_dropped)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lost = "".join(f", {count} dropped: {reason}" for reason, count in sorted(manifest["dropped"].items()))
@@ -98,11 +103,24 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     return manifest
 
 
-def _check_images_there(rows: Rows) -> None:
-    probed = [image for row in islice(rows, _PROBED) for image in row.images]
-    if not any(image.exists() for image in probed):
-        folder = os.path.dirname(getattr(probed[0], "path", "")) or "--images"
-        raise DataError(
-            f"{folder}: holds none of the first {len(probed)} images, such as {probed[0].name}; "
-            "point --images at the folder that the annotations' paths start from"
-        )
+def _check_faults(source: Source, share: float) -> None:
+    """Raise DataError when more records are at fault than may be dropped, or all: with the first one's fault."""
+    faults = source.faults
+    if faults.count > share * source.total or (faults.count and not len(source.rows)):
+        more = f" ({faults.count} of {source.total} records are at fault, --max-dropped is {share:g})"
+        raise DataError(f"{faults.first}{more if source.total > 1 else ''}")
+
+
+def _check_images_there(rows: Rows, share: float) -> None:
+    """Raise DataError when a sample of rows has no image: so many that no lost images within `share` explain it."""
+    total = len(rows)
+    needed = total if share == 1 else 0 if share == 0 else math.ceil(math.log(_CHANCE) / math.log(share))
+    sample = sorted(random.Random(0).sample(range(total), min(total, max(needed, _PROBED))))
+    first = rows[sample[0]].images[0]
+    if any(image.exists() for index in sample for image in rows[index].images):
+        return
+    folder = os.path.dirname(getattr(first, "path", "")) or "--images"
+    raise DataError(
+        f"{folder}: holds no image of {len(sample)} rows looked at, such as {first.name}; "
+        "point --images at the folder that the annotations' paths start from"
+    )

@@ -14,12 +14,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
-from preprocessing.json_text import parse_json
+from preprocessing.json_text import parse_json, shown
 from preprocessing.places import Place, RemotePath, names_in, open_input
 from preprocessing.schema import DataError
 
 __all__ = [
     "LOCK",
+    "BadRecord",
     "check_replaceable",
     "field",
     "locked",
@@ -31,6 +32,19 @@ __all__ = [
     "read_text",
     "recover",
 ]
+
+
+class BadRecord(DataError):
+    """One record at fault, in a file that is else sound: `Source.faults` counts it by `reason`.
+
+    `where` names the file and the record, `what` says what is wrong with it and how to mend it.
+    """
+
+    def __init__(self, where: str, what: str, reason: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.where = where
+        self.reason = reason
+
 
 AnyPath = str | os.PathLike[str] | RemotePath
 LOCK = "lock"  # the file in a work folder that is locked
@@ -84,16 +98,17 @@ def _invalid(path: AnyPath, line: int | None, error: ValueError) -> DataError:
 
 
 def field(record: Any, name: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """`record[name]`, which must be of `kinds` (a bool is no int here). Raises DataError starting with `where`."""
+    """`record[name]`, which must be of `kinds` (a bool is no int here). Raises BadRecord starting with `where`."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: is no JSON object; is this the right file?")
+        raise BadRecord(where, "is no JSON object; is this the right file?", "record is no JSON object")
     value = record.get(name)
     if isinstance(value, kinds) and not isinstance(value, bool):
         return value
     if name not in record:
-        raise DataError(f"{where}: has no field '{name}'; is this the right file?")
+        raise BadRecord(where, f"has no field '{name}'; is this the right file?", f"record has no field '{name}'")
     names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    raise DataError(f"{where}: field '{name}' is {json.dumps(value)[:40]}, not {names}; mend the file")
+    what = f"field '{name}' is {shown(value)}, not {names}; mend the file"
+    raise BadRecord(where, what, f"field '{name}' is not {names}")
 
 
 @contextmanager

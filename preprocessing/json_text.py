@@ -22,6 +22,14 @@ def parse_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError("nested too deep", "", 0) from None
 
 
+def shown(value: Any) -> str:
+    """The first forty characters of `value` as JSON, for messages."""
+    try:
+        return json.dumps(value)[:40]
+    except RecursionError:  # what could just be read may be too deep to be written
+        return "nested too deep"
+
+
 def whole_characters(text: str) -> str:
     """`text` with U+FFFD for each half of a UTF-16 pair, and for each byte of a file name that is no UTF-8."""
     return _HALF.sub("\ufffd", text)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.json_text import parse_json
+from preprocessing.json_text import parse_json, shown
 
 ROLES: dict[str, tuple[str, ...]] = {
     "caption": ("caption", "desc", "text", "title", "txt"),
@@ -30,7 +30,11 @@ _STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')  # of JSON, without its quotes
 
 
 class BadLine(ValueError):
-    """A line that is not of its file's form; `str(error)` says what is wrong with it."""
+    """A line that is not of its file's form; `str(error)` says what is wrong, `reason` in words that can be counted."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(what)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,29 @@ class Form:
     quoted: bool = False  # as pandas writes: "a ""b""" where a field holds a quote
 
 
-def find_form(first: bytes, columns: Sequence[str] | None) -> Form:
-    """The form of a file by its first line, or by the names in `columns`. Raises BadLine when it is none."""
+def find_form(first: bytes, second: bytes, columns: Sequence[str] | None) -> Form:
+    """The form of a file by its first line, or by the names in `columns`. Raises BadLine when it is none.
+
+    Where the first line is a damaged record, and surely no header, the second one tells.
+    """
     if columns:
         return Form(_column_roles([name.lower() for name in columns]))
-    if first.lstrip().startswith(b"{"):
+    try:
+        return _form_of(first)
+    except BadLine:
+        if _is_json(second):
+            return Form(None)
+        if not any(map(_URL.match, first.split(b"\t"))) or (form := _form_of(second)).header:
+            raise
+        return form
+
+
+def _is_json(line: bytes) -> bool:
+    return line.lstrip().startswith(b"{")
+
+
+def _form_of(first: bytes) -> Form:
+    if _is_json(first):
         return Form(None)
     fields = first.split(b"\t")
     names = [field.decode("utf-8", "replace").strip('"').lower() for field in fields]
@@ -67,7 +89,8 @@ def find_form(first: bytes, columns: Sequence[str] | None) -> Form:
         return Form(("url", "caption") if urls == [0] else ("caption", "url"))
     raise BadLine(
         f"has {len(fields)} tab-separated columns without known names; name them with --columns, such as "
-        "`--columns file caption`"
+        "`--columns file caption`",
+        "line has no known columns",
     )
 
 
@@ -93,7 +116,7 @@ def _column_roles(names: Sequence[str]) -> tuple[str, ...]:
     chosen = _choose((_role(name), name) for name in names)
     twice = next((name for name in chosen.values() if names.count(name) > 1), None)
     if twice is not None:
-        raise BadLine(f"two columns are called {twice}; call one of them {IGNORED}")
+        raise BadLine(f"two columns are called {twice}; call one of them {IGNORED}", "columns of one name")
     return tuple(role if chosen.get(role := _role(name)) == name else IGNORED for name in names)
 
 
@@ -105,7 +128,8 @@ def parse_line(line: bytes, form: Form) -> Record:
 def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
     fields = line.split(b"\t")
     if len(fields) != len(columns):
-        raise BadLine(f"has {len(fields)} tab-separated columns, not {len(columns)}")
+        what = f"has {len(fields)} tab-separated columns, not {len(columns)}; mend the file"
+        raise BadLine(what, "line has too many columns or too few")
     found: dict[str, str] = {}
     cell = None
     start = 0
@@ -119,7 +143,7 @@ def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
             try:
                 found[role] = value.decode()
             except UnicodeDecodeError:
-                raise BadLine("is not UTF-8 text") from None
+                raise BadLine("is not UTF-8 text; mend the file", "line is not UTF-8 text") from None
         start += length + 1
     return Record((found.get("caption", ""),), found.get("file"), found.get("url"), cell)
 
@@ -128,9 +152,9 @@ def _parse_json(line: bytes) -> Record:
     try:
         value = parse_json(line)
     except ValueError as error:
-        raise BadLine(f"invalid JSON ({error})") from None
+        raise BadLine(f"invalid JSON ({error}); mend the file", "line is invalid JSON") from None
     if not isinstance(value, dict):
-        raise BadLine("is no JSON object")
+        raise BadLine("is no JSON object; mend the file", "line is no JSON object")
     chosen = _fields(value)
     data = chosen.get("base64") or chosen.get(_INLINE)
     cell = None if data is None else _string_place(line, data, value[data])
@@ -162,7 +186,7 @@ def _captions(entry: dict[str, Any], chosen: dict[str, str]) -> tuple[str, ...]:
     if name is not None:
         return caption_texts(entry[name], f"its {name}")
     if not any(_role(name) == "caption" for name in entry):
-        raise BadLine(f"has no field of {', '.join(ROLES['caption'])}")
+        raise BadLine(f"has no field of {', '.join(ROLES['caption'])}; name the field so", "record has no caption")
     return ("",)
 
 
@@ -174,7 +198,7 @@ def caption_texts(value: Any, what: str) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     wrong = [text for text in texts if text is not None and not isinstance(text, str)]
     if wrong:
-        raise BadLine(f"{what} is {json.dumps(wrong[0])[:40]}, not text; mend the file")
+        raise BadLine(f"{what} is {shown(wrong[0])}, not text; mend the file", "caption is no text")
     return tuple(text or "" for text in texts)
 
 
@@ -186,7 +210,8 @@ def record_of(entry: Any) -> Record:
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
         return Record(caption_texts(entry[1], "its caption"), entry[0])
     if not isinstance(entry, dict):
-        raise BadLine("is neither an object nor [file, caption]")
+        what = "is neither an object nor [file, caption]; mend the file"
+        raise BadLine(what, "entry is neither an object nor [file, caption]")
     chosen = _fields(entry)
     file = _text(entry, chosen, "file") or _text(entry, chosen, _INLINE)
     return Record(_captions(entry, chosen), file, _text(entry, chosen, "url"))
@@ -207,4 +232,5 @@ def _string_place(line: bytes, name: str, text: str) -> tuple[int, int]:
         string = _STRING.match(line, start)
         if string is not None and b"\\" in string[0] and parse_json(b'"%b"' % string[0]) == text:
             return start, len(string[0])
-    raise BadLine(f"field {name!r} is written in an odd way; write its name without escapes")
+    what = f"field {name!r} is written in an odd way; write its name without escapes"
+    raise BadLine(what, "name of a field is written in an odd way")

@@ -20,11 +20,9 @@ from preprocessing.places import place, write_whole
 from preprocessing.pool import processes, run_tasks
 from preprocessing.progress import Progress
 from preprocessing.schema import ANSWER_LIST, DataError, dump_json
-from preprocessing.source import Source
+from preprocessing.source import LISTED, Source
 from preprocessing.work import Work, open_work
 from preprocessing.writer import DROPPED, write_manifest, write_provenance
-
-_LISTED = 10_000  # dropped rows that the manifest lists; of more, all stand in a file of their own
 
 
 def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
@@ -51,10 +49,11 @@ def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
 def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows: int) -> int:
     """Write the parts that are not done. Returns how many parts there are."""
     total = len(source.rows)
-    job = PartJob(source.kind, args.split, work.shards, work.records, args.policy, args.max_dropped * total)
+    allowed = args.max_dropped * source.total - source.faults.count
+    job = PartJob(source.kind, args.split, work.shards, work.records, args.policy, allowed)
     done = set(work.done())
     count = -(-total // part_rows)
-    losses = _Losses(source, args.max_dropped)
+    losses = _Losses(source, args.max_dropped, allowed)
     with Progress(f"{source.kind} {args.split}", total) as progress:
         if work.restarted:
             progress.say(f"starts over, since the run that was stopped: {work.restarted}")
@@ -93,8 +92,8 @@ class _TooManyDropped(DataError):
 class _Losses:
     """Counts dropped rows; raises as soon as there are too many."""
 
-    def __init__(self, source: Source, share: float) -> None:
-        self._source, self._share = source, share
+    def __init__(self, source: Source, share: float, allowed: float) -> None:
+        self._source, self._share, self._allowed = source, share, allowed
         self._count = 0
         self._shown: list[dict[str, str]] = []
 
@@ -103,20 +102,24 @@ class _Losses:
             return
         self._count += part.faults
         self._shown += part.examples
-        rows = len(self._source.rows)
-        if self._count > self._share * rows:
+        if self._count > self._allowed:
             shown = ", ".join(f"{item['item']} ({item['reason']})" for item in self._shown[:SHOWN])
             more = ", …" if self._count > SHOWN else ""
             raise _TooManyDropped(
-                f"{self._source.where}: more than --max-dropped {self._share:g} of {rows} rows must be dropped: "
-                f"{shown}{more}; mend the images or raise --max-dropped"
+                f"{self._source.where}: more than --max-dropped {self._share:g} of {self._source.total} rows must be "
+                f"dropped: {shown}{more}{self._faults()}; mend the images or raise --max-dropped"
             )
+
+    def _faults(self) -> str:
+        faults = self._source.faults
+        return f"; and {faults.count} records are at fault, the first: {faults.first}" if faults.count else ""
 
 
 def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) -> dict[str, Any]:
     """Put the parts' records together in a manifest, in the order of the source, and publish the split."""
     shards: list[dict[str, Any]] = []
     dropped = Counter(source.left_out)
+    dropped.update(source.faults.reasons)
     for record in _records(work, parts):
         shards += record["shards"]
         dropped.update(item["reason"] for item in record["dropped"])
@@ -127,12 +130,12 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
         why = f": {most[0][1]} times, {most[0][0]}" if most else ""
         raise DataError(f"{work.target}: no row is left of {len(source.rows)}{why}; mend the input")
     listed = dropped.total() - source.left_out.total()
-    items = list(islice(_dropped_items(work, parts), _LISTED)) if listed else []
+    items = list(islice(_dropped_items(source, work, parts), LISTED)) if listed else []
     work.check_alone()
     work.clean([shard["file"] for shard in shards])
     fields: dict[str, Any] = {"dropped": dict(dropped), "dropped_items": items, "source": source.counts}
-    if listed > _LISTED:
-        fields["dropped_list"] = _write_dropped(work, parts)
+    if listed > LISTED:
+        fields["dropped_list"] = _write_dropped(source, work, parts)
     write_provenance(work.shards, source.inputs, processes(args.workers))
     if source.answer_list is not None:
         write_whole(place(args.out) / ANSWER_LIST, dump_json(source.answer_list))
@@ -149,15 +152,16 @@ def _records(work: Work, parts: int) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _dropped_items(work: Work, parts: int) -> Iterator[dict[str, str]]:
+def _dropped_items(source: Source, work: Work, parts: int) -> Iterator[dict[str, str]]:
+    yield from source.faults.items
     for record in _records(work, parts):
         yield from record["dropped"]
 
 
-def _write_dropped(work: Work, parts: int) -> dict[str, Any]:
-    """Write all dropped rows as JSON lines. Returns the manifest's record of the file."""
+def _write_dropped(source: Source, work: Work, parts: int) -> dict[str, Any]:
+    """Write all dropped rows, and the first LISTED records at fault, as JSON lines. Returns the file's record."""
     with HashedFile(work.shards / DROPPED) as file:
-        for item in _dropped_items(work, parts):
+        for item in _dropped_items(source, work, parts):
             file.write((json.dumps(item, sort_keys=True, ensure_ascii=False) + "\n").encode())
         sha256, size = file.finish()
     return {"file": DROPPED, "bytes": size, "sha256": sha256}

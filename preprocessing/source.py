@@ -3,10 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Protocol
 
+from preprocessing.files import BadRecord
 from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place
+
+LISTED = 10_000  # dropped rows and records at fault that a manifest lists
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Row:
 
 
 class Rows(Protocol):
-    """Rows in an order that never changes: a list, or an object that reads them again each time."""
+    """Rows in an order that never changes: a list, or a LazyRows, which reads them again each time."""
 
     def __len__(self) -> int:
         """How many."""
@@ -34,6 +38,42 @@ class Rows(Protocol):
         ...
 
 
+class Faults:
+    """Records of the raw files that are at fault, by reason. --max-dropped bounds them and lost images together.
+
+    `with source.faults:` counts the BadRecord that ends the block, and goes on behind it.
+    """
+
+    def __init__(self) -> None:
+        self.reasons = Counter[str]()
+        self.items: list[dict[str, str]] = []  # the first LISTED, as the manifest has them
+        self.first = ""  # what is wrong with the first one
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.reasons.total()
+
+    def add(self, error: BadRecord) -> None:
+        """Count a record."""
+        self.first = self.first or str(error)
+        self.reasons[error.reason] += 1
+        if len(self.items) < LISTED:
+            # Not the file's folder: the manifest depends on what the files hold, not on where they lie.
+            self.items.append({"item": error.where.rsplit("/", 1)[-1], "reason": error.reason})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, BadRecord):
+            return False
+        self.add(error)
+        return True
+
+
 @dataclass
 class Source:
     """A raw data set, read and checked but for its images."""
@@ -44,6 +84,12 @@ class Source:
     counts: dict[str, int]  # what the raw files hold
     left_out: Counter[str] = field(default_factory=Counter)  # by intent, by reason: no fault of the data
     answer_list: list[str] | None = None  # VQA: what the labels index
+    faults: Faults = field(default_factory=Faults)
+
+    @property
+    def total(self) -> int:
+        """Rows, and records at fault, of which there might have been as many."""
+        return len(self.rows) + self.faults.count
 
     @property
     def where(self) -> str:

@@ -1,11 +1,10 @@
 """`python -m preprocessing tokenizer train | inspect`."""
 
 import argparse
-import gzip
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from preprocessing.lines import MAX_LINE, CutFile, open_text, read_lines
 from preprocessing.places import place
 from preprocessing.reading import read_texts
 from preprocessing.schema import DataError
@@ -54,13 +53,22 @@ def _texts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            yield from (line for line in map(str.strip, file) if line)
+        with open_text(path) as file:
+            for number, (_, line) in enumerate(read_lines(file), 1):
+                if line is None:
+                    raise DataError(f"{path}: line {number}: has more than {MAX_LINE >> 20} MiB; break it into lines")
+                if text := line.decode().strip():
+                    yield text
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check --text") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); check --text") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: line {number}: is not UTF-8 text ({error}); check --text") from None
+    except CutFile as error:
+        raise DataError(f"{path}: line {error.line}: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check --text") from None
 
 
 def _inspect(tokenizer: Tokenizer, text: str) -> None:

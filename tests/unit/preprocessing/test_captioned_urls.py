@@ -242,7 +242,7 @@ def test_names_do_not_lead_out_of_the_images(tmp_path: Path) -> None:
         ('{"a": ' + "[" * 100_000, [], "line 1: invalid JSON (nested too deep"),
         ('{"caption": "a"}\n', [], "line 1: names neither an image file nor an address"),
         ('[{"image": "b"}]', [], "entry 0: has no field of caption"),
-        ("\x1f\x8b\x08", [], "set.x: is compressed"),
+        ("\x1f\x8b\x08", [], "set.x: line 1: the file is cut"),
         ("", [], "set.x: is empty"),
     ],
 )

@@ -82,7 +82,7 @@ def test_folder_without_the_images(hundred: Path, tmp_path: Path, refuse: Callab
     (tmp_path / "elsewhere").mkdir()
     words = [tmp_path / "elsewhere" if word == hundred else word for word in arguments(hundred)]
     message = refuse(*words)
-    assert "elsewhere: holds none of the first 100 images, such as 1.jpg" in message and "--images" in message
+    assert "elsewhere: holds no image of 100 rows looked at, such as 1.jpg" in message and "--images" in message
     words = [tmp_path / "nowhere" if word == hundred else word for word in arguments(hundred)]
     assert "nowhere: no such folder" in refuse(*words)
 

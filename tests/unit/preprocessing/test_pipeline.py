@@ -170,7 +170,7 @@ def test_a_part_without_a_row_leaves_a_gap(images: Path, tmp_path: Path) -> None
 def test_many_dropped_rows_stand_in_their_own_file(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_LISTED", 3)
+    monkeypatch.setattr(pipeline, "LISTED", 3)
     lost = source(images)
     lost.rows = [replace(row, images=(FileImage("none"),)) if n % 2 else row for n, row in enumerate(lost.rows)]
     manifest = build_split(lost, options(tmp_path, max_dropped=0.5))

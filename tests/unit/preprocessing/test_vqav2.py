@@ -115,7 +115,7 @@ def test_missing_image_is_named_as_coco_names_it(world: World, refuse: Callable[
     assert "5 (image is missing)" in refuse(*world.arguments(), "--min-answers", 1)
     world.questions[1]["image_id"] = 6
     message = refuse(*world.arguments(), "--min-answers", 1)
-    assert "train2014: holds none of the first 2 images, such as COCO_train2014_000000000005.jpg" in message
+    assert "train2014: holds no image of 2 rows looked at, such as COCO_train2014_000000000005.jpg" in message
 
 
 def test_ids_that_stand_twice_and_empty_files(world: World, refuse: Callable[..., str]) -> None:
