@@ -17,13 +17,15 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from preprocessing.schema import DataError
 
 Augmentation = Literal["none", "color", "rand"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
+
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # as preprocessing/images.py has it: what was packed is trained on
 
 _BICUBIC = Image.Resampling.BICUBIC
 _BILINEAR = Image.Resampling.BILINEAR

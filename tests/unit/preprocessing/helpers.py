@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,14 @@ def picture(seed: int = 0, image_format: str = "JPEG", side: int = 40) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=image_format)
     return buffer.getvalue()
+
+
+def png_with(kind: bytes, content: bytes, behind: bool) -> bytes:
+    """A PNG that has a chunk before or behind its pixels; of `picture(1, "PNG")`."""
+    data = picture(1, "PNG")
+    place = data.index(b"IEND" if behind else b"IDAT") - 4
+    body = kind + content
+    return data[:place] + struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body)) + data[place:]
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -1,13 +1,17 @@
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
+from eve_ds.data.transforms import decode_image as trained_on
 from preprocessing.image_refs import FileImage
 from preprocessing.images import BadImage, decode_image, read_image
-from tests.unit.preprocessing.helpers import picture
+from preprocessing.pixels import open_image
+from tests.unit.preprocessing.helpers import ROOT, picture, png_with
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
@@ -31,6 +35,25 @@ def test_a_flipped_byte_of_a_png_is_seen() -> None:
     data[len(data) // 2] ^= 1
     with pytest.raises(BadImage, match="does not decode"):
         decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("kind", [b"zTXtComment\0\0", b"iTXtComment\0\1\0\0\0", b"iCCPprofile\0\0"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_texts_and_profiles_of_megabytes_are_no_fault_of_a_png(kind: bytes, behind: bool) -> None:
+    sound = png_with(kind[:4], kind[4:] + zlib.compress(bytes(3 << 20)), behind)
+    for image in (decode_image(sound), open_image(sound)):
+        assert image.convert("RGB").tobytes() == decode_image(picture(1, "PNG")).tobytes()
+    assert trained_on(sound).tobytes() == trained_on(picture(1, "PNG")).tobytes()
+    bomb = png_with(kind[:4], kind[4:] + zlib.compress(bytes(100 << 20)), behind)
+    with pytest.raises(BadImage):
+        decode_image(bomb)
+
+
+@pytest.mark.parametrize("module", ["preprocessing.images", "eve_ds.data.transforms"])
+def test_both_readers_have_that_bound_by_themselves(module: str) -> None:
+    code = f"import {module}; from PIL import PngImagePlugin; print(PngImagePlugin.MAX_TEXT_CHUNK)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{64 << 20}\n"
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>"])
