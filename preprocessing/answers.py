@@ -66,6 +66,27 @@ def normalize_answer(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def labels_of(listed: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """The label of every normalized answer that a list has, and what a message should say of other spellings in it.
+
+    An entry such as "two" or "t-shirt", which no normalized answer can be, is taken for "2" and "t shirt"; where
+    another entry is that already, or nothing is left of it ("the"), it is the label of no answer.
+    """
+    labels = {answer: label for label, answer in enumerate(listed) if normalize_answer(answer) == answer}
+    said = []
+    for label, answer in enumerate(listed):
+        normal = normalize_answer(answer)
+        if normal == answer:
+            continue
+        if not normal or normal in labels:
+            why = f"{listed[labels[normal]]!r} stands for it" if normal else "nothing is left of it"
+            said.append(f"{answer!r} is never right ({why})")
+        else:
+            labels[normal] = label
+            said.append(f"{answer!r} is taken for {normal!r}")
+    return labels, said
+
+
 def soft_score(count: int) -> float:
     """The training target of an answer that `count` of ten people gave (ViLT, EVE): .3, .6, .9, then 1."""
     return min(1.0, 0.3 * count) if count < 4 else 1.0

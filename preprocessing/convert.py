@@ -90,6 +90,8 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
     report_excluded(args, source)
+    for note in source.notes:
+        print(note)
     _check_images_there(source.rows, args.max_dropped)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6

@@ -81,7 +81,7 @@ def names_of(image_id: int, coco: dict[int, int]) -> tuple[str, ...]:
     return (*own, coco_key(coco[image_id])) if image_id in coco else own
 
 
-def beside_vqav2(image_id: int) -> str:
+def beside_vqav2(image_id: int | str) -> str:
     """The id of an image in a data set that COCO's numbers are in, too."""
     return f"vg-{image_id}"
 

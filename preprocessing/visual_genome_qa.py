@@ -16,6 +16,8 @@ from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.visual_genome import FOLDERS, add_image_data_argument, image_number, names_of, read_coco_numbers
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
 
+BEYOND_VQAV2 = 10**9  # VQA v2's ids are 1,000 times an image's number, so below 6 x 10^8
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `visual-genome-qa`."""
@@ -64,7 +66,7 @@ def read_questions(
                     image=images.find(f"{image_id}.jpg"),
                     image_id=visual_genome.beside_vqav2(image_id) if beside_vqav2 else str(image_id),
                     text=cleaning.question(field(qa, "question", str, where), split),
-                    question_id=field(qa, "qa_id", int, where) + (_BEYOND_VQAV2 if beside_vqav2 else 0),
+                    question_id=field(qa, "qa_id", int, where) + (BEYOND_VQAV2 if beside_vqav2 else 0),
                     answers=(field(qa, "answer", str, where),),
                     main_answer=None,
                     where=where,
@@ -73,6 +75,3 @@ def read_questions(
                 )
             )
     return asked
-
-
-_BEYOND_VQAV2 = 10**9  # VQA v2's ids are 1,000 times an image's number, so below 6 x 10^8

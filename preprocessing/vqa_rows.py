@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.answers import normalize_answer, read_answer_list, resolve_answer_list, soft_score
+from preprocessing.answers import labels_of, normalize_answer, read_answer_list, resolve_answer_list, soft_score
 from preprocessing.image_names import EXCLUDED
 from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place, place
-from preprocessing.schema import DataError
+from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.source import Row, Source
+
+_SHOWN = 10  # entries of an answer list that a message names
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Asked:
     where: str  # file and record, for messages
     counts: bool = True  # whether its main answer counts when an answer list is built
     excluded: bool = False  # whether --exclude names its image
+    votes: bool = False  # whether a single answer is one person's, and not the right one
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +65,8 @@ def vqa_source(
     That list is `given`, or is found or built as resolve_answer_list says.
 
     Questions whose image is excluded and those without a word are left out, and training questions without a listed
-    answer; on other splits the latter stay, with empty lists. Raises DataError on a question id or an image id that
-    stands twice, and as resolve_answer_list does.
+    answer, counted by the reason; on other splits the latter stay, with empty lists. Raises DataError on a question id
+    or an image id that stands twice, and as resolve_answer_list does.
     """
     _check_unique(asked)
     source = Source("vqa", [], inputs, {"questions": len(asked)})
@@ -82,30 +85,44 @@ def vqa_source(
         if answers and question.counts
     )
     source.answer_list = resolve_answer_list(place(args.out), args.split, given, main, min_answers, args.overwrite)
-    source.rows = _label(kept, said, source.answer_list, args.split == "train", source.left_out)
+    labels, spellings = labels_of(source.answer_list)
+    if spellings:
+        shown = ", ".join(spellings[:_SHOWN]) + (", …" if len(spellings) > _SHOWN else "")
+        source.notes.append(
+            f"{args.answer_list or place(args.out) / ANSWER_LIST}: {len(spellings)} of {len(source.answer_list)} "
+            f"entries are spelled as no normalized answer is: {shown}"
+        )
+    source.rows = _label(kept, said, labels, source, args.split == "train")
     return source
 
 
 def _label(
-    asked: Sequence[Asked], said: Sequence[Counter[str]], listed: list[str], training: bool, left_out: Counter[str]
+    asked: Sequence[Asked], said: Sequence[Counter[str]], labels: dict[str, int], source: Source, training: bool
 ) -> list[Row]:
-    """One row an image: its questions with those of their answers, in `said`, that are listed."""
-    labels = {answer: label for label, answer in enumerate(listed)}
+    """One row an image: its questions with those of their answers, in `said`, that have a label."""
+    listed = source.answer_list or []
     rows: dict[str, Row] = {}
     for question, answers in zip(asked, said, strict=True):
         known = [answer for answer in answers if answer in labels]
         if not known and training:
-            left_out["question without a listed answer"] += 1
+            source.left_out[_why_unanswered(answers)] += 1
             continue
         known.sort(key=lambda answer: (-answers[answer], labels[answer]))
-        only = len(question.answers) == 1  # Visual Genome, easy-VQA: one answer, which is right
+        only = len(question.answers) == 1 and not question.votes  # Visual Genome, easy-VQA: one answer, which is right
         row = rows.get(question.image_id) or rows.setdefault(question.image_id, _empty_row(question))
         row.columns["questions"].append(question.text)
         row.columns["question_id"].append(question.question_id)
-        row.columns["answers"].append(known)
+        row.columns["answers"].append([listed[labels[answer]] for answer in known])
         row.columns["answer_labels"].append([labels[answer] for answer in known])
         row.columns["answer_scores"].append([1.0 if only else soft_score(answers[answer]) for answer in known])
     return list(rows.values())
+
+
+def _why_unanswered(answers: Counter[str]) -> str:
+    """The reason for which a training question is left out. `answers` are normalized."""
+    if not answers:
+        return "question without an answer"
+    return "question without a listed answer" if any(answers) else "question whose answers have no word"
 
 
 def _empty_row(question: Asked) -> Row:

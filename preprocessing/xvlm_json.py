@@ -2,13 +2,15 @@
 
 retrieval  {"image", "caption": str or list, "image_id"}: rows of one image are brought together; the lines of X-VLM's
            pre-training, {"image_rpath", "caption": list}, are taken as well
-vqa        {"image", "question", "question_id", "answer": str or list}; no answer on test splits
+vqa        {"image", "question", "question_id", "dataset", "answer": str or list}; no answer on test splits. A string is
+           the right answer; of "dataset": "vqa" a list holds what people said, even if it is one
 nlvr       {"images": [left, right], "sentence", "label", "identifier"}
 """
 
 import argparse
 import codecs
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
@@ -20,6 +22,8 @@ from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
+from preprocessing.visual_genome import beside_vqav2
+from preprocessing.visual_genome_qa import BEYOND_VQAV2
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
 
 _FIRST = 1 << 16  # bytes, in which the first line tells what it is
@@ -126,20 +130,47 @@ def read_vqa(
 ) -> list[Asked]:
     """The questions in the order of the files. Raises DataError naming the record at fault.
 
-    The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given.
+    The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given. Where an id of theirs is
+    also one of the others', all of them get ids of their own, as `vqav2 --visual-genome` gives them.
     """
-    asked = []
+    asked, of_visual_genome = [], []
     for where, record in _records(files):
         name = field(record, "image", str, where)
         text = cleaning.question(field(record, "question", str, where), split)
         question_id = field(record, "question_id", int, where)
         answers = tuple(_strings(record, "answer", where)) if "answer" in record else ()
-        folder = visual_genome if visual_genome is not None and record.get("dataset") == "vg" else images
+        dataset = record.get("dataset")
+        folder = visual_genome if visual_genome is not None and dataset == "vg" else images
         image_id = _image_id(record, name, where)
         out = excluded.holds(name, image_id)
+        votes = dataset == "vqa" and isinstance(record.get("answer"), list)
         image = image_in(folder, name)
-        asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out))
-    return asked
+        asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes))
+        of_visual_genome.append(dataset == "vg")
+    return _told_apart(asked, of_visual_genome)
+
+
+def _told_apart(asked: list[Asked], of_visual_genome: Sequence[bool]) -> list[Asked]:
+    """The questions, those of Visual Genome with other ids where ids of theirs are taken."""
+    others = [question for question, own in zip(asked, of_visual_genome, strict=True) if not own]
+    questions = {question.question_id for question in others}
+    images = {question.image_id: question.image for question in others}
+    if not any(
+        question.question_id in questions or images.get(question.image_id, question.image) != question.image
+        for question, own in zip(asked, of_visual_genome, strict=True)
+        if own
+    ):
+        return asked
+    return [
+        replace(
+            question,
+            question_id=question.question_id + BEYOND_VQAV2,
+            image_id=beside_vqav2(question.image_id),
+        )
+        if own
+        else question
+        for question, own in zip(asked, of_visual_genome, strict=True)
+    ]
 
 
 def read_nlvr(files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning) -> list[Statement]:

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation import vqa
-from preprocessing.answers import build_answer_list, normalize_answer, read_answer_list, resolve_answer_list, soft_score
+from preprocessing.answers import (
+    build_answer_list,
+    labels_of,
+    normalize_answer,
+    read_answer_list,
+    resolve_answer_list,
+    soft_score,
+)
 from preprocessing.schema import DataError
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -45,6 +52,20 @@ def test_agrees_with_the_evaluation_on_golden_answers() -> None:
     assert len(texts) > 20
     for text in texts:
         assert normalize_answer(text) == vqa.normalise(vqa.clean(text))
+
+
+def test_entries_of_a_list_that_are_spelled_otherwise() -> None:
+    labels, said = labels_of(["two", "t-shirt", "yes", "the", "2", "a lot", "lot", "No", "t shirt."])
+    assert labels == {"yes": 2, "2": 4, "lot": 6, "t shirt": 1, "no": 7}
+    assert said == [
+        "'two' is never right ('2' stands for it)",
+        "'t-shirt' is taken for 't shirt'",
+        "'the' is never right (nothing is left of it)",
+        "'a lot' is never right ('lot' stands for it)",
+        "'No' is taken for 'no'",
+        "'t shirt.' is never right ('t-shirt' stands for it)",
+    ]
+    assert labels_of(["2", "don't", "t shirt"]) == ({"2": 0, "don't": 1, "t shirt": 2}, [])
 
 
 def test_soft_scores() -> None:

@@ -77,6 +77,29 @@ def test_soft_scores_of_disagreeing_people(world: World) -> None:
     assert manifest["source"] == {"questions": 3, "images": 2}
 
 
+def test_an_answer_list_in_another_spelling(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = write_json(world.folder / "list.json", ["Dog", "two", "yes", "three"])
+    convert(*world.arguments(), "--answer-list", listed)
+    printed = capsys.readouterr().out
+    assert f"{listed}: 3 of 4 entries are spelled as no normalized answer is: 'Dog' is taken for 'dog', " in printed
+    first, second = rows_of(world.folder / "out/train")
+    assert (first["answers"], first["answer_labels"]) == ([["yes"], ["Dog"]], [[2], [0]])
+    assert (second["answers"], second["answer_labels"]) == ([["two", "three"]], [[1, 3]])
+    convert("verify", world.folder / "out")
+
+
+def test_what_has_no_answer_is_counted_by_reason(world: World) -> None:
+    for number, answers in ((30, []), (31, ["a", "The"]), (32, ["owl"] * 10)):
+        world.questions.append({"question_id": number, "image_id": 1, "question": "What?"})
+        world.annotations.append(annotation(number, answers, "owl"))
+    convert(*world.arguments(), "--answer-list", write_json(world.folder / "list.json", ["yes", "2", "dog"]))
+    assert read_manifest(world.folder / "out/train")["dropped"] == {
+        "question without a listed answer": 1,
+        "question without an answer": 1,
+        "question whose answers have no word": 1,
+    }
+
+
 def test_evaluation_splits_keep_all_questions(world: World) -> None:
     convert(*world.arguments(), "--answer-list", write_json(world.folder / "list.json", ["yes"]))
     convert(*world.arguments("val"))

@@ -59,6 +59,52 @@ def test_vqa_with_ten_answers_one_and_none(images: Path) -> None:
     assert rows_of(images / "out/test")[0]["answers"] == [[], []]
 
 
+def test_a_list_of_one_is_one_vote_and_a_string_the_answer(images: Path) -> None:
+    answers = {1: ["cat"], 2: "cat", 3: ["cat", "cat"], 4: ["cat"] * 3 + ["dog"]}
+    records: list[dict[str, Any]] = [
+        {"image": "pics/0.jpg", "dataset": "vqa", "question": "a?", "question_id": number, "answer": answer}
+        for number, answer in answers.items()
+    ]
+    records.append({"image": "pics/0.jpg", "dataset": "vg", "question": "b?", "question_id": 5, "answer": ["cat"]})
+    listed = write_json(images / "list.json", ["cat", "dog"])
+    convert(*arguments(images, "vqa", records), "--answer-list", listed)
+    (row,) = rows_of(images / "out/train")
+    assert [pytest.approx(scores) for scores in row["answer_scores"]] == [[0.3], [1.0], [0.6], [0.9, 0.3], [1.0]]
+
+
+def test_ids_of_visual_genome_that_are_taken(images: Path, refuse: Callable[..., str]) -> None:
+    """EVE's vqa_train.json and vg_qa.json: both count their questions, and Visual Genome's numbers come first."""
+    vqa = [
+        {"image": "pics/0.jpg", "image_id": 7, "question": "a?", "question_id": 9000, "answer": ["red"] * 10}
+        | {"dataset": "vqa"}
+    ]
+    vg = [
+        {"image": "pics/1.jpg", "image_id": number, "question": "b?", "question_id": 9000 + number, "answer": "red"}
+        | {"dataset": "vg"}
+        for number in (0, 1)
+    ]
+    vg[0]["image"] = "pics/2.jpg"
+    convert(*arguments(images, "vqa", vqa, vg), "--min-answers", 1)
+    found = [(row["image_id"], row["question_id"], row["image"]) for row in rows_of(images / "out/train")]
+    expected = [
+        ("7", [9000], picture(0)),
+        ("vg-0", [1_000_009_000], picture(2)),
+        ("vg-1", [1_000_009_001], picture(1)),
+    ]
+    assert found == expected
+    vg[0]["question_id"] = vg[1]["question_id"] = 1  # now it is the image's id that is taken
+    vg[0]["question_id"], vg[0]["image_id"] = 2, 7
+    convert(*arguments(images, "vqa", vqa, vg), "--min-answers", 1, "--overwrite")
+    assert [row["image_id"] for row in rows_of(images / "out/train")] == ["7", "vg-7", "vg-1"]
+    vg[0]["image_id"] = 3  # nothing is: they stay as they are
+    convert(*arguments(images, "vqa", vqa, vg), "--min-answers", 1, "--overwrite")
+    assert [row["question_id"] for row in rows_of(images / "out/train")] == [[9000], [2], [1]]
+    vqa[0]["question_id"] = vg[1]["question_id"] = 2  # twice in one file is a fault
+    assert "f1.json: record 1: question_id 1000000002 stands twice" in refuse(
+        *arguments(images, "vqa", vqa, vg), "--overwrite"
+    )
+
+
 def test_nlvr(images: Path) -> None:
     pair = {"images": ["pics/0.jpg", "pics/1.jpg"]}
     records = [
