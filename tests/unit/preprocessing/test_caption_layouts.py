@@ -143,7 +143,7 @@ def test_coco_images_one_folder_further_down(tmp_path: Path, folder: str, refuse
     command = ["coco", "--annotations", write_json(tmp_path / "c.json", content), "--images", tmp_path, "--split",
                "val", "--out", tmp_path / "out"]  # fmt: skip
     if folder == "images/image":
-        assert "holds none of the first 1 images" in refuse(*command)
+        assert "holds no image of 1 rows looked at" in refuse(*command)
     else:
         convert(*command)
         assert rows_of(tmp_path / "out/val")[0]["image"] == picture(9)
