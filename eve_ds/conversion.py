@@ -246,7 +246,7 @@ def _step(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"--checkpoint {path}: no such folder; give a run folder or RUN/checkpoints/step_N")
     _engine()
-    from eve_ds.engine.checkpoint import newest
+    from eve_ds.engine.soundness import newest
 
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     step = newest(folder)

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from preprocessing.json_text import parse_json, shown
 from preprocessing.places import Place, RemotePath, names_in, open_input
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, sync_path
 
 __all__ = [
     "LOCK",
@@ -200,6 +200,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             os.rename(target, old)
         os.rename(partial, target)
+        sync_path(target.parent)
         _discard(old)
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from error

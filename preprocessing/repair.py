@@ -17,7 +17,7 @@ from preprocessing.checks import ShardReport, SplitFacts, check_shards, shard_pa
 from preprocessing.files import check_replaceable, locked, new_folder
 from preprocessing.places import Place
 from preprocessing.reading import batches_of
-from preprocessing.schema import KINDS, MANIFEST, PROVENANCE, DataError, read_manifest
+from preprocessing.schema import KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
 from preprocessing.writer import DROPPED, OURS, ShardWriter, file_sha256, write_manifest
 
 
@@ -83,6 +83,7 @@ def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) 
         if not repair.shards:
             raise DataError(f"{folder}: no row of it is sound; prepare the split again")
         _finish(repair, new)
+        sync_tree(new)  # before the old shards go
     return [*(f"{folder}: {line}" for line in said), *lines]
 
 

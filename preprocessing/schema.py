@@ -6,6 +6,7 @@ DIR/{train,val,test}/shard-00000.arrow  Arrow IPC file format, several record ba
                      provenance.json    command, host, time, versions: differs from run to run
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -127,15 +128,16 @@ def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type])
 def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:
     """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
 
-    Without `sync` that is so when this process is killed, but not when the machine loses its power: then `path` may
-    hold a part. Raises DataError when the folder cannot be made or written, or `path` is there and no regular file:
-    to rename over a device, such as /dev/null, would replace it.
+    With `sync` the new ones are on disk, by their name, on return. Without it `path` is whole when this process is
+    killed, but not when the machine loses its power: then `path` may hold a part. Raises DataError when the folder
+    cannot be made or written, or `path` is there and no regular file: to rename over a device, such as /dev/null,
+    would replace it.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is no regular file; name another one")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -148,17 +150,43 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True
         except BaseException:
             os.unlink(temporary)
             raise
+        if sync:
+            sync_path(path.parent)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
 
 
-def sync(path: str | os.PathLike[str]) -> None:
-    """Have a local file, or the names in a folder, on disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are not there, their names on disk. Raises OSError."""
+    if path.is_dir():
+        return
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_path(folder.parent)
+
+
+def sync_path(path: str | os.PathLike[str]) -> None:
+    """Have a local file, or the names in a folder, on disk. Raises OSError.
+
+    Names in a folder that cannot be read, or of a file system that does not take the request, are left to the system.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES) or not os.path.isdir(path):
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Have a folder and all files and folders in it on disk. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            sync_path(path)
 
 
 def dump_json(value: Any) -> bytes:

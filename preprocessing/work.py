@@ -23,7 +23,7 @@ from typing import Any
 from preprocessing.files import LOCK, check_replaceable, locked
 from preprocessing.parts import record_name
 from preprocessing.places import Place, names_in, remove, size_of, write_whole
-from preprocessing.schema import MANIFEST, DataError, dump_json, sync
+from preprocessing.schema import MANIFEST, DataError, dump_json, make_folder, sync_path, sync_tree
 from preprocessing.writer import OURS
 
 _JOB = "job.json"
@@ -141,7 +141,7 @@ def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> 
     work = Work(target, root, run, f"{', '.join(changed)} changed" if changed else "")
     for folder in (work.shards, work.records):
         if isinstance(folder, Path):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
     if isinstance(root, Path):
         for name in names_in(work.shards):
             if name.startswith("."):  # a killed worker's
@@ -164,11 +164,10 @@ def _read_job(root: Place) -> dict[str, Any]:
 
 def _exchange(new: Path, target: Path, old: Path) -> None:
     """`new` becomes `target`; a kill between the two renames leaves `new` to be renamed by the next run."""
-    for path in (*new.iterdir(), new):
-        sync(path)
+    sync_tree(new)
     if old.exists():
         remove(old)
     if target.exists():
         os.rename(target, old)
     os.rename(new, target)
-    sync(target.parent)
+    sync_path(target.parent)

@@ -1,7 +1,9 @@
 """Checkpoints that are whole or not there, and resume into the same topology or another.
 
 DeepSpeed writes a folder per tag, not atomically. A tag is never used twice, and ``complete.json`` (manifest.py) is
-renamed into the folder after everything else: a folder without it is a killed run's, and is not read.
+renamed into the folder after everything else is on disk: a folder without it is a killed run's, and is not read. What
+is older goes only when that is on disk, too, so a power loss at any instant leaves a whole checkpoint. Which one a run
+goes on from says soundness.py.
 
 The same topology is loaded as it is, bit for bit. Into any other the ranks convert the checkpoint together to
 DeepSpeed's universal format, in a folder beside it that is deleted once it is loaded.
@@ -13,6 +15,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from eve_ds.engine.manifest import COMPLETE, Hashes, Manifest, Topology, experts_of, file_names, hash_files
+from eve_ds.engine import agreement
+from eve_ds.engine.manifest import COMPLETE, Manifest, Sizes, Topology, experts_of, file_names, file_sizes
+from eve_ds.engine.soundness import hash_together, split_by_size, tag_of, tagged, whole
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.errors import RankError, UserError
+from preprocessing.schema import sync_path
 
 UNIVERSAL = ".universal"
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
@@ -33,24 +39,77 @@ MISLEADING = (
 
 
 def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[str, Any]) -> Path:
-    """Save ``engine`` as ``folder/step_NNNNNNNN`` and mark it whole. Called by all ranks; returns the folder."""
-    tag = _tag(step)
+    """Save ``engine`` as ``folder/step_NNNNNNNN`` and mark it whole. Called by all ranks; returns the folder.
+
+    On return the checkpoint is on disk, and so is what the run had written of its metrics.
+    """
+    tag = tag_of(step)
     target = folder / tag
     if dist.get_rank() == 0 and target.exists():
         shutil.rmtree(target)  # the rest of a save that was killed: it has no complete.json, or we would have resumed
     dist.barrier()
     with _told_if_full(target):
-        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-    if dist.get_rank() == 0:
-        for script in MISLEADING:
-            (folder / script).unlink(missing_ok=True)
-    dist.barrier()
-    hashes = _hash_together(target)
-    if dist.get_rank() == 0:
-        experts = experts_of(engine.module)
-        Manifest(step, topology, experts, deepspeed.__version__, state, hashes).write(target)
-    dist.barrier()
+        with _syncing(engine) as written:
+            engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+            hashes = hash_together(target, _shares_by_host(target, written))
+        dist.barrier()  # all ranks' files are on disk
+        manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
+        agreement.decide(lambda: _complete(target, manifest))
     return target
+
+
+@contextlib.contextmanager
+def _syncing(engine: Any) -> Iterator[list[Path]]:
+    """The files that this rank's ``engine`` writes meanwhile. Another thread has each on disk; the block ends after it.
+
+    The rank that wrote a file syncs it: its host holds what is not on disk yet.
+    """
+    written: list[Path] = []
+    save = engine.checkpoint_engine.save
+
+    def save_and_sync(state_dict: Any, path: str) -> None:
+        save(state_dict, path)
+        written.append(Path(path))
+        syncs.append(disk.submit(sync_path, path))
+
+    with ThreadPoolExecutor(1, "checkpoint-disk") as disk:
+        syncs: list[Any] = []
+        engine.checkpoint_engine.save = save_and_sync
+        try:
+            yield written
+        finally:
+            del engine.checkpoint_engine.save
+        for sync in syncs:
+            sync.result()
+
+
+def _shares_by_host(target: Path, written: list[Path]) -> list[list[str]]:
+    """Which files of ``target`` each rank hashes: such as its host has written, and so has at hand. Called by all."""
+    mine = {str(path.relative_to(target)): path.stat().st_size for path in written}
+    by_rank = agreement.gather((agreement.host(), mine))
+    known = {name for _, files in by_rank for name in files}
+    others = agreement.decide(lambda: [name for name in file_names(target) if name not in known])
+    by_rank[0][1].update(dict.fromkeys(others, 0))  # what DeepSpeed has copied there
+    shares: list[list[str]] = [[] for _ in by_rank]
+    for host in {host for host, _ in by_rank}:
+        ranks = [rank for rank, (its, _) in enumerate(by_rank) if its == host]
+        sizes = {name: size for rank in ranks for name, size in by_rank[rank][1].items()}
+        for rank, share in zip(ranks, split_by_size(sizes, len(ranks)), strict=True):
+            shares[rank] = share
+    return shares
+
+
+def _complete(target: Path, manifest: Manifest) -> None:
+    """Mark a checkpoint whole, which all ranks have on disk. Called by rank 0, which must see all of it."""
+    folder, run = target.parent, target.parent.parent
+    sizes: Sizes = {name: size for name, (size, _) in manifest.files.items()}
+    agreement.await_view(lambda: file_sizes(target, sizes), sizes, str(target))
+    for script in MISLEADING:
+        (folder / script).unlink(missing_ok=True)
+    inside = {target / name for name in manifest.files}
+    for path in (*run.glob("*.jsonl"), *{file.parent for file in inside}, target, folder, run):
+        sync_path(path)
+    manifest.write(target)
 
 
 @contextlib.contextmanager
@@ -68,42 +127,17 @@ def _told_if_full(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _tag(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint under ``folder``, or None."""
-    whole = [path.parent for path in folder.glob(f"step_*/{COMPLETE}")]
-    return max(whole, default=None)
-
-
-def check(path: Path) -> Manifest:
-    """Read ``complete.json`` and compare files, hashes and contents with it. Called by all ranks.
-
-    Raises:
-        UserError: a file is missing, damaged, or was written for another topology than the manifest says.
-    """
-    manifest = Manifest.read(path)
-    if path.name != _tag(manifest.step):
-        raise UserError(f"{path}: holds step {manifest.step}, so it was renamed; call it {_tag(manifest.step)} again")
-    manifest.check_sizes(path)
-    manifest.check_hashes(path, _hash_together(path))
-    manifest.check_contents(path)
-    return manifest
-
-
-def load(engine: Any, path: Path, topology: Topology, identity: Mapping[str, str]) -> Manifest:
-    """Check ``path`` and load it into a fresh ``engine``. Called by all ranks; returns the manifest.
+def load(engine: Any, path: Path, manifest: Manifest, topology: Topology, identity: Mapping[str, str]) -> None:
+    """Load ``path``, which was checked, into a fresh ``engine``. Called by all ranks.
 
     Hyper-parameters stay the engine's own; weights, Adam's moments and its step count are the checkpoint's.
 
     Args:
+        manifest: of ``path``, as ``check`` or ``sound`` returned it.
         identity: {what: fingerprint} of the run and of what it reads; the checkpoint's must be the same.
     Raises:
-        UserError: as ``check``, or the checkpoint is another run's, or has other MoE layers or numbers of experts.
+        UserError: the checkpoint is another run's, or has other MoE layers or numbers of experts.
     """
-    manifest = check(path)
     for what, value in identity.items():
         if manifest.state.get("identity", {}).get(what, value) != value:
             raise UserError(
@@ -124,17 +158,16 @@ def load(engine: Any, path: Path, topology: Topology, identity: Mapping[str, str
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
     _set_steps(engine, manifest.step - manifest.skipped_steps)
-    return manifest
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` whole checkpoints, and what killed runs left. Called by rank 0 alone."""
-    last = newest(folder)
-    if last is None:
+    kept = whole(folder)[-keep:]
+    if not kept:
         return
-    whole = sorted(path.parent for path in folder.glob(f"step_*/{COMPLETE}"))
-    half = [path for path in folder.glob("step_*") if not (path / COMPLETE).exists() and path < last]
-    for path in [*whole[:-keep], *half, *folder.glob(f"{UNIVERSAL}_*")]:
+    found = tagged(folder)
+    older = [path for path in found[: found.index(kept[-1])] if path not in kept]
+    for path in [*older, *folder.glob(f"{UNIVERSAL}_*")]:
         (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
         shutil.rmtree(path)
 
@@ -153,6 +186,7 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest) -> None:
         if rank == 0:
             write_common(state, folder)
     dist.barrier()
+    agreement.same_view(lambda: file_sizes(folder, file_names(folder)), str(folder))
     engine._config.load_universal_checkpoint = True
     try:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -186,11 +220,3 @@ def _set_steps(engine: Any, step: int) -> None:
             )
         as_tensor = isinstance(optimizer, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=parameter.device) if as_tensor else step
-
-
-def _hash_together(path: Path) -> Hashes:
-    """Hashes of all files below ``path``, the work shared among the ranks."""
-    mine = hash_files(path, file_names(path)[dist.get_rank() :: dist.get_world_size()], threads=1)
-    parts: list[Hashes] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return dict(sorted((name, value) for part in parts for name, value in part.items()))

@@ -18,6 +18,7 @@ def prepare_environment() -> None:
 
     - TORCH_EXTENSIONS_DIR: compiled operations go into a folder of the project's own (a set variable is kept).
     - TORCH_FORCE_WEIGHTS_ONLY_LOAD=1: DeepSpeed asks torch.load for whole pickles, which can run code; this forbids it.
+      TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD goes, with a word: torch reads no file at all where both are set.
     - DS_ACCELERATOR=cpu with a CPU build of torch: DeepSpeed need not search, and warn that it found none.
     - THP_MEM_ALLOC_ENABLE=1: torch puts large CPU tensors into huge pages. Page faults on fresh memory cost more than
       elementwise arithmetic (measured: SiLU on 140 MB takes 77 ms with small pages, 36 with huge ones).
@@ -25,6 +26,8 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", ""):
+        print("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded: no code from files of weights is run", file=sys.stderr)
     if _version("torch").endswith("+cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -7,10 +7,13 @@ the files say inside must agree with it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import pickle
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +31,32 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json
 
 COMPLETE = "complete.json"
+ABSENT = os.strerror(errno.ENOENT)
+_READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"
+_OWN_FILES = "its files are not all of one save: put back those that are, or go on from an older checkpoint"
 torch.serialization.add_safe_globals(
     [LossScaler, ZeroStageEnum, fragment_address]
 )  # all that DeepSpeed's files need beyond tensors
 
+Sizes = dict[str, int | str]  # file below the checkpoint: bytes, or why there are none to be seen
 Hashes = dict[str, tuple[int, str]]  # file below the checkpoint: bytes, SHA-256
 Experts = dict[str, Any]  # module path of an MoE layer: DeepSpeed's placement descriptor, which expert is on which rank
+
+
+class DamagedError(UserError):
+    """A checkpoint is not as it was saved: found by reading it, not by a read that failed.
+
+    Args:
+        path: its folder.
+        what: of it is damaged.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(path, what)
+        self.path, self.what = path, what
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}; put a sound copy of it back, or go on from an older checkpoint"
 
 
 @dataclass(frozen=True)
@@ -76,28 +99,39 @@ class Manifest:
         return int(self.state.get("skipped_steps", 0))
 
     def write(self, path: Path) -> None:
-        """Write ``path/complete.json`` atomically."""
-        write_json(path / COMPLETE, {**vars(self), "topology": vars(self.topology)})
+        """Write ``path/complete.json`` atomically, to be on disk on return."""
+        record = {**vars(self), "topology": vars(self.topology)}
+        write_json(path / COMPLETE, {**record, "digest": _digest(record)})
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read ``path/complete.json``.
 
         Raises:
-            UserError: it is missing, damaged, of an older layout, or its files are of another version of DeepSpeed.
+            DamagedError: it is not as it was written.
+            UserError: it is missing or cannot be read, is of an older layout, or the files of another DeepSpeed.
         """
-        if not (path / COMPLETE).is_file():
-            raise UserError(f"{path} is no whole checkpoint: it has no {COMPLETE}; name a folder step_NNNNNNNN")
         try:
-            record = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+            content = (path / COMPLETE).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{path} is no whole checkpoint: it has no {COMPLETE}; name a folder step_NNNNNNNN"
+            ) from error
+        except OSError as error:
+            raise _unreadable(path / COMPLETE, error) from error
+        try:
+            record = json.loads(content)
+            sound = record.pop("digest", None) in (None, _digest(record))  # older ones have none
             missing = {"experts", "deepspeed_version"} - record.keys()
             if not missing:
                 topology = Topology(**{key: int(value) for key, value in record["topology"].items()})
                 files = {str(name): (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
                 experts, version = dict(record["experts"]), str(record["deepspeed_version"])
                 found = cls(int(record["step"]), topology, experts, version, dict(record["state"]), files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / COMPLETE}: damaged; delete {path} to resume from the one before") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedError(path, f"{COMPLETE} is damaged") from error
+        if not sound:
+            raise DamagedError(path, f"{COMPLETE} is damaged (its digest differs)")
         if missing:
             raise UserError(
                 f"{path / COMPLETE} does not record {' and '.join(sorted(missing))}, so that a load could be wrong in "
@@ -110,22 +144,20 @@ class Manifest:
             )
         return found
 
-    def check_sizes(self, path: Path) -> None:
-        """Raise UserError unless every file is there in its recorded size."""
+    def check_sizes(self, path: Path, found: Mapping[str, int | str]) -> None:
+        """Raise DamagedError unless every file was ``found`` in its recorded size, UserError if one cannot be read."""
         for name, (size, _) in self.files.items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise UserError(
-                    f"{path}: {name} is missing or truncated; delete this folder to resume from the one before"
-                )
+            seen = found[name]
+            if seen == ABSENT:
+                raise DamagedError(path, f"{name} is missing")
+            if isinstance(seen, str):
+                raise UserError(f"{path / name}: cannot be read ({seen}); {_READ_AGAIN}")
+            if seen != size:
+                raise DamagedError(path, f"{name} has {seen} bytes, not {size}")
 
-    def check_hashes(self, path: Path, found: Hashes) -> None:
-        """Raise UserError unless ``found`` has the recorded hash of every file."""
-        broken = [name for name, entry in self.files.items() if found.get(name) != entry]
-        if broken:
-            raise UserError(
-                f"{path}: {broken[0]} is damaged (its hash differs); delete this folder to resume from the one before"
-            )
+    def differing(self, found: Hashes) -> list[str]:
+        """The files that are not ``found`` with their recorded hashes."""
+        return [name for name, entry in self.files.items() if found.get(name) != entry]
 
     def check_contents(self, path: Path) -> None:
         """Raise UserError unless what DeepSpeed wrote into the files agrees with the manifest."""
@@ -146,14 +178,15 @@ class Manifest:
             if value != said[key]:
                 raise UserError(
                     f"{path}: {COMPLETE} says {key} {said[key]} but {model_file(path, topology.zero_stage).name} was "
-                    f"written with {value}; delete this folder to resume from the one before"
+                    f"written with {value}; {_OWN_FILES}"
                 )
         optimizer_files(path, topology.world_size)
 
     def check(self, path: Path) -> None:
         """Everything above by one process: sizes, hashes, contents. Raises UserError."""
-        self.check_sizes(path)
-        self.check_hashes(path, hash_files(path, file_names(path)))
+        self.check_sizes(path, file_sizes(path, self.files))
+        if broken := self.differing(hash_files(path, self.files)):
+            raise DamagedError(path, f"{broken[0]} is damaged (its hash differs)")
         self.check_contents(path)
 
 
@@ -179,7 +212,7 @@ def optimizer_files(path: Path, world_size: int) -> list[Path]:
     if surplus or any(len(files) != 1 for files in found):
         raise UserError(
             f"{path}: there is not one optimizer file for each of the {world_size} ranks that {COMPLETE} names; "
-            "delete this folder to resume from the one before"
+            f"{_OWN_FILES}"
         )
     return [files[0] for files in found]
 
@@ -192,8 +225,9 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: not readable as a checkpoint file; delete this folder to resume from the one before"
+            f"{path}: not readable as a checkpoint file ({reason}); it needs the torch and DeepSpeed that wrote it"
         ) from error
 
 
@@ -202,13 +236,46 @@ def file_names(path: Path) -> list[str]:
     return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != COMPLETE)
 
 
+def file_sizes(path: Path, names: Iterable[str]) -> Sizes:
+    """{name: bytes of this file below ``path``, or the system's word for why it cannot be opened}."""
+    found: Sizes = {}
+    for name in names:
+        try:
+            with open(path / name, "rb") as stream:  # opened, since a network file system then asks its server
+                found[name] = os.fstat(stream.fileno()).st_size
+        except OSError as error:
+            found[name] = ABSENT if error.errno == errno.ENOTDIR else os.strerror(error.errno or 0)
+    return found
+
+
 def hash_files(path: Path, names: Iterable[str], threads: int = 4) -> Hashes:
-    """{name: (bytes, SHA-256)} of these files below ``path``; hashing releases the Python lock."""
+    """{name: (bytes, SHA-256)} of these files below ``path``; hashing releases the Python lock.
+
+    Raises:
+        UserError: one cannot be read.
+    """
 
     def entry(name: str) -> tuple[str, tuple[int, str]]:
-        with open(path / name, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            return name, (stream.tell(), digest)
+        for last in (False, False, True):
+            try:
+                with open(path / name, "rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    return name, (stream.tell(), digest)
+            except OSError as error:
+                if last or error.errno != errno.ESTALE:
+                    raise _unreadable(path / name, error) from error
+                time.sleep(1)  # a server that came back: to open the file once more mends it
+        raise AssertionError
 
     with ThreadPoolExecutor(threads) as pool:
         return dict(pool.map(entry, names))
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read ({error.strerror}); {_READ_AGAIN}")
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Of what a record says, however it is laid out in a file."""
+    plain = json.loads(json.dumps(record))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

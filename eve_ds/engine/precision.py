@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from eve_ds.config import EngineConfig, FinetuneConfig, PretrainConfig
+from eve_ds.engine.agreement import decide, gather
 from eve_ds.engine.run_folder import CONFIG, holds_run
 
 Precision = Literal["bf16", "fp32"]
@@ -47,7 +47,8 @@ def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None
     quick on the devices of all ranks. Rank 0 warns of bf16 that was asked for where it is slow. Called by all ranks.
     """
     if config.engine.precision == "auto":
-        config.engine.precision = _stored(Path(config.output_dir or ".")) or _best_of_all_ranks()
+        stored: Precision | None = decide(lambda: _stored(Path(config.output_dir or ".")))
+        config.engine.precision = stored or _best_of_all_ranks()
     if rank == 0 and config.engine.precision == "bf16" and best_precision() == "fp32":
         print(
             "engine.precision=bf16: this device has no products of bf16 matrices, which run many times slower than "
@@ -58,11 +59,7 @@ def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None
 
 
 def _best_of_all_ranks() -> Precision:
-    if not dist.is_initialized():
-        return best_precision()
-    found: list[Precision] = [best_precision()] * dist.get_world_size()
-    dist.all_gather_object(found, best_precision())
-    return "fp32" if "fp32" in found else "bf16"
+    return "fp32" if "fp32" in gather(best_precision()) else "bf16"
 
 
 def _stored(folder: Path) -> Precision | None:

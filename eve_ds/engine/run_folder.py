@@ -11,12 +11,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.engine.agreement import decide, prove_shared
 from eve_ds.errors import UserError
+from preprocessing.schema import make_folder
 
 FREE = (
     "split",
@@ -40,12 +41,19 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
     """Make ``config.output_dir`` this run's and store the resolved config in it.
 
     Settings that do not change what is learnt (``FREE``) may differ from the stored ones, and so may the length of the
-    run: to raise it trains on, along the longer schedule. Called by all ranks.
+    run: to raise it trains on, along the longer schedule. Called by all ranks; rank 0 alone looks and writes.
 
     Raises:
-        UserError: no folder named, it holds another run (the first differing key is named) or files that are no run, or
-            a run is going on in it.
+        UserError: no folder named, it holds another run (the first differing key is named) or files that are no run, a
+            run is going on in it, or it is not one folder for all ranks.
     """
+    decide(lambda: _claim(config))
+    prove_shared(Path(config.output_dir), f"--output_dir {config.output_dir}")
+    decide(lambda: config_tree.save(config, Path(config.output_dir) / CONFIG))
+    return Path(config.output_dir)
+
+
+def _claim(config: PretrainConfig | FinetuneConfig) -> None:
     if not config.output_dir:
         raise UserError("--output_dir is missing; name a folder for checkpoints, metrics and the resolved config")
     folder = Path(config.output_dir)
@@ -69,19 +77,10 @@ def claim(config: PretrainConfig | FinetuneConfig) -> Path:
             )
     elif _contents(folder):
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
-    if dist.is_initialized():
-        dist.barrier()  # all ranks have looked before rank 0 writes
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    free = [_lock(folder) if first else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(free, src=0)
-    if not free[0]:
+    if not _lock(folder):
         raise UserError(
             f"--output_dir {folder}: another process trains or scores in it; wait for its end, or choose another folder"
         )
-    if first:
-        config_tree.save(config, stored)
-    return folder
 
 
 def holds_run(folder: Path) -> bool:
@@ -90,7 +89,9 @@ def holds_run(folder: Path) -> bool:
 
 
 def _contents(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {CONFIG, LOCK} if folder.is_dir() else set()
+    """What a run has made in the folder: hidden files are those of starts that were killed, and of file systems."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if name != CONFIG and not name.startswith(".")}
 
 
 def fingerprint(config: PretrainConfig | FinetuneConfig) -> str:
@@ -112,7 +113,7 @@ def _lock(folder: Path) -> bool:
 
     A file system without locks keeps nobody out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loader processes would inherit that

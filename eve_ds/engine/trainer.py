@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint, run_folder
+from eve_ds.engine import checkpoint, run_folder, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
@@ -90,13 +90,14 @@ class Trainer:
         return self.output_dir / "checkpoints"
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint of this run, if there is one; returns the step to go on from.
+        """Load the newest sound checkpoint of this run, if there is one; returns the step to go on from.
 
         The ranks, the expert-parallel size and the ZeRO stage may be others than those that wrote it.
         """
-        path = checkpoint.newest(self.checkpoint_dir)
-        if path is not None:
-            manifest = checkpoint.load(self.engine, path, self.topology, self._identity)
+        found = soundness.sound(self.checkpoint_dir)
+        if found is not None:
+            path, manifest = found
+            checkpoint.load(self.engine, path, manifest, self.topology, self._identity)
             self.step = self.start_step = manifest.step
             self.skipped_steps = manifest.skipped_steps
             self._counts_before = manifest.state.get("counts", {})
@@ -215,7 +216,7 @@ class Trainer:
         """Raise UserError when the run has diverged: before it is saved over what was still sound."""
         if self._unsound < (MOST_UNSOUND if self.step < self.total_steps else 1):
             return
-        last = checkpoint.newest(self.checkpoint_dir)
+        last = soundness.newest(self.checkpoint_dir)
         raise UserError(
             f"the run has diverged: since step {self.step - self._unsound + 1} no loss or gradient was finite; nothing "
             f"was saved since, the last checkpoint is {last.name if last else 'none'}; lower optimizer.lr or "

@@ -14,7 +14,6 @@ every fragment to a file of its own first, and its folders serve only the ZeRO s
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -35,8 +34,9 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor
 
-from eve_ds.engine.manifest import Manifest, load_file, model_file, optimizer_files
+from eve_ds.engine.manifest import COMPLETE, DamagedError, Manifest, load_file, model_file, optimizer_files
 from eve_ds.errors import UserError
+from preprocessing.schema import sync_path, sync_tree
 
 MASTER = "fp32"
 STATES = (MASTER, "exp_avg", "exp_avg_sq")
@@ -176,7 +176,9 @@ def to_universal(checkpoint: Path, out: Path, workers: int = 1) -> None:
             list(pool.map(lambda part: write_parameters(state, temporary, part), state.split(workers)))
         write_common(state, temporary)
         temporary.chmod(0o755)
+        sync_tree(temporary)
         temporary.rename(out)
+        sync_path(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -210,7 +212,14 @@ def write_common(state: ShardedState, folder: Path) -> None:
 
 def _open(checkpoint: Path) -> ShardedState:
     manifest = Manifest.read(checkpoint)
-    manifest.check(checkpoint)
+    try:
+        manifest.check(checkpoint)
+    except DamagedError as error:
+        if (checkpoint / COMPLETE).exists():
+            raise
+        raise UserError(
+            f"{checkpoint}: was removed while it was read, by a run that goes on there; try again"
+        ) from error
     return ShardedState(checkpoint, manifest)
 
 
@@ -218,5 +227,3 @@ def _save(value: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as stream:
         torch.save(value, stream)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.schema import DataError, sync
+from preprocessing.schema import DataError, make_folder, sync_path, sync_tree
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:
@@ -48,16 +48,15 @@ def replacing(out: Path) -> Iterator[Path]:
         DataError: no room, or not allowed to write there.
     """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             new = Path(scratch) / out.name
             yield new
-            for path in (*new.rglob("*"), new):
-                sync(path)
+            sync_tree(new) if new.is_dir() else sync_path(new)
             if out.is_dir():
                 out.rename(Path(scratch) / "replaced")
             new.replace(out)
-            sync(out.parent)
+            sync_path(out.parent)
     except OSError as error:
         raise DataError(
             f"--out {out}: cannot be written ({error.strerror}); make room or choose another place"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from eve_ds.engine import environment
 
@@ -37,6 +38,17 @@ def test_pickles_are_refused_whatever_was_set(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     environment.prepare_environment()
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+def test_pickles_are_refused_where_they_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With both variables set torch reads nothing, and a sound checkpoint would look damaged."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    environment.prepare_environment()
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded" in capsys.readouterr().err
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=False)["a"] == 1
 
 
 def test_own_programs_come_first_on_path_and_once(monkeypatch: pytest.MonkeyPatch) -> None:

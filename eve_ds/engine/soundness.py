@@ -1,0 +1,148 @@
+"""Which checkpoint a run goes on from: the newest one that is whole and sound, found by rank 0 for all.
+
+Damaged is what was read and is not as it was saved. A read that fails says nothing of that: the run ends with a word,
+and nothing is renamed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eve_ds.engine import agreement
+from eve_ds.engine.manifest import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
+from eve_ds.errors import UserError
+from preprocessing.schema import sync_path
+
+DAMAGED = ".damaged"
+_TAG = re.compile(r"step_\d+")
+
+
+def tag_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step_{step:08d}"
+
+
+def tagged(folder: Path) -> list[Path]:
+    """The checkpoints under ``folder``, oldest first, also those that a killed run left half."""
+    found = [path for path in folder.glob("step_*") if _TAG.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def whole(folder: Path) -> list[Path]:
+    """Those of them that were saved to the end."""
+    return [path for path in tagged(folder) if (path / COMPLETE).exists()]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint under ``folder``, or None."""
+    return next(reversed(whole(folder)), None)
+
+
+def sound(folder: Path) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint under ``folder`` that is whole and sound, for all ranks the same; None before the first.
+
+    A damaged one is renamed, with a word, and the one before it is taken. Called by all ranks.
+
+    Raises:
+        UserError: all are damaged, or one cannot be read or used for another reason.
+    """
+    while True:
+        path = agreement.decide(lambda: _newest_or_none_yet(folder))
+        if path is None:
+            return None
+        try:
+            return path, check(path)
+        except DamagedError as error:
+            agreement.decide(functools.partial(_set_aside, error))
+
+
+def _newest_or_none_yet(folder: Path) -> Path | None:
+    path = newest(folder)
+    damaged = sorted(path.name for path in folder.glob(f"step_*{DAMAGED}*"))
+    if path is None and damaged:
+        raise UserError(
+            f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); put a sound copy there under its name "
+            "step_N, or start in another output_dir"
+        )
+    return path
+
+
+def _set_aside(damage: DamagedError) -> None:
+    """Rename a damaged checkpoint, unless it is another run's doing, which has removed it meanwhile."""
+    path = damage.path
+    if not (path / COMPLETE).exists():
+        return
+    names = (path.with_name(f"{path.name}{DAMAGED}{suffix}") for suffix in ("", *(f".{n}" for n in range(2, 1000))))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    sync_path(path.parent)
+    before = newest(path.parent)
+    goes_on = f"the run goes on from {before.name}, if that is sound" if before else "there is none before it"
+    print(
+        f"WARNING: {path} is damaged: {damage.what}; it is called {aside.name} now, and {goes_on}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def check(path: Path) -> Manifest:
+    """Read ``complete.json`` and compare files, hashes and contents with it. Called by all ranks; all find the same.
+
+    Raises:
+        DamagedError: a file is missing, cut or altered.
+        UserError: a file cannot be read, is not seen by all ranks, or was written for another topology than the
+            manifest says.
+    """
+    manifest = agreement.decide(lambda: Manifest.read(path))
+    if path.name != tag_of(manifest.step):
+        raise UserError(f"{path}: holds step {manifest.step}, so it was renamed; call it {tag_of(manifest.step)} again")
+    sizes = agreement.same_view(lambda: file_sizes(path, manifest.files), str(path))
+    manifest.check_sizes(path, sizes)
+    if broken := manifest.differing(hash_together(path, split_by_size(sizes, agreement.rank_and_world()[1]))):
+        agreement.decide(lambda: _look_again(path, broken[0], manifest))
+    agreement.decide(lambda: manifest.check_contents(path))
+    return manifest
+
+
+def _look_again(path: Path, name: str, manifest: Manifest) -> None:
+    """Raise DamagedError if a file is found altered once more, by rank 0 and from the disk; else UserError."""
+    with open(path / name, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if hash_files(path, [name])[name] != manifest.files[name]:
+        raise DamagedError(path, f"{name} is damaged (its hash differs)")
+    raise UserError(
+        f"{path / name}: was read wrongly once and rightly once, so it is sound: see to the disks, the network and the "
+        "memory of the hosts, and start again"
+    )
+
+
+def split_by_size(sizes: Mapping[str, Any], parts: int) -> list[list[str]]:
+    """The files' names in ``parts`` lists of about equal bytes."""
+    found: list[list[str]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        found[least].append(name)
+        loads[least] += sizes[name]
+    return found
+
+
+def hash_together(path: Path, shares: list[list[str]]) -> Hashes:
+    """Hashes of the files below ``path`` that the ``shares`` of all ranks name. Called by all ranks.
+
+    Raises:
+        UserError: some rank cannot read a file.
+    """
+    mine, mistake = {}, None
+    try:
+        mine = hash_files(path, shares[agreement.rank_and_world()[0]], threads=1)
+    except UserError as error:
+        mistake = f"{agreement.place()}: {error}"
+    agreement.agree(mistake)
+    return dict(sorted((name, value) for part in agreement.gather(mine) for name, value in part.items()))
