@@ -2,7 +2,7 @@
 
 Files written below the run folder, rank 0 alone:
 
-    scores_<split>.json                       the metrics
+    scores_<split>.json                       the metrics; "incomplete" says what the split lacks of its raw data, if so
     predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
     samples/                                  examples for the report
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 Scores = dict[str, float]
+_SAMPLES = {"caption": "captions", "vqa": "questions", "nlvr": "statements"}  # as manifests count them in "source"
 
 
 class Scorer:
@@ -75,12 +76,14 @@ class Scorer:
         elif isinstance(samples, NlvrSamples):
             predictions = nlvr_predictions(arrays, samples)
             write_text(folder / f"predictions_{split}.csv", "".join(f"{k},{v}\n" for k, v in predictions.items()))
+        lack = incomplete(samples)
         if not scores:
-            print(f"{split}: predictions written; the split has no answers to score them by", flush=True)
-            return
-        self._write_examples(samples, arrays, folder)
-        write_json(folder / f"scores_{split}.json", scores)
-        print(f"{split}: " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()), flush=True)
+            line = "predictions written; the split has no answers to score them by"
+        else:
+            self._write_examples(samples, arrays, folder)
+            write_json(folder / f"scores_{split}.json", scores | ({"incomplete": lack} if lack else {}))
+            line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        print(f"{split}: {line}{_told(lack)}", flush=True)
 
     def _write_examples(self, samples: Samples, arrays: Arrays, folder: Path) -> None:
         count = self.config.logging.samples
@@ -108,6 +111,32 @@ class Scorer:
         return nlvr.score(
             predictions, [{"identifier": key, "label": str(bool(label))} for key, label in labels.items()]
         )
+
+
+def incomplete(samples: Samples) -> dict[str, Any]:
+    """What a prepared split lacks of its raw data: {"questions": {"scored": n, "of": N}, "dropped": {reason: count}}.
+
+    Empty where it is whole, or where nobody knows: shards by other scripts have no manifest.
+    """
+    manifest = getattr(samples.split, "manifest", {})
+    dropped = {reason: count for reason, count in manifest.get("dropped", {}).items() if count}
+    if not dropped:
+        return {}
+    counts = {"images": samples.rows} if isinstance(samples, CaptionSamples) else {}
+    counts[_SAMPLES[samples.kind]] = len(samples)
+    source = manifest.get("source", {})
+    known = any(source.get(name, 0) > count for name, count in counts.items())
+    lost = 0 if known else sum(dropped.values())  # records at fault, which no count of the raw data has
+    found = {name: {"scored": count, "of": max(count + lost, source.get(name, 0))} for name, count in counts.items()}
+    return found | {"dropped": dropped}
+
+
+def _told(lack: Mapping[str, Any]) -> str:
+    if not lack:
+        return ""
+    whole = ", ".join(f"{part['scored']} of {part['of']} {name}" for name, part in lack.items() if name != "dropped")
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(lack["dropped"].items()))
+    return f"  (over {whole}; dropped in preparation: {why})"
 
 
 def similarity(arrays: Arrays) -> Arrays:

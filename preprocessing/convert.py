@@ -18,6 +18,7 @@ from preprocessing.writer import check_output
 
 __all__ = ["Row", "Rows", "Source", "add_common_arguments", "check_common_arguments", "write_split"]
 
+_MAX_DROPPED = 0.01
 _PROBED = 100  # rows looked at, or more, to tell a wrong image folder from lost images
 _CHANCE = 1e-12  # that a sound data set is refused for what these hold
 
@@ -34,10 +35,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
     parser.add_argument(
         "--max-dropped",
         type=float,
-        default=0.01,
         metavar="SHARE",
         help="fail when more than this share of rows has a missing or broken image or is no sound record of its file "
-        "(default 0.01)",
+        "(default 0.01; of a test split 0, for texts without a word, too)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR/SPLIT if it exists")
     parser.add_argument(
@@ -54,6 +54,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
 
 def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
     """Refuse bad options and a taken output folder before anything is read. Raises DataError."""
+    if args.max_dropped is None:
+        args.max_dropped = 0.0 if args.split == "test" else _MAX_DROPPED
     if not 0 <= args.max_dropped <= 1:
         raise DataError(f"--max-dropped {args.max_dropped}: must be a share between 0 and 1")
     if args.shard_rows is not None and args.shard_rows < 1:
@@ -89,6 +91,8 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     if not len(source.rows):
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
+    if args.split == "test":
+        _check_whole(source, args.max_dropped)
     report_excluded(args, source)
     for note in source.notes:
         print(note)
@@ -111,6 +115,19 @@ def _check_faults(source: Source, share: float) -> None:
     if faults.count > share * source.total or (faults.count and not len(source.rows)):
         more = f" ({faults.count} of {source.total} records are at fault, --max-dropped is {share:g})"
         raise DataError(f"{faults.first}{more if source.total > 1 else ''}")
+
+
+def _check_whole(source: Source, share: float) -> None:
+    """Raise DataError where more of a test split than this share is left out for what it is, not on request."""
+    lost = {reason: count for reason, count in source.left_out.items() if "--" not in reason}
+    count, total = sum(lost.values()), max(source.counts.values(), default=0)
+    if count > share * total:
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in sorted(lost.items()))
+        needed = math.ceil(1000 * count / max(total, 1)) / 1000
+        raise DataError(
+            f"{source.where}: more than --max-dropped {share:g} of a test split must be left out: {reasons}; mend the "
+            f"file, or give --max-dropped {needed:g}: scores then say what they lack"
+        )
 
 
 def _check_images_there(rows: Rows, share: float) -> None:

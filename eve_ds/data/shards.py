@@ -148,6 +148,7 @@ class Split:
         rows: pictures (pairs of pictures for NLVR).
         samples: captions, questions or statements: what one epoch visits.
         parts: (name, samples) of the sources; a split has one.
+        manifest: as it was read; {} where there is none.
     Raises:
         DataError: a shard is missing or has another size than the manifest says, or the split is empty; when a row is
             read, also: a shard is not Arrow, lacks a column or holds other counts than the manifest says.
@@ -162,6 +163,7 @@ class Split:
         self.directory = Path(directory)
         self.name = str(self.directory)
         self._arguments = (directory, files, open_shards)
+        self.manifest: dict[str, Any] = {}
         # Kept when a shard is unmapped: a few numbers, which take longer to find than the file takes to map.
         self._bounds: dict[int, _Bounds] = {}
         if files is None:
@@ -262,7 +264,7 @@ class Split:
         return file, self._bounds[number]
 
     def _read_manifest(self) -> None:
-        manifest = read_manifest(self.directory)
+        manifest = self.manifest = read_manifest(self.directory)
         self.kind: str = manifest["kind"]
         self._shards = [
             _Shard(

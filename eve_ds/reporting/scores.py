@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,10 +195,24 @@ def scores_section(run: Run) -> Html:
         "fine-tuning from first values, that is, without pre-training; drawing at random (chance); always the most "
         "frequent answer (majority); the best model without images (text only). A dash: not defined or not recorded."
     )
+    lacking = [tag("p", f"{TASKS[task][0]}: {text}.", class_="note") for task, text in _incomplete(run.metrics)]
     whole = tag(
         "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))
     )
-    return section("scores", "Scores", tag("p", note, class_="note"), tag("div", table, class_="wide"), gaps, whole)
+    return section(
+        "scores", "Scores", tag("p", note, class_="note"), tag("div", table, class_="wide"), lacking, gaps, whole
+    )
+
+
+def _incomplete(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(task, what its split lacks) of the scores that say so."""
+    for task in TASKS:
+        lack = _section(_section(metrics, task), "incomplete")
+        parts = {name: _section(lack, name) for name in lack if name != "dropped"}
+        whole = [f"{part.get('scored')} of {part.get('of')} {name}" for name, part in parts.items()]
+        why = [f"{count} {reason}" for reason, count in sorted(_section(lack, "dropped").items())]
+        if whole:
+            yield task, f"over {', '.join(whole)}; dropped in preparation: {', '.join(why)}"
 
 
 def _row(score: Score) -> Html:

@@ -205,6 +205,13 @@ def test_a_single_run_shows_its_own_scores(run_folder: Path) -> None:
     assert "no baseline recorded" in text
 
 
+def test_a_score_over_a_part_of_the_split_says_so(run_folder: Path) -> None:
+    lack = {"statements": {"scored": 998, "of": 1000}, "dropped": {"image is missing": 1}}
+    (run_folder / "nlvr" / "scores_test.json").write_text(json.dumps({"accuracy": 0.75, "incomplete": lack}))
+    text = Page(build(run_folder / "nlvr")).text
+    assert "NLVR: over 998 of 1000 statements; dropped in preparation: 1 image is missing." in text
+
+
 def test_a_running_job_and_values_that_are_not_finite(run_folder: Path) -> None:
     path = run_folder / "pretrain" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 401, "loss": null, "lr": NaN}\n{"step": 402, "lo')

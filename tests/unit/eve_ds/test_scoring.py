@@ -1,0 +1,119 @@
+"""A score over a split that lacks a part of its raw data says so, where it is printed and in its file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eve_ds.config import FinetuneConfig
+from eve_ds.engine import setup
+from eve_ds.model.backbone import Backbone
+from eve_ds.scoring import Scorer
+from eve_ds.tasks import NLVR, VQA, Retrieval, Task
+from preprocessing.__main__ import main
+from tests.support.shards import picture, tiny_tokenizer
+from tests.support.tiny_tasks import tiny_config
+
+LOST = 3  # the number of the image that is not there
+
+
+def records(task: str) -> list[dict[str, Any]]:
+    """Six images, or pairs of them, with two captions, questions or statements each."""
+    made: list[dict[str, Any]] = []
+    texts = [(i, text) for i in range(6) for text in (f"picture {i} is red", f"a square in picture {i}")]
+    for i, text in texts:
+        if task == "nlvr":
+            pair = {"images": [f"{i}.png", "0.png"], "identifier": f"test1-{i}-0-{len(made) % 2}"}
+            made.append(pair | {"sentence": text, "label": "True"})
+        elif task == "vqa":
+            made.append({"image": f"{i}.png", "question": text, "question_id": len(made), "answer": "yes"})
+        else:
+            made.append({"image": f"{i}.png", "caption": text})
+    return made
+
+
+def prepare(folder: Path, task: str, *options: str, lost: int | None = LOST) -> int:
+    (folder / "images").mkdir(exist_ok=True)
+    for i in range(6):
+        if i != lost:
+            (folder / f"images/{i}.png").write_bytes(picture(i))
+    if not (folder / "raw.json").exists():
+        (folder / "raw.json").write_text(json.dumps(records(task)))
+    (folder / "answers.json").write_text('["yes", "no"]')
+    words = ["json", "--task", task, "--annotations", f"{folder}/raw.json", "--images", f"{folder}/images"]
+    words += ["--split", "test", "--out", f"{folder}/data", "--answer-list", f"{folder}/answers.json"]
+    return main([*words, *options])
+
+
+def score(folder: Path, task: str, out: Path) -> None:
+    config = FinetuneConfig()
+    config.task = {"retrieval": "itr_coco"}.get(task, task)
+    config.data.path = str(folder / "data")
+    config.model = tiny_config()
+    config.model.vocab_size = 512
+    tokenizer = tiny_tokenizer()
+    samples = setup.samples(config, "test", tokenizer, train=False)
+    backbone = Backbone(config.model)
+    tasks = {"nlvr": NLVR, "vqa": lambda backbone: VQA(backbone, 2), "retrieval": Retrieval}
+    made: Task = tasks[task](backbone).eval()
+    out.mkdir()
+    Scorer(config, {"test": samples}, torch.device("cpu")).score(made, "test", out)
+
+
+PARTS = {
+    "retrieval": {"images": {"scored": 5, "of": 6}, "captions": {"scored": 10, "of": 12}},
+    "vqa": {"questions": {"scored": 10, "of": 12}},
+    "nlvr": {"statements": {"scored": 10, "of": 12}},
+}
+
+
+@pytest.mark.parametrize("task", PARTS)
+def test_a_test_split_that_lacks_an_image(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(tmp_path, task) == 2  # nothing is dropped from a test split by default
+    assert "more than --max-dropped 0 of 6 rows must be dropped: 3.png" in capsys.readouterr().err
+    assert prepare(tmp_path, task, "--max-dropped", "0.2") == 0
+    score(tmp_path, task, tmp_path / "run")
+    line = capsys.readouterr().out.splitlines()[-1]
+    whole = {"retrieval": "5 of 6 images, 10 of 12 captions", "vqa": "10 of 12 questions"}.get(
+        task, "10 of 12 statements"
+    )
+    assert line.endswith(f"(over {whole}; dropped in preparation: 1 image is missing)")
+    written = json.loads((tmp_path / "run" / "scores_test.json").read_text())
+    assert written.pop("incomplete") == PARTS[task] | {"dropped": {"image is missing": 1}}
+    assert prepare(tmp_path, task, "--overwrite", lost=None) == 0
+    score(tmp_path, task, tmp_path / "again")
+    assert "incomplete" not in json.loads((tmp_path / "again" / "scores_test.json").read_text())
+    assert "dropped" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_question_without_a_word_in_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = records("vqa")
+    asked[4]["question"] = " ?"
+    (tmp_path / "raw.json").write_text(json.dumps(asked))
+    assert prepare(tmp_path, "vqa", lost=None) == 2
+    error = capsys.readouterr().err
+    assert "more than --max-dropped 0 of a test split must be left out: 1 times question without a word;" in error
+    assert "--max-dropped 0.084:" in error
+    assert prepare(tmp_path, "vqa", "--max-dropped", "0.084", lost=None) == 0
+    score(tmp_path, "vqa", tmp_path / "run")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.endswith("(over 11 of 12 questions; dropped in preparation: 1 question without a word)")
+    (tmp_path / "list.txt").write_text("2.png\n")  # that is meant, but the score is not over all questions
+    excluding = ["--overwrite", "--exclude", f"{tmp_path}/list.txt"]
+    assert prepare(tmp_path, "vqa", *excluding, lost=None) == 0
+    score(tmp_path, "vqa", tmp_path / "excluded")
+    written = json.loads((tmp_path / "excluded" / "scores_test.json").read_text())
+    assert written["incomplete"]["questions"] == {"scored": 10, "of": 12}
+
+
+def test_predictions_without_answers_say_so_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [{key: value for key, value in record.items() if key != "answer"} for record in records("vqa")]
+    (tmp_path / "raw.json").write_text(json.dumps(asked))
+    assert prepare(tmp_path, "vqa", "--max-dropped", "0.2") == 0
+    score(tmp_path, "vqa", tmp_path / "run")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("test: predictions written; ") and "(over 10 of 12 questions; dropped" in line
