@@ -6,12 +6,14 @@ import argparse
 import errno
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 OUTPUTS = {"out", "per_question"}  # options that name files to be written
 
 
@@ -40,12 +42,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse a pipe or a device, at which reading may wait, or go on, for ever.
+
+    What the shell has opened, as in ``<(command)`` or /dev/stdin, may be read.
+
+    Raises:
+        InputError: it is one.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # reading it tells
+    stream = stat.S_ISFIFO(mode) and str(path).startswith(STREAMS)
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stream):
+        raise InputError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, a byte order mark removed.
 
     Raises:
         InputError: the file is missing, unreadable or not UTF-8.
     """
+    check_regular(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

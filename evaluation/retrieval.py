@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.files import InputError, Parser, run, write_json
+from evaluation.files import InputError, Parser, check_regular, run, write_json
 
 CUTOFFS = (1, 5, 10)
 ARRAYS = ("image_to_text", "text_to_image", "text_image_index")
@@ -131,6 +131,7 @@ def score_file(path: str) -> dict[str, float]:
     Raises:
         InputError: the file is missing or no .npz, and as ``recalls``.
     """
+    check_regular(path)
     try:
         archive = np.load(path, allow_pickle=False)
     except OSError as error:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 # Not used here: jsonargparse looks up the types of inherited fields in this module.
 # Some are not used here: jsonargparse looks up the types of inherited fields in this module.
 from eve_ds.config import (  # noqa: F401
@@ -32,9 +30,10 @@ from eve_ds.config import (  # noqa: F401
     parse,
 )
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.errors import run_command
+from eve_ds.errors import USER_ERRORS, run_command
 from eve_ds.files import write_json
 from eve_ds.finetune_options import expand_options
+from eve_ds.recipes import read_yaml
 
 PROGRAM = "python -m eve_ds.plan"
 
@@ -108,8 +107,8 @@ def _root(argv: list[str]) -> Any:
         path = after if here == "--config" else here.removeprefix("--config=")
         if here == "--config" or here.startswith("--config="):
             try:
-                recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError):
+                recipe = read_yaml(path)
+            except USER_ERRORS:
                 return PretrainPlan  # told properly when it is parsed
             if isinstance(recipe, dict) and "task" in recipe:
                 return FinetunePlan

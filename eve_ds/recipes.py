@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from eve_ds.errors import UserError
+from preprocessing.schema import check_regular
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,6 +69,7 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         UserError: unreadable, not YAML, or a key stands twice; the message names file and line.
     """
     source = f"{option} {path}".strip()
+    check_regular(path, streams=True)
     try:
         # A subclass of SafeLoader: it makes nothing but plain data.
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)

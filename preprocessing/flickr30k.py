@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import read_json, read_text
+from preprocessing.files import BadRecord, read_json, read_text
 from preprocessing.image_names import (
     EXCLUDED,
     ImageFolder,
@@ -27,7 +27,7 @@ from preprocessing.image_names import (
 from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
-from preprocessing.source import Row, Source
+from preprocessing.source import Faults, Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 _FOLDERS = (
@@ -78,10 +78,10 @@ def run(args: argparse.Namespace) -> None:
 def read_tokens(
     path: Place, images: ImageFolder, cleaning: TextCleaning, excluded: ImageList, only: ImageList | None
 ) -> Source:
-    """One row an image, in the order of the file. Raises DataError naming the line at fault."""
+    """One row an image, in the order of the file. Raises DataError where an image id stands for two files."""
     captions: dict[str, list[str]] = {}
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
-    for name, text in _captions_in(path):
+    for name, text in _captions_in(path, source.faults):
         captions.setdefault(name, []).append(text)
         source.counts["captions"] += 1
     rows: list[Row] = []
@@ -104,16 +104,18 @@ def read_tokens(
     return source
 
 
-def _captions_in(path: Place) -> Iterator[tuple[str, str]]:
-    """(image, caption) of each line that is not blank. Raises DataError."""
+def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, str]]:
+    """(image, caption) of each line that is not blank and not at fault."""
     lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
     parse = _table(lines[0][1])
     what = "'image.jpg#0<tab>caption'" if parse is None else f"of the form of its header, {lines[0][1].strip()[:60]!r}"
     for number, line in lines if parse is None else lines[1:]:
         found = (parse or _token)(line)
-        if found is None:
-            raise DataError(f"{path}: line {number}: is not {what}; is this the right file?")
-        yield found
+        if found is not None:
+            yield found
+        else:
+            told = f"is not {what}; is this the right file?"
+            faults.add(BadRecord(f"{path}: line {number}", told, "line is of another form"))
 
 
 def _token(line: str) -> tuple[str, str] | None:

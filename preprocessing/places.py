@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 from pyarrow import fs
 
-from preprocessing.schema import DataError, write_atomic
+from preprocessing.schema import DataError, check_regular, write_atomic
 
 SCHEMES = ("s3", "gs", "hdfs")
 
@@ -100,10 +100,11 @@ def exists(path: str) -> bool:
 def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
     """Open a file for reading bytes; it can seek, and closes at the end of a `with` block.
 
-    Raises FileNotFoundError when there is none, OSError when a local one cannot be read, DataError when a remote file
-    system refuses.
+    Raises FileNotFoundError when there is none, OSError when a local one cannot be read, DataError when that is a pipe
+    or a device, and when a remote file system refuses.
     """
     if not is_remote(path):
+        check_regular(cast("str | os.PathLike[str]", path))
         return open(cast("str | os.PathLike[str]", path), "rb")
     with _told(str(path)):
         system, inner = _opened(str(path))

@@ -12,7 +12,16 @@ from preprocessing.images import PILLOW_PIXELS, BadImage
 from preprocessing.pixels import open_image
 from preprocessing.places import Place, open_input
 from preprocessing.pool import run_tasks
-from preprocessing.schema import IMAGE_COLUMNS, KINDS, MANIFEST, SAMPLE_COLUMN, SPLITS, DataError, read_manifest
+from preprocessing.schema import (
+    IMAGE_COLUMNS,
+    KINDS,
+    MANIFEST,
+    SAMPLE_COLUMN,
+    SPLITS,
+    DataError,
+    check_regular,
+    read_manifest,
+)
 
 _START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
 
@@ -34,6 +43,8 @@ def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa
 
     A file without its end, which holds the index, is read from its start as far as it goes.
     """
+    if isinstance(path, Path):
+        check_regular(path)
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else open_input(path))
     except FileNotFoundError:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +76,7 @@ ID_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 _MANIFEST_FIELDS = {"kind": str, "split": str, "rows": int, "samples": int, "shards": list, "dropped": dict}
+_STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # the shell has opened them: somebody writes there
 _SHARD_FIELDS = {"file": str, "rows": int, "samples": int, "bytes": int, "sha256": str}
 
 
@@ -95,9 +97,12 @@ class RemoteFolder(Protocol):
 def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str, Any]:
     """Read and check `directory/manifest.json`, the manifest of one split folder.
 
-    Raises DataError when it is missing, is not valid JSON, has another schema version or lacks a field.
+    Raises DataError when it is missing, is not valid JSON, has another schema version, lacks a field, or names a file
+    that is not in the folder.
     """
     path = (Path(directory) if isinstance(directory, str | os.PathLike) else directory) / MANIFEST
+    if isinstance(path, Path):
+        check_regular(path)
     try:
         manifest: Any = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -114,6 +119,9 @@ def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str,
         raise DataError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(KINDS)}; prepare the split again")
     for index, shard in enumerate(manifest["shards"]):
         _check_fields(path, f"shards[{index}].", shard, _SHARD_FIELDS)
+    listed = manifest.get("dropped_list")
+    for record in (*manifest["shards"], *([listed] if isinstance(listed, dict) else [])):
+        _check_file_name(path, record.get("file"))
     checked: dict[str, Any] = manifest
     return checked
 
@@ -123,6 +131,27 @@ def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type])
         value = record.get(name) if isinstance(record, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
             raise DataError(f"{path}: field {prefix}{name} is missing or no {kind.__name__}; prepare the split again")
+
+
+def _check_file_name(path: Path, name: Any) -> None:
+    """Raise DataError unless `name`, if it is one, is that of a file in the manifest's own folder."""
+    if isinstance(name, str) and (name in ("", ".", "..") or "/" in name or "\0" in name):
+        raise DataError(f"{path}: file {name!r} is not in the folder of the manifest; prepare the split again")
+
+
+def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:
+    """Raise DataError where `path` is a pipe, a socket or a device: to read one may wait, or go on, for ever.
+
+    With `streams`, what the shell has opened, as in `<(command)`, passes: it can be read once. Nothing is said of what
+    is not there.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    stream = streams and stat.S_ISFIFO(mode) and os.fspath(path).startswith(_STREAMS)
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stream):
+        raise DataError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from preprocessing.schema import DataError, write_atomic
+from preprocessing.schema import DataError, check_regular, write_atomic
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a trained tokenizer, in this order
 FILE_NAME = "tokenizer.json"
@@ -145,6 +145,7 @@ def _read_word_piece(file: Path) -> tokenizers.Tokenizer:
     """BERT's vocab.txt, a token a line."""
     vocabulary = models.WordPiece.read_file(str(file))
     config = file.parent / "tokenizer_config.json"
+    check_regular(config)
     lower = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True) if config.exists() else True
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL[1], max_input_chars_per_word=100))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
@@ -199,6 +200,7 @@ def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     _normalize_as(backend, model.normalizer_spec, control)
     backend.add_special_tokens(control)
     added = file.with_name("added_tokens.json")
+    check_regular(added)
     if added.exists():
         for name, index in sorted(json.loads(added.read_text(encoding="utf-8")).items(), key=lambda item: item[1]):
             backend.add_special_tokens([name])

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, check_regular
 
 _BATCHES = 64  # of a file, whose descriptions are kept
 
@@ -37,6 +37,7 @@ class MappedFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size = path, size
+        check_regular(path)
         check_size(path, size)
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -18,7 +18,7 @@ import numpy as np
 from eve_ds.data.shards import Row, RowError, Split
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
-from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError
+from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular
 from preprocessing.tokenizer import Tokenizer
 
 DECODED_BYTES = 128 << 20  # of decoded pictures kept by a process; filled once, since all rows come equally often
@@ -300,6 +300,7 @@ def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
     ViLT's and EVE's scripts write no list: there it is put together from what the shards say.
     """
     path = Path(directory) / ANSWER_LIST
+    check_regular(path)
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

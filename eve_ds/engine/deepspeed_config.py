@@ -9,6 +9,7 @@ from typing import Any
 from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
+from preprocessing.schema import check_regular
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
 SECTIONS = (
@@ -52,6 +53,7 @@ def load_deepspeed_config(
     file = Path(path)
     if not file.is_file() and not file.is_absolute():
         file = Path(__file__).parents[2] / path
+    check_regular(file, streams=True)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except OSError as error:

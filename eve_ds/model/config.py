@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from preprocessing.schema import check_regular
+
 Activation = Literal["gelu", "quick_gelu"]
 _POSITIVE = ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts")
 
@@ -113,6 +115,7 @@ class ModelConfig:
         Raises:
             ModelConfigError: unreadable, a key is missing, or the file describes a model that is not EVE's.
         """
+        check_regular(path, streams=True)
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -106,12 +106,17 @@ def test_flickr_as_kaggle_has_it(tmp_path: Path, name: str, folder: str) -> None
     ]
 
 
-def test_bad_lines_of_tables_are_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_bad_lines_of_tables_are_named_and_counted(tmp_path: Path, refuse: Callable[..., str]) -> None:
     command = ["flickr30k", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out", "--annotations"]
+    (tmp_path / "a.jpg").write_bytes(picture(1))
     for text in ("image,caption\na.jpg,A dog\nno caption\n", "image_name| comment_number| comment\n\na.jpg| 0\n"):
         (tmp_path / "bad.csv").write_text(text)
         message = refuse(*command, tmp_path / "bad.csv")
         assert "bad.csv: line 3: is not of the form of its header, 'image" in message
+    (tmp_path / "bad.csv").write_text("image,caption\na.jpg,A dog\nno caption\n")
+    convert(*command, tmp_path / "bad.csv", "--max-dropped", 0.5)
+    assert rows_of(tmp_path / "out/train")[0]["caption"] == ["A dog"]
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"line is of another form": 1}
 
 
 def test_visual_genome_of_version_1_0_in_a_folder_image(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Pipes and devices where training expects files: refused by name, not waited at."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig, parse
+from eve_ds.data.mapping import MappedFile
+from eve_ds.data.samples import read_answer_list
+from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import read_yaml
+from preprocessing.schema import DataError
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "recipe.yaml": read_yaml,
+    "vlmo.json": ModelConfig.from_vlmo,
+    "deepspeed.json": lambda path: load_deepspeed_config(f"{path}", EngineConfig(), OptimizerConfig(), 1),
+    "answer_list.json": lambda path: read_answer_list(path.parent),
+    "shard.arrow": lambda path: MappedFile(path, 0),
+    "config.yaml": lambda path: parse(PretrainConfig, ["--config", f"{path}"], "eve"),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting() -> Iterator[None]:
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_pipes_are_refused(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: is a pipe, a socket or a device; write its content to a file"):
+        READERS[name](tmp_path / name)
