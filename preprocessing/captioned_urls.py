@@ -10,6 +10,7 @@ import argparse
 from string import Formatter
 
 from preprocessing import img2dataset
+from preprocessing.caption_columns import add_caption_column_argument
 from preprocessing.caption_files import NAME_FIELDS, ImageFinder, read_captions
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.image_names import add_exclude_argument, excluded_images
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where an address's image lies below --images, such as '{row:07d}' or 'training/{row}_{crc32}'; fields: "
         f"{', '.join(NAME_FIELDS)}; the ending may be left away (default for SBU: '{{url_name}}')",
     )
+    add_caption_column_argument(parser)
     add_exclude_argument(parser)
     add_text_argument(parser)
     add_common_arguments(parser, images=None)
@@ -42,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "caption")
-    excluded, cleaning = excluded_images(args), text_cleaning(args)
     if args.annotations is None:
         if args.images is None:
             raise DataError("--annotations or --images: give the captions' files, or the folder that img2dataset wrote")
-        write_split(img2dataset.read_folder(args.images, "auto", cleaning, excluded), args)
+        write_split(img2dataset.read_folder(args.images, "auto", img2dataset.wanted_rows(args)), args)
         return
+    if args.caption_column:
+        raise DataError("--caption-column: is for img2dataset's folder; of --annotations, name columns with --columns")
+    excluded, cleaning = excluded_images(args), text_cleaning(args)
     template = args.image_name or ("{url_name}" if args.command == "sbu" else None)
     _check_template(template)
     finder = ImageFinder(args.images, template)

@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from preprocessing.caption_columns import decode_json, decode_text, names_in_json
 from preprocessing.image_refs import FileImage, ImageRef, join
 from preprocessing.places import names_in, open_input, place
 from preprocessing.schema import DataError
-from preprocessing.shard_rows import ENDINGS, ShardRows, decode
+from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, unreadable
+
+_TEXTS = ("txt", "json")
 
 
 class FolderRows(ShardRows):
@@ -16,30 +19,59 @@ class FolderRows(ShardRows):
 
     fields = np.dtype([("ending", "S4"), ("json", "?")])
 
-    def look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
+    def look_through(self, shard: str) -> Iterator[Found]:
         names = names_in(place(shard))
         known = set(names)
+        kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
         for name in names:
             stem, _, ending = name.rpartition(".")
-            if ending.lower() not in ENDINGS:
+            if not is_image(name):
                 continue
-            text = next((f"{stem}.{kind}" for kind in ("txt", "json") if f"{stem}.{kind}" in known), None)
-            as_json = text is not None and text.endswith(".json")
-            captions = () if text is None else _read_captions(join(shard, text), as_json)
-            yield stem, captions, (ending.encode(), as_json)
+            kind = next((kind for kind in kinds if f"{stem}.{kind}" in known), None)
+            beside = f"{stem}.json"
+            found = Found(stem, (), (ending.encode(), kind == "json"))
+            if self._wanted.excluded and beside in known:
+                found.names = names_in_json(_read(join(shard, beside)) or b"")
+            if kind is not None:
+                try:
+                    found.captions = self._captions(join(shard, f"{stem}.{kind}"))
+                except ValueError as error:
+                    if isinstance(error, DataError):
+                        raise
+                    found.fault = unreadable(join(shard, f"{stem}.{kind}"), error)
+            yield found
+
+    def _captions(self, path: str) -> Sequence[str]:
+        """The captions in a file. Raises ValueError when there is no telling, DataError when it cannot be read."""
+        content = _read(path)
+        if content is None:
+            return ()
+        if len(content) > MAX_TEXT:
+            raise ValueError(f"has more than {MAX_TEXT >> 20} MiB")
+        return decode_json(content, self._wanted.columns) if path.endswith(".json") else decode_text(content)
 
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
-        as_json = bool(entry["json"])
-        captions = _read_captions(join(shard, f"{key}.{'json' if as_json else 'txt'}"), as_json)
+        path = join(shard, f"{key}.{'json' if entry['json'] else 'txt'}")
+        try:
+            captions = self._captions(path)
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            captions = ()  # which the caller tells
         return captions, FileImage(join(shard, f"{key}.{entry['ending'].decode()}"))
 
 
-def _read_captions(path: str, as_json: bool) -> Sequence[str]:
-    """The captions in a file; none where a link leads nowhere. Raises DataError when it cannot be read."""
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name. Hidden ones, such as macOS writes beside others (._1.jpg), are none."""
+    return name.rpartition(".")[2].lower() in ENDINGS and not name.startswith(".") and "." in name
+
+
+def _read(path: str) -> bytes | None:
+    """A file's bytes, of one that is too long its start; None where a link leads nowhere. Raises DataError."""
     try:
         with open_input(path) as file:
-            return decode(bytes(file.read()), as_json)
+            return bytes(file.read(MAX_TEXT + 1))
     except FileNotFoundError:
-        return ()
+        return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend it, or move it away") from None

@@ -1,78 +1,182 @@
 """Parquet files with images and captions in their columns -> rows."""
 
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from preprocessing.caption_columns import CAPTION_COLUMNS, NAME_COLUMNS, caption_columns, captions_in, image_names
+from preprocessing.files import BadRecord
 from preprocessing.image_refs import ImageRef, ParquetCell
+from preprocessing.json_text import whole_characters
 from preprocessing.places import open_input
 from preprocessing.schema import DataError
-from preprocessing.shard_rows import CAPTION_COLUMNS, ShardRows, texts_in
+from preprocessing.shard_rows import Found, ShardRows
+from preprocessing.split_names import split_named
 
-_IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes")
+_IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes", "jpeg", "img")
+_SPLIT = "split"
+_SHOWN = 5
 
 
 class ParquetRows(ShardRows):
-    """parquet: the row group and the row in it; workers take rows in order, so each group is decoded once."""
+    """parquet: the row group and the row in it; workers take rows in order, so each group is decoded once.
+
+    Where there is a column `split`, the rows of the wanted split alone are rows here.
+    """
 
     fields = np.dtype([("group", "i4"), ("row", "i4")])
 
-    def look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
+    def __init__(self, *arguments: Any) -> None:
+        """See ShardRows. Raises DataError, too, when a column `split` names other splits alone."""
+        self._splits: Counter[str] = Counter()
+        super().__init__(*arguments)
+        if self._splits and not any(split_named(name) == self._wanted.split for name in self._splits):
+            shown = ", ".join(f"{name} ({count} rows)" for name, count in self._splits.most_common(_SHOWN))
+            folder = posixpath.dirname(self._shards[0].path)
+            raise DataError(
+                f"{folder}: no row's column {_SPLIT} says {self._wanted.split}, they say {whole_characters(shown)}; "
+                "give another --split, or files of that split"
+            )
+
+    def look_through(self, shard: str) -> Iterator[Found]:
         try:
             with open_input(shard) as file:
                 table = pq.ParquetFile(file)
-                image, caption = _columns(shard, table.schema_arrow)
-                keyed = "key" in table.schema_arrow.names
-                row = 0
+                image, captions = _columns(shard, table.schema_arrow, self._wanted.columns)
+                there = table.schema_arrow.names
+                more = [name for name in ("key", _SPLIT) if name in there]
+                if self._wanted.excluded:
+                    more += [name for name in NAME_COLUMNS if name in there]
+                first = 0
                 for group in range(table.num_row_groups):
-                    data = table.read_row_group(group, columns=[image, caption, *(["key"] if keyed else [])])
-                    there = data.column(image).is_valid().to_pylist()
-                    texts = data.column(caption).to_pylist()
-                    stem = posixpath.basename(shard).removesuffix(".parquet")
-                    keys = data.column("key").to_pylist() if keyed else [f"{stem}-{row + i}" for i in range(len(data))]
-                    row += len(data)
-                    for index, (key, text) in enumerate(zip(keys, texts, strict=True)):
-                        if there[index]:
-                            yield str(key), texts_in(text), (group, index)
-                        else:
-                            self.left_out["image is null"] += 1
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+                    columns = dict.fromkeys([image, *captions, *more])
+                    data = table.read_row_group(group, columns=list(columns))
+                    yield from self._group(shard, data, group, first, image, captions)
+                    first += len(data)
+        except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{shard}: is no whole parquet file ({str(error).splitlines()[0]}); fetch it again"
             ) from None
 
+    def _group(
+        self, shard: str, data: pa.Table, group: int, first: int, image: str, captions: Sequence[str]
+    ) -> Iterator[Found]:
+        """The images of a row group whose first row is row `first` of the file."""
+        stem = posixpath.basename(shard).removesuffix(".parquet")
+        there = data.column(image).is_valid().to_pylist()
+        paths = _paths(data.column(image)) if self._wanted.excluded else None
+        lists = {name: _values(data.column(name)) for name in data.column_names if name != image or image in captions}
+        for index in range(len(data)):
+            record = {name: values[index] for name, values in lists.items()}
+            bad = next((name for name, value in record.items() if value is _BROKEN), None)
+            if not there[index]:
+                self.leave_out("image is null")
+                continue
+            key = record.get("key")
+            found = Found(f"{stem}-{first + index}" if key is None else str(key), (), (group, index))
+            if bad is not None:
+                what = f"column {bad} is not UTF-8 text; mend the file"
+                found.fault = BadRecord(f"{shard}: row {first + index}", what, "text is not UTF-8")
+            else:
+                found.captions = captions_in(record, captions)
+                found.left_out = self._other_split(record)
+            if paths is not None:
+                found.names = (*image_names(record), *filter(None, [paths[index]]))
+            yield found
+
+    def _other_split(self, record: dict[str, Any]) -> str:
+        """Why a row is not of the wanted split; "" where it is."""
+        if _SPLIT not in record:
+            return ""
+        said = str(record[_SPLIT])
+        self._splits[said] += 1
+        named = split_named(said)
+        if named == self._wanted.split:
+            return ""
+        return "row is of another split" if named else "row is of no known split"
+
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])
-        image, captions = _captions(shard, group)
-        return texts_in(captions[row].as_py()), ParquetCell(shard, group, row, image, key)
+        try:
+            image, names, columns = _captions(shard, group, tuple(self._wanted.columns))
+            captions = captions_in({name: columns.column(name)[row].as_py() for name in names}, names)
+        except (OSError, pa.ArrowException, UnicodeDecodeError, IndexError) as error:
+            raise DataError(f"{shard}: changed since the run began ({error}); start again") from None
+        return captions, ParquetCell(shard, group, row, image, key)
 
 
 @lru_cache(maxsize=2)
-def _captions(shard: str, group: int) -> tuple[str, pa.ChunkedArray]:
-    """The name of the image column, and the captions of a row group."""
+def _captions(shard: str, group: int, wanted: tuple[str, ...]) -> tuple[str, list[str], pa.Table]:
+    """The names of the columns of images and of captions, and the latter of a row group."""
     with open_input(shard) as file:
         table = pq.ParquetFile(file)
-        image, caption = _columns(shard, table.schema_arrow)
-        return image, table.read_row_group(group, columns=[caption]).column(caption)
+        image, captions = _columns(shard, table.schema_arrow, wanted)
+        return image, captions, table.read_row_group(group, columns=captions)
 
 
-def _columns(shard: str, schema: pa.Schema) -> tuple[str, str]:
+_BROKEN = object()
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """The column's values; _BROKEN for what is no UTF-8, which the file should not hold."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return _BROKEN
+
+
+def _paths(column: pa.ChunkedArray) -> list[Any]:
+    """Hugging Face's image {bytes, path}: the names of the files that the images were."""
+    kind = column.type
+    if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return [None] * len(column)
+    return [value if isinstance(value, str) else None for value in _values(pc.struct_field(column, "path"))]
+
+
+def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str, list[str]]:
     """The columns of images and of captions. Raises DataError when one is missing, or captions are no texts."""
     image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
-    caption = next((name for name in CAPTION_COLUMNS if name in schema.names), None)
-    if image is None or caption is None:
-        what, known = ("images", _IMAGE_COLUMNS) if image is None else ("captions", CAPTION_COLUMNS)
-        raise DataError(f"{shard}: has no column of {what} ({', '.join(known)}); is this img2dataset's parquet output?")
-    kind = schema.field(caption).type
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not _is_text(kind.value_type if listed else kind):
-        raise DataError(f"{shard}: column {caption} is of type {kind}, neither text nor lists of texts; mend the file")
-    return image, caption
+    if image is None:
+        known = ", ".join(_IMAGE_COLUMNS)
+        raise DataError(f"{shard}: has no column of images ({known}); is this img2dataset's parquet output?")
+    missing = next((name for name in wanted if name not in schema.names), None)
+    captions = caption_columns(schema.names, wanted)
+    there = ", ".join(schema.names)
+    if missing is not None:
+        raise DataError(f"{shard}: has no column {missing}, which --caption-column names; it has {there}")
+    if not captions:
+        known = ", ".join(CAPTION_COLUMNS)
+        raise DataError(f"{shard}: has no column of captions ({known}), but {there}; name it with --caption-column")
+    for name in (*captions, *(name for name in (_SPLIT,) if name in schema.names)):
+        kind = schema.field(name).type
+        listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if name == _SPLIT and not _is_text(kind):
+            raise DataError(f"{shard}: column {name} is of type {kind}, not text; mend the file or call it otherwise")
+        if not _is_text(kind.value_type if listed else kind) and not _is_sentence(kind.value_type if listed else kind):
+            raise DataError(
+                f"{shard}: column {name} is of type {kind}, neither text nor lists of texts; name another with "
+                "--caption-column"
+            )
+    return image, captions
+
+
+def _is_sentence(kind: pa.DataType) -> bool:
+    """Whether it is Karpathy's {raw, …}."""
+    return bool(pa.types.is_struct(kind)) and kind.get_field_index("raw") >= 0 and _is_text(kind.field("raw").type)
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -134,6 +134,45 @@ def names_in(folder: Place) -> list[str]:
         return sorted(posixpath.basename(info.path) for info in found)
 
 
+def walk(folder: Place) -> Iterator[tuple[str, list[str]]]:
+    """(path below `folder`, sorted names of its files) of `folder` and of each folder below it, sorted by path.
+
+    Hidden files and folders are passed over; links are followed, but into no folder twice. Raises DataError when one
+    cannot be read.
+    """
+    if isinstance(folder, Path):
+        yield from _walk_local(folder, "", set())
+        return
+    with _told(str(folder)):
+        system, path = _opened(str(folder))
+        found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    names: dict[str, list[str]] = {"": []}
+    for info in found:
+        below = posixpath.relpath(info.path, path)
+        if info.type == fs.FileType.File and not any(part.startswith(".") for part in below.split("/")):
+            names.setdefault(posixpath.dirname(below), []).append(posixpath.basename(below))
+    yield from ((below, sorted(names[below])) for below in sorted(names))
+
+
+def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
+    yield below, sorted(files)
+    for name in sorted(folders):
+        yield from _walk_local(folder / name, posixpath.join(below, name), seen)
+
+
 def write_whole(path: Place, content: bytes, sync: bool = True) -> None:
     """Write a file that holds its old bytes or all of the new ones, never a part. Raises DataError.
 

@@ -1,24 +1,55 @@
-"""Rows of shards with images in them, whatever their layout; and the captions in a .txt, a .json or a table's cell."""
+"""Rows of shards with images in them, whatever their layout."""
 
 import os
-import posixpath
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
+from preprocessing.files import BadRecord
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import ImageRef
-from preprocessing.json_text import parse_json, whole_characters
+from preprocessing.json_text import whole_characters
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
-from preprocessing.text import EMPTY, TextCleaning, lines_of
+from preprocessing.text import EMPTY, TextCleaning
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
+MAX_TEXT = 16 << 20  # bytes of an image's .txt or .json
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the options say of the rows."""
+
+    split: str
+    cleaning: TextCleaning = field(default_factory=TextCleaning)
+    excluded: ImageList = field(default_factory=lambda: ImageList(()))
+    columns: Sequence[str] = ()  # --caption-column
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file or folder of images: where it is, and its name in the set, without an ending."""
+
+    path: str
+    name: str
+
+
+@dataclass(slots=True)
+class Found:
+    """An image of a shard: its key, captions, values of `fields`, and by what exclusion lists may call it besides."""
+
+    key: str
+    captions: Sequence[str]
+    entry: tuple[Any, ...]
+    names: tuple[str, ...] = ()
+    left_out: str = ""  # the reason why it is no row, if there is one
+    fault: BadRecord | None = None  # what is wrong with it, if something is
 
 
 class ShardRows(LazyRows):
@@ -26,30 +57,22 @@ class ShardRows(LazyRows):
 
     fields: ClassVar[np.dtype[Any]]
 
-    def __init__(self, shards: Sequence[str], cleaning: TextCleaning, excluded: ImageList, source: Source) -> None:
+    def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
         """Look through all shards for images with captions. Raises DataError naming the shard at fault."""
         self._shards = list(shards)
-        self._cleaning = cleaning
-        self.left_out = source.left_out
+        self._wanted = wanted
+        self._source: Source | None = source
         parts, counts = [], []
         self.images: dict[str, int] = {}  # of each shard, captions or not
         for shard in self._shards:
             entries = []
-            name = posixpath.basename(shard).partition(".")[0]
-            self.images[name] = 0
-            for key, captions, entry in self.look_through(shard):
-                source.counts["images"] += 1
-                self.images[name] += 1
-                faults: Counter[str] = Counter()
-                if excluded.holds(key):
-                    source.left_out[EXCLUDED] += 1
-                    continue
-                if self._cleaning.captions(captions, faults):
-                    entries.append((key, *entry))
-                else:
-                    source.left_out["image without caption"] += 1
-                    del faults[EMPTY]
-                source.left_out.update(faults)
+            count = 0
+            for found in self.look_through(shard.path):
+                count += 1
+                if self._keeps(found, source):
+                    entries.append((found.key, *found.entry))
+            self.images[shard.name] = count
+            source.counts["images"] += count
             width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
             kept = np.empty(len(entries), dtype=[("key", f"S{width}"), *self.fields.descr])
             for index, (key, *values) in enumerate(entries):
@@ -59,15 +82,37 @@ class ShardRows(LazyRows):
         self._parts = parts
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._unique = self._is_unique()
+        self._source = None  # it holds these rows
+
+    def _keeps(self, found: Found, source: Source) -> bool:
+        """Whether an image becomes a row; else it is counted."""
+        faults = Counter[str]()
+        if found.fault is not None:
+            source.faults.add(found.fault)
+        elif found.left_out:
+            source.left_out[found.left_out] += 1
+        elif self._wanted.excluded.holds(found.key, *found.names):
+            source.left_out[EXCLUDED] += 1
+        elif self._wanted.cleaning.captions(found.captions, faults):
+            source.left_out.update(faults)
+            return True
+        else:
+            source.left_out["image without caption"] += 1
+            del faults[EMPTY]
+            source.left_out.update(faults)
+        return False
+
+    def leave_out(self, reason: str) -> None:
+        """Count what is no image, and still not passed over in silence."""
+        assert self._source is not None  # only while the shards are looked through
+        self._source.left_out[reason] += 1
 
     def _is_unique(self) -> bool:
         """Whether no key stands in two shards: img2dataset's do not. Raises DataError when one stands twice in one."""
         for shard, part in zip(self._shards, self._parts, strict=True):
             keys, counts = np.unique(part["key"], return_counts=True)
             if len(keys) < len(part):
-                raise DataError(
-                    f"{shard}: key {whole_characters(os.fsdecode(keys[counts > 1][0]))} stands twice; make keys unique"
-                )
+                raise twice(shard.path, os.fsdecode(keys[counts > 1][0]))
         keys = np.concatenate([part["key"] for part in self._parts])
         keys.sort()
         return not bool((keys[1:] == keys[:-1]).any())
@@ -79,41 +124,29 @@ class ShardRows(LazyRows):
         """See LazyRows."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         entry = self._parts[number][index - int(self._starts[number])]
-        key = os.fsdecode(entry["key"])
-        captions, image = self.at(self._shards[number], key, entry)
-        name = posixpath.basename(self._shards[number]).partition(".")[0]
-        image_id = whole_characters(key if self._unique else f"{name}/{key}")
-        kept = self._cleaning.captions(captions)
+        key, shard = os.fsdecode(entry["key"]), self._shards[number]
+        captions, image = self.at(shard.path, key, entry)
+        image_id = whole_characters(key if self._unique or not shard.name else f"{shard.name}/{key}")
+        kept = self._wanted.cleaning.captions(captions)
         if not kept:
-            where = f"{self._shards[number]}: image {image_id}"
+            where = f"{shard.path}: image {image_id}"
             raise DataError(f"{where}: has no caption any more; it changed since the run began, start again")
         return Row(image_id, (image,), {"caption": kept, "image_id": image_id})
 
     @abstractmethod
-    def look_through(self, shard: str) -> Iterator[tuple[str, Sequence[str], tuple[Any, ...]]]:
-        """(key, captions, values of `fields`) of each image of a shard."""
+    def look_through(self, shard: str) -> Iterator[Found]:
+        """The images of a shard."""
 
     @abstractmethod
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         """Captions and image of an entry."""
 
 
-def decode(text: bytes, as_json: bool) -> Sequence[str]:
-    """The captions of a .txt or of a .json file; none where it has none."""
-    if not as_json:
-        return lines_of(text.decode("utf-8", "replace"))
-    try:
-        record = parse_json(text)
-    except ValueError:
-        return ()
-    found = (texts_in(record.get(name)) for name in CAPTION_COLUMNS) if isinstance(record, dict) else ()
-    return next((texts for texts in found if texts), ())
+def unreadable(where: str, why: object) -> BadRecord:
+    """What to say of an image's text that cannot be read for what it is."""
+    return BadRecord(whole_characters(where), f"{why}; mend it, or take it out", "text of an image is unreadable")
 
 
-def texts_in(value: Any) -> Sequence[str]:
-    """The captions in a value: it is one, or a list of them, of which those that are null are empty."""
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
-        return [text or "" for text in value]
-    return ()
+def twice(shard: str, key: str) -> DataError:
+    """What to say of a key that two images or two texts of a shard have."""
+    return DataError(f"{shard}: key {whole_characters(key)} stands twice; make keys unique")

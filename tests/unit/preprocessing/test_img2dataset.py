@@ -12,10 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.image_names import ImageList
 from preprocessing.img2dataset import read_folder
 from preprocessing.schema import DataError, read_manifest
-from preprocessing.text import TextCleaning
+from preprocessing.shard_rows import Wanted
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
 GOT = {0: [0, 2], 1: [1, 3]}  # shard -> which of its four addresses gave an image
@@ -120,7 +119,10 @@ def test_other_webdatasets(tmp_path: Path) -> None:
         ("long" * 40, ["a  long name"]),
     ]
     assert [row["image"] for row in rows] == [picture(1, "PNG"), picture(3)]
-    assert read_manifest(tmp_path / "out/train")["dropped"] == {"image without caption": 2}
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {
+        "image without caption": 2,
+        "text without image": 1,
+    }
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files"])
@@ -292,7 +294,7 @@ def test_captions_that_go_while_the_run_is_at_work(tmp_path: Path) -> None:
     (tmp_path / "raw/a").mkdir(parents=True)
     (tmp_path / "raw/a/0.jpg").write_bytes(picture())
     (tmp_path / "raw/a/0.txt").write_text("zero")
-    rows = read_folder(str(tmp_path / "raw"), "auto", TextCleaning(), ImageList([])).rows
+    rows = read_folder(str(tmp_path / "raw"), "auto", Wanted("train")).rows
     (tmp_path / "raw/a/0.txt").unlink()
     with pytest.raises(DataError, match="raw/a: image 0: has no caption any more"):
         list(rows)
