@@ -100,7 +100,7 @@ class ParquetRows(ShardRows):
         named = split_named(said)
         if named == self._wanted.split:
             return ""
-        return "row is of another split" if named else "row is of no known split"
+        return "row is of another split than --split" if named else "row is of a split unknown to --split"
 
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])

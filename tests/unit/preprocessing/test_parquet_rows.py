@@ -36,7 +36,7 @@ def test_a_column_split_is_heeded(tmp_path: Path, split: str, numbers: list[int]
     rows = [row(number, split=name) for number, name in enumerate(SPLITS)]
     convert(*command(tmp_path, rows, split))
     assert [row["image"] for row in rows_of(tmp_path / "out" / split)] == [picture(number) for number in numbers]
-    others = {"row is of another split": 7 - len(numbers), "row is of no known split": 2}
+    others = {"row is of another split than --split": 7 - len(numbers), "row is of a split unknown to --split": 2}
     manifest = read_manifest(tmp_path / "out" / split)
     assert manifest["dropped"] == others and manifest["source"] == {"images": 9}
 
