@@ -17,7 +17,8 @@ from preprocessing.image_refs import ImageRef, ParquetCell
 from preprocessing.json_text import whole_characters
 from preprocessing.places import open_input
 from preprocessing.schema import DataError
-from preprocessing.shard_rows import Found, ShardRows
+from preprocessing.shard_rows import Found, Shard, ShardRows, Wanted
+from preprocessing.source import Source
 from preprocessing.split_names import split_named
 
 _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes", "jpeg", "img")
@@ -33,17 +34,22 @@ class ParquetRows(ShardRows):
 
     fields = np.dtype([("group", "i4"), ("row", "i4")])
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
         """See ShardRows. Raises DataError, too, when a column `split` names other splits alone."""
         self._splits: Counter[str] = Counter()
-        super().__init__(*arguments)
-        if self._splits and not any(split_named(name) == self._wanted.split for name in self._splits):
-            shown = ", ".join(f"{name} ({count} rows)" for name, count in self._splits.most_common(_SHOWN))
-            folder = posixpath.dirname(self._shards[0].path)
+        super().__init__(shards, wanted, source)
+        chosen = sum(count for name, count in self._splits.items() if split_named(name) == wanted.split)
+        if chosen == self._splits.total():
+            return
+        shown = whole_characters(", ".join(f"{name} ({count})" for name, count in self._splits.most_common(_SHOWN)))
+        folder = posixpath.dirname(shards[0].path)
+        if not chosen:
             raise DataError(
-                f"{folder}: no row's column {_SPLIT} says {self._wanted.split}, they say {whole_characters(shown)}; "
-                "give another --split, or files of that split"
+                f"{folder}: no row's column {_SPLIT} says {wanted.split}, but {shown}; give another --split, or files "
+                "of that one"
             )
+        rows = f"{chosen} of {self._splits.total()} rows"
+        source.notes.append(f"{folder}: {rows} are of split {wanted.split} by their column {_SPLIT}: {shown}")
 
     def look_through(self, shard: str) -> Iterator[Found]:
         try:
@@ -86,21 +92,17 @@ class ParquetRows(ShardRows):
                 found.fault = BadRecord(f"{shard}: row {first + index}", what, "text is not UTF-8")
             else:
                 found.captions = captions_in(record, captions)
-                found.left_out = self._other_split(record)
+                found.other = self._is_of_another_split(record)
             if paths is not None:
                 found.names = (*image_names(record), *filter(None, [paths[index]]))
             yield found
 
-    def _other_split(self, record: dict[str, Any]) -> str:
-        """Why a row is not of the wanted split; "" where it is."""
+    def _is_of_another_split(self, record: dict[str, Any]) -> bool:
         if _SPLIT not in record:
-            return ""
+            return False
         said = str(record[_SPLIT])
         self._splits[said] += 1
-        named = split_named(said)
-        if named == self._wanted.split:
-            return ""
-        return "row is of another split than --split" if named else "row is of a split unknown to --split"
+        return split_named(said) != self._wanted.split
 
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])

@@ -48,7 +48,7 @@ class Found:
     captions: Sequence[str]
     entry: tuple[Any, ...]
     names: tuple[str, ...] = ()
-    left_out: str = ""  # the reason why it is no row, if there is one
+    other: bool = False  # whether it is of another split
     fault: BadRecord | None = None  # what is wrong with it, if something is
 
 
@@ -69,10 +69,10 @@ class ShardRows(LazyRows):
             count = 0
             for found in self.look_through(shard.path):
                 count += 1
-                if self._keeps(found, source):
+                source.counts["images"] += not found.other
+                if not found.other and self._keeps(found, source):
                     entries.append((found.key, *found.entry))
             self.images[shard.name] = count
-            source.counts["images"] += count
             width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
             kept = np.empty(len(entries), dtype=[("key", f"S{width}"), *self.fields.descr])
             for index, (key, *values) in enumerate(entries):
@@ -89,8 +89,6 @@ class ShardRows(LazyRows):
         faults = Counter[str]()
         if found.fault is not None:
             source.faults.add(found.fault)
-        elif found.left_out:
-            source.left_out[found.left_out] += 1
         elif self._wanted.excluded.holds(found.key, *found.names):
             source.left_out[EXCLUDED] += 1
         elif self._wanted.cleaning.captions(found.captions, faults):
