@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -15,6 +16,9 @@ from typing import Any, NoReturn
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 OUTPUTS = {"out", "per_question"}  # options that name files to be written
+
+
+SECRETS = re.compile(r"([a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -39,7 +43,14 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {without_secrets(message)} (--help lists the options)\n")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with *** for users, passwords and parameters in the addresses in it."""
+    return (
+        SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text) if "://" in text else text
+    )
 
 
 def check_regular(path: str | Path) -> None:
@@ -179,7 +190,7 @@ def run(command: Callable[[list[str] | None], None], arguments: list[str] | None
     try:
         command(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     return 0
 

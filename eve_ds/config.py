@@ -21,7 +21,7 @@ from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.recipes import check_keys, known_keys, model_section, nearest, read_yaml, split_options
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, without_secrets
 
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
 
@@ -262,6 +262,7 @@ def parse(
         raise UserError(_one_line(error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
+    _check_secrets(dataclasses.asdict(config))
     try:
         config.model.check()
         config.data.check()
@@ -273,6 +274,19 @@ def parse(
     config.logging.check()
     config.objective.check()
     return config
+
+
+def _check_secrets(value: Any, key: str = "") -> None:
+    """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if isinstance(value, str) and (shown := without_secrets(value)) != value:
+        raise UserError(f"{key}={shown}: holds a user, a password or a key; leave them out, and give them in variables")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in items:
+        _check_secrets(inner, f"{key}.{name}" if key else f"{name}")
 
 
 def save(config: _Common, path: Path) -> None:

@@ -16,7 +16,7 @@ from evaluation.files import InputError
 from eve_ds.data.faults import explain_worker_death
 from eve_ds.model.config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, without_secrets
 
 
 class UserError(ValueError):
@@ -60,7 +60,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
     try:
         code = main()
     except USER_ERRORS as error:
-        line = " ".join(str(error).split())
+        line = without_secrets(" ".join(str(error).split()))
         if _rank() != 0 and not isinstance(error, RankError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
             time.sleep(RANK_0_SECONDS)

@@ -15,7 +15,7 @@ from itertools import islice
 from preprocessing.image_policy import ExcludedImage, ImagePolicy
 from preprocessing.images import BadImage, read_image
 from preprocessing.places import Place, write_whole
-from preprocessing.schema import IMAGE_COLUMNS, DataError, dump_json
+from preprocessing.schema import IMAGE_COLUMNS, DataError, dump_json, without_secrets
 from preprocessing.source import Row
 from preprocessing.writer import SHARD_BYTES, ShardWriter
 
@@ -97,7 +97,7 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
                     for column, image in zip(columns, row.images, strict=True)
                 ]
             except BadImage as error:
-                dropped.append({"item": row.name, "reason": f"image {error}"})
+                dropped.append({"item": without_secrets(row.name), "reason": f"image {error}"})
                 if not isinstance(error, ExcludedImage):
                     faults.append(dropped[-1])
                 if len(faults) > job.allowed:

@@ -4,7 +4,8 @@
 by the name of the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) a DataError,
 since it says nothing of the file. S3 takes its credentials and its address from the environment (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), gs:// from Google's default credentials, hdfs:// needs libhdfs
-(HADOOP_HOME, CLASSPATH) and is not verified here.
+(HADOOP_HOME, CLASSPATH) and is not verified here. A URI with a password or a key in it is refused: it would stand in
+the provenance, in logs and in the list of processes.
 """
 
 import os
@@ -20,7 +21,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 from pyarrow import fs
 
-from preprocessing.schema import DataError, check_regular, write_atomic
+from preprocessing.schema import DataError, check_regular, without_secrets, write_atomic
 
 SCHEMES = ("s3", "gs", "hdfs")
 
@@ -82,6 +83,7 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Place:
     if isinstance(path, RemotePath):
         return path
     text = os.fspath(path)
+    _check_secrets(text)
     scheme, colon, rest = text.partition("://")
     if not colon:
         return Path(text)
@@ -90,6 +92,15 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Place:
     if not rest.strip("/"):
         raise DataError(f"{text}: names no bucket or host; write {scheme}://NAME/FOLDER")
     return RemotePath(text.rstrip("/"))
+
+
+def _check_secrets(uri: str) -> None:
+    """Raise DataError for a URI with a password or a key in it."""
+    if (shown := without_secrets(uri)) != uri:
+        raise DataError(
+            f"{shown}: holds a user, a password or a key; leave them out, and give them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS)"
+        )
 
 
 def exists(path: str) -> bool:
@@ -229,6 +240,7 @@ def _told(uri: str) -> Iterator[None]:
 
 def _opened(uri: str) -> tuple[Any, str]:
     """The file system of a URI and the path in it."""
+    _check_secrets(uri)
     scheme, _, rest = uri.partition("://")
     if scheme == "hdfs":
         host, slash, path = rest.partition("/")

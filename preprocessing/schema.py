@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -22,6 +23,17 @@ MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 ANSWER_LIST = "answer_list.json"
 SPLITS = ("train", "val", "test")
+
+
+# In addresses: user:password@, though not host:port/...@, any user of an object store, and what a name says is a key.
+_USERS = re.compile(
+    r"((?:s3[an]?|gs)://)(?:[^\s/@:]{0,200}:[^\s@]{0,400}|[^\s/@]{1,400})@"
+    r"|([a-z][a-z0-9+.-]{0,20}://)[^\s/@:]{0,200}:(?!\d+(?:/|$))[^\s@]{0,400}@"
+    r"|(https?://)[^\s/@]{1,400}@",
+    re.IGNORECASE,
+)
+_PARAMETERS = re.compile(r"([?&]([^=&?\s]{1,64})=)[^&\s'\"]+")
+_KEYS = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
 
 
 class DataError(ValueError):
@@ -137,6 +149,14 @@ def _check_file_name(path: Path, name: Any) -> None:
     """Raise DataError unless `name`, if it is one, is that of a file in the manifest's own folder."""
     if isinstance(name, str) and (name in ("", ".", "..") or "/" in name or "\0" in name):
         raise DataError(f"{path}: file {name!r} is not in the folder of the manifest; prepare the split again")
+
+
+def without_secrets(text: str) -> str:
+    """`text` with *** for users, passwords and keys in the addresses in it: for whatever is printed or written."""
+    if "://" not in text:
+        return text
+    text = _USERS.sub(lambda found: f"{found[1] or found[2] or found[3]}***@", text)
+    return _PARAMETERS.sub(lambda found: f"{found[1]}***" if _KEYS.search(found[2]) else found[0], text)
 
 
 def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:

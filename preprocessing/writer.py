@@ -29,6 +29,7 @@ from preprocessing.schema import (
     DataError,
     dump_json,
     read_manifest,
+    without_secrets,
 )
 
 DROPPED = "dropped.jsonl"  # beside the manifest, when more was dropped than a manifest should list
@@ -276,7 +277,7 @@ def write_provenance(folder: Place, inputs: Iterable[str | os.PathLike[str] | Pl
     except OSError as error:
         raise DataError(f"{error.filename or error}: cannot be read any more; run the same command again") from None
     provenance = {
-        "command": shlex.join(["python", "-m", "preprocessing", *sys.argv[1:]]),
+        "command": without_secrets(shlex.join(["python", "-m", "preprocessing", *sys.argv[1:]])),
         "directory": os.getcwd(),
         "host": platform.node(),
         "processes": processes,

@@ -1,0 +1,129 @@
+"""Passwords and keys in addresses: refused before anything is written, and printed nowhere."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evaluation import files, nlvr
+from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.errors import UserError, exit_code
+from preprocessing.__main__ import main
+from preprocessing.schema import without_secrets
+from tests.unit.preprocessing.helpers import picture, write_json
+
+ADDRESSES = {
+    "s3://AKIAX:sEcReT/x+y@bucket/folder": "s3://***@bucket/folder",
+    "s3://:sEcReT@bucket/folder": "s3://***@bucket/folder",
+    "s3://sEcReT@bucket": "s3://***@bucket",
+    "s3://u:1/sEcReT@bucket/a": "s3://***@bucket/a",
+    "gs://u:sEcReT@bucket": "gs://***@bucket",
+    "hdfs://u:sEcReT@nn:8020/a": "hdfs://***@nn:8020/a",
+    "s3://bucket/a?secret_key=sEcReT&region=eu": "s3://bucket/a?secret_key=***&region=eu",
+    "https://h/a.jpg?X-Amz-Signature=sEcReT&w=1": "https://h/a.jpg?X-Amz-Signature=***&w=1",
+    "http://u:sEcReT@proxy:80/": "http://***@proxy:80/",
+}
+SOUND = [
+    "s3://bucket/a@b/c:d@e",
+    "hdfs://hadoop@nn:8020/a",
+    "hdfs://nn:8020/a@b",
+    "http://host:80/a@b",
+    "a:b@c",
+    "s3://bucket/a?region=eu&scheme=http",
+    "/data/k=v?x=y",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_what_is_hidden(address: str) -> None:
+    assert without_secrets(f"x '{address}' y") == f"x '{ADDRESSES[address]}' y"
+    hidden = files.without_secrets(f"x {address}")
+    assert "sEcReT" not in hidden and hidden.startswith("x ")
+
+
+@pytest.mark.parametrize("address", SOUND)
+def test_what_is_left(address: str) -> None:
+    assert without_secrets(address) == address
+
+
+def test_long_texts_take_no_longer_for_it() -> None:
+    start = time.process_time()
+    for text in ("s3://" * 20_000, "s3://" + "a:" * 50_000, "s3://x?" + "key" * 50_000, "s3://x" + "?k" * 50_000):
+        assert without_secrets(text) == text
+    assert time.process_time() - start < 20  # a fraction of a second; a pattern that backtracks takes minutes
+
+
+OPTIONS = {
+    "out": "json --task retrieval --annotations A --images I --split train --out URI",
+    "images": "json --task retrieval --annotations A --images URI --split train --out O",
+    "annotations": "json --task retrieval --annotations URI --images I --split train --out O",
+    "lines": "cc3m --annotations URI --images I --split train --out O",
+    "img2dataset": "img2dataset --images URI --split train --out O",
+    "exclude": "json --task retrieval --annotations A --exclude URI --images I --split train --out O",
+    "exclude-images-of": "cc3m --annotations A --exclude-images-of URI --images I --split train --out O",
+    "usage": "json --task URI",
+    "unknown": "json --task nlvr --annotations A --images I --split train --out O URI --what",
+    "verify": "verify URI",
+    "tokenizer": "tokenizer train --data URI --vocab-size 300 --out O",
+    "duplicates": "duplicates hash URI --out O.npz",
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_command_prints_them(
+    tmp_path: Path, refuse: Callable[..., str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    write_json(tmp_path / "a.json", [{"image": "0.jpg", "caption": "a"}])
+    names = {"A": tmp_path / "a.json", "I": tmp_path, "O": tmp_path / "out", "O.npz": tmp_path / "o.npz"}
+    for address, shown in list(ADDRESSES.items())[:7]:
+        words = [names.get(word, address if word == "URI" else word) for word in OPTIONS[option].split()]
+        message = refuse(*words)
+        assert "sEcReT" not in message and "sEcReT" not in capsys.readouterr().out
+        if option not in ("usage", "unknown"):
+            assert f"{shown}: holds a user, a password or a key" in message and "AWS_SECRET_ACCESS_KEY" in message
+    assert not (tmp_path / "out/train").exists()
+
+
+def test_records_with_signed_addresses_stand_in_the_manifest_without_them(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    records = [
+        {"image": name, "caption": "a"} for name in ("0.jpg", "https://h/1.jpg?sig=sEcReT", "s3://k:sEcReT@b/2.jpg")
+    ]
+    words = ["json", "--task", "retrieval", "--annotations", write_json(tmp_path / "a.json", records), "--images",
+             tmp_path, "--split", "train", "--out", tmp_path / "out", "--max-dropped", 0.9]  # fmt: skip
+    assert main([f"{word}" for word in words]) == 0
+    for name in ("manifest.json", "provenance.json"):
+        assert "sEcReT" not in (tmp_path / "out/train" / name).read_text()
+    items = json.loads((tmp_path / "out/train/manifest.json").read_text())["dropped_items"]
+    assert [item["item"] for item in items] == ["https://h/1.jpg?sig=***", "s3://***@b/2.jpg"]
+
+
+def test_training_refuses_them_in_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "s3://k:sEcReT@bucket/data"
+    for root, key in (
+        (PretrainConfig, "output_dir"),
+        (FinetuneConfig, "data.path"),
+        (PretrainConfig, "data.tokenizer"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse(root, [f"--{key}={address}"], "eve")
+        assert f"{key}=s3://***@bucket/data: holds a user, a password or a key" in str(caught.value)
+
+    def fails() -> None:
+        raise UserError(f"{address}: no such file")
+
+    assert exit_code(fails) == 2
+    assert capsys.readouterr().err == "error: s3://***@bucket/data: no such file\n"
+
+
+def test_evaluation_prints_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    address = "s3://k:sEcReT@bucket/predictions.csv"
+    words = ["--predictions", address, "--annotations", address + "x", "--out", f"{tmp_path}/m.json"]
+    assert files.run(nlvr.main, words) == 2
+    with pytest.raises(SystemExit):
+        nlvr.main([*words, address])
+    shown = capsys.readouterr()
+    assert "sEcReT" not in shown.err + shown.out and "s3://***@bucket/predictions.csv" in shown.err
