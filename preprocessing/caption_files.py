@@ -91,7 +91,7 @@ def read_captions(
     stems = [_stem(name) for name in files]
     if len(set(stems)) < len(stems):
         raise DataError(f"--annotations: two files are called {stems[0]}, which image ids begin with; rename one")
-    source = Source("caption", [], [place(name) for name in files], {})
+    source = Source("caption", [], [place(name) for name in files], {}, numbered=("image_id",))
     keeper = _Keeper(source, cleaning, excluded)
     listed = _entries(files)
     if listed is None:

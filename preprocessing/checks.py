@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from preprocessing.answers import read_answer_list
+from preprocessing.ids import numbered_columns, read_ids
 from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.places import Place, names_in, open_input, size_of
 from preprocessing.pool import run_tasks
 from preprocessing.progress import Progress
 from preprocessing.reading import batches_of
-from preprocessing.schema import ANSWER_LIST, ID_COLUMNS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, id_key
+from preprocessing.schema import ANSWER_LIST, ID_COLUMNS, IDS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, id_key
 from preprocessing.writer import file_sha256
 
 _PER_SAMPLE = {  # list columns that run over the samples of a row, as long as SAMPLE_COLUMN's
@@ -189,6 +190,22 @@ def _note_duplicates(report: ShardReport, kind: str, column: str, rows: set[int]
                         report.repeated.add(number)
                     first.setdefault(value, where)
             number += 1
+
+
+def ids_fault(folder: Place, manifest: dict[str, Any], reports: Sequence[ShardReport]) -> str:
+    """What is wrong with the split's list of ids; "" for nothing, and where older versions made the split without."""
+    if "ids" not in manifest:
+        return ""
+    listed = read_ids(folder, manifest)
+    if listed is None:
+        return f"{folder / IDS}: is missing, or is not what the manifest says"
+    if any(report.faults or report.row_faults for report in reports):
+        return ""  # the ids cannot be the same
+    for column in set(listed) - set(numbered_columns(manifest)):
+        found = [report.ids[column][0] for report in reports]
+        if not np.array_equal(np.unique(np.concatenate([np.zeros(0, np.uint64), *found])), listed[column]):
+            return f"{folder / IDS}: has other values of {column} than the shards"
+    return ""
 
 
 def split_facts(folder: Place, kind: str, split: str) -> SplitFacts:

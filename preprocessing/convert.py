@@ -6,15 +6,16 @@ import os
 import random
 from typing import Any
 
+from preprocessing.ids import shared
 from preprocessing.image_names import report_excluded
 from preprocessing.image_policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_arguments, image_policy
 from preprocessing.pipeline import build_split
-from preprocessing.places import place
+from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
 from preprocessing.schema import SPLITS, DataError
 from preprocessing.source import Row, Rows, Source
 from preprocessing.work import tidy
-from preprocessing.writer import check_output
+from preprocessing.writer import check_output, prepared_splits
 
 __all__ = ["Row", "Rows", "Source", "add_common_arguments", "check_common_arguments", "write_split"]
 
@@ -106,7 +107,17 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
         sets = " ".join([*args.exclude_images_of, *args.near_duplicates_of])
         print(f"images of {sets}: {same} rows left out that have the same file, {near} that look alike")
     print(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}")
+    _warn_of_shared(place(args.out), args.split)
     return manifest
+
+
+def _warn_of_shared(out: Place, split: str) -> None:
+    """Print what `split` has in common with the other splits of its data set, by their lists of ids."""
+    for one, other, which in shared([out / name for name in prepared_splits(out)], by_shards=False):
+        if split in (one.name, other.name):
+            mend = "training refuses that; prepare one of them with --exclude"
+            mend = mend if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
+            print(f"warning: {one} and {other}: hold the same {which}; {mend}")
 
 
 def _check_faults(source: Source, share: float) -> None:

@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> None:
     data = _package_data()
     listed = read_text(data / "answers.txt").split()
     asked = read_easy_vqa(data, args.split)
-    write_split(vqa_source(asked, [_questions(data, args.split)], args, listed, min_answers=1), args)
+    source = vqa_source(asked, [_questions(data, args.split)], args, listed, min_answers=1)
+    source.numbered = ("question_id",)
+    write_split(source, args)
 
 
 def _package_data() -> Path:

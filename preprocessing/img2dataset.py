@@ -77,7 +77,7 @@ def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
     others = {name.removesuffix(ending) for name in names} - {shard.name for shard in shards}  # of other splits
     told = [name for name in found.statistics if name.removesuffix(_STATISTICS) not in others]
     statistics = [join(folder, name) for name in told]
-    source = Source("caption", [], statistics, {"images": 0})
+    source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",))
     rows = _ROWS[kind](shards, wanted, source)
     source.rows = rows
     _add_statistics(statistics, source)

@@ -21,6 +21,7 @@ class Statement:
     identifier: str
     where: str  # file and record, for messages
     excluded: bool = False  # whether --exclude names one of its images
+    numbered: bool = False  # whether its identifier is one that we made
 
 
 def parse_label(label: object, where: str) -> str:
@@ -63,4 +64,5 @@ def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place]) -> Sou
         columns["answers"].append(statement.label)
         columns["identifier"].append(statement.identifier)
     source.rows = list(rows.values())
+    source.numbered = ("identifier",) if any(statement.numbered for statement in statements) else ()
     return source

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from preprocessing.ids import IdKeys
 from preprocessing.image_policy import ExcludedImage, ImagePolicy
 from preprocessing.images import BadImage, read_image
 from preprocessing.places import Place, write_whole
@@ -35,6 +36,7 @@ class PartJob:
     policy: ImagePolicy
     allowed: float  # rows of the whole run that may be dropped
     shard_bytes: int = SHARD_BYTES
+    numbered: tuple[str, ...] = ()  # as Source has it
 
 
 @dataclass
@@ -75,8 +77,9 @@ def record_name(index: int) -> str:
 def write_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> PartResult:
     """Write the shards of a part and then its record. Runs in a worker.
 
-    The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), and how many of
-    the dropped are faults of the data, not kept out on request. Raises DataError when the output cannot be written.
+    The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), how many of the
+    dropped are faults of the data, not kept out on request, and the ids' keys. Raises DataError when the output cannot
+    be written.
     """
     return begin_part(job, index, rows, digest)()
 
@@ -86,6 +89,7 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
     columns = IMAGE_COLUMNS[job.kind]
     dropped: list[dict[str, str]] = []
     faults: list[dict[str, str]] = []
+    ids = IdKeys(job.kind, job.numbered)
     with ExitStack() as stack, _told(job):
         writer = stack.enter_context(
             ShardWriter(job.shards, job.kind, job.split, job.shard_bytes, partial(_shard_name, index))
@@ -104,6 +108,7 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
                     too_many = PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
                     return lambda: too_many
                 continue
+            ids.add(row.columns, images)
             writer.add(row.columns | dict(zip(columns, images, strict=True)))
         unfinished = stack.pop_all()
 
@@ -111,6 +116,7 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
         with unfinished, _told(job):
             shards = writer.close()
         record = {"rows": len(rows), "digest": digest, "shards": shards, "dropped": dropped, "faults": len(faults)}
+        record["ids"] = ids.record()
         # The shards are on disk; a record that a power failure cuts is read as none, and the part is written again.
         write_whole(job.records / record_name(index), dump_json(record), sync=False)
         return PartResult(index, len(rows), len(faults), faults[:SHOWN])

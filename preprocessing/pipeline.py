@@ -15,11 +15,12 @@ import PIL
 import pyarrow as pa
 
 from preprocessing.hashed_file import HashedFile
+from preprocessing.ids import joined, write_ids
 from preprocessing.parts import SHOWN, PartJob, PartResult, begin_part, default_part_rows, parts_of, write_part
 from preprocessing.places import place, write_whole
 from preprocessing.pool import processes, run_tasks
 from preprocessing.progress import Progress
-from preprocessing.schema import ANSWER_LIST, DataError, dump_json
+from preprocessing.schema import ANSWER_LIST, ID_COLUMNS, DataError, dump_json
 from preprocessing.source import LISTED, Source
 from preprocessing.work import Work, open_work
 from preprocessing.writer import DROPPED, write_manifest, write_provenance
@@ -38,6 +39,7 @@ def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     job = {
         "kind of data": source.kind,
         "rows to a part": part_rows,
+        "columns of ids": [*ID_COLUMNS[source.kind], *source.numbered],
         "image options": _fingerprint(args.policy),
         "versions of pyarrow and Pillow": [pa.__version__, PIL.__version__],
     }
@@ -50,7 +52,7 @@ def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows
     """Write the parts that are not done. Returns how many parts there are."""
     total = len(source.rows)
     allowed = args.max_dropped * source.total - source.faults.count
-    job = PartJob(source.kind, args.split, work.shards, work.records, args.policy, allowed)
+    job = PartJob(source.kind, args.split, work.shards, work.records, args.policy, allowed, numbered=source.numbered)
     done = set(work.done())
     count = -(-total // part_rows)
     losses = _Losses(source, args.max_dropped, allowed)
@@ -120,8 +122,10 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
     shards: list[dict[str, Any]] = []
     dropped = Counter(source.left_out)
     dropped.update(source.faults.reasons)
+    keys: list[dict[str, str]] = []
     for record in _records(work, parts):
         shards += record["shards"]
+        keys.append(record["ids"])
         dropped.update(item["reason"] for item in record["dropped"])
     if not shards:
         for index in range(parts):  # what is mended before the next run is to be found then
@@ -136,6 +140,7 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
     fields: dict[str, Any] = {"dropped": dict(dropped), "dropped_items": items, "source": source.counts}
     if listed > LISTED:
         fields["dropped_list"] = _write_dropped(source, work, parts)
+    fields["ids"] = write_ids(work.shards, joined(source.kind, keys), source.numbered)
     write_provenance(work.shards, source.inputs, processes(args.workers))
     if source.answer_list is not None:
         write_whole(place(args.out) / ANSWER_LIST, dump_json(source.answer_list))

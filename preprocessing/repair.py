@@ -13,11 +13,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from preprocessing.checks import ShardReport, SplitFacts, check_shards, shard_paths, split_facts
+from preprocessing.checks import ShardReport, SplitFacts, check_shards, ids_fault, shard_paths, split_facts
 from preprocessing.files import check_replaceable, locked, new_folder
+from preprocessing.ids import numbered_columns, scanned, write_ids
 from preprocessing.places import Place
 from preprocessing.reading import batches_of
-from preprocessing.schema import KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
+from preprocessing.schema import IDS, KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
 from preprocessing.writer import DROPPED, OURS, ShardWriter, file_sha256, write_manifest
 
 
@@ -73,6 +74,8 @@ def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) 
         for report in reports
         if not accept_changed and _is_doubted(report)
     ]
+    if fault := ids_fault(folder, manifest, reports):
+        said.append(f"{IDS} is written anew: it {fault.partition(': ')[2]}")
     if not said and _sound(manifest, settled):
         return lines
     repair = _Repair(folder, manifest, facts, said, accept_changed)
@@ -195,11 +198,14 @@ def _finish(repair: _Repair, new: Path) -> None:
         if total in old and old[total] != sum(shard.get(total, 0) for shard in old["shards"]):
             repair.said.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
     kept = {name: old[name] for name in ("source", "dropped_list") if name in old}
+    numbered = numbered_columns({"ids": old.get("ids"), "kind": repair.facts.kind})
+    found = {"kind": repair.facts.kind, "shards": repair.shards, "ids": {"numbered": numbered}}
     write_manifest(
         new,
         repair.facts.kind,
         repair.facts.split,
         repair.shards,
+        ids=write_ids(new, scanned(new, found), numbered),
         dropped=dict(repair.dropped),
         dropped_items=repair.items,
         repairs=[*old.get("repairs", []), *repair.said],

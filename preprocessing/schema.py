@@ -3,6 +3,7 @@
 DIR/answer_list.json                    VQA alone: JSON list of strings, an answer's label is its index
 DIR/{train,val,test}/shard-00000.arrow  Arrow IPC file format, several record batches a file
                      manifest.json      counts, sizes and hashes: the same bytes for the same input
+                     ids.bin            the ids in eight bytes each, by which splits are compared
                      provenance.json    command, host, time, versions: differs from run to run
 """
 
@@ -13,14 +14,17 @@ import os
 import re
 import stat
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
+IDS = "ids.bin"  # see preprocessing/ids.py
 ANSWER_LIST = "answer_list.json"
 SPLITS = ("train", "val", "test")
 
@@ -87,15 +91,64 @@ ID_COLUMNS: dict[str, tuple[str, ...]] = {
     "nlvr": ("identifier",),
 }
 
+_MARKED = 256  # bytes of an image
+
 _MANIFEST_FIELDS = {"kind": str, "split": str, "rows": int, "samples": int, "shards": list, "dropped": dict}
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # the shell has opened them: somebody writes there
 _SHARD_FIELDS = {"file": str, "rows": int, "samples": int, "bytes": int, "sha256": str}
 
 
-def id_key(value: str | int | bytes) -> bytes:
-    """Eight bytes in the place of an id of any length; of 12 million ids two share them once in 250,000 data sets."""
+def id_key(value: str | int | bytes, mark: bytes = b"") -> bytes:
+    """Eight bytes in the place of an id of any length; of 12 million ids two share them once in 250,000 data sets.
+
+    `mark`: of the images that a numbered id (preprocessing/ids.py) goes with.
+    """
     raw = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(raw, digest_size=8).digest()
+    return hashlib.blake2b(raw + mark, digest_size=8).digest()
+
+
+def image_mark(images: Iterable[Any]) -> bytes:
+    """A few bytes that two images share if they are the same file: of each (a buffer) its length and its end."""
+    views = [memoryview(image) for image in images]
+    return b"".join(b"\0%d:" % view.nbytes + bytes(view[-_MARKED:]) for view in views)
+
+
+def ids_of_batch(batch: pa.RecordBatch, column: str, numbered: bool = False) -> tuple[list[bytes], list[bytes]]:
+    """The ids of a column, of list cells too, as text, and the key of each; none where it is null or not there."""
+    if column not in batch.schema.names:
+        return [], []
+    cells = batch.column(column)
+    listed = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+    flat = cells.flatten() if listed else cells
+    texts = flat if pa.types.is_binary(flat.type) else flat.cast(pa.large_string()).cast(pa.large_binary())
+    if not numbered:
+        ids = texts.drop_null().to_pylist()
+        return ids, list(map(id_key, ids))
+    images = [batch.column(name) for name in ("image", "image_0", "image_1") if name in batch.schema.names]
+    rows = pc.list_parent_indices(cells).to_pylist() if listed else range(len(cells))
+    pairs = [(one, row) for one, row in zip(texts.to_pylist(), rows, strict=True) if one is not None]
+    marks = {row: image_mark(image[row].as_buffer() or b"" for image in images) for row in {row for _, row in pairs}}
+    return [one for one, _ in pairs], [id_key(one, marks[row]) for one, row in pairs]
+
+
+def listed_ids(manifest: Mapping[str, Any], content: bytes) -> dict[str, bytes] | None:
+    """The keys of each column of ids, rising and one after the other, in a file ids.bin; None if it is not the
+    manifest's.
+    """
+    record = manifest.get("ids")
+    distinct = record.get("distinct") if isinstance(record, dict) else None
+    columns = ID_COLUMNS[manifest["kind"]]
+    if not isinstance(record, dict) or not isinstance(distinct, dict) or set(distinct) != set(columns):
+        return None
+    if record.get("sha256") != hashlib.sha256(content).hexdigest() or not all(
+        isinstance(distinct[column], int) for column in columns
+    ):
+        return None
+    parts, start = {}, 0
+    for column in columns:
+        parts[column] = content[start : start + 8 * distinct[column]]
+        start += 8 * distinct[column]
+    return parts if start == len(content) else None
 
 
 class RemoteFolder(Protocol):

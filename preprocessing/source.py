@@ -84,6 +84,7 @@ class Source:
     counts: dict[str, int]  # what the raw files hold
     left_out: Counter[str] = field(default_factory=Counter)  # by intent, by reason: no fault of the data
     answer_list: list[str] | None = None  # VQA: what the labels index
+    numbered: tuple[str, ...] = ()  # columns of ids that are numbers of our own: see ids.py
     notes: list[str] = field(default_factory=list)  # what the user is to know, a line each
     faults: Faults = field(default_factory=Faults)
 

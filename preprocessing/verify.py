@@ -7,12 +7,14 @@ manifest is made anew from the shards. What was done is printed, and stands in t
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from preprocessing.checks import check_shards, shard_paths, split_facts
+from preprocessing.checks import check_shards, ids_fault, shard_paths, split_facts
 from preprocessing.files import recover
+from preprocessing.ids import shared
 from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
 from preprocessing.reading import split_folders
@@ -48,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
             for line in repair_split(folder, args.workers, args.accept_changed):
                 print(line)
     count = 0
-    for folder in folders:
-        for fault in find_faults(folder, args.workers):
-            count += 1
-            if count <= _SHOWN:
-                print(fault, file=sys.stderr)
+    for fault in chain(*(find_faults(folder, args.workers) for folder in folders), _shared_faults(folders)):
+        count += 1
+        if count <= _SHOWN:
+            print(fault, file=sys.stderr)
     if count > _SHOWN:
         print(f"and {count - _SHOWN} faults more", file=sys.stderr)
     if not count:
@@ -82,8 +83,21 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
     yield from _dropped_list_faults(folder, manifest.get("dropped_list"))
     if not manifest["shards"]:
         yield f"{folder}: holds no row; convert it again"
-    for report in check_shards(folder, manifest["shards"], facts, workers):
+    reports = check_shards(folder, manifest["shards"], facts, workers)
+    for report in reports:
         yield from report.lines()
+    if fault := ids_fault(folder, manifest, reports):
+        yield fault
+
+
+def _shared_faults(folders: Sequence[Place]) -> Iterator[str]:
+    """What stands in the training split and in another one, too."""
+    try:
+        for split, other, which in shared(folders):
+            if "train" in (split.name, other.name):
+                yield f"{split} and {other}: hold the same {which}; prepare one of them with --exclude"
+    except DataError:
+        return  # what is wrong with a split is told of it already
 
 
 def _dropped_list_faults(folder: Place, record: Any) -> Iterator[str]:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from preprocessing.hashed_file import HashedFile
 from preprocessing.places import Place, open_input, place, size_of, write_whole
 from preprocessing.schema import (
+    IDS,
     IMAGE_COLUMNS,
     KINDS,
     MANIFEST,
@@ -33,7 +34,7 @@ from preprocessing.schema import (
 )
 
 DROPPED = "dropped.jsonl"  # beside the manifest, when more was dropped than a manifest should list
-OURS = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED)  # what a split folder may hold
+OURS = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED, IDS)  # what a split folder may hold
 _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20  # of a shard two batches are in memory at a time: one being filled, one being written
 _FIRST_BYTES = 32 << 20  # of address space: what is not written to takes no memory

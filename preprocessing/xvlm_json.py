@@ -192,6 +192,7 @@ def read_nlvr(files: Sequence[Place], images: str, excluded: ImageList, cleaning
                 identifier=identifier,
                 where=where,
                 excluded=excluded.holds(*names, *names_in_shards(identifier)),
+                numbered="identifier" not in record,
             )
         )
     return statements

@@ -1,87 +1,107 @@
 """What is trained on is not scored: a run compares the ids of its splits when it opens them.
 
-What is compared are hashes of 64 bits: where two are equal, the ids are looked for and named.
+A prepared split has them in a file, eight bytes each (preprocessing/ids.py), so that no shard is read; of other shards
+the columns of ids are read, a second for two million. Where two are equal, the ids are looked for and named.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from eve_ds.data.shards import Split
-from preprocessing.schema import ID_COLUMNS, DataError, id_key
+from preprocessing.schema import ID_COLUMNS, IDS, DataError, ids_of_batch, listed_ids
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
 
-
-def overlap(training: Split, held_out: Split) -> str:
-    """What stands in both splits, as the start of a message that names files and ids; "" where nothing does."""
-    for column in ID_COLUMNS[training.kind] if training.kind == held_out.kind else ():
-        both = np.intersect1d(_keys(training, column), _keys(held_out, column))
-        if len(both):
-            found = list(_find(held_out, column, both))
-            own = next((path for path, _ in _find(training, column, _as_keys([value for _, value in found]))), None)
-            return f"{own} and {found[0][0]}: {len(both)} {_THINGS[column]} stand in both, {_named(column, found)}"
-    return ""
+Found = list[tuple[Path, bytes, bytes]]  # shard, id, key
 
 
-def check_once(split: Split) -> None:
-    """Raise DataError where a question or a statement stands twice in a split: a score would count it twice."""
-    for column in ID_COLUMNS[split.kind]:
-        if column == "image_id":  # a caption or a question a row, as EVE's scripts write: an image may come again
-            continue
-        keys, counts = np.unique(_all_keys(split, column), return_counts=True)
-        twice = keys[counts > 1]
-        if len(twice):
-            found = list(_find(split, column, twice))
-            files = " and ".join(dict.fromkeys(str(path) for path, _ in found))
-            raise DataError(
-                f"{files}: {len(twice)} {_THINGS[column]} stand twice in this split, {_named(column, found)}; move one "
-                "of the files away, or prepare the split again"
-            )
+class SplitIds:
+    """The ids of a split, as keys of 64 bits; read when they are asked for, and kept.
+
+    Args:
+        split: any, with a manifest or without.
+    """
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        record = split.manifest.get("ids")
+        self._numbered = record.get("numbered", []) if isinstance(record, dict) else []
+
+    def shared(self, other: SplitIds) -> str:
+        """What stands in this split and in the other, as the start of a message with files and ids; "" for nothing."""
+        for column in ID_COLUMNS[self.split.kind] if self.split.kind == other.split.kind else ():
+            both = _common(self._keys(column), other._keys(column))
+            if len(both):
+                theirs = list(other._find(column, both))
+                ours = next(self._find(column, np.frombuffer(theirs[0][2], "<u8")))
+                count = f"{len(both)} {_THINGS[column]} stand in both"
+                return f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
+        return ""
+
+    def check_once(self) -> None:
+        """Raise DataError where a question or a statement stands twice: a score would count it twice."""
+        for column in ID_COLUMNS[self.split.kind]:
+            if column == "image_id":  # a caption or a question a row, as EVE's scripts write: an image may come again
+                continue
+            if self._listed is not None and len(self._listed[column]) == self.split.samples:
+                continue
+            keys, counts = np.unique(self._read[column], return_counts=True)
+            twice = keys[counts > 1]
+            if len(twice):
+                found = list(self._find(column, twice))
+                files = " and ".join(dict.fromkeys(str(path) for path, _, _ in found))
+                raise DataError(
+                    f"{files}: {len(twice)} {_THINGS[column]} stand twice in this split, {_named(column, found)}; move "
+                    "one of the files away, or prepare the split again"
+                )
+
+    def _keys(self, column: str) -> np.ndarray:
+        """[n] uint64, distinct and rising."""
+        return self._listed[column] if self._listed is not None else np.unique(self._read[column])
+
+    @functools.cached_property
+    def _listed(self) -> dict[str, np.ndarray] | None:
+        """By the split's file; None where it has none, or another one than the manifest says."""
+        try:
+            parts = listed_ids(self.split.manifest, (self.split.directory / IDS).read_bytes())
+        except (OSError, KeyError):
+            return None
+        return None if parts is None else {column: np.frombuffer(part, "<u8") for column, part in parts.items()}
+
+    @functools.cached_property
+    def _read(self) -> dict[str, np.ndarray]:
+        """By the shards, in the order of their rows; empty where they lack the column."""
+        keys: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[self.split.kind]}
+        for _, batch in self.split.batches():
+            for column, found in keys.items():
+                found += ids_of_batch(batch, column, column in self._numbered)[1]
+        return {column: np.frombuffer(b"".join(found), "<u8") for column, found in keys.items()}
+
+    def _find(self, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes, bytes]]:
+        """The first rows with one of these keys: so many of each shard that a message can name them."""
+        wanted = {key.tobytes() for key in keys}
+        named: dict[Path, int] = defaultdict(int)
+        for path, batch in self.split.batches():
+            for value, key in zip(*ids_of_batch(batch, column, column in self._numbered), strict=True):
+                if key in wanted and named[path] < _NAMED:
+                    named[path] += 1
+                    yield path, value, key
 
 
-def _named(column: str, found: list[tuple[Path, bytes]]) -> str:
-    ids = dict.fromkeys(value.decode("utf-8", "replace") for _, value in found)
+def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """What stands in both of two rising arrays: of one much smaller than the other in less time than intersect1d."""
+    small, large = sorted((some, others), key=len)
+    places = np.minimum(np.searchsorted(large, small), len(large) - 1)  # beyond the last one: which is not equal, then
+    return small[large[places] == small]
+
+
+def _named(column: str, found: Found) -> str:
+    ids = dict.fromkeys(value.decode("utf-8", "replace") for _, value, _ in found)
     return f"such as {column} {', '.join(list(ids)[:_NAMED])}"
-
-
-def _keys(split: Split, column: str) -> np.ndarray:
-    """[n] uint64, sorted: the distinct keys of a column of ids; none where the shards lack it."""
-    return np.unique(_all_keys(split, column))
-
-
-def _all_keys(split: Split, column: str) -> np.ndarray:
-    parts = [_as_keys(_values(batch, column)) for _, batch in split.batches()]
-    return np.concatenate([np.zeros(0, np.uint64), *parts])
-
-
-def _as_keys(values: list[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(map(id_key, values)), "<u8")
-
-
-def _values(batch: pa.RecordBatch, column: str) -> list[bytes]:
-    """The ids of a column, of list cells too, as text; those that are null are left away."""
-    if column not in batch.schema.names:
-        return []
-    cells: Any = batch.column(column)
-    while pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
-        cells = cells.flatten()
-    text = cells if pa.types.is_binary(cells.type) else cells.cast(pa.large_string()).cast(pa.large_binary())
-    return [value for value in text.to_pylist() if value is not None]
-
-
-def _find(split: Split, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes]]:
-    """(shard, id) of the first rows with one of these keys: so many of each shard that a message can name them."""
-    named: dict[Path, int] = defaultdict(int)
-    for path, batch in split.batches():
-        values = _values(batch, column)
-        for place in np.flatnonzero(np.isin(_as_keys(values), keys)).tolist()[: _NAMED - named[path]]:
-            named[path] += 1
-            yield path, values[place]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.data.overlap import check_once, overlap
+from eve_ds.data.overlap import SplitIds
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit, open_split
@@ -89,14 +89,14 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
     a model is scored alone: then it is the data set's training split, if there is one, that it must not hold.
     """
     home = Path(config.data.home).resolve()
-    opened = {split: samples.split for split, samples in held_out.items() if isinstance(samples.split, Split)}
-    for split in opened.values():
-        check_once(split)
-    own = next((split for split in _training_splits(config, training) if home in _folders(split)), None)
-    for name, split in opened.items():
+    opened = {name: SplitIds(one.split) for name, one in held_out.items() if isinstance(one.split, Split)}
+    for scored in opened.values():
+        scored.check_once()
+    own = next((SplitIds(split) for split in _training_splits(config, training) if home in _folders(split)), None)
+    for name, scored in opened.items():
         if own is None or name == config.data.train_split:  # as the user says
             continue
-        if found := overlap(own, split):
+        if found := own.shared(scored):
             if not config.data.allow_overlap:
                 raise DataError(
                     f"{found}; leave them out of one of these (preprocessing --exclude), or say that it is meant: "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.config import DataSource
-from eve_ds.data.overlap import check_once, overlap
+from eve_ds.data.overlap import SplitIds, _common
 from eve_ds.data.samples import Samples
 from eve_ds.data.sources import open_split
 from eve_ds.engine import setup
@@ -131,8 +132,9 @@ def test_questions_that_overlap_over_other_images(tmp_path: Path) -> None:
         held_out = open_split(make_vqa_set(tmp_path / "b", rows=3, split="shifted").parent, "shifted")
     finally:
         del FIRST_ID["shifted"]
-    assert ": 1 images stand in both, such as image_id image-2" in overlap(open_split(tmp_path, "train"), held_out)
-    check_once(held_out)
+    found = SplitIds(open_split(tmp_path, "train")).shared(SplitIds(held_out))
+    assert ": 1 images stand in both, such as image_id image-2" in found
+    SplitIds(held_out).check_once()
 
 
 def test_what_may_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -153,3 +155,9 @@ def test_eves_files_repeat_an_images_id(tmp_path: Path, tokenizer: Tokenizer) ->
     foreign_shards.eve_captions(tmp_path, "coco")
     _, scored = check(config(tmp_path), tokenizer, "train")
     assert len(texts(scored["train"].split, "caption")) == 20
+
+
+def test_common() -> None:
+    for some, others in (([1, 3, 5], [3]), ([], [3]), ([], []), ([2, 9], [1, 2, 3, 9]), ([10], [1, 2])):
+        arrays = [np.array(values, dtype=np.uint64) for values in (some, others)]
+        assert _common(*arrays).tolist() == _common(*arrays[::-1]).tolist() == sorted(set(some) & set(others))

@@ -1,0 +1,143 @@
+"""The ids of a split in eight bytes each: what tells that no image, question or statement stands in two splits.
+
+    DIR/SPLIT/ids.bin    for each column of ID_COLUMNS, in that order: its distinct keys (`id_key`), rising, as <u8
+    manifest.json        "ids": {"file", "bytes", "sha256", "distinct": {column: n}, "numbered": [column, …]}
+
+A column is "numbered" where its ids are numbers that the data set's makers did not give, such as a line's: the same
+number in another split says nothing, so that there a key is of the id and of the image together.
+"""
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from preprocessing.hashed_file import HashedFile
+from preprocessing.places import Place, open_input
+from preprocessing.reading import sound_batches
+from preprocessing.schema import (
+    ID_COLUMNS,
+    IDS,
+    id_key,
+    ids_of_batch,
+    image_mark,
+    listed_ids,
+    read_manifest,
+)
+
+_THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
+_NAMED = 3  # ids that a message names
+
+Keys = dict[str, np.ndarray]  # column -> [n] uint64
+
+
+class IdKeys:
+    """The keys of the rows of one part, in the order of the rows."""
+
+    def __init__(self, kind: str, numbered: Sequence[str]) -> None:
+        self._numbered = numbered
+        self._keys = {column: bytearray() for column in ID_COLUMNS[kind]}
+
+    def add(self, columns: Mapping[str, Any], images: Iterable[bytes | memoryview]) -> None:
+        """Take in a row that is written."""
+        mark = image_mark(images) if self._numbered else b""
+        for column, keys in self._keys.items():
+            ids = columns[column]
+            for one in ids if isinstance(ids, list) else [ids]:
+                keys += id_key(one, mark if column in self._numbered else b"")
+
+    def record(self) -> dict[str, str]:
+        """As JSON has it, for `joined`."""
+        return {column: base64.b64encode(keys).decode() for column, keys in self._keys.items()}
+
+
+def joined(kind: str, records: Iterable[dict[str, str]]) -> Keys:
+    """The distinct keys of many parts, rising."""
+    parts: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[kind]}
+    for record in records:
+        for column, found in parts.items():
+            found.append(base64.b64decode(record[column]))
+    return {column: np.unique(np.frombuffer(b"".join(found), "<u8")) for column, found in parts.items()}
+
+
+def write_ids(folder: Place, keys: Keys, numbered: Sequence[str]) -> dict[str, Any]:
+    """Write `folder/ids.bin`. Returns the manifest's record of it."""
+    with HashedFile(folder / IDS) as file:
+        for column in keys:
+            if len(keys[column]):
+                file.write(keys[column].astype("<u8"))
+        sha256, size = file.finish()
+    distinct = {column: len(found) for column, found in keys.items()}
+    return {"file": IDS, "bytes": size, "sha256": sha256, "distinct": distinct, "numbered": list(numbered)}
+
+
+def numbered_columns(manifest: Mapping[str, Any]) -> list[str]:
+    """The columns of ids that are numbered."""
+    record = manifest.get("ids")
+    found = record.get("numbered", []) if isinstance(record, dict) else []
+    return [column for column in ID_COLUMNS[manifest["kind"]] if column in found]
+
+
+def read_ids(folder: Place, manifest: Mapping[str, Any]) -> Keys | None:
+    """The keys that `folder/ids.bin` holds; None where the split has none, or it is not the manifest's."""
+    try:
+        with open_input(folder / IDS) as file:
+            content = bytes(file.read())
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        return None
+    parts = listed_ids(manifest, content)
+    return None if parts is None else {column: np.frombuffer(part, "<u8") for column, part in parts.items()}
+
+
+def shard_ids(
+    folder: Place, manifest: Mapping[str, Any]
+) -> Iterator[tuple[Place, str, tuple[list[bytes], list[bytes]]]]:
+    """(shard, column, (ids, keys)) of every record batch. Raises DataError when a shard is not sound."""
+    numbered = numbered_columns(manifest)
+    for shard in manifest["shards"]:
+        for _, batch in sound_batches(folder / shard["file"], manifest["kind"]):
+            for column in ID_COLUMNS[manifest["kind"]]:
+                yield folder / shard["file"], column, ids_of_batch(batch, column, column in numbered)
+
+
+def scanned(folder: Place, manifest: Mapping[str, Any]) -> Keys:
+    """The keys of a split by its shards."""
+    found: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[manifest["kind"]]}
+    for _, column, (_, keys) in shard_ids(folder, manifest):
+        found[column] += keys
+    return {column: np.unique(np.frombuffer(b"".join(one), "<u8")) for column, one in found.items()}
+
+
+def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[Place, Place, str]]:
+    """(split, other split, what stands in both) of the splits of a data set. Raises DataError.
+
+    A split without a list of ids is read `by_shards`, or passed over.
+    """
+    known: list[tuple[Place, Keys]] = []
+    for folder in folders:
+        manifest = read_manifest(folder)
+        keys = read_ids(folder, manifest)
+        if keys is None and by_shards:
+            keys = scanned(folder, manifest)
+        if keys is None:
+            continue
+        for earlier, theirs in known:
+            for column in [name for name in keys if name in theirs]:
+                both = np.intersect1d(theirs[column], keys[column], assume_unique=True)
+                if len(both):
+                    yield earlier, folder, f"{len(both)} {_THINGS[column]}, {_named(folder, column, both)}"
+        known.append((folder, keys))
+
+
+def _named(folder: Place, column: str, keys: np.ndarray) -> str:
+    """The first ids of a split that have one of these keys, for a message."""
+    wanted = {key.tobytes() for key in keys.astype("<u8")}
+    found: dict[str, None] = {}
+    for _, own, (ids, found_keys) in shard_ids(folder, read_manifest(folder)):
+        if own == column:
+            pairs = zip(ids, found_keys, strict=True)
+            found |= dict.fromkeys(one.decode("utf-8", "replace") for one, key in pairs if key in wanted)
+        if len(found) >= _NAMED:
+            break
+    return f"such as {column} {', '.join(list(found)[:_NAMED])}"
