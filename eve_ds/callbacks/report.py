@@ -10,6 +10,7 @@ from PIL import Image
 
 from eve_ds.data.collate import collate
 from eve_ds.data.samples import Samples
+from eve_ds.engine.agreement import decide
 from eve_ds.engine.callback import Callback
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
@@ -45,7 +46,8 @@ class PretrainExamples(Callback):
 
     def fit_end(self, trainer: Trainer) -> None:
         """A collective: with experts spread over ranks, all ranks predict the same pairs."""
-        if trainer.step == trainer.start_step and (trainer.output_dir / "samples" / "samples.json").exists():
+        written = trainer.output_dir / "samples" / "samples.json"
+        if trainer.step == trainer.start_step and decide(written.exists):
             return  # the run was whole already, and so are its samples
         load = self.load if self.load is not None else expert_load(trainer.task.backbone)
         load = load.to(trainer.device)

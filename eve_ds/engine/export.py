@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eve_ds import config as config_tree
 from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
-from preprocessing.schema import ANSWER_LIST, write_atomic
+from preprocessing.schema import ANSWER_LIST, make_folder, write_atomic
 from preprocessing.tokenizer import Tokenizer
 
 
@@ -46,7 +46,7 @@ def export_model(
     """
     state = full_state(module)
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)
         if answers is not None:

@@ -6,14 +6,18 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds; a hang, not a slow machine
 
 
-def start(module: str, arguments: list[str], world_size: int) -> list[subprocess.Popen[str]]:
-    """Ranks 0 .. world_size-1 of ``python -m module arguments``, output joined with errors."""
+def start(module: str, arguments: list[str], world_size: int, last: Sequence[str] = ()) -> list[subprocess.Popen[str]]:
+    """Ranks 0 .. world_size-1 of ``python -m module arguments``, output joined with errors.
+
+    ``last``: a command that starts the last rank, which is given the rank's own as arguments.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -21,7 +25,7 @@ def start(module: str, arguments: list[str], world_size: int) -> list[subprocess
     shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*(last if rank == world_size - 1 else ()), sys.executable, "-m", module, *arguments],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,

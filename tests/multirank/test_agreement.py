@@ -1,0 +1,84 @@
+"""Ranks that see different folders: rank 0 decides for all, and a folder that is not shared is refused by all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.distributed import run_distributed_test
+
+
+def mine() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def told_by(function: object, *arguments: object) -> Exception:
+    """What a call on this rank raises."""
+    with pytest.raises(ValueError) as raised:
+        function(*arguments)  # type: ignore[operator]
+    return raised.value
+
+
+def decisions(root: Path) -> None:
+    from eve_ds.engine import agreement
+    from eve_ds.engine.manifest import DamagedError
+    from eve_ds.errors import RankError, UserError
+
+    def refuse(error: Exception) -> None:
+        raise error
+
+    assert agreement.decide(lambda: f"of rank {mine()}") == "of rank 0"
+    damaged = told_by(agreement.decide, lambda: refuse(DamagedError(root, "a file")))
+    assert isinstance(damaged, DamagedError) and (damaged.path, damaged.what) == (root, "a file")
+    assert type(told_by(agreement.decide, lambda: refuse(RankError("x")))) is (UserError if mine() else RankError)
+    agreement.agree(None)
+    assert str(told_by(agreement.agree, "the disk of rank 1" if mine() else None)) == "the disk of rank 1"
+
+
+def late(root: Path) -> None:
+    from eve_ds.engine import agreement
+
+    seen = [0, 1, 2, 3] if mine() else [3] * 4  # rank 1's metadata is slow
+    assert agreement.same_view(lambda: seen.pop(0), "it") == 3 and not seen
+
+
+def folders(root: Path) -> None:
+    """One folder for both, then another for each, as on disks of their own."""
+    from eve_ds.engine import agreement
+
+    agreement.prove_shared(root, "--output_dir")
+    agreement.PATIENCE_SECONDS = 0.5
+    own = root / f"host{mine()}"
+    own.mkdir()
+    refused = str(told_by(agreement.prove_shared, own, "--output_dir X"))
+    assert refused.startswith("--output_dir X: rank 1 on host ") and "does not see there what rank 0 on host" in refused
+    assert not list(own.iterdir())
+
+
+def claims(root: Path) -> None:
+    """A start and a resume where rank 1 sees another folder by the same name: refused, and nothing is left in it."""
+    import yaml
+
+    from eve_ds.config import PretrainConfig
+    from eve_ds.engine import agreement, precision, run_folder
+
+    agreement.PATIENCE_SECONDS = 0.5
+    own = root / f"own{mine()}"
+    config = PretrainConfig(output_dir=str(own))
+    assert "all ranks need one folder" in str(told_by(run_folder.claim, config))
+    assert not own.exists() or {path.name for path in own.iterdir()} == {run_folder.LOCK}
+
+    if mine() == 0:  # the run is there, but rank 1 does not see it yet
+        (own / "config.yaml").write_text(yaml.safe_dump({"engine": {"precision": "bf16"}}))
+        (own / "metrics.jsonl").write_text("")
+    precision.multiplies_bf16 = lambda device: False
+    precision.settle_precision(config, mine())
+    assert config.engine.precision == "bf16"
+
+
+@pytest.mark.parametrize("check", [decisions, late, folders, claims], ids=lambda check: check.__name__)
+def test_two_ranks(check: object, tmp_path: Path) -> None:
+    run_distributed_test(check, 2, args=(tmp_path,))  # type: ignore[arg-type]

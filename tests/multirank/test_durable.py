@@ -1,0 +1,74 @@
+"""What a save has on disk, and in which order; and that rank 0 marks nothing whole that it does not see."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.multirank.test_universal import Case, Run, start
+from tests.support.distributed import run_distributed_test
+
+CASE = Case(2, 2, 2)
+
+
+def note_events(log: Path, rank: int) -> None:
+    """Lines in ``log``, of all ranks in the order of time: [rank, "synced" or "named", path]."""
+    fsync, replace = os.fsync, os.replace
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def write(event: str, path: str) -> None:
+        os.write(handle, json.dumps([rank, event, path]).encode() + b"\n")
+
+    def note_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        write("synced", os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def note_replace(old: Any, new: Any) -> None:
+        write("named", str(new))
+        replace(old, new)
+
+    os.fsync, os.replace = note_fsync, note_replace  # type: ignore[assignment]
+
+
+def save(root: Path) -> None:
+    start()
+    from eve_ds.engine import agreement, checkpoint
+    from eve_ds.errors import UserError
+
+    run = Run(root, CASE)
+    run.train(range(1))
+    note_events(root / "events", run.rank)
+    run.save(1)
+
+    sizes, looks = checkpoint.file_sizes, iter(range(10**6))
+
+    def late(path: Path, names: Any) -> Any:
+        return sizes(path, names) if next(looks) == 2 else {}
+
+    checkpoint.file_sizes = late
+    assert (run.save(2) / "complete.json").is_file() and (run.rank or next(looks) == 3)
+    agreement.PATIENCE_SECONDS = 0.3
+    with pytest.raises(UserError, match=r"step_00000003: rank 0 on host .* does not see all that other ranks wrote"):
+        run.save(3)
+    assert not (run.folder / "step_00000003" / "complete.json").exists()
+
+
+def test_all_is_on_disk_before_a_checkpoint_counts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    run_distributed_test(save, 2, args=(tmp_path,))
+    folder = tmp_path / CASE.name
+    target = folder / "step_00000001"
+    events = [tuple(json.loads(line)) for line in (tmp_path / "events").read_text().splitlines()]
+    events = events[: events.index((0, "synced", str(folder / "step_00000002")))]
+    marked = events.index((0, "named", str(target / "complete.json")))
+    before, after = events[:marked], events[marked + 1 :]
+    for name in json.loads((target / "complete.json").read_text())["files"]:
+        writer = 1 if name.startswith("zero_pp_rank_1") or "expert_2" in name or "expert_3" in name else 0
+        assert (writer, "synced", str(target / name)) in before, name
+    for path in (tmp_path / "metrics.jsonl", target, folder, tmp_path):
+        assert (0, "synced", str(path)) in before, path
+    assert (0, "synced", str(target)) in after
