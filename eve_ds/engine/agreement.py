@@ -139,11 +139,17 @@ def prove_shared(folder: Path, option: str) -> None:
     file = folder / f".seen-{token}"  # of a name that no host can remember as absent
     is_first = rank_and_world()[0] == 0
     try:
-        decide(lambda: write_text(file, token))
+        decide(lambda: _leave(file, token))
         same_view(lambda: token if is_first else _content(file), option)
     finally:
         if is_first:
             file.unlink(missing_ok=True)
+
+
+def _leave(file: Path, token: str) -> None:
+    for old in file.parent.glob(".seen-*"):  # of starts that were killed
+        old.unlink(missing_ok=True)
+    write_text(file, token)
 
 
 def _content(file: Path) -> str:

@@ -49,12 +49,17 @@ def folders(root: Path) -> None:
     """One folder for both, then another for each, as on disks of their own."""
     from eve_ds.engine import agreement
 
+    (root / ".seen-before").touch()  # by a start that was killed
     agreement.prove_shared(root, "--output_dir")
+    agreement.agree(None)
+    assert not list(root.iterdir())
+    agreement.agree(None)
     agreement.PATIENCE_SECONDS = 0.5
     own = root / f"host{mine()}"
     own.mkdir()
     refused = str(told_by(agreement.prove_shared, own, "--output_dir X"))
     assert refused.startswith("--output_dir X: rank 1 on host ") and "does not see there what rank 0 on host" in refused
+    agreement.agree(None)
     assert not list(own.iterdir())
 
 
