@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from evaluation.files import InputError
@@ -27,11 +29,25 @@ class RankError(UserError):
     """A fault that this rank alone may have met, so this rank tells it."""
 
 
+class StopError(BaseException):
+    """The process is to end now, on request; what is to be saved is saved. No Exception: nobody else is to catch it.
+
+    Args:
+        number: the signal that asked this rank, where it did not train or score; None where the ranks agreed on it.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        self.code = STOPPED if number in (None, signal.SIGUSR1) else -int(number or 0)
+        name = f"{signal.Signals(number).name}: " if number else ""
+        super().__init__(f"{name}stopped on request; the same command goes on from the last checkpoint")
+
+
 # How gloo tells, in the midst of a collective, that a rank has left (gloo/transport/tcp/pair.cc).
 _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
 # Launchers end all ranks as soon as one leaves, so who has the least to say leaves last.
 RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
 LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
+RANKS = "EVE_DS_RANKS"  # variable: the folder in which ranks make themselves known to eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
@@ -44,6 +60,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     tensor meanwhile aborts the process (pytorch issue 190489), after a run that went well as after one that did not.
     """
     code = exit_code(main)
+    tell_launching(str(code if code >= 0 else 128 - code))
+    if code < 0:  # before anything else: what is at the exit may wait for others
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+        code = 128 - code  # the first process of a container does not die of signals
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -53,18 +74,23 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 def exit_code(main: Callable[[], int | None]) -> int:
     """Run an entry point. Returns what it returns (None is 0), or 2 after one line on stderr on a user's mistake.
 
+    ``STOPPED`` (75) after a request to stop, or -n where signal n ended it before there was anything to save.
+
     All ranks meet the same mistakes in set-up, so rank 0 prints them; another one waits to be ended by its launcher,
     and prints if that never comes: it alone met the mistake. A rank that finds another one gone returns 3: launchers
     then report the one that knows why.
     """
     try:
         code = main()
+    except StopError as stop:
+        print(f"rank {launched_rank()}: {stop}", file=sys.stderr, flush=True)
+        return stop.code
     except USER_ERRORS as error:
         line = without_secrets(" ".join(str(error).split()))
-        if _rank() != 0 and not isinstance(error, RankError):
+        if launched_rank() != 0 and not isinstance(error, RankError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
             time.sleep(RANK_0_SECONDS)
-            line = f"rank {_rank()}: {line}"
+            line = f"rank {launched_rank()}: {line}"
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
@@ -75,11 +101,11 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return 2
     except RuntimeError as error:
         if death := explain_worker_death(error):
-            print(f"error: rank {_rank()}: {death}", file=sys.stderr, flush=True)
+            print(f"error: rank {launched_rank()}: {death}", file=sys.stderr, flush=True)
             return 2
         if not _LOST_RANK.search(str(error)):
             raise
-        print(f"rank {_rank()}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+        print(f"rank {launched_rank()}: another rank has ended; its message says why", file=sys.stderr, flush=True)
         time.sleep(LOST_RANK_SECONDS)
         return 3
     except KeyboardInterrupt:
@@ -87,7 +113,16 @@ def exit_code(main: Callable[[], int | None]) -> int:
     return code or 0
 
 
-def _rank() -> int:
+def tell_launching(exit_code: str) -> None:
+    """Tell eve_ds.launching, if that started us, that this process is a rank ("") or ends with ``exit_code``."""
+    path = Path(os.environ.get(RANKS, "/nonexistent"), str(os.getpid()))
+    with contextlib.suppress(OSError):
+        if not exit_code or path.exists():
+            path.write_text(exit_code)
+
+
+def launched_rank() -> int:
+    """This process's rank as the launcher set it, for messages."""
     for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         if name in os.environ:
             return int(os.environ[name])

@@ -9,11 +9,18 @@ import sys
 
 from eve_ds.config import FinetuneConfig, parse
 from eve_ds.engine.environment import prepare_environment
+from eve_ds.engine.signals import StopRequest
 from eve_ds.errors import STOPPED, UserError, run_command
 from eve_ds.finetune_options import expand_options, help_text
 
 
 def main() -> int:
+    with StopRequest().heeded() as stop:
+        return run(stop)
+
+
+def run(stop: StopRequest) -> int:
+    """Train and score, with requests to stop heeded; returns the exit code."""
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     if config.evaluate and not config.init_from:
@@ -46,14 +53,15 @@ def main() -> int:
             load_initial(task, config.init_from, with_head)
             if with_head and config.task == "vqa":
                 setup.check_answer_list(config)
-        scorer = Scorer(config, scored, device)
+        scorer = Scorer(config, scored, device, stop)
         if training is None:
             setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, output_dir)
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
         steps = setup.total_steps(config, len(training))
-        trainer = Trainer(config, task, steps, device, setup.inputs(training), standard_callbacks(config), evaluate)
+        callbacks = standard_callbacks(config)
+        trainer = Trainer(config, task, steps, device, setup.inputs(training), callbacks, evaluate, stop)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:

@@ -9,10 +9,17 @@ import sys
 
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.environment import prepare_environment
+from eve_ds.engine.signals import StopRequest
 from eve_ds.errors import STOPPED, run_command
 
 
 def main() -> int:
+    with StopRequest().heeded() as stop:
+        return run(stop)
+
+
+def run(stop: StopRequest) -> int:
+    """Train, with requests to stop heeded; returns the exit code."""
     config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
@@ -50,7 +57,7 @@ def main() -> int:
             return held_out_metrics(trainer, found)
 
         trainer = Trainer(
-            config, task, steps, device, setup.inputs(training), callbacks, evaluate if held_out else None
+            config, task, steps, device, setup.inputs(training), callbacks, evaluate if held_out else None, stop
         )
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))

@@ -23,6 +23,7 @@ from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
 from eve_ds.engine import batches
 from eve_ds.engine.evaluation import Arrays, predict
+from eve_ds.engine.signals import StopRequest
 from eve_ds.files import write_json, write_text
 from eve_ds.tasks.base import Task
 from preprocessing.schema import write_atomic
@@ -41,14 +42,18 @@ class Scorer:
         config: the resolved tree.
         samples: {split: its samples, with evaluation transforms}.
         device: this rank's.
+        stop: asked between batches; all ranks raise StopError where one of them was asked to stop.
     """
 
-    def __init__(self, config: FinetuneConfig, samples: Mapping[str, Samples], device: torch.device) -> None:
-        self.config, self.samples, self.device = config, samples, device
+    def __init__(
+        self, config: FinetuneConfig, samples: Mapping[str, Samples], device: torch.device, stop: StopRequest
+    ) -> None:
+        self.config, self.samples, self.device, self.stop = config, samples, device, stop
 
     def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
         """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
-        return predict(task, batches.evaluation_batches(self.config, self.samples[split], limit), self.device)
+        found = batches.evaluation_batches(self.config, self.samples[split], limit)
+        return predict(task, found, self.device, self.stop)
 
     def while_training(self, trainer: Trainer) -> Scores:
         """Metrics on the validation split for the log; empty but on rank 0."""
@@ -61,7 +66,8 @@ class Scorer:
 
     def score(self, task: Task, split: str, folder: Path) -> None:
         """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
-        arrays = self.predict(task, split)
+        with self.stop.deferred():
+            arrays = self.predict(task, split)
         if arrays is None:
             return
         samples = self.samples[split]

@@ -69,9 +69,7 @@ class Progress(Callback):
         self._say(trainer, f"step {trainer.step}  saved {path}")
 
     def fit_end(self, trainer: Trainer) -> None:
-        done = (
-            "finished" if trainer.step == trainer.total_steps else "stopped early; the same command goes on from here"
-        )
+        done = "stopped early; the same command goes on from here" if trainer.stopped_early else "finished"
         self._say(
             trainer, f"step {trainer.step}/{trainer.total_steps}  {done} after {duration(self._clock() - self._began)}"
         )

@@ -7,16 +7,23 @@ import re
 import signal
 import threading
 
+OF_JOBS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # what ends or warns a whole job
+
 
 def heed_parent_alone(worker: int) -> None:
-    """In a loader's process, from its start on: let no SIGTERM end it but its parent's.
+    """In a loader's process, from its start on: let no SIGTERM end it but its parent's, and none of `OF_JOBS` else.
 
-    Schedulers and launchers send SIGTERM to all processes of a job. The training process then ends its step and saves,
-    for which it needs its readers: it ends them itself. (torch's own handler passes over no signal but its parent's.)
+    Schedulers, launchers and terminals send a signal to all processes of a job. The training process then ends its step
+    and saves, for which it needs its readers: it ends them itself. (torch's own handler passes over no signal but its
+    parent's.) The parent's handlers and wakeup descriptor, which a fork hands on, are its own affair.
 
     Args:
         worker: its number; torch's DataLoader gives it.
     """
+    signal.set_wakeup_fd(-1)
+    for number in OF_JOBS[1:]:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_JOBS[1:])
     # Blocked here, it is blocked in the threads that this one starts, too, and left to the one that waits for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_parents_signal, name=f"reader-{worker}-signals", daemon=True).start()

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from eve_ds.data.collate import Batch, to_batch
-from eve_ds.data.faults import explain_worker_death, heed_parent_alone
+from eve_ds.data.faults import OF_JOBS, explain_worker_death, heed_parent_alone
 from eve_ds.data.freed_memory import keep_freed_memory
 from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.reading import Reader, Reading, SharedPictures
@@ -130,8 +130,8 @@ class Loader:
         numbered: Any = enumerate(self.order.blocks(self.position))
         reader: Any = replace(self._reader, pictures=pictures)
         context = multiprocessing.get_context("fork")  # SharedPictures asks for it
-        # Born so, they have no thread, not even one that a library starts at the fork, that SIGTERM could end them in.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Born so, they have no thread, not even one that a library starts at the fork, that a signal could end them in.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_JOBS)
         try:
             # As many descriptors and semaphores as the processes will take. Where they are wanting, better to learn it
             # here: an iterator of torch's that is half made ends in a page of traceback.

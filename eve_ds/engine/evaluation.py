@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eve_ds.engine.signals import StopRequest
+from eve_ds.errors import StopError
 from eve_ds.tasks.base import Task, measuring_held_out
 
 if TYPE_CHECKING:
@@ -19,16 +21,26 @@ Batch = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
 
 
+def stop_agreed(stop: StopRequest, device: torch.device) -> bool:
+    """Whether any rank was asked to stop. A collective, so that all ranks act on it at the same place."""
+    asked = torch.tensor(float(stop.requested), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+    return bool(asked.item())
+
+
 @torch.no_grad()
 def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "val") -> dict[str, float]:
     """Means of the task's metrics, and of the sum of its losses, over ``batches``; the same on every rank.
 
     Nothing is random: masks depend on the sample. Rows that only make the ranks even (``valid`` False) do not count.
-    A metric for which no row counts is left out.
+    A metric for which no row counts is left out. Raises StopError, on all ranks, where one was asked to stop.
     """
     totals: dict[str, list[float]] = {}
     with measuring_held_out(trainer.task):
         for batch in batches:
+            if stop_agreed(trainer.stop, trainer.device):
+                raise StopError
             output = trainer.engine({key: value.to(trainer.device) for key, value in batch.items()})
             for name, pair in output.metrics.items():
                 total = totals.setdefault(name, [0.0, 0.0])
@@ -45,10 +57,17 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
 
 
 @torch.no_grad()
-def predict(task: Task, batches: Iterable[Batch], device: torch.device) -> Arrays | None:
-    """``task.predict_batch`` over all batches of all ranks, rows joined in rank order; None but on rank 0."""
+def predict(
+    task: Task, batches: Iterable[Batch], device: torch.device, stop: StopRequest | None = None
+) -> Arrays | None:
+    """``task.predict_batch`` over all batches of all ranks, rows joined in rank order; None but on rank 0.
+
+    Raises StopError, on all ranks, where one was asked to ``stop``.
+    """
     parts = []
     for batch in batches:
+        if stop is not None and stop_agreed(stop, device):
+            raise StopError
         parts.append(task.predict_batch({key: value.to(device) for key, value in batch.items()}))
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if not dist.is_initialized():

@@ -1,35 +1,201 @@
-"""SIGTERM and SIGUSR1 ask for a checkpoint and a clean exit; the trainer looks between steps."""
+"""Requests to stop: signals to this rank, and the death of the launcher that started it.
+
+SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to save and end. While it trains or scores (``StopRequest.deferred``), the
+loop looks for the request between batches; at any other time, where nothing would be lost, the process ends at once.
+
+Launchers send a signal to a process and again to its group, or INT and TERM together, so what follows within
+``SECOND_AFTER`` seconds is the same request; a later signal ends the process at once. SIGUSR1 is a scheduler's notice
+of what is to come: the SIGTERM after it is a first one. Standard library only: this is what an entry point does first.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import select
 import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from eve_ds.errors import STOPPED, StopError, launched_rank, tell_launching
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SECOND_AFTER = 5.0  # seconds
+UNWIND_SECONDS = 5.0  # for a main thread that is to end at once and may be held up in a collective
+LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy")
+LAUNCHER_MODULES = (
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "eve_ds.launching",
+)
+SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # deepspeed's and torchrun's, in their ranks alone
+
 
 class StopRequest:
-    """Context manager under which SIGTERM and SIGUSR1 set ``requested`` and do nothing else.
+    """A process's one place for requests to stop.
 
-    Launchers often send a signal twice (to the process and to its group), so a second one changes nothing; a scheduler
-    that will not wait sends SIGKILL.
+    Attributes:
+        requested: whether this rank was asked; the ranks have to agree on it before one acts (evaluation.py).
     """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[int, Any] = {}
+        self._number = 0  # the last signal
+        self._deferred = 0
+        self._heeding = self._acted_on = False
+        self._first: dict[bool, float] = {}  # when the first SIGUSR1 (True) and the first other signal came
+        self._end_at: tuple[float, int] | None = None  # when, and with which exit code, this process is ended
+        self._launchers = launchers_above()
 
-    def __enter__(self) -> StopRequest:
-        for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[StopRequest]:
+        """Until it is left, a signal makes the main thread raise StopError; ``deferred`` puts that off."""
+        self._heeding = True
+        pipe, self._told = os.pipe()
+        os.set_blocking(self._told, False)
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self._on_signal)
+        tell_launching("")
+        outlive_readers()
+        threading.Thread(target=self._watch, args=(pipe,), name="signals", daemon=True).start()
+        try:
+            yield self
+        finally:
+            self._heeding = False  # the handlers stay: a launcher sends TERM to those left as soon as one has ended
 
-    def __exit__(self, *_: object) -> None:
-        if self.requested:
-            return  # a launcher sends TERM to the ranks that are left as soon as one has ended
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In it a signal does no more than set ``requested``. Raises StopError at its end if nobody has acted on it."""
+        self._deferred += 1
+        try:
+            yield
+        except StopError:  # the ranks have agreed
+            self.acted_on()
+            raise
+        finally:
+            self._deferred -= 1
+        self._raise_if_due()
+
+    def acted_on(self) -> None:
+        """The ranks have agreed, and what is to be saved is saved: nothing is left to be asked for."""
+        self._heeding, self._acted_on = False, True
+
+    def _raise_if_due(self) -> None:
+        if self.requested and self._heeding and not self._deferred:
+            self._heeding = False  # what runs on the way out is not interrupted again
+            raise StopError(self._number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        """In the main thread, when it comes back from whatever it does."""
+        self.requested, self._number = True, number
+        self._raise_if_due()
+
+    def _watch(self, pipe: int) -> None:
+        """In a thread, which hears of a signal at once."""
+        while True:
+            if select.select([pipe], [], [], 1.0)[0]:
+                for number in os.read(pipe, 64):
+                    self._arrived(number)
+            if not all(alive(*each) for each in self._launchers):
+                self._launchers = []
+                say("the launcher was killed; this rank saves what there is and ends")
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self._end_at is not None and time.monotonic() > self._end_at[0]:
+                _end(self._end_at[1])
+
+    def _arrived(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        name, now = signal.Signals(number).name, time.monotonic()
+        first = self._first.setdefault(number == signal.SIGUSR1, now)
+        if now - first > SECOND_AFTER:
+            say(f"{name} again: ended at once; what was saved stands")
+            _end(STOPPED if self._acted_on else 128 + number)
+        if self._acted_on:
+            return
+        if not self._deferred:
+            self._end_at = self._end_at or (now + UNWIND_SECONDS, 128 + number)
+        elif not self.requested and launched_rank() == 0:
+            say(f"{name}: saves and ends as soon as the ranks agree; again, after {SECOND_AFTER:.0f} s: ends at once")
+
+
+def _end(code: int) -> None:
+    tell_launching(str(code))
+    os._exit(code)
+
+
+def say(text: str) -> None:
+    """One line on stderr, past its buffer and its lock: the main thread may hold that."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"rank {launched_rank()}: {text}\n".encode())
+
+
+def launchers_above() -> list[tuple[int, str]]:
+    """(process, time of its start) of the launchers among the processes above this one, on this host."""
+    found, process = [], os.getppid()
+    for _ in range(8):
+        if process < 1:
+            break
+        if _is_launcher(process):
+            found.append((process, _stat(process)[1]))
+        process = int(_stat(process)[0])
+    if not found and os.getppid() == 1 and any(name in os.environ for name in SET_BY_LAUNCHERS):
+        return [(0, "killed before we looked")]
+    return found
+
+
+def alive(process: int, start: str) -> bool:
+    """Whether the process is still there, and not another one with its number."""
+    return _stat(process)[1] == start
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # ended meanwhile
+        return False
+    names = [os.path.basename(word) for word in words[:2]]
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    return module in LAUNCHER_MODULES or any(name in LAUNCHERS or name.startswith("slurmstepd") for name in names)
+
+
+def _stat(process: int) -> tuple[str, str]:
+    """(parent, time of start) of a process; ("0", "") of one that has ended."""
+    try:
+        state, parent, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "0", ""
+    return ("0", "") if state in "ZX" else (parent, rest[17])
+
+
+def outlive_readers() -> None:
+    """Print to nobody once who reads it is gone: `| tee log` ends at the Ctrl-C that asks for a save."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is getattr(sys, f"__{name}__") and getattr(sys, name) is not None:
+            old = getattr(sys, name)
+            old.flush()
+            raw = io.BufferedWriter(_Forgiving(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=True))
+
+
+class _Forgiving(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that was closed
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes

@@ -20,11 +20,12 @@ from eve_ds.engine import checkpoint, run_folder, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
-from eve_ds.errors import UserError
+from eve_ds.errors import StopError, UserError
 from eve_ds.tasks.base import Task
 
 Batch = dict[str, Tensor]
@@ -51,6 +52,7 @@ class Trainer:
         inputs: {what: fingerprint} of what the run reads; a checkpoint that began with others is refused.
         callbacks: told of steps, evaluations, checkpoints.
         evaluate: called every ``logging.eval_every`` steps and at the end; returns scalars for the log.
+        stop: looked at between steps and between batches of an evaluation.
     """
 
     def __init__(
@@ -62,15 +64,18 @@ class Trainer:
         inputs: Mapping[str, str],
         callbacks: Sequence[Callback] = (),
         evaluate: Evaluate | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.config, self.task, self.device, self.evaluate = config, task, device, evaluate
         self.callbacks, self.total_steps = list(callbacks), total_steps
+        self.stop = stop or StopRequest()
         self.task_name = getattr(config, "task", "pretrain")
         self.output_dir = Path(config.output_dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.step = self.start_step = 0
-        self.stopped_early = False
+        self.stopped_early = False  # on request, and saved: something is left to do
+        self._evaluation_due = False  # a request to stop came before it, or in it
         self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
         self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
         self._identity = {"configuration": run_folder.fingerprint(config), **inputs}
@@ -100,6 +105,7 @@ class Trainer:
             checkpoint.load(self.engine, path, manifest, self.topology, self._identity)
             self.step = self.start_step = manifest.step
             self.skipped_steps = manifest.skipped_steps
+            self._evaluation_due = manifest.state.get("evaluation_due", False)
             self._counts_before = manifest.state.get("counts", {})
             self._tell_changes(path, manifest)
         return self.start_step
@@ -137,20 +143,23 @@ class Trainer:
     def fit(self, batches: TrainingBatches) -> None:
         """Train from ``start_step`` to ``total_steps`` on micro-batches that begin with the next sample to be seen."""
         try:
-            with StopRequest() as stop:
+            with self.stop.deferred():
                 self._tell("fit_start")
+                self._evaluate()
                 while self.step < self.total_steps and not self.stopped_early:
-                    record = self._train_step(batches, stop)
+                    record = self._train_step(batches)
                     self._tell("step_end", record)
                     self._check_sound()
                     self._between_steps()
+                if self.stopped_early:
+                    self.stop.acted_on()
                 self._tell("fit_end")
         finally:
             batches.close()
             for callback in self.callbacks:
                 callback.close(self)
 
-    def _train_step(self, batches: TrainingBatches, stop: StopRequest) -> dict[str, float]:
+    def _train_step(self, batches: TrainingBatches) -> dict[str, float]:
         """One optimizer step; returns its record: means over the global batch."""
         began = time.perf_counter()
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
@@ -179,11 +188,10 @@ class Trainer:
         # The ranks' mean: of one rank's slow disk, the others see nothing but a slow collective.
         for name, number in {"waited": waited / self.world_size, **counts}.items():
             totals[name] = torch.tensor([number, 1 / self.world_size], dtype=torch.float64, device=self.device)
-        means, asked_to_stop = self._reduce(totals, stop.requested)
+        means, self.stopped_early = self._reduce(totals)
         waited = means.pop("waited")
         self._counts = {name: self._counts_before.get(name, 0.0) + means.pop(name) for name in counts}
         self.step += 1
-        self.stopped_early = asked_to_stop and self.step < self.total_steps
         seconds = time.perf_counter() - began
         samples = self.config.engine.global_batch_size
         norm = self._judge(means["loss"])
@@ -229,10 +237,10 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
         return self.config.optimizer.lr * factor
 
-    def _reduce(self, totals: dict[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+    def _reduce(self, totals: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
         """Sum the (sum, count) pairs over ranks in one collective; any rank's wish to stop stops all."""
         names = sorted(totals)
-        flag = torch.tensor([float(stop), 0.0], dtype=torch.float64, device=self.device)
+        flag = torch.tensor([float(self.stop.requested), 0.0], dtype=torch.float64, device=self.device)
         packed = torch.stack([totals[name] for name in names] + [flag])
         dist.all_reduce(packed)
         values = packed.tolist()
@@ -243,17 +251,34 @@ class Trainer:
         """Evaluate and save when it is time, at the end, and on a request to stop."""
         last = self.step == self.total_steps
         every = self.config.logging.eval_every
-        if self.evaluate and (last or (every and self.step % every == 0 and not self.stopped_early)):
-            self.engine.eval()
-            self._tell("evaluation_end", {"step": self.step, **self.evaluate(self)})
+        self._evaluation_due = last or (every > 0 and self.step % every == 0)
+        self._evaluate()
         every = self.config.checkpoint.every
         if not self._unsound and (last or self.stopped_early or (every and self.step % every == 0)):
-            state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
-            state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity}
-            path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
-            if self.is_main:
-                checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
-            self._tell("checkpoint_saved", path)
+            self._save()
+            self.stopped_early = self.stopped_early or stop_agreed(self.stop, self.device)
+
+    def _evaluate(self) -> None:
+        """Evaluate, if it is due; a run that is to stop leaves it to the one that goes on."""
+        if self.evaluate is None or not self._evaluation_due or self.stopped_early:
+            return
+        self.engine.eval()
+        try:
+            found = self.evaluate(self)
+        except StopError:
+            self.stopped_early = True
+            return
+        self._evaluation_due = False
+        self._tell("evaluation_end", {"step": self.step, **found})
+
+    def _save(self) -> None:
+        state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
+        state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity}
+        state |= {"evaluation_due": self._evaluation_due}
+        path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
+        if self.is_main:
+            checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
+        self._tell("checkpoint_saved", path)
 
     def _tell(self, event: str, *details: Any) -> None:
         for callback in self.callbacks:

@@ -139,7 +139,12 @@ def test_a_full_disk_is_told_in_a_line_and_left_with_room(options: list[str], tm
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_stop_at_the_last_step_changes_nothing(options: list[str], tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    text = ranks.run(SPIKE, [*options, f"--output_dir={output}", "--optimizer.total_steps=1", "--spike=stop"])
-    assert "finished" in text and (output / "model" / "model.safetensors").is_file()
+def test_a_stop_at_the_last_step_saves_and_the_same_command_finishes(options: list[str], tmp_path: Path) -> None:
+    arguments = [*options, f"--output_dir={tmp_path / 'run'}", "--optimizer.total_steps=1"]
+    codes, text = ranks.finish(ranks.start(SPIKE, [*arguments, "--spike=stop"], 2))
+    assert codes == [75, 75] and "stopped early" in text, text
+    assert not (tmp_path / "run/model").exists()
+    ranks.run("eve_ds.pretrain", arguments)
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [("val/loss" in record, record["step"]) for record in records] == [(False, 1), (True, 1)]

@@ -123,6 +123,26 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, tiny_run
     assert [record["step"] for record in learnt(output)] == list(range(1, int(last) + 3))
 
 
+def test_a_stop_within_an_evaluation_saves_and_the_next_start_makes_it_up(
+    straight: Path, tiny_run: list[str], tmp_path: Path
+) -> None:
+    options = [*tiny_run, f"--output_dir={tmp_path / 'run'}"]
+    codes, text = ranks.finish(ranks.start("tests.support.spike", [*options, "--spike=evaluation"], 2))
+    assert codes == [75, 75], text
+    assert "step_00000003" in text and [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
+    ranks.run("eve_ds.pretrain", options)
+    assert learnt(tmp_path / "run") == learnt(straight)
+    scores = [
+        [
+            {k: v for k, v in record.items() if k == "step" or k.startswith("val/")}
+            for record in records(run)
+            if "lr" not in record
+        ]
+        for run in (tmp_path / "run", straight)
+    ]
+    assert scores[0] == scores[1]
+
+
 def test_a_damaged_checkpoint_is_refused(straight: Path, tiny_run: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(straight, output)

@@ -79,6 +79,7 @@ def compare(stage: int, expected: dict[str, float]) -> None:
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.optim import build_optimizer
+    from eve_ds.engine.signals import StopRequest
 
     rank, options = dist.get_rank(), OptimizerConfig(lr=1e-2, total_steps=1)
     task = tiny_task(expert_parallel(DeepSpeedMoE, WORLD_SIZE, rank))
@@ -87,7 +88,7 @@ def compare(stage: int, expected: dict[str, float]) -> None:
     engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
-    trainer: Any = SimpleNamespace(engine=engine, task=task, device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(engine=engine, task=task, device=torch.device("cpu"), stop=StopRequest())
     norms = []
     for _ in range(2):
         engine.eval()

@@ -1,6 +1,7 @@
-"""``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or a stop is asked for in each step.
+"""``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or it is asked to stop: at once, or in the
+first evaluation.
 
-python -m tests.support.spike [--spike=stop] OPTIONS
+python -m tests.support.spike [--spike=stop|evaluation] OPTIONS
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def main() -> int:
     from eve_ds.tasks.masked import MaskedModelling
 
     forward, train_step = MaskedModelling.forward, Trainer._train_step
-    stop = "--spike=stop" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--spike=stop"]
-    calls = {"training": 0}
+    incident = next((word.partition("=")[2] for word in sys.argv if word.startswith("--spike=")), "loss")
+    sys.argv = [word for word in sys.argv if not word.startswith("--spike=")]
+    calls = {"training": 0, "evaluation": 0}
 
     def spiked(task: MaskedModelling, batch: Any) -> Any:
         output = forward(task, batch)
@@ -32,14 +33,20 @@ def main() -> int:
             output.loss = output.loss * float("inf")
         return output
 
+    def interrupted(task: MaskedModelling, batch: Any) -> Any:
+        calls["evaluation"] += not task.training
+        if calls["evaluation"] == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(task, batch)
+
     def stopped(trainer: Trainer, *arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return train_step(trainer, *arguments)
 
-    if stop:
+    if incident == "stop":
         Trainer._train_step = stopped  # type: ignore[method-assign]
     else:
-        MaskedModelling.forward = spiked  # type: ignore[method-assign]
+        MaskedModelling.forward = spiked if incident == "loss" else interrupted  # type: ignore[method-assign]
     return pretrain.main()
 
 

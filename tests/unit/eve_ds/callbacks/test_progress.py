@@ -18,9 +18,8 @@ class Terminal(io.StringIO):
 
 
 def trainer(total: int, start: int = 0, is_main: bool = True) -> Any:
-    return SimpleNamespace(
-        total_steps=total, start_step=start, step=start, is_main=is_main, task_name="vqa", world_size=2
-    )
+    names = {"task_name": "vqa", "world_size": 2, "stopped_early": False}
+    return SimpleNamespace(total_steps=total, start_step=start, step=start, is_main=is_main, **names)
 
 
 def train(stream: io.StringIO, state: Any, seconds_per_step: float = 1.0, until: int | None = None) -> list[str]:
@@ -33,6 +32,7 @@ def train(stream: io.StringIO, state: Any, seconds_per_step: float = 1.0, until:
         callback.step_end(state, {"step": state.step, "loss": 2.0 / state.step, "samples_per_second": 96.4})
     callback.evaluation_end(state, {"step": state.step, "val/loss": 0.25, "val/txt_r1": 51.3})
     callback.checkpoint_saved(state, Path("run/step9"))
+    state.stopped_early = until is not None
     callback.fit_end(state)
     callback.close(state)
     return stream.getvalue().splitlines()

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eve_ds.engine.evaluation import held_out_metrics
+from eve_ds.engine.evaluation import held_out_metrics, predict
+from eve_ds.engine.signals import StopRequest
+from eve_ds.errors import StopError
 from tests.support.tiny import caption_batch, masked_task
 
 
@@ -20,7 +22,7 @@ def trainer(tmp_path: Path) -> Iterator[Any]:
     """What the metrics need of a trainer: a task, its engine and a device, in a group of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     task = masked_task().eval()
-    yield SimpleNamespace(engine=task, task=task, device=torch.device("cpu"))
+    yield SimpleNamespace(engine=task, task=task, device=torch.device("cpu"), stop=StopRequest())
     dist.destroy_process_group()
 
 
@@ -28,3 +30,21 @@ def test_no_loss_is_told_of_no_batches(trainer: Any) -> None:
     assert held_out_metrics(trainer, []) == {}
     found = held_out_metrics(trainer, [caption_batch(2)])
     assert found["val/loss"] == pytest.approx(found["val/mim_loss"] + found["val/mlm_loss"])
+
+
+def test_a_request_to_stop_is_met_between_two_batches(trainer: Any) -> None:
+    seen: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for index in range(3):
+            seen.append(index)
+            trainer.stop.requested = index == 1
+            yield caption_batch(2)
+
+    with pytest.raises(StopError):
+        held_out_metrics(trainer, batches())
+    assert seen == [0, 1]
+    task = SimpleNamespace(predict_batch=lambda batch: {"row": batch["sample_id"].numpy()})
+    with pytest.raises(StopError):
+        predict(task, batches(), trainer.device, trainer.stop)  # type: ignore[arg-type]
+    assert seen == [0, 1, 0, 1]

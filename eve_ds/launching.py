@@ -1,0 +1,118 @@
+"""A launcher's guard: hands requests to stop to the ranks themselves, waits for all of them, and tells their exit code.
+
+    python -m eve_ds.launching deepspeed --num_gpus 8 --module eve_ds.pretrain ARGS
+    python -m eve_ds.launching torchrun --nproc_per_node 8 --module eve_ds.pretrain ARGS
+
+Launchers have ways of their own with signals: the deepspeed command dies of TERM and leaves its ranks, its part below
+kills them after 30 s, torchrun too, mpirun after one. In here none of them is signalled: TERM, INT, HUP and USR1 go to
+the ranks of this host, which save and end, however long that takes; the launcher ends with them. It may be the first
+process of a container, which the kernel lets no signal end without a handler. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from eve_ds.engine.signals import SIGNALS
+from eve_ds.errors import RANKS, STOPPED, UserError, run_command
+
+_SET_CHILD_SUBREAPER = 36  # prctl(2)
+POLL_SECONDS = 0.2
+TOLD = (2, STOPPED)  # exit codes of ranks that say more than a launcher's, the more telling first
+
+
+class Guard:
+    """One launcher and the ranks that it started on this host.
+
+    Args:
+        command: the launcher's.
+        folder: where ranks make themselves known: a file named by the process, in the end with its exit code.
+    """
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.command, self.folder = command, folder
+        self._asked: list[int] = []  # signals, in the order in which they came
+        self._passed: dict[str, int] = {}  # of each rank (and of the launcher, ""), how many of them it was sent
+
+    def run(self) -> int:
+        """Start the launcher; returns the exit code when it and all ranks have ended."""
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: self._asked.append(number))
+        try:
+            launcher = subprocess.Popen(
+                self.command, env=os.environ | {RANKS: str(self.folder)}, start_new_session=True
+            )
+        except OSError as error:
+            raise UserError(f"{self.command[0]}: cannot be started ({error.strerror}); name a launcher") from error
+        code: int | None = None
+        while code is None or self._living():
+            if code is None:
+                code = launcher.poll()
+            self._pass_on(launcher)
+            self._reap(launcher)
+            time.sleep(POLL_SECONDS)
+        return self._result(code)
+
+    def _living(self) -> list[str]:
+        """Ranks that have made themselves known and have not ended."""
+        return [each.name for each in self.folder.iterdir() if not each.read_text() and _runs(int(each.name))]
+
+    def _pass_on(self, launcher: subprocess.Popen[bytes]) -> None:
+        """Give each rank the signals that it has not had, those of a start-up included; without ranks, the launcher."""
+        ranks = self._living()
+        for rank in ranks:
+            for number in self._asked[self._passed.get(rank, 0) :]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(rank), number)
+            self._passed[rank] = len(self._asked)
+        if len(self._asked) > self._passed.get("", 0) and not list(self.folder.iterdir()):
+            self._passed[""] = len(self._asked)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGTERM)
+
+    def _reap(self, launcher: subprocess.Popen[bytes]) -> None:
+        """Take the exit codes of orphans, which have become ours."""
+        for child in _children():
+            if child != launcher.pid:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child, os.WNOHANG)
+
+    def _result(self, code: int) -> int:
+        told = {int(each.read_text() or 1) for each in self.folder.iterdir()}
+        code = 128 - code if code < 0 else code
+        return next((each for each in TOLD if each in told), code or max(told, default=0))
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _children() -> list[int]:
+    return [int(child) for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+
+
+def main() -> int:
+    command = sys.argv[1:]
+    if not command:
+        raise UserError("no launcher named; as in: python -m eve_ds.launching deepspeed --module eve_ds.pretrain ...")
+    if command[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with tempfile.TemporaryDirectory(prefix="eve-ds-ranks-") as folder:
+        return Guard(command, Path(folder)).run()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,183 @@
+"""What a signal does to a process that heeds it, and what the death of its launcher does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eve_ds.engine import signals
+
+RANK = """
+import ctypes, sys, time
+from eve_ds.engine import signals
+from eve_ds.errors import run_command
+
+signals.SECOND_AFTER, signals.UNWIND_SECONDS = 1.0, 0.5
+
+def held_up():  # in the C library: no Python code runs in the main thread, no signal gets it out
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+def train(stop, saved=None):
+    with stop.deferred():
+        print("ready", flush=True)
+        while not stop.requested:
+            print("a step", flush=True)
+            time.sleep(0.05)
+        time.sleep(0.1)
+        if saved:
+            open(saved, "w").close()
+        stop.acted_on()
+    return 75
+
+def save(stop):
+    with stop.deferred():
+        print("ready", flush=True)
+        time.sleep(60)
+
+def main():
+    with signals.StopRequest().heeded() as stop:
+        if "stop" not in "BODY":
+            print("ready", flush=True)
+        return BODY
+
+run_command(main)
+"""
+START_UP, TRAINING, HELD_UP = "time.sleep(60)", "train(stop)", "held_up()"
+SAVING = "save(stop)"
+TERM, INT, HUP, USR1 = signals.SIGNALS
+
+
+def start(body: str, **options: object) -> subprocess.Popen[str]:
+    script = RANK.replace("BODY", body)
+    pipe = subprocess.PIPE
+    started = subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload]
+    return started  # type: ignore[no-any-return]
+
+
+def wait_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+
+
+def test_each_signal_in_start_up_in_training_and_while_the_main_thread_is_held_up() -> None:
+    expected = {
+        (START_UP, TERM): -TERM,
+        (START_UP, INT): -INT,
+        (START_UP, HUP): -HUP,
+        (START_UP, USR1): 75,  # a scheduler's notice: the job is to be queued again
+        (HELD_UP, TERM): 128 + TERM,
+        **{(TRAINING, number): 75 for number in signals.SIGNALS},
+    }
+    started = {case: start(case[0]) for case in expected}
+    for (_, number), process in started.items():
+        wait_ready(process)
+        process.send_signal(number)
+    found = {case: (process.communicate()[1], process.returncode) for case, process in started.items()}
+    assert {case: code for case, (_, code) in found.items()} == expected
+    assert found[START_UP, TERM][0].startswith("rank 0: SIGTERM: stopped on request; the same command goes on")
+    assert all("Traceback" not in text for text, _ in found.values())
+
+
+def test_a_signal_that_follows_at_once_is_the_same_request_and_a_later_one_ends() -> None:
+    cases = {(TERM, TERM): 128 + TERM, (TERM, INT): 128 + INT, (USR1, USR1): 128 + USR1, (USR1, TERM): None}
+    started = {case: start(SAVING) for case in cases}
+    try:
+        for (first, _), process in started.items():
+            wait_ready(process)
+            for _ in range(2):
+                process.send_signal(first)
+                time.sleep(0.1)
+        time.sleep(1.5)
+        assert [process.poll() for process in started.values()] == [None] * len(cases)
+        for (_, second), process in started.items():
+            process.send_signal(second)
+        codes = {case: process.wait() for case, process in started.items() if cases[case] is not None}
+        assert codes == {case: code for case, code in cases.items() if code is not None}
+        assert started[USR1, TERM].poll() is None  # the notice, and then the request
+    finally:
+        for process in started.values():
+            process.kill()
+            process.communicate()
+
+
+def test_a_late_signal_ends_no_rank_that_has_saved() -> None:
+    """As launchers send it to the others when the first one has ended."""
+    process = start("train(stop) and time.sleep(1) or 75")
+    wait_ready(process)
+    process.send_signal(TERM)
+    time.sleep(0.4)
+    process.send_signal(TERM)
+    assert process.wait() == 75
+    process.communicate()
+
+
+def test_nohup_and_a_reader_that_is_gone() -> None:
+    nohup = start(TRAINING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_ready(nohup)
+    nohup.send_signal(HUP)
+    unread = start(TRAINING)
+    wait_ready(unread)
+    assert unread.stdout is not None and unread.stderr is not None
+    unread.stdout.close()
+    unread.stderr.close()
+    time.sleep(0.3)
+    assert (nohup.poll(), unread.poll()) == (None, None)
+    for process in (nohup, unread):
+        process.send_signal(TERM)
+        assert process.wait() == 75
+    nohup.communicate()
+
+
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.parametrize("name", ["torchrun", "nobody"])
+def test_a_rank_saves_and_ends_when_its_launcher_is_killed(name: str, tmp_path: Path) -> None:
+    parent, saved = tmp_path / name, tmp_path / "saved"
+    parent.write_text(PARENT)
+    rank = RANK.replace("BODY", f"train(stop, {str(saved)!r})").replace('"a step"', "__import__('os').getpid()")
+    command = [sys.executable, str(parent), rank]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    wait_ready(launcher)
+    assert launcher.stdout is not None
+    process = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    try:
+        if name == "nobody":  # a shell, say, that was left with the run in the background
+            time.sleep(2.5)
+            assert runs(process) and not saved.exists()
+        else:
+            until(lambda: saved.exists() and not runs(process))
+    finally:
+        if runs(process):
+            os.kill(process, signal.SIGKILL)
+        launcher.stdout.close()
+
+
+def test_a_launcher_that_was_gone_before_we_looked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert signals.launchers_above() == []
+    monkeypatch.setenv("CROSS_RANK", "0")
+    ((process, began),) = signals.launchers_above()
+    assert not signals.alive(process, began)
+    assert signals.alive(os.getpid(), signals._stat(os.getpid())[1])
+
+
+def runs(process: int) -> bool:
+    return signals._stat(process)[1] != ""
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

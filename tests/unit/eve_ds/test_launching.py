@@ -1,0 +1,119 @@
+"""The guard around a launcher: signals go to the ranks, and their exit codes come out, whatever the launcher does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import sys, time
+from pathlib import Path
+from eve_ds.engine.signals import StopRequest
+from eve_ds.errors import UserError, run_command
+
+def main():
+    with StopRequest().heeded() as stop, stop.deferred():
+        Path(sys.argv[1], "ready-" + sys.argv[2]).touch()
+        if sys.argv[3] == "mistake":
+            raise UserError("a mistake")
+        while sys.argv[3] == "train" and not stop.requested:
+            time.sleep(0.05)
+        if sys.argv[3] == "finish":
+            return 0
+        stop.acted_on()
+        time.sleep(0.5)
+        Path(sys.argv[1], "saved-" + sys.argv[2]).touch()
+        return 75
+
+run_command(main)
+"""
+# Two ranks; as torchrun does, it makes 1 of any exit code, and KILLs what it is asked to end.
+LAUNCHER = """
+import signal, subprocess, sys
+ranks = [subprocess.Popen([sys.executable, *sys.argv[1:3], str(i), *sys.argv[3:]]) for i in range(2)]
+def kill(*_):
+    for rank in ranks:
+        rank.kill()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, kill)
+sys.exit(any([rank.wait() for rank in ranks]))
+"""
+
+
+def start(folder: Path, what: str, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    rank, launcher = folder / "rank.py", folder / "torchrun"
+    rank.write_text(RANK)
+    launcher.write_text(LAUNCHER)
+    command = [sys.executable, "-m", "eve_ds.launching", sys.executable, launcher, rank, folder, what]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    return subprocess.Popen(
+        [*wrap, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def until_ready(folder: Path, guard: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("ready-*"))) < 2:
+        assert guard.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def saved(folder: Path) -> int:
+    return len(list(folder.glob("saved-*")))
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_past_their_launcher(number: signal.Signals, tmp_path: Path) -> None:
+    guard = start(tmp_path, "train")
+    until_ready(tmp_path, guard)
+    guard.send_signal(number)
+    assert (guard.wait(), saved(tmp_path)) == (75, 2), guard.communicate()
+
+
+def test_it_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    guard = start(tmp_path, "train")
+    until_ready(tmp_path, guard)
+    (launcher,) = children(guard.pid)
+    os.kill(launcher, signal.SIGKILL)
+    assert (guard.wait(), saved(tmp_path)) == (75, 2), guard.communicate()
+
+
+def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
+    namespace = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("a process namespace needs root")
+    outer = start(tmp_path, "train", namespace)
+    until_ready(tmp_path, outer)
+    (first,) = children(outer.pid)
+    os.kill(first, signal.SIGTERM)
+    assert (outer.wait(), saved(tmp_path)) == (75, 2), outer.communicate()
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    codes = {}
+    for what in ("finish", "mistake"):
+        folder = tmp_path / what
+        folder.mkdir()
+        guard = start(folder, what)
+        guard.communicate()
+        codes[what] = guard.returncode
+    assert codes == {"finish": 0, "mistake": 2}
+    command = [sys.executable, "-m", "eve_ds.launching"]
+    for arguments, code, words in (
+        ([], 2, "error: no launcher named"),
+        (["/nowhere"], 2, "error: /nowhere: cannot be started (No such file or directory)"),
+        (["sh", "-c", "kill -9 $$"], 137, ""),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stderr[: len(words)]) == (code, words), done.stderr
