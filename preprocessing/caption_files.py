@@ -5,8 +5,9 @@ import posixpath
 import re
 import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import islice, pairwise
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
@@ -127,7 +128,7 @@ class _Keeper:
 
 
 class LineRows(LazyRows):
-    """The lines of TSV or JSON-lines files. Of each are kept its file, place and number: 28 bytes."""
+    """The lines of TSV or JSON-lines files. Of each are kept first byte, length and number: 20 bytes, never more."""
 
     def __init__(
         self,
@@ -142,15 +143,17 @@ class LineRows(LazyRows):
         self._finder = finder
         self._cleaning = cleaning
         self._forms = [_form(path, columns) for path in files]
-        parts = [self._index(number, keeper) for number in range(len(files))]
-        self._file = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-        self._offset, self._length, self._number = np.concatenate(parts).T.copy()
+        # Arrays that grow in place: to put parts together would take two copies of twelve million rows meanwhile.
+        self._offset, self._length, self._number = array("q"), array("i"), array("q")
+        self._ends: list[int] = []  # of each file, in these
+        for number in range(len(files)):
+            self._index(number, keeper)
+            self._ends.append(len(self._offset))
 
-    def _index(self, file: int, keeper: _Keeper) -> np.ndarray:
-        """[lines kept, 3] int64: first byte, bytes, number from 0."""
+    def _index(self, file: int, keeper: _Keeper) -> None:
+        """Add the lines of a file that `keeper` keeps; they are numbered from 0."""
         path, form = self._files[file], self._forms[file]
         packed = is_compressed(path)
-        found = array("q")
         number = 0
         try:
             for line_number, (offset, line) in enumerate(_lines(path), 1):
@@ -162,7 +165,9 @@ class LineRows(LazyRows):
                     record = parse_line(line, form)
                     self._finder.check(record)
                     if keeper.keeps(record, self._id(file, number)):
-                        found.extend((offset, len(line), number))
+                        self._offset.append(offset)
+                        self._length.append(len(line))
+                        self._number.append(number)
                     if packed and record.cell is not None:
                         raise DataError(f"{path}: is compressed, and images in it are read by their place; unpack it")
                 except BadLine as error:
@@ -170,7 +175,6 @@ class LineRows(LazyRows):
                 number += 1
         except CutFile as error:
             keeper.fault(f"{path}: line {error.line}", error, "lines are lost: a file is cut")
-        return np.frombuffer(found, dtype=np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -179,21 +183,22 @@ class LineRows(LazyRows):
         return f"{_stem(self._files[file])}-{number}"
 
     def __iter__(self) -> Iterator[Row]:
-        for file, rows in groupby(range(len(self)), key=lambda index: int(self._file[index])):
+        for file, (start, end) in enumerate(pairwise([0, *self._ends])):
             with open_text(self._files[file]) as stream:
-                yield from (self._read(stream, index) for index in rows)
+                yield from (self._read(stream, file, index) for index in range(start, end))
 
     def row(self, index: int) -> Row:
         """See LazyRows."""
-        with open_text(self._files[int(self._file[index])]) as stream:
-            return self._read(stream, index)
+        file = bisect_right(self._ends, index)
+        with open_text(self._files[file]) as stream:
+            return self._read(stream, file, index)
 
-    def _read(self, stream: IO[bytes], index: int) -> Row:
-        file, offset, number = int(self._file[index]), int(self._offset[index]), int(self._number[index])
+    def _read(self, stream: IO[bytes], file: int, index: int) -> Row:
+        offset, number = self._offset[index], self._number[index]
         path = self._files[file]
         try:
             stream.seek(offset)
-            record = parse_line(bytes(stream.read(int(self._length[index]))), self._forms[file])
+            record = parse_line(bytes(stream.read(self._length[index])), self._forms[file])
         except (BadLine, EOFError, OSError, zlib.error) as error:
             raise DataError(f"{path}: row {number}: {error}; it changed since the run began, start again") from None
         image = self._finder.find(record, path, offset, number)

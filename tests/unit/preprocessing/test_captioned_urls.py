@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,22 @@ def test_empty_captions_are_left_out_and_rows_keep_their_numbers(tmp_path: Path)
     check(tmp_path, ["a", "c"], ["set-0", "set-2"])
     manifest = read_manifest(tmp_path / "out/train")
     assert manifest["dropped"] == {"caption is empty": 1} and manifest["source"] == {"captions": 3}
+
+
+def test_the_index_of_lines_takes_20_bytes_a_line_and_no_more_while_it_is_made(tmp_path: Path) -> None:
+    count = 20_000
+    lines = "".join(f"a\t{number}.jpg\n" for number in range(count))
+    for name in ("a.tsv", "b.tsv"):
+        (tmp_path / name).write_text("caption\tfile\n" + lines)
+    files = [f"{tmp_path}/a.tsv", f"{tmp_path}/b.tsv"]
+    tracemalloc.start()
+    try:
+        rows = read_captions(files, None, ImageFinder("/images", None), TextCleaning(), ImageList([])).rows
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 2 * count and rows[count + 7].columns["image_id"] == "b-7"
+    assert kept < 24 * 2 * count and peak < 24 * 2 * count + 1_400_000  # a buffer of 1 MiB
 
 
 def test_rows_are_read_again_by_place(tmp_path: Path) -> None:
