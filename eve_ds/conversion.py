@@ -21,7 +21,7 @@ from eve_ds.tasks.load import build_for
 from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.load import check_fit, load_weights
-from eve_ds.weights.model_folder import CONFIG, WEIGHTS, ModelFolder
+from eve_ds.weights.model_folder import CONFIG, WEIGHTS, ModelFolder, metadata, step_of
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
@@ -30,7 +30,6 @@ from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.tokenizer import Tokenizer
 
 State = dict[str, Tensor]
-METADATA = {"format": "eve-ds"}  # as engine/export.py writes it
 PUBLISHED_METADATA = {"format": "pt"}
 
 
@@ -133,11 +132,12 @@ def deepspeed_to_folder(
     words = _run_tokenizer(run, tree, tokenizer)
     answers = None
     if tree.get("task") == "vqa":
-        answers = _first_with(ANSWER_LIST, "answer_list", answer_list, run / "model", tree["data"].get("path"))
+        answers = _first_with(ANSWER_LIST, "answer_list", answer_list, run, run / "model", tree["data"].get("path"))
     state = _engine().consolidated_state(step)
     model = _stored_model(run / CONFIG)
     _check_backbone(state, model, step)
-    _write_folder(target, state, (run / CONFIG).read_text(encoding="utf-8"), str(words), answers)
+    config = (run / CONFIG).read_text(encoding="utf-8")
+    _write_folder(target, state, config, str(words), answers, step_of(step))
     print(f"{target}: {len(state)} tensors of {step}")
 
 
@@ -283,10 +283,10 @@ def _run_config(path: Path) -> dict[str, Any]:
 
 
 def _run_tokenizer(run: Path, tree: dict[str, Any], named: str | None) -> Path:
-    """The folder of the run's tokenizer: the named one, the exported one, the one it was started with."""
+    """The folder of the run's tokenizer: the named one, its own copy, the exported one, that it was started with."""
     start = tree.get("init_from") or ""
     inherited = [Path(start), Path(start) / "model", Path(start).parent] if start else []
-    return _first_with(TOKENIZER, "tokenizer", named, run / "model", tree["data"].get("tokenizer"), *inherited)
+    return _first_with(TOKENIZER, "tokenizer", named, run, run / "model", tree["data"].get("tokenizer"), *inherited)
 
 
 def _first_with(file: str, option: str, named: str | None, *folders: str | Path | None) -> Path:
@@ -301,12 +301,14 @@ def _first_with(file: str, option: str, named: str | None, *folders: str | Path 
     raise UserError(f"no {file} (looked in {looked}); name its folder with --{option}")
 
 
-def _write_folder(out: Path, state: State, config: str, tokenizer: str | None, answers: Path | None = None) -> None:
+def _write_folder(
+    out: Path, state: State, config: str, tokenizer: str | None, answers: Path | None = None, step: int | None = None
+) -> None:
     words = Tokenizer.load(tokenizer) if tokenizer else None
     answer_list = read_answer_list(answers) if answers else None
     with replacing(out) as new:
         new.mkdir()
-        write_weights(new / WEIGHTS, state, METADATA)
+        write_weights(new / WEIGHTS, state, metadata(step))
         write_text(new / CONFIG, config)
         if words is not None:
             words.save(new)

@@ -6,6 +6,7 @@ deepspeed --module eve_ds.finetune --config C.yaml --task vqa --checkpoint RUN -
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from eve_ds.config import FinetuneConfig, parse
 from eve_ds.engine.environment import prepare_environment
@@ -29,12 +30,12 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.data.samples import read_answer_list
-    from eve_ds.engine import batches, distributed, run_folder, setup
+    from eve_ds.engine import batches, distributed, initial, run_folder, setup
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
     from eve_ds.scoring import Scorer
-    from eve_ds.tasks.initial import load_initial
+    from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
@@ -46,31 +47,30 @@ def run(stop: StopRequest) -> int:
 
     with distributed.joined() as device:
         settle_precision(config, distributed.launched_world()[0])
-        output_dir = run_folder.claim(config)
+        identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]))
+        setup.store_words(config, scored[config.split])
         task = setup.build_task(config, tokenizer, scored[config.split])
-        if config.init_from:
-            with_head = config.load_head or config.evaluate
-            load_initial(task, config.init_from, with_head)
-            if with_head and config.task == "vqa":
-                setup.check_answer_list(config)
+        with_head = config.load_head or config.evaluate
+        if initial.load_first_weights(task, config, with_head) and with_head and config.task == "vqa":
+            setup.check_answer_list(config)
         scorer = Scorer(config, scored, device, stop)
         if training is None:
             setup.join_expert_groups(task)
-            scorer.score(task.to(device), config.split, output_dir)
+            scorer.score(task.to(device), config.split, Path(config.output_dir))
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
         steps = setup.total_steps(config, len(training))
         callbacks = standard_callbacks(config)
-        trainer = Trainer(config, task, steps, device, setup.inputs(training), callbacks, evaluate, stop)
+        trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:
             return STOPPED
         with trainer.whole_weights():
-            scorer.score(task, config.split, output_dir)
+            scorer.score(task, config.split, Path(config.output_dir))
         if config.checkpoint.export:
             answers = read_answer_list(config.data.home) if config.task == "vqa" else None
-            export_model(task, config, tokenizer, output_dir / "model", answers)
+            export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, answers)
     return 0
 
 

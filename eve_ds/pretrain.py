@@ -6,6 +6,7 @@ deepspeed --module eve_ds.pretrain --config eve_ds/configs/X.yaml --data.path DI
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.environment import prepare_environment
@@ -25,12 +26,12 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.report import PretrainExamples
-    from eve_ds.engine import batches, distributed, run_folder, setup
+    from eve_ds.engine import batches, distributed, initial, run_folder, setup
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
-    from eve_ds.tasks.initial import load_initial
+    from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
     tokenizer = setup.tokenizer(config)
@@ -43,10 +44,10 @@ def run(stop: StopRequest) -> int:
 
     with distributed.joined() as device:
         settle_precision(config, distributed.launched_world()[0])
-        output_dir = run_folder.claim(config)
+        identity = run_folder.claim(config, setup.identity(config, training))
+        setup.store_words(config, training)
         task = setup.build_task(config, tokenizer)
-        if config.init_from:
-            load_initial(task, config.init_from, load_head=False)
+        initial.load_first_weights(task, config, load_head=False)
         callbacks = standard_callbacks(config)
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))
@@ -56,15 +57,13 @@ def run(stop: StopRequest) -> int:
             found = batches.evaluation_batches(config, held_out, limit) if held_out else iter(())
             return held_out_metrics(trainer, found)
 
-        trainer = Trainer(
-            config, task, steps, device, setup.inputs(training), callbacks, evaluate if held_out else None, stop
-        )
+        trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate if held_out else None, stop)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:
             return STOPPED
         if config.checkpoint.export:
-            export_model(task, config, tokenizer, output_dir / "model")
+            export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step)
     return 0
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from eve_ds.engine import agreement
+from eve_ds.engine.identity import Identity, told
 from eve_ds.engine.manifest import COMPLETE, Manifest, Sizes, Topology, experts_of, file_names, file_sizes
 from eve_ds.engine.soundness import hash_together, split_by_size, tag_of, tagged, whole
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
@@ -127,23 +128,22 @@ def _told_if_full(target: Path) -> Iterator[None]:
         ) from error
 
 
-def load(engine: Any, path: Path, manifest: Manifest, topology: Topology, identity: Mapping[str, str]) -> None:
+def load(engine: Any, path: Path, manifest: Manifest, topology: Topology, identity: Identity) -> None:
     """Load ``path``, which was checked, into a fresh ``engine``. Called by all ranks.
 
     Hyper-parameters stay the engine's own; weights, Adam's moments and its step count are the checkpoint's.
 
     Args:
         manifest: of ``path``, as ``check`` or ``sound`` returned it.
-        identity: {what: fingerprint} of the run and of what it reads; the checkpoint's must be the same.
+        identity: of the run and of what it reads; the checkpoint's must be the same.
     Raises:
         UserError: the checkpoint is another run's, or has other MoE layers or numbers of experts.
     """
-    for what, value in identity.items():
-        if manifest.state.get("identity", {}).get(what, value) != value:
-            raise UserError(
-                f"{path}: the {what} is not the one that this checkpoint was trained with; put that back, or start in "
-                "another output_dir"
-            )
+    if found := identity_in(path, manifest).differences(identity):
+        raise UserError(
+            f"{path}: is a checkpoint of another run: {told(found)}; make these equal to go on, or start in another "
+            "output_dir"
+        )
     experts = experts_of(engine.module)
     saved, wanted = ({name: e["num_experts"] for name, e in each.items()} for each in (manifest.experts, experts))
     if saved != wanted:
@@ -158,6 +158,14 @@ def load(engine: Any, path: Path, manifest: Manifest, topology: Topology, identi
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
     _set_steps(engine, manifest.step - manifest.skipped_steps)
+
+
+def identity_in(path: Path, manifest: Manifest) -> Identity:
+    """Of the run that wrote the checkpoint ``path``. Raises UserError if what it holds is none."""
+    try:
+        return Identity.from_tree(manifest.state.get("identity", {}))
+    except ValueError as error:
+        raise UserError(f"{path / COMPLETE}: {error}; take another checkpoint") from error
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from eve_ds import config as config_tree
 from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
+from eve_ds.weights.model_folder import metadata
 from preprocessing.schema import ANSWER_LIST, make_folder, write_atomic
 from preprocessing.tokenizer import Tokenizer
 
@@ -38,11 +39,11 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def export_model(
-    module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path, answers: list[str] | None = None
+    module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path, step: int, answers: list[str] | None = None
 ) -> None:
     """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json, for VQA answer_list.json), each atomically.
 
-    Called by all ranks.
+    Called by all ranks. ``step``: optimizer steps that the weights have taken, told in the file.
     """
     state = full_state(module)
     if dist.get_rank() == 0:
@@ -51,5 +52,5 @@ def export_model(
         tokenizer.save(folder)
         if answers is not None:
             write_json(folder / ANSWER_LIST, answers)
-        write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata={"format": "eve-ds"}))
+        write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata=metadata(step)))
     dist.barrier()

@@ -2,85 +2,98 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine.agreement import decide, prove_shared
+from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
+from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
-from preprocessing.schema import make_folder
+from eve_ds.files import write_json
+from preprocessing.schema import ANSWER_LIST, make_folder
+from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
-FREE = (
-    "split",
-    "logging",
-    "checkpoint",
-    "output_dir",
-    "data.num_workers",
-    "optimizer.total_steps",
-    "optimizer.epochs",
-    "deepspeed_config",
-    "engine.expert_parallel_size",
-    "engine.micro_batch_size",
-    "data.max_corrupt",
-    "data.allow_overlap",
-)
-CONFIG, LOCK = "config.yaml", ".lock"
+CONFIG, LOCK, IDENTITY = "config.yaml", ".lock", "identity.json"
+OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST}  # what a start that failed has left; no run yet
 _held: list[int] = []  # descriptors of locks: closed, they would be given up
 
 
-def claim(config: PretrainConfig | FinetuneConfig) -> Path:
-    """Make ``config.output_dir`` this run's and store the resolved config in it.
+def claim(config: PretrainConfig | FinetuneConfig, identity: Identity) -> Identity:
+    """Make ``config.output_dir`` this run's and store the resolved config and the identity in it.
 
-    Settings that do not change what is learnt (``FREE``) may differ from the stored ones, and so may the length of the
-    run: to raise it trains on, along the longer schedule. Called by all ranks; rank 0 alone looks and writes.
+    Settings that do not change what is learned may differ from the stored ones, and so may the length of the run: to
+    raise it trains on, along the longer schedule. Called by all ranks; rank 0 alone looks and writes.
 
+    Returns:
+        the identity, completed by what the folder knew of the run.
     Raises:
-        UserError: no folder named, it holds another run (the first differing key is named) or files that are no run, a
-            run is going on in it, or it is not one folder for all ranks.
+        UserError: no folder named, it holds another run (the differences are named) or files that are no run, a run is
+            going on in it, or it is not one folder for all ranks; or the ranks read different things.
     """
-    decide(lambda: _claim(config))
+    _check_same_on_all_ranks(identity)
+    identity = decide(lambda: _claim(config, identity))
     prove_shared(Path(config.output_dir), f"--output_dir {config.output_dir}")
-    decide(lambda: config_tree.save(config, Path(config.output_dir) / CONFIG))
-    return Path(config.output_dir)
+    decide(lambda: _store(config, identity))
+    return identity
 
 
-def _claim(config: PretrainConfig | FinetuneConfig) -> None:
+def _claim(config: PretrainConfig | FinetuneConfig, identity: Identity) -> Identity:
     if not config.output_dir:
         raise UserError("--output_dir is missing; name a folder for checkpoints, metrics and the resolved config")
     folder = Path(config.output_dir)
-    stored = folder / CONFIG
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
     if holds_run(folder):
         if not config.checkpoint.resume:
             raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
-        try:
-            before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{stored}: not readable YAML; choose another --output_dir") from error
-        now = yaml.safe_load(yaml.safe_dump(dataclasses.asdict(config)))
-        differing = _first_difference(before, now)
-        if differing:
-            key, stored_value, value = differing
+        before = stored_identity(folder)
+        if found := before.differences(identity):
             raise UserError(
-                f"--output_dir {folder} holds another run: {key} is {stored_value!r} there and {value!r} here; "
-                "choose another folder, or make the settings equal to resume"
+                f"--output_dir {folder} holds another run: {told(found)}; choose another folder, or make these equal "
+                "to go on"
             )
+        identity = before.merged(identity)
     elif _contents(folder):
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
     if not _lock(folder):
         raise UserError(
             f"--output_dir {folder}: another process trains or scores in it; wait for its end, or choose another folder"
         )
+    return identity
+
+
+def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
+    folder = Path(config.output_dir)
+    config_tree.save(config, folder / CONFIG)
+    write_json(folder / IDENTITY, identity.tree())
+
+
+def _check_same_on_all_ranks(identity: Identity) -> None:
+    """Raise UserError on all ranks if one has other settings, or finds other things where its host has them."""
+    found = tell(identity).differences(identity)
+    agree(f"{place()} reads other things than rank 0: {told(found)} (there: rank 0)" if found else None)
+
+
+def stored_identity(folder: Path) -> Identity:
+    """Of the run in ``folder``; where there is none that can be read (older versions stored none), by its config.
+
+    Raises:
+        UserError: neither can be read.
+    """
+    try:
+        return Identity.from_tree(json.loads((folder / IDENTITY).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, RecursionError):
+        stored = folder / CONFIG
+    try:
+        return Identity.from_config(yaml.safe_load(stored.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{stored}: not the readable config of a run; choose another --output_dir") from error
 
 
 def holds_run(folder: Path) -> bool:
@@ -91,21 +104,7 @@ def holds_run(folder: Path) -> bool:
 def _contents(folder: Path) -> set[str]:
     """What a run has made in the folder: hidden files are those of starts that were killed, and of file systems."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return {name for name in names if name != CONFIG and not name.startswith(".")}
-
-
-def fingerprint(config: PretrainConfig | FinetuneConfig) -> str:
-    """The same for two configs of which the one may go on where the other stopped (`claim`)."""
-    return hashlib.sha256(json.dumps(_bound(dataclasses.asdict(config)), sort_keys=True).encode()).hexdigest()
-
-
-def _bound(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings without those that are FREE."""
-    return {
-        key: _bound(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if f"{prefix}{key}" not in FREE
-    }
+    return {name for name in names - OF_A_START if not name.startswith(".")}
 
 
 def _lock(folder: Path) -> bool:
@@ -122,18 +121,3 @@ def _lock(folder: Path) -> bool:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     _held.append(descriptor)
     return True
-
-
-def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any] | None:
-    before = before if isinstance(before, dict) else {}
-    for key, value in now.items():
-        path = f"{prefix}{key}"
-        if path in FREE:
-            continue
-        if isinstance(value, dict):
-            found = _first_difference(before.get(key), value, path + ".")
-            if found:
-                return found
-        elif before.get(key) != value:
-            return path, before.get(key), value
-    return None

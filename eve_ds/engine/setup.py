@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -17,9 +19,12 @@ from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
+from eve_ds.engine import agreement, initial
 from eve_ds.engine.distributed import launched_world
+from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 from eve_ds.errors import UserError
+from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
@@ -33,7 +38,8 @@ _log = logging.getLogger(__name__)
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer named in the config, or the one beside the weights that the run starts from."""
     path: str | Path | None = config.data.tokenizer
-    trained = ModelFolder.find(config.init_from).tokenizer if config.init_from else None
+    weights = initial.source(config)
+    trained = weights.tokenizer if weights else None
     if path is None and trained is None:
         raise UserError(
             "--data.tokenizer is missing; name the folder that `python -m preprocessing tokenizer train` wrote"
@@ -122,9 +128,29 @@ def _folders(split: Split) -> tuple[Path, Path]:
     return folder, folder.parent
 
 
-def inputs(samples: Samples) -> dict[str, str]:
-    """{what: fingerprint} of what a run is trained on."""
-    return {"tokenizer": samples.tokenizer.fingerprint, "training data": samples.split.fingerprint}
+def identity(config: Config, samples: Samples) -> Identity:
+    """Of the run that trains on ``samples``, or scores them."""
+    scored = isinstance(config, FinetuneConfig) and config.evaluate
+    data = f"data of split {config.split}" if scored else "training data"  # type: ignore[union-attr]
+    split, words = samples.split, samples.tokenizer
+    places = ", ".join(place(name) for name, _ in split.parts)
+    inputs = {
+        "tokenizer": Input(place(words.path or ""), words.fingerprint, f"{words.vocab_size} entries"),
+        data: Input(places, split.fingerprint, f"{split.rows} rows"),
+        **initial.origin(config),
+    }
+    if isinstance(samples, VqaSamples):
+        answers = json.dumps(read_answer_list(config.data.home))
+        inputs["answer list"] = Input(place(config.data.home), hashlib.sha256(answers.encode()).hexdigest())
+    return identity_of(config, inputs)
+
+
+def store_words(config: Config, samples: Samples) -> None:
+    """Copy into ``output_dir`` what the weights are of no use without: tokenizer and VQA's answers. Called by all."""
+    agreement.decide(lambda: samples.tokenizer.save(config.output_dir))
+    if isinstance(samples, VqaSamples):
+        answers = read_answer_list(config.data.home)
+        agreement.decide(lambda: write_json(Path(config.output_dir) / ANSWER_LIST, answers))
 
 
 def total_steps(config: Config, count: int) -> int:
@@ -146,7 +172,7 @@ def total_steps(config: Config, count: int) -> int:
 
 def check_answer_list(config: FinetuneConfig) -> None:
     """Raise UserError if the head was trained on other answers than the data have, or on another order of them."""
-    head = ModelFolder.find(config.init_from or "").weights.parent
+    head = ModelFolder.find(config.init_from or "", unfinished=True).folder
     if not (head / ANSWER_LIST).is_file():
         return  # published files come without
     trained, prepared = read_answer_list(head), read_answer_list(config.data.home)

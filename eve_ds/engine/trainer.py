@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint, run_folder, soundness
+from eve_ds.engine import checkpoint, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.evaluation import stop_agreed
+from eve_ds.engine.identity import Identity
 from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
@@ -49,7 +50,7 @@ class Trainer:
         task: the module to train, in fp32; DeepSpeed casts it.
         total_steps: optimizer steps of the whole run.
         device: this rank's.
-        inputs: {what: fingerprint} of what the run reads; a checkpoint that began with others is refused.
+        identity: of the run and of what it reads; a checkpoint of another one is refused.
         callbacks: told of steps, evaluations, checkpoints.
         evaluate: called every ``logging.eval_every`` steps and at the end; returns scalars for the log.
         stop: looked at between steps and between batches of an evaluation.
@@ -61,7 +62,7 @@ class Trainer:
         task: Task,
         total_steps: int,
         device: torch.device,
-        inputs: Mapping[str, str],
+        identity: Identity,
         callbacks: Sequence[Callback] = (),
         evaluate: Evaluate | None = None,
         stop: StopRequest | None = None,
@@ -78,7 +79,7 @@ class Trainer:
         self._evaluation_due = False  # a request to stop came before it, or in it
         self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
         self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
-        self._identity = {"configuration": run_folder.fingerprint(config), **inputs}
+        self._identity = identity
         self._counts: dict[str, float] = {}  # of all ranks, since the run began
         self._counts_before: dict[str, float] = {}  # before this process
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
@@ -273,7 +274,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
-        state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity}
+        state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity.tree()}
         state |= {"evaluation_due": self._evaluation_due}
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
         if self.is_main:

