@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.config import EngineConfig, OptimizerConfig
+from eve_ds.engine.deepspeed_keys import refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
 from preprocessing.schema import check_regular
@@ -81,6 +82,7 @@ def load_deepspeed_config(
     filled.setdefault("steps_per_print", 10**9)
     refuse(filled, path)
     _try(filled, path)
+    refuse_unknown(filled, path)  # after DeepSpeed's own word on keys that it had once
     return filled
 
 
@@ -136,24 +138,32 @@ def _unfilled(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def refuse(config: dict[str, Any], path: str) -> None:
-    """Raise UserError for what DeepSpeed 0.19.8 accepts and gets wrong with experts, or asserts on (FACTS.md)."""
+    """Raise UserError for what DeepSpeed 0.19.8 accepts and gets wrong, or asserts on (FACTS.md, deepspeed_keys.py)."""
     zero = config.get("zero_optimization", {})
-    stage, partitions = zero.get("stage", 0), zero.get("zero_hpz_partition_size", 1)
-    # DeepSpeed takes "false" and 0 for false, too.
-    contiguous, scattered = (zero.get(name, True) is True for name in ("contiguous_gradients", "reduce_scatter"))
+    stage, accumulates = zero.get("stage", 0), config["gradient_accumulation_steps"] > 1
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    bf16, in_fp32 = config["bf16"]["enabled"], config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     reasons = {
         "zero_optimization.stage=0: with experts its clipping norm is wrong (DeepSpeed#8475); use stage 1": stage == 0,
-        "zero_optimization.stage must be 1, 2 or 3": stage not in (0, 1, 2, 3),
-        "zero_optimization.contiguous_gradients=false: gradients are silently wrong; use true": not contiguous,
-        "zero_optimization.reduce_scatter=false: DeepSpeed asserts with experts; use true": not scattered,
-        "zero_optimization.zero_hpz_partition_size: DeepSpeed asserts with experts; leave it out": partitions != 1,
-        "optimizer: the engine makes its own (config section optimizer); leave it out": "optimizer" in config,
-        "scheduler: the engine has its own (optimizer.schedule); leave it out": "scheduler" in config,
-        "fp16: overflow steps would break exact resume; use bf16": config.get("fp16", {}).get("enabled", False),
+        "zero_optimization.overlap_comm=true: at stage 1 with several micro-batches a step, all gradients but those of "
+        "the last bucket are silently wrong; use false, or stage 2": stage == 1
+        and bool(zero.get("overlap_comm"))
+        and accumulates,
+        f"zero_optimization.offload_optimizer: at stage {stage} with several micro-batches a step, gradients are "
+        "silently wrong; use stage 1, or a greater engine.micro_batch_size": stage > 1 and offloads and accumulates,
+        "zero_optimization.offload_param: has no effect below stage 3; leave it out": stage != 3
+        and zero.get("offload_param", {}).get("device", "none") != "none",
+        'data_types.grad_accum_dtype="fp32": at stage 1 the gradient\'s norm is wrong with experts; use stage 2': stage
+        == 1
+        and bf16
+        and in_fp32,
+        'communication_data_type="bf16": loses bits of fp32 gradients; leave it out': not bf16
+        and config.get("communication_data_type") == "bf16",
     }
     for reason, applies in reasons.items():
         if applies:
             raise UserError(f"--deepspeed_config {path}: {reason}")
+    refuse_keys(config, path)
 
 
 def _try(config: dict[str, Any], path: str) -> None:

@@ -42,7 +42,10 @@ FACTORS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A setting of the engine; ``zero`` changes entries of the DeepSpeed file's zero_optimization."""
+    """A setting of the engine.
+
+    ``zero`` changes entries of the DeepSpeed file's zero_optimization, ``file`` those of its top level.
+    """
 
     stage: int
     ep_size: int
@@ -52,6 +55,7 @@ class Case:
     accumulation: int = 1
     checkpointing: bool = False
     zero: tuple[tuple[str, Any], ...] = ()
+    file: tuple[tuple[str, Any], ...] = ()
 
     @property
     def reference(self) -> tuple[str, bool, int]:
@@ -60,7 +64,7 @@ class Case:
 
     def __str__(self) -> str:
         extras = [name for name in ("clipping", "checkpointing") if getattr(self, name)]
-        extras += [f"{name}={value}" for name, value in self.zero]
+        extras += [f"{name}={value}" for name, value in self.zero + self.file]
         return ", ".join(
             [
                 f"ZeRO {self.stage}, EP {self.ep_size}, world {self.world_size}, {self.precision}",
@@ -220,6 +224,7 @@ def under_deepspeed(case: Case) -> Trajectory:
     )
     settings = load_deepspeed_config(f"ds_configs/zero{case.stage}.json", engine_config, options, world)
     settings["zero_optimization"] |= dict(case.zero)
+    settings |= dict(case.file)
     engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
     trajectory = Trajectory([], [], {}, {})
     for step in range(STEPS):
