@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from eve_ds.data.shards import Split
-from preprocessing.schema import ID_COLUMNS, IDS, DataError, ids_of_batch, listed_ids
+from preprocessing.schema import ID_COLUMNS, IDS, DataError, check_regular, ids_of_batch, listed_ids
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
@@ -69,6 +69,7 @@ class SplitIds:
     @functools.cached_property
     def _listed(self) -> dict[str, np.ndarray] | None:
         """By the split's file; None where it has none, or another one than the manifest says."""
+        check_regular(self.split.directory / IDS)
         try:
             parts = listed_ids(self.split.manifest, (self.split.directory / IDS).read_bytes())
         except (OSError, KeyError):

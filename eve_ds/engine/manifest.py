@@ -132,6 +132,8 @@ class Manifest:
             raise DamagedError(path, f"{COMPLETE} is damaged") from error
         if not sound:
             raise DamagedError(path, f"{COMPLETE} is damaged (its digest differs)")
+        if not missing and (outside := [name for name in found.files if {"", ".."} & set(name.split("/"))]):
+            raise DamagedError(path, f"{COMPLETE} names a file outside of the checkpoint, {outside[0]!r}")
         if missing:
             raise UserError(
                 f"{path / COMPLETE} does not record {' and '.join(sorted(missing))}, so that a load could be wrong in "

@@ -1,4 +1,4 @@
-"""Pipes and devices where training expects files: refused by name, not waited at."""
+"""Pipes and devices where training expects files: refused by name, not waited at; files outside of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import deepspeed
 import pytest
 
 from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig, parse
 from eve_ds.data.mapping import MappedFile
 from eve_ds.data.samples import read_answer_list
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.manifest import Manifest, Topology
+from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.recipes import read_yaml
 from preprocessing.schema import DataError
@@ -39,3 +42,11 @@ def test_pipes_are_refused(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}: is a pipe, a socket or a device; write its content to a file"):
         READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["../other.pt", "/etc/hostname", "a/../../b.pt", ""])
+def test_a_checkpoint_names_files_of_its_own_alone(tmp_path: Path, name: str) -> None:
+    manifest = Manifest(1, Topology(1, 1, 1), {}, deepspeed.__version__, {}, {name: (1, "0")})
+    manifest.write(tmp_path)
+    with pytest.raises(UserError, match=r"complete\.json names a file outside of the checkpoint"):
+        Manifest.read(tmp_path)
