@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import field, read_json
+from preprocessing.files import BadRecord, field, read_json
 from preprocessing.image_names import EXCLUDED, ImageFolder, ImageList, add_exclude_argument, excluded_images
 from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
-from preprocessing.source import Row, Source
+from preprocessing.source import Faults, Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 
@@ -58,15 +58,17 @@ def read_coco(
     rows: list[Row] = []
     seen: set[int] = set()
     for path, content in files:
-        names = _read_images(path, content, seen)
+        names = _read_images(path, content, seen, source.faults)
         captions: dict[int, list[str]] = {image_id: [] for image_id in names}
         for index, record in enumerate(field(content, "annotations", list, f"{path}")):
             where = f"{path}: annotations[{index}]"
-            image_id = field(record, "image_id", int, where)
-            if image_id not in names:
-                raise DataError(f"{where}: image_id {image_id} is none of the file's images; fetch the file again")
-            captions[image_id].append(field(record, "caption", str, where))
-            source.counts["captions"] += 1
+            with source.faults:
+                image_id = field(record, "image_id", int, where)
+                if image_id not in names:
+                    what = f"image_id {image_id} is none of the file's images; fetch the file again"
+                    raise BadRecord(where, what, "caption of an image that the file has not")
+                captions[image_id].append(field(record, "caption", str, where))
+                source.counts["captions"] += 1
         source.counts["images"] += len(names)
         for image_id, name in names.items():
             if excluded.holds(name, str(image_id)):
@@ -81,14 +83,15 @@ def read_coco(
     return source
 
 
-def _read_images(path: Place, content: Any, seen: set[int]) -> dict[int, str]:
+def _read_images(path: Place, content: Any, seen: set[int], faults: Faults) -> dict[int, str]:
     """image id -> file name; `seen` holds the ids of all files so far."""
     names: dict[int, str] = {}
     for index, record in enumerate(field(content, "images", list, f"{path}")):
         where = f"{path}: images[{index}]"
-        image_id = field(record, "id", int, where)
-        if image_id in seen:
-            raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
-        seen.add(image_id)
-        names[image_id] = field(record, "file_name", str, where)
+        with faults:
+            image_id = field(record, "id", int, where)
+            if image_id in seen:
+                raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
+            seen.add(image_id)
+            names[image_id] = field(record, "file_name", str, where)
     return names

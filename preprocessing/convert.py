@@ -88,7 +88,7 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     Raises DataError when there are no rows, when no image is there, when more records are at fault than
     `args.max_dropped` allows, and as `build_split` does.
     """
-    _check_faults(source, args.max_dropped)
+    source.faults.check(len(source.rows), args.max_dropped)
     if not len(source.rows):
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
@@ -118,14 +118,6 @@ def _warn_of_shared(out: Place, split: str) -> None:
             mend = "training refuses that; prepare one of them with --exclude"
             mend = mend if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
             print(f"warning: {one} and {other}: hold the same {which}; {mend}")
-
-
-def _check_faults(source: Source, share: float) -> None:
-    """Raise DataError when more records are at fault than may be dropped, or all: with the first one's fault."""
-    faults = source.faults
-    if faults.count > share * source.total or (faults.count and not len(source.rows)):
-        more = f" ({faults.count} of {source.total} records are at fault, --max-dropped is {share:g})"
-        raise DataError(f"{faults.first}{more if source.total > 1 else ''}")
 
 
 def _check_whole(source: Source, share: float) -> None:

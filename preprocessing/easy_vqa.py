@@ -13,6 +13,7 @@ from preprocessing.convert import add_common_arguments, check_common_arguments, 
 from preprocessing.files import read_json, read_text
 from preprocessing.image_refs import FileImage
 from preprocessing.schema import DataError
+from preprocessing.source import Faults
 from preprocessing.vqa_rows import Asked, vqa_source
 
 _VAL_SHARE = 10  # one picture in so many
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     data = _package_data()
     listed = read_text(data / "answers.txt").split()
     asked = read_easy_vqa(data, args.split)
-    source = vqa_source(asked, [_questions(data, args.split)], args, listed, min_answers=1)
+    source = vqa_source(asked, [_questions(data, args.split)], args, listed, min_answers=1, faults=Faults())
     source.numbered = ("question_id",)
     write_split(source, args)
 

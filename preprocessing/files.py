@@ -8,14 +8,15 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
 from preprocessing.json_text import parse_json, shown
-from preprocessing.places import Place, RemotePath, names_in, open_input
+from preprocessing.lines import MAX_LINE, AnyPath, CutFile, open_text, read_lines
+from preprocessing.places import Place, names_in, open_input
 from preprocessing.schema import DataError, sync_path
 
 __all__ = [
@@ -46,7 +47,6 @@ class BadRecord(DataError):
         self.reason = reason
 
 
-AnyPath = str | os.PathLike[str] | RemotePath
 LOCK = "lock"  # the file in a work folder that is locked
 
 
@@ -72,29 +72,49 @@ def read_json(path: AnyPath) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise _invalid(path, getattr(error, "lineno", None), error) from None
+        line = f"line {error.lineno} " if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}: {_why_invalid(error, line)}; fetch the file again") from None
 
 
-def read_json_lines(path: AnyPath) -> list[tuple[int, Any]]:
-    """(line number from 1, value) of each line that is not blank. Raises DataError as read_json does."""
-    values = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                values.append((number, parse_json(line)))
-            except ValueError as error:
-                raise _invalid(path, number, error) from None
-    return values
+def read_json_lines(path: AnyPath, bad: Callable[[BadRecord], None]) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line that is not blank and is JSON; the others are handed to `bad`.
+
+    Raises DataError naming the file when it cannot be read, or holds no line.
+    """
+    empty = True
+    try:
+        with open_text(path) as file:
+            for number, (_, line) in enumerate(read_lines(file), 1):
+                if line is not None and not line.strip():
+                    continue
+                empty = False
+                where = f"{path}: line {number}"
+                if line is None:
+                    bad(BadRecord(where, f"has more than {MAX_LINE >> 20} MiB; mend the file", "line is too long"))
+                    continue
+                try:
+                    value = parse_json(line)
+                except UnicodeDecodeError:
+                    bad(BadRecord(where, "is not UTF-8 text; mend the file", "line is not UTF-8 text"))
+                except ValueError as error:
+                    bad(BadRecord(where, f"{_why_invalid(error)}; fetch the file again", "line is invalid JSON"))
+                else:
+                    yield number, value
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except CutFile as error:
+        bad(BadRecord(f"{path}: line {error.line}", str(error), "lines are lost: a file is cut"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    if empty:
+        raise DataError(f"{path}: is empty; fetch it again")
 
 
-def _invalid(path: AnyPath, line: int | None, error: ValueError) -> DataError:
-    """What to say of text that is no JSON, or that holds a number which Python refuses to read."""
+def _why_invalid(error: ValueError, line: str = "") -> str:
+    """What is wrong with text that is no JSON, or that holds a number which Python refuses to read."""
     if isinstance(error, json.JSONDecodeError):
-        what = f"invalid JSON at line {line} column {error.colno} ({error.msg})"
-    else:
-        where = "" if line is None else f"line {line} "
-        what = f"{where}holds a number of more than {sys.get_int_max_str_digits()} digits"
-    return DataError(f"{path}: {what}; fetch the file again")
+        return f"invalid JSON at {line}column {error.colno} ({error.msg})"
+    return f"holds a number of more than {sys.get_int_max_str_digits()} digits"
 
 
 def field(record: Any, name: str, kinds: type | tuple[type, ...], where: str) -> Any:

@@ -8,7 +8,7 @@ restval (usually trained on as well), val and test.
 import posixpath
 from typing import Any
 
-from preprocessing.files import field
+from preprocessing.files import BadRecord, field
 from preprocessing.image_names import EXCLUDED, ImageFolder, ImageList
 from preprocessing.places import Place
 from preprocessing.schema import DataError
@@ -43,28 +43,35 @@ def read_karpathy(
     seen: set[str] = set()
     for index, record in enumerate(field(content, "images", list, f"{path}")):
         where = f"{path}: images[{index}]"
-        found = field(record, "split", str, where)
-        if found not in _SPLITS:
-            raise DataError(f"{where}: split '{found}' is none of {', '.join(_SPLITS)}; is this the right file?")
-        file = field(record, "filename", str, where)
-        image_id = str(record["cocoid"]) if "cocoid" in record else posixpath.splitext(file)[0]
-        out = excluded.holds(file, image_id)  # asked of other splits, too: a list of their images is one of this set
-        if found not in wanted:
-            continue
-        if image_id in seen:
-            raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
-        seen.add(image_id)
-        sentences = [field(one, "raw", str, where) for one in field(record, "sentences", list, where)]
-        source.counts["images"] += 1
-        source.counts["captions"] += len(sentences)
-        if out:
-            source.left_out[EXCLUDED] += 1
-            continue
-        captions = cleaning.captions(sentences, source.left_out)
-        if not captions:
-            source.left_out["image without caption"] += 1
-            continue
-        name = f"{record['filepath']}/{file}" if record.get("filepath") else file
-        rows.append(Row(file, (images.find(name),), {"caption": captions, "image_id": image_id}))
+        with source.faults:
+            found = field(record, "split", str, where)
+            if found not in _SPLITS:
+                what = f"split '{found}' is none of {', '.join(_SPLITS)}; is this the right file?"
+                raise BadRecord(where, what, f"split is none of {', '.join(_SPLITS)}")
+            file = field(record, "filename", str, where)
+            image_id = str(record["cocoid"]) if "cocoid" in record else posixpath.splitext(file)[0]
+            out = excluded.holds(
+                file, image_id
+            )  # asked of other splits, too: a list of their images is one of this set
+            if found not in wanted:
+                continue
+            if image_id in seen:
+                raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
+            seen.add(image_id)
+            sentences = []
+            for sentence in field(record, "sentences", list, where):
+                with source.faults:
+                    sentences.append(field(sentence, "raw", str, where))
+            source.counts["images"] += 1
+            source.counts["captions"] += len(sentences)
+            if out:
+                source.left_out[EXCLUDED] += 1
+                continue
+            captions = cleaning.captions(sentences, source.left_out)
+            if not captions:
+                source.left_out["image without caption"] += 1
+                continue
+            name = f"{record['filepath']}/{file}" if record.get("filepath") else file
+            rows.append(Row(file, (images.find(name),), {"caption": captions, "image_id": image_id}))
     source.rows = rows
     return source

@@ -3,13 +3,15 @@
 import codecs
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
-from preprocessing.places import Place, open_input
+from preprocessing.places import RemotePath, open_input
 
+AnyPath = str | os.PathLike[str] | RemotePath
 MAX_LINE = 64 << 20  # bytes: an image of 48 MB as base64
 _MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 20
@@ -23,13 +25,13 @@ class CutFile(Exception):
         self.line = line
 
 
-def is_compressed(path: str | Place) -> bool:
+def is_compressed(path: AnyPath) -> bool:
     """Whether the file is a gzip file, by its name or its first bytes. Raises OSError."""
     with open_input(path) as file:
         return _is_packed(path, file)
 
 
-def _is_packed(path: str | Place, file: IO[bytes]) -> bool:
+def _is_packed(path: AnyPath, file: IO[bytes]) -> bool:
     """`is_compressed`, of a file that is open; it stands at its start again."""
     magic = bytes(file.read(len(_MAGIC)))
     file.seek(0)
@@ -37,7 +39,7 @@ def _is_packed(path: str | Place, file: IO[bytes]) -> bool:
 
 
 @contextmanager
-def open_text(path: str | Place) -> Iterator[IO[bytes]]:
+def open_text(path: AnyPath) -> Iterator[IO[bytes]]:
     """Open a file of lines, unpacked if it is gzip. To go back in the latter is slow."""
     with open_input(path) as file:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if _is_packed(path, file) else file
@@ -75,7 +77,7 @@ def read_lines(file: IO[bytes], limit: int = MAX_LINE) -> Iterator[tuple[int, by
         raise OSError(f"damaged at line {number + 1}: {error}") from None
 
 
-def first_bytes(path: str | Place, count: int) -> bytes:
+def first_bytes(path: AnyPath, count: int) -> bytes:
     """The start of the first line, at most `count` bytes of it. Raises OSError."""
     with open_text(path) as file:
         try:

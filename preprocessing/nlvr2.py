@@ -4,12 +4,12 @@ import argparse
 import re
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import field, read_json_lines
+from preprocessing.files import BadRecord, field, read_json_lines
 from preprocessing.image_names import ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import FileImage, leads_out
 from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.places import Place, place
-from preprocessing.schema import DataError
+from preprocessing.source import Faults
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 _IDENTIFIER = re.compile(r"(?P<pair>(?P<split>[A-Za-z0-9_]+)-\d+-\d+)-\d+")  # split-set-PAIR-sentence
@@ -27,30 +27,35 @@ def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "nlvr")
     annotations = place(args.annotations)
-    statements = read_nlvr2(annotations, place(args.images), excluded_images(args), text_cleaning(args))
-    write_split(nlvr_source(statements, [annotations]), args)
+    faults = Faults()
+    statements = read_nlvr2(annotations, place(args.images), excluded_images(args), text_cleaning(args), faults)
+    write_split(nlvr_source(statements, [annotations], faults), args)
 
 
-def read_nlvr2(annotations: Place, images: Place, excluded: ImageList, cleaning: TextCleaning) -> list[Statement]:
-    """The statements in the order of the file. Raises DataError naming line and field at fault."""
+def read_nlvr2(
+    annotations: Place, images: Place, excluded: ImageList, cleaning: TextCleaning, faults: Faults
+) -> list[Statement]:
+    """The statements in the order of the file, but for those at fault. Raises DataError naming the file."""
     statements = []
     folders: dict[str, Place] = {}
-    for line, record in read_json_lines(annotations):
+    for line, record in read_json_lines(annotations, faults.add):
         where = f"{annotations}: line {line}"
-        identifier = field(record, "identifier", str, where)
-        match = _IDENTIFIER.fullmatch(identifier)
-        if match is None:
-            raise DataError(f"{where}: identifier '{identifier}' is not split-set-pair-sentence; mend the file")
-        directory = str(record.get("directory", ""))
-        if leads_out(directory):
-            raise DataError(f"{where}: directory '{directory}' leads out of --images; mend the file")
-        folder = _folder(images, match["split"], directory, match["pair"], folders)
-        files = (f"{match['pair']}-img0.png", f"{match['pair']}-img1.png")
-        pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
-        label = parse_label(record.get("label"), where)
-        sentence = cleaning.statement(field(record, "sentence", str, where))
-        out = excluded.holds(*files, match["pair"], *names_in_shards(identifier))
-        statements.append(Statement(pair, match["pair"], sentence, label, identifier, where, out))
+        with faults:
+            identifier = field(record, "identifier", str, where)
+            match = _IDENTIFIER.fullmatch(identifier)
+            if match is None:
+                what = f"identifier '{identifier}' is not split-set-pair-sentence; mend the file"
+                raise BadRecord(where, what, "identifier is not split-set-pair-sentence")
+            directory = str(record.get("directory", ""))
+            if leads_out(directory):
+                raise BadRecord(where, f"directory '{directory}' leads out of --images; mend the file", "leads out")
+            folder = _folder(images, match["split"], directory, match["pair"], folders)
+            files = (f"{match['pair']}-img0.png", f"{match['pair']}-img1.png")
+            pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
+            label = parse_label(record.get("label"), where)
+            sentence = cleaning.statement(field(record, "sentence", str, where))
+            out = excluded.holds(*files, match["pair"], *names_in_shards(identifier))
+            statements.append(Statement(pair, match["pair"], sentence, label, identifier, where, out))
     return statements
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from preprocessing.files import BadRecord
 from preprocessing.image_names import EXCLUDED
 from preprocessing.image_refs import ImageRef
+from preprocessing.json_text import shown
 from preprocessing.places import Place
 from preprocessing.schema import DataError
-from preprocessing.source import Row, Source
+from preprocessing.source import Faults, Row, Source
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,11 @@ class Statement:
 
 
 def parse_label(label: object, where: str) -> str:
-    """ "True" or "False", from the official strings in any case or a JSON truth value. Raises DataError."""
-    text = str(label).capitalize()
+    """ "True" or "False", from the official strings in any case or a JSON truth value. Raises BadRecord."""
+    text = str(label).capitalize() if isinstance(label, str | bool) else ""
     if text not in ("True", "False"):
-        raise DataError(f"{where}: label {label!r} is neither True nor False; mend the file")
+        what = f"label {shown(label)} is neither True nor False; mend the file"
+        raise BadRecord(where, what, "label is neither True nor False")
     return text
 
 
@@ -37,12 +40,13 @@ def names_in_shards(identifier: str) -> tuple[str, ...]:
     return identifier, f"{identifier}:left", f"{identifier}:right"
 
 
-def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place]) -> Source:
+def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults: Faults) -> Source:
     """Group statements by pair of images, in the order of first mention; those without a word are left out.
 
     A pair of which one statement is excluded is left out whole. Raises DataError on an identifier twice.
     """
-    source = Source("nlvr", [], inputs, {"statements": len(statements), "pairs": len({s.images for s in statements})})
+    counts = {"statements": len(statements), "pairs": len({statement.images for statement in statements})}
+    source = Source("nlvr", [], inputs, counts, faults=faults)
     rows: dict[tuple[ImageRef, ImageRef], Row] = {}
     identifiers: set[str] = set()
     excluded = {statement.images for statement in statements if statement.excluded}

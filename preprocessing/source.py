@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from preprocessing.files import BadRecord
 from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place
+from preprocessing.schema import DataError
 
 LISTED = 10_000  # dropped rows and records at fault that a manifest lists
 
@@ -61,6 +62,13 @@ class Faults:
         if len(self.items) < LISTED:
             # Not the file's folder: the manifest depends on what the files hold, not on where they lie.
             self.items.append({"item": error.where.rsplit("/", 1)[-1], "reason": error.reason})
+
+    def check(self, sound: int, share: float) -> None:
+        """Raise DataError when more records are at fault than `share` allows, beside `sound` ones, or all are."""
+        total = sound + self.count
+        if self.count > share * total or (self.count and not sound):
+            more = f" ({self.count} of {total} records are at fault, --max-dropped is {share:g})"
+            raise DataError(f"{self.first}{more if total > 1 else ''}")
 
     def __enter__(self) -> None:
         pass

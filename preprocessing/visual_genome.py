@@ -98,21 +98,27 @@ def read_regions(
     seen: set[int] = set()
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
-        regions = field(record, "regions", list, where)
-        # Some copies have the image's number in the regions alone.
-        holder = next((one for one in (record, *regions[:1]) if isinstance(one, dict) and "image_id" in one), record)
-        image_id = image_number(holder, where)
-        if image_id in seen:
-            raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
-        seen.add(image_id)
-        phrases = [field(region, "phrase", str, where) for region in regions]
-        source.counts["captions"] += len(phrases)
-        if excluded.holds(*names_of(image_id, coco)):
-            source.left_out[EXCLUDED] += 1
-        elif captions := cleaning.captions(phrases, source.left_out):
-            name = f"{image_id}.jpg"
-            rows.append(Row(name, (images.find(name),), {"caption": captions, "image_id": str(image_id)}))
-        else:
-            source.left_out["image without caption"] += 1
+        with source.faults:
+            regions = field(record, "regions", list, where)
+            # Some copies have the image's number in the regions alone.
+            holder = next(
+                (one for one in (record, *regions[:1]) if isinstance(one, dict) and "image_id" in one), record
+            )
+            image_id = image_number(holder, where)
+            if image_id in seen:
+                raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
+            seen.add(image_id)
+            phrases = []
+            for region in regions:
+                with source.faults:
+                    phrases.append(field(region, "phrase", str, where))
+            source.counts["captions"] += len(phrases)
+            if excluded.holds(*names_of(image_id, coco)):
+                source.left_out[EXCLUDED] += 1
+            elif captions := cleaning.captions(phrases, source.left_out):
+                name = f"{image_id}.jpg"
+                rows.append(Row(name, (images.find(name),), {"caption": captions, "image_id": str(image_id)}))
+            else:
+                source.left_out["image without caption"] += 1
     source.rows = rows
     return source

@@ -5,6 +5,7 @@ answer, which scores 1. To train on VQA v2 and these together, see `vqav2 --visu
 """
 
 import argparse
+from typing import Any
 
 from preprocessing import visual_genome
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
@@ -12,6 +13,7 @@ from preprocessing.files import field, read_json
 from preprocessing.image_names import ImageFolder, ImageList, add_exclude_argument, excluded_images
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.source import Faults
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.visual_genome import FOLDERS, add_image_data_argument, image_number, names_of, read_coco_numbers
 from preprocessing.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
@@ -33,10 +35,9 @@ def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "vqa")
     path, coco = place(args.questions), read_coco_numbers(args.image_data)
-    asked = read_questions(
-        path, ImageFolder(args.images, FOLDERS), coco, excluded_images(args), text_cleaning(args), args.split
-    )
-    write_split(vqa_source(asked, [path], args, given_answers(args), args.min_answers), args)
+    images, faults = ImageFolder(args.images, FOLDERS), Faults()
+    asked = read_questions(path, images, coco, excluded_images(args), text_cleaning(args), args.split, faults)
+    write_split(vqa_source(asked, [path], args, given_answers(args), args.min_answers, faults), args)
 
 
 def read_questions(
@@ -46,9 +47,10 @@ def read_questions(
     excluded: ImageList,
     cleaning: TextCleaning,
     split: str,
+    faults: Faults,
     beside_vqav2: bool = False,
 ) -> list[Asked]:
-    """The questions in the order of the file. Raises DataError naming the record at fault.
+    """The questions in the order of the file, but for those at fault. Raises DataError naming the file.
 
     `beside_vqav2` gives images and questions ids of their own, which clash with none of COCO's and VQA v2's, and keeps
     the answers out of the count that the answer list is built from.
@@ -58,20 +60,24 @@ def read_questions(
         raise DataError(f"{path}: is no JSON list of images with questions; give question_answers.json")
     asked = []
     for index, record in enumerate(records):
-        for number, qa in enumerate(field(record, "qas", list, f"{path}: record {index}")):
+        pairs: list[Any] = []
+        with faults:
+            pairs = field(record, "qas", list, f"{path}: record {index}")
+        for number, qa in enumerate(pairs):
             where = f"{path}: record {index}: qas[{number}]"
-            image_id = image_number(qa if isinstance(qa, dict) and "image_id" in qa else record, where)
-            asked.append(
-                Asked(
-                    image=images.find(f"{image_id}.jpg"),
-                    image_id=visual_genome.beside_vqav2(image_id) if beside_vqav2 else str(image_id),
-                    text=cleaning.question(field(qa, "question", str, where), split),
-                    question_id=field(qa, "qa_id", int, where) + (BEYOND_VQAV2 if beside_vqav2 else 0),
-                    answers=(field(qa, "answer", str, where),),
-                    main_answer=None,
-                    where=where,
-                    counts=not beside_vqav2,
-                    excluded=excluded.holds(*names_of(image_id, coco)),
+            with faults:
+                image_id = image_number(qa if isinstance(qa, dict) and "image_id" in qa else record, where)
+                asked.append(
+                    Asked(
+                        image=images.find(f"{image_id}.jpg"),
+                        image_id=visual_genome.beside_vqav2(image_id) if beside_vqav2 else str(image_id),
+                        text=cleaning.question(field(qa, "question", str, where), split),
+                        question_id=field(qa, "qa_id", int, where) + (BEYOND_VQAV2 if beside_vqav2 else 0),
+                        answers=(field(qa, "answer", str, where),),
+                        main_answer=None,
+                        where=where,
+                        counts=not beside_vqav2,
+                        excluded=excluded.holds(*names_of(image_id, coco)),
+                    )
                 )
-            )
     return asked

@@ -11,7 +11,7 @@ from preprocessing.image_names import EXCLUDED
 from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place, place
 from preprocessing.schema import ANSWER_LIST, DataError
-from preprocessing.source import Row, Source
+from preprocessing.source import Faults, Row, Source
 
 _SHOWN = 10  # entries of an answer list that a message names
 
@@ -59,6 +59,7 @@ def vqa_source(
     args: argparse.Namespace,
     given: Sequence[str] | None,
     min_answers: int,
+    faults: Faults,
 ) -> Source:
     """Group questions by image, in the order of first mention, and label them by the data set's answer list.
 
@@ -68,8 +69,9 @@ def vqa_source(
     answer, counted by the reason; on other splits the latter stay, with empty lists. Raises DataError on a question id
     or an image id that stands twice, and as resolve_answer_list does.
     """
+    faults.check(len(asked), args.max_dropped)  # before an answer list is built of too few questions
     _check_unique(asked)
-    source = Source("vqa", [], inputs, {"questions": len(asked)})
+    source = Source("vqa", [], inputs, {"questions": len(asked)}, faults=faults)
     if not asked:
         return source
     source.counts["images"] = len({question.image_id for question in asked})

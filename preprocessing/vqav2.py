@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import field, read_json
+from preprocessing.files import BadRecord, field, read_json
 from preprocessing.image_names import (
     ImageFolder,
     ImageList,
@@ -19,6 +19,7 @@ from preprocessing.image_names import (
 from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
+from preprocessing.source import Faults
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.visual_genome import FOLDERS, add_image_data_argument, read_coco_numbers
 from preprocessing.visual_genome_qa import read_questions
@@ -52,16 +53,16 @@ def run(args: argparse.Namespace) -> None:
     annotations = [place(name) for name in args.annotations or ()]
     excluded, cleaning = excluded_images(args), text_cleaning(args)
     images = ImageFolder(args.images)
-    asked = []
+    asked, faults = [], Faults()
     for path, answers in zip_longest(questions, annotations):
-        asked += read_vqav2(path, answers, images, excluded, cleaning, args.split)
+        asked += read_vqav2(path, answers, images, excluded, cleaning, args.split, faults)
     inputs = [*questions, *annotations]
     if args.visual_genome is not None:
         inputs.append(place(args.visual_genome))
         coco = read_coco_numbers(args.image_data)
         folder = ImageFolder(args.visual_genome_images, FOLDERS)
-        asked += read_questions(inputs[-1], folder, coco, excluded, cleaning, args.split, beside_vqav2=True)
-    write_split(vqa_source(asked, inputs, args, given_answers(args), args.min_answers), args)
+        asked += read_questions(inputs[-1], folder, coco, excluded, cleaning, args.split, faults, beside_vqav2=True)
+    write_split(vqa_source(asked, inputs, args, given_answers(args), args.min_answers, faults), args)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -82,26 +83,30 @@ def read_vqav2(
     excluded: ImageList,
     cleaning: TextCleaning,
     split: str,
+    faults: Faults,
 ) -> list[Asked]:
-    """Questions in the order of their file, with the ten answers each. Raises DataError naming the record at fault."""
-    answered = {} if annotations is None else _read_annotations(annotations)
+    """Questions in the order of their file, with the ten answers each, but for those at fault. Raises DataError."""
+    answered = {} if annotations is None else _read_annotations(annotations, faults)
     content = read_json(questions)
     records = field(content, "questions", list, f"{questions}")
     subset = str(content.get("data_subtype", "")).replace("test-dev", "test")
     asked = []
     for index, record in enumerate(records):
         where = f"{questions}: questions[{index}]"
-        question_id = field(record, "question_id", int, where)
-        if annotations is not None and question_id not in answered:
-            raise DataError(f"{where}: question_id {question_id} is not in {annotations}; give the file of this split")
-        image_id = field(record, "image_id", int, where)
-        main, people, of = answered.get(question_id, (None, (), None))
-        if of not in (None, image_id):
-            raise DataError(f"{where}: asks of image {image_id}, its annotation in {annotations} answers of image {of}")
-        text = cleaning.question(field(record, "question", str, where), split)
-        image = _find(images, subset, image_id)
-        out = excluded.holds(coco_key(image_id), str(image_id))
-        asked.append(Asked(image, str(image_id), text, question_id, people, main, where, excluded=out))
+        with faults:
+            question_id = field(record, "question_id", int, where)
+            if annotations is not None and question_id not in answered:
+                what = f"question_id {question_id} is not in {annotations}; give the file of this split"
+                raise BadRecord(where, what, "question has no annotation")
+            image_id = field(record, "image_id", int, where)
+            main, people, of = answered.get(question_id, (None, (), None))
+            if of not in (None, image_id):
+                what = f"asks of image {image_id}, its annotation in {annotations} answers of image {of}"
+                raise BadRecord(where, what, "question and annotation are of two images")
+            text = cleaning.question(field(record, "question", str, where), split)
+            image = _find(images, subset, image_id)
+            out = excluded.holds(coco_key(image_id), str(image_id))
+            asked.append(Asked(image, str(image_id), text, question_id, people, main, where, excluded=out))
     return asked
 
 
@@ -111,20 +116,22 @@ def _find(images: ImageFolder, subset: str, number: int) -> ImageRef:
     return images.find(f"{subset}/{name}" if images.holds(subset) else name, coco_key(number))
 
 
-def _read_annotations(path: Place) -> dict[int, tuple[str, tuple[str, ...], int | None]]:
+def _read_annotations(path: Place, faults: Faults) -> dict[int, tuple[str, tuple[str, ...], int | None]]:
     """question id -> (multiple choice answer, the ten answers, image id if it is there)."""
     result: dict[int, tuple[str, tuple[str, ...], int | None]] = {}
     records: list[Any] = field(read_json(path), "annotations", list, f"{path}")
     for index, record in enumerate(records):
         where = f"{path}: annotations[{index}]"
-        try:
-            answers = tuple([answer["answer"].strip() for answer in field(record, "answers", list, where)])
-        except (TypeError, KeyError, AttributeError):
-            raise DataError(f"{where}: field 'answers' is no list of objects with an 'answer' string") from None
-        main = field(record, "multiple_choice_answer", str, where)
-        question_id = field(record, "question_id", int, where)
-        if question_id in result:
-            raise DataError(f"{where}: question_id {question_id} stands twice; mend the file")
-        image_id = field(record, "image_id", int, where) if "image_id" in record else None
-        result[question_id] = (main, answers, image_id)
+        with faults:
+            try:
+                answers = tuple([answer["answer"].strip() for answer in field(record, "answers", list, where)])
+            except (TypeError, KeyError, AttributeError):
+                what = "field 'answers' is no list of objects with an 'answer' string"
+                raise BadRecord(where, f"{what}; mend the file", what) from None
+            main = field(record, "multiple_choice_answer", str, where)
+            question_id = field(record, "question_id", int, where)
+            if question_id in result:
+                raise DataError(f"{where}: question_id {question_id} stands twice; mend the file")
+            image_id = field(record, "image_id", int, where) if "image_id" in record else None
+            result[question_id] = (main, answers, image_id)
     return result

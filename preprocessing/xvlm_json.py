@@ -14,13 +14,13 @@ from dataclasses import replace
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import field, open_input, read_json, read_json_lines
+from preprocessing.files import BadRecord, field, open_input, read_json, read_json_lines
 from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import image_in
 from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
-from preprocessing.source import Row, Source
+from preprocessing.source import Faults, Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.visual_genome import beside_vqav2
 from preprocessing.visual_genome_qa import BEYOND_VQAV2
@@ -47,22 +47,22 @@ def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, _KINDS[args.task])
     files = [place(name) for name in args.annotations]
-    excluded, cleaning = excluded_images(args), text_cleaning(args)
+    excluded, cleaning, faults = excluded_images(args), text_cleaning(args), Faults()
     if args.task == "retrieval":
         source = read_retrieval(files, args.images, excluded, cleaning)
     elif args.task == "vqa":
-        asked = read_vqa(files, args.images, args.visual_genome_images, excluded, cleaning, args.split)
-        source = vqa_source(asked, files, args, given_answers(args), args.min_answers)
+        asked = read_vqa(files, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
+        source = vqa_source(asked, files, args, given_answers(args), args.min_answers, faults)
     else:
-        source = nlvr_source(read_nlvr(files, args.images, excluded, cleaning), files)
+        source = nlvr_source(read_nlvr(files, args.images, excluded, cleaning, faults), files, faults)
     write_split(source, args)
 
 
-def _records(files: Sequence[Place]) -> Iterator[tuple[str, Any]]:
+def _records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, Any]]:
     """(where, record) of every record of every file."""
     for path in files:
         if _is_lines(path):
-            yield from ((f"{path}: line {number}", record) for number, record in read_json_lines(path))
+            yield from ((f"{path}: line {number}", record) for number, record in read_json_lines(path, faults.add))
             continue
         records = read_json(path)
         if not isinstance(records, list):
@@ -85,7 +85,8 @@ def _strings(record: Any, name: str, where: str) -> list[str]:
     value = field(record, name, (str, list), where)
     strings = [value] if isinstance(value, str) else value
     if not all(isinstance(text, str) for text in strings):
-        raise DataError(f"{where}: field '{name}' holds something that is no string; mend the file")
+        what = f"field '{name}' holds something that is no string; mend the file"
+        raise BadRecord(where, what, f"field '{name}' holds something that is no string")
     return strings
 
 
@@ -100,17 +101,18 @@ def read_retrieval(files: Sequence[Place], images: str, excluded: ImageList, cle
     rows: dict[str, Row] = {}
     owner: dict[str, str] = {}
     captions = 0
-    for where, record in _records(files):
-        named = "image_rpath" if isinstance(record, dict) and "image_rpath" in record else "image"
-        name = field(record, named, str, where)
-        image_id = _image_id(record, name, where)
-        if owner.setdefault(image_id, name) != name:
-            raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
-        if name not in rows:
-            rows[name] = Row(name, (image_in(images, name),), {"caption": [], "image_id": image_id})
-        texts = _strings(record, "caption", where)
-        captions += len(texts)
-        rows[name].columns["caption"].extend(cleaning.captions(texts, source.left_out))
+    for where, record in _records(files, source.faults):
+        with source.faults:
+            named = "image_rpath" if isinstance(record, dict) and "image_rpath" in record else "image"
+            name = field(record, named, str, where)
+            image_id = _image_id(record, name, where)
+            if owner.setdefault(image_id, name) != name:
+                raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
+            if name not in rows:
+                rows[name] = Row(name, (image_in(images, name),), {"caption": [], "image_id": image_id})
+            texts = _strings(record, "caption", where)
+            captions += len(texts)
+            rows[name].columns["caption"].extend(cleaning.captions(texts, source.left_out))
     kept = [row for row in rows.values() if not excluded.holds(row.name, row.columns["image_id"])]
     source.rows = [row for row in kept if row.columns["caption"]]
     source.left_out[EXCLUDED] = len(rows) - len(kept)
@@ -127,26 +129,29 @@ def read_vqa(
     excluded: ImageList,
     cleaning: TextCleaning,
     split: str,
+    faults: Faults,
 ) -> list[Asked]:
-    """The questions in the order of the files. Raises DataError naming the record at fault.
+    """The questions in the order of the files, but for those at fault. Raises DataError naming the file.
 
     The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given. Where an id of theirs is
     also one of the others', all of them get ids of their own, as `vqav2 --visual-genome` gives them.
     """
-    asked, of_visual_genome = [], []
-    for where, record in _records(files):
-        name = field(record, "image", str, where)
-        text = cleaning.question(field(record, "question", str, where), split)
-        question_id = field(record, "question_id", int, where)
-        answers = tuple(_strings(record, "answer", where)) if "answer" in record else ()
-        dataset = record.get("dataset")
-        folder = visual_genome if visual_genome is not None and dataset == "vg" else images
-        image_id = _image_id(record, name, where)
-        out = excluded.holds(name, image_id)
-        votes = dataset == "vqa" and isinstance(record.get("answer"), list)
-        image = image_in(folder, name)
-        asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes))
-        of_visual_genome.append(dataset == "vg")
+    asked: list[Asked] = []
+    of_visual_genome: list[bool] = []
+    for where, record in _records(files, faults):
+        with faults:
+            name = field(record, "image", str, where)
+            text = cleaning.question(field(record, "question", str, where), split)
+            question_id = field(record, "question_id", int, where)
+            answers = tuple(_strings(record, "answer", where)) if "answer" in record else ()
+            dataset = record.get("dataset")
+            folder = visual_genome if visual_genome is not None and dataset == "vg" else images
+            image_id = _image_id(record, name, where)
+            out = excluded.holds(name, image_id)
+            votes = dataset == "vqa" and isinstance(record.get("answer"), list)
+            image = image_in(folder, name)
+            asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes))
+            of_visual_genome.append(dataset == "vg")
     return _told_apart(asked, of_visual_genome)
 
 
@@ -173,26 +178,30 @@ def _told_apart(asked: list[Asked], of_visual_genome: Sequence[bool]) -> list[As
     ]
 
 
-def read_nlvr(files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning) -> list[Statement]:
+def read_nlvr(
+    files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning, faults: Faults
+) -> list[Statement]:
     """The statements in the order of the files. Without an identifier, a record gets one of its own."""
     statements = []
-    for number, (where, record) in enumerate(_records(files)):
-        names = _strings(record, "images", where)
-        if len(names) != 2:
-            raise DataError(f"{where}: field 'images' names {len(names)} images, not two; mend the file")
-        identifier = f"record-{number}-0-0"
-        if "identifier" in record:
-            identifier = field(record, "identifier", str, where)
-        statements.append(
-            Statement(
-                images=(image_in(images, names[0]), image_in(images, names[1])),
-                pair=" + ".join(names),
-                sentence=cleaning.statement(field(record, "sentence", str, where)),
-                label=parse_label(record.get("label"), where),
-                identifier=identifier,
-                where=where,
-                excluded=excluded.holds(*names, *names_in_shards(identifier)),
-                numbered="identifier" not in record,
+    for number, (where, record) in enumerate(_records(files, faults)):
+        with faults:
+            names = _strings(record, "images", where)
+            if len(names) != 2:
+                what = f"field 'images' names {len(names)} images, not two; mend the file"
+                raise BadRecord(where, what, "field 'images' does not name two images")
+            identifier = f"record-{number}-0-0"
+            if "identifier" in record:
+                identifier = field(record, "identifier", str, where)
+            statements.append(
+                Statement(
+                    images=(image_in(images, names[0]), image_in(images, names[1])),
+                    pair=" + ".join(names),
+                    sentence=cleaning.statement(field(record, "sentence", str, where)),
+                    label=parse_label(record.get("label"), where),
+                    identifier=identifier,
+                    where=where,
+                    excluded=excluded.holds(*names, *names_in_shards(identifier)),
+                    numbered="identifier" not in record,
+                )
             )
-        )
     return statements

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.files import field, locked, output_folder, read_json, read_json_lines, recover
+from preprocessing.files import BadRecord, field, locked, output_folder, read_json, read_json_lines, recover
 from preprocessing.schema import DataError
 
 
@@ -15,22 +15,24 @@ def test_invalid_json_is_told_by_line_and_column(tmp_path: Path) -> None:
 
 def test_invalid_json_line_is_told_by_its_number_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('{"a": 1}\n\n{"a": }\n')
-    with pytest.raises(DataError, match=r"invalid JSON at line 3 column 7"):
-        read_json_lines(path)
+    path.write_text('{"a": 1}\n\n{"a": }\n[2]')
+    bad: list[BadRecord] = []
+    assert list(read_json_lines(path, bad.append)) == [(1, {"a": 1}), (4, [2])]
+    assert [str(error).partition(" (")[0] for error in bad] == [f"{path}: line 3: invalid JSON at column 7"]
 
 
 def test_json_lines_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('\ufeff{"a": 1}\n\n"x\u2028y"\n', encoding="utf-8")
-    assert read_json_lines(path) == [(1, {"a": 1}), (3, "x\u2028y")]
+    assert list(read_json_lines(path, [].append)) == [(1, {"a": 1}), (3, "x\u2028y")]
 
 
 def test_numbers_of_too_many_digits_are_told(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"id": 1}\n' + "9" * 5000)
-    with pytest.raises(DataError, match=r"a\.json: line 2 holds a number of more than 4300 digits; fetch"):
-        read_json_lines(path)
+    bad: list[BadRecord] = []
+    assert len(list(read_json_lines(path, bad.append))) == 1
+    assert str(bad[0]) == f"{path}: line 2: holds a number of more than 4300 digits; fetch the file again"
     path.write_text('{"id": ' + "9" * 5000 + "}")
     with pytest.raises(DataError, match=r"a\.json: holds a number of more than 4300 digits; fetch"):
         read_json(path)

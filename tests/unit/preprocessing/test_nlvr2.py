@@ -74,7 +74,7 @@ def test_one_missing_picture_drops_the_pair(tmp_path: Path, refuse: Callable[...
     [
         (example("dev-1"), "line 2: identifier 'dev-1' is not split-set-pair-sentence"),
         (example("dev-1-0-0"), "line 2: identifier dev-1-0-0 stands twice"),
-        (example("dev-1-0-1", label="maybe"), "line 2: label 'maybe' is neither True nor False"),
+        (example("dev-1-0-1", label="maybe"), 'line 2: label "maybe" is neither True nor False'),
         (example("dev-1-0-1", directory="../other"), "line 2: directory '../other' leads out of --images"),
         ({"identifier": "dev-1-0-1", "label": "True"}, "line 2: has no field 'sentence'"),
     ],

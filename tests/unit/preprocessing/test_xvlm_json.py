@@ -131,7 +131,7 @@ def test_nlvr(images: Path) -> None:
             "field 'question_id' is \"v1\", not int",
         ),
         ("nlvr", {"images": ["pics/0.jpg"], "sentence": "a", "label": "True"}, "names 1 images, not two"),
-        ("nlvr", {"images": ["pics/0.jpg"] * 2, "sentence": "a"}, "label None is neither"),
+        ("nlvr", {"images": ["pics/0.jpg"] * 2, "sentence": "a"}, "label null is neither"),
     ],
 )
 def test_bad_records_are_named(images: Path, refuse: Callable[..., str], task: str, record: Any, said: str) -> None:
