@@ -17,7 +17,7 @@ from typing import IO, Any
 from preprocessing.json_text import parse_json, shown
 from preprocessing.lines import MAX_LINE, AnyPath, CutFile, open_text, read_lines
 from preprocessing.places import Place, names_in, open_input
-from preprocessing.schema import DataError, sync_path
+from preprocessing.schema import DataError, make_folder, sync_path
 
 __all__ = [
     "LOCK",
@@ -167,7 +167,7 @@ def _lock(path: Path) -> IO[bytes] | None:
     """The locked file, or None when another process holds it."""
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             file = open(path, "ab")
         except (FileExistsError, FileNotFoundError):
             root = path.parent
