@@ -90,11 +90,17 @@ def test_shards_and_repaired_ones(tmp_path: Path, events: Events) -> None:
 
 
 def test_models_and_scores(tmp_path: Path, events: Events) -> None:
+    model, file, scores = tmp_path / "model", tmp_path / "model.th", tmp_path / "scores.json"
     for _ in range(2):  # new, and in the place of another one
-        with replacing(tmp_path / "model") as new:
+        with replacing(model) as new:
             new.mkdir()
             write_weights(new / "model.safetensors", {"a": torch.ones(2)}, {})
-        with replacing(tmp_path / "model.th") as new:
+        check(events, model)
+        events.clear()
+        with replacing(file) as new:
             write_weights(new, {"a": torch.ones(2)}, {})
-    evaluation_files.write_json(tmp_path / "scores.json", {"r1": 1.0})
-    check(events, tmp_path / "model", tmp_path / "model.th", tmp_path / "scores.json")
+        check(events, file)
+        events.clear()
+        evaluation_files.write_json(scores, {"r1": 1.0})
+        check(events, scores)
+        events.clear()
