@@ -117,7 +117,7 @@ class _Keeper:
 
     def keeps(self, record: Record, image_id: str) -> bool:
         self._source.counts["captions"] += len(record.captions)
-        if self._excluded.holds(record.file or url_name(record.url or ""), image_id):
+        if self._excluded and self._excluded.holds(record.file or url_name(record.url or ""), image_id):
             self._source.left_out[EXCLUDED] += 1
             return False
         if not self._cleaning.captions(record.captions, self._source.left_out):

@@ -79,7 +79,7 @@ class ImageList:
 
     def holds(self, *names: str) -> bool:
         """Whether the list has an image of which `names` are the file's name, its id, or its key."""
-        if not self._lists:
+        if not self:
             return False
         forms = {form for name in names for form in (name, image_key(name))}
         return sum(part.meets(forms) for part in self._lists) > 0  # every one of them notes what it met
@@ -157,7 +157,7 @@ def report_excluded(args: argparse.Namespace, source: Source) -> None:
     """
     lists = list(args.excluded.found()) if "excluded" in args else []
     for file, names, found in lists:
-        if not found and not args.allow_unmatched:
+        if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
             raise DataError(
                 f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
                 f", the data set like {source.rows[0].name}; give the right list, or --allow-unmatched"

@@ -101,8 +101,9 @@ class TextCleaning:
             return "caption holds a NUL byte"
         if len(text) > MOST_CHARACTERS:
             return f"caption has more than {MOST_CHARACTERS} characters"
-        wordless = not _WORD.search(text) and text.strip() and all(map(_is_mark, text))
-        return "caption has only punctuation" if wordless else ""
+        if _WORD.search(text) or not text.strip():
+            return ""
+        return "caption has only punctuation" if all(map(_is_mark, text)) else ""
 
     def _clean(self, text: str, max_words: int) -> str:
         if self.name == "none":

@@ -116,6 +116,9 @@ def test_lists_of_which_nothing_is_here_are_refused_unless_allowed(
     convert(*coco, "--split", "train", "--exclude", test, "--overwrite")  # its images are another split's
     out = capsys.readouterr().out
     assert "coco_test.json: 1 of 1 images found\n" in out and "--exclude: nothing left out\n" in out
+    none = write_json(tmp_path / "pairs.json", {"duplicates": []})
+    convert(*coco, "--split", "train", "--exclude", none, "--overwrite")
+    assert "pairs.json: 0 of 0 images found\n" in capsys.readouterr().out
     assert "out/train: is a folder; a prepared data set goes to --exclude-images-of" in refuse(
         *coco, "--split", "val", "--exclude", tmp_path / "out/train"
     )
