@@ -49,7 +49,9 @@ def read_karpathy(
                 what = f"split '{found}' is none of {', '.join(_SPLITS)}; is this the right file?"
                 raise BadRecord(where, what, f"split is none of {', '.join(_SPLITS)}")
             file = field(record, "filename", str, where)
-            image_id = str(record["cocoid"]) if "cocoid" in record else posixpath.splitext(file)[0]
+            image_id = posixpath.splitext(file)[0]
+            if "cocoid" in record:
+                image_id = str(field(record, "cocoid", (int, str), where))
             out = excluded.holds(
                 file, image_id
             )  # asked of other splits, too: a list of their images is one of this set
@@ -71,7 +73,7 @@ def read_karpathy(
             if not captions:
                 source.left_out["image without caption"] += 1
                 continue
-            name = f"{record['filepath']}/{file}" if record.get("filepath") else file
+            name = f"{field(record, 'filepath', str, where)}/{file}" if record.get("filepath") else file
             rows.append(Row(file, (images.find(name),), {"caption": captions, "image_id": image_id}))
     source.rows = rows
     return source

@@ -46,7 +46,7 @@ def read_nlvr2(
             if match is None:
                 what = f"identifier '{identifier}' is not split-set-pair-sentence; mend the file"
                 raise BadRecord(where, what, "identifier is not split-set-pair-sentence")
-            directory = str(record.get("directory", ""))
+            directory = "" if record.get("directory") is None else str(field(record, "directory", (int, str), where))
             if leads_out(directory):
                 raise BadRecord(where, f"directory '{directory}' leads out of --images; mend the file", "leads out")
             folder = _folder(images, match["split"], directory, match["pair"], folders)

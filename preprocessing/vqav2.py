@@ -89,7 +89,8 @@ def read_vqav2(
     answered = {} if annotations is None else _read_annotations(annotations, faults)
     content = read_json(questions)
     records = field(content, "questions", list, f"{questions}")
-    subset = str(content.get("data_subtype", "")).replace("test-dev", "test")
+    subset = "" if "data_subtype" not in content else field(content, "data_subtype", str, f"{questions}")
+    subset = subset.replace("test-dev", "test")
     asked = []
     for index, record in enumerate(records):
         where = f"{questions}: questions[{index}]"

@@ -10,7 +10,6 @@ its manifest is, which is written last. The lock of a remote folder is one of th
 noticed at the end, by the run's name in job.json, and only one ends well.
 """
 
-import json
 import os
 import uuid
 from collections.abc import Collection, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.files import LOCK, check_replaceable, locked
+from preprocessing.json_text import parse_json
 from preprocessing.parts import record_name
 from preprocessing.places import Place, names_in, remove, size_of, write_whole
 from preprocessing.schema import MANIFEST, DataError, dump_json, make_folder, sync_path, sync_tree
@@ -56,7 +56,7 @@ class Work:
     def record(self, index: int) -> dict[str, Any] | None:
         """The record of a part, or None when it is not there or its shards are not."""
         try:
-            record: dict[str, Any] = json.loads((self.records / record_name(index)).read_bytes())
+            record: dict[str, Any] = parse_json((self.records / record_name(index)).read_bytes())
             whole = all(size_of(self.shards / shard["file"]) == shard["bytes"] for shard in record["shards"])
         except (FileNotFoundError, ValueError, KeyError) as error:
             if isinstance(error, DataError):
@@ -156,7 +156,7 @@ def _read_job(root: Place) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     try:
-        job = json.loads(content)
+        job = parse_json(content)
     except ValueError:  # not by our hand, so what lies beside it cannot be trusted either
         return {}
     return job if isinstance(job, dict) else {}

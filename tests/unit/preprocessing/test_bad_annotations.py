@@ -77,6 +77,20 @@ CASES: list[tuple[list[str], Any, Any, str, str]] = [  # command, sound content,
         "images[30]",
         "field 'raw' is not str",
     ),
+    (
+        ["coco"],
+        KARPATHY,
+        beside(KARPATHY, "images", {"filename": "x", "split": "train", "cocoid": DEEP, "sentences": [SENTENCE]}),
+        "images[30]",
+        "field 'cocoid' is not int or str",
+    ),
+    (
+        ["nlvr2"],
+        NLVR,
+        [*NLVR, {"identifier": "dev-99-0-0", "sentence": "s", "label": "True", "directory": DEEP}],
+        "line 31",
+        "field 'directory' is not int or str",
+    ),
     (["visual-genome"], REGIONS, [*REGIONS, {"id": None, "regions": []}], "record 30", "field 'id' is not int"),
     (
         ["visual-genome"],
@@ -166,12 +180,13 @@ def write(folder: Path, command: list[str], content: Any) -> list[object]:
     folder.mkdir()
     file = folder / "a.json"
     if command == ["nlvr2"]:
-        file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in content))
+        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in content)
     elif command == ["vqav2"]:
-        file.write_text(json.dumps({"questions": content["questions"]}))
+        text = json.dumps({"questions": content["questions"]})
         (folder / "b.json").write_text(json.dumps({"annotations": content["annotations"]}))
     else:
-        file.write_text(json.dumps(content).replace(json.dumps(DEEP), "[" * 900 + "]" * 900))
+        text = json.dumps(content)
+    file.write_text(text.replace(json.dumps(DEEP), "[" * 900 + "]" * 900))
     option = {"visual-genome": "--regions", "visual-genome-qa": "--questions", "vqav2": "--questions"}
     words: list[object] = [*command, option.get(command[0], "--annotations"), file]
     return [*words, "--annotations", folder / "b.json"] if command == ["vqav2"] else words

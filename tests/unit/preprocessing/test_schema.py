@@ -42,6 +42,7 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     [
         ("{\n 3", "line 2 column 2"),
         ("[]", "schema_version None"),
+        ("[" * 100_000, "invalid JSON (maximum recursion depth exceeded"),
         (json.dumps(GOOD | {"schema_version": 9}), "schema_version 9"),
         (json.dumps(GOOD | {"kind": "sound"}), "'sound'"),
         (json.dumps(GOOD | {"rows": "1"}), "field rows"),
