@@ -136,10 +136,20 @@ def _table(header: str) -> Callable[[str], tuple[str, str] | None] | None:
 
 
 def _cells(line: str, separator: str, image: int, caption: int, columns: int) -> tuple[str, str] | None:
-    """(image, caption) of a line of a table. Separators in a last column that is not quoted belong to the caption."""
-    cells = line.split("|", columns - 1) if separator == "|" else next(csv.reader([line], delimiter=separator))
-    if len(cells) > columns == caption + 1:
-        cells[caption:] = [separator.join(cells[caption:])]
+    """(image, caption) of a line of a table; None where it is none."""
+    cells = _split(line, separator, columns)
     if len(cells) == columns - 1 == caption and (numbered := _NUMBERED.fullmatch(cells[-1])):
         cells[-1:] = ["", numbered[1]]  # Kaggle's results.csv has a line without its second mark
     return (cells[image].strip(), cells[caption]) if len(cells) == columns and cells[image].strip() else None
+
+
+def _split(line: str, separator: str, columns: int) -> list[str]:
+    """The cells of a line, the last of which takes the rest where it is not quoted; none where a quotation is open."""
+    if separator != "|" and '"' in line:  # Kaggle's results.csv does not quote
+        try:
+            cells = next(csv.reader([line.rstrip("\r")], delimiter=separator, strict=True))
+        except csv.Error:
+            cells = []
+        if len(cells) == columns or line.count('"') % 2:
+            return cells
+    return line.split(separator, columns - 1)

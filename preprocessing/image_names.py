@@ -1,18 +1,21 @@
 """Which image a name means: finding files in a folder, and lists of images to keep out or to keep."""
 
 import argparse
+import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from preprocessing.files import read_json, read_text
+from preprocessing.files import BadRecord, open_input, read_json, read_json_lines, read_text
 from preprocessing.image_refs import ImageRef, image_in, join
+from preprocessing.json_text import parse_json
 from preprocessing.places import Place, names_in, place
 from preprocessing.schema import DataError
 from preprocessing.source import Source
 
 _ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 _COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
+_FIRST = 1 << 20  # bytes: a first line of JSON that is longer is the whole file
 _NUMBER = re.compile(r"[0-9]{1,11}")
 _FOLDER = re.compile(r"[/\\]")
 _COCO_SUBSETS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
@@ -127,7 +130,7 @@ def add_exclude_argument(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="leave out the images that these files name: X-VLM JSON, COCO JSON, test split of a Karpathy JSON, the "
-        "list of `duplicates find`, or text with a name or id a line",
+        "list of `duplicates find`, lines of X-VLM or NLVR2, or text with a name or id a line",
     )
     parser.add_argument(
         "--allow-unmatched", action="store_true", help="go on where none of a list's images is among the data set's"
@@ -145,8 +148,8 @@ def excluded_images(args: argparse.Namespace) -> ImageList:
 
 def _list_file(path: str) -> Place:
     found = place(path)
-    if found.is_dir():
-        raise DataError(f"{path}: is a folder; a prepared data set goes to --exclude-images-of, --exclude takes files")
+    if found.is_dir() or path.endswith(".npz"):
+        raise DataError(f"{path}: is no list of names; prepared data sets and hashes go to --exclude-images-of")
     return found
 
 
@@ -175,7 +178,7 @@ def read_image_names(path: Place) -> Iterator[str]:
     if not path.name.endswith(".json"):
         yield from (line.strip() for line in read_text(path).splitlines() if line.strip())
         return
-    content = read_json(path)
+    content = [record for _, record in read_json_lines(path, _refuse)] if _is_lines(path) else read_json(path)
     records = content
     if isinstance(content, dict):
         records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)
@@ -190,11 +193,27 @@ def read_image_names(path: Place) -> Iterator[str]:
         yield from names
 
 
+def _refuse(error: BadRecord) -> None:
+    raise error  # the image that it names would stay
+
+
+def _is_lines(path: Place) -> bool:
+    """Whether the first line is a whole record, as in X-VLM's and NLVR2's lines; a file in one line is no such."""
+    try:
+        with open_input(path) as file:
+            first, end, more = bytes(file.read(_FIRST)).partition(b"\n")
+        return bool(end and more.strip()) and isinstance(parse_json(first.removeprefix(codecs.BOM_UTF8)), dict)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        return False  # reading all of it tells
+
+
 def _names_of(record: Any) -> Iterator[str]:
     if isinstance(record, str):
         yield record
     elif isinstance(record, dict):
-        for name in ("file_name", "filename", "image"):
+        for name in ("file_name", "filename", "image_rpath", "image"):
             if isinstance(record.get(name), str):
                 yield record[name]
                 return
@@ -202,3 +221,6 @@ def _names_of(record: Any) -> Iterator[str]:
             yield from (name for name in record["images"] if isinstance(name, str))
         elif isinstance(record.get("image_id"), str | int):
             yield str(record["image_id"])
+        elif isinstance(record.get("identifier"), str):  # NLVR2: split-set-pair-sentence
+            pair = record["identifier"].rpartition("-")[0]
+            yield from (f"{pair}-img0.png", f"{pair}-img1.png")

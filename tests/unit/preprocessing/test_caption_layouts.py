@@ -113,10 +113,16 @@ def test_bad_lines_of_tables_are_named_and_counted(tmp_path: Path, refuse: Calla
         (tmp_path / "bad.csv").write_text(text)
         message = refuse(*command, tmp_path / "bad.csv")
         assert "bad.csv: line 3: is not of the form of its header, 'image" in message
-    (tmp_path / "bad.csv").write_text("image,caption\na.jpg,A dog\nno caption\n")
-    convert(*command, tmp_path / "bad.csv", "--max-dropped", 0.5)
-    assert rows_of(tmp_path / "out/train")[0]["caption"] == ["A dog"]
-    assert read_manifest(tmp_path / "out/train")["dropped"] == {"line is of another form": 1}
+    long = "x" * 200_000  # more than the csv module takes in a quoted cell
+    bad = ["no caption", 'a.jpg,"A dog', f'a.jpg,"{long}']
+    good = ['a.jpg,"Hi", says a man', 'a.jpg,"A ""big"" dog"', f'a.jpg,"{long}"']
+    (tmp_path / "bad.csv").write_text("\n".join(["image,caption", *bad, *good]), newline="")
+    convert(*command, tmp_path / "bad.csv", "--max-dropped", 0.9)
+    assert rows_of(tmp_path / "out/train")[0]["caption"] == ['"Hi", says a man', 'A "big" dog']
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {
+        "line is of another form": 3,
+        "caption has more than 10000 characters": 1,
+    }
 
 
 def test_visual_genome_of_version_1_0_in_a_folder_image(tmp_path: Path) -> None:

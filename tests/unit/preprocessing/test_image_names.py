@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_names_of_each_list_are_counted_as_images_and_once() -> None:
 )
 def test_forms_of_lists(tmp_path: Path, content: Any, names: list[str]) -> None:
     assert list(read_image_names(write_json(tmp_path / "list.json", content))) == names
+
+
+def test_lists_of_a_record_a_line(tmp_path: Path) -> None:
+    nlvr2 = [{"identifier": f"test1-{pair}-1-{sentence}", "label": "True"} for pair in (0, 1) for sentence in (0, 1)]
+    xvlm = [{"image_rpath": "pics/a.jpg", "caption": ["b"]}, {"image_rpath": "pics/b.jpg", "caption": []}]
+    pairs = [f"test1-{pair}-1-img{side}.png" for pair in (0, 0, 1, 1) for side in (0, 1)]
+    for records, names in ((nlvr2, pairs), (xvlm, ["pics/a.jpg", "pics/b.jpg"])):
+        (tmp_path / "list.json").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+        assert list(read_image_names(tmp_path / "list.json")) == names
+    (tmp_path / "list.json").write_text('{"images": [\n{"file_name": "a.jpg"}]}')
+    assert list(read_image_names(tmp_path / "list.json")) == ["a.jpg"]
+    (tmp_path / "list.json").write_text('{"image": "a"}\n{"image": \n')
+    with pytest.raises(DataError, match=r"list\.json: line 2: invalid JSON"):
+        list(read_image_names(tmp_path / "list.json"))
 
 
 def test_text_lists_and_unknown_forms(tmp_path: Path) -> None:

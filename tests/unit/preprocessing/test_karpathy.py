@@ -119,7 +119,7 @@ def test_lists_of_which_nothing_is_here_are_refused_unless_allowed(
     none = write_json(tmp_path / "pairs.json", {"duplicates": []})
     convert(*coco, "--split", "train", "--exclude", none, "--overwrite")
     assert "pairs.json: 0 of 0 images found\n" in capsys.readouterr().out
-    assert "out/train: is a folder; a prepared data set goes to --exclude-images-of" in refuse(
+    assert "out/train: is no list of names; prepared data sets and hashes go to --exclude-images-of" in refuse(
         *coco, "--split", "val", "--exclude", tmp_path / "out/train"
     )
 

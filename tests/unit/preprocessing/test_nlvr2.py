@@ -107,6 +107,15 @@ def test_a_pair_listed_by_duplicates_is_left_out_whole(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "out/val")["dropped"] == {"statement: image is listed in --exclude": 2}
 
 
+def test_the_pairs_of_another_split_are_kept_out_by_its_file(tmp_path: Path) -> None:
+    for number in (1, 2):
+        draw(tmp_path / "dev", f"dev-1-{number}", number)
+    words = write(tmp_path, [example(f"dev-1-{pair}-0") for pair in (1, 2)])
+    (tmp_path / "other.json").write_text("".join(json.dumps(example(f"dev-1-1-{n}")) + "\n" for n in (0, 1)))
+    convert(*words, "--exclude", tmp_path / "other.json")
+    assert [row["identifier"] for row in rows_of(tmp_path / "out/val")] == [["dev-1-2-0"]]
+
+
 def test_statements_without_a_word_are_left_out_and_counted(tmp_path: Path) -> None:
     draw(tmp_path / "dev", "dev-1-0", 1)
     convert(*write(tmp_path, [example("dev-1-0-0", sentence=" "), example("dev-1-0-1")]))
