@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.files import InputError, read_json, read_text
+from preprocessing.schema import without_secrets
 
 STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "VQA", "nlvr": "NLVR"}
 SINGLE = "run"
@@ -109,7 +110,7 @@ def _read_stage(name: str, title: str, folder: Path) -> Stage:
         name=name,
         title=title,
         folder=folder,
-        config=read_text(config) if config.is_file() else None,
+        config=without_secrets(read_text(config)) if config.is_file() else None,  # an older run's may hold some
         curves=curves,
         damaged=damaged,
         samples=_optional(folder / "samples" / "samples.json", dict) or {},

@@ -212,6 +212,12 @@ def test_a_score_over_a_part_of_the_split_says_so(run_folder: Path) -> None:
     assert "NLVR: over 998 of 1000 statements; dropped in preparation: 1 image is missing." in text
 
 
+def test_a_password_in_an_address_is_not_shown(run_folder: Path) -> None:
+    (run_folder / "nlvr" / "config.yaml").write_text("data:\n  path: s3://me:sEcReT@bucket/data\n")
+    page = build(run_folder / "nlvr")
+    assert "s3://***@bucket/data" in page and "sEcReT" not in page
+
+
 def test_a_running_job_and_values_that_are_not_finite(run_folder: Path) -> None:
     path = run_folder / "pretrain" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 401, "loss": null, "lr": NaN}\n{"step": 402, "lo')
