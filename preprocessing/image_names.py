@@ -159,11 +159,12 @@ def report_excluded(args: argparse.Namespace, source: Source) -> None:
     Raises DataError for a list of which no image was met, unless `args.allow_unmatched`.
     """
     lists = list(args.excluded.found()) if "excluded" in args else []
+    more = "--image-data, by which COCO's names are known, " if getattr(args, "image_data", "") is None else ""
     for file, names, found in lists:
         if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
             raise DataError(
                 f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
-                f", the data set like {source.rows[0].name}; give the right list, or --allow-unmatched"
+                f", the data set like {source.rows[0].name}; give the right list, {more}or --allow-unmatched"
             )
         print(f"--exclude {file}: {found} of {names} images found")
     if lists:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, check_regular
 
 SHAPES = ("ring", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -127,6 +127,7 @@ def read_scenes(path: str | os.PathLike[str]) -> SceneFile:
 
 def _content(path: Path) -> dict[str, Any]:
     """The file, which has a list `scenes`."""
+    check_regular(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

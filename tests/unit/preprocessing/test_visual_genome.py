@@ -75,6 +75,13 @@ def test_images_of_the_coco_test_list_are_known_by_their_coco_number(genome: Pat
     assert [row["image_id"] for row in rows_of(genome / "out/train")] == ["10", "1"]
 
 
+def test_without_image_data_no_coco_name_is_known(genome: Path, refuse: Callable[..., str]) -> None:
+    message = refuse("visual-genome", "--regions", genome / "region_descriptions.json", "--exclude",
+                     genome / "coco_test.json", *end(genome))  # fmt: skip
+    assert "coco_test.json: none of its 1 images is here: it has names like val2014/COCO_val2014_" in message
+    assert "the data set like 10.jpg; give the right list, --image-data, by which COCO's names are known, or" in message
+
+
 def test_questions_with_one_answer_each(genome: Path) -> None:
     convert("visual-genome-qa", "--questions", genome / "question_answers.json", "--min-answers", 3, *end(genome))
     assert json.loads((genome / "out/answer_list.json").read_text()) == ["dog", "on long winding road"]
