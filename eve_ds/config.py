@@ -19,7 +19,17 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
-from eve_ds.recipes import check_keys, known_keys, model_section, nearest, read_yaml, split_options
+from eve_ds.recipes import (
+    DEEPEST,
+    check_keys,
+    check_values,
+    known_keys,
+    model_section,
+    nearest,
+    read_yaml,
+    section_of,
+    split_options,
+)
 from eve_ds.tasks.masked import ObjectiveConfig
 from preprocessing.schema import DataError, without_secrets
 
@@ -249,12 +259,12 @@ def parse(
     Raises:
         UserError: unknown key, ill-typed value, unreadable file, or a model that cannot be built.
     """
+    argv = _checked(root, argv)
     description = (root.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=program, exit_on_error=False, description=description, epilog=epilog)
     parser.add_argument("--config", action="config", help="YAML recipe, for example eve_ds/configs/tiny_shapes.yaml")
     parser.add_class_arguments(root)
     parser.set_defaults(defaults or {})
-    argv = _checked(root, argv)
     try:
         parsed = parser.parse_args(argv)
         built = parser.instantiate(parsed)
@@ -262,6 +272,7 @@ def parse(
         raise UserError(_one_line(error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
+    check_values(config)
     _check_secrets(dataclasses.asdict(config))
     try:
         config.model.check()
@@ -300,7 +311,7 @@ def load_model_config(path: Path) -> ModelConfig:
     """Read the ``model`` section of a stored config."""
     section = model_section(path)
     check_keys({"model": section}, PretrainConfig, str(path))
-    return ModelConfig(**section)
+    return section_of(ModelConfig, section, f"{path}: model")
 
 
 def _checked(root: type, argv: list[str]) -> list[str]:
@@ -313,11 +324,21 @@ def _checked(root: type, argv: list[str]) -> list[str]:
     for path in recipes:
         check_keys(read_yaml(path, "--config"), root, path)
     for option in options:
+        _check_depth(option)
         if option.startswith("--"):
             key = option[2:].split("=")[0].rstrip("+")
             if key not in ("help", "print_config", *known):
                 raise UserError(f"unknown option --{key}{nearest(key, known, '--')}")
     return [*(f"--config={path}" for path in recipes), *options]
+
+
+def _check_depth(option: str) -> None:
+    """Raise UserError for brackets that lie too deep in one another: the parser would take minutes, then fail."""
+    depth = 0
+    for char in option:
+        depth += (char in "[{") - (char in "]}")
+        if depth > DEEPEST:
+            raise UserError(f"the command line: {option[:40]} … is nested deeper than {DEEPEST} levels")
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:

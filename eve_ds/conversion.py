@@ -16,6 +16,7 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import read_yaml
 from eve_ds.tasks.base import TASKS
 from eve_ds.tasks.load import build_for
 from eve_ds.weights.beit import fill_from_beit
@@ -67,7 +68,7 @@ def published_to_folder(
     tree: dict[str, Any] = {"model": dataclasses.asdict(model)}
     tasks = _tasks_of(ours, model, files)
     if "pretrain" in tasks:
-        tree["objective"] = yaml.safe_load(Path(str(config)).read_text(encoding="utf-8"))["objective"]
+        tree["objective"] = read_yaml(str(config))["objective"]
     _write_folder(target, ours, yaml.safe_dump(tree, sort_keys=False), tokenizer)
     heads = f"with the head of {' and '.join(tasks)}" if tasks else "a backbone without a task's head"
     print(f"{target}: {len(state)} tensors as {len(ours)} of EVE-DS, {heads}")
@@ -270,13 +271,7 @@ def _engine() -> Any:
 
 
 def _run_config(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: the run's config cannot be read ({reason}); --checkpoint must lie in its run"
-        ) from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
         raise UserError(f"{path}: not the config.yaml of a run; --checkpoint must lie in its run folder")
     return tree

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -151,6 +151,14 @@ def listed_ids(manifest: Mapping[str, Any], content: bytes) -> dict[str, bytes] 
     return parts if start == len(content) else None
 
 
+def load_json(content: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """``json.loads`` (``pairs``: its object_pairs_hook) that raises ValueError, too, for what is nested too deep."""
+    try:
+        return json.loads(content, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 class RemoteFolder(Protocol):
     """A folder behind a URI (preprocessing.places.RemotePath): as much of pathlib.Path as read_manifest needs."""
 
@@ -169,7 +177,7 @@ def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str,
     if isinstance(path, Path):
         check_regular(path)
     try:
-        manifest: Any = json.loads(path.read_bytes())
+        manifest: Any = load_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: no such file; {directory} is not a prepared split folder, run a converter") from None
     except (OSError, UnicodeDecodeError) as error:

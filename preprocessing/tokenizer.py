@@ -7,7 +7,6 @@ vocab.json and merges.txt   GPT-2 and RoBERTa: byte-level BPE
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from preprocessing.schema import DataError, check_regular, write_atomic
+from preprocessing.schema import DataError, check_regular, load_json, write_atomic
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a trained tokenizer, in this order
 FILE_NAME = "tokenizer.json"
@@ -146,7 +145,7 @@ def _read_word_piece(file: Path) -> tokenizers.Tokenizer:
     vocabulary = models.WordPiece.read_file(str(file))
     config = file.parent / "tokenizer_config.json"
     check_regular(config)
-    lower = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True) if config.exists() else True
+    lower = load_json(config.read_text(encoding="utf-8")).get("do_lower_case", True) if config.exists() else True
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL[1], max_input_chars_per_word=100))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -202,7 +201,7 @@ def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     added = file.with_name("added_tokens.json")
     check_regular(added)
     if added.exists():
-        for name, index in sorted(json.loads(added.read_text(encoding="utf-8")).items(), key=lambda item: item[1]):
+        for name, index in sorted(load_json(added.read_text(encoding="utf-8")).items(), key=lambda item: item[1]):
             backend.add_special_tokens([name])
             if backend.token_to_id(name) != index:
                 raise DataError(f"{added}: {name} has id {index}, which does not follow {file.name}; mend the file")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from eve_ds.engine.callback import Callback
 from eve_ds.files import write_text
+from preprocessing.schema import load_json
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
@@ -61,8 +62,8 @@ def _lines_until(path: Path, last_step: int) -> list[str]:
     kept = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
+            step = float(load_json(line)["step"])
+        except (ValueError, TypeError, KeyError, OverflowError):
             warnings.warn(f"{path}: line {number} is not a record with a step and was dropped", stacklevel=2)
             continue
         if 0 < step <= last_step:

@@ -7,7 +7,6 @@ The look-ups (text, question_id, identifier ...) are for evaluation and reports.
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from eve_ds.data.shards import Row, RowError, Split
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
-from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular
+from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular, load_json
 from preprocessing.tokenizer import Tokenizer
 
 DECODED_BYTES = 128 << 20  # of decoded pictures kept by a process; filled once, since all rows come equally often
@@ -302,7 +301,7 @@ def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
     path = Path(directory) / ANSWER_LIST
     check_regular(path)
     try:
-        answers = json.loads(path.read_text(encoding="utf-8"))
+        answers = load_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         if isinstance(error, FileNotFoundError) and (found := answers_in_shards(Path(directory))):
             return found

@@ -10,7 +10,8 @@ from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
-from preprocessing.schema import check_regular
+from eve_ds.recipes import DEEPEST
+from preprocessing.schema import check_regular, load_json
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
 SECTIONS = (
@@ -56,13 +57,15 @@ def load_deepspeed_config(
         file = Path(__file__).parents[2] / path
     check_regular(file, streams=True)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        raw = load_json(file.read_text(encoding="utf-8"), pairs=_unique)
     except OSError as error:
         raise UserError(
             f"--deepspeed_config {path}: {error.strerror}; see ds_configs/ for those that come with EVE-DS"
         ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
+    if _deeper(raw, DEEPEST):
+        raise UserError(f"--deepspeed_config {path}: is nested deeper than {DEEPEST} levels")
     _check_sections(raw, path)
     micro, accumulation = batch_shape(engine, world_size)
     ours = {
@@ -94,6 +97,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} stands twice in one object; put all of it in one place")
         tree[key] = value
     return tree
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in one another beyond ``most``: what is below them may be walked without care."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]
+    return bool(level)
 
 
 def _check_sections(raw: Any, path: str) -> None:

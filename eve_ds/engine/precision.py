@@ -67,6 +67,6 @@ def _stored(folder: Path) -> Precision | None:
         return None
     try:
         stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["engine"]["precision"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, RecursionError):
         return None  # run_folder.claim refuses it with the reason
     return stored if stored in ("bf16", "fp32") else None

@@ -92,7 +92,7 @@ def stored_identity(folder: Path) -> Identity:
         stored = folder / CONFIG
     try:
         return Identity.from_config(yaml.safe_load(stored.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{stored}: not the readable config of a run; choose another --output_dir") from error
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from preprocessing.schema import check_regular
+from preprocessing.schema import check_regular, load_json
 
 Activation = Literal["gelu", "quick_gelu"]
 _POSITIVE = ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts")
@@ -117,7 +116,7 @@ class ModelConfig:
         """
         check_regular(path, streams=True)
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = load_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelConfigError(f"{path}: not a readable JSON file ({error})") from error
         try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evaluation.files import InputError, read_json, read_text
-from preprocessing.schema import without_secrets
+from preprocessing.schema import load_json, without_secrets
 
 STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "VQA", "nlvr": "NLVR"}
 SINGLE = "run"
@@ -125,17 +124,25 @@ def _read_curves(path: Path) -> tuple[dict[str, Curve], int]:
         return curves, damaged
     for line in read_text(path).splitlines():
         try:
-            record = json.loads(line)
+            record = load_json(line)
             step = float(record["step"])
-        except (ValueError, TypeError, KeyError):
+            values = {key: _number(value) for key, value in record.items() if _is_number(value)}
+        except (ValueError, TypeError, KeyError, OverflowError):
             damaged += bool(line.strip())
             continue
-        for key, value in record.items():
-            if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-                curve = curves.setdefault(key, Curve())
-                curve.steps.append(step)
-                curve.values.append(math.nan if value is None else float(value))
+        for key, number in values.items():
+            curve = curves.setdefault(key, Curve())
+            curve.steps.append(step)
+            curve.values.append(number)
     return curves, damaged
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _scores(folder: Path) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import read_yaml, section_of
 from eve_ds.tasks.base import TASKS, Task
 from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
 from eve_ds.tasks.nlvr import NLVR
@@ -107,11 +107,10 @@ def _model_config(
 
 def _stored(kind: type[Config], path: Path, section: str) -> Config:
     """A section of the config that a run stores."""
-    try:
-        return kind(**yaml.safe_load(path.read_text(encoding="utf-8"))[section])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not the config.yaml of a run, section {section!r} is wrong ({reason})") from error
+    tree = read_yaml(path)
+    if not isinstance(tree, dict) or section not in tree:
+        raise UserError(f"{path}: not the config.yaml of a run, section {section!r} is missing")
+    return section_of(kind, tree[section], f"{path}: {section}")
 
 
 def _pretrain(backbone: Backbone, state: State, files: ModelFolder) -> MaskedModelling:

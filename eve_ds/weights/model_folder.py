@@ -57,7 +57,7 @@ def exported_step(model: Path) -> int | None:
         if step in ("", FORMAT):
             step = yaml.safe_load((model / CONFIG).read_text(encoding="utf-8"))["optimizer"]["total_steps"]
         return None if step is None else int(step)
-    except (OSError, SafetensorError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+    except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         return None  # whoever reads the file in earnest tells what is wrong with it
 
 
@@ -139,7 +139,7 @@ def _tokenizer_of(run: Path) -> Path | None:
         return found
     try:
         named = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["data"]["tokenizer"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         return None
     return Path(named) if isinstance(named, str) and Path(named).exists() else None
 

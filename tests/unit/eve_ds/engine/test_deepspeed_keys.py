@@ -125,6 +125,15 @@ def test_what_breaks_or_changes_a_run_is_refused(tree: dict[str, Any], words: li
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("depth", [30, 900, 100_000])
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])
+def test_a_file_nested_too_deep_is_told_in_one_line(start: str, end: str, depth: int, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"timers": ' + start * depth + "1" + end * depth + "}")
+    with pytest.raises(UserError, match=r"ds\.json: .*nested (too deep|deeper than 20 levels)"):
+        load_deepspeed_config(str(path), EngineConfig(), OptimizerConfig(), 1)
+
+
 def test_what_is_wrong_with_several_micro_batches_alone_is_taken_with_one(tmp_path: Path) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}}
     for zero in ({"stage": 1, "overlap_comm": True}, {"stage": 2, **offload}, {"stage": 3, **offload}):
