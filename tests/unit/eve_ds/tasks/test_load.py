@@ -138,5 +138,5 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         load_task_model("nlvr", ASSETS / "vqa.safetensors", CONFIG)
     save_file(load_file(ASSETS / "vqa.safetensors"), tmp_path / "model.safetensors")
     (tmp_path / "config.yaml").write_text("model: {dimm: 3}\n")
-    with pytest.raises(UserError, match=r"config\.yaml: not the config.yaml of a run, section 'model'.*dimm"):
+    with pytest.raises(UserError, match=r"config\.yaml: model: unknown key 'dimm'; did you mean dim\?"):
         load_task_model("vqa", tmp_path)
