@@ -104,6 +104,7 @@ class EngineConfig:
             ``model.num_experts``.
         precision: bf16 (weights bf16, master copy and Adam fp32), fp32, or auto: bf16 where the device multiplies such
             matrices by itself, else fp32; a resumed run keeps what it began with.
+        timeout_seconds: after so long without progress a rank says whom it waits for, writes its stacks, and ends.
         seed: of initial weights, sample order, masks, augmentation, drop path.
     """
 
@@ -111,13 +112,13 @@ class EngineConfig:
     micro_batch_size: int | None = None
     expert_parallel_size: int = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    timeout_seconds: int = 600
     seed: int = 0
 
     def check(self) -> None:
         """Raise UserError naming the first setting that spreads no work."""
-        _check_least(
-            "engine", self, {"global_batch_size": 1, "micro_batch_size": 1, "expert_parallel_size": 1, "seed": 0}
-        )
+        at_least_one = ("global_batch_size", "micro_batch_size", "expert_parallel_size", "timeout_seconds")
+        _check_least("engine", self, dict.fromkeys(at_least_one, 1) | {"seed": 0})
         if self.seed >= 2**63:
             raise UserError(f"engine.seed={self.seed} must be below 2**63")
 

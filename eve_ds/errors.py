@@ -46,6 +46,8 @@ class StopError(BaseException):
 _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
 # Launchers end all ranks as soon as one leaves, so who has the least to say leaves last.
 RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
+# How gloo and the meeting place tell that a collective has waited too long.
+_LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
 LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
 RANKS = "EVE_DS_RANKS"  # variable: the folder in which ranks make themselves known to eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -103,6 +105,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
         if death := explain_worker_death(error):
             print(f"error: rank {launched_rank()}: {death}", file=sys.stderr, flush=True)
             return 2
+        if _LATE_RANK.search(str(error)):
+            print(f"rank {launched_rank()}: another rank does not answer, and nobody knew which", file=sys.stderr)
+            return 3
         if not _LOST_RANK.search(str(error)):
             raise
         print(f"rank {launched_rank()}: another rank has ended; its message says why", file=sys.stderr, flush=True)

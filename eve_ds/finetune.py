@@ -30,7 +30,7 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.data.samples import read_answer_list
-    from eve_ds.engine import batches, distributed, initial, run_folder, setup
+    from eve_ds.engine import batches, distributed, initial, run_folder, setup, watchdog
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
@@ -45,9 +45,10 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
 
-    with distributed.joined() as device:
+    with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]))
+        watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
         setup.store_words(config, scored[config.split])
         task = setup.build_task(config, tokenizer, scored[config.split])
         with_head = config.load_head or config.evaluate

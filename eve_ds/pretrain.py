@@ -26,7 +26,7 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.report import PretrainExamples
-    from eve_ds.engine import batches, distributed, initial, run_folder, setup
+    from eve_ds.engine import batches, distributed, initial, run_folder, setup, watchdog
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
@@ -42,9 +42,10 @@ def run(stop: StopRequest) -> int:
     if held_out is not None:
         setup.check_apart(config, training, {str(config.data.val_split): held_out})
 
-    with distributed.joined() as device:
+    with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
         identity = run_folder.claim(config, setup.identity(config, training))
+        watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
         setup.store_words(config, training)
         task = setup.build_task(config, tokenizer)
         initial.load_first_weights(task, config, load_head=False)

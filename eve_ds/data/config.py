@@ -44,6 +44,7 @@ class DataConfig:
             sequential (eve_ds/data/sampler.py); 0 shuffles the whole epoch, best for local disks.
         max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbour stands in for
             each. 0 stops at the first one.
+        timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs.
         allow_overlap: train and score although images, questions or statements of the training split stand in a split
             that is scored, too; they are logged.
     """
@@ -59,6 +60,7 @@ class DataConfig:
     num_workers: int = 0
     shuffle_window: int = 0
     max_corrupt: float = 0.001
+    timeout_seconds: int = 300
     allow_overlap: bool = False
 
     @property
@@ -70,6 +72,8 @@ class DataConfig:
         """Raise DataError naming the first setting that no loader takes."""
         if self.num_workers < 0:
             raise DataError(f"data.num_workers={self.num_workers} must be 0 or more")
+        if self.timeout_seconds < 1:
+            raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be at least 1")
         if self.shuffle_window and self.shuffle_window < WINDOW_BLOCKS:
             raise DataError(f"data.shuffle_window={self.shuffle_window} must be 0 or at least {WINDOW_BLOCKS}")
         if not 0 <= self.max_corrupt < 1:

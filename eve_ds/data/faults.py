@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 OF_JOBS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # what ends or warns a whole job
 
@@ -57,3 +61,24 @@ def explain_worker_death(error: BaseException) -> str | None:
     else:
         cause, mend = f"by a signal ({name})", "look for its message above"
     return f"data loader process {pid} ended {cause}; {mend}, and start again: the run goes on from its last checkpoint"
+
+
+def explain_silence(seconds: float, readers: Sequence[BaseProcess]) -> str:
+    """One line for a batch that has not come for so long: on which host, and what each reading process is at."""
+    found = ", ".join(f"process {reader.pid} {_STATES.get(_state(reader.pid), 'runs')}" for reader in readers)
+    who = f"its data loader ({found})" if found else "its data loader"
+    return (
+        f"on host {socket.gethostname()}, {who} has given no batch for {seconds:g} s; continue a stopped process with "
+        "kill -CONT, look whether the storage answers, or raise data.timeout_seconds, and start again: the run goes on "
+        "from its last checkpoint"
+    )
+
+
+_STATES = {"T": "is stopped", "t": "is being traced", "D": "waits for storage", "Z": "has ended", "S": "waits"}
+
+
+def _state(process: int | None) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from eve_ds.data.collate import Batch, to_batch
-from eve_ds.data.faults import OF_JOBS, explain_worker_death, heed_parent_alone
+from eve_ds.data.faults import OF_JOBS, explain_silence, explain_worker_death, heed_parent_alone
 from eve_ds.data.freed_memory import keep_freed_memory
 from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.reading import Reader, Reading, SharedPictures
@@ -51,6 +51,7 @@ class Loader:
         prefetch: int,
         reader: Reader,
         max_corrupt: float,
+        timeout: float,
     ) -> None:
         self.dataset = dataset
         self.order = order
@@ -63,6 +64,7 @@ class Loader:
         self._num_workers = num_workers
         self._reader = reader
         self._max_corrupt = max_corrupt
+        self._timeout = timeout
         self._corrupt_rows: set[str] = set()
 
     def __len__(self) -> int:
@@ -97,7 +99,15 @@ class Loader:
         except RuntimeError as error:
             if line := explain_worker_death(error):
                 raise DataError(line) from error
+            if "timed out after" in str(error):
+                readers = multiprocessing.active_children()
+                line = explain_silence(self._timeout, readers)
+                for reader in readers:
+                    reader.kill()  # a stopped process ends by nothing less
+                raise DataError(line) from None
             raise
+        except TimeoutError:
+            raise DataError(explain_silence(self._timeout, [])) from None
         finally:
             self.wait_seconds += time.perf_counter() - began
 
@@ -144,6 +154,7 @@ class Loader:
                     sampler=numbered,
                     num_workers=self._num_workers,
                     prefetch_factor=self._prefetch,
+                    timeout=self._timeout,
                     collate_fn=_as_it_is,
                     worker_init_fn=_start_reader,
                     multiprocessing_context=context,
@@ -167,9 +178,9 @@ class Loader:
             for numbered in enumerate(self.order.blocks(self.position)):
                 pending.append(pool.submit(self._reader.__getitem__, numbered))
                 if len(pending) > self._prefetch:
-                    yield pending.popleft().result()
+                    yield pending.popleft().result(self._timeout)
             while pending:
-                yield pending.popleft().result()
+                yield pending.popleft().result(self._timeout)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -199,6 +210,7 @@ def build_loader(
     window: int = 0,
     weights: tuple[float, ...] | None = None,
     max_corrupt: float = 0.0,
+    timeout: float = 300,
 ) -> Loader:
     """Micro-batches for one rank: endless and shuffled for training, each sample once and in order for evaluation.
 
@@ -220,9 +232,10 @@ def build_loader(
             often; training alone.
         max_corrupt: share of corrupt rows, of the samples seen, beyond which training stops; a corrupt sample is
             replaced by its neighbour until then. 0 stops at the first one, as evaluation always does.
+        timeout: seconds in which a batch must come.
     Raises:
-        DataError: more ranks x workers than rows. While iterating: an unreadable shard or row, which it names, or the
-            death of a worker.
+        DataError: more ranks x workers than rows. While iterating: an unreadable shard or row, which it names, the
+            death of a worker, or no batch in time.
     """
     least = min(micro_batch_size, world_size, prefetch, pad_to_multiple)
     if least < 1 or num_workers < 0 or not 0 <= rank < world_size:
@@ -234,12 +247,12 @@ def build_loader(
         size = len(dataset) if limit is None else min(limit, len(dataset))
         reader = Reader(dataset, pad_to_multiple, replace=False)
         evaluation = EvalOrder(size, micro_batch_size, world_size, rank)
-        return Loader(dataset, evaluation, 0, num_workers, prefetch, reader, max_corrupt)
+        return Loader(dataset, evaluation, 0, num_workers, prefetch, reader, max_corrupt, timeout)
     _check_readers(dataset, world_size, max(num_workers, 1))
     order = TrainOrder(_stream(dataset, seed, window, weights), micro_batch_size, world_size, rank)
     read_ahead = ReadAhead(dataset.split, order, window) if window else None
     reader = Reader(dataset, pad_to_multiple, replace=max_corrupt > 0, read_ahead=read_ahead)
-    return Loader(dataset, order, start_sample, num_workers, prefetch, reader, max_corrupt)
+    return Loader(dataset, order, start_sample, num_workers, prefetch, reader, max_corrupt, timeout)
 
 
 def _check_readers(dataset: Samples, world_size: int, workers: int) -> None:

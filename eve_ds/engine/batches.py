@@ -94,10 +94,9 @@ def _weights(data: DataConfig) -> tuple[float, ...] | None:
 def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
     rank, world_size, _ = launched_world()
     micro, _ = batch_shape(config.engine, world_size)
-    workers = config.data.num_workers
-    return build_loader(
-        samples, micro_batch_size=micro, world_size=world_size, rank=rank, num_workers=workers, **options
-    )
+    workers, timeout = config.data.num_workers, config.data.timeout_seconds
+    shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
+    return build_loader(samples, micro_batch_size=micro, **shared, **options)
 
 
 def _told_by_rank(loader: Loader) -> Any:

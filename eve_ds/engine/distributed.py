@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from eve_ds.engine import watchdog
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
 from eve_ds.errors import RankError, UserError
@@ -25,6 +27,9 @@ LAUNCHER_VARIABLES = {
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
     "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"),
 }
+
+
+BACKSTOP_SECONDS = 60.0  # by which collectives outwait the watchdog, which knows more, at most
 
 
 def launched_world() -> tuple[int, int, int]:
@@ -55,7 +60,7 @@ def check_world(expert_parallel_size: int, num_experts: int, world_size: int | N
         raise UserError(f"{option} does not divide model.num_experts={num_experts}; choose a divisor of it")
 
 
-def start() -> torch.device:
+def start(timeout_seconds: float = 600) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and return this rank's device.
 
     Raises:
@@ -89,22 +94,28 @@ def start() -> torch.device:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    except dist.DistNetworkError as error:
-        raise RankError(f"rank {rank}: {_unreachable(error)}") from error
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=datetime.timedelta(seconds=timeout_seconds + min(BACKSTOP_SECONDS, timeout_seconds / 2)),
+        )
+    except dist.DistError as error:
+        raise RankError(f"rank {rank} on {socket.gethostname()}: {_unreachable(error)}") from error
     dist.barrier()
     release_own_buffer(rank)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[torch.device]:
+def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
     """``start``, and at the end leave the process group and remove what dead ranks left in shared memory."""
-    device = start()
+    device = start(timeout_seconds)
     try:
         yield device
         dist.barrier()  # not after an error: the other ranks may never come
     finally:
+        watchdog.stop()
         dist.destroy_process_group()
         if launched_world()[2] == 0:
             remove_shm_leftovers()

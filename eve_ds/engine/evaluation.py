@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.engine.signals import StopRequest
+from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import StopError
 from eve_ds.tasks.base import Task, measuring_held_out
 
@@ -23,6 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 def stop_agreed(stop: StopRequest, device: torch.device) -> bool:
     """Whether any rank was asked to stop. A collective, so that all ranks act on it at the same place."""
+    mark_again()
     asked = torch.tensor(float(stop.requested), device=device)
     if dist.is_initialized():
         dist.all_reduce(asked, dist.ReduceOp.MAX)

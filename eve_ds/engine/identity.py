@@ -30,6 +30,8 @@ FREE = (  # sections and keys that change nothing that is learned, and the lengt
     "model.checkpoint_activations",
     "data.num_workers",
     "data.max_corrupt",
+    "data.timeout_seconds",
+    "engine.timeout_seconds",
     "data.allow_overlap",
     "data.val_split",
 )

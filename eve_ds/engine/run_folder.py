@@ -12,6 +12,7 @@ import yaml
 
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.engine import watchdog
 from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
@@ -20,7 +21,13 @@ from preprocessing.schema import ANSWER_LIST, make_folder
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
 CONFIG, LOCK, IDENTITY = "config.yaml", ".lock", "identity.json"
-OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST}  # what a start that failed has left; no run yet
+OF_A_START = {
+    CONFIG,
+    IDENTITY,
+    TOKENIZER,
+    ANSWER_LIST,
+    watchdog.FOLDER,
+}  # a failed start leaves them
 _held: list[int] = []  # descriptors of locks: closed, they would be given up
 
 

@@ -111,7 +111,7 @@ class StopRequest:
                 say("the launcher was killed; this rank saves what there is and ends")
                 os.kill(os.getpid(), signal.SIGTERM)
             if self._end_at is not None and time.monotonic() > self._end_at[0]:
-                _end(self._end_at[1])
+                end(self._end_at[1])
 
     def _arrived(self, number: int) -> None:
         if number not in SIGNALS:
@@ -120,7 +120,7 @@ class StopRequest:
         first = self._first.setdefault(number == signal.SIGUSR1, now)
         if now - first > SECOND_AFTER:
             say(f"{name} again: ended at once; what was saved stands")
-            _end(STOPPED if self._acted_on else 128 + number)
+            end(STOPPED if self._acted_on else 128 + number)
         if self._acted_on:
             return
         if not self._deferred:
@@ -129,7 +129,8 @@ class StopRequest:
             say(f"{name}: saves and ends as soon as the ranks agree; again, after {SECOND_AFTER:.0f} s: ends at once")
 
 
-def _end(code: int) -> None:
+def end(code: int) -> None:
+    """End the process from any thread, whatever the others do."""
     tell_launching(str(code))
     os._exit(code)
 

@@ -26,6 +26,7 @@ from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
+from eve_ds.engine.watchdog import mark
 from eve_ds.errors import StopError, UserError
 from eve_ds.tasks.base import Task
 
@@ -154,6 +155,7 @@ class Trainer:
                     self._between_steps()
                 if self.stopped_early:
                     self.stop.acted_on()
+                mark(f"the end, after step {self.step}")
                 self._tell("fit_end")
         finally:
             batches.close()
@@ -171,8 +173,10 @@ class Trainer:
         waited = 0.0
         for _ in range(self.accumulation_steps):
             asked = time.perf_counter()
+            mark(f"step {self.step + 1}, reading a batch")
             batch = to_device(next(batches), self.device)
             waited += time.perf_counter() - asked
+            mark(f"step {self.step + 1}, computing")
             output = self.engine(batch)
             self.engine.backward(output.loss * self.world_size)
             self.engine.step()
@@ -264,6 +268,7 @@ class Trainer:
         if self.evaluate is None or not self._evaluation_due or self.stopped_early:
             return
         self.engine.eval()
+        mark(f"the evaluation after step {self.step}")
         try:
             found = self.evaluate(self)
         except StopError:
@@ -276,6 +281,7 @@ class Trainer:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
         state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity.tree()}
         state |= {"evaluation_due": self._evaluation_due}
+        mark(f"saving step {self.step}")
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
         if self.is_main:
             checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)

@@ -1,0 +1,180 @@
+"""A rank that gets no further says so: who waits, where, for whom, and the stacks of all ranks in the run folder.
+
+Each rank writes what it does into RUN/ranks/rank_N.json, from a thread: each minute, and often once it waits. When a
+rank has come no further for ``engine.timeout_seconds``, it writes its stacks beside that (rank_N.stacks) and asks the
+others for theirs, looks twice at what the others wrote, names those that are stopped or behind, and ends with exit
+code 3. A collective by itself waits for half an hour, or for ever, and names nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from eve_ds.engine.signals import end, say
+
+FOLDER = "ranks"  # of the run folder
+ASKED = "stacks_wanted"  # in it: all ranks are to write their stacks
+SLOWEST_LOOK = 10.0  # seconds between two looks at the clock, at most
+HEALTHY_BEAT = 60.0  # seconds between two signs of life of a rank that gets on
+
+
+class Watchdog:
+    """Watches over one rank.
+
+    Args:
+        folder: RUN/ranks, which all ranks see.
+        rank, world_size: as in the process group.
+        seconds: ``engine.timeout_seconds``.
+    """
+
+    def __init__(self, folder: Path, rank: int, world_size: int, seconds: float) -> None:
+        self.folder, self.rank, self.world_size, self.seconds = folder, rank, world_size, seconds
+        self.interval = min(SLOWEST_LOOK, seconds / 10)
+        self.doing, self._since, self._marks, self._beats = "start", time.monotonic(), 0, 0
+        self._asked_at: float | None = None
+        self._beaten = -HEALTHY_BEAT  # when it last wrote
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin to watch; rank 0 removes what an earlier start has left, but for its stacks."""
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(exist_ok=True)
+            if self.rank == 0:
+                for path in [*self.folder.glob("*.json"), self.folder / ASKED]:
+                    path.unlink(missing_ok=True)
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def mark(self, doing: str) -> None:
+        """The rank has come further: what it does now."""
+        self.doing, self._since, self._marks = doing, time.monotonic(), self._marks + 1
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._ended.wait(self.interval):
+            now = time.monotonic()
+            if now - looked > 3 * self.interval + 1:  # this process itself was stopped (scontrol suspend, Ctrl-Z)
+                self._since += now - looked
+            looked = now
+            if self._asked_at or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT:
+                self._beat()
+            if self._others_ask():
+                self._write_stacks()
+            if now - self._since > self.seconds:
+                marks = self._marks
+                line = self._tell()
+                if self._marks == marks and not self._ended.is_set():
+                    say(f"error: {line}")
+                    if self.world_size > 1:
+                        end(3)
+                    self._since = time.monotonic()  # alone, it has nobody to wait for: tell, and tell again
+
+    def _beat(self) -> None:
+        self._beats, self._beaten = self._beats + 1, time.monotonic()
+        state = {"rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self._beats}
+        state |= {"marks": self._marks, "doing": self.doing, "seconds": round(time.monotonic() - self._since, 1)}
+        path = self.folder / f"rank_{self.rank}.json"
+        with contextlib.suppress(OSError):
+            path.with_suffix(".new").write_text(json.dumps(state), encoding="utf-8")
+            os.replace(path.with_suffix(".new"), path)
+
+    def _others_ask(self) -> bool:
+        with contextlib.suppress(OSError):
+            asked_at = (self.folder / ASKED).stat().st_mtime
+            if asked_at != self._asked_at:
+                self._asked_at = asked_at
+                return True
+        return False
+
+    def _write_stacks(self) -> None:
+        with contextlib.suppress(OSError), open(self.folder / f"rank_{self.rank}.stacks", "w") as file:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), self.doing, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+
+    def _tell(self) -> str:
+        """Write and ask for stacks, and find out whom this rank waits for; takes four beats."""
+        self._write_stacks()
+        with contextlib.suppress(OSError):
+            (self.folder / ASKED).touch()
+            self._asked_at = (self.folder / ASKED).stat().st_mtime
+        before = self._states()
+        for _ in range(4):
+            time.sleep(self.interval)
+            self._beat()
+        now = self._states()
+        silent = [now.get(rank, {"rank": rank}) for rank in range(self.world_size) if _same_beat(rank, before, now)]
+        behind = [state for state in now.values() if state["marks"] < self._marks]
+        if silent:
+            who = f"for {_names(silent)}, which gives no sign of life (stopped, killed, or its host is gone)"
+        elif behind:
+            who = f"for {_names(behind)}, which is behind"
+        else:
+            who = "and so does every rank" if self.world_size > 1 else "alone"
+        host, waited = socket.gethostname(), time.monotonic() - self._since
+        return (
+            f"rank {self.rank} on {host} has waited {waited:.0f} s in {self.doing} {who}; "
+            f"the stacks are in {self.folder}/*.stacks; where it only needs longer, raise engine.timeout_seconds="
+            f"{self.seconds:g}"
+        )
+
+    def _states(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for rank in range(self.world_size):
+            with contextlib.suppress(OSError, ValueError):
+                found[rank] = json.loads((self.folder / f"rank_{rank}.json").read_text(encoding="utf-8"))
+        return found
+
+
+def _same_beat(rank: int, before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]) -> bool:
+    return bool(before.get(rank, {}).get("beat") == now.get(rank, {}).get("beat"))
+
+
+def _names(states: list[dict[str, Any]]) -> str:
+    names = [
+        f"rank {state['rank']} on {state['host']} (process {state['process']}, last in {state['doing']})"
+        if "host" in state
+        else f"rank {state['rank']} (never heard of)"
+        for state in states[:3]
+    ]
+    return ", ".join(names) + (f" and {len(states) - 3} more" if len(states) > 3 else "")
+
+
+_watchdog: Watchdog | None = None
+
+
+def start(run_folder: Path, rank: int, world_size: int, seconds: float) -> None:
+    """Watch over this process from now on; ``mark`` tells what it does."""
+    global _watchdog
+    _watchdog = Watchdog(run_folder / FOLDER, rank, world_size, seconds)
+    _watchdog.start()
+
+
+def mark(doing: str) -> None:
+    """This rank has come further. Cheap: a step may do it often."""
+    if _watchdog is not None:
+        _watchdog.mark(doing)
+
+
+def mark_again() -> None:
+    """This rank has come further in what it does, as by a batch of an evaluation."""
+    if _watchdog is not None:
+        _watchdog.mark(_watchdog.doing)
+
+
+def stop() -> None:
+    """Watch no longer; nothing was started, perhaps."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.close()
+    _watchdog = None
