@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     annotations = place(args.annotations)
     faults = Faults()
     statements = read_nlvr2(annotations, place(args.images), excluded_images(args), text_cleaning(args), faults)
-    write_split(nlvr_source(statements, [annotations], faults), args)
+    write_split(nlvr_source(statements, [annotations], faults, args.split), args)
 
 
 def read_nlvr2(

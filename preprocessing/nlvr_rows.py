@@ -10,6 +10,7 @@ from preprocessing.json_text import shown
 from preprocessing.places import Place
 from preprocessing.schema import DataError
 from preprocessing.source import Faults, Row, Source
+from preprocessing.text import fault_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ def names_in_shards(identifier: str) -> tuple[str, ...]:
     return identifier, f"{identifier}:left", f"{identifier}:right"
 
 
-def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults: Faults) -> Source:
+def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults: Faults, split: str) -> Source:
     """Group statements by pair of images, in the order of first mention; those without a word are left out.
+
+    So are those of the training split of which `fault_of` finds fault.
 
     A pair of which one statement is excluded is left out whole. Raises DataError on an identifier twice.
     """
@@ -57,8 +60,9 @@ def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults
         if statement.images in excluded:
             source.left_out[f"statement: {EXCLUDED}"] += 1
             continue
-        if not statement.sentence.strip():
-            source.left_out["statement without a word"] += 1
+        fault = fault_of(statement.sentence) if split == "train" else ""
+        if fault or not statement.sentence.strip():
+            source.left_out[f"statement {fault or 'without a word'}"] += 1
             continue
         if statement.images not in rows:
             columns: dict[str, list[str]] = {"questions": [], "answers": [], "identifier": []}

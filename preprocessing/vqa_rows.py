@@ -12,6 +12,7 @@ from preprocessing.image_refs import ImageRef
 from preprocessing.places import Place, place
 from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.source import Faults, Row, Source
+from preprocessing.text import fault_of
 
 _SHOWN = 10  # entries of an answer list that a message names
 
@@ -66,8 +67,9 @@ def vqa_source(
     That list is `given`, or is found or built as resolve_answer_list says.
 
     Questions whose image is excluded and those without a word are left out, and training questions without a listed
-    answer, counted by the reason; on other splits the latter stay, with empty lists. Raises DataError on a question id
-    or an image id that stands twice, and as resolve_answer_list does.
+    answer or of which `fault_of` finds fault, counted by the reason; on other splits these stay, with empty lists where
+    no answer is listed. Raises DataError on a question id or an image id that stands twice, and as resolve_answer_list
+    does.
     """
     faults.check(len(asked), args.max_dropped)  # before an answer list is built of too few questions
     _check_unique(asked)
@@ -76,9 +78,14 @@ def vqa_source(
         return source
     source.counts["images"] = len({question.image_id for question in asked})
     allowed = [question for question in asked if not question.excluded]
-    kept = [question for question in allowed if question.text.strip()]
     source.left_out[f"question: {EXCLUDED}"] = len(asked) - len(allowed)
-    source.left_out["question without a word"] = len(allowed) - len(kept)
+    kept = []
+    for question in allowed:
+        fault = fault_of(question.text) if args.split == "train" else ""
+        if question.text.strip() and not fault:
+            kept.append(question)
+        else:
+            source.left_out[f"question {fault or 'without a word'}"] += 1
     source.left_out = +source.left_out  # without a zero
     said = [Counter(normalize_answer(answer) for answer in question.answers) for question in kept]
     main = Counter(

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         asked = read_vqa(files, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
         source = vqa_source(asked, files, args, given_answers(args), args.min_answers, faults)
     else:
-        source = nlvr_source(read_nlvr(files, args.images, excluded, cleaning, faults), files, faults)
+        source = nlvr_source(read_nlvr(files, args.images, excluded, cleaning, faults), files, faults, args.split)
     write_split(source, args)
 
 

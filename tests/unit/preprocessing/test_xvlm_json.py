@@ -144,3 +144,26 @@ def test_files_of_another_form_and_clashing_ids(images: Path, refuse: Callable[.
     assert "empty data set" in refuse(*arguments(images, "retrieval", []))
     clash = [{"image": f"pics/{number}.jpg", "caption": "a", "image_id": "x"} for number in (0, 1)]
     assert "record 1: image_id x stands for pics/0.jpg too" in refuse(*arguments(images, "retrieval", clash))
+
+
+def test_training_texts_of_no_use_are_counted_and_those_of_a_test_split_stay(images: Path) -> None:
+    texts = ["is it red?", "?!", "nul\0", "x" * 20_000]
+    asked = [
+        {"image": "pics/0.jpg", "question": text, "question_id": n, "answer": "yes", "dataset": "vqa"}
+        for n, text in enumerate(texts)
+    ]
+    said = [
+        {"images": ["pics/0.jpg", "pics/1.jpg"], "sentence": text, "label": "True", "identifier": f"a-{n}-0-0"}
+        for n, text in enumerate(texts)
+    ]
+    for task, records, noun in (("vqa", asked, "question"), ("nlvr", said, "statement")):
+        for split, kept in (("train", texts[:1]), ("test", texts)):
+            words = [*arguments(images, task, records, split=split), "--text-cleaning", "none"]
+            words[words.index(images / "out")] = images / task
+            convert(*words, "--min-answers", 1) if task == "vqa" else convert(*words)
+            assert rows_of(images / task / split)[0]["questions"] == kept
+        assert read_manifest(images / task / "train")["dropped"] == {
+            f"{noun} has only punctuation": 1,
+            f"{noun} holds a NUL byte": 1,
+            f"{noun} has more than 10000 characters": 1,
+        }
