@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {without_secrets(message)} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists the options)\n")
 
 
 def without_secrets(text: str) -> str:
@@ -190,9 +190,15 @@ def run(command: Callable[[list[str] | None], None], arguments: list[str] | None
     try:
         command(arguments)
     except InputError as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal: escapes for what it would obey (control characters, turns of direction), no secrets."""
+    shown = without_secrets(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def some(names: list[Any], limit: int = 3) -> str:

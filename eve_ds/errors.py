@@ -18,7 +18,7 @@ from evaluation.files import InputError
 from eve_ds.data.faults import explain_worker_death
 from eve_ds.model.config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
-from preprocessing.schema import DataError, without_secrets
+from preprocessing.schema import DataError, printable
 
 
 class UserError(ValueError):
@@ -88,7 +88,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
         print(f"rank {launched_rank()}: {stop}", file=sys.stderr, flush=True)
         return stop.code
     except USER_ERRORS as error:
-        line = without_secrets(" ".join(str(error).split()))
+        line = printable(" ".join(str(error).split()))
         if launched_rank() != 0 and not isinstance(error, RankError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
             time.sleep(RANK_0_SECONDS)
@@ -98,7 +98,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in STORAGE_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = printable(f"{error.filename}: ") if error.filename else ""
         print(f"error: {where}{error.strerror}; make room or choose another folder", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:

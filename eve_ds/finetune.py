@@ -30,7 +30,7 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.data.samples import read_answer_list
-    from eve_ds.engine import batches, distributed, initial, run_folder, setup, watchdog
+    from eve_ds.engine import batches, distributed, initial, run_folder, setup, verification, watchdog
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
@@ -50,6 +50,9 @@ def run(stop: StopRequest) -> int:
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]))
         watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
         setup.store_words(config, scored[config.split])
+        read = [*([training] if training else []), *scored.values()]
+        shards = [shard for samples in read for shard in samples.split.hashed_shards]
+        checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         task = setup.build_task(config, tokenizer, scored[config.split])
         with_head = config.load_head or config.evaluate
         if initial.load_first_weights(task, config, with_head) and with_head and config.task == "vqa":
@@ -61,7 +64,7 @@ def run(stop: StopRequest) -> int:
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
         steps = setup.total_steps(config, len(training))
-        callbacks = standard_callbacks(config)
+        callbacks = [*standard_callbacks(config), *checks]
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))

@@ -26,7 +26,7 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.report import PretrainExamples
-    from eve_ds.engine import batches, distributed, initial, run_folder, setup, watchdog
+    from eve_ds.engine import batches, distributed, initial, run_folder, setup, verification, watchdog
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
@@ -47,9 +47,11 @@ def run(stop: StopRequest) -> int:
         identity = run_folder.claim(config, setup.identity(config, training))
         watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
         setup.store_words(config, training)
+        shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]
+        checks = verification.before_and_while(config.data.verify, shards)
         task = setup.build_task(config, tokenizer)
         initial.load_first_weights(task, config, load_head=False)
-        callbacks = standard_callbacks(config)
+        callbacks = [*standard_callbacks(config), *checks]
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))
 

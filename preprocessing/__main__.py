@@ -26,7 +26,7 @@ from preprocessing import (
 )
 from preprocessing.json_text import whole_characters
 from preprocessing.pool import run_under_mpi, started_by_mpi
-from preprocessing.schema import DataError, without_secrets
+from preprocessing.schema import DataError, printable
 from preprocessing.shapes import generate
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
     """Tells a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {without_secrets(message)}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_under_mpi(lambda: _run(arguments)) if started_by_mpi() else _run(arguments)
     except DataError as error:
-        print(f"preprocessing: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"preprocessing: {printable(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -89,7 +89,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     except (DataError, OSError) as error:
         what = _line_of(error) if isinstance(error, OSError) else error
-        print(f"preprocessing {args.command}: {without_secrets(str(what))}", file=sys.stderr)
+        print(f"preprocessing {args.command}: {printable(str(what))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

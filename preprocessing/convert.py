@@ -12,7 +12,7 @@ from preprocessing.image_policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_a
 from preprocessing.pipeline import build_split
 from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
-from preprocessing.schema import SPLITS, DataError
+from preprocessing.schema import SPLITS, DataError, printable
 from preprocessing.source import Row, Rows, Source
 from preprocessing.work import tidy
 from preprocessing.writer import check_output, prepared_splits
@@ -105,8 +105,8 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     if args.exclude_images_of or args.near_duplicates_of:
         same, near = (manifest["dropped"].get(f"image {reason}", 0) for reason in (IN_OTHER_SET, NEAR_OTHER_SET))
         sets = " ".join([*args.exclude_images_of, *args.near_duplicates_of])
-        print(f"images of {sets}: {same} rows left out that have the same file, {near} that look alike")
-    print(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}")
+        print(printable(f"images of {sets}: {same} rows left out that have the same file, {near} that look alike"))
+    print(printable(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}"))
     _warn_of_shared(place(args.out), args.split)
     return manifest
 

@@ -6,10 +6,9 @@ import warnings
 from PIL import Image, PngImagePlugin
 
 from preprocessing.image_refs import FileImage, ImageRef
-from preprocessing.schema import DataError
+from preprocessing.schema import MAX_PIXELS, PILLOW_PIXELS, DataError
 
-MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
-PILLOW_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: beyond it Pillow itself refuses to open a file
+__all__ = ["MAX_PIXELS", "PILLOW_PIXELS", "BadImage", "decode_image", "read_image"]
 
 # What a text or a color profile in a PNG may unpack to: Pillow's own bound of 1 MiB refuses sound images of many
 # programs. All texts of a file together are held to the same 64 MiB by Pillow. Training has this bound, too.

@@ -13,7 +13,16 @@ from preprocessing.files import read_json
 from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.places import Place, place
 from preprocessing.reading import read_rows, split_folders
-from preprocessing.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, SAMPLE_COLUMN, DataError, read_manifest, write_atomic
+from preprocessing.schema import (
+    IMAGE_COLUMNS,
+    KINDS,
+    PROVENANCE,
+    SAMPLE_COLUMN,
+    DataError,
+    printable,
+    read_manifest,
+    write_atomic,
+)
 
 _ROWS, _PAGE_ROWS = 3, 48
 _THUMBNAIL = 160  # pixels, the longer side
@@ -42,9 +51,9 @@ def run(args: argparse.Namespace) -> None:
     sections = []
     for folder in folders:
         manifest = read_manifest(folder)
-        print("\n".join(_summary(folder, manifest)))
+        print("\n".join(map(printable, _summary(folder, manifest))))
         for row in islice(_rows(folder, manifest), _ROWS if args.rows is None else args.rows):
-            print("  " + json.dumps(_printable(row), ensure_ascii=False))
+            print("  " + printable(json.dumps(_described(row), ensure_ascii=False)))
         if args.html:
             shown = islice(_rows(folder, manifest), _PAGE_ROWS if args.rows is None else args.rows)
             sections.append(_section(folder, manifest, [_card(manifest["kind"], row) for row in shown]))
@@ -83,7 +92,7 @@ def _made_by(path: Place) -> str:
     return f"{made.get('command')} on {made.get('time')}"
 
 
-def _printable(row: dict[str, Any]) -> dict[str, Any]:
+def _described(row: dict[str, Any]) -> dict[str, Any]:
     """The row with images told by their size."""
     return {name: _describe(value) if isinstance(value, bytes) else value for name, value in row.items()}
 

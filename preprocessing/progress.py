@@ -6,6 +6,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from preprocessing.schema import printable
+
 _SECONDS = 10.0
 
 
@@ -29,7 +31,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line, above the bar where there is one."""
-        tqdm.write(f"{self._what}: {message}", file=sys.stderr)
+        tqdm.write(printable(f"{self._what}: {message}"), file=sys.stderr)
 
     def skip(self, count: int) -> None:
         """`count` were done by an earlier run: they do not count for the rate."""

@@ -27,6 +27,9 @@ PROVENANCE = "provenance.json"
 IDS = "ids.bin"  # see preprocessing/ids.py
 ANSWER_LIST = "answer_list.json"
 SPLITS = ("train", "val", "test")
+# Of an image, in preparation and in training.
+MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
+PILLOW_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: beyond it Pillow itself refuses to open a file
 
 
 # In addresses: user:password@, though not host:port/...@, any user of an object store, and what a name says is a key.
@@ -42,6 +45,12 @@ _KEYS = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
 
 class DataError(ValueError):
     """A user's bad input. `str(error)` is one line that names the file, row or option, and how to mend it."""
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: escapes for what it would obey (control characters, turns of direction), no secrets."""
+    shown = without_secrets(text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 # One row an image: `caption` holds all its captions. A sample is (row, caption index).

@@ -7,7 +7,7 @@ from pathlib import Path
 from preprocessing.lines import MAX_LINE, CutFile, open_text, read_lines
 from preprocessing.places import place
 from preprocessing.reading import read_texts
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, printable
 from preprocessing.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
 
 
@@ -77,5 +77,5 @@ def _inspect(tokenizer: Tokenizer, text: str) -> None:
     special = ", ".join(f"{name} {index}" for name, index in zip(names, tokenizer.special_ids, strict=True))
     print(f"{tokenizer.path}: {tokenizer.vocab_size} tokens; {special}")
     for index, token in zip(ids, tokenizer.tokens(ids), strict=True):
-        print(f"{index:>8}  {token}")
-    print(f"{len(ids)} tokens; back to text: {tokenizer.decode(ids)}")
+        print(f"{index:>8}  {printable(token)}")
+    print(printable(f"{len(ids)} tokens; back to text: {tokenizer.decode(ids)}"))

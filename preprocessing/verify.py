@@ -19,7 +19,7 @@ from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
 from preprocessing.reading import split_folders
 from preprocessing.repair import repair_split
-from preprocessing.schema import SPLITS, DataError, read_manifest
+from preprocessing.schema import SPLITS, DataError, printable, read_manifest
 from preprocessing.writer import file_sha256
 
 _SHOWN = 20
@@ -48,12 +48,12 @@ def run(args: argparse.Namespace) -> int:
     if args.repair:
         for folder in folders:
             for line in repair_split(folder, args.workers, args.accept_changed):
-                print(line)
+                print(printable(line))
     count = 0
     for fault in chain(*(find_faults(folder, args.workers) for folder in folders), _shared_faults(folders)):
         count += 1
         if count <= _SHOWN:
-            print(fault, file=sys.stderr)
+            print(printable(fault), file=sys.stderr)
     if count > _SHOWN:
         print(f"and {count - _SHOWN} faults more", file=sys.stderr)
     if not count:

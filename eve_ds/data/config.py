@@ -8,7 +8,9 @@ from pathlib import Path
 
 from eve_ds.data.sampler import WINDOW_BLOCKS
 from eve_ds.data.transforms import Augmentation
-from preprocessing.schema import DataError
+from preprocessing.schema import MAX_PIXELS, PILLOW_PIXELS, DataError
+
+VERIFY = ("background", "full", "off")
 
 
 @dataclass
@@ -47,6 +49,9 @@ class DataConfig:
         timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs.
         allow_overlap: train and score although images, questions or statements of the training split stand in a split
             that is scored, too; they are logged.
+        verify: when shards are compared with their SHA-256: background (while the run trains, by a process a host that
+            gives way to it; damage saves and ends the run), full (before the first step), off. Sizes always are.
+        max_pixels: pictures of more are corrupt rows; what ``--max-pixels`` was in preparation.
     """
 
     path: str = ""
@@ -62,6 +67,11 @@ class DataConfig:
     max_corrupt: float = 0.001
     timeout_seconds: int = 300
     allow_overlap: bool = False
+    verify: str | bool = "background"  # YAML reads an unquoted `off` as false
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        self.verify = "off" if self.verify is False else self.verify
 
     @property
     def home(self) -> str:
@@ -76,6 +86,10 @@ class DataConfig:
             raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be at least 1")
         if self.shuffle_window and self.shuffle_window < WINDOW_BLOCKS:
             raise DataError(f"data.shuffle_window={self.shuffle_window} must be 0 or at least {WINDOW_BLOCKS}")
+        if self.verify not in VERIFY:
+            raise DataError(f"data.verify={self.verify}: must be one of {', '.join(VERIFY)}")
+        if not 1 <= self.max_pixels <= PILLOW_PIXELS:
+            raise DataError(f"data.max_pixels={self.max_pixels} must be between 1 and Pillow's bound, {PILLOW_PIXELS}")
         if not 0 <= self.max_corrupt < 1:
             raise DataError(f"data.max_corrupt={self.max_corrupt} is a share of the rows: from 0 to below 1")
         if self.sources is None:

@@ -23,7 +23,7 @@ from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.reading import Reader, Reading, SharedPictures
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, printable
 
 # So many different corrupt rows stop no run, unless none is allowed: a share of few samples says little.
 FEW_CORRUPT = 3
@@ -119,7 +119,7 @@ class Loader:
         self.replaced += len(reading.replaced)
         new = [each for each in reading.replaced if each.where not in self._corrupt_rows]
         for each in new:
-            log.warning("%s", each.message)
+            log.warning("%s", printable(each.message))
         self._corrupt_rows |= {each.where for each in new}
         seen = min(int(self.drawn.sum()), len(self.dataset))
         if new and len(self._corrupt_rows) > max(FEW_CORRUPT, self._max_corrupt * seen):

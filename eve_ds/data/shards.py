@@ -119,7 +119,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     path: Path
     bytes: int
     rows: int
@@ -192,6 +192,11 @@ class Split:
         """SHA-256 of what the shards hold, as the manifest has it; without one, of their names, sizes and counts."""
         shards = [(shard.path.name, shard.bytes, shard.rows, shard.samples, shard.sha256) for shard in self._shards]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+    @property
+    def hashed_shards(self) -> list[Shard]:
+        """Those shards of which a manifest has the hash."""
+        return [shard for shard in self._shards if shard.sha256]
 
     def row(self, index: int) -> Row:
         """Row `index` of the split, from 0. Raises IndexError beyond the last one."""
@@ -267,9 +272,7 @@ class Split:
         manifest = self.manifest = read_manifest(self.directory)
         self.kind: str = manifest["kind"]
         self._shards = [
-            _Shard(
-                self.directory / record["file"], record["bytes"], record["rows"], record["samples"], record["sha256"]
-            )
+            Shard(self.directory / record["file"], record["bytes"], record["rows"], record["samples"], record["sha256"])
             for record in manifest["shards"]
         ]
         for shard in self._shards:
@@ -291,7 +294,7 @@ class Split:
                 raise DataError(f"{path}: is a {kind} shard, {files[0]} a {self.kind} shard; keep them in two folders")
             self.kind = kind
             bounds = self._bounds[number] = self._measure(file)
-            self._shards.append(_Shard(path, file.size, int(bounds.first_row[-1]), int(bounds.first_sample[-1])))
+            self._shards.append(Shard(path, file.size, int(bounds.first_row[-1]), int(bounds.first_sample[-1])))
 
     def _map(self, number: int) -> MappedFile:
         """Map a shard and check it against the manifest."""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eve_ds.data.shards import OPEN_SHARDS, Row, Split, shard_kind
+from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, shard_kind
 from preprocessing.schema import MANIFEST, DataError
 
 # The first of these words in a file's name says its split, together with a word of _PARTS before it. Of these splits
@@ -165,6 +165,11 @@ class JoinedSplit:
     def fingerprint(self) -> str:
         """As Split's."""
         return hashlib.sha256(json.dumps([split.fingerprint for split in self.splits]).encode()).hexdigest()
+
+    @property
+    def hashed_shards(self) -> list[Shard]:
+        """As Split's."""
+        return [shard for split in self.splits for shard in split.hashed_shards]
 
     def row(self, index: int) -> Row:
         """As Split.row."""

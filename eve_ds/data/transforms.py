@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from preprocessing.schema import DataError
+from preprocessing.schema import MAX_PIXELS, DataError
 
 Augmentation = Literal["none", "color", "rand"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
@@ -66,23 +66,25 @@ def may_mirror(texts: Sequence[str]) -> bool:
     return not any(_SAYS_A_SIDE.search(text) for text in texts)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture file: RGB, upright by its EXIF orientation, white behind transparency.
 
     Of an animation the first frame is taken; of sixteen bits a channel, the upper eight.
 
     Raises:
-        DataError: the bytes are no whole picture that Pillow knows, or one of absurd size.
+        DataError: the bytes are no whole picture that Pillow knows, or one of more than `max_pixels`.
     """
-    return _Picture(data).decode()
+    return _Picture(data, max_pixels).decode()
 
 
 class _Picture:
     """A picture file whose header has been read, and no pixel yet. Raises DataError like decode_image."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, max_pixels: int) -> None:
         try:
             self._image: Image.Image = Image.open(io.BytesIO(data))
+            if self._image.width * self._image.height > max_pixels:
+                raise DataError(f"{self._image.width} x {self._image.height} pixels, data.max_pixels={max_pixels}")
             # A JPEG's EXIF data stand in its header; other formats keep them behind the pixels, too.
             self._orientation = _orientation(self._image) if self._image.format == "JPEG" else None
             self._whole = self._image.size
@@ -238,6 +240,7 @@ class Transform:
     flip: bool
     seed: int
     draft: bool
+    max_pixels: int = MAX_PIXELS
 
     @property
     def is_random(self) -> bool:
@@ -258,9 +261,9 @@ class Transform:
             DataError: the picture cannot be decoded.
         """
         if not self.train:
-            return np.asarray(self._square(decode_image(data)))
+            return np.asarray(self._square(decode_image(data, self.max_pixels)))
         draw = random.Random((self.seed << 72) | (picture << 64) | sample_id)
-        image = self._cropped(_Picture(data), draw)
+        image = self._cropped(_Picture(data, self.max_pixels), draw)
         if self.flip and draw.random() < 0.5 and mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augmentation == "color":
@@ -306,6 +309,7 @@ def build_transform(
     flip: bool = True,
     seed: int = 0,
     draft: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> Transform:
     """What turns a picture file into a training or evaluation picture.
 
@@ -320,6 +324,7 @@ def build_transform(
             it stays at least as large as the square; the bicubic resize then does the rest. On COCO's photos this
             changes pixels by one to two levels of 255 on average, in the sharpest picture by four, and never the draws
             or what evaluation sees.
+        max_pixels: a picture of more is not decoded, as in preparation.
     Raises:
         DataError: an argument is outside its range.
     """
@@ -334,7 +339,7 @@ def build_transform(
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise DataError(f"crop_scale={list(crop_scale)}: must be two numbers, 0 < low <= high <= 1")
         scale = (float(crop_scale[0]), float(crop_scale[1]))
-    return Transform(image_size, train, augmentation, scale, flip, seed, draft)
+    return Transform(image_size, train, augmentation, scale, flip, seed, draft, max_pixels)
 
 
 def normalize(images: np.ndarray) -> Tensor:

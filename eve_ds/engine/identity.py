@@ -33,6 +33,8 @@ FREE = (  # sections and keys that change nothing that is learned, and the lengt
     "data.timeout_seconds",
     "engine.timeout_seconds",
     "data.allow_overlap",
+    "data.verify",
+    "data.max_pixels",
     "data.val_split",
 )
 PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from")  # what lies there counts

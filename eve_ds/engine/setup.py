@@ -68,7 +68,9 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
             "--data.path is missing; name a prepared data set (preprocessing/README.md says how to make one)"
         )
     scale = data.crop_scale if train else None
-    transform = build_transform(model.image_size, train, data.augmentation, scale, data.flip, config.engine.seed)
+    transform = build_transform(
+        model.image_size, train, data.augmentation, scale, data.flip, config.engine.seed, max_pixels=data.max_pixels
+    )
     roots = [source.path for source in data.sources] if train and data.sources else [data.home]
     task = getattr(config, "task", "pretrain")
     kinds: dict[str, type[Samples]] = {"vqa": VqaSamples, "nlvr": NlvrSamples}

@@ -10,7 +10,7 @@ import numpy as np
 
 from eve_ds.reporting.charts import Line, line_chart
 from eve_ds.reporting.html import Html, missing, section, tag
-from eve_ds.reporting.read import SINGLE, STAGES, Curve, Run, Stage
+from eve_ds.reporting.read import SINGLE, STAGES, Curve, Run, Stage, number
 
 TITLES = {
     "loss": "Loss",
@@ -153,8 +153,19 @@ def experts_section(run: Run) -> Html:
 
 
 def _layers(load: Any) -> list[dict[str, Any]]:
+    """Those layers whose counts can be shown, as numbers."""
     layers = load.get("layers") if isinstance(load, dict) else None
-    return [layer for layer in layers or [] if isinstance(layer, dict) and layer.get("counts")]
+    found = [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    return [layer | {"counts": counts} for layer in found if (counts := _counts(layer.get("counts")))]
+
+
+def _counts(rows: Any) -> list[list[float]]:
+    """[kinds of tokens][experts]; empty where that is not what ``rows`` holds."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return []
+    counts = [[number(count) for count in row] for row in rows]
+    known = [[count for count in row if count is not None and 0 <= count < math.inf] for row in counts]
+    return known if list(map(len, known)) == list(map(len, counts)) else []
 
 
 def _load_row(layer: dict[str, Any], place: int, experts: int) -> Html:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eve_ds.reporting.html import Html, missing, section, tag
 from eve_ds.reporting.pictures import Pictures
-from eve_ds.reporting.read import SINGLE, Run, Stage
+from eve_ds.reporting.read import SINGLE, Run, Stage, number
 
 Rows = list[dict[str, Any]]
 MASK = "[MASK]"
@@ -155,8 +155,8 @@ def _results(row: dict[str, Any]) -> Rows:
 
 
 def _score(result: dict[str, Any]) -> str:
-    score = result.get("score")
-    return f"{score:.2f}" if isinstance(score, int | float) else ""
+    score = number(result.get("score"))
+    return "" if score is None else f"{score:.2f}"
 
 
 def _questions(rows: Rows, pictures: Pictures) -> Html:
@@ -184,7 +184,7 @@ def _question(row: dict[str, Any], pictures: Pictures) -> Html:
 
 def _earned(row: dict[str, Any]) -> float:
     score = row.get("score")
-    return float(score) if isinstance(score, int | float) else 0.0
+    return number(score) or 0.0
 
 
 def _statements(rows: Rows, pictures: Pictures) -> Html:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib import metadata
+from typing import Any
 
 from eve_ds.reporting.html import Html, missing, section, tag
-from eve_ds.reporting.read import Run
+from eve_ds.reporting.read import Run, number
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pyarrow", "tokenizers", "pillow", "jsonargparse", "wandb", "matplotlib")
 
@@ -17,13 +19,19 @@ def commands_section(run: Run) -> Html:
         return section("commands", "Commands", missing("commands.json"))
     parts = []
     for row in run.commands:
-        seconds = row.get("seconds")
-        took = _duration(float(seconds)) if isinstance(seconds, int | float) else "time not recorded"
+        seconds = _seconds(row)
+        took = "time not recorded" if seconds is None else _duration(seconds)
         head = tag("div", tag("span", str(row.get("title", ""))), tag("span", took, class_="num"), class_="step")
         parts.append(head + tag("pre", row["command"]))
-    times = [row["seconds"] for row in run.commands if isinstance(row.get("seconds"), int | float)]
+    times = [seconds for row in run.commands if (seconds := _seconds(row)) is not None]
     whole = tag("p", f"{len(run.commands)} commands, {_duration(sum(times))} together.", class_="note")
     return section("commands", "Commands", whole, Html("".join(parts)))
+
+
+def _seconds(row: dict[str, Any]) -> float | None:
+    """What a command took; None where that was not recorded, or is no time."""
+    seconds = number(row.get("seconds"))
+    return seconds if seconds is not None and math.isfinite(seconds) else None
 
 
 def _duration(seconds: float) -> str:

@@ -126,23 +126,25 @@ def _read_curves(path: Path) -> tuple[dict[str, Curve], int]:
         try:
             record = load_json(line)
             step = float(record["step"])
-            values = {key: _number(value) for key, value in record.items() if _is_number(value)}
         except (ValueError, TypeError, KeyError, OverflowError):
             damaged += bool(line.strip())
             continue
-        for key, number in values.items():
-            curve = curves.setdefault(key, Curve())
-            curve.steps.append(step)
-            curve.values.append(number)
+        for key, value in record.items():
+            if (found := math.nan if value is None else number(value)) is not None:
+                curve = curves.setdefault(key, Curve())
+                curve.steps.append(step)
+                curve.values.append(found)
     return curves, damaged
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def number(value: Any) -> float | None:
+    """The value as a float; None where it is no number, or a whole one beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def _scores(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eve_ds.reporting.html import Html, missing, section, tag
-from eve_ds.reporting.read import Run
+from eve_ds.reporting.read import Run, number
 
 DASH = "\N{EN DASH}"
 # name -> for people; "first_values" is the same fine-tuning without pre-training
@@ -64,15 +64,15 @@ def find_scores(metrics: dict[str, Any]) -> list[Score]:
         part = metrics.get(name)
         if not isinstance(part, dict):
             continue
-        found = [(key, label) for key, label in measures if _number(part.get(key)) is not None]
+        found = [(key, label) for key, label in measures if number(part.get(key)) is not None]
         for place, (key, label) in enumerate(found):
             baselines = _baselines(part, key, key == main, factor)
             scores.append(Score(task if place == 0 else "", label, part[key] * factor, baselines))
             kinds = _section(part, "per_answer_type") if key == "overall" else {}
             rivals = _section(_section(part, "from_first_values"), "per_answer_type")
             for kind, value in kinds.items():
-                if _number(value) is not None:
-                    rival = _number(rivals.get(kind))
+                if number(value) is not None:
+                    rival = number(rivals.get(kind))
                     beside = {} if rival is None else {"first_values": rival * factor}
                     scores.append(Score("", str(kind), value * factor, beside, minor=True))
     return scores
@@ -82,11 +82,11 @@ def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dic
     """``from_first_values[KEY]`` and ``chance_KEY``; for the main measure of a task also ``chance``,
     ``majority_baseline``, ``text_only_baseline``.
     """
-    rival = _number(_section(part, "from_first_values").get(key))
+    rival = number(_section(part, "from_first_values").get(key))
     found = {} if rival is None else {"first_values": rival * factor}
     for baseline in BASELINES:
         names = [f"{baseline}_{key}", *([baseline, f"{baseline}_baseline"] if main else [])]
-        values = [part[name] for name in names if _number(part.get(name)) is not None]
+        values = [part[name] for name in names if number(part.get(name)) is not None]
         if values:
             found[baseline] = values[0] * factor
     return found
@@ -96,10 +96,6 @@ def _section(part: dict[str, Any], name: str) -> dict[str, Any]:
     """A dictionary in metrics.json, empty where there is none: older runs have no ``from_first_values``."""
     found = part.get(name)
     return found if isinstance(found, dict) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def percent(value: float) -> str:
@@ -141,7 +137,7 @@ def summary(run: Run) -> Html:
 
 def _losses(metrics: dict[str, Any]) -> tuple[float, float] | None:
     part = _section(metrics, "pretrain")
-    first, last = _number(part.get("loss_first")), _number(part.get("loss_last"))
+    first, last = number(part.get("loss_first")), number(part.get("loss_last"))
     return (first, last) if first is not None and last is not None else None
 
 
@@ -149,7 +145,7 @@ def _masked_words(metrics: dict[str, Any]) -> list[tuple[str, float]]:
     """Who predicts how many of the masked words, in percent, the model first; empty if the run did not record it."""
     part = _section(metrics, "pretrain")
     names = {"": "", "_other_image": "with another image", "_oracle": "by an oracle that knows the scene"}
-    found = [(who, _number(part.get(f"words_accuracy{name}"))) for name, who in names.items()]
+    found = [(who, number(part.get(f"words_accuracy{name}"))) for name, who in names.items()]
     known = [(who, 100 * value) for who, value in found if value is not None]
     return known if found[0][1] is not None else []
 
@@ -158,7 +154,7 @@ def tiles(run: Run) -> Html | None:
     """The main number of each stage, large."""
     shown = []
     if (losses := _losses(run.metrics)) is not None:
-        speed = _number(run.metrics["pretrain"].get("samples_per_second"))
+        speed = number(run.metrics["pretrain"].get("samples_per_second"))
         beside = f"from {losses[0]:.3g}" + (f", {speed:,.0f} samples/s" if speed else "")
         shown.append(("Pre-training loss", f"{losses[1]:.3g}", beside))
     if words := _masked_words(run.metrics):

@@ -153,3 +153,28 @@ def test_bad_files_exit_with_2_and_one_line(tmp_path: Path, capsys) -> None:
         assert f"{name}: " in error
         assert words in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"(12,)", b"(12"),  # tokens end in the middle
+        (b"(12,)", b"(" * 60),
+        (b"(12,)", b"(599999999999994,)"),
+        (b"'<i8'", b"'<q9'"),
+        (b"False", b"__import__('os')"),
+    ],
+)
+def test_headers_of_arrays_that_numpy_chokes_on(tmp_path: Path, capsys, old: bytes, new: bytes) -> None:
+    np.savez(tmp_path / "whole.npz", **arrays())
+    with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "s.npz", "w") as damaged:
+        for name in whole.namelist():
+            part = whole.read(name)
+            header, content = part[:128], part[128:]
+            if name == "text_image_index.npy":
+                shape = b"(%d,)" % len(arrays()["text_image_index"])
+                header = header.replace(shape if old == b"(12,)" else old, new)[:128].ljust(128)
+                assert new[:4] in header
+            damaged.writestr(name, header + content)
+    assert run(retrieval.main, ["--scores", str(tmp_path / "s.npz"), "--out", str(tmp_path / "m.json")]) == 2
+    assert "array 'text_image_index' cannot be read" in capsys.readouterr().err

@@ -82,3 +82,8 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     for defect in (RuntimeError("a defect of ours"), OSError(9, "Bad file descriptor"), KeyError("x")):
         with pytest.raises(type(defect)):
             raising(defect)
+
+
+def test_control_characters_of_a_message_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(UserError("a\x1b]0;title\x07 b\x00c\nd")) == 2
+    assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07 b\\x00c d\n"

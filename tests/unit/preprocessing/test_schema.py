@@ -11,6 +11,7 @@ from preprocessing.schema import (
     SAMPLE_COLUMN,
     DataError,
     dump_json,
+    printable,
     read_manifest,
     sync_path,
     write_atomic,
@@ -42,7 +43,7 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     [
         ("{\n 3", "line 2 column 2"),
         ("[]", "schema_version None"),
-        ("[" * 100_000, "invalid JSON (maximum recursion depth exceeded"),
+        ("[" * 100_000, "invalid JSON (nested too deep"),
         (json.dumps(GOOD | {"schema_version": 9}), "schema_version 9"),
         (json.dumps(GOOD | {"kind": "sound"}), "'sound'"),
         (json.dumps(GOOD | {"rows": "1"}), "field rows"),
@@ -116,3 +117,9 @@ def test_atomic_write_into_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         write_atomic(tmp_path / "file" / "a", b"")
+
+
+def test_what_a_terminal_would_obey_is_printed_as_escapes() -> None:
+    odd = "a\x1b[31mb\x00c\rd\ne\x7f\x9bf\u202eg\ud83dh"
+    assert printable(odd) == "a\\x1b[31mb\\x00c\\rd\\ne\\x7f\\x9bf\\u202eg\\ud83dh"
+    assert printable("a cafe\u0301, 日本語, 🙂: 100 %") == "a cafe\u0301, 日本語, 🙂: 100 %"

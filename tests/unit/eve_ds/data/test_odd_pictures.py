@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from eve_ds.data.transforms import build_transform
+from eve_ds.data.transforms import build_transform, decode_image
 from preprocessing.image_policy import ImagePolicy
+from preprocessing.schema import MAX_PIXELS, DataError
 from tests.unit.preprocessing.test_image_policy import odd_pictures
 
 
@@ -22,3 +26,17 @@ def test_odd_files_come_out_rgb_and_upright(kind: str) -> None:
     assert np.abs(out.astype(int) - expected).mean() < 3
     turned = np.asarray(seen.transpose(Image.Transpose.ROTATE_180).resize((48, 48))).astype(int)
     assert np.abs(turned - expected).mean() > 10  # so the bound above does tell
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_picture_of_more_pixels_than_preparation_takes_is_not_decoded(train: bool) -> None:
+    """Ten thousand by six thousand black pixels are a PNG of 60 kB, and would be 180 MB."""
+    buffer = io.BytesIO()
+    Image.new("L", (10_000, 6_000)).save(buffer, "PNG")
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"10000 x 6000 pixels, data.max_pixels={MAX_PIXELS}"):
+        build_transform(16, train)(buffer.getvalue(), 0)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    assert decode_image(buffer.getvalue(), 60_000_000).size == (10_000, 6_000)
+    assert build_transform(16, train, max_pixels=60_000_000)(buffer.getvalue(), 0).shape == (16, 16, 3)

@@ -267,3 +267,25 @@ def test_bad_folders_exit_with_2_and_one_line(tmp_path: Path, capsys, name, cont
     assert words.format(run=folder) in error
     assert error.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def test_odd_values_are_left_out_and_the_others_shown(run_folder: Path) -> None:
+    """Numbers beyond all floats, a layer whose counts are none, a line nested a hundred thousand deep."""
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    metrics["vqa"]["overall"] = 10**400
+    (run_folder / "metrics.json").write_text(json.dumps(metrics))
+    samples = run_folder / "pretrain/samples/samples.json"
+    tree = json.loads(samples.read_text())
+    layers = tree["expert_load"]["layers"]
+    layers[1]["counts"] = [[[1], 2], [3, None]]
+    samples.write_text(json.dumps(tree))
+    with open(run_folder / "vqa/metrics.jsonl", "a") as file:
+        file.write(f'{{"step": {10**400}}}\n{"[" * 100_000}\n{{"step": 61, "loss": {10**400}, "samples": 5856}}\n')
+    commands = [{"title": "a", "command": "b", "seconds": 1e999}, {"title": "c", "command": "d", "seconds": 65}]
+    (run_folder / "commands.json").write_text(json.dumps(commands))
+    content = build(run_folder)
+    page = Page(content)
+    assert re.findall(r'<th rowspan="2">(\d)</th>', content) == [str(layers[0]["layer"])]
+    assert "accuracy" in page.text and "74.2\xa0%" in page.text and "78.3\xa0%" not in page.text
+    assert "2 line(s) of vqa/metrics.jsonl could not be read." in page.text
+    assert "2 commands, 1 min 05 s together" in page.text

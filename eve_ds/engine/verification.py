@@ -1,0 +1,197 @@
+"""Shards compared with the hashes in their manifests: before a run, or beside it.
+
+A flipped bit in a picture or a text changes no size, and most decoders take it. `data.verify` says when the SHA-256 of
+each shard is computed: `full`, by all ranks before the first step; `background`, by one process a host that gives way
+to all others, while the run trains; `off`, never. Sizes are compared whenever a split is opened.
+
+Where the process finds a damaged shard, the run saves and ends with exit code 2: what it has learnt so far owes next to
+nothing to the one shard, and the same command goes on once that is mended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from eve_ds.data import hashing_process
+from eve_ds.data.shards import Shard
+from eve_ds.engine.callback import Callback
+from eve_ds.engine.distributed import launched_world
+from eve_ds.errors import UserError
+from preprocessing.schema import printable
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+RATE = 64 << 20  # bytes a second that the process reads, at most: a tenth of a core, a part of any file system
+VERIFIED = ".verified"  # below the run's folder
+END_SECONDS = 30.0  # that a finished run waits for it
+_MEND = (
+    "copy or prepare it again (python -m preprocessing verify names the rows), then start the same command: it goes on"
+)
+
+
+def before_and_while(verify: str | bool, shards: Sequence[Shard], trains: bool = True) -> list[Callback]:
+    """Do what `data.verify` asks for before a run, and give the callback for what it asks for during it.
+
+    A run that trains nothing is over before a process beside it is: what it scores is verified first. Called by all
+    ranks; raises as `verify_now`.
+    """
+    if verify == "off":
+        return []
+    if verify == "full" or not trains:
+        verify_now(shards)
+        return []
+    return [VerifyShards(shards)]
+
+
+def verify_now(shards: Sequence[Shard]) -> None:
+    """Compare all shards with their hashes, the work shared among the ranks. Called by all ranks.
+
+    First each file is read by one rank. What another host then has as a file of its own, it reads itself.
+
+    Raises:
+        UserError: on all ranks, naming the first damaged shard.
+    """
+    rank, world_size, _ = launched_world()
+    sound, faults = _checked(shards[rank::world_size])
+    told: list[tuple[set[hashing_process.Key], list[str]]] = [(set(), [])] * world_size
+    _gather(told, (sound, faults))
+    known = set().union(*(keys for keys, _ in told))
+    faults = [fault for _, found in told for fault in found]
+    if not faults:
+        left = [shard for shard in shards if not _is_known(shard, known)]
+        found: list[list[str]] = [[]] * world_size
+        _gather(found, _checked(left)[1])
+        faults = [fault for each in found for fault in each]
+    if faults:
+        more = f" (and {len(set(faults)) - 1} more)" if len(set(faults)) > 1 else ""
+        raise UserError(f"data.verify: {faults[0]}{more}; {_MEND}")
+
+
+def _checked(shards: Sequence[Shard]) -> tuple[set[hashing_process.Key], list[str]]:
+    sound, faults = set(), []
+    for shard in shards:
+        state, fault, key = hashing_process.check(str(shard.path), shard.bytes, shard.sha256)
+        if state != "sound":
+            faults.append(f"{shard.path}: {fault}")
+        elif key is not None:
+            sound.add(key)
+    return sound, faults
+
+
+def _is_known(shard: Shard, known: set[hashing_process.Key]) -> bool:
+    try:
+        return hashing_process.key_of(os.stat(shard.path), shard.sha256) in known
+    except OSError:
+        return False
+
+
+def _gather(into: list[Any], own: object) -> None:
+    if dist.is_initialized():
+        dist.all_gather_object(into, own)
+    else:
+        into[0] = own
+
+
+class VerifyShards(Callback):
+    """Has a process on each host compare the shards with their hashes while the run trains (`data.verify: background`).
+
+    Args:
+        shards: of all splits that the run reads.
+    """
+
+    def __init__(self, shards: Sequence[Shard], rate: float = RATE) -> None:
+        self._shards, self._rate = list(shards), rate
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told = b""  # what the process has said, up to a line that is not whole yet
+        self._seen = 0  # shards of which it has told
+        self._fault = ""
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if launched_world()[2] != 0 or not self._shards:
+            return
+        # By its path, out of reach of the launcher's signals to the group: it ends with this process in any case.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", hashing_process.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        job = {
+            "shards": [[str(shard.path), shard.bytes, shard.sha256] for shard in self._shards],
+            "record": str(trainer.output_dir / VERIFIED),
+            "host": socket.gethostname().replace("/", "_"),
+            "rate": self._rate,
+            "parent": os.getpid(),
+        }
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):  # it has said why it is gone; how far it came is told at the end
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
+        os.set_blocking(self._process.stdout.fileno(), False)
+
+    def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
+        if self._process is not None and not self._fault:
+            self._look()
+            trainer.stop.requested = trainer.stop.requested or bool(self._fault)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        """Raises UserError, on all ranks, where a shard is damaged."""
+        if self._process is not None and not trainer.stopped_early:
+            self._wait()
+        faults = [""] * trainer.world_size
+        _gather(faults, self._fault)
+        if fault := next(filter(None, faults), ""):
+            raise UserError(f"data.verify: {fault}; the run is saved at step {trainer.step}; {_MEND}")
+        if self._process is not None and trainer.is_main and self._seen < len(self._shards):
+            print(
+                f"data.verify: {self._seen} of {len(self._shards)} shards were compared with their hashes so far; "
+                "`python -m preprocessing verify` does the rest",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self, trainer: Trainer) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            self._process = None
+
+    def _wait(self) -> None:
+        """Let the process read as fast as it can, for a while."""
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.close()
+        deadline = time.monotonic() + END_SECONDS
+        while not self._fault and self._seen < len(self._shards) and time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                self._look()
+                return
+            self._look()
+            time.sleep(0.02)
+
+    def _look(self) -> None:
+        """Take in what the process has said meanwhile."""
+        assert self._process is not None and self._process.stdout is not None
+        self._told += self._process.stdout.read() or b""
+        *whole, self._told = self._told.split(b"\n")
+        for line in whole:
+            found = json.loads(line)
+            self._seen += found["state"] != "unread"
+            if found["state"] == "damaged":
+                self._fault = f"{found['file']}: {found['fault']}"
+                return
+            if found["state"] == "unread":
+                print(printable(f"data.verify: {found['file']}: {found['fault']}"), file=sys.stderr, flush=True)
