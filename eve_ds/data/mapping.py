@@ -118,6 +118,25 @@ def binary_cell(column: pa.Array, index: int) -> pa.Buffer | None:
     return data.slice(start, end - start) if data is not None else pa.py_buffer(b"")
 
 
+def check_offsets(column: pa.Array) -> None:
+    """Raise ArrowInvalid where cells go beyond their buffers. Arrow follows offsets blindly, to the process's end."""
+    kind = _as_bytes(column.type)
+    (column if kind == column.type else column.view(kind)).validate(full=True)
+
+
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes for texts: to check these would be to read them all, and to blame the shard for a row."""
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_large_string(kind):
+        return pa.large_binary()
+    if pa.types.is_list(kind):
+        return pa.list_(_as_bytes(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_as_bytes(kind.value_type))
+    return kind
+
+
 def check_size(path: Path, size: int) -> None:
     """Raise DataError unless `path` has `size` bytes."""
     try:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from eve_ds.data.mapping import MappedFile, binary_cell, check_size, not_arrow
+from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow
 from preprocessing.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, DataError, read_manifest
 
 # Every mapped shard holds two file descriptors, and 1,024 of them is a common limit for a process.
@@ -319,7 +319,7 @@ class Split:
             for b in range(file.reader.num_record_batches):
                 batch = file.reader.get_batch(b)
                 for column in batch.columns:
-                    _check_offsets(column)
+                    check_offsets(column)
                 starts = _sample_starts(batch.column(SAMPLE_COLUMN[self.kind]))
                 rows.append(batch.num_rows)
                 samples.append(int(starts[-1]) - int(starts[0]))
@@ -361,25 +361,6 @@ def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
     lists = pa.types.is_list(found) or pa.types.is_large_list(found)
     if not (lists or pa.types.is_string(found) or pa.types.is_large_string(found)):
         raise DataError(f"{path}: column {SAMPLE_COLUMN[kind]!r} is {found}, not a string or a list; prepare it again")
-
-
-def _check_offsets(column: pa.Array) -> None:
-    """Raise ArrowInvalid where cells go beyond their buffers. Arrow follows offsets blindly, to the process's end."""
-    kind = _as_bytes(column.type)
-    (column if kind == column.type else column.view(kind)).validate(full=True)
-
-
-def _as_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes for texts: to check these would be to read them all, and to blame the shard for a row."""
-    if pa.types.is_string(kind):
-        return pa.binary()
-    if pa.types.is_large_string(kind):
-        return pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(_as_bytes(kind.value_type))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(_as_bytes(kind.value_type))
-    return kind
 
 
 def _sample_starts(column: pa.Array) -> np.ndarray:
