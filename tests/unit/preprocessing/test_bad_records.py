@@ -31,6 +31,9 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
+UNSEEN = min({*range(300)} - {*random.Random(0).sample(range(300), 100)})  # no row of a fixed number that is looked at
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
@@ -120,11 +123,13 @@ def test_faults_and_lost_images_have_one_bound(tmp_path: Path, images: Path, ref
     assert read_manifest(tmp_path / "out/train")["dropped"] == {"line is invalid JSON": 1, "image is missing": 1}
 
 
-@pytest.mark.parametrize(("lost", "bound"), [(range(150), 0.9), (range(1, 300), 0.999), (range(1, 300), 1)])
+@pytest.mark.parametrize(
+    ("lost", "bound"), [({*range(150)}, 0.9), ({*range(300)} - {UNSEEN}, 0.999), ({*range(300)} - {UNSEEN}, 1)]
+)
 def test_the_look_at_the_images_refuses_nothing_that_the_bound_allows(
-    tmp_path: Path, images: Path, lost: range, bound: float
+    tmp_path: Path, images: Path, lost: set[int], bound: float
 ) -> None:
-    for number in set(range(300)) - set(lost):
+    for number in set(range(300)) - lost:
         (images / f"row{number}.jpg").write_bytes(picture(number))
     entries = [{"caption": "a", "image": f"row{number}.jpg"} for number in range(300)]
     write_json(tmp_path / "set.x", entries)

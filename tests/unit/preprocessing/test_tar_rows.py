@@ -134,21 +134,27 @@ def test_a_negative_size_does_not_hang(tmp_path: Path, refuse: Callable[..., str
 
 @pytest.mark.parametrize("layout", ["webdataset", "files"])
 @pytest.mark.parametrize(
-    "bad", [b'{"caption": ', b'{"caption": ' + b"[" * 100_000, b'{"caption": "' + b"a" * (17 << 20) + b'"}']
+    ("name", "bad"),
+    [
+        ("2.json", b'{"caption": '),
+        ("2.json", b"[" * 100_000),
+        ("2.json", b'{"caption": "' + b"a" * (17 << 20) + b'"}'),
+        ("2.txt", b"a caption of many\n" * (1 << 20)),
+    ],
 )
-def test_a_json_that_is_none_is_counted(
-    tmp_path: Path, refuse: Callable[..., str], layout: str, bad: bytes
-) -> None:  # fmt: skip
+def test_a_text_that_is_none_is_counted(
+    tmp_path: Path, refuse: Callable[..., str], layout: str, name: str, bad: bytes
+) -> None:
     texts = [(f"{n}.json", json.dumps({"caption": f"caption {n}"}).encode()) for n in range(2)]
-    members = [*IMAGES, *texts, ("2.json", bad)]
+    members = [*IMAGES, *texts, (name, bad)]
     words = command(tmp_path, members)
     if layout == "files":
         (tmp_path / "raw/a.tar").unlink()
         (tmp_path / "raw/00000").mkdir()
-        for name, data in members:
-            (tmp_path / "raw/00000" / name).write_bytes(data)
+        for file, data in members:
+            (tmp_path / "raw/00000" / file).write_bytes(data)
     message = refuse(*words)
-    assert "2.json: " in message and "(1 of 3 records are at fault, --max-dropped is 0.01)" in message
+    assert f"{name}: " in message and "(1 of 3 records are at fault, --max-dropped is 0.01)" in message
     convert(*words, "--max-dropped", 0.4)
     assert found(tmp_path) == expected(0, 1)
     assert dropped(tmp_path) == {"text of an image is unreadable": 1}
@@ -158,6 +164,7 @@ def test_names_of_shards_tell_splits_apart(tmp_path: Path, refuse: Callable[...,
     """pixparse/cc3m-wds has the tars of both splits in one folder: val was trained on."""
     words = command(tmp_path, [*IMAGES[2:], *TEXTS[2:]])
     (tmp_path / "raw/a.tar").rename(tmp_path / "raw/cc3m-validation-0000.tar")
+    (tmp_path / "raw/cc3m-validation-0000_stats.json").write_text('{"count": 3, "successes": 1}')
     (tmp_path / "raw/train").mkdir()
     (tmp_path / "raw/train/0000.tar").write_bytes(pack([*IMAGES[:2], *TEXTS[:2]]))
     convert(*words)
@@ -193,7 +200,7 @@ def test_folders_within_a_folder_of_images(tmp_path: Path) -> None:
             (tmp_path / "raw" / folder / name).write_bytes(data)
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
     ids = [*expected(0, 1, 2), *expected(0, 1, 2, prefix="a/b/"), *expected(0, 1, 2, prefix="v1.0/")]
-    assert found(tmp_path) == ids
+    assert found(tmp_path) == ids and dropped(tmp_path) == {}
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files"])
