@@ -14,12 +14,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.files import BadRecord, read_json, read_text
+from preprocessing.files import BadRecord, read_json, text_lines
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import Base64Cell, FileImage, ImageRef, image_in
 from preprocessing.json_text import shown
 from preprocessing.line_records import BadLine, Form, Record, caption_texts, find_form, parse_line, record_of
-from preprocessing.lines import MAX_LINE, CutFile, first_bytes, is_compressed, open_text, read_lines
+from preprocessing.lines import TOO_LONG, CutFile, first_bytes, is_compressed, open_text, read_lines
 from preprocessing.places import exists, place
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
@@ -161,7 +161,7 @@ class LineRows(LazyRows):
                     continue
                 try:
                     if line is None:
-                        raise BadLine(f"has more than {MAX_LINE >> 20} MiB; mend the file", "line is too long")
+                        raise BadLine(TOO_LONG, "line is too long")
                     record = parse_line(line, form)
                     self._finder.check(record)
                     if keeper.keeps(record, self._id(file, number)):
@@ -313,13 +313,16 @@ def _entries(files: Sequence[str]) -> Listed | None:
 def _paired(entry: tuple[Any, Any]) -> Record:
     """The record of an address and its caption. Raises BadLine."""
     url, caption = entry
+    bad = next((one for one in entry if isinstance(one, BadRecord)), None)
+    if bad is not None:
+        raise BadLine(str(bad), bad.reason)
     if not isinstance(url, str):
         raise BadLine(f"its address is {shown(url)}, not text; mend the file", "address is no text")
     return Record(caption_texts(caption, "its caption"), url=url.strip())
 
 
-def _aligned(urls: str, captions: str) -> Iterable[tuple[str, str]]:
-    addresses, texts = (read_text(path).removesuffix("\n").split("\n") for path in (urls, captions))
+def _aligned(urls: str, captions: str) -> Iterable[tuple[str | BadRecord, str | BadRecord]]:
+    addresses, texts = ([line for _, line in text_lines(path)] for path in (urls, captions))
     if len(addresses) != len(texts):
         raise DataError(f"{captions}: has {len(texts)} lines, {urls} has {len(addresses)}; give the files of one set")
     return zip(addresses, texts, strict=True)

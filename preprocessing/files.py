@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from preprocessing.json_text import parse_json, shown
-from preprocessing.lines import MAX_LINE, AnyPath, CutFile, open_text, read_lines
+from preprocessing.lines import TOO_LONG, AnyPath, CutFile, open_text, read_lines
 from preprocessing.places import Place, names_in, open_input
 from preprocessing.schema import DataError, make_folder, sync_path
 
@@ -32,6 +32,7 @@ __all__ = [
     "read_json_lines",
     "read_text",
     "recover",
+    "text_lines",
 ]
 
 
@@ -76,38 +77,48 @@ def read_json(path: AnyPath) -> Any:
         raise DataError(f"{path}: {_why_invalid(error, line)}; fetch the file again") from None
 
 
-def read_json_lines(path: AnyPath, bad: Callable[[BadRecord], None]) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of each line that is not blank and is JSON; the others are handed to `bad`.
+def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:
+    """(number from 1, text) of each line, or what is wrong with it. The file may be gzip.
 
-    Raises DataError naming the file when it cannot be read, or holds no line.
+    Raises DataError naming the file when it cannot be read, or holds nothing but blanks.
     """
     empty = True
     try:
         with open_text(path) as file:
             for number, (_, line) in enumerate(read_lines(file), 1):
-                if line is not None and not line.strip():
-                    continue
-                empty = False
                 where = f"{path}: line {number}"
-                if line is None:
-                    bad(BadRecord(where, f"has more than {MAX_LINE >> 20} MiB; mend the file", "line is too long"))
-                    continue
+                empty = empty and line is not None and not line.strip()
                 try:
-                    value = parse_json(line)
+                    text = BadRecord(where, TOO_LONG, "line is too long") if line is None else line.decode()
                 except UnicodeDecodeError:
-                    bad(BadRecord(where, "is not UTF-8 text; mend the file", "line is not UTF-8 text"))
-                except ValueError as error:
-                    bad(BadRecord(where, f"{_why_invalid(error)}; fetch the file again", "line is invalid JSON"))
-                else:
-                    yield number, value
+                    text = BadRecord(where, "is not UTF-8 text; mend the file", "line is not UTF-8 text")
+                yield number, text
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except CutFile as error:
-        bad(BadRecord(f"{path}: line {error.line}", str(error), "lines are lost: a file is cut"))
+        yield error.line, BadRecord(f"{path}: line {error.line}", str(error), "lines are lost: a file is cut")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if empty:
         raise DataError(f"{path}: is empty; fetch it again")
+
+
+def read_json_lines(path: AnyPath, bad: Callable[[BadRecord], None]) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line that is not blank and is JSON; the others are handed to `bad`.
+
+    Raises DataError as `text_lines` does.
+    """
+    for number, line in text_lines(path):
+        if isinstance(line, BadRecord):
+            bad(line)
+        elif line.strip():
+            try:
+                value = parse_json(line)
+            except ValueError as error:
+                what = f"{_why_invalid(error)}; fetch the file again"
+                bad(BadRecord(f"{path}: line {number}", what, "line is invalid JSON"))
+            else:
+                yield number, value
 
 
 def _why_invalid(error: ValueError, line: str = "") -> str:

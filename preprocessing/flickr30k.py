@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import BadRecord, read_json, read_text
+from preprocessing.files import BadRecord, read_json, text_lines
 from preprocessing.image_names import (
     EXCLUDED,
     ImageFolder,
@@ -106,8 +106,13 @@ def read_tokens(
 
 def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, str]]:
     """(image, caption) of each line that is not blank and not at fault."""
-    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-    parse = _table(lines[0][1])
+    lines: list[tuple[int, str]] = []
+    for number, line in text_lines(path):
+        if isinstance(line, BadRecord):
+            faults.add(line)
+        elif line.strip():
+            lines.append((number, line))
+    parse = _table(lines[0][1]) if lines else None
     what = "'image.jpg#0<tab>caption'" if parse is None else f"of the form of its header, {lines[0][1].strip()[:60]!r}"
     for number, line in lines if parse is None else lines[1:]:
         found = (parse or _token)(line)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from preprocessing.files import BadRecord, open_input, read_json, read_json_lines, read_text
+from preprocessing.files import BadRecord, open_input, read_json, read_json_lines, text_lines
 from preprocessing.image_refs import ImageRef, image_in, join
 from preprocessing.json_text import parse_json
 from preprocessing.places import Place, names_in, place
@@ -177,7 +177,10 @@ def report_excluded(args: argparse.Namespace, source: Source) -> None:
 def read_image_names(path: Place) -> Iterator[str]:
     """The images that a list file names; see `add_exclude_argument`. Raises DataError when it is none of those."""
     if not path.name.endswith(".json"):
-        yield from (line.strip() for line in read_text(path).splitlines() if line.strip())
+        for _, line in text_lines(path):
+            if isinstance(line, BadRecord):
+                raise line
+            yield from (name for part in line.splitlines() if (name := part.strip()))
         return
     content = [record for _, record in read_json_lines(path, _refuse)] if _is_lines(path) else read_json(path)
     records = content

@@ -13,6 +13,7 @@ from preprocessing.places import RemotePath, open_input
 
 AnyPath = str | os.PathLike[str] | RemotePath
 MAX_LINE = 64 << 20  # bytes: an image of 48 MB as base64
+TOO_LONG = f"has more than {MAX_LINE >> 20} MiB; mend the file"
 _MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 20
 

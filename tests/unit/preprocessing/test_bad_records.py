@@ -175,8 +175,6 @@ def test_a_packed_file_that_is_cut_counts_and_one_that_is_damaged_is_refused(
 def test_a_line_without_end_is_passed_over_in_little_memory(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
-    for module in ("lines", "caption_files"):
-        monkeypatch.setattr(f"preprocessing.{module}.MAX_LINE", 1 << 20)
     monkeypatch.setattr(lines_module.read_lines, "__defaults__", (1 << 20,))
     content = text("json", b'{"caption": "' + b"a" * (3 << 20) + b'", "image": "0.jpg"}')
     (tmp_path / "set.x").write_bytes(gzip.compress(content) if packed else content)
@@ -203,3 +201,34 @@ def test_a_cut_file_gives_all_that_stands_before_the_cut(tmp_path: Path) -> None
         for _, line in read_lines(file):
             seen.append(line)
     assert seen == [b"%d" % number for number in range(9)] and told.value.line == 10
+
+
+@pytest.mark.parametrize("name", ["results.token", "results.csv"])
+def test_bad_lines_of_flickrs_files(tmp_path: Path, images: Path, name: str) -> None:
+    mark, head = ("#0\t", b"") if name.endswith("token") else ("|0|", b"image_name|comment_number|comment\n")
+    good = [f"{n}.jpg{mark}caption {n}".encode() for n in range(3)]
+    (tmp_path / name).write_bytes(head + b"\n".join([*good, b"odd", b"\xff" + good[0]]))
+    words = ["flickr30k", "--annotations", tmp_path / name, "--images", images, "--split", "train"]
+    convert(*words, "--out", tmp_path / "out", "--max-dropped", 0.4)
+    assert [row["caption"] for row in rows_of(tmp_path / "out/train")] == [[f"caption {n}"] for n in range(3)]
+    manifest = read_manifest(tmp_path / "out/train")
+    assert manifest["dropped"] == {"line is of another form": 1, "line is not UTF-8 text": 1}
+
+
+def test_bad_lines_of_sbus_two_files_keep_the_others_together(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "urls.txt").write_bytes(b"".join(b"http://a/%d.jpg\n" % n for n in range(3)))
+    (tmp_path / "captions.txt").write_bytes(b"c0\n\xff\nc2\n")
+    files = ["--annotations", tmp_path / "urls.txt", tmp_path / "captions.txt"]
+    convert("sbu", *files, "--images", images, "--split", "train", "--out", tmp_path / "out", "--max-dropped", 0.4)
+    rows = rows_of(tmp_path / "out/train")
+    assert [(row["caption"], row["image"]) for row in rows] == [(["c0"], picture(0)), (["c2"], picture(2))]
+    (item,) = read_manifest(tmp_path / "out/train")["dropped_items"]
+    assert item == {"item": "urls.txt: entry 1", "reason": "line is not UTF-8 text"}
+
+
+def test_a_bad_line_of_an_exclusion_list_is_refused(tmp_path: Path, images: Path, refuse: Callable[..., str]) -> None:
+    """Who can tell which image it names?"""
+    (tmp_path / "set.x").write_bytes(text("json"))
+    (tmp_path / "test.txt").write_bytes(b"0.jpg\n\xff.jpg\n")
+    message = refuse(*command(tmp_path, images), "--exclude", tmp_path / "test.txt")
+    assert "test.txt: line 2: is not UTF-8 text; mend the file" in message
