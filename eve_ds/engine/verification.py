@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard
+from eve_ds.engine import watchdog
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import UserError
@@ -57,35 +58,42 @@ def before_and_while(verify: str | bool, shards: Sequence[Shard], trains: bool =
 def verify_now(shards: Sequence[Shard]) -> None:
     """Compare all shards with their hashes, the work shared among the ranks. Called by all ranks.
 
-    First each file is read by one rank. What another host then has as a file of its own, it reads itself.
+    First each file is read by one rank. What another host then has as a file of its own, one of its ranks reads.
 
     Raises:
         UserError: on all ranks, naming the first damaged shard.
     """
     rank, world_size, _ = launched_world()
-    sound, faults = _checked(shards[rank::world_size])
-    told: list[tuple[set[hashing_process.Key], list[str]]] = [(set(), [])] * world_size
-    _gather(told, (sound, faults))
-    known = set().union(*(keys for keys, _ in told))
-    faults = [fault for _, found in told for fault in found]
+    sound, faults = _in_rounds(shards[rank::world_size])
     if not faults:
-        left = [shard for shard in shards if not _is_known(shard, known)]
-        found: list[list[str]] = [[]] * world_size
-        _gather(found, _checked(left)[1])
-        faults = [fault for each in found for fault in each]
+        host = socket.gethostname()
+        here = [number for number, name in enumerate(_gathered(host)) if name == host]
+        left = [shard for shard in shards if not _is_known(shard, sound)]
+        faults = _in_rounds(left[here.index(rank) :: len(here)])[1]
     if faults:
-        more = f" (and {len(set(faults)) - 1} more)" if len(set(faults)) > 1 else ""
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(f"data.verify: {faults[0]}{more}; {_MEND}")
 
 
-def _checked(shards: Sequence[Shard]) -> tuple[set[hashing_process.Key], list[str]]:
-    sound, faults = set(), []
-    for shard in shards:
-        state, fault, key = hashing_process.check(str(shard.path), shard.bytes, shard.sha256)
-        if state != "sound":
-            faults.append(f"{shard.path}: {fault}")
-        elif key is not None:
-            sound.add(key)
+def _in_rounds(mine: Sequence[Shard]) -> tuple[set[hashing_process.Key], list[str]]:
+    """What all ranks find in their shards: keys of sound files, and faults.
+
+    They meet after each shard, so that none waits for another longer than one takes.
+    """
+    sound: set[hashing_process.Key] = set()
+    faults: list[str] = []
+    for number in range(max(_gathered(len(mine)))):
+        found: tuple[str, hashing_process.Key | None] = ("", None)
+        if number < len(mine):
+            shard = mine[number]
+            watchdog.mark(f"verify {shard.path}")
+            _, fault, key = hashing_process.check(
+                str(shard.path), shard.bytes, shard.sha256, lambda count: watchdog.mark_again()
+            )
+            found = (f"{shard.path}: {fault}" if fault else "", key)
+        for fault, key in _gathered(found):
+            faults += [fault] if fault and fault not in faults else []
+            sound |= {key} if key else set()
     return sound, faults
 
 
@@ -96,11 +104,13 @@ def _is_known(shard: Shard, known: set[hashing_process.Key]) -> bool:
         return False
 
 
-def _gather(into: list[Any], own: object) -> None:
-    if dist.is_initialized():
-        dist.all_gather_object(into, own)
-    else:
-        into[0] = own
+def _gathered(own: Any) -> list[Any]:
+    """What each rank gives, in rank order."""
+    if not dist.is_initialized():
+        return [own]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 class VerifyShards(Callback):
@@ -149,9 +159,7 @@ class VerifyShards(Callback):
         """Raises UserError, on all ranks, where a shard is damaged."""
         if self._process is not None and not trainer.stopped_early:
             self._wait()
-        faults = [""] * trainer.world_size
-        _gather(faults, self._fault)
-        if fault := next(filter(None, faults), ""):
+        if fault := next(filter(None, _gathered(self._fault)), ""):
             raise UserError(f"data.verify: {fault}; the run is saved at step {trainer.step}; {_MEND}")
         if self._process is not None and trainer.is_main and self._seen < len(self._shards):
             print(
