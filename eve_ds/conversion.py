@@ -21,8 +21,9 @@ from eve_ds.tasks.base import TASKS
 from eve_ds.tasks.load import build_for
 from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
+from eve_ds.weights.hashes import write_hashes
 from eve_ds.weights.load import check_fit, load_weights
-from eve_ds.weights.model_folder import CONFIG, WEIGHTS, ModelFolder, metadata, step_of
+from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, metadata, step_of
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
@@ -309,3 +310,4 @@ def _write_folder(
             words.save(new)
         if answer_list is not None:
             write_json(new / ANSWER_LIST, answer_list)
+        write_hashes(new, HASHED)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from eve_ds import config as config_tree
 from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
-from eve_ds.weights.model_folder import metadata
+from eve_ds.weights.hashes import HASHES, write_hashes
+from eve_ds.weights.model_folder import HASHED, metadata
 from preprocessing.schema import ANSWER_LIST, make_folder, write_atomic
 from preprocessing.tokenizer import Tokenizer
 
@@ -41,16 +42,19 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 def export_model(
     module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path, step: int, answers: list[str] | None = None
 ) -> None:
-    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json, for VQA answer_list.json), each atomically.
+    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json, for VQA answer_list.json, hashes.json), each
+    atomically.
 
     Called by all ranks. ``step``: optimizer steps that the weights have taken, told in the file.
     """
     state = full_state(module)
     if dist.get_rank() == 0:
         make_folder(folder)
+        (folder / HASHES).unlink(missing_ok=True)  # of an earlier export
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)
         if answers is not None:
             write_json(folder / ANSWER_LIST, answers)
         write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata=metadata(step)))
+        write_hashes(folder, HASHED)
     dist.barrier()

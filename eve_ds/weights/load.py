@@ -6,6 +6,7 @@ import argparse
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from eve_ds.model.config import ModelConfig
 from eve_ds.model.moe import MoE
 from eve_ds.weights.errors import WeightsError, listed
+from eve_ds.weights.hashes import check_hash, read_hashes
 from eve_ds.weights.names import from_published, is_published
 from eve_ds.weights.positions import resize_positions
 
@@ -35,16 +37,27 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}``, ``{"module": {...}}`` or the
             tensors themselves. What else lies beside "model" (an optimizer, the script's options) is read and dropped.
     Raises:
-        WeightsError: no such file, unreadable, not a dictionary of tensors, or values that are not finite.
+        WeightsError: no such file, unreadable, not a dictionary of tensors, values that are not finite, or another
+            hash than ``hashes.json`` beside it has.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    with ThreadPoolExecutor(1) as beside:  # hashing takes no longer than reading, then
+        sha256 = read_hashes(path.parent).get(path.name)
+        hashed = None if sha256 is None else beside.submit(check_hash, path, sha256)
+        state = _read(path)
+        if hashed is not None:
+            hashed.result()
+    return _finite(path, state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return _finite(path, load_file(path))
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # a script's options, saved beside: plain data
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -54,7 +67,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(_named_tensor(*item) for item in state.items()):
         raise WeightsError(f"{path}: holds neither tensors by name nor {{'model': tensors by name}}")
-    return _finite(path, state)
+    return state
 
 
 def _finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:

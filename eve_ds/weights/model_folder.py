@@ -10,11 +10,13 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from eve_ds.weights.hashes import HASHES, check_hash, read_hashes
 from preprocessing.schema import ANSWER_LIST, DataError
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-FILES = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)  # all that a model folder may hold
+HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
+FILES = (*HASHED, HASHES)  # all that a model folder may hold
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 COMPLETE = "complete.json"  # in a checkpoint that was written to its end
@@ -123,6 +125,10 @@ class ModelFolder:
 
     @classmethod
     def _beside(cls, weights: Path) -> ModelFolder:
+        """The folder of ``weights``; its small files have their hashes (load.py looks at that of the weights)."""
+        for name, sha256 in read_hashes(weights.parent).items():
+            if name in HASHED and name != WEIGHTS:
+                check_hash(weights.parent / name, sha256)
         return cls(weights, _if_file(weights.parent / CONFIG), _if_file(weights.parent / TOKENIZER))
 
     @classmethod
