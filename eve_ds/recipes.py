@@ -92,6 +92,8 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         raise UserError(f"{source}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 text") from error
+    except ValueError as error:  # Python reads no number of thousands of digits, and no day beyond its month
+        raise UserError(f"{source}: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -62,6 +62,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to load it with all that it would run
+            reason = "it is damaged, or holds other things than tensors; nothing in it was run"
         raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
     if isinstance(state, dict):
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)

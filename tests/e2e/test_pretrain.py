@@ -70,6 +70,7 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
         "model.safetensors",
         "config.yaml",
         "tokenizer.json",
+        "hashes.json",
     }
     samples = json.loads((straight / "samples" / "samples.json").read_text())
     assert samples["pictures"] and samples["words"]
