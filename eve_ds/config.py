@@ -211,7 +211,8 @@ class PretrainConfig(_Common):
         init_from: backbone to start from: a run folder, a model folder (``eve_ds.convert`` makes one of BEiT v2), or a
             file in EVE's or our naming; null for first values.
         output_dir: folder of the run: checkpoints, metrics, samples, resolved config.
-        deepspeed_config: DeepSpeed JSON file; its "auto" values are filled in from this tree.
+        deepspeed_config: DeepSpeed JSON file, or the name of one that comes with EVE-DS (zero2); its "auto" values are
+            filled in from this tree.
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -229,7 +230,8 @@ class FinetuneConfig(_Common):
         evaluate: score ``split`` and train nothing.
         split: folder under ``data.path`` that is scored at the end.
         output_dir: folder of the run.
-        deepspeed_config: DeepSpeed JSON file; its "auto" values are filled in from this tree.
+        deepspeed_config: DeepSpeed JSON file, or the name of one that comes with EVE-DS (zero2); its "auto" values are
+            filled in from this tree.
     """
 
     objective: FinetuneObjective = field(default_factory=FinetuneObjective)
@@ -263,7 +265,11 @@ def parse(
     argv = _checked(root, argv)
     description = (root.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=program, exit_on_error=False, description=description, epilog=epilog)
-    parser.add_argument("--config", action="config", help="YAML recipe, for example eve_ds/configs/tiny_shapes.yaml")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML recipe: a file, or the name of one that comes with EVE-DS, as tiny_shapes",
+    )
     parser.add_class_arguments(root)
     parser.set_defaults(defaults or {})
     try:

@@ -16,7 +16,7 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
-from eve_ds.recipes import read_yaml
+from eve_ds.recipes import read_yaml, recipe
 from eve_ds.tasks.base import TASKS
 from eve_ds.tasks.load import build_for
 from eve_ds.weights.beit import fill_from_beit
@@ -65,11 +65,11 @@ def published_to_folder(
         ours = from_published(state, model)
     except WeightsError as error:
         raise WeightsError(f"--checkpoint {source}: {error}") from error
-    files = ModelFolder(source, Path(config) if config else None, None)
+    files = ModelFolder(source, recipe(config) if config else None, None)
     tree: dict[str, Any] = {"model": dataclasses.asdict(model)}
     tasks = _tasks_of(ours, model, files)
     if "pretrain" in tasks:
-        tree["objective"] = read_yaml(str(config))["objective"]
+        tree["objective"] = read_yaml(recipe(str(config)))["objective"]
     _write_folder(target, ours, yaml.safe_dump(tree, sort_keys=False), tokenizer)
     heads = f"with the head of {' and '.join(tasks)}" if tasks else "a backbone without a task's head"
     print(f"{target}: {len(state)} tensors as {len(ours)} of EVE-DS, {heads}")
@@ -194,7 +194,7 @@ def _named_config(state: State, vlmo_config: str | None, config: str | None) -> 
         raise UserError("name the model's shape: give one of --vlmo_config (EVE's JSON) and --config (a YAML file)")
     if vlmo_config is not None:
         return published_config(vlmo_config, state)
-    return sized_as(_stored_model(Path(str(config))), state)
+    return sized_as(_stored_model(recipe(str(config))), state)
 
 
 def _stored_model(path: Path) -> ModelConfig:

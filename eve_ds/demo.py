@@ -172,7 +172,8 @@ class Road:
     def _command(self, stage: Stage, arguments: list[str]) -> None:
         launcher = [sys.executable]
         if stage.ranks:
-            launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(self.world_size)]
+            # Not the deepspeed script: it need not lie beside the interpreter.
+            launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(self.world_size)]
             launcher += ["--master_port", str(free_port()), "--log_level", "warning", "--module"]
         start = time.monotonic()
         status = subprocess.run([*launcher, *arguments]).returncode

@@ -33,7 +33,7 @@ from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import USER_ERRORS, run_command
 from eve_ds.files import write_json
 from eve_ds.finetune_options import expand_options
-from eve_ds.recipes import read_yaml
+from eve_ds.recipes import read_yaml, recipe
 
 PROGRAM = "python -m eve_ds.plan"
 
@@ -107,10 +107,10 @@ def _root(argv: list[str]) -> Any:
         path = after if here == "--config" else here.removeprefix("--config=")
         if here == "--config" or here.startswith("--config="):
             try:
-                recipe = read_yaml(path)
+                tree = read_yaml(recipe(path))
             except USER_ERRORS:
                 return PretrainPlan  # told properly when it is parsed
-            if isinstance(recipe, dict) and "task" in recipe:
+            if isinstance(tree, dict) and "task" in tree:
                 return FinetunePlan
     return PretrainPlan
 

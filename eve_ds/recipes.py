@@ -21,6 +21,7 @@ from eve_ds.errors import UserError
 from preprocessing.schema import check_regular
 
 Section = TypeVar("Section")
+HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages
 DEEPEST, MOST_NODES = 20, 10_000  # a recipe has four levels and a hundred nodes
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
@@ -46,8 +47,20 @@ _Loader.add_implicit_resolver(
 )
 
 
+def shipped(path: str, folder: str, suffix: str) -> Path:
+    """The file of that name; where there is none, the one that comes with EVE-DS, by its path there or its name."""
+    name = path if path.endswith(suffix) else path + suffix
+    places = [Path(path), HOME / path, HOME / folder / name]
+    return next((place for place in places if place.is_file()), Path(path))
+
+
+def recipe(path: str) -> Path:
+    """The recipe that ``--config`` names."""
+    return shipped(path, "eve_ds/configs", ".yaml")
+
+
 def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The files that ``--config`` names, in order, and the rest of the command line.
+    """The files that ``--config`` names (``shipped`` ones by name), in order, and the rest of the command line.
 
     Raises:
         UserError: ``--config`` without a file.
@@ -62,7 +75,7 @@ def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
         file = value if equals else next(options, "")
         if not file or file.startswith("--"):
             raise UserError("--config: no file follows; name a YAML recipe, as in eve_ds/configs/tiny_shapes.yaml")
-        files.append(file)
+        files.append(str(recipe(file)))
     return files, rest
 
 

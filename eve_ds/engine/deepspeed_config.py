@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
-from eve_ds.recipes import DEEPEST
+from eve_ds.recipes import DEEPEST, shipped
 from preprocessing.schema import check_regular, load_json
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
@@ -52,9 +51,7 @@ def load_deepspeed_config(
         UserError: unreadable file, a value that disagrees, a setting that trains wrongly in silence (``refuse``),
             or one that DeepSpeed does not take.
     """
-    file = Path(path)
-    if not file.is_file() and not file.is_absolute():
-        file = Path(__file__).parents[2] / path
+    file = shipped(path, "ds_configs", ".json")
     check_regular(file, streams=True)
     try:
         raw = load_json(file.read_text(encoding="utf-8"), pairs=_unique)

@@ -39,13 +39,18 @@ def prepare_environment() -> None:
 def extensions_folder() -> Path:
     """Where this Python environment keeps compiled operations: TORCH_EXTENSIONS_DIR if set, else in the checkout.
 
+    An installed package keeps them in the user's cache: its own folder may be all users', or not writable.
+
     Ninja rebuilds an operation whenever the paths of Python or torch change, so each environment has a subfolder.
     """
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     digest = hashlib.sha256(environment_identity().encode()).hexdigest()[:8]
     version = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return Path(__file__).resolve().parents[2] / ".torch_extensions" / f"{version}-{digest}"
+    checkout = Path(__file__).resolve().parents[2]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = checkout if (checkout / "pyproject.toml").is_file() else cache / "eve-ds"
+    return folder / ".torch_extensions" / f"{version}-{digest}"
 
 
 def operation_folder() -> Path:

@@ -9,7 +9,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, par
 from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.config import ModelConfig
-from eve_ds.recipes import known_keys
+from eve_ds.recipes import known_keys, shipped
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "eve_ds" / "configs").glob("*.yaml"))
 
@@ -220,3 +220,18 @@ def test_a_checkpoint_named_in_a_recipe_gives_its_model_too(tmp_path: Path) -> N
 def test_two_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--checkpoint and --init_from name the same thing"):
         finetune("--checkpoint", exported(tmp_path / "a"), "--init_from", exported(tmp_path / "b"))
+
+
+def test_recipes_and_deepspeed_files_that_come_along_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny_shapes", "tiny_shapes.yaml", "eve_ds/configs/tiny_shapes.yaml"):
+        assert pretrain("--config", name).model.vocab_size == 512
+        assert pretrain(f"--config={name}").model.vocab_size == 512
+    for name in ("zero2", "zero2.json", "ds_configs/zero2.json"):
+        assert shipped(name, "ds_configs", ".json").is_file()
+    (tmp_path / "tiny_shapes").write_text("model: {vocab_size: 300}")  # what lies here wins
+    assert pretrain("--config", "tiny_shapes").model.vocab_size == 300
+    with pytest.raises(UserError, match=r"--config tiny_shape: No such file"):
+        pretrain("--config", "tiny_shape")
