@@ -259,4 +259,4 @@ def test_overwriting_on_s3_takes_the_old_manifest_away_first(s3: S3, tmp_path: P
     write_raw_coco(tmp_path / "raw", 12)
     assert main(["coco", *raw, "--shard-rows", "5", "--out", out, "--overwrite"]) == 0
     assert read_manifest(places.RemotePath(f"{out}/train"))["rows"] == 12
-    assert len(s3.names("again/train")) == 3 + 2
+    assert len(s3.names("again/train")) == 3 + 3  # shards; ids, manifest, provenance
