@@ -8,6 +8,7 @@ share the output.
 
 import os
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from preprocessing.schema import DataError
@@ -23,6 +25,7 @@ from preprocessing.schema import DataError
 _T = TypeVar("_T")
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI, MPICH and Intel MPI
 _MOST_WORKERS = 1024
+_TIMEOUT_SECONDS = 150  # waits for a worker; two without any work end the run
 _AHEAD = 3  # tasks that end while the next one is begun
 _mpi: Executor | None = None  # set on rank 0 for as long as the ranks serve
 
@@ -80,7 +83,7 @@ def executor(workers: int) -> Iterator[tuple[Executor, int]]:
         except BaseException:
             started: Iterable[BaseProcess] = (pool._processes or {}).values()
             for process in list(started):  # 3.14 has terminate_workers() for it
-                process.terminate()
+                process.kill()  # a stopped process ends by nothing less
             raise
         finally:
             pool.shutdown(cancel_futures=True)
@@ -129,11 +132,11 @@ def run_tasks(
             for task in tasks:
                 running.add(pool.submit(function, *task))
                 if len(running) >= most:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    done, running = _first_done(pool, running)
                     for future in done:
                         yield future.result()
             while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+                done, running = _first_done(pool, running)
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
@@ -144,6 +147,49 @@ def run_tasks(
         finally:
             for future in running:
                 future.cancel()
+
+
+def _first_done(pool: Executor, running: set["Future[_T]"]) -> tuple[set["Future[_T]"], set["Future[_T]"]]:
+    """As `wait` for the first one. Raises DataError when none comes and no worker does anything for a long time.
+
+    The time is a few minutes, or PREPROCESSING_TIMEOUT_SECONDS of the environment.
+    """
+    if not isinstance(pool, ProcessPoolExecutor):
+        return cast(Any, wait(running, return_when=FIRST_COMPLETED))
+    seconds = float(os.environ.get("PREPROCESSING_TIMEOUT_SECONDS", _TIMEOUT_SECONDS))
+    quiet = 0  # waits in a row in which no worker used the processor
+    before = _activity(pool)
+    while True:
+        done, rest = wait(running, timeout=seconds, return_when=FIRST_COMPLETED)
+        now = _activity(pool)
+        if done:
+            return done, rest
+        quiet = quiet + 1 if [ticks for _, _, ticks in now] == [ticks for _, _, ticks in before] else 0
+        if quiet == 2:  # after one, this process itself may have been stopped together with all of them
+            raise DataError(_told(now, 2 * seconds))
+        before = now
+
+
+def _activity(pool: ProcessPoolExecutor) -> list[tuple[int, str, int]]:
+    """(process, its state in a letter, processor time in clock ticks) of each worker."""
+    found = []
+    for process in list(pool._processes or ()):
+        try:
+            words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # ended: the pool will say so
+            continue
+        found.append((process, words[0], int(words[11]) + int(words[12])))
+    return found
+
+
+def _told(workers: list[tuple[int, str, int]], seconds: float) -> str:
+    stopped = [process for process, state, _ in workers if state in "Tt"]
+    names = ", ".join(str(process) for process in stopped or [process for process, _, _ in workers])
+    what = f"stopped: continue them with `kill -CONT {names.replace(',', '')}`" if stopped else "waiting for storage?"
+    return (
+        f"on host {socket.gethostname()}, no worker has done anything for {seconds:g} s (process {names}: {what}); run "
+        "the same command again, it goes on where it was; PREPROCESSING_TIMEOUT_SECONDS sets the time"
+    )
 
 
 def _overlapped(begin: Callable[..., Callable[[], _T]], tasks: Iterable[tuple[Any, ...]]) -> Generator[_T, None, None]:

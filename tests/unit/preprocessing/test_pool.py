@@ -31,6 +31,11 @@ def die(value: int) -> int:
     return value
 
 
+def stop(file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def sleep(file: str) -> None:
     Path(file).write_text(str(os.getpid()))
     time.sleep(600)
@@ -98,6 +103,15 @@ def test_an_error_ends_the_run(workers: int) -> None:
 def test_a_worker_that_dies_is_told() -> None:
     with pytest.raises(DataError, match="a worker process was killed"):
         list(run_tasks(2, die, ((value,) for value in range(10))))
+
+
+def test_a_worker_that_is_stopped_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREPROCESSING_TIMEOUT_SECONDS", "0.5")
+    with pytest.raises(DataError, match=r"no worker has done anything for 1 s \(process \d+: stopped") as raised:
+        list(run_tasks(2, stop, [(str(tmp_path / "worker"),)]))
+    process = int((tmp_path / "worker").read_text())
+    assert f"process {process}: stopped: continue them with `kill -CONT {process}`" in str(raised.value)
+    assert not _alive(process)
 
 
 def test_workers_die_with_their_parent(tmp_path: Path) -> None:
