@@ -200,6 +200,8 @@ class _Common:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     output_dir: str = ""
+    resume_from: str | None = None
+    dry_run: bool = False
     deepspeed_config: str = "ds_configs/zero2.json"
 
 
@@ -209,8 +211,11 @@ class PretrainConfig(_Common):
 
     Args:
         init_from: backbone to start from: a run folder, a model folder (``eve_ds.convert`` makes one of BEiT v2), or a
-            file in EVE's or our naming; null for first values.
+            file in EVE's or our naming; null for first values. Of an unfinished run, its newest checkpoint.
         output_dir: folder of the run: checkpoints, metrics, samples, resolved config.
+        resume_from: branch: RUN/checkpoints/step_N of another run, to go on from in a new ``output_dir`` with its
+            optimizer and its step, but another learning rate, length, batch or data; RUN is its newest checkpoint.
+        dry_run: build and check everything, say what would run, write nothing.
         deepspeed_config: DeepSpeed JSON file, or the name of one that comes with EVE-DS (zero2); its "auto" values are
             filled in from this tree.
     """
@@ -225,11 +230,15 @@ class FinetuneConfig(_Common):
 
     Args:
         task: retrieval on COCO or Flickr30k, visual question answering, or NLVR2.
-        init_from: pre-trained or fine-tuned weights: a run folder, a model folder, or a file in EVE's or our naming.
+        init_from: pre-trained or fine-tuned weights: a run folder, a model folder, or a file in EVE's or our naming. Of
+            an unfinished run, its newest checkpoint.
         load_head: take the task head from there too.
         evaluate: score ``split`` and train nothing.
         split: folder under ``data.path`` that is scored at the end.
         output_dir: folder of the run.
+        resume_from: branch: RUN/checkpoints/step_N of another run, to go on from in a new ``output_dir`` with its
+            optimizer and its step, but another learning rate, length, batch or data; RUN is its newest checkpoint.
+        dry_run: build and check everything, say what would run, write nothing.
         deepspeed_config: DeepSpeed JSON file, or the name of one that comes with EVE-DS (zero2); its "auto" values are
             filled in from this tree.
     """
@@ -326,7 +335,7 @@ def _checked(root: type, argv: list[str]) -> list[str]:
 
     The parser lets the last one win: recipes come first, wherever they stood.
     """
-    recipes, options = split_options(_without_local_rank(argv))
+    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(argv)))
     known = known_keys(root)
     for path in recipes:
         check_keys(read_yaml(path, "--config"), root, path)
@@ -346,6 +355,12 @@ def _check_depth(option: str) -> None:
         depth += (char in "[{") - (char in "]}")
         if depth > DEEPEST:
             raise UserError(f"the command line: {option[:40]} … is nested deeper than {DEEPEST} levels")
+
+
+def _as_flag(name: str, argv: list[str]) -> list[str]:
+    """``name`` without a value behind it is true."""
+    following = [*argv[1:], "--"]
+    return [f"{name}=true" if (a, b[:2]) == (name, "--") else a for a, b in zip(argv, following, strict=True)]
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:

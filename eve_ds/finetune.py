@@ -26,11 +26,13 @@ def run(stop: StopRequest) -> int:
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     if config.evaluate and not config.init_from:
         raise UserError("--evaluate needs --checkpoint: a fine-tuned run, a model folder or a file of weights")
+    if config.evaluate and config.resume_from:
+        raise UserError(f"--evaluate trains nothing; score a checkpoint with --checkpoint {config.resume_from}")
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.data.samples import read_answer_list
-    from eve_ds.engine import batches, distributed, initial, run_folder, setup, verification, watchdog
+    from eve_ds.engine import batches, distributed, dry_run, initial, run_folder, setup, verification, watchdog
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
@@ -47,9 +49,11 @@ def run(stop: StopRequest) -> int:
 
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
-        identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]))
-        watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
-        setup.store_words(config, scored[config.split])
+        steps = setup.total_steps(config, len(training)) if training is not None else None
+        identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]), steps)
+        if not config.dry_run:
+            watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
+            setup.store_words(config, scored[config.split])
         read = [*([training] if training else []), *scored.values()]
         shards = [shard for samples in read for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
@@ -58,14 +62,17 @@ def run(stop: StopRequest) -> int:
         if initial.load_first_weights(task, config, with_head) and with_head and config.task == "vqa":
             setup.check_answer_list(config)
         scorer = Scorer(config, scored, device, stop)
-        if training is None:
+        if training is None or steps is None:
+            if config.dry_run:
+                return dry_run.tell_scoring(config, task, scored[config.split])
             setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, Path(config.output_dir))
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
-        steps = setup.total_steps(config, len(training))
         callbacks = [*standard_callbacks(config), *checks]
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
+        if config.dry_run:
+            return dry_run.tell_training(config, trainer, training)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:

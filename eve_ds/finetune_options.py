@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from eve_ds import config as config_tree
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.recipes import read_yaml, split_options
-from eve_ds.weights.model_folder import ModelFolder
+from eve_ds.weights.model_folder import ModelFolder, checkpoints
+from preprocessing.schema import DataError
 
 VALUE_OPTIONS = {
     "checkpoint": ("init_from", "weights to start from: a run folder, a model folder or a file"),
@@ -21,6 +23,7 @@ VALUE_OPTIONS = {
     "lr_mult": ("optimizer.head_lr_mult", "factor on it for the head"),
     "seed": ("engine.seed", "of everything that is drawn"),
 }
+PLACES = ("init_from", "resume_from", "output_dir")  # which tell what the model is, and go on as they are
 FLAGS = {
     "biattn": ("objective.biattn", "NLVR: bi-attention head"),
     "gc": ("model.checkpoint_activations", "gradient checkpointing: recompute blocks in the backward pass"),
@@ -45,7 +48,8 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for name in FLAGS:
         short.add_argument(f"--{name}", action="store_true")
     short.add_argument("--vlmo_config")
-    short.add_argument("--init_from")
+    for name in PLACES:
+        short.add_argument(f"--{name}")
     try:
         given, rest = short.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -58,26 +62,36 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             rest += [f"--{key}", "true"]
     if given.checkpoint and given.init_from:
         raise UserError("--checkpoint and --init_from name the same thing; give one of them")
-    if given.init_from:
-        rest += ["--init_from", given.init_from]
-    source = given.checkpoint or given.init_from or _source_in_recipes(rest)
-    return rest, _model_defaults(None if source == "null" else source, given.vlmo_config)
+    for name in PLACES:
+        if getattr(given, name):
+            rest += [f"--{name}", getattr(given, name)]
+    named = {**_places_in_recipes(rest), **{name: value for name, value in vars(given).items() if value}}
+    named["init_from"] = given.checkpoint or named.get("init_from")
+    places = {name: None if named.get(name) == "null" else named.get(name) for name in PLACES}
+    return rest, _model_defaults(places, given.vlmo_config)
 
 
-def _source_in_recipes(argv: list[str]) -> str | None:
-    """``init_from`` of the last recipe that has it; what else is wrong with a recipe is told when it is parsed."""
+def _places_in_recipes(argv: list[str]) -> dict[str, str]:
+    """PLACES as the last recipe names them; what else is wrong with a recipe is told when it is parsed."""
     trees = [read_yaml(path, "--config") for path in split_options(argv)[0]]
-    named = [tree["init_from"] for tree in trees if isinstance(tree, dict) and "init_from" in tree]
-    return named[-1] if named and isinstance(named[-1], str) else None
+    found = {name: tree[name] for tree in trees if isinstance(tree, dict) for name in PLACES if name in tree}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
-def _model_defaults(source: str | None, vlmo_config: str | None) -> dict[str, Any]:
+def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> dict[str, Any]:
+    """Of the model that the run starts from; where that is gone, of the run itself, if it goes on."""
     model: ModelConfig | None = None
+    branch, start, run = (places[name] for name in ("resume_from", "init_from", "output_dir"))
     if vlmo_config:
         model = ModelConfig.from_vlmo(vlmo_config)
-    elif source:
-        stored = ModelFolder.find(source).config
-        model = config_tree.load_model_config(stored) if stored else None
+    elif branch or start:
+        try:
+            files = ModelFolder.checkpoint(branch) if branch else ModelFolder.find(start or "", unfinished=True)
+        except DataError:
+            if not run or not checkpoints(Path(run)):
+                raise
+            files = ModelFolder.checkpoint(run)
+        model = config_tree.load_model_config(files.config) if files.config else None
     if model is None:
         return {}
     return {f"model.{key}": value for key, value in dataclasses.asdict(model).items()}

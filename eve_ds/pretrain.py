@@ -26,7 +26,7 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.report import PretrainExamples
-    from eve_ds.engine import batches, distributed, initial, run_folder, setup, verification, watchdog
+    from eve_ds.engine import batches, distributed, dry_run, initial, run_folder, setup, verification, watchdog
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
@@ -44,9 +44,10 @@ def run(stop: StopRequest) -> int:
 
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
-        identity = run_folder.claim(config, setup.identity(config, training))
-        watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
-        setup.store_words(config, training)
+        identity = run_folder.claim(config, setup.identity(config, training), steps)
+        if not config.dry_run:
+            watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
+            setup.store_words(config, training)
         shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards)
         task = setup.build_task(config, tokenizer)
@@ -61,6 +62,8 @@ def run(stop: StopRequest) -> int:
             return held_out_metrics(trainer, found)
 
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate if held_out else None, stop)
+        if config.dry_run:
+            return dry_run.tell_training(config, trainer, training)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:

@@ -22,10 +22,21 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint.constants import PARAM_SHAPES
 
 from eve_ds.engine import agreement
 from eve_ds.engine.identity import Identity, told
-from eve_ds.engine.manifest import COMPLETE, Manifest, Sizes, Topology, experts_of, file_names, file_sizes
+from eve_ds.engine.manifest import (
+    COMPLETE,
+    Manifest,
+    Sizes,
+    Topology,
+    experts_of,
+    file_names,
+    file_sizes,
+    load_file,
+    model_file,
+)
 from eve_ds.engine.soundness import hash_together, split_by_size, tag_of, tagged, whole
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.errors import RankError, UserError
@@ -128,18 +139,28 @@ def _told_if_full(target: Path) -> Iterator[None]:
         ) from error
 
 
-def load(engine: Any, path: Path, manifest: Manifest, topology: Topology, identity: Identity) -> None:
+def load(
+    engine: Any,
+    path: Path,
+    manifest: Manifest,
+    topology: Topology,
+    identity: Identity | None,
+    scratch: Path | None = None,
+) -> None:
     """Load ``path``, which was checked, into a fresh ``engine``. Called by all ranks.
 
     Hyper-parameters stay the engine's own; weights, Adam's moments and its step count are the checkpoint's.
 
     Args:
         manifest: of ``path``, as ``check`` or ``sound`` returned it.
-        identity: of the run and of what it reads; the checkpoint's must be the same.
+        identity: of the run and of what it reads; the checkpoint's must be the same. None: of another run, a branch of
+            which this one is (``initial.branch_point``).
+        scratch: where a conversion may write; by default beside ``path``.
     Raises:
         UserError: the checkpoint is another run's, or has other MoE layers or numbers of experts.
     """
-    if found := identity_in(path, manifest).differences(identity):
+    found = identity_in(path, manifest).differences(identity) if identity else []
+    if found:
         raise UserError(
             f"{path}: is a checkpoint of another run: {told(found)}; make these equal to go on, or start in another "
             "output_dir"
@@ -151,13 +172,22 @@ def load(engine: Any, path: Path, manifest: Manifest, topology: Topology, identi
             f"{path}: has experts in {saved}, the model in {wanted}; resume with the model that it was written for"
         )
     settings = [_hyper_parameters(group) for group in engine.optimizer.param_groups]
-    if manifest.topology == topology and manifest.experts == experts:
+    as_it_is = manifest.topology == topology and manifest.experts == experts
+    if as_it_is and (identity or _same_groups(engine, path, topology)):
         engine.load_checkpoint(str(path.parent), tag=path.name)
     else:
-        _load_universal(engine, path, manifest)
+        _load_universal(engine, path, manifest, scratch or path.parent)
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
     _set_steps(engine, manifest.step - manifest.skipped_steps)
+
+
+def _same_groups(engine: Any, path: Path, topology: Topology) -> bool:
+    """Whether a checkpoint was cut like the engine: another learning rate or decay may group parameters otherwise."""
+    saved = load_file(model_file(path, topology.zero_stage, dist.get_rank()))
+    groups = [list(group) for group in engine._get_zero_param_shapes()]
+    bf16 = saved["ds_config"].get("bf16", {}).get("enabled", False)
+    return [list(group) for group in saved[PARAM_SHAPES]] == groups and bf16 == engine.bfloat16_enabled()
 
 
 def identity_in(path: Path, manifest: Manifest) -> Identity:
@@ -180,13 +210,13 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _load_universal(engine: Any, path: Path, manifest: Manifest) -> None:
-    """Convert ``path`` with all ranks, load it, and delete the converted folder."""
-    folder = path.with_name(f"{UNIVERSAL}_{path.name}")
+def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) -> None:
+    """Convert ``path`` with all ranks into a folder below ``scratch``, load it, and delete the converted folder."""
+    folder = scratch / f"{UNIVERSAL}_{path.name}"
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of a resume that was killed: perhaps half-written
-        folder.mkdir()
+        folder.mkdir(parents=True)
     dist.barrier()
     state = ShardedState(path, manifest)
     with _told_if_full(folder):

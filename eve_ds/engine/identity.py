@@ -22,6 +22,7 @@ FREE = (  # sections and keys that change nothing that is learned, and the lengt
     "checkpoint",
     "output_dir",
     "split",
+    "dry_run",
     "deepspeed_config",
     "optimizer.total_steps",
     "optimizer.epochs",
@@ -37,9 +38,29 @@ FREE = (  # sections and keys that change nothing that is learned, and the lengt
     "data.max_pixels",
     "data.val_split",
 )
-PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from")  # what lies there counts
-WEIGHTS = ("init_from",)  # inputs that are read once, when the run begins: the same place will do, too
+PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from", "resume_from")  # what lies there counts
+WEIGHTS = ("init_from", "resume_from")  # inputs that are read once, when the run begins: the same place will do, too
 PRETRAIN = "pretrain"  # its task
+FREE_IN_A_BRANCH = (  # beside what lies elsewhere: what needs no other tensors
+    "optimizer",
+    "data",
+    "engine.global_batch_size",
+    "engine.seed",
+    "load_head",
+    "model.max_text_length",
+    "model.capacity_factor",
+    "model.drop_path",
+    "model.layer_scale",
+    "model.init_std",
+    "model.position_std",
+    "model.aux_loss_weight",
+    "objective.mode",
+    "objective.image_mask_ratio",
+    "objective.text_mask_ratio",
+    "objective.seed",
+    "objective.temperature",
+)
+KEPT_IN_A_BRANCH = ("tokenizer", "answer list")  # inputs that the tensors go with
 SHOWN = 4  # differences that a message tells
 
 
@@ -88,6 +109,12 @@ class Identity:
             if not _same(name, known, new):
                 found.append(f"{name} is {_told(known)} there and {_told(new)} here")
         return found
+
+    def for_a_branch(self) -> Identity:
+        """Of it, what a branch must have in common with the run that it leaves."""
+        kept = {key: value for key, value in self.settings.items() if not _within(key, FREE_IN_A_BRANCH)}
+        kept.pop("weights of data.sources", None)
+        return Identity(kept, {name: self.inputs[name] for name in KEPT_IN_A_BRANCH if name in self.inputs})
 
     def merged(self, now: Identity) -> Identity:
         """``now``, and of the inputs that it does not know what this one knows."""
@@ -154,6 +181,10 @@ def _bound(tree: dict[str, Any]) -> dict[str, Any]:
     if flat.get("objective.head_hidden", 0) is None and isinstance(flat.get("model.dim"), int):
         flat["objective.head_hidden"] = 2 * flat["model.dim"]  # as the heads take it
     return flat
+
+
+def _within(key: str, keys: tuple[str, ...]) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import yaml
 from eve_ds.config import EngineConfig, FinetuneConfig, PretrainConfig
 from eve_ds.engine.agreement import decide, gather
 from eve_ds.engine.run_folder import CONFIG, holds_run
+from eve_ds.weights.model_folder import run_of
 
 Precision = Literal["bf16", "fp32"]
 
@@ -41,13 +42,16 @@ def precision_of(engine: EngineConfig) -> Precision:
 
 
 def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None:
-    """Put bf16 or fp32 in the place of ``engine.precision: auto``: that of the run in ``output_dir``, if it holds one.
+    """Put bf16 or fp32 in the place of ``engine.precision: auto``: that of the run in ``output_dir``, if it holds one,
+    or of the run that this one branches from.
 
     A run goes on in the numbers that it began with, whatever machine it is moved to. A new one takes bf16 if it is
     quick on the devices of all ranks. Rank 0 warns of bf16 that was asked for where it is slow. Called by all ranks.
     """
     if config.engine.precision == "auto":
-        stored: Precision | None = decide(lambda: _stored(Path(config.output_dir or ".")))
+        run = Path(config.resume_from or "")
+        folders = [Path(config.output_dir or "."), *([run_of(run) or run] if config.resume_from else [])]
+        stored: Precision | None = decide(lambda: next(filter(None, map(_stored, folders)), None))
         config.engine.precision = stored or _best_of_all_ranks()
     if rank == 0 and config.engine.precision == "bf16" and best_precision() == "fp32":
         print(

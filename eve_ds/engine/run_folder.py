@@ -17,6 +17,7 @@ from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
+from eve_ds.weights.model_folder import checkpoints, run_of, step_of
 from preprocessing.schema import ANSWER_LIST, make_folder
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
@@ -31,48 +32,76 @@ OF_A_START = {
 _held: list[int] = []  # descriptors of locks: closed, they would be given up
 
 
-def claim(config: PretrainConfig | FinetuneConfig, identity: Identity) -> Identity:
+def claim(config: PretrainConfig | FinetuneConfig, identity: Identity, total_steps: int | None = None) -> Identity:
     """Make ``config.output_dir`` this run's and store the resolved config and the identity in it.
 
     Settings that do not change what is learned may differ from the stored ones, and so may the length of the run: to
     raise it trains on, along the longer schedule. Called by all ranks; rank 0 alone looks and writes.
 
+    Args:
+        config: the resolved tree. With ``dry_run`` the folder is looked at and left as it is.
+        identity: of the run.
+        total_steps: that it shall have in all; None if it does not train.
     Returns:
         the identity, completed by what the folder knew of the run.
     Raises:
         UserError: no folder named, it holds another run (the differences are named) or files that are no run, a run is
-            going on in it, or it is not one folder for all ranks; or the ranks read different things.
+            going on in it, it is beyond ``total_steps``, or it is not one folder for all ranks; or the ranks read
+            different things.
     """
     _check_same_on_all_ranks(identity)
-    identity = decide(lambda: _claim(config, identity))
+    identity = decide(lambda: _look(config, identity, total_steps))
+    if config.dry_run:
+        return identity
+    decide(lambda: _take(Path(config.output_dir)))
     prove_shared(Path(config.output_dir), f"--output_dir {config.output_dir}")
     decide(lambda: _store(config, identity))
     return identity
 
 
-def _claim(config: PretrainConfig | FinetuneConfig, identity: Identity) -> Identity:
+def _look(config: PretrainConfig | FinetuneConfig, identity: Identity, total_steps: int | None) -> Identity:
     if not config.output_dir:
         raise UserError("--output_dir is missing; name a folder for checkpoints, metrics and the resolved config")
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
+    if config.resume_from and _run(config.resume_from) == folder.resolve():
+        raise UserError(
+            f"--resume_from {config.resume_from}: lies in --output_dir itself; a branch needs a folder of its own, and "
+            "without --resume_from the run goes on from its newest checkpoint"
+        )
     if holds_run(folder):
         if not config.checkpoint.resume:
             raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
         before = stored_identity(folder)
         if found := before.differences(identity):
             raise UserError(
-                f"--output_dir {folder} holds another run: {told(found)}; choose another folder, or make these equal "
-                "to go on"
+                f"--output_dir {folder} holds another run: {told(found)}; make these equal to go on, or choose another "
+                f"folder (there, --resume_from {folder} branches from its newest checkpoint)"
             )
         identity = before.merged(identity)
+        newest = next(reversed(checkpoints(folder)), None)
+        if total_steps is not None and newest is not None and step_of(newest) > total_steps:
+            raise UserError(
+                f"--output_dir {folder}: the run is at step {step_of(newest)}, and is to have {total_steps} in all; "
+                "raise optimizer.total_steps (or epochs), or branch from an earlier checkpoint, --resume_from "
+                f"{folder}/checkpoints/step_N, with another --output_dir"
+            )
     elif _contents(folder):
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
+    return identity
+
+
+def _run(checkpoint: str) -> Path:
+    """The folder of the run that ``--resume_from`` names."""
+    return (run_of(Path(checkpoint)) or Path(checkpoint)).resolve()
+
+
+def _take(folder: Path) -> None:
     if not _lock(folder):
         raise UserError(
             f"--output_dir {folder}: another process trains or scores in it; wait for its end, or choose another folder"
         )
-    return identity
 
 
 def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:

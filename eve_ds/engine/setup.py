@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer named in the config, or the one beside the weights that the run starts from."""
     path: str | Path | None = config.data.tokenizer
-    weights = initial.source(config)
+    weights, source = initial.source(config), config.resume_from or config.init_from
     trained = weights.tokenizer if weights else None
     if path is None and trained is None:
         raise UserError(
@@ -47,7 +47,7 @@ def tokenizer(config: Config) -> Tokenizer:
     found = Tokenizer.load(path or trained or "")
     if path is not None and trained is not None and (difference := found.difference(Tokenizer.load(trained))):
         raise UserError(
-            f"--data.tokenizer {path} is not the tokenizer that {config.init_from} was trained with ({trained}): "
+            f"--data.tokenizer {path} is not the tokenizer that {source} was trained with ({trained}): "
             f"{difference}; leave --data.tokenizer out to take the latter"
         )
     weights_without_tokenizer = isinstance(config, FinetuneConfig) and config.init_from is not None and trained is None

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint, soundness
+from eve_ds.engine import checkpoint, initial, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
@@ -80,7 +80,7 @@ class Trainer:
         self._evaluation_due = False  # a request to stop came before it, or in it
         self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
         self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
-        self._identity = identity
+        self.identity = identity
         self._counts: dict[str, float] = {}  # of all ranks, since the run began
         self._counts_before: dict[str, float] = {}  # before this process
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
@@ -97,18 +97,21 @@ class Trainer:
         return self.output_dir / "checkpoints"
 
     def resume(self) -> int:
-        """Load the newest sound checkpoint of this run, if there is one; returns the step to go on from.
+        """Load the newest sound checkpoint of this run, or that which it branches from; returns the step to go on from.
 
         The ranks, the expert-parallel size and the ZeRO stage may be others than those that wrote it.
         """
         found = soundness.sound(self.checkpoint_dir)
-        if found is not None:
-            path, manifest = found
-            checkpoint.load(self.engine, path, manifest, self.topology, self._identity)
+        branch = None if found else initial.branch_point(self.config, self.identity, self.total_steps)
+        if begins := found or branch:
+            path, manifest = begins
+            own = self.identity if found else None
+            checkpoint.load(self.engine, path, manifest, self.topology, own, self.checkpoint_dir)
             self.step = self.start_step = manifest.step
             self.skipped_steps = manifest.skipped_steps
-            self._evaluation_due = manifest.state.get("evaluation_due", False)
-            self._counts_before = manifest.state.get("counts", {})
+            if found:
+                self._evaluation_due = manifest.state.get("evaluation_due", False)
+                self._counts_before = manifest.state.get("counts", {})
             self._tell_changes(path, manifest)
         return self.start_step
 
@@ -279,7 +282,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
-        state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self._identity.tree()}
+        state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self.identity.tree()}
         state |= {"evaluation_due": self._evaluation_due}
         mark(f"saving step {self.step}")
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)

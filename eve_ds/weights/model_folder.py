@@ -124,6 +124,19 @@ class ModelFolder:
         )
 
     @classmethod
+    def checkpoint(cls, path: str | Path) -> ModelFolder:
+        """The checkpoint RUN/checkpoints/step_N at ``path``, or the newest one of the run there.
+
+        Raises:
+            DataError: there is none, or it is not whole.
+        """
+        path = Path(path)
+        found = path if run_of(path) else next(reversed(checkpoints(path)), None)
+        if found is None:
+            raise DataError(f"{path}: no whole checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
+        return cls._of_checkpoint(found)
+
+    @classmethod
     def _beside(cls, weights: Path) -> ModelFolder:
         """The folder of ``weights``; its small files have their hashes (load.py looks at that of the weights)."""
         for name, sha256 in read_hashes(weights.parent).items():

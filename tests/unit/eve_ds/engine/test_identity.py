@@ -123,7 +123,7 @@ def test_a_setting_that_changes_the_result_is_named(key: str, value: object, wor
     config = pretraining(data)
     begun(data / "run", config)
     other = changed(config, key, value)
-    with pytest.raises(UserError, match=rf"run holds another run: {words}; choose another folder, or make these equal"):
+    with pytest.raises(UserError, match=rf"run holds another run: {words}; make these equal to go on, or choose"):
         run_folder.claim(other, of(other))
     assert json.loads((data / "run" / "identity.json").read_text()) == of(config).tree()  # as it was
 

@@ -1,0 +1,83 @@
+"""What ``--dry_run`` says: the run as it would begin. All is built and checked by then; nothing was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.data.samples import Samples
+from eve_ds.engine import initial
+from eve_ds.engine.agreement import rank_and_world
+from eve_ds.engine.batches import TrainingBatches
+from eve_ds.engine.distributed import launched_world
+from eve_ds.engine.trainer import Trainer
+from eve_ds.tasks.base import Task
+from eve_ds.weights.model_folder import checkpoints, step_of
+
+Config = PretrainConfig | FinetuneConfig
+
+
+def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
+    """Read one micro-batch and check what a branch leaves from, then say what would run. Called by all ranks.
+
+    Returns:
+        the exit code, 0.
+    Raises:
+        UserError, DataError: as training itself would, at its start.
+    """
+    branch = None
+    if not initial.goes_on(config):
+        branch = initial.branch_point(config, trainer.identity, trainer.total_steps)
+    step, begins = _beginning(config, branch[0] if branch else None)
+    batches = TrainingBatches(config, training, step)
+    try:
+        next(batches)
+    finally:
+        batches.close()
+    ranks, accumulated = trainer.world_size, trainer.accumulation_steps
+    micro = trainer.micro_batch_of_all_ranks // ranks
+    _say(
+        f"{trainer.task_name} on {ranks} rank(s), ZeRO {trainer.topology.zero_stage}, {config.engine.precision}",
+        f"data    {training.split.name}: {training.rows} rows, {len(training)} samples",
+        f"model   {parameters(trainer.task):,} parameters, {begins}",
+        f"steps   {step} to {trainer.total_steps}, each {accumulated} x {micro} samples a rank = "
+        f"{config.engine.global_batch_size}",
+        f"output  {config.output_dir}",
+    )
+    return 0
+
+
+def tell_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int:
+    """Say what ``--evaluate`` would score. Returns the exit code, 0."""
+    _say(
+        f"score {config.task} on {rank_and_world()[1]} rank(s), {config.engine.precision}",
+        f"data    {scored.split.name}: {scored.rows} rows, {len(scored)} samples",
+        f"model   {parameters(task):,} parameters, from {config.init_from}",
+        f"output  {config.output_dir}",
+    )
+    return 0
+
+
+def parameters(task: Task) -> int:
+    """Of the whole model, all ranks' experts included."""
+    local = {name: int(getattr(value, "ds_numel", value.numel())) for name, value in task.named_parameters()}
+    spread = {f"{name}.experts.": layer.ep_size for name, layer in task.named_modules() if hasattr(layer, "ep_size")}
+    return sum(
+        count * next((size for prefix, size in spread.items() if name.startswith(prefix)), 1)
+        for name, count in local.items()
+    )
+
+
+def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
+    """The step to go on from, and where the weights come from, in words."""
+    if initial.goes_on(config):
+        newest = checkpoints(Path(config.output_dir))[-1]
+        return step_of(newest), f"going on from {newest}"
+    if branch is not None:
+        return step_of(branch), f"branching from {branch}"
+    return 0, f"from {config.init_from}" if config.init_from else "from first values"
+
+
+def _say(*lines: str) -> None:
+    if launched_world()[0] == 0:
+        print("dry run: all is in order, nothing was written", *lines, sep="\n  ", flush=True)
