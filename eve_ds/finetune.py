@@ -24,10 +24,7 @@ def run(stop: StopRequest) -> int:
     """Train and score, with requests to stop heeded; returns the exit code."""
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
-    if config.evaluate and not config.init_from:
-        raise UserError("--evaluate needs --checkpoint: a fine-tuned run, a model folder or a file of weights")
-    if config.evaluate and config.resume_from:
-        raise UserError(f"--evaluate trains nothing; score a checkpoint with --checkpoint {config.resume_from}")
+    _check_evaluate(config)
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
@@ -83,6 +80,13 @@ def run(stop: StopRequest) -> int:
             answers = read_answer_list(config.data.home) if config.task == "vqa" else None
             export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, answers)
     return 0
+
+
+def _check_evaluate(config: FinetuneConfig) -> None:
+    if config.evaluate and not config.init_from:
+        raise UserError("--evaluate needs --checkpoint: a fine-tuned run, a model folder or a file of weights")
+    if config.evaluate and config.resume_from:
+        raise UserError(f"--evaluate trains nothing; score a checkpoint with --checkpoint {config.resume_from}")
 
 
 if __name__ == "__main__":
