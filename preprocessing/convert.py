@@ -96,7 +96,7 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
         _check_whole(source, args.max_dropped)
     report_excluded(args, source)
     for note in source.notes:
-        print(note)
+        print(printable(note))
     _check_images_there(source.rows, args.max_dropped)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
@@ -117,7 +117,7 @@ def _warn_of_shared(out: Place, split: str) -> None:
         if split in (one.name, other.name):
             mend = "training refuses that; prepare one of them with --exclude"
             mend = mend if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
-            print(f"warning: {one} and {other}: hold the same {which}; {mend}")
+            print(printable(f"warning: {one} and {other}: hold the same {which}; {mend}"))
 
 
 def _check_whole(source: Source, share: float) -> None:

@@ -26,7 +26,7 @@ from preprocessing.image_names import (
 )
 from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, printable
 from preprocessing.source import Faults, Row, Source
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         only = None if args.only is None else ImageList(read_image_names(place(args.only)), args.only)
         source = read_tokens(path, images, cleaning, excluded, only)
         for file, names, found in only.found() if only is not None else ():
-            print(f"--only {file}: {found} of {names} images found")
+            print(printable(f"--only {file}: {found} of {names} images found"))
         write_split(source, args)
         return
     content = read_json(path)

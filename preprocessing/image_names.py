@@ -10,7 +10,7 @@ from preprocessing.files import BadRecord, open_input, read_json, read_json_line
 from preprocessing.image_refs import ImageRef, image_in, join
 from preprocessing.json_text import parse_json
 from preprocessing.places import Place, names_in, place
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, printable
 from preprocessing.source import Source
 
 _ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
@@ -166,7 +166,7 @@ def report_excluded(args: argparse.Namespace, source: Source) -> None:
                 f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
                 f", the data set like {source.rows[0].name}; give the right list, {more}or --allow-unmatched"
             )
-        print(f"--exclude {file}: {found} of {names} images found")
+        print(printable(f"--exclude {file}: {found} of {names} images found"))
     if lists:
         gone = [f"{count} left out: {reason}" for reason, count in source.left_out.items() if EXCLUDED in reason]
         print(f"--exclude: {'; '.join(gone) or 'nothing left out'}")

@@ -52,9 +52,7 @@ def read_karpathy(
             image_id = posixpath.splitext(file)[0]
             if "cocoid" in record:
                 image_id = str(field(record, "cocoid", (int, str), where))
-            out = excluded.holds(
-                file, image_id
-            )  # asked of other splits, too: a list of their images is one of this set
+            out = excluded.holds(file, image_id)  # asked of other splits, too: a list of theirs is one of this set
             if found not in wanted:
                 continue
             if image_id in seen:
