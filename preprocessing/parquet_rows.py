@@ -66,7 +66,7 @@ class ParquetRows(ShardRows):
                     data = table.read_row_group(group, columns=list(columns))
                     yield from self._group(shard, data, group, first, image, captions)
                     first += len(data)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a name of a column
             raise DataError(
                 f"{shard}: is no whole parquet file ({str(error).splitlines()[0]}); fetch it again"
             ) from None

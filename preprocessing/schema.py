@@ -191,7 +191,7 @@ def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str,
         raise DataError(f"{path}: no such file; {directory} is not a prepared split folder, run a converter") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); prepare the split again") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: invalid JSON ({error}); prepare the split again") from None
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
     if version != SCHEMA_VERSION:

@@ -149,3 +149,10 @@ def test_a_table_beside_folders_of_images(tmp_path: Path, refuse: Callable[..., 
     assert "raw: holds tars, and folders of images with texts; say with --format" in refuse(*words)
     convert(*words, "--format", "files")
     assert captions(tmp_path) == [["of a folder"]]
+
+
+def test_a_column_whose_name_is_no_utf8_is_told(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    words = command(tmp_path, [row(0, ABCD="x")])
+    file = tmp_path / "raw/0.parquet"
+    file.write_bytes(file.read_bytes().replace(b"ABCD", b"\xffBCD"))
+    assert "0.parquet: is no whole parquet file ('utf-8' codec" in refuse(*words)
