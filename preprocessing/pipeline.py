@@ -51,7 +51,7 @@ def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
 def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows: int) -> int:
     """Write the parts that are not done. Returns how many parts there are."""
     total = len(source.rows)
-    allowed = args.max_dropped * source.total - source.faults.count
+    allowed = max(0.0, args.max_dropped * source.total - source.faults.count)
     job = PartJob(source.kind, args.split, work.shards, work.records, args.policy, allowed, numbered=source.numbered)
     done = set(work.done())
     count = -(-total // part_rows)
