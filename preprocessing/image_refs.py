@@ -220,7 +220,7 @@ def _parquet_column(path: str, row_group: int, column: str) -> pa.ChunkedArray:
     with open_input(path) as file:
         try:
             return pq.ParquetFile(file).read_row_group(row_group, columns=[column]).column(column)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, MemoryError) as error:
             raise ValueError("is in a broken parquet file") from error
 
 

@@ -66,9 +66,9 @@ class ParquetRows(ShardRows):
                     data = table.read_row_group(group, columns=list(columns))
                     yield from self._group(shard, data, group, first, image, captions)
                     first += len(data)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last of a name of a column
+        except (OSError, pa.ArrowException, MemoryError, UnicodeDecodeError) as error:  # the last of a column's name
             raise DataError(
-                f"{shard}: is no whole parquet file ({str(error).splitlines()[0]}); fetch it again"
+                f"{shard}: is no whole parquet file ({(str(error) or 'no memory').splitlines()[0]}); fetch it again"
             ) from None
 
     def _group(
@@ -109,7 +109,7 @@ class ParquetRows(ShardRows):
         try:
             image, names, columns = _captions(shard, group, tuple(self._wanted.columns))
             captions = captions_in({name: columns.column(name)[row].as_py() for name in names}, names)
-        except (OSError, pa.ArrowException, UnicodeDecodeError, IndexError) as error:
+        except (OSError, pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
             raise DataError(f"{shard}: changed since the run began ({error}); start again") from None
         return captions, ParquetCell(shard, group, row, image, key)
 

@@ -23,6 +23,7 @@ from preprocessing.schema import (
     read_manifest,
 )
 
+_UNREADABLE = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)  # what a damaged file may raise
 _START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
 
 
@@ -50,7 +51,7 @@ def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa
     except FileNotFoundError:
         faults.append("is missing; prepare it again")
         return
-    except (pa.ArrowException, OSError) as error:
+    except _UNREADABLE as error:
         faults.append(f"is no Arrow file ({_told(error)}); prepare it again")
         yield from _stream(path, schema)
         return
@@ -61,7 +62,7 @@ def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa
         try:
             batch = reader.get_batch(index)
             batch.validate(full=True)  # a wrong offset would be followed beyond the buffer
-        except (pa.ArrowException, OSError) as error:
+        except _UNREADABLE as error:
             faults.append(f"record batch {index} cannot be read ({_told(error)}); prepare it again")
             continue
         yield batch
@@ -77,7 +78,7 @@ def _stream(path: Place, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
                 for batch in stream:
                     batch.validate(full=True)
                     yield batch
-    except (pa.ArrowException, OSError):
+    except _UNREADABLE:
         return  # the caller has told that the file is cut
 
 

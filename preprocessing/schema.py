@@ -217,7 +217,7 @@ def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type])
 
 def _check_file_name(path: Path, name: Any) -> None:
     """Raise DataError unless `name`, if it is one, is that of a file in the manifest's own folder."""
-    if isinstance(name, str) and (name in ("", ".", "..") or "/" in name or "\0" in name):
+    if isinstance(name, str) and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
         raise DataError(f"{path}: file {name!r} is not in the folder of the manifest; prepare the split again")
 
 

@@ -22,6 +22,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a traine
 FILE_NAME = "tokenizer.json"
 # The names that other families of tokenizers (RoBERTa's, BART's) give to the same five roles.
 _ALIASES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+_MOST_IDS = 10_000_000
 _SMALLEST_VOCABULARY = len(SPECIAL) + 256  # byte-level BPE needs every byte
 
 
@@ -42,6 +43,10 @@ class Tokenizer:
         self.special_ids = tuple(self._special_id(name) for name in SPECIAL)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        if self.vocab_size > _MOST_IDS:  # the library would allot memory for each, and end the process
+            raise DataError(
+                f"{path or 'the tokenizer'}: has a token of id {self.vocab_size - 1}; train another tokenizer"
+            )
 
     def _special_id(self, name: str) -> int:
         for candidate in (name, _ALIASES[name]):

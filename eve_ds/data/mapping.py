@@ -53,10 +53,11 @@ class MappedFile:
             buffer = pa.py_buffer(mapped)
             self._address: int = buffer.address
             self.reader: Any = pa.ipc.open_file(pa.BufferReader(buffer))
+            _ = self.reader.schema.names  # that they are text
             # The data stay where they are; what is kept is where that is: a few kilobytes that take long to decode.
             self._kept: Callable[[int], pa.RecordBatch] = functools.lru_cache(_BATCHES)(self.reader.get_batch)
             self._compressed: bool | None = None  # until a batch is seen
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             raise not_arrow(path, error) from error
 
     def __del__(self) -> None:

@@ -323,7 +323,7 @@ class Split:
                 starts = _sample_starts(batch.column(SAMPLE_COLUMN[self.kind]))
                 rows.append(batch.num_rows)
                 samples.append(int(starts[-1]) - int(starts[0]))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             raise not_arrow(file.path, error) from error
         return _Bounds(_starts(rows), _starts(samples))
 

@@ -154,6 +154,7 @@ def refuse(config: dict[str, Any], path: str) -> None:
     """Raise UserError for what DeepSpeed 0.19.8 accepts and gets wrong, or asserts on (FACTS.md, deepspeed_keys.py)."""
     zero = config.get("zero_optimization", {})
     stage, accumulates = zero.get("stage", 0), config["gradient_accumulation_steps"] > 1
+    stage = stage if isinstance(stage, int) else -1  # refuse_keys names it
     offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     bf16, in_fp32 = config["bf16"]["enabled"], config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     reasons = {

@@ -128,7 +128,7 @@ class Manifest:
                 files = {str(name): (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
                 experts, version = dict(record["experts"]), str(record["deepspeed_version"])
                 found = cls(int(record["step"]), topology, experts, version, dict(record["state"]), files)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DamagedError(path, f"{COMPLETE} is damaged") from error
         if not sound:
             raise DamagedError(path, f"{COMPLETE} is damaged (its digest differs)")
