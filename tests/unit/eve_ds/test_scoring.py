@@ -11,6 +11,7 @@ import torch
 
 from eve_ds.config import FinetuneConfig
 from eve_ds.engine import setup
+from eve_ds.engine.signals import StopRequest
 from eve_ds.model.backbone import Backbone
 from eve_ds.scoring import Scorer
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
@@ -61,7 +62,7 @@ def score(folder: Path, task: str, out: Path) -> None:
     tasks = {"nlvr": NLVR, "vqa": lambda backbone: VQA(backbone, 2), "retrieval": Retrieval}
     made: Task = tasks[task](backbone).eval()
     out.mkdir()
-    Scorer(config, {"test": samples}, torch.device("cpu")).score(made, "test", out)
+    Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()).score(made, "test", out)
 
 
 PARTS = {
