@@ -90,7 +90,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except USER_ERRORS as error:
         line = printable(" ".join(str(error).split()))
         if launched_rank() != 0 and not isinstance(error, RankError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's
+            # The launcher's: and srun reports the highest exit code, so it should be that of rank 0.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
             time.sleep(RANK_0_SECONDS)
             line = f"rank {launched_rank()}: {line}"
         print(f"error: {line}", file=sys.stderr, flush=True)

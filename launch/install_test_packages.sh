@@ -3,7 +3,7 @@
 # Training itself needs none of them. Does nothing, and needs no network, when they are all there.
 set -euo pipefail
 
-packages=(slurm-wlm munge openmpi-bin pdsh openssh-server openssh-client)
+packages=(slurm-wlm munge openmpi-bin pdsh openssh-server openssh-client iproute2)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from eve_ds.engine import watchdog
+from eve_ds.engine import placement, watchdog
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
 from eve_ds.errors import RankError, UserError
@@ -25,7 +25,6 @@ LAUNCHER_VARIABLES = {
     "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
     "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
-    "LOCAL_WORLD_SIZE": ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"),
 }
 
 
@@ -80,11 +79,9 @@ def start(timeout_seconds: float = 600) -> torch.device:
                 f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (as "
                 "launch/slurm/pretrain.sbatch does), or use deepspeed or torchrun"
             )
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_world = next(
-            (os.environ[v] for v in LAUNCHER_VARIABLES["LOCAL_WORLD_SIZE"] if v in os.environ), str(world_size)
-        )
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_world.split("(")[0])))
+    torch.set_num_threads(placement.compute_threads(len(os.sched_getaffinity(0)), world_size, os.environ))
+    if world_size > (placement.local_world_size(os.environ) or 1):
+        placement.listen_where_others_reach(os.environ["MASTER_ADDR"])
     if local_rank == 0:
         remove_shm_leftovers()
     import deepspeed
@@ -92,6 +89,8 @@ def start(timeout_seconds: float = 600) -> torch.device:
     skip_unbuilt_operation()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        local_rank = placement.device_ordinal(local_rank, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local_rank)
     try:
         deepspeed.init_distributed(

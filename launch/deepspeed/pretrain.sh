@@ -20,8 +20,35 @@ fi
 first_host=$(awk '$1 !~ /^#/ && NF {print $1; exit}' "$hostfile")
 python=${EVE_DS_PYTHON:-.venv/bin/python}
 
+# The launcher joins all words to one command line, which pdsh (%h is the host there) and the shell of each host read
+# again: a path with $(...) would be run there, one with a space be cut in two. The launcher itself puts double quotes
+# around words with a space, and a backslash before a double quote in them.
+quoted=()
+for word in "$@"; do
+    word=${word//%/%%}
+    if [[ $word == *" "* ]]; then
+        word=${word//\\/\\\\}
+        word=${word//\$/\\\$}
+        word=${word//\`/\\\`}
+    elif [[ -z $word || $word == *[!A-Za-z0-9_@%+=:,./-]* ]]; then
+        word="'${word//\'/\'\\\'\'}'"
+    fi
+    quoted+=("$word")
+done
+# What the launcher adds itself it does not quote: this folder, and variables that it passes on.
+if [[ $PWD == *[!A-Za-z0-9_@+=:,./-]* ]]; then
+    echo "error: $PWD: the launcher cannot be started from a folder with such a name; letters, digits and _@+=:,./- work" >&2
+    exit 2
+fi
+while IFS='=' read -r -d '' name value; do
+    if [[ $name =~ ^(NCCL|PYTHON|MV2|UCX) && $value == *[\`\$\"\\%]* ]]; then
+        echo "error: \$$name: the launcher would have the shells of the hosts read \", \\, \$, % or \` in it; unset it" >&2
+        exit 2
+    fi
+done < <(env -0)
+
 # A hostfile with one host would make the launcher stay on this machine; --force_multi keeps it on the named one.
 # shellcheck disable=SC2086
 exec "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi \
     --master_addr "${MASTER_ADDR:-$first_host}" --master_port "${MASTER_PORT:-29500}" ${DEEPSPEED_ARGS:-} \
-    --module eve_ds.pretrain "$@"
+    --module eve_ds.pretrain "${quoted[@]}"

@@ -50,7 +50,10 @@ PropagateResourceLimits=NONE
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=2000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=2000
-PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=debug Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -87,16 +90,22 @@ def submit(job: Sequence[str | Path], environment: Mapping[str, str], cwd: Path)
 
 def ended(number: str, environment: Mapping[str, str], cwd: Path, seconds: float = 240) -> str:
     """Wait for the job's end and return its last state, as in COMPLETED. (``sbatch --wait`` looks too seldom.)"""
+    over = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
     state = ""
 
     def is_over() -> bool:
         nonlocal state
-        told = run(["scontrol", "show", "job", number], environment, cwd)
-        state = told.partition("JobState=")[2].split()[0]
-        return state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+        state = job_field(number, "JobState", environment)
+        return state in over
 
     wait_until(is_over, f"the end of job {number}", seconds)
     return state
+
+
+def job_field(number: str, name: str, environment: Mapping[str, str]) -> str:
+    """A field of a job as ``scontrol show job`` has it."""
+    told = run(["scontrol", "show", "job", number], environment, Path.cwd())
+    return told.partition(f" {name}=")[2].split()[0]
 
 
 def _configure(folder: Path) -> None:
@@ -132,11 +141,11 @@ def _start(command: list[str], folder: Path, environment: dict[str, str]) -> sub
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
-    query = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    query = ["sinfo", "--noheader", "--Node", "--format=%N %T"]
     result = subprocess.run(
         query, env=os.environ | environment, capture_output=True, text=True, timeout=20, check=False
     )
-    return result.stdout.split().count("idle")
+    return sum(line.endswith(" idle") for line in set(result.stdout.splitlines()))  # a line a partition
 
 
 def _logs(folder: Path) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster.processes import require, run
 from tests.cluster.runs import TinyRun, losses
@@ -41,16 +43,6 @@ def test_slurm(
     assert state == "COMPLETED", log.read_text()
     assert "2 ranks on n[1-2], meeting at 127.0.0.1:2" in log.read_text()
     assert_same_losses(output, local)
-
-
-def test_slurm_ends_the_job_when_a_rank_fails(
-    repository: Path, environment: Mapping[str, str], slurm: dict[str, str], tmp_path: Path
-) -> None:
-    log = tmp_path / "job.log"
-    job = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}", "launch/slurm/finetune.sbatch", "--task=no-such-task"]
-    ours = without_meeting_place(environment) | slurm
-    assert ended(submit(job, ours, repository), ours, repository) == "FAILED"
-    assert "no-such-task" in log.read_text()
 
 
 def test_deepspeed_over_two_ssh_hosts(
@@ -95,3 +87,33 @@ def test_torchrun(
     place = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{environment['MASTER_PORT']}"]
     run([*torchrun, *place, "--module", "eve_ds.pretrain", *tiny_run.arguments(output)], environment, repository)
     assert_same_losses(output, local)
+
+
+def test_deepspeed_over_ssh_passes_words_on_as_they_are(
+    repository: Path, environment: Mapping[str, str], ssh_hosts: SshHosts, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    words = {
+        "output_dir": f"$(touch {ran})`touch {ran}` 'a'  \"b\" \\c %h $HOME",
+        "init_from": f"$(touch${{IFS}}{ran})it's;%h\"$HOME\\",
+        "deepspeed_config": "",
+    }
+    arguments = [word for option, value in words.items() for word in (f"--{option}", value)]
+    started = environment | ssh_hosts.environment
+    told = run(["launch/deepspeed/pretrain.sh", *arguments, "--print_config"], started, repository)
+    config = yaml.safe_load("\n".join(re.findall(r"^127.0.0.2: (?!\[)(.*)$", told, re.MULTILINE)))
+    assert {option: config[option] for option in words} == words
+    assert not ran.exists()
+
+
+def test_deepspeed_is_not_started_where_the_hosts_would_run_a_folder_or_a_variable(
+    repository: Path, environment: Mapping[str, str], ssh_hosts: SshHosts, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "$(touch ran)"
+    checkout.symlink_to(repository)
+    started = environment | ssh_hosts.environment
+    (tmp_path / "launch").symlink_to(repository / "launch")
+    with pytest.raises(AssertionError, match=r"exit code 2\nerror: \$PYTHONWARNINGS: "):
+        run(["launch/deepspeed/pretrain.sh"], started | {"PYTHONWARNINGS": "$(touch ran)"}, repository)
+    with pytest.raises(AssertionError, match=r"exit code 2\nerror: .*cannot be started from a folder with such a name"):
+        run([checkout / "launch/deepspeed/pretrain.sh"], started, tmp_path)

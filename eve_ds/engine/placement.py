@@ -1,0 +1,112 @@
+"""What a rank takes of its host: compute threads, a GPU, and the network interface that gloo listens on."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from eve_ds.errors import UserError
+
+# How many ranks the launcher started on this host: torchrun, deepspeed, mpirun, srun (of the step, then of the job).
+LOCAL_WORLD_SIZE = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_NTASKS_PER_NODE",
+)
+
+
+def compute_threads(cores: int, world_size: int, environment: Mapping[str, str]) -> int:
+    """Threads that torch may compute with on this rank: OMP_NUM_THREADS, or the rank's share of ``cores``; never more
+    than ``cores``, those that the process may run on."""
+    if asked := re.match(r"\d+", environment.get("OMP_NUM_THREADS", "")):
+        return max(1, min(int(asked[0]), cores))
+    return max(1, cores // max(1, local_world_size(environment) or world_size))
+
+
+def device_ordinal(local_rank: int, visible: int) -> int:
+    """The number of this rank's GPU among the ``visible`` ones.
+
+    Where a scheduler gives each task its own (``--gpus-per-task=1``), every rank sees one, as number 0.
+
+    Raises:
+        UserError: the host has more ranks than GPUs.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(
+            f"rank {local_rank} of this host has no GPU: {visible} are visible here; start one rank for each GPU"
+        )
+    return local_rank
+
+
+def local_world_size(environment: Mapping[str, str]) -> int | None:
+    """How many ranks run on this host, as far as the launcher says."""
+    names = [name for name in LOCAL_WORLD_SIZE if not name.startswith("SLURM_") or "SLURM_STEP_ID" in environment]
+    told = (re.match(r"\d+", environment.get(name, "")) for name in names)  # Slurm: "8(x2)" or "8,4"
+    return next((int(found[0]) for found in told if found), None)
+
+
+def listen_where_others_reach(master_address: str) -> str | None:
+    """Have gloo listen on the interface that leads to the other hosts; returns its name where one had to be chosen.
+
+    gloo listens at the address that the host's own name has. By Debian's defaults that is 127.0.1.1, where no other
+    host gets through. Call it when ranks run on several hosts. Nothing is changed where GLOO_SOCKET_IFNAME is set, the
+    host's name has an address that others reach, or the ranks meet at a loopback address.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname(), unknown=True):
+        return None
+    if _is_address(master_address) and _is_loopback(master_address):
+        return None  # several "hosts" on one machine
+    # On rank 0's own host its name may be 127.0.1.1, too; then the default route tells which interface.
+    meets_here = _is_loopback(master_address)
+    name = _default_interface() if meets_here else _interface_towards(master_address)
+    if name:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    return name
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str, unknown: bool = False) -> bool:
+    """Whether ``host`` is this machine's loopback; ``unknown`` for a name without an address, which gloo takes so."""
+    try:
+        return ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback
+    except OSError:
+        return unknown
+
+
+def _interface_towards(host: str) -> str | None:
+    """The interface whose address packets to ``host`` carry; nothing is sent."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    import psutil  # a requirement of DeepSpeed
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == own for address in addresses):
+            return name
+    return None
+
+
+def _default_interface() -> str | None:
+    """The interface of the default route, or the only one that has a route."""
+    routes = [line.split() for line in Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]]
+    names = [fields[0] for fields in routes if fields[1] == "00000000"] or sorted({fields[0] for fields in routes})
+    return names[0] if len(names) == 1 else None
