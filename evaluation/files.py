@@ -7,9 +7,9 @@ import errno
 import json
 import os
 import re
+import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -140,24 +140,25 @@ def write_text(path: str | Path, text: str) -> None:
         InputError: the folder cannot be made or the file cannot be written.
     """
     path = Path(path)
-    temporary = None
+    temporary: Path | None = None
     try:
         if path.is_char_device() or path.is_fifo():
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        # Not mkstemp, which lets nobody else read: the umask says who may.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that others cannot read
         os.replace(temporary, path)
         temporary = None
         _sync_names(path.parent)
     except OSError as error:
         if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
@@ -177,12 +178,6 @@ def _sync_names(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):
             raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def run(command: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:

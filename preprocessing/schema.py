@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -257,14 +257,15 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: is no regular file; name another one")
         make_folder(path.parent)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        # Not mkstemp, which lets nobody else read: the umask says who may.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the data from colleagues
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

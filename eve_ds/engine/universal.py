@@ -14,8 +14,8 @@ every fragment to a file of its own first, and its folders serve only the ZeRO s
 from __future__ import annotations
 
 import math
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,12 +170,12 @@ def to_universal(checkpoint: Path, out: Path, workers: int = 1) -> None:
         raise UserError(f"{out} exists; choose a new folder for the universal checkpoint")
     state = _open(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
+        temporary.mkdir()
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda part: write_parameters(state, temporary, part), state.split(workers)))
         write_common(state, temporary)
-        temporary.chmod(0o755)
         sync_tree(temporary)
         temporary.rename(out)
         sync_path(out.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
     # A view would drag its whole storage into a torch file, and safetensors refuses it.
     own = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in own.items()}
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)  # the umask's
     try:
         if path.suffix == ".safetensors":
             save_file(own, path, metadata=metadata)
@@ -83,4 +86,4 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path.name}: cannot be written ({reason}); make room or choose another place") from error
-    path.chmod(0o644)  # safetensors makes files that nobody else may read
+    path.chmod(permissions)  # safetensors makes files that nobody else may read
