@@ -19,7 +19,7 @@ import pytest
 
 from tests.support import interrupted, ranks
 
-STEPS, LOSSES = 240, 10
+STEPS, LOSSES = 80, 10
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def images(options: list[str], folder: Path, draw: random.Random) -> list[tuple[
         run = point / "run"
         started = interrupted.start(options, run, STEPS, keep=1)
         for number in range(LOSSES):
-            target = 2 + number * (STEPS - 20) // LOSSES + draw.randint(0, 9)
+            target = 2 + number * (STEPS - 16) // LOSSES + draw.randint(0, 5)
             interrupted.until(started, lambda target=target: max(interrupted.records(run), default=0) >= target)
             time.sleep(draw.uniform(0, 0.3))
             for rank in started:

@@ -65,16 +65,24 @@ def folders(root: Path) -> None:
 
 def claims(root: Path) -> None:
     """A start and a resume where rank 1 sees another folder by the same name: refused, and nothing is left in it."""
+    import dataclasses
+
     import yaml
 
     from eve_ds.config import PretrainConfig
     from eve_ds.engine import agreement, precision, run_folder
+    from eve_ds.engine.identity import Identity, Input
 
     agreement.PATIENCE_SECONDS = 0.5
     own = root / f"own{mine()}"
     config = PretrainConfig(output_dir=str(own))
-    assert "all ranks need one folder" in str(told_by(run_folder.claim, config))
+    identity = Identity.from_config(dataclasses.asdict(config))
+    assert "all ranks need one folder" in str(told_by(run_folder.claim, config, identity))
     assert not own.exists() or {path.name for path in own.iterdir()} == {run_folder.LOCK}
+
+    data = Input("/data/train", "0" * 64 if mine() else "1" * 64)  # a copy on each host, one of them old
+    refused = str(told_by(run_folder.claim, config, Identity(identity.settings, {"training data": data})))
+    assert refused.startswith("rank 1 on host ") and "reads other things than rank 0: training data is" in refused
 
     if mine() == 0:  # the run is there, but rank 1 does not see it yet
         (own / "config.yaml").write_text(yaml.safe_dump({"engine": {"precision": "bf16"}}))

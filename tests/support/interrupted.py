@@ -84,10 +84,10 @@ def kill_at_random(options: list[str], output: Path, steps: int, draw: random.Ra
     since, resumed = time.time_ns(), max(saved(output), default=0)
     started = start(options, output, steps, keep=2)
     moment = draw.choice(("start", "step", "step", "save", "save", "save"))
-    if moment == "start":
+    if moment == "start" or resumed > steps - 8:  # near its end it would be over before the kill
         time.sleep(draw.uniform(0, 6))
     else:
-        target = min(resumed + draw.randint(1, 4), steps - 3)
+        target = resumed + draw.randint(1, 4)
         metrics = output / "metrics.jsonl"
         until(started, lambda: _touched(metrics, since) and max(records(output), default=0) >= target)
         if moment == "save":
