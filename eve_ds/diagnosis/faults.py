@@ -158,10 +158,6 @@ def hurtful_variables(facts: Facts) -> list[Fault]:
         value = facts.environ.get(name)
         if value is not None and value.upper() in [v.upper() for v in values]:
             found.append(Fault(f"{name}={value}: {harm}", f"unset {name}"))
-    forced = facts.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower()
-    if forced in ("1", "y", "yes", "true"):
-        harm = "torch.load refuses to work, since EVE-DS sets the opposite (pickles can run code)"
-        found.append(Fault(f"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD={forced}: {harm}", "unset it"))
     wanted = facts.environ.get("DS_ACCELERATOR")
     if wanted == "cuda" and facts.torch and not facts.torch["devices"]:
         found.append(Fault("DS_ACCELERATOR=cuda, but torch sees no GPU", "unset DS_ACCELERATOR"))

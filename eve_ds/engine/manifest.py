@@ -29,8 +29,8 @@ from torch import nn
 
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
+from eve_ds.weights.model_folder import COMPLETE
 
-COMPLETE = "complete.json"
 ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"
 _OWN_FILES = "its files are not all of one save: put back those that are, or go on from an older checkpoint"

@@ -17,6 +17,7 @@ from typing import Any
 from eve_ds.engine import agreement
 from eve_ds.engine.manifest import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
 from eve_ds.errors import UserError
+from eve_ds.weights.model_folder import step_of
 from preprocessing.schema import sync_path
 
 DAMAGED = ".damaged"
@@ -31,7 +32,7 @@ def tag_of(step: int) -> str:
 def tagged(folder: Path) -> list[Path]:
     """The checkpoints under ``folder``, oldest first, also those that a killed run left half."""
     found = [path for path in folder.glob("step_*") if _TAG.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
 
 
 def whole(folder: Path) -> list[Path]:

@@ -111,7 +111,6 @@ FAULTY: dict[str, tuple[dict[str, Any], str, str]] = {
     "full /dev/shm": ({"memory": {"shm_bytes": 2**33, "shm_free_bytes": 2**20}}, "1 MiB free", "allreduce_buffer"),
     "no /dev/shm": ({"memory": {"shm_bytes": None}}, "not there", "mount"),
     "open files": ({"memory": HEALTHY["memory"] | {"open_files": 256}}, "only 256 open files", "ulimit -n"),
-    "pickles": ({"environ": {"PATH": "", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}}, "refuses to work", "unset"),
     "accelerator": ({"environ": {"PATH": "", "DS_ACCELERATOR": "cuda"}}, "sees no GPU", "unset"),
     "wandb": ({"environ": {"PATH": "", "WANDB_MODE": "online", "HOME": "/no"}}, "without WANDB_API_KEY", "wandb login"),
     **{
