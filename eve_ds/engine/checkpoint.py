@@ -98,14 +98,15 @@ def _syncing(engine: Any) -> Iterator[list[Path]]:
 def _shares_by_host(target: Path, written: list[Path]) -> list[list[str]]:
     """Which files of ``target`` each rank hashes: such as its host has written, and so has at hand. Called by all."""
     mine = {str(path.relative_to(target)): path.stat().st_size for path in written}
-    by_rank = agreement.gather((agreement.host(), mine))
-    known = {name for _, files in by_rank for name in files}
-    others = agreement.decide(lambda: [name for name in file_names(target) if name not in known])
-    by_rank[0][1].update(dict.fromkeys(others, 0))  # what DeepSpeed has copied there
-    shares: list[list[str]] = [[] for _ in by_rank]
-    for host in {host for host, _ in by_rank}:
-        ranks = [rank for rank, (its, _) in enumerate(by_rank) if its == host]
-        sizes = {name: size for rank in ranks for name, size in by_rank[rank][1].items()}
+    seen = file_names(target) if dist.get_rank() == 0 else []
+    told = agreement.gather((agreement.host(), mine, seen))
+    hosts, files = [host for host, _, _ in told], [each for _, each, _ in told]
+    known = {name for each in files for name in each}
+    files[0].update({name: 0 for name in told[0][2] if name not in known})  # what DeepSpeed has copied there
+    shares: list[list[str]] = [[] for _ in told]
+    for host in set(hosts):
+        ranks = [rank for rank, its in enumerate(hosts) if its == host]
+        sizes = {name: size for rank in ranks for name, size in files[rank].items()}
         for rank, share in zip(ranks, split_by_size(sizes, len(ranks)), strict=True):
             shares[rank] = share
     return shares

@@ -145,5 +145,7 @@ def hash_together(path: Path, shares: list[list[str]]) -> Hashes:
         mine = hash_files(path, shares[agreement.rank_and_world()[0]], threads=1)
     except UserError as error:
         mistake = f"{agreement.place()}: {error}"
-    agreement.agree(mistake)
-    return dict(sorted((name, value) for part in agreement.gather(mine) for name, value in part.items()))
+    parts = agreement.gather((mine, mistake))
+    if mistakes := [told for _, told in parts if told]:
+        raise UserError(mistakes[0])
+    return dict(sorted((name, value) for part, _ in parts for name, value in part.items()))
