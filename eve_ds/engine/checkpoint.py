@@ -37,7 +37,7 @@ from eve_ds.engine.manifest import (
     load_file,
     model_file,
 )
-from eve_ds.engine.soundness import hash_together, split_by_size, tag_of, tagged, whole
+from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of, tagged, whole
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.errors import RankError, UserError
 from preprocessing.schema import sync_path
@@ -63,8 +63,8 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
     with _told_if_full(target):
         with _syncing(engine) as written:
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-            hashes = hash_together(target, _shares_by_host(target, written))
-        dist.barrier()  # all ranks' files are on disk
+            mine = hash_share(target, _shares_by_host(target, written))
+        hashes = joined(mine)  # and all ranks' files are on disk
         manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
         agreement.decide(lambda: _complete(target, manifest))
     return target

@@ -140,12 +140,20 @@ def hash_together(path: Path, shares: list[list[str]]) -> Hashes:
     Raises:
         UserError: some rank cannot read a file.
     """
-    mine, mistake = {}, None
+    return joined(hash_share(path, shares))
+
+
+def hash_share(path: Path, shares: list[list[str]]) -> tuple[Hashes, str | None]:
+    """Those of this rank's share; and a mistake, if it cannot read a file."""
     try:
-        mine = hash_files(path, shares[agreement.rank_and_world()[0]], threads=1)
+        return hash_files(path, shares[agreement.rank_and_world()[0]], threads=1), None
     except UserError as error:
-        mistake = f"{agreement.place()}: {error}"
-    parts = agreement.gather((mine, mistake))
+        return {}, f"{agreement.place()}: {error}"
+
+
+def joined(mine: tuple[Hashes, str | None]) -> Hashes:
+    """What ``hash_share`` returned on all ranks. Called by all; raises UserError as ``hash_together``."""
+    parts = agreement.gather(mine)
     if mistakes := [told for _, told in parts if told]:
         raise UserError(mistakes[0])
     return dict(sorted((name, value) for part, _ in parts for name, value in part.items()))
