@@ -29,7 +29,10 @@ from eve_ds.errors import STOPPED, StopError, launched_rank, tell_launching
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECOND_AFTER = 5.0  # seconds
 UNWIND_SECONDS = 5.0  # for a main thread that is to end at once and may be held up in a collective
-LAUNCHERS = ("deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy")
+LAUNCHERS = (
+    *("deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"),
+    *("eve-launching", "eve-demo"),
+)
 LAUNCHER_MODULES = (
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",

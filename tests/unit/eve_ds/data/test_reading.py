@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from eve_ds.data.faults import explain_worker_death
+from eve_ds.data.faults import OF_JOBS, explain_worker_death
 from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.reading import NEIGHBOURS, Reader, Reading, SharedPictures
 from eve_ds.data.sampler import Block
@@ -179,9 +179,10 @@ def test_a_killed_worker_is_one_line(one_worker: tuple[Iterator[Any], int]) -> N
 
 
 def test_a_signal_for_the_whole_job_leaves_the_workers_reading(one_worker: tuple[Iterator[Any], int]) -> None:
-    """Schedulers send SIGTERM to every process; the training process saves, and needs batches until then."""
+    """Schedulers and terminals signal every process; the training process saves, and needs batches until then."""
     batches, process = one_worker
-    from_elsewhere = f"import os, signal; os.kill({process}, signal.SIGTERM)"
+    numbers = [int(number) for number in OF_JOBS]
+    from_elsewhere = f"import os; [os.kill({process}, number) for number in {numbers}]"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", from_elsewhere], check=True)
         for _ in range(10):

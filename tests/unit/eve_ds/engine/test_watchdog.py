@@ -1,0 +1,82 @@
+"""Whom a rank that gets no further names, by what the others have written."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eve_ds.engine import watchdog
+from eve_ds.engine.watchdog import FOLDER, Watchdog
+
+HOST = socket.gethostname()
+
+
+def waiting(folder: Path, world_size: int) -> Watchdog:
+    """Rank 0, which has come further five times and beats each hundredth of a second."""
+    dog = Watchdog(folder, 0, world_size, seconds=0.1)
+    for _ in range(5):
+        dog.mark("step 7, computing")
+    return dog
+
+
+def state(rank: int, **more: Any) -> dict[str, Any]:
+    return {"rank": rank, "host": "b", "process": 9, "beat": 4, "marks": 5, "doing": "step 7, computing", **more}
+
+
+def write(folder: Path, **found: Any) -> None:
+    (folder / f"rank_{found['rank']}.json").write_text(json.dumps(found))
+
+
+def test_a_rank_that_gives_no_sign_of_life_is_named_first_and_then_one_that_is_behind(tmp_path: Path) -> None:
+    dog = waiting(tmp_path, 4)
+    write(tmp_path, **state(1, marks=3, doing="step 7, reading a batch"))
+    write(tmp_path, **state(2))
+    line = dog._tell()
+    assert (
+        line.startswith(f"rank 0 on {HOST} has waited ")
+        and " s in step 7, computing for rank 1 on b (process 9" in line
+    )
+    assert "rank 2 on b" in line and "rank 3 (never heard of), which gives no sign of life" in line
+    assert f"the stacks are in {tmp_path}/*.stacks" in line and "raise engine.timeout_seconds=0.1" in line
+
+    beats = iter(range(100))
+    states = dog._states
+    dog._states = lambda: {  # type: ignore[method-assign]
+        **states(),
+        **{rank: state(rank, beat=next(beats), marks=5 - (rank == 1)) for rank in (1, 2, 3)},
+    }
+    assert "for rank 1 on b (process 9, last in step 7, computing), which is behind;" in dog._tell()
+
+
+def test_stacks_are_written_when_another_rank_asks(tmp_path: Path) -> None:
+    dog = waiting(tmp_path, 2)
+    assert not dog._others_ask()
+    (tmp_path / watchdog.ASKED).touch()
+    assert dog._others_ask() and not dog._others_ask()
+    dog._write_stacks()
+    text = (tmp_path / "rank_0.stacks").read_text()
+    assert "step 7, computing" in text.splitlines()[0] and "test_watchdog.py" in text
+
+
+@pytest.mark.long
+def test_a_rank_that_was_stopped_itself_waits_on_without_a_word(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from eve_ds.engine import watchdog\n"
+        "watchdog.start(Path(sys.argv[1]), 0, 2, 3.0)\n"
+        "for _ in range(18):\n    time.sleep(0.1)\n"
+    )
+    started = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / FOLDER / "rank_0.json").exists():
+        time.sleep(0.02)
+    os.kill(started.pid, 19)  # STOP
+    time.sleep(3.5)
+    os.kill(started.pid, 18)  # CONT
+    assert (started.communicate()[1], started.returncode) == ("", 0)
