@@ -20,5 +20,7 @@ exported=(-x PATH)
 for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS; do
     if [ -n "${!name:-}" ]; then exported+=(-x "$name"); fi
 done
+# mpirun KILLs a second after TERM: the guard hands signals to the ranks itself, and mpirun is given ten.
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-10}
 # shellcheck disable=SC2086
-exec mpirun -n "$RANKS" "${exported[@]}" ${MPIRUN_ARGS:-} "$python" -u -m eve_ds.pretrain "$@"
+exec "$python" -u -m eve_ds.launching mpirun -n "$RANKS" "${exported[@]}" ${MPIRUN_ARGS:-} "$python" -u -m eve_ds.pretrain "$@"

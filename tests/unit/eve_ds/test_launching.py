@@ -73,7 +73,7 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_a_signal_reaches_the_ranks_past_their_launcher(number: signal.Signals, tmp_path: Path) -> None:
     guard = start(tmp_path, "train")
     until_ready(tmp_path, guard)
@@ -100,6 +100,7 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
     assert (outer.wait(), saved(tmp_path)) == (75, 2), outer.communicate()
 
 
+@pytest.mark.long
 def test_exit_codes(tmp_path: Path) -> None:
     codes = {}
     for what in ("finish", "mistake"):
