@@ -153,5 +153,5 @@ def test_a_damaged_checkpoint_is_refused(straight: Path, tiny_run: list[str], tm
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     codes, text = ranks.finish(ranks.start("eve_ds.pretrain", options, 2))
-    assert codes == [2, -signal.SIGTERM]
+    assert codes[0] == 2 and codes[1] in (2, -signal.SIGTERM)
     assert text.count("error:") == 1 and victim.name in text and "damaged" in text and "Traceback" not in text

@@ -50,7 +50,7 @@ def test_a_disk_of_each_host_is_refused_before_the_first_step(tiny_run: list[str
         seen.touch()
         for rank in started:
             rank.terminate()
-    assert started[0].returncode == 2 and started[1].wait(60) == -signal.SIGTERM
+    assert started[0].returncode == 2 and started[1].wait(60) in (2, -signal.SIGTERM)
     assert f"error: --output_dir {run}: rank 1 on host" in output and "all ranks need one folder" in output
     assert [path.name for path in run.iterdir()] == [LOCK] and not list(view.iterdir())
 
