@@ -61,6 +61,8 @@ class OptimizerConfig:
         schedule: what follows: a cosine or a line down to ``min_lr_ratio``, or constant.
         min_lr_ratio: last learning rate as a share of the peak.
         gradient_clipping: largest global gradient norm; 0 for none.
+        stop_on_divergence: end the run, before it saves again, when the loss has left its recent range by far and
+            stays there (eve_ds/engine/divergence.py); false tells it alone.
     """
 
     lr: float = 5e-4
@@ -74,6 +76,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
     gradient_clipping: float = 3.0
+    stop_on_divergence: bool = False
 
     def check(self) -> None:
         """Raise UserError naming the first setting that no optimizer takes."""

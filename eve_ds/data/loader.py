@@ -67,6 +67,11 @@ class Loader:
         self._timeout = timeout
         self._corrupt_rows: set[str] = set()
 
+    def samples_at(self, start: int, count: int) -> list[int]:
+        """The numbers of the samples of all ranks at positions ``start``, ``start + 1`` ... of a training loader."""
+        assert isinstance(self.order, TrainOrder)
+        return self.order.stream.at(np.arange(start, start + count))[0].tolist()
+
     def __len__(self) -> int:
         """Micro-batches of one pass. Raises TypeError for a training loader, which has no end."""
         if isinstance(self.order, TrainOrder):

@@ -57,6 +57,7 @@ class TrainingBatches(Iterator[Batch]):
         )
         self._batches = _told_by_rank(self._loader)
         self._names = source_names(data)
+        self._per_step = config.engine.global_batch_size
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -64,6 +65,10 @@ class TrainingBatches(Iterator[Batch]):
     def close(self) -> None:
         """End the loader's workers at once."""
         self._batches.close()
+
+    def samples_of(self, step: int) -> list[int]:
+        """The numbers, in the training split, of the samples of all ranks in an optimizer step, from 1 on."""
+        return self._loader.samples_at((step - 1) * self._per_step, self._per_step)
 
     def counts(self) -> dict[str, float]:
         """What this rank has read since the start: samples of each of several sources, and corrupt ones replaced."""

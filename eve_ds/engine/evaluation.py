@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,13 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
     packed = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=trainer.device)
     dist.all_reduce(packed)
     means = {name: total / count for name, (total, count) in zip(names, packed.tolist(), strict=True) if count > 0}
+    if (vanished := sorted(set(names) - means.keys())) and trainer.is_main:
+        print(
+            f"step {trainer.step}: {', '.join(f'{prefix}/{name}' for name in vanished)} cannot be told: no micro-batch "
+            "held what it compares (for *_shuffled: two images or more); raise engine.micro_batch_size",
+            file=sys.stderr,
+            flush=True,
+        )
     losses = [value for name, value in means.items() if name.endswith("_loss") and name != "aux_loss"]
     if losses:
         means["loss"] = sum(losses)

@@ -26,6 +26,7 @@ FREE = (  # sections and keys that change nothing that is learned, and the lengt
     "deepspeed_config",
     "optimizer.total_steps",
     "optimizer.epochs",
+    "optimizer.stop_on_divergence",
     "engine.expert_parallel_size",
     "engine.micro_batch_size",
     "model.checkpoint_activations",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -20,6 +21,7 @@ from eve_ds.engine import checkpoint, initial, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.divergence import LossRange
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.manifest import Manifest, Topology
@@ -32,6 +34,7 @@ from eve_ds.tasks.base import Task
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
+SUSPECTS = "suspects.jsonl"  # steps whose loss was far out of its range, with the numbers of their samples
 MOST_UNSOUND = 10  # steps in a row without a finite loss and gradient, before the run counts as diverged
 _OUTSIDE = -1  # no module's number in ZeRO 3's book of parameters in use
 
@@ -80,6 +83,7 @@ class Trainer:
         self._evaluation_due = False  # a request to stop came before it, or in it
         self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
         self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
+        self._range = LossRange()
         self.identity = identity
         self._counts: dict[str, float] = {}  # of all ranks, since the run began
         self._counts_before: dict[str, float] = {}  # before this process
@@ -112,6 +116,7 @@ class Trainer:
             if found:
                 self._evaluation_due = manifest.state.get("evaluation_due", False)
                 self._counts_before = manifest.state.get("counts", {})
+                self._range = LossRange(manifest.state.get("loss_range"))
             self._tell_changes(path, manifest)
         return self.start_step
 
@@ -155,6 +160,7 @@ class Trainer:
                     record = self._train_step(batches)
                     self._tell("step_end", record)
                     self._check_sound()
+                    self._check_range(record["loss"], batches)
                     self._between_steps()
                 if self.stopped_early:
                     self.stop.acted_on()
@@ -232,10 +238,37 @@ class Trainer:
         """Raise UserError when the run has diverged: before it is saved over what was still sound."""
         if self._unsound < (MOST_UNSOUND if self.step < self.total_steps else 1):
             return
-        last = soundness.newest(self.checkpoint_dir)
         raise UserError(
             f"the run has diverged: since step {self.step - self._unsound + 1} no loss or gradient was finite; nothing "
-            f"was saved since, the last checkpoint is {last.name if last else 'none'}; lower optimizer.lr or "
+            f"was saved since, {self._what_to_do()}"
+        )
+
+    def _check_range(self, loss: float, batches: TrainingBatches) -> None:
+        """Tell, or raise UserError if that is wished, when the loss is finite but far out of its recent range."""
+        found = self._range.add(loss)
+        if found is None:
+            return
+        if self.is_main:
+            samples = batches.samples_of(self.step)
+            with open(self.output_dir / SUSPECTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **vars(found), "samples": samples}) + "\n")
+            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+            print(
+                f"WARNING: step {self.step}: {found}; its samples are {shown} (all {len(samples)}: "
+                f"{self.output_dir / SUSPECTS})",
+                file=sys.stderr,
+                flush=True,
+            )
+        if found.lasting and self.config.optimizer.stop_on_divergence:
+            raise UserError(
+                f"the run has diverged: step {self.step}: {found}; {self._what_to_do()} (it ends by "
+                "optimizer.stop_on_divergence)"
+            )
+
+    def _what_to_do(self) -> str:
+        last = soundness.newest(self.checkpoint_dir)
+        return (
+            f"the last checkpoint is {last.name if last else 'none'}; lower optimizer.lr or "
             "optimizer.gradient_clipping, or lengthen optimizer.warmup, in another output_dir"
         )
 
@@ -283,7 +316,7 @@ class Trainer:
     def _save(self) -> None:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
         state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self.identity.tree()}
-        state |= {"evaluation_due": self._evaluation_due}
+        state |= {"evaluation_due": self._evaluation_due, "loss_range": self._range.state()}
         mark(f"saving step {self.step}")
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
         if self.is_main:

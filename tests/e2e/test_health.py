@@ -85,6 +85,27 @@ def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: lis
     assert not list((output / "checkpoints").glob("*/complete.json"))
 
 
+def test_a_finite_divergence_is_told_with_its_samples_and_ends_the_run_if_wished(
+    options: list[str], tmp_path: Path
+) -> None:
+    """At a learning rate that rises to 20 the loss rises, too: told at once, and when it stays there."""
+    rising = ["--optimizer.total_steps=100", "--optimizer.warmup=0.99", "--optimizer.lr=20", "--logging.eval_every=0"]
+    rising += ["--optimizer.gradient_clipping=0", "--optimizer.stop_on_divergence=true", "--checkpoint.every=30"]
+    output = tmp_path / "run"
+    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", [*options, *rising, f"--output_dir={output}"], 2))
+    assert codes == [2, -signal.SIGTERM], text
+    suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
+    lines = [line for line in text.splitlines() if line.startswith("WARNING: step ")]
+    assert len(lines) == len(suspects) >= 1 and suspects[-1]["lasting"]
+    for line, suspect in zip(lines, suspects, strict=True):
+        assert f"step {suspect['step']}: the loss " in line and f"(all 8: {output / 'suspects.jsonl'})" in line
+        assert len(suspect["samples"]) == 8 and max(suspect["samples"]) < 24 * 5
+        assert ", ".join(map(str, suspect["samples"])) in line
+    last = suspects[-1]["step"]
+    assert f"error: the run has diverged: step {last}: the loss has been around" in text
+    assert "the last checkpoint is step_000000" in text and max(steps(output)) == last < 100
+
+
 def test_other_data_another_tokenizer_and_foreign_checkpoints_are_refused(
     spiked: Path, options: list[str], tmp_path: Path
 ) -> None:
