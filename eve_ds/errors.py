@@ -97,10 +97,12 @@ def exit_code(main: Callable[[], int | None]) -> int:
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
+        full = error.errno in STORAGE_ERRORS
+        if not full and error.filename is None:  # no file of the user's: a defect of ours
             raise
-        where = printable(f"{error.filename}: ") if error.filename else ""
-        print(f"error: {where}{error.strerror}; make room or choose another folder", file=sys.stderr, flush=True)
+        where = printable(f"{error.filename}: ") if error.filename is not None else ""
+        mend = "make room or choose another folder" if full else "see that it can be read and written"
+        print(f"error: {where}{error.strerror}; {mend}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
         if death := explain_worker_death(error):

@@ -34,7 +34,7 @@ class MetricsFile(Callback):
         path = trainer.output_dir / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            write_text(path, "".join(_lines_until(path, trainer.start_step)))
+            write_text(path, "".join(lines_until(path, trainer.start_step)))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # by line
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
@@ -57,7 +57,7 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lines_until(path: Path, last_step: int) -> list[str]:
+def lines_until(path: Path, last_step: int) -> list[str]:
     """The lines of steps 1 to ``last_step``; a line that a killed run left half written is dropped with a warning."""
     kept = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +41,7 @@ from eve_ds.engine.manifest import (
 from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of, tagged, whole
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.errors import RankError, UserError
-from preprocessing.schema import sync_path
+from preprocessing.schema import printable, sync_path
 
 UNIVERSAL = ".universal"
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
@@ -207,8 +208,12 @@ def prune(folder: Path, keep: int) -> None:
     found = tagged(folder)
     older = [path for path in found[: found.index(kept[-1])] if path not in kept]
     for path in [*older, *folder.glob(f"{UNIVERSAL}_*")]:
-        (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
-        shutil.rmtree(path)
+        try:
+            (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
+            shutil.rmtree(path)
+        except OSError as error:  # some file systems need room to delete; the new checkpoint is whole
+            told = f"{path}: cannot be removed now ({error.strerror}); it is tried again after the next save"
+            print(printable(told), file=sys.stderr, flush=True)
 
 
 def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from preprocessing.schema import check_regular, load_json
 
 Activation = Literal["gelu", "quick_gelu"]
+_MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...
 _POSITIVE = ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts")
 
 
@@ -77,6 +78,8 @@ class ModelConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) > _MOST:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} is beyond all models; at most {_MOST}")
         if self.image_size % self.patch_size:
             raise ModelConfigError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
@@ -139,7 +142,7 @@ class ModelConfig:
             )
         except (KeyError, TypeError) as error:
             raise ModelConfigError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
-        for name in _POSITIVE:
+        for name in (*_POSITIVE, "top_k"):
             if not isinstance(getattr(config, name), int):
                 raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a whole number")
         for name in ("drop_path", "aux_loss_weight"):

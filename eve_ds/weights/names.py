@@ -104,6 +104,10 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
         WeightsError: backbone tensors are missing or unknown (all are listed), the experts of a layer differ in shape
             or dtype, or position ids are not 0, 1, 2, ....
     """
+    if max(config.depth, config.num_experts) > len(state):
+        raise WeightsError(
+            f"holds {len(state)} tensors, too few for a model of {config.depth} blocks and {config.num_experts} experts"
+        )
     direct, packed = direct_names(config), expert_prefixes(config)
     expected = set(direct) | {prefix + name for prefixes in packed.values() for prefix in prefixes for name in _EXPERT}
     constants = position_ids(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -150,6 +151,7 @@ def converters() -> list[Target]:
                    "--regions", "@r.json", "--image-data", "@i.json", "--text-cleaning", "eve", *images),
         _converter("sbu-tsv", {"s.tsv": tsv}, "sbu", at, "@s.tsv", "--columns", "caption", "file", *images),
         _converter("cc3m-lines", {"s.jsonl": records}, "cc3m", at, "@s.jsonl", "--text-cleaning", "xvlm", *images),
+        _converter("cc3m-gz", {"s.jsonl.gz": gzip.compress(records, mtime=0)}, "cc3m", at, "@s.jsonl.gz", *images),
         _converter("cc12m-json", {"s.json": b"[" + b",".join(records.split(b"\n")[:-1]) + b"]"}, "cc12m", at,
                    "@s.json", *images),
         _converter("flickr-token", {"f.token": token}, "flickr30k", at, "@f.token", *images),

@@ -6,6 +6,7 @@ that hangs, aborts or eats the memory is known by its number, and the next child
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import platform
@@ -151,6 +152,7 @@ def _child(cases: list[tuple[Target, int]], seed: int, scratch: Path, writing: i
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()  # pytest's would print the stacks of a death that is looked for
         ran: list[str] = []
         platform.processor()  # asks `uname`, once: for the provenance
         sys.addaudithook(lambda event, args: ran.append(f"{event} {args!r}"[:200]) if event in _CODE else None)

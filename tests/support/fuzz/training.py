@@ -6,17 +6,20 @@ import hashlib
 import io
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
+import sentencepiece
 import torch
 import yaml
 from deepspeed.checkpoint import constants
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from eve_ds.callbacks.metrics import lines_until
 from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, parse
 from eve_ds.data.reading import Reader
 from eve_ds.data.sampler import Block
@@ -37,13 +40,14 @@ from preprocessing.tokenizer import Tokenizer
 from tests.support.foreign_shards import vilt_coco, vilt_nlvr, vilt_vqa
 from tests.support.fuzz.mutate import damaged_bytes
 from tests.support.fuzz.runner import Target, Wrong
-from tests.support.fuzz.seeds import dumped, tree_of
+from tests.support.fuzz.seeds import dumped, lines, tree_of
 from tests.support.model_folder import write_model_folder
 from tests.support.shards import make_caption_set, make_nlvr_set, make_vqa_set, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_task
 
 TRANSFORM = build_transform(16, train=False)
 ROOT = Path(__file__).resolve().parents[3]
+ASSETS = ROOT / "tests/assets"
 
 
 def _built(make: Callable[[Path], Any]) -> dict[str, bytes]:
@@ -151,7 +155,7 @@ def _rehash(folder: Path) -> None:
 
 
 def settings() -> list[Target]:
-    """Recipes, a run's stored config, DeepSpeed's JSON."""
+    """Recipes, a run's stored config, DeepSpeed's JSON, and metrics.jsonl as a resumed run reads it."""
     recipe = (ROOT / "eve_ds/configs/tiny_shapes.yaml").read_bytes()
 
     def parsed(folder: Path) -> None:
@@ -167,6 +171,13 @@ def settings() -> list[Target]:
         engine = EngineConfig(global_batch_size=32, precision="bf16")
         load_deepspeed_config(f"{folder}/z.json", engine, OptimizerConfig(), 2)
 
+    def resumed(folder: Path) -> None:
+        with warnings.catch_warnings(record=True):
+            kept = lines_until(folder / "m.jsonl", 3)
+        if not all(0 < float(json.loads(line)["step"]) <= 3 for line in kept):
+            raise Wrong("a record of a later step is kept")
+
+    records = lines(json.dumps({"step": n, "loss": 1.5, "lr": 0.1}) for n in range(1, 6))
     finetune = b"task: vqa\n" + b"\n".join(
         line for line in recipe.split(b"\n") if not line.startswith((b"objective", b"  decoder", b"  mode"))
     )
@@ -179,6 +190,7 @@ def settings() -> list[Target]:
     return [
         Target("recipe", {"r.yaml": recipe}, ["r.yaml"], _command(parsed)),
         Target("recipe-finetune", {"r.yaml": finetune}, ["r.yaml"], _command(tuned)),
+        Target("metrics-resume", {"m.jsonl": records}, ["m.jsonl"], _command(resumed)),
         Target("deepspeed", {"z.json": zero}, ["z.json"], _command(deepspeed_file)),
     ]
 
@@ -247,7 +259,7 @@ def checkpoints() -> list[Target]:
 
 
 def tokenizers() -> list[Target]:
-    """tokenizer.json, WordPiece and byte-level BPE, loaded and used."""
+    """tokenizer.json, WordPiece, byte-level BPE and SentencePiece, loaded and used."""
     tokenizer = tiny_tokenizer()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square", "##s"]
     letters = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "a": 5, "r": 6, "e": 7, "re": 8}
@@ -263,14 +275,26 @@ def tokenizers() -> list[Target]:
     own = _built(tokenizer.save)
     piece = {"vocab.txt": "\n".join(words).encode(), "tokenizer_config.json": b'{"do_lower_case": true}'}
     pairs = {"vocab.json": dumped(letters), "merges.txt": b"#version: 0.2\nr e\n"}
-    return [
-        Target(name, files, list(files), _command(used))
-        for name, files in (("tokenizer-json", own), ("vocab-txt", piece), ("vocab-json", pairs))
-    ]
+    model = _sentencepiece()
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    pieces = {"spiece.model": model, "added_tokens.json": dumped({"[EXTRA]": size})}
+    named = {"tokenizer-json": own, "vocab-txt": piece, "vocab-json": pairs, "sentencepiece": pieces}
+    return [Target(name, files, list(files), _command(used)) for name, files in named.items()]
+
+
+def _sentencepiece() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"a picture of {n} red squares and a blue circle" for n in range(40)]),
+        model_writer=model, vocab_size=60, hard_vocab_limit=False, model_type="unigram", minloglevel=2,
+        pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", bos_piece="[CLS]", eos_piece="[SEP]",
+        control_symbols=["[MASK]"],
+    )  # fmt: skip
+    return model.getvalue()
 
 
 def models() -> list[Target]:
-    """A model folder with its hashes, one without, and a bare .pt file."""
+    """A model folder with its hashes, one without, a bare .pt file, and a model in the published naming."""
     task = tiny_task("retrieval")
     state = {name: value.detach() for name, value in task.state_dict().items()}
     files = _built(lambda root: write_model_folder(root, task))
@@ -289,9 +313,15 @@ def models() -> list[Target]:
     def bare(folder: Path) -> None:
         load_weights(folder / "w.pt")
 
+    def published(folder: Path) -> None:
+        load_task_model("vqa", folder / "vqa.safetensors", vlmo_config=folder / "vlmo.json")
+
+    theirs = {"vqa.safetensors": (ASSETS / "vqa.safetensors").read_bytes()}
+    theirs["vlmo.json"] = (ASSETS / "vlmo_config.json").read_bytes()
     without = {name: content for name, content in files.items() if name != HASHES}
     return [
         Target("model-folder", files, list(files), _command(loaded)),
         Target("model-unhashed", without, list(without), _command(rehashed)),
+        Target("published", theirs, list(theirs), _command(published)),
         Target("weights-pt", {"w.pt": buffer.getvalue()}, ["w.pt"], _command(bare)),
     ]

@@ -77,6 +77,8 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "another rank has ended" in capsys.readouterr().err
     assert raising(OSError(28, "No space left on device", "runs/a")) == 2
     assert capsys.readouterr().err == ("error: runs/a: No space left on device; make room or choose another folder\n")
+    assert raising(OSError(116, "Stale file handle", "data\n/a")) == 2
+    assert capsys.readouterr().err == "error: data\\n/a: Stale file handle; see that it can be read and written\n"
     assert raising(KeyboardInterrupt()) == 130
     for defect in (RuntimeError("a defect of ours"), OSError(9, "Bad file descriptor"), KeyError("x")):
         with pytest.raises(type(defect)):

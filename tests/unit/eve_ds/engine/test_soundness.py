@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_a_second_damage_gets_another_name_and_nothing_of_it_is_pruned(tmp_path:
     prune(tmp_path, keep=1)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step_100000005", "step_00000003.damaged", "step_00000003.damaged.2"}
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some file systems need room to delete, and a full one has none."""
+    for step in (2, 3, 4):
+        make_checkpoint(tmp_path, step)
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", full)
+        prune(tmp_path, keep=1)
+    told = capsys.readouterr().err.splitlines()
+    assert [f"step_0000000{n}: cannot be removed now (No space left on device)" in told[n - 2] for n in (2, 3)] == [
+        True,
+        True,
+    ]
+    assert soundness.newest(tmp_path) == tmp_path / "step_00000004"
+    prune(tmp_path, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_00000004"}
 
 
 @pytest.mark.parametrize("name", [MODEL, COMPLETE])
