@@ -239,3 +239,60 @@ def test_a_run_folder_takes_the_same_run_alone(tmp_path: Path) -> None:
     again = changed(other, "checkpoint.resume", False)
     with pytest.raises(UserError, match="resume is false"):
         run_folder.claim(again, identity_of(again, {}))  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_further_than_it_shall_go_is_refused(data: Path) -> None:
+    config = pretraining(data)
+    begun(data / "run", config)
+    (data / "run" / "checkpoints" / "step_00000006").mkdir(parents=True)
+    (data / "run" / "checkpoints" / "step_00000006" / "complete.json").write_text("{}")
+    before = (data / "run" / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"run: the run is at step 6, and is to have 5 in all; raise optimizer\.total_"):
+        run_folder.claim(config, of(config), 5)
+    assert (data / "run" / "config.yaml").read_bytes() == before
+    run_folder.claim(config, of(config), 6)
+
+
+def test_a_dry_run_claims_nothing(data: Path) -> None:
+    config = pretraining(data)
+    config.dry_run = True
+    run_folder.claim(config, of(config), 5)
+    assert not (data / "run").exists()
+    config.output_dir = str(data / "captions")
+    with pytest.raises(UserError, match="holds files but no run"):
+        run_folder.claim(config, of(config), 5)
+
+
+def test_a_branch_keeps_what_its_tensors_need(data: Path) -> None:
+    before = of(pretraining(data))
+    free = changed(changed(pretraining(data), "optimizer.lr", 1.0), "engine.global_batch_size", 8)
+    free = changed(changed(free, "data.flip", False), "model.drop_path", 0.5)
+    assert before.for_a_branch().differences(of(free).for_a_branch()) == []
+    for key, value in (
+        ("model.dim", 96),
+        ("model.top_k", 1),
+        ("objective.decoder_dim", 8),
+        ("engine.precision", "fp32"),
+    ):
+        found = before.for_a_branch().differences(of(changed(pretraining(data), key, value)).for_a_branch())
+        assert len(found) == 1 and found[0].startswith(f"{key} is ")
+    train_tokenizer(["words of another kind"], 280).save(data / "tokenizer")
+    (found,) = before.for_a_branch().differences(of(pretraining(data)).for_a_branch())
+    assert found.startswith("tokenizer is ")
+
+
+def test_a_branch_needs_a_folder_of_its_own(data: Path) -> None:
+    begun(data / "run", pretraining(data))
+    (data / "run" / "checkpoints" / "step_00000006").mkdir(parents=True)
+    (data / "run" / "checkpoints" / "step_00000006" / "complete.json").write_text("{}")
+    config = pretraining(data, data / "branch")
+    for place in (data / "run", data / "run" / "checkpoints" / "step_00000006"):
+        config.resume_from = str(place)
+        run_folder.claim(config, of(config), 9)
+        within = dataclasses.replace(config, output_dir=str(data / "run"))
+        with pytest.raises(UserError, match=rf"--resume_from {place}: lies in --output_dir itself"):
+            run_folder.claim(within, of(within), 9)
+    assert of(config).inputs["resume_from"] == Input(str(place), of(config).inputs["resume_from"].hash, "step 6")  # type: ignore[union-attr]
+    config.resume_from = str(data / "nothing")
+    with pytest.raises(DataError, match=r"--resume_from .*nothing: no whole checkpoint; give RUN/checkpoints/step_N"):
+        of(config)

@@ -1,0 +1,105 @@
+"""Branches of a run, runs that start from an unfinished one, and dry runs, as users type them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support import ranks
+from tests.support.shards import make_vqa_set
+
+ONE_RANK = ["--engine.expert_parallel_size=1", "--engine.precision=fp32", "--logging.wandb=false"]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_run: list[str]) -> list[str]:
+    quiet = ["--logging.eval_every=0", "--logging.samples=0", "--data.val_split=null"]
+    return [*tiny_run, *ONE_RANK, *quiet, "--checkpoint.every=2", "--checkpoint.keep=5"]
+
+
+@pytest.fixture(scope="module")
+def straight(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps, checkpoints at 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    ranks.run("eve_ds.pretrain", [*options, f"--output_dir={output}"], 1)
+    return output
+
+
+@pytest.fixture(scope="module")
+def unfinished(straight: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run as it was after step 4."""
+    output = tmp_path_factory.mktemp("unfinished") / "run"
+    shutil.copytree(straight, output)
+    for late in ("checkpoints/step_00000006", "model"):
+        shutil.rmtree(output / late)
+    return output
+
+
+def losses(output: Path) -> dict[int, float]:
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {int(record["step"]): record["loss"] for record in found if "lr" in record}
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (left, right))
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_branch_without_changes_is_the_run_itself(straight: Path, options: list[str], tmp_path: Path) -> None:
+    output, start = tmp_path / "branch", straight / "checkpoints" / "step_00000004"
+    told = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={output}", f"--resume_from={start}"], 1)
+    assert "training from step 4 to step 6" in told
+    assert losses(output) == {step: loss for step, loss in losses(straight).items() if step > 4}
+    assert same_weights(output, straight)
+
+
+def test_a_branch_takes_other_groups_of_parameters(straight: Path, options: list[str], tmp_path: Path) -> None:
+    """Without decay all parameters are one group: DeepSpeed's files are cut otherwise than the new engine's."""
+    output = tmp_path / "branch"
+    changes = ["--optimizer.weight_decay=0", "--optimizer.lr=1e-3", "--optimizer.total_steps=7"]
+    branch = [f"--output_dir={output}", f"--resume_from={straight / 'checkpoints' / 'step_00000004'}"]
+    ranks.run("eve_ds.pretrain", [*options, *branch, *changes], 1)
+    found, expected = losses(output), losses(straight)
+    assert found.keys() == {5, 6, 7}
+    assert found[5] == pytest.approx(expected[5], abs=1e-6) and found[6] != expected[6]
+    assert {path.name for path in straight.glob("checkpoints/*")} == {f"step_0000000{step}" for step in (2, 4, 6)}
+
+
+def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[str], tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    output = tmp_path / "branch"
+    branch = [f"--output_dir={output}", f"--resume_from={straight}", "--optimizer.total_steps=9", "--dry_run"]
+    told = ranks.run("eve_ds.pretrain", [*options, *branch], 1)
+    assert "dry run: all is in order, nothing was written" in told
+    assert f"branching from {straight / 'checkpoints' / 'step_00000006'}" in told
+    assert "steps   6 to 9, each 4 x 2 samples a rank = 8" in told
+    assert not output.exists() and not list(tmp_path.iterdir())
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+def test_fine_tuning_starts_from_an_unfinished_run_and_outlives_it(
+    unfinished: Path, straight: Path, tmp_path: Path
+) -> None:
+    from eve_ds.engine.universal import consolidated_state
+
+    for split in ("train", "test"):
+        make_vqa_set(tmp_path / "vqa", rows=12, split=split)
+    source, output = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(unfinished, source)
+    options = ["--task=vqa", f"--checkpoint={source}", f"--data={tmp_path / 'vqa'}", f"--output_dir={output}", "--bs=4"]
+    options += [*ONE_RANK, "--logging.samples=0", "--data.val_split=null", "--checkpoint.every=1"]
+    ranks.run("eve_ds.finetune", [*options, "--optimizer.total_steps=1", "--optimizer.lr=1e-9"], 1)
+    begun = load_file(output / "model" / "model.safetensors")  # one step of 1e-9 moves nothing that can be seen
+    expected = consolidated_state(source / "checkpoints" / "step_00000004")
+    shared = [name for name in expected if name.startswith("backbone.")]
+    assert all(torch.allclose(begun[name], expected[name], atol=1e-6) for name in shared)
+    end = load_file(straight / "model" / "model.safetensors")
+    assert not all(torch.allclose(begun[name], end[name], atol=1e-6) for name in shared)
+    shutil.rmtree(source)
+    told = ranks.run("eve_ds.finetune", [*options, "--optimizer.total_steps=2", "--optimizer.lr=1e-9"], 1)
+    assert "training from step 1 to step 2" in told
