@@ -19,6 +19,7 @@ from eve_ds.reporting.html import Html, page, tag
 from eve_ds.reporting.provenance import commands_section, config_section
 from eve_ds.reporting.read import Run, read_run
 from eve_ds.reporting.scores import scores_section, summary, tiles
+from eve_ds.weights.model_folder import MODEL, exported_step, newer_checkpoint, step_of
 
 
 def build(folder: Path) -> Html:
@@ -44,9 +45,21 @@ def _head(found: Run, name: str, sections: list[Html]) -> Html:
         tag("p", f"EVE-DS · {kind}", class_="kicker"),
         tag("h1", f"Report of {name}"),
         summary(found),
+        *_left_behind(found),
         tiles(found),
         tag("nav", links, aria_label="Contents"),
     )
+
+
+def _left_behind(found: Run) -> list[Html]:
+    """A word for each run that has gone on since its model was exported, and its scores and samples were written."""
+    told = []
+    for stage in found.stages.values():
+        exported, newest = exported_step(stage.folder / MODEL), newer_checkpoint(stage.folder)
+        if exported is not None and newest is not None:
+            step = f"{stage.title}: scores, samples and the exported model are of step {exported}"
+            told.append(tag("p", f"{step}; the run has gone on to step {step_of(newest)} since, and is not finished."))
+    return told
 
 
 def _titles(sections: list[Html]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from eve_ds.benchmarks.probe_labels import (
     top_left_labels,
 )
 from eve_ds.benchmarks.probe_linear import Examples, Result, linear_probe
-from eve_ds.benchmarks.shapes_truth import add_shapes_options, scenes_of_rows
+from eve_ds.benchmarks.shapes_truth import add_shapes_options, model_files, scenes_of_rows
 from eve_ds.data.collate import collate
 from eve_ds.data.samples import CaptionImages
 from eve_ds.data.sources import open_split
@@ -33,7 +33,6 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.embeddings import patches
 from eve_ds.tasks import load_task_model
 from eve_ds.tasks.base import joint_first_text
-from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.shapes.scenes import GRID, Scene
 from preprocessing.tokenizer import Tokenizer
 
@@ -135,7 +134,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
 
 def _model(checkpoint: str) -> tuple[Tokenizer, Backbone]:
     """Raises UserError where there is no tokenizer, or where patches are not the cells of the shapes world."""
-    folder = ModelFolder.find(checkpoint)
+    _, tokenizer = model_files(checkpoint)
     backbone = load_task_model("pretrain", checkpoint=checkpoint).backbone
     side = backbone.config.image_size // backbone.config.patch_size
     if side != GRID:
@@ -143,9 +142,7 @@ def _model(checkpoint: str) -> tuple[Tokenizer, Backbone]:
             f"--checkpoint {checkpoint}: its images are {side}x{side} patches, the shapes world is {GRID}x{GRID} cells;"
             " name a model that has a patch for each cell, such as the demo's"
         )
-    if folder.tokenizer is None:
-        raise UserError(f"--checkpoint {checkpoint}: no tokenizer.json beside the weights; name a run or model folder")
-    return Tokenizer.load(folder.tokenizer), backbone
+    return tokenizer, backbone
 
 
 def _dataset(data: str, split: str, tokenizer: Tokenizer, backbone: Backbone) -> CaptionImages:

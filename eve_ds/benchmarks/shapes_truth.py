@@ -8,9 +8,13 @@ from jsonargparse import ArgumentParser
 
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit
+from eve_ds.errors import UserError
+from eve_ds.weights.model_folder import CONFIG, ModelFolder
 from preprocessing.schema import DataError
 from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.scenes import Scene, read_scenes
+from preprocessing.tokenizer import FILE_NAME as TOKENIZER
+from preprocessing.tokenizer import Tokenizer
 
 
 def add_shapes_options(parser: ArgumentParser) -> None:
@@ -19,6 +23,18 @@ def add_shapes_options(parser: ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="prepared caption data of the shapes world")
     parser.add_argument("--scenes", required=True, help="folder of scenes_{split}2014.json: RAW/annotations")
     parser.add_argument("--split", default="val", help="tested: val or test")
+
+
+def model_files(checkpoint: str) -> tuple[ModelFolder, Tokenizer]:
+    """The model to be tested and its tokenizer. Raises UserError if config or tokenizer does not lie beside it."""
+    files = ModelFolder.find(checkpoint)
+    for part, name in ((files.config, CONFIG), (files.tokenizer, TOKENIZER)):
+        if part is None:
+            raise UserError(
+                f"--checkpoint {checkpoint}: no {name} beside the weights; name a run or a model folder, as "
+                "python -m eve_ds.convert makes one of a published file"
+            )
+    return files, Tokenizer.load(files.tokenizer or "")
 
 
 def scenes_of_rows(split: AnySplit, count: int, folder: str, name: str) -> tuple[str, list[Scene]]:

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from eve_ds.benchmarks.benchmark import Benchmark, Column, Row
-from eve_ds.benchmarks.shapes_truth import add_shapes_options, scenes_of_rows
+from eve_ds.benchmarks.shapes_truth import add_shapes_options, model_files, scenes_of_rows
 from eve_ds.data.collate import collate
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.sources import open_split
@@ -18,11 +18,9 @@ from eve_ds.errors import UserError
 from eve_ds.tasks import MaskedModelling, load_task_model
 from eve_ds.tasks.masked import another_image
 from eve_ds.weights.load import load_weights
-from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.oracle import best_guesses
 from preprocessing.shapes.scenes import COLORS, QUADRANTS, SHAPES, Scene
-from preprocessing.tokenizer import Tokenizer
 
 ALL = "all"
 KINDS = {
@@ -52,14 +50,12 @@ def _add_options(parser: ArgumentParser) -> None:
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
-    folder = ModelFolder.find(options.checkpoint)
+    folder, tokenizer = model_files(options.checkpoint)
     if not any(name.startswith("word_decoder.") for name in load_weights(folder.weights)):
         raise UserError(f"--checkpoint {options.checkpoint}: holds no word decoder; name a pre-training run")
-    if folder.tokenizer is None:
-        raise UserError(f"--checkpoint {options.checkpoint}: no tokenizer.json beside the weights; name a run folder")
     task = load_task_model("pretrain", checkpoint=options.checkpoint)
     assert isinstance(task, MaskedModelling)
-    tokenizer, config = Tokenizer.load(folder.tokenizer), task.config
+    config = task.config
     split = open_split(options.data, options.split, "caption")
     transform = build_transform(config.image_size, train=False)
     samples = CaptionSamples(split, tokenizer, transform, config.max_text_length, config.vocab_size)

@@ -244,12 +244,14 @@ def refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_folder(tmp_path / "large", world, image_size=96)
     model_folder(tmp_path / "mute", world, tokenizer=False)
+    (model_folder(tmp_path / "bare", world) / "config.yaml").unlink()
     make_vqa_set(tmp_path / "vqa")
     make_caption_set(tmp_path / "captions")
     make_caption_set(tmp_path / "captions", split="val")
     cases: list[tuple[dict[str, object], list[str]]] = [
         ({"checkpoint": tmp_path / "large"}, ["--checkpoint", "large", "6x6 patches", "4x4 cells"]),
         ({"checkpoint": tmp_path / "mute"}, ["--checkpoint", "mute", "no tokenizer.json"]),
+        ({"checkpoint": tmp_path / "bare"}, ["bare: no config.yaml beside the weights", "eve_ds.convert"]),
         ({"checkpoint": tmp_path / "none"}, ["none: no such file"]),
         ({"split": "train"}, ["--split train"]),
         ({"split": "test"}, ["data/test", "run a converter"]),

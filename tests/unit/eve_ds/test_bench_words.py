@@ -192,11 +192,13 @@ def refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_folder(tmp_path / "mute", world, tokenizer=False)
+    (model_folder(tmp_path / "bare", world) / "config.yaml").unlink()
     weights = model_folder(tmp_path / "tuned", world) / "model.safetensors"
     save_file({name: value for name, value in load_file(weights).items() if name.startswith("backbone.")}, weights)
     make_vqa_set(tmp_path / "vqa", split="val")
     cases: list[tuple[dict[str, object], list[str]]] = [
         ({"checkpoint": tmp_path / "mute"}, ["--checkpoint", "mute", "no tokenizer.json"]),
+        ({"checkpoint": tmp_path / "bare"}, ["bare: no config.yaml beside the weights", "eve_ds.convert"]),
         ({"checkpoint": tmp_path / "none"}, ["none: no such file"]),
         ({"checkpoint": tmp_path / "tuned"}, ["--checkpoint", "tuned", "no word decoder", "pre-training run"]),
         ({"split": "test"}, ["data/test", "run a converter"]),

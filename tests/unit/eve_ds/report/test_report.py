@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from evaluation.files import run
 from eve_ds.report import build, main
+from eve_ds.weights.model_folder import metadata
 from tests.support.made_run import make_run
 from tests.support.page import Page
 
@@ -203,6 +206,19 @@ def test_a_single_run_shows_its_own_scores(run_folder: Path) -> None:
     text = Page(build(run_folder / "nlvr")).text
     assert "75.0\xa0%" in text
     assert "no baseline recorded" in text
+
+
+def test_scores_of_a_run_that_has_gone_on_since_are_told_as_such(run_folder: Path) -> None:
+    model, checkpoints = run_folder / "nlvr" / "model", run_folder / "nlvr" / "checkpoints"
+    model.mkdir()
+    save_file({"weight": torch.zeros(1)}, model / "model.safetensors", metadata=metadata(4))
+    words = "NLVR: scores, samples and the exported model are of step 4; the run has gone on to step 6 since"
+    for step in (4, 6):
+        assert words not in Page(build(run_folder)).text
+        (checkpoints / f"step_{step:08d}").mkdir(parents=True)
+        (checkpoints / f"step_{step:08d}" / "complete.json").write_text("{}")
+    assert words in Page(build(run_folder)).text
+    assert words.replace("NLVR", "Training") in Page(build(run_folder / "nlvr")).text
 
 
 def test_a_score_over_a_part_of_the_split_says_so(run_folder: Path) -> None:
