@@ -6,6 +6,10 @@ import dataclasses
 import os
 import re
 import secrets
+import ssl
+import threading
+import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 ID_FILE = "wandb_id"
+REACH_TIMEOUT_S = 5.0  # for a first answer; without one the run is logged offline
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120
 
@@ -24,9 +29,11 @@ FINISH_TIMEOUT_S = 120
 class WandbLog(Callback):
     """Sends every record to one wandb run, on rank 0. It is left out of the callbacks where ``logging.wandb`` is false.
 
-    Online where WANDB_API_KEY is set, offline elsewhere; WANDB_MODE, if set, wins. Files go to ``output_dir/wandb``.
-    The run's id is kept in ``output_dir/wandb_id``, so that a resumed run goes on in the same curves; offline pieces of
-    it become one run when uploaded (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
+    Online where WANDB_API_KEY is set, offline elsewhere; WANDB_MODE, if set, wins. Where no server answers within five
+    seconds, the run is logged offline and says so. Files go to ``output_dir/wandb``. All curves are drawn over
+    ``step``, the optimizer step: what a resumed run repeats falls onto what was there. The run's id is kept in
+    ``output_dir/wandb_id``, so that a resumed run goes on in the same curves; offline pieces of it become one run when
+    uploaded (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
 
     Whatever fails in here (no network, a full disk, wandb not installed) is told in one warning and ends the logging,
     not the training.
@@ -46,6 +53,26 @@ class WandbLog(Callback):
             self._give_up(error)
 
     def _init(self, trainer: Trainer) -> Any:
+        chosen = mode()
+        if chosen == "online" and not reachable(base_url()):
+            chosen = self._offline(trainer, f"{base_url()} does not answer")
+        try:
+            run = self._begin(trainer, chosen)
+        except Exception as error:
+            if chosen != "online":
+                raise
+            run = self._begin(trainer, self._offline(trainer, " ".join(str(error).split())))
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _offline(self, trainer: Trainer, reason: str) -> str:
+        folder = trainer.output_dir / "wandb"
+        told = f"Weights & Biases: {reason}; logged offline, `wandb sync {folder}/offline-run-*` uploads it"
+        warnings.warn(told, stacklevel=4)
+        return "offline"
+
+    def _begin(self, trainer: Trainer, mode: Any) -> Any:
         import wandb
 
         return wandb.init(
@@ -53,7 +80,7 @@ class WandbLog(Callback):
             name=trainer.output_dir.resolve().name,
             id=run_id(trainer.output_dir),
             resume="allow",
-            mode=mode(),
+            mode=mode,
             dir=trainer.output_dir,
             job_type=trainer.task_name,
             config=dataclasses.asdict(trainer.config) | {"world_size": trainer.world_size},
@@ -100,6 +127,33 @@ class WandbLog(Callback):
 def mode() -> Any:
     """WANDB_MODE if it is set, else online or offline by whether there is a key."""
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+
+
+def base_url() -> str:
+    """The server's address."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def reachable(url: str) -> bool:
+    """Whether a server answers within `REACH_TIMEOUT_S`, whatever it says. Heeds the usual variables for proxies."""
+    found = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=REACH_TIMEOUT_S).close()
+        except urllib.error.HTTPError:
+            found.set()
+        except (OSError, ValueError) as error:
+            if isinstance(getattr(error, "reason", None), ssl.SSLError):  # wandb may know the authority
+                found.set()
+        else:
+            found.set()
+
+    # In a thread: the search for an address has no limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH_TIMEOUT_S)
+    return found.is_set()
 
 
 def run_id(output_dir: Path) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
+import threading
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +31,7 @@ class Config:
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_DIR"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -44,6 +49,15 @@ def train(state: Any, steps: range) -> None:
     callback.close(state)
 
 
+def holds(path: Path, word: bytes) -> None:
+    """Wait until a file holds a word: wandb's own process writes it, and may be at it when the run is finished."""
+    for _ in range(600):
+        if word in path.read_bytes():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} does not hold {word!r}: {path.read_bytes()!r}")
+
+
 def test_offline_run_and_its_resume_share_one_id(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Weights & Biases logs no more")
@@ -52,9 +66,67 @@ def test_offline_run_and_its_resume_share_one_id(tmp_path: Path) -> None:
     run_id = (tmp_path / "wandb_id").read_text().strip()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.name for path in files} == {f"run-{run_id}.wandb"}
-    content = b"".join(path.read_bytes() for path in files)
     for word in (b"eve-ds-test", b"val/loss", b"world_size", b"wandb_project"):
-        assert word in content
+        holds(files[0], word)
+
+
+def test_all_curves_are_drawn_over_the_optimizer_step_in_every_piece(tmp_path: Path) -> None:
+    from wandb.proto import wandb_internal_pb2 as records
+
+    train(trainer(tmp_path), range(1, 8))
+    train(trainer(tmp_path), range(5, 9))  # from the checkpoint of step 4: 5 to 7 come again
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    for path in files:
+        for metric in (records.MetricRecord(name="step"), records.MetricRecord(glob_name="*", step_metric="step")):
+            holds(path, metric.SerializeToString())
+
+
+@contextlib.contextmanager
+def served(answers: bool) -> Iterator[str]:
+    """The address of a server that says 404 to everything, or nothing."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)  # a Handler without do_GET says 501
+    thread = threading.Thread(target=server.serve_forever if answers else lambda: None)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        if answers:
+            server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_server_is_there_if_it_answers_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wandb.REACH_TIMEOUT_S <= 5
+    monkeypatch.setenv("no_proxy", "*")
+    with served(answers=True) as url:
+        assert wandb.reachable(url)
+    monkeypatch.setattr(wandb, "REACH_TIMEOUT_S", 0.3)
+    with served(answers=False) as url:  # the kernel takes the connection, and that is all
+        assert not wandb.reachable(url)
+    assert not wandb.reachable(url)  # nobody listens there now
+    assert not wandb.reachable("no address")
+
+
+def test_without_a_server_a_run_with_a_key_is_logged_offline_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(answers=True) as url:
+        pass  # nobody listens there now
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.warns(UserWarning, match=f"{url} does not answer; logged offline, `wandb sync ") as caught:
+        train(trainer(tmp_path), range(1, 4))
+    assert not [warning for warning in caught if "logs no more" in str(warning.message)]
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    holds(path, b"val/loss")
 
 
 def test_a_failing_init_warns_once_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
