@@ -27,7 +27,7 @@ from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, me
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
-from preprocessing.schema import ANSWER_LIST
+from preprocessing.schema import ANSWER_LIST, printable
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.tokenizer import Tokenizer
 
@@ -175,7 +175,7 @@ def beit_to_folder(
         raise WeightsError(f"--checkpoint {source}: {error}") from error
     ours = {PREFIX + name: value for name, value in backbone.state_dict().items()}
     _write_folder(target, ours, yaml.safe_dump({"model": dataclasses.asdict(model)}, sort_keys=False), tokenizer)
-    print("\n".join(origins.lines()))
+    print("\n".join(map(printable, origins.lines())))
     counts = f"{len(origins.taken)} tensors taken, {len(origins.left)} left, {len(origins.new)} new"
     print(f"{target}: {counts}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -28,7 +29,9 @@ from eve_ds.data.shards import RowError, Split
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.identity import Identity
 from eve_ds.engine.manifest import COMPLETE, Manifest, Topology, file_names, hash_files
+from eve_ds.engine.run_folder import claim
 from eve_ds.engine.universal import consolidated_state
 from eve_ds.engine.verification import verify_now
 from eve_ds.errors import UserError, exit_code
@@ -178,6 +181,17 @@ def settings() -> list[Target]:
             raise Wrong("a record of a later step is kept")
 
     records = lines(json.dumps({"step": n, "loss": 1.5, "lr": 0.1}) for n in range(1, 6))
+    config = PretrainConfig(output_dir="run")
+    identity = Identity.from_config(dataclasses.asdict(config))
+    begun = {"run/identity.json": dumped(identity.tree()), "run/metrics.jsonl": records}
+    begun["run/config.yaml"] = yaml.safe_dump(dataclasses.asdict(config)).encode()
+
+    def claimed(folder: Path) -> None:
+        """What is taken for the same run must be."""
+        claim(dataclasses.replace(config, output_dir=f"{folder}/run"), identity)
+        if json.loads((folder / "run/identity.json").read_bytes()) != identity.tree():
+            raise Wrong("the run has another identity now")
+
     finetune = b"task: vqa\n" + b"\n".join(
         line for line in recipe.split(b"\n") if not line.startswith((b"objective", b"  decoder", b"  mode"))
     )
@@ -190,6 +204,7 @@ def settings() -> list[Target]:
     return [
         Target("recipe", {"r.yaml": recipe}, ["r.yaml"], _command(parsed)),
         Target("recipe-finetune", {"r.yaml": finetune}, ["r.yaml"], _command(tuned)),
+        Target("run-folder", begun, ["run/identity.json", "run/config.yaml"], _command(claimed)),
         Target("metrics-resume", {"m.jsonl": records}, ["m.jsonl"], _command(resumed)),
         Target("deepspeed", {"z.json": zero}, ["z.json"], _command(deepspeed_file)),
     ]
