@@ -20,11 +20,12 @@ from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
 from eve_ds.errors import RankError, UserError
 
+LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # set by `start` where DeepSpeed's LOCAL_RANK has to say which GPU, and no more
 # Ours: those of torchrun and deepspeed, mpirun, srun. In a Slurm job SLURM_* may be mpirun's daemons'.
 LAUNCHER_VARIABLES = {
     "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
     "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
-    "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
+    "LOCAL_RANK": (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
 }
 
 
@@ -89,6 +90,7 @@ def start(timeout_seconds: float = 600) -> torch.device:
     skip_unbuilt_operation()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        os.environ[LOCAL_RANK] = str(local_rank)
         local_rank = placement.device_ordinal(local_rank, torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local_rank)
