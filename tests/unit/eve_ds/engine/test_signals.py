@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,10 +58,10 @@ SAVING = "save(stop)"
 TERM, INT, HUP, USR1 = signals.SIGNALS
 
 
-def start(body: str, **options: object) -> subprocess.Popen[str]:
+def start(body: str, wrap: tuple[str, ...] = (), **options: object) -> subprocess.Popen[str]:
     script = RANK.replace("BODY", body)
     pipe = subprocess.PIPE
-    started = subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload]
+    started = subprocess.Popen([*wrap, sys.executable, "-c", script], stdout=pipe, stderr=pipe, text=True, **options)  # type: ignore[call-overload]
     return started  # type: ignore[no-any-return]
 
 
@@ -119,6 +120,19 @@ def test_a_late_signal_ends_no_rank_that_has_saved() -> None:
     process.send_signal(TERM)
     assert process.wait() == 75
     process.communicate()
+
+
+def test_the_first_process_of_a_container_heeds_them_too() -> None:
+    """The kernel lets no signal end it that it has no handler for."""
+    namespace = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("a process namespace needs root")
+    started = {body: start(body, namespace) for body in (TRAINING, START_UP)}
+    for outer in started.values():
+        wait_ready(outer)
+        os.kill(int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text()), TERM)
+    codes = {body: (outer.communicate(), outer.returncode)[1] for body, outer in started.items()}
+    assert codes == {TRAINING: 75, START_UP: 128 + TERM}
 
 
 def test_nohup_and_a_reader_that_is_gone() -> None:
