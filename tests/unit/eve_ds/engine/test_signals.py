@@ -113,7 +113,7 @@ def test_a_signal_that_follows_at_once_is_the_same_request_and_a_later_one_ends(
 @pytest.mark.long
 def test_a_late_signal_ends_no_rank_that_has_saved() -> None:
     """As launchers send it to the others when the first one has ended."""
-    process = start("train(stop) and time.sleep(1) or 75")
+    process = start("train(stop) and time.sleep(3) or 75")
     wait_ready(process)
     process.send_signal(TERM)
     time.sleep(0.4)
