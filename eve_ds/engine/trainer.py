@@ -94,6 +94,7 @@ class Trainer:
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
         offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         optimizer = build_optimizer(task, config.optimizer, offload, device)
+        mark("the set-up of DeepSpeed")
         self.engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
 
     @property

@@ -38,7 +38,7 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, world_size: int, seconds: float) -> None:
         self.folder, self.rank, self.world_size, self.seconds = folder, rank, world_size, seconds
         self.interval = min(SLOWEST_LOOK, seconds / 10)
-        self.doing, self._since, self._marks, self._beats = "start", time.monotonic(), 0, 0
+        self.doing, self._since, self._marks, self._beats = "the set-up", time.monotonic(), 0, 0
         self._asked_at: float | None = None
         self._beaten = -HEALTHY_BEAT  # when it last wrote
         self._ended = threading.Event()
@@ -120,7 +120,7 @@ class Watchdog:
         elif behind:
             who = f"for {_names(behind)}, which is behind"
         else:
-            who = "and so does every rank" if self.world_size > 1 else "alone"
+            who = "as every rank has" if self.world_size > 1 else "alone"
         host, waited = socket.gethostname(), time.monotonic() - self._since
         return (
             f"rank {self.rank} on {host} has waited {waited:.0f} s in {self.doing} {who}; "

@@ -1,7 +1,7 @@
 """``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or it is asked to stop: at once, or in the
-first evaluation.
+first evaluation; or, from the second step on, ranks take each other for stuck after six seconds (impatient).
 
-python -m tests.support.spike [--spike=stop|evaluation] OPTIONS
+python -m tests.support.spike [--spike=stop|evaluation|impatient] OPTIONS
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from eve_ds.errors import run_command
 def main() -> int:
     prepare_environment()
     from eve_ds import pretrain
+    from eve_ds.engine import watchdog
     from eve_ds.engine.trainer import Trainer
     from eve_ds.tasks.masked import MaskedModelling
 
@@ -43,7 +44,14 @@ def main() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         return train_step(trainer, *arguments)
 
-    if incident == "stop":
+    def impatient(trainer: Trainer, *arguments: Any) -> Any:
+        if trainer.step == 1 and watchdog._watchdog is not None:
+            watchdog._watchdog.seconds, watchdog._watchdog.interval = 6.0, 0.6
+        return train_step(trainer, *arguments)
+
+    if incident == "impatient":
+        Trainer._train_step = impatient  # type: ignore[method-assign]
+    elif incident == "stop":
         Trainer._train_step = stopped  # type: ignore[method-assign]
     else:
         MaskedModelling.forward = spiked if incident == "loss" else interrupted  # type: ignore[method-assign]
