@@ -72,7 +72,8 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
             start_new_session=True,
         )
     try:
-        wait_until(lambda: _is_at(line, marker, output), f"{line}\n{(folder / 'log').read_text()}", seconds=180)
+        wait_until(lambda: started.poll() is not None or _is_at(line, marker, output), str(line), seconds=180)
+        assert started.poll() is None, (folder / "log").read_text()
         saved_before = _saved(output)
         if line.target == "group":
             os.killpg(started.pid, number)
