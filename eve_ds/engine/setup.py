@@ -107,8 +107,8 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
         if found := own.shared(scored):
             if not config.data.allow_overlap:
                 raise DataError(
-                    f"{found}; leave them out of one of these (preprocessing --exclude), or say that it is meant: "
-                    "--data.allow_overlap true"
+                    f"{found}; leave them out of one of these (preprocessing --exclude; of ViLT's own files, move one "
+                    "away), or say that it is meant: --data.allow_overlap true"
                 )
             if launched_world()[0] == 0:
                 _log.warning("%s; data.allow_overlap lets that pass", found)
