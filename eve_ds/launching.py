@@ -80,10 +80,10 @@ class Guard:
 
     def _reap(self, launcher: subprocess.Popen[bytes]) -> None:
         """Take the exit codes of orphans, which have become ours."""
-        for child in _children():
-            if child != launcher.pid:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(child, os.WNOHANG)
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):  # none is left
+            while (child := os.waitid(os.P_ALL, 0, ended)) and child.si_pid != launcher.pid:
+                os.waitpid(child.si_pid, 0)
 
     def _result(self, code: int) -> int:
         told = {int(each.read_text() or 1) for each in self.folder.iterdir()}
@@ -96,10 +96,6 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def _children() -> list[int]:
-    return [int(child) for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
 
 
 def main() -> int:
