@@ -131,7 +131,7 @@ def _plain_nodes(node: Any, key: str = "", depth: int = 0) -> Iterator[Any]:
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value:
         raise _NodeError(f"{where}: {node.value} is a time to YAML; put it in quotes, or write a number")
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null") and not node.value and key:
-        raise _NodeError(f"{where} has no value; write one, or null, or leave the key out")
+        raise _NodeError(f"{where} has no value; write one (null, if that is meant), or leave the key out")
     yield node
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):

@@ -110,3 +110,29 @@ def test_two_ranks_find_what_one_process_finds() -> None:
     assert expected.keys() >= ADDED
     assert abs(expected["val/mlm_loss_shuffled"] - expected["val/mlm_loss"]) > 1e-3
     run_distributed_test(evaluate, WORLD_SIZE, args=(expected,))
+
+
+def evaluate_single_images() -> None:
+    """Micro-batches of one image each: what compares images has nothing to compare."""
+    import contextlib
+    import io
+
+    from eve_ds.engine.evaluation import held_out_metrics
+    from eve_ds.engine.signals import StopRequest
+
+    task = tiny_task().eval()
+    state = {"engine": task, "task": task, "device": torch.device("cpu"), "stop": StopRequest()}
+    trainer: Any = SimpleNamespace(**state, step=7, is_main=True)
+    for image_index, said in (([5, 5, 5, 5], True), ([5, 6, 5, 5], False)):
+        batch = batches_of(1)[0] | {"image_index": torch.tensor(image_index)}
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            found = held_out_metrics(trainer, [batch])
+        lost = {name for name in ADDED if name.endswith("_shuffled")}
+        assert (found.keys() & lost == set()) is said
+        words = told.getvalue()
+        assert words.startswith(f"step 7: {', '.join(sorted(lost))} cannot be told") if said else not words, words
+        assert ("raise engine.micro_batch_size" in words) is said
+
+
+def test_measures_that_no_micro_batch_can_tell_are_named() -> None:
+    run_distributed_test(evaluate_single_images, 1)
