@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.processes import free_ports, processes_of, stop_processes, wait_until
+from tests.cluster.processes import free_ports, processes_of, require, stop_processes, wait_until
 from tests.cluster.runs import TinyRun
 from tests.cluster.slurm import two_node_slurm
 
@@ -54,6 +54,7 @@ class Line:
 
 def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str], folder: Path) -> str:
     """Start a run, send the signal, wait for its end; returns a cell of the table, as in "saved, 75"."""
+    require(*{"mpirun", "srun"} & set(line.command(0)))
     number = getattr(signal, f"SIG{name}")
     output, marker, port = folder / "run", folder / "marker", free_ports(1)[0]
     options = ["--optimizer.total_steps=1000000", "--checkpoint.every=0", *MOMENTS.get(line.moment, [])]
