@@ -63,7 +63,14 @@ class Guard:
 
     def _living(self) -> list[str]:
         """Ranks that have made themselves known and have not ended."""
-        return [each.name for each in self.folder.iterdir() if not each.read_text() and _runs(int(each.name))]
+        return [each.name for each in self.folder.iterdir() if not each.read_text() and self._is_ours(each.name)]
+
+    def _is_ours(self, process: str) -> bool:
+        """Whether it runs, and was started from here: in a container inside of us, numbers are others."""
+        try:
+            return os.fsencode(f"{RANKS}={self.folder}") in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
 
     def _pass_on(self, launcher: subprocess.Popen[bytes]) -> None:
         """Give each rank the signals that it has not had, those of a start-up included; without ranks, the launcher."""
@@ -89,13 +96,6 @@ class Guard:
         told = {int(each.read_text() or 1) for each in self.folder.iterdir()}
         code = 128 - code if code < 0 else code
         return next((each for each in TOLD if each in told), code or max(told, default=0))
-
-
-def _runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def main() -> int:
