@@ -362,7 +362,7 @@ def _check_depth(option: str) -> None:
 
 def _as_flag(name: str, argv: list[str]) -> list[str]:
     """``name`` without a value behind it is true."""
-    following = [*argv[1:], "--"]
+    following = [*argv, "--"][1:]
     return [f"{name}=true" if (a, b[:2]) == (name, "--") else a for a, b in zip(argv, following, strict=True)]
 
 

@@ -235,3 +235,20 @@ def test_recipes_and_deepspeed_files_that_come_along_are_found_by_name(
     assert pretrain("--config", "tiny_shapes").model.vocab_size == 300
     with pytest.raises(UserError, match=r"--config tiny_shape: No such file"):
         pretrain("--config", "tiny_shape")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--dry_run"], True),
+        (["--dry_run", "--optimizer.lr=1e-3"], True),
+        (["--dry_run", "--local_rank", "1"], True),
+        (["--dry_run", "false"], False),
+        (["--dry_run=true"], True),
+        ([], False),
+    ],
+)
+def test_a_dry_run_is_asked_for_with_or_without_a_value(options: list[str], expected: bool) -> None:
+    assert parse(PretrainConfig, options, "test").dry_run is expected
+    argv, defaults = expand_options(options)
+    assert parse(FinetuneConfig, argv, "test", defaults).dry_run is expected
