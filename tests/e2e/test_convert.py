@@ -233,6 +233,10 @@ def test_a_fine_tuned_checkpoint_brings_its_answers(
     config = yaml.safe_load((output / "config.yaml").read_text())
     config["data"]["path"] = config["init_from"] = str(tmp_path / "gone")
     (output / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert convert(*command, "--overwrite").code == 0  # the run's folder has its own
+    for name in ("tokenizer.json", "answer_list.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()
+        (output / name).unlink()  # as earlier versions left the folder
     told = convert(*command, "--overwrite")
     assert told.code == 2 and "--tokenizer" in told.errors and "gone" not in told.output
     told = convert(*command, "--overwrite", "--tokenizer", data / "tokenizer")
