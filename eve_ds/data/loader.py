@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
@@ -107,8 +108,8 @@ class Loader:
             if "timed out after" in str(error):
                 readers = multiprocessing.active_children()
                 line = explain_silence(self._timeout, readers)
-                for reader in readers:
-                    reader.kill()  # a stopped process ends by nothing less
+                for reader in readers:  # a stopped process would not end when it is told to
+                    os.kill(int(reader.pid or os.getpid()), signal.SIGCONT)
                 raise DataError(line) from None
             raise
         except TimeoutError:

@@ -39,17 +39,18 @@ class Watchdog:
         self.folder, self.rank, self.world_size, self.seconds = folder, rank, world_size, seconds
         self.interval = min(SLOWEST_LOOK, seconds / 10)
         self.doing, self._since, self._marks, self._beats = "the set-up", time.monotonic(), 0, 0
-        self._asked_at: float | None = None
+        self._asked_at: float | None = None  # when stacks were last wanted
+        self._wanted = False  # since this start
         self._beaten = -HEALTHY_BEAT  # when it last wrote
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Begin to watch; rank 0 removes what an earlier start has left, but for its stacks."""
+        """Begin to watch; what an earlier start has left is written over, or not heeded."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-            if self.rank == 0:
-                for path in [*self.folder.glob("*.json"), self.folder / ASKED]:
-                    path.unlink(missing_ok=True)
+        self._others_ask()
+        self._wanted = False
+        self._beat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self, doing: str) -> None:
@@ -67,7 +68,7 @@ class Watchdog:
             if now - looked > 3 * self.interval + 1:  # this process itself was stopped (scontrol suspend, Ctrl-Z)
                 self._since += now - looked
             looked = now
-            if self._asked_at or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT:
+            if self._wanted or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT:
                 self._beat()
             if self._others_ask():
                 self._write_stacks()
@@ -93,7 +94,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             asked_at = (self.folder / ASKED).stat().st_mtime
             if asked_at != self._asked_at:
-                self._asked_at = asked_at
+                self._asked_at, self._wanted = asked_at, True
                 return True
         return False
 
