@@ -24,6 +24,7 @@ from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples
 from eve_ds.engine import batches
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.engine.signals import StopRequest
+from eve_ds.engine.watchdog import mark
 from eve_ds.files import write_json, write_text
 from eve_ds.tasks.base import Task
 from preprocessing.schema import write_atomic
@@ -66,6 +67,7 @@ class Scorer:
 
     def score(self, task: Task, split: str, folder: Path) -> None:
         """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
+        mark(f"the scoring of {split}")
         with self.stop.deferred():
             arrays = self.predict(task, split)
         if arrays is None:

@@ -299,7 +299,7 @@ def sync_path(path: str | os.PathLike[str]) -> None:
             os.close(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES) or not os.path.isdir(path):
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error  # fsync names no file
 
 
 def sync_tree(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from eve_ds.engine.callback import Callback
+from eve_ds.engine.divergence import SUSPECTS
 from eve_ds.files import write_text
 from preprocessing.schema import load_json
 
@@ -31,11 +32,11 @@ class MetricsFile(Callback):
     def fit_start(self, trainer: Trainer) -> None:
         if not trainer.is_main:
             return
-        path = trainer.output_dir / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            write_text(path, "".join(lines_until(path, trainer.start_step)))
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # by line
+        trainer.output_dir.mkdir(parents=True, exist_ok=True)
+        for path in (trainer.output_dir / FILE, trainer.output_dir / SUSPECTS):
+            if path.exists():
+                write_text(path, "".join(lines_until(path, trainer.start_step, trainer.evaluation_due)))
+        self._file = open(trainer.output_dir / FILE, "a", encoding="utf-8", buffering=1)  # by line
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
         self._write(record)
@@ -57,15 +58,21 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def lines_until(path: Path, last_step: int) -> list[str]:
-    """The lines of steps 1 to ``last_step``; a line that a killed run left half written is dropped with a warning."""
+def lines_until(path: Path, last_step: int, evaluates_again: bool = False) -> list[str]:
+    """The lines of steps 1 to ``last_step``; a line that a killed run left half written is dropped with a warning.
+
+    ``evaluates_again``: without the evaluation after ``last_step``, which an earlier start may have made.
+    """
     kept = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            step = float(load_json(line)["step"])
+            record = load_json(line)
+            step = float(record["step"])
         except (ValueError, TypeError, KeyError, OverflowError):
             warnings.warn(f"{path}: line {number} is not a record with a step and was dropped", stacklevel=2)
             continue
-        if 0 < step <= last_step:
+        if 0 < step <= last_step and not (
+            evaluates_again and step == last_step and any(key.startswith("val/") for key in record)
+        ):
             kept.append(line + "\n")
     return kept

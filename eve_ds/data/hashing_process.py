@@ -33,7 +33,7 @@ Key = tuple[str, int, int, int]  # SHA-256, bytes, inode, time of change in ns
 
 def key_of(found: os.stat_result, sha256: str) -> Key:
     """What a verified file is known by."""
-    return sha256, found.st_size, found.st_ino, found.st_mtime_ns
+    return sha256, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def recorded(folder: Path) -> set[Key]:
@@ -70,7 +70,7 @@ def check(path: str, size: int, sha256: str, pace: Any = None) -> tuple[str, str
         return "damaged", f"has {before.st_size} bytes, the manifest says {size}", None
     if digest.hexdigest() != sha256:
         return "damaged", "its SHA-256 is not the manifest's, its bytes have changed", None
-    return "sound", "", key_of(before, sha256) if before.st_mtime_ns == after.st_mtime_ns else None
+    return "sound", "", key_of(before, sha256) if before.st_ctime_ns == after.st_ctime_ns else None
 
 
 class _Pace:

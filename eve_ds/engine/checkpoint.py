@@ -40,8 +40,9 @@ from eve_ds.engine.manifest import (
 )
 from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of, tagged, whole
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
+from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
-from preprocessing.schema import printable, sync_path
+from preprocessing.schema import DataError, printable, sync_path
 
 UNIVERSAL = ".universal"
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
@@ -131,13 +132,14 @@ def _told_if_full(target: Path) -> Iterator[None]:
     """Turn what torch.save says of a full disk into a RankError, and remove ``target``: it would keep the disk full."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, DataError) as error:
         if isinstance(error, RuntimeError) and not _UNWRITABLE.search(str(error)):
             raise
         shutil.rmtree(target, ignore_errors=True)
         raise RankError(
-            f"rank {dist.get_rank()}: {target} cannot be written, most often because the disk is full; make room, and "
-            "the same command goes on from the last whole checkpoint"
+            f"rank {dist.get_rank()}: {target} cannot be written, most often because the disk is full ("
+            f"{' '.join(str(error).split())[:200]}); make room, and the same command goes on from the last whole "
+            "checkpoint"
         ) from error
 
 
@@ -176,6 +178,7 @@ def load(
     settings = [_hyper_parameters(group) for group in engine.optimizer.param_groups]
     as_it_is = manifest.topology == topology and manifest.experts == experts
     if as_it_is and (identity or _same_groups(engine, path, topology)):
+        mark(f"the load of {path}")
         engine.load_checkpoint(str(path.parent), tag=path.name)
     else:
         _load_universal(engine, path, manifest, scratch or path.parent)
@@ -225,6 +228,7 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) 
         folder.mkdir(parents=True)
     dist.barrier()
     state = ShardedState(path, manifest)
+    mark(f"the conversion of {path}")
     with _told_if_full(folder):
         write_parameters(state, folder, state.split(world_size)[rank])
         if rank == 0:
@@ -232,13 +236,14 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) 
     dist.barrier()
     agreement.same_view(lambda: file_sizes(folder, file_names(folder)), str(folder))
     engine._config.load_universal_checkpoint = True
+    mark(f"the load of {folder}")
     try:
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     finally:
         engine._config.load_universal_checkpoint = False
     dist.barrier()
     if rank == 0:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # `prune` tries again
 
 
 def _hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:

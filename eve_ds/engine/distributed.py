@@ -91,7 +91,7 @@ def start(timeout_seconds: float = 600) -> torch.device:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         os.environ[LOCAL_RANK] = str(local_rank)
-        local_rank = placement.device_ordinal(local_rank, torch.cuda.device_count())
+        local_rank = placement.device_ordinal(local_rank, torch.cuda.device_count(), os.environ)
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local_rank)
     try:

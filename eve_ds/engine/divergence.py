@@ -18,6 +18,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+SUSPECTS = "suspects.jsonl"  # steps whose loss was far out of its range, with the numbers of their samples
 RECENT = 100  # steps whose losses are the range
 LEAST = 30  # steps before anything is said
 LEVEL = 10  # steps whose median is the level

@@ -7,7 +7,7 @@ from pathlib import Path
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.samples import Samples
 from eve_ds.engine import initial
-from eve_ds.engine.agreement import rank_and_world
+from eve_ds.engine.agreement import decide, rank_and_world
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.trainer import Trainer
@@ -26,7 +26,7 @@ def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
         UserError, DataError: as training itself would, at its start.
     """
     branch = None
-    if not initial.goes_on(config):
+    if not decide(lambda: initial.goes_on(config)):
         branch = initial.branch_point(config, trainer.identity, trainer.total_steps)
     step, begins = _beginning(config, branch[0] if branch else None)
     batches = TrainingBatches(config, training, step)

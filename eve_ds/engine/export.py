@@ -12,6 +12,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from eve_ds import config as config_tree
+from eve_ds.engine.watchdog import mark
 from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
 from eve_ds.weights.hashes import HASHES, write_hashes
@@ -47,9 +48,12 @@ def export_model(
 
     Called by all ranks. ``step``: optimizer steps that the weights have taken, told in the file.
     """
+    mark(f"the export into {folder}")
     state = full_state(module)
     if dist.get_rank() == 0:
         make_folder(folder)
+        for left in folder.glob(".model.safetensors.*"):  # of an export that was killed
+            left.unlink()
         (folder / HASHES).unlink(missing_ok=True)  # of an earlier export
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)

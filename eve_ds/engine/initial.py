@@ -13,6 +13,7 @@ from eve_ds.engine.identity import Identity, Input, place, told
 from eve_ds.engine.manifest import Manifest
 from eve_ds.engine.run_folder import stored_identity
 from eve_ds.engine.universal import ShardedState
+from eve_ds.engine.watchdog import mark
 from eve_ds.errors import UserError
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.initial import copy_initial, load_initial, wanted
@@ -96,6 +97,7 @@ def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
     """
     if config.resume_from or not config.init_from or decide(lambda: goes_on(config)):
         return False
+    mark(f"the reading of {config.init_from}")
     files = decide(lambda: ModelFolder.find(config.init_from or "", unfinished=True))
     if not files.is_checkpoint:
         load_initial(task, config.init_from, load_head)

@@ -27,6 +27,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
+from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.weights.model_folder import COMPLETE
@@ -262,6 +263,7 @@ def hash_files(path: Path, names: Iterable[str], threads: int = 4) -> Hashes:
             try:
                 with open(path / name, "rb") as stream:
                     digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    mark_again()
                     return name, (stream.tell(), digest)
             except OSError as error:
                 if last or error.errno != errno.ESTALE:

@@ -29,7 +29,7 @@ def compute_threads(cores: int, world_size: int, environment: Mapping[str, str])
     return max(1, cores // max(1, local_world_size(environment) or world_size))
 
 
-def device_ordinal(local_rank: int, visible: int) -> int:
+def device_ordinal(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
     """The number of this rank's GPU among the ``visible`` ones.
 
     Where a scheduler gives each task its own (``--gpus-per-task=1``), every rank sees one, as number 0.
@@ -37,7 +37,7 @@ def device_ordinal(local_rank: int, visible: int) -> int:
     Raises:
         UserError: the host has more ranks than GPUs.
     """
-    if visible == 1:
+    if visible == 1 and "CUDA_VISIBLE_DEVICES" in environment:
         return 0
     if local_rank >= visible:
         raise UserError(

@@ -127,7 +127,8 @@ class StopRequest:
         if self._acted_on:
             return
         if not self._deferred:
-            self._end_at = self._end_at or (now + UNWIND_SECONDS, 128 + number)
+            code = STOPPED if number == signal.SIGUSR1 else 128 + number
+            self._end_at = self._end_at or (now + UNWIND_SECONDS, code)
         elif not self.requested and launched_rank() == 0:
             say(f"{name}: saves and ends as soon as the ranks agree; again, after {SECOND_AFTER:.0f} s: ends at once")
 

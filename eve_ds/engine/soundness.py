@@ -16,6 +16,7 @@ from typing import Any
 
 from eve_ds.engine import agreement
 from eve_ds.engine.manifest import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
+from eve_ds.engine.watchdog import mark
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import step_of
 from preprocessing.schema import sync_path
@@ -100,6 +101,7 @@ def check(path: Path) -> Manifest:
         UserError: a file cannot be read, is not seen by all ranks, or was written for another topology than the
             manifest says.
     """
+    mark(f"the check of {path}")
     manifest = agreement.decide(lambda: Manifest.read(path))
     if path.name != tag_of(manifest.step):
         raise UserError(f"{path}: holds step {manifest.step}, so it was renamed; call it {tag_of(manifest.step)} again")

@@ -21,7 +21,7 @@ from eve_ds.engine import checkpoint, initial, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
-from eve_ds.engine.divergence import LossRange
+from eve_ds.engine.divergence import SUSPECTS, LossRange
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.manifest import Manifest, Topology
@@ -34,7 +34,6 @@ from eve_ds.tasks.base import Task
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
-SUSPECTS = "suspects.jsonl"  # steps whose loss was far out of its range, with the numbers of their samples
 MOST_UNSOUND = 10  # steps in a row without a finite loss and gradient, before the run counts as diverged
 _OUTSIDE = -1  # no module's number in ZeRO 3's book of parameters in use
 
@@ -80,7 +79,7 @@ class Trainer:
         self.is_main = self.rank == 0
         self.step = self.start_step = 0
         self.stopped_early = False  # on request, and saved: something is left to do
-        self._evaluation_due = False  # a request to stop came before it, or in it
+        self.evaluation_due = False  # a request to stop came before it, or in it
         self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
         self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
         self._range = LossRange()
@@ -115,7 +114,7 @@ class Trainer:
             self.step = self.start_step = manifest.step
             self.skipped_steps = manifest.skipped_steps
             if found:
-                self._evaluation_due = manifest.state.get("evaluation_due", False)
+                self.evaluation_due = manifest.state.get("evaluation_due", False)
                 self._counts_before = manifest.state.get("counts", {})
                 self._range = LossRange(manifest.state.get("loss_range"))
             self._tell_changes(path, manifest)
@@ -210,6 +209,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         samples = self.config.engine.global_batch_size
         norm = self._judge(means["loss"])
+        self.stopped_early = self.stopped_early and not self._unsound  # the next sound step saves, and stops
         return {
             "step": self.step,
             "samples": self.step * samples,
@@ -293,7 +293,7 @@ class Trainer:
         """Evaluate and save when it is time, at the end, and on a request to stop."""
         last = self.step == self.total_steps
         every = self.config.logging.eval_every
-        self._evaluation_due = last or (every > 0 and self.step % every == 0)
+        self.evaluation_due = last or (every > 0 and self.step % every == 0)
         self._evaluate()
         every = self.config.checkpoint.every
         if not self._unsound and (last or self.stopped_early or (every and self.step % every == 0)):
@@ -302,22 +302,22 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Evaluate, if it is due; a run that is to stop leaves it to the one that goes on."""
-        if self.evaluate is None or not self._evaluation_due or self.stopped_early:
+        if self.evaluate is None or not self.evaluation_due or self.stopped_early:
             return
         self.engine.eval()
         mark(f"the evaluation after step {self.step}")
         try:
             found = self.evaluate(self)
         except StopError:
-            self.stopped_early = True
+            self.stopped_early = not self._unsound
             return
-        self._evaluation_due = False
+        self.evaluation_due = False
         self._tell("evaluation_end", {"step": self.step, **found})
 
     def _save(self) -> None:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
         state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self.identity.tree()}
-        state |= {"evaluation_due": self._evaluation_due, "loss_range": self._range.state()}
+        state |= {"evaluation_due": self.evaluation_due, "loss_range": self._range.state()}
         mark(f"saving step {self.step}")
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
         if self.is_main:

@@ -35,6 +35,7 @@ from deepspeed.checkpoint.constants import (
 from torch import Tensor
 
 from eve_ds.engine.manifest import COMPLETE, DamagedError, Manifest, load_file, model_file, optimizer_files
+from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import UserError
 from preprocessing.schema import sync_path, sync_tree
 
@@ -103,6 +104,7 @@ class ShardedState:
         return torch.cat([self._join(name, state, range(place, self.world_size, self.ep_size)) for place in places])
 
     def _join(self, name: str, state: str, ranks: Iterable[int]) -> Tensor:
+        mark_again()
         shape = self._local_shape[name]
         flat = torch.cat([part for rank in ranks for part in self._fragments(rank, name, state)])
         count = math.prod(shape)

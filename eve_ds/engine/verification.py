@@ -13,18 +13,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard
 from eve_ds.engine import watchdog
+from eve_ds.engine.agreement import gather, host
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import UserError
@@ -66,8 +65,7 @@ def verify_now(shards: Sequence[Shard]) -> None:
     rank, world_size, _ = launched_world()
     sound, faults = _in_rounds(shards[rank::world_size])
     if not faults:
-        host = socket.gethostname()
-        here = [number for number, name in enumerate(_gathered(host)) if name == host]
+        here = [number for number, name in enumerate(gather(host())) if name == host()]
         left = [shard for shard in shards if not _is_known(shard, sound)]
         faults = _in_rounds(left[here.index(rank) :: len(here)])[1]
     if faults:
@@ -82,16 +80,16 @@ def _in_rounds(mine: Sequence[Shard]) -> tuple[set[hashing_process.Key], list[st
     """
     sound: set[hashing_process.Key] = set()
     faults: list[str] = []
-    for number in range(max(_gathered(len(mine)))):
+    watchdog.mark("the comparison of shards with their hashes")
+    for number in range(max(gather(len(mine)))):
         found: tuple[str, hashing_process.Key | None] = ("", None)
         if number < len(mine):
             shard = mine[number]
-            watchdog.mark(f"verify {shard.path}")
             _, fault, key = hashing_process.check(
                 str(shard.path), shard.bytes, shard.sha256, lambda count: watchdog.mark_again()
             )
             found = (f"{shard.path}: {fault}" if fault else "", key)
-        for fault, key in _gathered(found):
+        for fault, key in gather(found):
             faults += [fault] if fault and fault not in faults else []
             sound |= {key} if key else set()
     return sound, faults
@@ -104,15 +102,6 @@ def _is_known(shard: Shard, known: set[hashing_process.Key]) -> bool:
         return False
 
 
-def _gathered(own: Any) -> list[Any]:
-    """What each rank gives, in rank order."""
-    if not dist.is_initialized():
-        return [own]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
-
-
 class VerifyShards(Callback):
     """Has a process on each host compare the shards with their hashes while the run trains (`data.verify: background`).
 
@@ -122,6 +111,7 @@ class VerifyShards(Callback):
 
     def __init__(self, shards: Sequence[Shard], rate: float = RATE) -> None:
         self._shards, self._rate = list(shards), rate
+        random.Random(host()).shuffle(self._shards)  # hosts that see the same files share them: each begins elsewhere
         self._process: subprocess.Popen[bytes] | None = None
         self._told = b""  # what the process has said, up to a line that is not whole yet
         self._seen = 0  # shards of which it has told
@@ -140,7 +130,7 @@ class VerifyShards(Callback):
         job = {
             "shards": [[str(shard.path), shard.bytes, shard.sha256] for shard in self._shards],
             "record": str(trainer.output_dir / VERIFIED),
-            "host": socket.gethostname().replace("/", "_"),
+            "host": host(),
             "rate": self._rate,
             "parent": os.getpid(),
         }
@@ -159,7 +149,7 @@ class VerifyShards(Callback):
         """Raises UserError, on all ranks, where a shard is damaged."""
         if self._process is not None and not trainer.stopped_early:
             self._wait()
-        if fault := next(filter(None, _gathered(self._fault)), ""):
+        if fault := next(filter(None, gather(self._fault)), ""):
             raise UserError(f"data.verify: {fault}; the run is saved at step {trainer.step}; {_MEND}")
         if self._process is not None and trainer.is_main and self._seen < len(self._shards):
             print(

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Watchdog:
         self._wanted = False  # since this start
         self._beaten = -HEALTHY_BEAT  # when it last wrote
         self._ended = threading.Event()
+        self._files: threading.Thread | None = None  # at work on the run folder
 
     def start(self) -> None:
         """Begin to watch; what an earlier start has left is written over, or not heeded."""
@@ -57,6 +59,10 @@ class Watchdog:
         """The rank has come further: what it does now."""
         self.doing, self._since, self._marks = doing, time.monotonic(), self._marks + 1
 
+    def go_on(self) -> None:
+        """The rank gets on with what it does; not counted, for ranks may do so unequally often."""
+        self._since = time.monotonic()
+
     def close(self) -> None:
         """Watch no longer."""
         self._ended.set()
@@ -68,18 +74,32 @@ class Watchdog:
             if now - looked > 3 * self.interval + 1:  # this process itself was stopped (scontrol suspend, Ctrl-Z)
                 self._since += now - looked
             looked = now
-            if self._wanted or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT:
-                self._beat()
-            if self._others_ask():
-                self._write_stacks()
+            beats = self._wanted or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT
+            self._in_folder(lambda beats=beats: self._look(beats))  # type: ignore[misc]
             if now - self._since > self.seconds:
-                marks = self._marks
-                line = self._tell()
-                if self._marks == marks and not self._ended.is_set():
+                since, found = self._since, [f"and {self.folder} does not answer"]
+                self._in_folder(lambda found=found: found.insert(0, self._find_culprit()))  # type: ignore[misc]
+                line = self._line(found[0])
+                looked = time.monotonic()
+                if self._since == since and not self._ended.is_set():
                     say(f"error: {line}")
                     if self.world_size > 1:
                         end(3)
                     self._since = time.monotonic()  # alone, it has nobody to wait for: tell, and tell again
+
+    def _in_folder(self, work: Callable[[], None]) -> None:
+        """Do what reads and writes the run folder in a thread of its own: storage that hangs must not silence us."""
+        if self._files is not None and self._files.is_alive():
+            return
+        self._files = threading.Thread(target=work, name="watchdog-files", daemon=True)
+        self._files.start()
+        self._files.join(9 * self.interval)
+
+    def _look(self, beats: bool) -> None:
+        if beats:
+            self._beat()
+        if self._others_ask():
+            self._write_stacks()
 
     def _beat(self) -> None:
         self._beats, self._beaten = self._beats + 1, time.monotonic()
@@ -103,7 +123,7 @@ class Watchdog:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), self.doing, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
 
-    def _tell(self) -> str:
+    def _find_culprit(self) -> str:
         """Write and ask for stacks, and find out whom this rank waits for; takes four beats."""
         self._write_stacks()
         with contextlib.suppress(OSError):
@@ -122,6 +142,9 @@ class Watchdog:
             who = f"for {_names(behind)}, which is behind"
         else:
             who = "as every rank has" if self.world_size > 1 else "alone"
+        return who
+
+    def _line(self, who: str) -> str:
         host, waited = socket.gethostname(), time.monotonic() - self._since
         return (
             f"rank {self.rank} on {host} has waited {waited:.0f} s in {self.doing} {who}; "
@@ -168,9 +191,9 @@ def mark(doing: str) -> None:
 
 
 def mark_again() -> None:
-    """This rank has come further in what it does, as by a batch of an evaluation."""
+    """This rank gets on with what it does, as by a batch of an evaluation or a part of a file."""
     if _watchdog is not None:
-        _watchdog.mark(_watchdog.doing)
+        _watchdog.go_on()
 
 
 def stop() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard, Split
-from eve_ds.engine.verification import verify_now
+from eve_ds.engine import verification
 from eve_ds.errors import UserError
 from tests.support.distributed import run_distributed_test
 from tests.support.shards import make_caption_set
@@ -32,14 +31,14 @@ def verify(folders: list[str], hosts: list[str], expected: str, reads: list[int]
         for shard in Split(Path(folders[0]) / "../whole/train").hashed_shards
     ]
     with (
-        mock.patch.object(socket, "gethostname", return_value=hosts[rank]),
+        mock.patch.object(verification, "host", return_value=hosts[rank]),
         mock.patch.object(hashing_process, "check", wraps=hashing_process.check) as check,
     ):
         if expected:
             with pytest.raises(UserError, match=expected):
-                verify_now(shards)
+                verification.verify_now(shards)
         else:
-            verify_now(shards)
+            verification.verify_now(shards)
     assert check.call_count == reads[rank]
 
 

@@ -1,7 +1,8 @@
-"""``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or it is asked to stop: at once, or in the
-first evaluation; or, from the second step on, ranks take each other for stuck after six seconds (impatient).
+"""``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or it is asked to stop in that step, too
+(unsound); or ranks are asked to stop at once, or in the first evaluation; or, from the second step on, they take each
+other for stuck after six seconds (impatient).
 
-python -m tests.support.spike [--spike=stop|evaluation|impatient] OPTIONS
+python -m tests.support.spike [--spike=stop|evaluation|unsound|impatient] OPTIONS
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def main() -> int:
         calls["training"] += task.training
         if task.training and calls["training"] == 3 and os.environ["RANK"] == "1":  # two micro-batches a step
             output.loss = output.loss * float("inf")
+            if incident == "unsound":
+                os.kill(os.getpid(), signal.SIGTERM)
         return output
 
     def interrupted(task: MaskedModelling, batch: Any) -> Any:
@@ -54,7 +57,7 @@ def main() -> int:
     elif incident == "stop":
         Trainer._train_step = stopped  # type: ignore[method-assign]
     else:
-        MaskedModelling.forward = spiked if incident == "loss" else interrupted  # type: ignore[method-assign]
+        MaskedModelling.forward = interrupted if incident == "evaluation" else spiked  # type: ignore[method-assign]
     return pretrain.main()
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from eve_ds.callbacks.metrics import MetricsFile
+from eve_ds.callbacks.metrics import FILE, MetricsFile
+from eve_ds.engine.divergence import SUSPECTS
 
 
-def trainer(folder: Path, start_step: int = 0, is_main: bool = True) -> Any:
-    return SimpleNamespace(output_dir=folder, start_step=start_step, is_main=is_main)
+def trainer(folder: Path, start_step: int = 0, is_main: bool = True, evaluation_due: bool = False) -> Any:
+    return SimpleNamespace(output_dir=folder, start_step=start_step, is_main=is_main, evaluation_due=evaluation_due)
 
 
 def train(state: Any, steps: range) -> None:
@@ -71,3 +72,14 @@ def test_values_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     train(trainer(tmp_path, is_main=False), range(1, 4))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluation_that_is_made_again_stands_there_once(tmp_path: Path) -> None:
+    records = [{"step": 1, "lr": 0.1}, {"step": 2, "lr": 0.1}, {"step": 2, "val/loss": 3.0}, {"step": 3, "lr": 0.1}]
+    for name in (FILE, SUSPECTS):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    callback, resumed = MetricsFile(), trainer(tmp_path, start_step=2, evaluation_due=True)
+    callback.fit_start(resumed)
+    callback.close(resumed)
+    for name in (FILE, SUSPECTS):
+        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == records[:2]

@@ -38,7 +38,10 @@ def test_the_ranks_of_this_host_are_unknown_without_a_launcher() -> None:
 
 
 def test_each_rank_has_its_gpu_and_a_task_that_sees_one_has_number_0() -> None:
-    assert [device_ordinal(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert [device_ordinal(rank, 1) for rank in range(4)] == [0, 0, 0, 0]  # --gpus-per-task=1
+    own = {"CUDA_VISIBLE_DEVICES": "2"}
+    assert [device_ordinal(rank, 4, {}) for rank in range(4)] == [0, 1, 2, 3]
+    assert [device_ordinal(rank, 1, own) for rank in range(4)] == [0, 0, 0, 0]  # --gpus-per-task=1
+    with pytest.raises(UserError, match="rank 1 of this host has no GPU: 1 are visible"):
+        device_ordinal(1, 1, {})  # two ranks on a host with one GPU
     with pytest.raises(UserError, match="rank 4 of this host has no GPU: 4 are visible"):
-        device_ordinal(4, 4)
+        device_ordinal(4, 4, {})

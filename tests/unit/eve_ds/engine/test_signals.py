@@ -76,6 +76,7 @@ def test_each_signal_in_start_up_in_training_and_while_the_main_thread_is_held_u
         (START_UP, HUP): -HUP,
         (START_UP, USR1): 75,  # a scheduler's notice: the job is to be queued again
         (HELD_UP, TERM): 128 + TERM,
+        (HELD_UP, USR1): 75,
         **{(TRAINING, number): 75 for number in signals.SIGNALS},
     }
     started = {case: start(case[0]) for case in expected}

@@ -39,7 +39,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_first_and_then_one_that_is_b
     dog = waiting(tmp_path, 4)
     write(tmp_path, **state(1, marks=3, doing="step 7, reading a batch"))
     write(tmp_path, **state(2))
-    line = dog._tell()
+    line = dog._line(dog._find_culprit())
     assert (
         line.startswith(f"rank 0 on {HOST} has waited ")
         and " s in step 7, computing for rank 1 on b (process 9" in line
@@ -53,7 +53,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_first_and_then_one_that_is_b
         **states(),
         **{rank: state(rank, beat=next(beats), marks=5 - (rank == 1)) for rank in (1, 2, 3)},
     }
-    assert "for rank 1 on b (process 9, last in step 7, computing), which is behind;" in dog._tell()
+    assert "for rank 1 on b (process 9, last in step 7, computing), which is behind;" in dog._line(dog._find_culprit())
 
 
 def test_stacks_are_written_when_another_rank_asks(tmp_path: Path) -> None:
