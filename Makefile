@@ -48,7 +48,7 @@ lint: $(DEV_READY) ## ruff and the type checker
 bench-env: $(BENCH_READY) ## make .venv-bench, with the loaders that `python -m eve_ds.bench loader` compares ours with
 
 clean: ## remove .venv, .venv-bench, the compiled operation and all caches; runs/ stays
-	rm -rf .venv .venv-bench .torch_extensions .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build .torch_extensions .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN_READY):

@@ -141,7 +141,10 @@ def write_text(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     temporary: Path | None = None
+    made = False
     try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file")
         if path.is_char_device() or path.is_fifo():
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
@@ -149,6 +152,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         # Not mkstemp, which lets nobody else read: the umask says who may.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        made = True
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
@@ -157,7 +161,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary = None
         _sync_names(path.parent)
     except OSError as error:
-        if temporary is not None:
+        if temporary is not None and made:
             temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 

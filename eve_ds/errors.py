@@ -113,7 +113,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
             return 3
         if not _LOST_RANK.search(str(error)):
             raise
-        print(f"rank {launched_rank()}: another rank has ended; its message says why", file=sys.stderr, flush=True)
+        told = "another rank has ended; its message says why (without one it was killed, as for want of memory: dmesg)"
+        print(f"rank {launched_rank()}: {told}", file=sys.stderr, flush=True)
         time.sleep(LOST_RANK_SECONDS)
         return 3
     except KeyboardInterrupt:

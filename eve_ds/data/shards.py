@@ -333,6 +333,15 @@ def shard_kind(path: Path) -> str:
     return _kind(path, _open_without_manifest(path).reader.schema)
 
 
+def split_inside(path: Path) -> str | None:
+    """What the column ``split`` of a shard without a manifest says of its first row; None without such a column."""
+    reader = _open_without_manifest(path).reader
+    if "split" not in reader.schema.names or not reader.num_record_batches:
+        return None
+    first = reader.get_batch(0).column("split").slice(0, 1).to_pylist()
+    return str(first[0]) if first and first[0] is not None else None
+
+
 def _open_without_manifest(path: Path) -> MappedFile:
     try:
         size = path.stat().st_size

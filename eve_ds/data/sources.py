@@ -2,7 +2,8 @@
 
 ViLT's `vilt/utils/write_*.py` and EVE's `data_utils/dataset_*.py` leave one folder of Arrow files for all splits and no
 manifest: `coco_caption_karpathy_restval.arrow`, `nlvr2_dev.arrow`, `sbu_3.arrow`. They are taken as they are; there is
-then no hash to check them by. A file belongs to the split that its name says, or to train where the name says none.
+then no hash to check them by. A file belongs to the split that its name says, or to train where the name says none;
+where the rows of such a file say another one, its name may be mistyped, and it is refused.
 
 Of ViLT's questions `vqav2_val` is the whole of val2014, and `trainable_val` and `rest_val` are its two parts: train is
 train and trainable_val, val is rest_val where there is one. `nlvr2_balanced_dev`, `unbalanced_dev` and their like
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, shard_kind
+from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, shard_kind, split_inside
 from preprocessing.schema import MANIFEST, DataError
 
 # The first of these words in a file's name says its split, together with a word of _PARTS before it. Of these splits
@@ -73,6 +74,8 @@ def open_split(
     if not files or any(_OURS.fullmatch(path.name) for path in files):
         return Split(folder, open_shards=open_shards)  # which says what is missing
     files = [path for path in files if kind is None or shard_kind(path) == kind] or files
+    if split == "train" and not inside:
+        _check_untold(files)
     return Split(folder if inside else root, files, open_shards)
 
 
@@ -108,6 +111,17 @@ def _data_and_split(stem: str) -> tuple[str, str]:
         return stem, "train"
     start = at - 1 if at and words[at - 1] in _PARTS else at
     return "_".join(words[:start]), "_".join(words[start : at + 1])
+
+
+def _check_untold(files: Sequence[Path]) -> None:
+    """Raise DataError where a name says no split, so that it would be trained on, but its rows are of another one."""
+    for path in files:
+        told = split_inside(path) if _data_and_split(path.stem)[0] == path.stem else None
+        if _MEANING.get(told or "train", "train") != "train":
+            raise DataError(
+                f"{path}: its name says no split, so it would be trained on, but its rows are of split {told}; call it "
+                f"{path.stem}_{told}.arrow, or move it away"
+            )
 
 
 def _is_word(split: str, stem: str) -> bool:

@@ -65,6 +65,9 @@ def _look(config: PretrainConfig | FinetuneConfig, identity: Identity, total_ste
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file; name a folder")
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: {above} is no folder that can be written to; choose another one")
     if config.resume_from and _run(config.resume_from) == folder.resolve():
         raise UserError(
             f"--resume_from {config.resume_from}: lies in --output_dir itself; a branch needs a folder of its own, and "

@@ -150,7 +150,7 @@ def test_a_killed_reader_ends_the_run(data: Path, tmp_path: Path) -> None:
     os.kill(reader, signal.SIGKILL)
     (lost, alone), (code, line) = run.finish()
     assert code == 2 and line.startswith(f"error: rank 1: data loader process {reader} ended by SIGKILL"), line
-    assert lost == 3 and alone == "rank 0: another rank has ended; its message says why"
+    assert lost == 3 and alone.startswith("rank 0: another rank has ended; its message says why")
 
 
 def test_a_shard_cut_off_ends_the_run(data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import retrieval
-from evaluation.files import InputError, run
+from evaluation.files import InputError, run, write_text
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"
@@ -178,3 +178,9 @@ def test_headers_of_arrays_that_numpy_chokes_on(tmp_path: Path, capsys, old: byt
             damaged.writestr(name, header + content)
     assert run(retrieval.main, ["--scores", str(tmp_path / "s.npz"), "--out", str(tmp_path / "m.json")]) == 2
     assert "array 'text_image_index' cannot be read" in capsys.readouterr().err
+
+
+def test_out_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        write_text(tmp_path, "")
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pytest
 
 from eve_ds.data.shards import Split
+from eve_ds.data.sources import open_split
+from preprocessing.schema import DataError
 from tests.support import foreign_shards
 from tests.support.shards import picture, shard_record, texts, write_manifest
 
@@ -86,3 +88,13 @@ def test_pickled_metadata_are_never_run(tmp_path: Path) -> None:
     split = read(tmp_path / "train", "caption", [path], [15])
     assert texts(split, "caption")[0] == "phrase 0 0" and split.row(2).blob("image") == picture(2)
     assert not mark.exists()
+
+
+def test_a_name_that_tells_no_split_is_not_taken_for_train_where_its_rows_say_another(tmp_path: Path) -> None:
+    train, _, _, test = foreign_shards.vilt_coco(tmp_path, rows=4)
+    test.rename(tmp_path / "coco_caption_karpathy_tset.arrow")
+    with pytest.raises(DataError, match=r"tset.arrow: its name says no split.*its rows are of split test; call it"):
+        open_split(tmp_path, "train")
+    train.rename(tmp_path / "vg.arrow")  # as ViLT's Visual Genome: all of it is trained on
+    (tmp_path / "coco_caption_karpathy_tset.arrow").rename(tmp_path / "coco_caption_karpathy_test.arrow")
+    assert {"vg.arrow"} < {shard.name for shard in tmp_path.iterdir()} and open_split(tmp_path, "train").rows == 8
