@@ -87,7 +87,8 @@ def test_a_mistake_is_not_queued_again(repository: Path, elsewhere: dict[str, st
     assert ended(number, elsewhere, repository) == "FAILED"
     assert "no-such-task" in log.read_text()
     assert job_field(number, "Restarts", elsewhere) == "0"
-    assert job_field(number, "ExitCode", elsewhere) == "2:0"
+    # srun tells the highest code: 2, or 143 where it ended a rank that had not come as far as the mistake.
+    assert job_field(number, "ExitCode", elsewhere) in ("2:0", "143:0")
 
 
 def test_the_runs_of_an_array_have_folders_of_their_own(
