@@ -215,7 +215,7 @@ def test_lines_of_metrics_that_are_too_deep_are_dropped_with_a_warning(tmp_path:
     good = '{"step": 1, "loss": 2.0}\n'
     bad = ["[" * DEEP + "]" * DEEP, '{"step": "x"}', '{"step": 1' + "0" * 400 + "}", "[]", "1"]
     (tmp_path / "metrics.jsonl").write_text(good + "\n".join(bad) + "\n")
-    state: Any = types.SimpleNamespace(output_dir=tmp_path, start_step=1, is_main=True)
+    state: Any = types.SimpleNamespace(output_dir=tmp_path, start_step=1, is_main=True, evaluation_due=False)
     callback = MetricsFile()
     with pytest.warns(UserWarning, match="is not a record with a step") as caught:
         callback.fit_start(state)
