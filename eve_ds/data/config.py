@@ -46,7 +46,8 @@ class DataConfig:
             sequential (eve_ds/data/sampler.py); 0 shuffles the whole epoch, best for local disks.
         max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbour stands in for
             each. 0 stops at the first one.
-        timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs.
+        timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs. With
+            several ranks at most ``engine.timeout_seconds``.
         allow_overlap: train and score although images, questions or statements of the training split stand in a split
             that is scored, too; they are logged.
         verify: when shards are compared with their SHA-256: background (while the run trains, by a process a host that

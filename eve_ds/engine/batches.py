@@ -22,9 +22,15 @@ Batch = dict[str, torch.Tensor]
 
 
 def check_batch(config: Config, rows: int) -> None:
-    """Raise UserError, before anything is joined, if the batch or the ranks do not fit the world or the data."""
+    """Raise UserError, before anything is joined, if batch, ranks or patience do not fit the world or the data."""
     world_size = launched_world()[1]
     batch_shape(config.engine, world_size)
+    if world_size > 1 and config.data.timeout_seconds > config.engine.timeout_seconds:
+        raise UserError(  # who waits for the rank that reads ends the run first, and knows nothing of its loader
+            f"data.timeout_seconds={config.data.timeout_seconds} is above engine.timeout_seconds="
+            f"{config.engine.timeout_seconds}, after which the other ranks end the run; lower the former or raise the "
+            "latter"
+        )
     workers = max(config.data.num_workers, 1)
     if world_size * workers > rows:
         raise UserError(

@@ -28,8 +28,7 @@ LAUNCHER_VARIABLES = {
     "LOCAL_RANK": (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
 }
 
-
-BACKSTOP_SECONDS = 60.0  # by which collectives outwait the watchdog, which knows more, at most
+BACKSTOP_SECONDS = 60.0  # by which collectives outwait the watchdog, which knows more, at least
 
 
 def launched_world() -> tuple[int, int, int]:
@@ -58,6 +57,11 @@ def check_world(expert_parallel_size: int, num_experts: int, world_size: int | N
         )
     if num_experts % expert_parallel_size:
         raise UserError(f"{option} does not divide model.num_experts={num_experts}; choose a divisor of it")
+
+
+def collective_seconds(timeout_seconds: float) -> float:
+    """How long a collective waits: longer than the watchdog takes to tell (``watchdog.PATIENCE``)."""
+    return max(1.5 * timeout_seconds, timeout_seconds + BACKSTOP_SECONDS)
 
 
 def start(timeout_seconds: float = 600) -> torch.device:
@@ -99,7 +103,7 @@ def start(timeout_seconds: float = 600) -> torch.device:
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=datetime.timedelta(seconds=timeout_seconds + min(BACKSTOP_SECONDS, timeout_seconds / 2)),
+            timeout=datetime.timedelta(seconds=collective_seconds(timeout_seconds)),
         )
     except dist.DistError as error:
         raise RankError(f"rank {rank} on {socket.gethostname()}: {_unreachable(error)}") from error

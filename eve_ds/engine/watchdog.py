@@ -23,7 +23,8 @@ from eve_ds.engine.signals import end, say
 
 FOLDER = "ranks"  # of the run folder
 ASKED = "stacks_wanted"  # in it: all ranks are to write their stacks
-SLOWEST_LOOK = 10.0  # seconds between two looks at the clock, at most
+SLOWEST_LOOK = 8.0  # seconds between two looks at the clock, at most
+PATIENCE = 6  # such intervals are given to the run folder; to find whom a rank waits for takes four
 HEALTHY_BEAT = 60.0  # seconds between two signs of life of a rank that gets on
 
 
@@ -48,11 +49,6 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch; what an earlier start has left is written over, or not heeded."""
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(exist_ok=True)
-        self._others_ask()
-        self._wanted = False
-        self._beat()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self, doing: str) -> None:
@@ -68,24 +64,24 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
+        self._in_folder(self._begin)
         looked = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
             if now - looked > 3 * self.interval + 1:  # this process itself was stopped (scontrol suspend, Ctrl-Z)
                 self._since += now - looked
-            looked = now
             beats = self._wanted or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT
             self._in_folder(lambda beats=beats: self._look(beats))  # type: ignore[misc]
             if now - self._since > self.seconds:
-                since, found = self._since, [f"and {self.folder} does not answer"]
+                since, found = self._since, [""]
                 self._in_folder(lambda found=found: found.insert(0, self._find_culprit()))  # type: ignore[misc]
                 line = self._line(found[0])
-                looked = time.monotonic()
                 if self._since == since and not self._ended.is_set():
                     say(f"error: {line}")
                     if self.world_size > 1:
                         end(3)
                     self._since = time.monotonic()  # alone, it has nobody to wait for: tell, and tell again
+            looked = time.monotonic()  # what the storage took is no stop of this process
 
     def _in_folder(self, work: Callable[[], None]) -> None:
         """Do what reads and writes the run folder in a thread of its own: storage that hangs must not silence us."""
@@ -93,7 +89,14 @@ class Watchdog:
             return
         self._files = threading.Thread(target=work, name="watchdog-files", daemon=True)
         self._files.start()
-        self._files.join(9 * self.interval)
+        self._files.join(PATIENCE * self.interval)
+
+    def _begin(self) -> None:
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(exist_ok=True)
+        self._others_ask()
+        self._wanted = False
+        self._beat()
 
     def _look(self, beats: bool) -> None:
         if beats:
@@ -145,11 +148,12 @@ class Watchdog:
         return who
 
     def _line(self, who: str) -> str:
+        """``who``: empty where the run folder did not answer."""
         host, waited = socket.gethostname(), time.monotonic() - self._since
+        found = f"{who}; the stacks are in {self.folder}/*.stacks" if who else f"and {self.folder} does not answer"
         return (
-            f"rank {self.rank} on {host} has waited {waited:.0f} s in {self.doing} {who}; "
-            f"the stacks are in {self.folder}/*.stacks; where it only needs longer, raise engine.timeout_seconds="
-            f"{self.seconds:g}"
+            f"rank {self.rank} on {host} has waited {waited:.0f} s in {self.doing} {found}; where it "
+            f"only needs longer, raise engine.timeout_seconds={self.seconds:g}"
         )
 
     def _states(self) -> dict[int, dict[str, Any]]:

@@ -228,6 +228,16 @@ def test_names_of_sources() -> None:
     assert batches.source_names(DataConfig(path="a/x")) == ["x"]
 
 
+def test_a_loader_is_not_more_patient_than_the_ranks_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig(data=DataConfig(timeout_seconds=301), engine=EngineConfig(timeout_seconds=300))
+    batches.check_batch(config, rows=99)  # alone it has nobody to wait for it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^data\.timeout_seconds=301 is above engine\.timeout_seconds=300, .*; lower"):
+        batches.check_batch(config, rows=99)
+    config.data.timeout_seconds = 300
+    batches.check_batch(config, rows=99)
+
+
 def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from eve_ds.engine import watchdog
-from eve_ds.engine.watchdog import FOLDER, Watchdog
+from eve_ds.engine.distributed import collective_seconds
+from eve_ds.engine.watchdog import FOLDER, PATIENCE, Watchdog
 
 HOST = socket.gethostname()
 
@@ -64,6 +65,28 @@ def test_stacks_are_written_when_another_rank_asks(tmp_path: Path) -> None:
     dog._write_stacks()
     text = (tmp_path / "rank_0.stacks").read_text()
     assert "step 7, computing" in text.splitlines()[0] and "test_watchdog.py" in text
+
+
+def test_a_folder_that_does_not_answer_silences_nobody(tmp_path: Path) -> None:
+    """A pipe that nobody reads stands for it: who opens that to write waits for ever."""
+    os.mkfifo(tmp_path / "rank_0.new")
+    script = (
+        "import sys, time; from pathlib import Path; from eve_ds.engine.watchdog import Watchdog\n"
+        "dog = Watchdog(Path(sys.argv[1]), 0, 2, 4.0)\ndog.start()\nsince = dog._since\n"
+        "for _ in range(900):\n    time.sleep(0.1)\n    assert dog._since == since, 'put off'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    words = (
+        f"in the set-up and {tmp_path} does not answer; where it only needs longer, raise engine.timeout_seconds=4\n"
+    )
+    assert done.returncode == 3 and done.stderr.count("\n") == 1 and done.stderr.endswith(words), done.stderr
+
+
+def test_collectives_outwait_what_the_watchdog_needs_to_tell() -> None:
+    for seconds in (1, 10, 59, 60, 100, 119, 120, 600, 86400):
+        look = Watchdog(Path("/nonexistent"), 0, 2, seconds).interval
+        assert collective_seconds(seconds) - seconds >= 60 > look + PATIENCE * look
+        assert PATIENCE > 4, "for the four beats of _find_culprit"
 
 
 @pytest.mark.long
