@@ -68,18 +68,26 @@ def test_stacks_are_written_when_another_rank_asks(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_answer_silences_nobody(tmp_path: Path) -> None:
-    """A pipe that nobody reads stands for it: who opens that to write waits for ever."""
-    os.mkfifo(tmp_path / "rank_0.new")
+    """From the start on, or later. A pipe that nobody reads stands for it: who opens that to write waits for ever."""
     script = (
-        "import sys, time; from pathlib import Path; from eve_ds.engine.watchdog import Watchdog\n"
-        "dog = Watchdog(Path(sys.argv[1]), 0, 2, 4.0)\ndog.start()\nsince = dog._since\n"
+        "import os, sys, time; from pathlib import Path; from eve_ds.engine.watchdog import Watchdog\n"
+        "dog, folder = Watchdog(Path(sys.argv[1]), 0, 2, 4.0), Path(sys.argv[1])\nsince = dog._since\n"
+        "if folder.name == 'start':\n    os.mkfifo(folder / 'rank_0.new')\ndog.start()\n"
+        "while folder.name == 'later' and not (folder / 'rank_0.json').exists():\n    time.sleep(0.01)\n"
+        "if folder.name == 'later':\n    os.mkfifo(folder / 'rank_0.new')\n"
         "for _ in range(900):\n    time.sleep(0.1)\n    assert dog._since == since, 'put off'\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    words = (
-        f"in the set-up and {tmp_path} does not answer; where it only needs longer, raise engine.timeout_seconds=4\n"
-    )
-    assert done.returncode == 3 and done.stderr.count("\n") == 1 and done.stderr.endswith(words), done.stderr
+    folders = [tmp_path / "start", tmp_path / "later"]
+    for folder in folders:
+        folder.mkdir()
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, folder], stderr=subprocess.PIPE, text=True)
+        for folder in folders
+    ]
+    for folder, process in zip(folders, started, strict=True):
+        told = process.communicate()[1]
+        words = f"in the set-up and {folder} does not answer; where it only needs longer, raise engine.timeout"
+        assert process.returncode == 3 and told.count("\n") == 1 and words in told, told
 
 
 def test_collectives_outwait_what_the_watchdog_needs_to_tell() -> None:
