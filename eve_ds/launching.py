@@ -26,7 +26,7 @@ from eve_ds.errors import RANKS, STOPPED, UserError, run_command
 
 _SET_CHILD_SUBREAPER = 36  # prctl(2)
 POLL_SECONDS = 0.2
-TOLD = (2, STOPPED)  # exit codes of ranks that say more than a launcher's, the more telling first
+TOLD = (2, STOPPED, 3)  # exit codes of ranks, the most telling first; then come those of signals
 
 
 class Guard:
@@ -93,9 +93,12 @@ class Guard:
                 os.waitpid(child.si_pid, 0)
 
     def _result(self, code: int) -> int:
-        told = {int(each.read_text() or 1) for each in self.folder.iterdir()}
+        """The exit code that the ranks have told; where none told of a fault, the launcher's, which may be any."""
+        told = [each.read_text() for each in self.folder.iterdir()]
+        codes = {int(text) for text in told if text}
         code = 128 - code if code < 0 else code
-        return next((each for each in TOLD if each in told), code or max(told, default=0))
+        died = int("" in told)  # without a word
+        return next((each for each in TOLD if each in codes), max(codes, default=0) or code or died)
 
 
 def main() -> int:

@@ -13,24 +13,32 @@ from pathlib import Path
 import pytest
 
 RANK = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from eve_ds.engine.signals import StopRequest
 from eve_ds.errors import UserError, run_command
 
 def main():
-    with StopRequest().heeded() as stop, stop.deferred():
-        Path(sys.argv[1], "ready-" + sys.argv[2]).touch()
-        if sys.argv[3] == "mistake":
-            raise UserError("a mistake")
-        while sys.argv[3] == "train" and not stop.requested:
-            time.sleep(0.05)
-        if sys.argv[3] == "finish":
-            return 0
-        stop.acted_on()
-        time.sleep(0.5)
-        Path(sys.argv[1], "saved-" + sys.argv[2]).touch()
-        return 75
+    folder, number, what = sys.argv[1:]
+    with StopRequest().heeded() as stop:
+        Path(folder, "ready-" + number).touch()
+        if what == "late" and number == "0":
+            os.kill(os.getpid(), 15)
+        if what == "start":
+            time.sleep(60)
+        with stop.deferred():
+            if what == "mistake":
+                raise UserError("a mistake")
+            if what == "killed" or what == "lost" and number == "0":
+                os.kill(os.getpid(), 9)
+            while what == "train" and not stop.requested:
+                time.sleep(0.05)
+            if what in ("finish", "lost", "late"):
+                return {"finish": 0, "lost": 3, "late": 3}[what]
+            stop.acted_on()
+            time.sleep(0.5)
+            Path(folder, "saved-" + number).touch()
+            return 75
 
 run_command(main)
 """
@@ -81,6 +89,13 @@ def test_a_signal_reaches_the_ranks_past_their_launcher(number: signal.Signals, 
     assert (guard.wait(), saved(tmp_path)) == (75, 2), guard.communicate()
 
 
+def test_the_code_of_ranks_that_a_signal_ended_at_once_is_told(tmp_path: Path) -> None:
+    guard = start(tmp_path, "start")
+    until_ready(tmp_path, guard)
+    guard.send_signal(signal.SIGTERM)
+    assert (guard.wait(), saved(tmp_path)) == (143, 0), guard.communicate()
+
+
 def test_it_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
     guard = start(tmp_path, "train")
     until_ready(tmp_path, guard)
@@ -103,13 +118,13 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_exit_codes(tmp_path: Path) -> None:
     codes = {}
-    for what in ("finish", "mistake"):
+    for what in ("finish", "mistake", "lost", "late", "killed"):
         folder = tmp_path / what
         folder.mkdir()
         guard = start(folder, what)
         guard.communicate()
         codes[what] = guard.returncode
-    assert codes == {"finish": 0, "mistake": 2}
+    assert codes == {"finish": 0, "mistake": 2, "lost": 3, "late": 3, "killed": 1}  # the last is the launcher's
     command = [sys.executable, "-m", "eve_ds.launching"]
     for arguments, code, words in (
         ([], 2, "error: no launcher named"),
