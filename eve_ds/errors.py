@@ -52,6 +52,7 @@ LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
 RANKS = "EVE_DS_RANKS"  # variable: the folder in which ranks make themselves known to eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+finish_together: list[Callable[[], object]] = []  # what waits for all ranks at the exit; left out where one has failed
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 
@@ -67,6 +68,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
         code = 128 - code  # the first process of a container does not die of signals
+    if code in (0, STOPPED):
+        for finish in finish_together:
+            finish()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

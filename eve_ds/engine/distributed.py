@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import datetime
 import logging
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from eve_ds.engine import placement, watchdog
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
-from eve_ds.errors import RankError, UserError
+from eve_ds.errors import RankError, UserError, finish_together
 
 LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # set by `start` where DeepSpeed's LOCAL_RANK has to say which GPU, and no more
 # Ours: those of torchrun and deepspeed, mpirun, srun. In a Slurm job SLURM_* may be mpirun's daemons'.
@@ -143,9 +142,12 @@ def _quiet() -> None:
 
 def _meet_by_mpi() -> None:
     """mpirun sets ranks but no meeting place: rank 0 tells its address through MPI itself."""
+    import mpi4py
+
+    mpi4py.rc.finalize = False  # it waits for the other ranks: one that has failed must not
     from mpi4py import MPI
 
-    atexit.register(MPI.Finalize)  # mpirun takes a rank that leaves without it for one that was killed
+    finish_together.append(MPI.Finalize)  # mpirun ends the others when a rank leaves without it
     communicator = MPI.COMM_WORLD
     place = (_own_address(), _free_port()) if communicator.Get_rank() == 0 else None
     address, port = communicator.bcast(place, root=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,20 @@ from tests.cluster.slurm import ended, submit
 from tests.cluster.ssh import SshHosts
 
 TOLERANCE = 1e-6
+# Rank 1 fails while rank 0 is at something that knows nothing of it.
+FAILING_RANK = """
+import os, sys, time
+from eve_ds.engine import distributed
+from eve_ds.errors import RankError, run_command
+
+def main():
+    with distributed.joined():
+        if distributed.launched_world()[0] == 1:
+            raise {"mistake": RankError("rank 1: a mistake"), "defect": KeyError("a defect")}[sys.argv[1]]
+        time.sleep(600)
+
+run_command(main)
+"""
 
 
 def without_meeting_place(environment: Mapping[str, str]) -> dict[str, str]:
@@ -77,6 +92,18 @@ def test_mpirun(
         ours |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": environment["MASTER_PORT"]}
     run(["launch/mpi/pretrain.sh", *tiny_run.arguments(output)], ours, repository)
     assert_same_losses(output, local)
+
+
+@pytest.mark.parametrize(("what", "code", "words"), [("mistake", 2, "error: rank 1: a mi"), ("defect", 1, "KeyError")])
+def test_mpirun_ends_all_when_a_rank_fails(
+    repository: Path, environment: Mapping[str, str], what: str, code: int, words: str
+) -> None:
+    require("mpirun")
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", FAILING_RANK, what]
+    ended = subprocess.run(
+        command, env=without_meeting_place(environment), cwd=repository, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == code and words in ended.stderr, ended.stderr
 
 
 def test_torchrun(
