@@ -66,9 +66,9 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
         with _syncing(engine) as written:
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
             mine = hash_share(target, _shares_by_host(target, written))
-        hashes = joined(mine)  # and all ranks' files are on disk
-        manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
-        agreement.decide(lambda: _complete(target, manifest))
+    hashes = joined(mine)  # and all ranks' files are on disk
+    manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
+    agreement.decide(lambda: _complete(target, manifest))
     return target
 
 
@@ -119,17 +119,18 @@ def _complete(target: Path, manifest: Manifest) -> None:
     folder, run = target.parent, target.parent.parent
     sizes: Sizes = {name: size for name, (size, _) in manifest.files.items()}
     agreement.await_view(lambda: file_sizes(target, sizes), sizes, str(target))
-    for script in MISLEADING:
-        (folder / script).unlink(missing_ok=True)
     inside = {target / name for name in manifest.files}
-    for path in (*run.glob("*.jsonl"), *{file.parent for file in inside}, target, folder, run):
-        sync_path(path)
-    manifest.write(target)
+    with _told_if_full(target):
+        for script in MISLEADING:
+            (folder / script).unlink(missing_ok=True)
+        for path in (*run.glob("*.jsonl"), *{file.parent for file in inside}, target, folder, run):
+            sync_path(path)
+        manifest.write(target)
 
 
 @contextlib.contextmanager
 def _told_if_full(target: Path) -> Iterator[None]:
-    """Turn what torch.save says of a full disk into a RankError, and remove ``target``: it would keep the disk full."""
+    """Turn what says that the disk is full into a RankError, and remove ``target``: it would keep the disk full."""
     try:
         yield
     except (RuntimeError, OSError, DataError) as error:

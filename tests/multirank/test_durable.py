@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,48 @@ def save(root: Path) -> None:
     with pytest.raises(UserError, match=r"step_00000003: rank 0 on host .* does not see all that other ranks wrote"):
         run.save(3)
     assert not (run.folder / "step_00000003" / "complete.json").exists()
+
+
+def save_on_a_disk_that_fills_up(root: Path) -> None:
+    """With room for all but complete.json."""
+    start()
+    from eve_ds.engine import soundness
+    from eve_ds.engine.manifest import Manifest
+    from eve_ds.errors import RankError, UserError
+
+    run = Run(root, CASE)
+    before, write = run.save(1), Manifest.write
+
+    def write_without_room(manifest: Manifest, path: Path) -> None:
+        with open(root / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        write(manifest, path)
+
+    Manifest.write = write_without_room  # type: ignore[method-assign]
+    kind = UserError if run.rank else RankError  # rank 0 tells; the others would, if no launcher ended them
+    words = (
+        r"^rank 0: .*/step_00000002 cannot be written, .* the disk is full \(.*No space left on device.*\); make room"
+    )
+    with pytest.raises(UserError, match=words) as told:
+        run.save(2)
+    assert type(told.value) is kind and not (run.folder / "step_00000002").exists()
+    found = soundness.sound(run.folder)
+    assert found is not None and found[0] == before
+    Manifest.write = write  # type: ignore[method-assign]
+    if run.rank == 0:
+        (root / "filler").unlink()
+    assert (run.save(2) / "complete.json").is_file()
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_marked_whole(tmp_path: Path) -> None:
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        run_distributed_test(save_on_a_disk_that_fills_up, 2, args=(tmp_path,))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_all_is_on_disk_before_a_checkpoint_counts(tmp_path: Path) -> None:
