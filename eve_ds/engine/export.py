@@ -52,8 +52,6 @@ def export_model(
     state = full_state(module)
     if dist.get_rank() == 0:
         make_folder(folder)
-        for left in folder.glob(".model.safetensors.*"):  # of an export that was killed
-            left.unlink()
         (folder / HASHES).unlink(missing_ok=True)  # of an earlier export
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,7 +18,7 @@ from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
-from eve_ds.weights.model_folder import checkpoints, run_of, step_of
+from eve_ds.weights.model_folder import MODEL, checkpoints, run_of, step_of
 from preprocessing.schema import ANSWER_LIST, make_folder
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
@@ -109,6 +110,10 @@ def _take(folder: Path) -> None:
 
 def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
     folder = Path(config.output_dir)
+    # Of an export or a scoring that was killed (write_atomic), and as large as what it was to be.
+    for left in (*folder.glob(".predictions_*.????????"), *(folder / MODEL).glob(".*.????????")):
+        with contextlib.suppress(OSError):
+            left.unlink()
     config_tree.save(config, folder / CONFIG)
     write_json(folder / IDENTITY, identity.tree())
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -261,6 +263,28 @@ def test_a_dry_run_claims_nothing(data: Path) -> None:
     config.output_dir = str(data / "captions")
     with pytest.raises(UserError, match="holds files but no run"):
         run_folder.claim(config, of(config), 5)
+
+
+def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> None:
+    config = PretrainConfig(output_dir=str(tmp_path / "run"))
+    run_folder.claim(config, identity_of(config, {}))
+    model, kept = tmp_path / "run/model", {"model.safetensors", "predictions_test.npz", ".report.html.0123abcd"}
+    script = (
+        "import os, sys; from preprocessing.schema import write_atomic\n"
+        "os.replace = lambda *paths: os._exit(9)\nwrite_atomic(sys.argv[1], b'half')"
+    )
+    for path in (model / "model.safetensors", model / "config.yaml", tmp_path / "run/predictions_test.npz"):
+        assert subprocess.run([sys.executable, "-c", script, path]).returncode == 9
+        assert list(path.parent.glob(f".{path.name}.*"))
+    for name in kept:
+        (model.parent if name.startswith((".", "p")) else model).joinpath(name).touch()
+    config.dry_run = True
+    run_folder.claim(config, identity_of(config, {}))
+    assert len(list((tmp_path / "run").rglob(".*.*"))) == 4, "a dry run deletes nothing"
+    config.dry_run = False
+    run_folder.claim(config, identity_of(config, {}))
+    left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert left == kept | {run_folder.CONFIG, run_folder.IDENTITY, run_folder.LOCK}
 
 
 def test_a_branch_keeps_what_its_tensors_need(data: Path) -> None:
