@@ -265,6 +265,27 @@ def test_a_dry_run_claims_nothing(data: Path) -> None:
         run_folder.claim(config, of(config), 5)
 
 
+def test_a_dry_run_tells_that_a_folder_cannot_be_written_to(data: Path) -> None:
+    closed = data / "closed"
+    closed.mkdir(mode=0o555)
+    config = pretraining(data, closed / "runs" / "run")
+    config.dry_run = True
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(closed)]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("root writes anywhere, but on a read-only file system, and may mount none here")
+    try:
+        with pytest.raises(UserError, match=rf"--output_dir {closed}/runs/run: {closed} is no folder that can be wri"):
+            run_folder.claim(config, of(config), 5)
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(closed)], check=True)
+    (data / "file").touch()
+    (data / "file").chmod(0o777)
+    config.output_dir = str(data / "file" / "run")
+    with pytest.raises(UserError, match=f"{data}/file is no folder"):
+        run_folder.claim(config, of(config), 5)
+
+
 def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> None:
     config = PretrainConfig(output_dir=str(tmp_path / "run"))
     run_folder.claim(config, identity_of(config, {}))
