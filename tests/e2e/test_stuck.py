@@ -15,6 +15,7 @@ import pytest
 from tests.support import ranks
 
 HOST = socket.gethostname()
+ZERO_1 = "ds_configs/zero1.json"
 VERIFY_OFF = "--data.verify=off"  # its process would be one more child of the rank
 
 
@@ -70,6 +71,50 @@ def test_a_stopped_reader_is_named(options: list[str], tmp_path: Path) -> None:
     assert rank.returncode == 2 and "Traceback" not in text, text
     words = f"rank 0: on host {HOST}, its data loader (process {reader} is stopped) has given no batch for 8 s"
     assert words in line and not Path(f"/proc/{reader}").exists(), line
+
+
+@pytest.mark.long
+def test_each_phase_has_a_name_that_all_ranks_give_it(tiny_run: list[str], tmp_path: Path) -> None:
+    """A rank that is stuck tells it, and who has been told less of them is behind."""
+    run, data = tmp_path / "run", tiny_run[1].partition("=")[2]
+    common = ["--logging.wandb=false", "--logging.samples=0", "--checkpoint.every=0", "--data.verify=full"]
+
+    def marks(module: str, output: Path, *options: str) -> list[str]:
+        file = tmp_path / "marks"
+        ranks.run("tests.support.marks", [str(file), module, *options, *common, f"--output_dir={output}"])
+        first, second = (Path(f"{file}.{rank}").read_text().splitlines() for rank in range(2))
+        Path(f"{file}.0").unlink()
+        Path(f"{file}.1").unlink()
+        assert first == second
+        return first
+
+    def steps(*numbers: int) -> list[str]:
+        return [f"step {number}, {what}" for number in numbers for what in ("reading a batch", "computing")]
+
+    def end(step: int, output: Path = run) -> list[str]:
+        saved = [f"the evaluation after step {step}", f"saving step {step}", f"the end, after step {step}"]
+        return [*saved, f"the export into {output}/model"]
+
+    begun = ["the comparison of shards with their hashes"] * 2
+    pretrain = [*tiny_run, "--engine.micro_batch_size=4", "--logging.eval_every=0"]
+    set_up = "the set-up of DeepSpeed"
+    found = marks("eve_ds.pretrain", run, *pretrain, "--optimizer.total_steps=2")
+    assert found == [*begun, set_up, *steps(1, 2), *end(2)]
+    found = marks("eve_ds.pretrain", run, *pretrain, "--optimizer.total_steps=3", f"--deepspeed_config={ZERO_1}")
+    saved = run / "checkpoints/step_00000002"
+    converted = run / "checkpoints" / f".universal_{saved.name}"
+    resumed = [f"the check of {saved}", f"the conversion of {saved}", f"the load of {converted}"]
+    assert found == [*begun, set_up, *resumed, *steps(3), *end(3)]
+    found = marks("eve_ds.pretrain", run, *pretrain, "--optimizer.total_steps=4", f"--deepspeed_config={ZERO_1}")
+    saved = run / "checkpoints/step_00000003"
+    resumed = [f"the check of {saved}", f"the load of {saved}"]
+    assert found == [*begun, set_up, *resumed, *steps(4), *end(4)]
+    tuning = ["--task=itr_coco", f"--checkpoint={run}", f"--data={data}", "--split=val", "--bs=8"]
+    tuning += ["--optimizer.total_steps=1", "--objective.embed_dim=16", "--engine.expert_parallel_size=2"]
+    found = marks("eve_ds.finetune", tmp_path / "tuned", *tuning)
+    last = end(1, tmp_path / "tuned")
+    last.insert(-1, "the scoring of val")
+    assert found == [*begun, f"the reading of {run}", set_up, *steps(1), *last]
 
 
 @pytest.mark.long

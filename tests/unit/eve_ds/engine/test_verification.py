@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard, Split
+from eve_ds.engine import verification
 from eve_ds.engine.verification import VERIFIED, VerifyShards, before_and_while, verify_now
 from eve_ds.errors import UserError
 from tests.support.foreign_shards import vilt_coco
@@ -104,6 +106,25 @@ def test_a_run_that_ends_first_waits_for_what_little_is_left(
             callback.fit_end(trainer)
     finally:
         callback.close(trainer)
+
+
+def test_hosts_that_share_the_shards_begin_at_different_ones(tmp_path: Path) -> None:
+    """Each passes over what another one has read, so that they share the work; and a host begins as it did before."""
+    shards = Split(make_caption_set(tmp_path / "set", 9, shard_rows=1)).hashed_shards
+    orders = []
+    for number, name in enumerate(("a", "b", "a")):
+        trainer = a_trainer(tmp_path / f"run{number}")
+        with mock.patch.object(verification, "host", return_value=name):
+            callback = VerifyShards(shards)
+            callback.fit_start(trainer)
+            try:
+                callback.fit_end(trainer)
+            finally:
+                callback.close(trainer)
+        lines = (trainer.output_dir / VERIFIED / f"{name}.jsonl").read_text().splitlines()
+        orders.append([json.loads(line)["file"] for line in lines])
+    first, other, again = orders
+    assert first == again != other and sorted(first) == sorted(other) == [str(shard.path) for shard in shards]
 
 
 def test_a_run_that_is_stopped_does_not_wait_and_says_what_is_left(
