@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation import vqa
-from evaluation.files import InputError, Parser, run, write_json
+from evaluation.files import InputError, Parser, run, write_scores
 
 Rows = Sequence[Mapping[str, Any]]
 Scores = dict[str, float]
@@ -81,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
         name: vqa.read_list(options[name], "annotations" if name.endswith("annotations") else "questions")
         for name in ("train_questions", "train_annotations", "questions", "annotations")
     }
-    write_json(options["out"], vqa_baselines(**rows))
+    scores = vqa_baselines(**rows)
+    write_scores(options["out"], scores, " ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
 if __name__ == "__main__":

@@ -171,6 +171,14 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def write_scores(path: str | Path, scores: Any, line: str) -> None:
+    """Write scores as ``write_json``, and print them in a line, all the more where they cannot be written."""
+    try:
+        write_json(path, scores)
+    finally:
+        print(line)
+
+
 def _sync_names(folder: Path) -> None:
     """Have the names in a folder on disk, unless it cannot be read or its file system does not take the request."""
     try:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.files import InputError, Parser, read_json_rows, read_text, run, some, write_json
+from evaluation.files import InputError, Parser, read_json_rows, read_text, run, some, write_scores
 
 TRUTHS = ("true", "false")
 
@@ -100,8 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         scores = score(predictions, examples)
     except InputError as error:
         raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
-    write_json(options.out, scores)
-    print(" ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    write_scores(options.out, scores, " ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     if len(predictions) > len(examples):
         extra = len(predictions) - len(examples)
         print(

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.files import InputError, Parser, check_regular, run, write_json
+from evaluation.files import InputError, Parser, check_regular, run, write_scores
 
 CUTOFFS = (1, 5, 10)
 ARRAYS = ("image_to_text", "text_to_image", "text_image_index")
@@ -155,8 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="M.json", help="where the recalls go, in percent")
     options = parser.parse_args(arguments)
     scores = score_file(options.scores)
-    write_json(options.out, scores)
-    print(" ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+    write_scores(options.out, scores, " ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from evaluation.contractions import CONTRACTIONS
-from evaluation.files import InputError, Parser, read_json, run, some, write_json
+from evaluation.files import InputError, Parser, read_json, run, some, write_json, write_scores
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}
@@ -184,11 +184,10 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         raise InputError(f"{options.predictions} against {against}: {error}") from error
     scores = _summary(by_question, annotations)
-    write_json(options.out, scores)
+    types = " ".join(f"{name} {value:.2f}" for name, value in scores["per_answer_type"].items())
+    write_scores(options.out, scores, f"overall {scores['overall']:.2f} {types}")
     if options.per_question:
         write_json(options.per_question, {str(question): value for question, value in by_question.items()})
-    types = " ".join(f"{name} {value:.2f}" for name, value in scores["per_answer_type"].items())
-    print(f"overall {scores['overall']:.2f} {types}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ class Scorer:
         if arrays is None:
             return
         samples = self.samples[split]
-        scores = self._metrics(arrays, split)
+        scores, lack = self._metrics(arrays, split), incomplete(samples)
+        if scores:  # told before anything is written: the disk may be full
+            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            print(f"{split}: {told}{_told(lack)}", flush=True)
         if isinstance(samples, CaptionSamples):
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **similarity(arrays))
@@ -84,14 +87,12 @@ class Scorer:
         elif isinstance(samples, NlvrSamples):
             predictions = nlvr_predictions(arrays, samples)
             write_text(folder / f"predictions_{split}.csv", "".join(f"{k},{v}\n" for k, v in predictions.items()))
-        lack = incomplete(samples)
-        if not scores:
-            line = "predictions written; the split has no answers to score them by"
-        else:
+        if scores:
             self._write_examples(samples, arrays, folder)
             write_json(folder / f"scores_{split}.json", scores | ({"incomplete": lack} if lack else {}))
-            line = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        print(f"{split}: {line}{_told(lack)}", flush=True)
+        else:
+            told = f"predictions written; the split has no answers to score them by{_told(lack)}"
+            print(f"{split}: {told}", flush=True)
 
     def _write_examples(self, samples: Samples, arrays: Arrays, folder: Path) -> None:
         count = self.config.logging.samples

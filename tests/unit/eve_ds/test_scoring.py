@@ -16,6 +16,7 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.scoring import Scorer
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from preprocessing.__main__ import main
+from preprocessing.schema import DataError
 from tests.support.shards import picture, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_config
 
@@ -61,7 +62,7 @@ def score(folder: Path, task: str, out: Path) -> None:
     backbone = Backbone(config.model)
     tasks = {"nlvr": NLVR, "vqa": lambda backbone: VQA(backbone, 2), "retrieval": Retrieval}
     made: Task = tasks[task](backbone).eval()
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()).score(made, "test", out)
 
 
@@ -118,3 +119,11 @@ def test_predictions_without_answers_say_so_too(tmp_path: Path, capsys: pytest.C
     score(tmp_path, "vqa", tmp_path / "run")
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("test: predictions written; ") and "(over 10 of 12 questions; dropped" in line
+
+
+def test_a_score_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(tmp_path, "vqa", lost=None) == 0
+    (tmp_path / "run/predictions_test.json").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"predictions_test\.json: is no regular file"):
+        score(tmp_path, "vqa", tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("test: soft_accuracy ")
