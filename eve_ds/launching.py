@@ -24,7 +24,7 @@ from pathlib import Path
 from eve_ds.engine.signals import SIGNALS
 from eve_ds.errors import RANKS, STOPPED, UserError, run_command
 
-_SET_CHILD_SUBREAPER = 36  # prctl(2)
+_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_SECONDS = 0.2
 TOLD = (2, STOPPED, 3)  # exit codes of ranks, the most telling first; then come those of signals
 
@@ -48,7 +48,10 @@ class Guard:
             signal.signal(number, lambda number, _: self._asked.append(number))
         try:
             launcher = subprocess.Popen(
-                self.command, env=os.environ | {RANKS: str(self.folder)}, start_new_session=True
+                self.command,
+                env=os.environ | {RANKS: str(self.folder)},
+                start_new_session=True,
+                preexec_fn=_end_with_guard,
             )
         except OSError as error:
             raise UserError(f"{self.command[0]}: cannot be started ({error.strerror}); name a launcher") from error
@@ -99,6 +102,14 @@ class Guard:
         code = 128 - code if code < 0 else code
         died = int("" in told)  # without a word
         return next((each for each in TOLD if each in codes), max(codes, default=0) or code or died)
+
+
+def _end_with_guard() -> None:
+    """In the launcher, before it is one: USR1 when the guard is killed, which each passes on to its ranks or dies of.
+
+    Ranks on this host notice that by themselves; those of srun are no descendants.
+    """
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGUSR1, 0, 0, 0)
 
 
 def main() -> int:

@@ -71,6 +71,7 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=_heed_all,
         )
     try:
         wait_until(lambda: started.poll() is not None or _is_at(line, marker, output), str(line), seconds=180)
@@ -80,7 +81,10 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
             os.killpg(started.pid, number)
         else:
             os.kill(started.pid if line.target == "launcher" else max(_ranks(marker)), number)
-        code = started.wait(timeout=120)
+        try:
+            code = started.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            return "trains on"
         with contextlib.suppress(AssertionError):  # those who are left, save and end; or train on
             wait_until(lambda: not processes_of(marker), "the end of all", seconds=60)
         left = f", {len(processes_of(marker))} processes left" if processes_of(marker) else ""
@@ -89,6 +93,12 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
         started.wait()
     what = "saved" if _saved(output) - saved_before else "ended at once"
     return f"{what}, {code if code >= 0 else 128 - code}{left}"
+
+
+def _heed_all() -> None:
+    """In the child: a shell's "&" and nohup have INT and HUP ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _saved(output: Path) -> set[str]:
