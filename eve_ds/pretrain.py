@@ -52,7 +52,7 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards)
         task = setup.build_task(config, tokenizer)
         initial.load_first_weights(task, config, load_head=False)
-        callbacks = [*standard_callbacks(config), *checks]
+        callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))
 
