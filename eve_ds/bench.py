@@ -22,6 +22,7 @@ from eve_ds.benchmarks.benchmark import Benchmark, print_table
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
+from eve_ds.option_errors import plain
 
 BENCHMARKS: dict[str, Benchmark] = {
     "moe": moe.BENCHMARK,
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> tuple[Benchmark, Namespace]:
     try:
         options = parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the options)") from error
+        raise UserError(f"{plain(error)} (--help lists the options)") from error
     return BENCHMARKS[options.benchmark], options[options.benchmark]
 
 
