@@ -24,12 +24,23 @@ from preprocessing.schema import (
     image_mark,
     listed_ids,
     read_manifest,
+    without_secrets,
 )
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
 
 Keys = dict[str, np.ndarray]  # column -> [n] uint64
+
+
+def ids_without_secrets(kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of a row as shards, and so all that is made of them, have them: one may be an address with a password."""
+
+    def shown(one: Any) -> Any:
+        return without_secrets(one) if isinstance(one, str) else one
+
+    ids = {column: columns[column] for column in ID_COLUMNS[kind]}
+    return {column: list(map(shown, one)) if isinstance(one, list) else shown(one) for column, one in ids.items()}
 
 
 class IdKeys:

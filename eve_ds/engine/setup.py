@@ -28,7 +28,7 @@ from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.schema import ANSWER_LIST, DataError
+from preprocessing.schema import ANSWER_LIST, DataError, printable
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
@@ -116,7 +116,7 @@ def _refuse(config: Config, found: str, mend: str) -> None:
     if found and not config.data.allow_overlap:
         raise DataError(f"{found}; {mend}, or say that it is meant: --data.allow_overlap true")
     if found and launched_world()[0] == 0:
-        _log.warning("%s; data.allow_overlap lets that pass", found)
+        _log.warning("%s; data.allow_overlap lets that pass", printable(found))
 
 
 def _training_splits(config: Config, training: Samples | None) -> list[Split]:

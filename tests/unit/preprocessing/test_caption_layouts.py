@@ -172,6 +172,10 @@ def test_a_mark_that_is_left_over_takes_nothing_else_with_it(tmp_path: Path, bet
     captions = {row["image_id"]: row["caption"] for row in rows_of(tmp_path / "out/train")}["a"]
     assert captions[0] == "One" and captions[-3:] == ["Three", 'Four "', "Five"]
     assert not any("Two" in caption for caption in captions)
+    assert list(read_manifest(tmp_path / "out/train")["dropped"]) == [
+        *(["line is not UTF-8 text"] if between == b"caf\xe9" else []),
+        "line is of another form",
+    ]
 
 
 def test_visual_genome_of_version_1_0_in_a_folder_image(tmp_path: Path) -> None:
