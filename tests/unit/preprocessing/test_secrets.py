@@ -42,6 +42,7 @@ SOUND = [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_what_is_hidden(address: str) -> None:
     assert without_secrets(f"x '{address}' y") == f"x '{ADDRESSES[address]}' y"
+    assert without_secrets(f"{ADDRESSES[address]}: y") == f"{ADDRESSES[address]}: y"  # a message hidden before
     hidden = files.without_secrets(f"x {address}")
     assert "sEcReT" not in hidden and hidden.startswith("x ")
 
