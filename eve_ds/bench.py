@@ -69,12 +69,14 @@ def _parser(program: str, description: str) -> ArgumentParser:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UserError before anything is measured, not after minutes."""
+    """Raises UserError before anything is measured, not after minutes. Makes no folder: more may be wrong yet."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"--json {path}: is no regular file; name another one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):  # the name may be too long
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        for name in (*path.parts[1:-1], f".{path.name}.{'0' * 8}"):  # as it is first called
+            (above / name).exists()  # raises where it is too long
+        with tempfile.NamedTemporaryFile(prefix=".eve-ds-", dir=above):
             pass
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from error
