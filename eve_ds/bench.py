@@ -22,6 +22,7 @@ from eve_ds.benchmarks.benchmark import Benchmark, print_table
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
+from eve_ds.option_errors import plain
 
 BENCHMARKS: dict[str, Benchmark] = {
     "moe": moe.BENCHMARK,
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> tuple[Benchmark, Namespace]:
     try:
         options = parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(f"{error} (--help lists the options)") from error
+        raise UserError(f"{plain(error)} (--help lists the options)") from error
     return BENCHMARKS[options.benchmark], options[options.benchmark]
 
 
@@ -68,12 +69,14 @@ def _parser(program: str, description: str) -> ArgumentParser:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UserError before anything is measured, not after minutes."""
+    """Raises UserError before anything is measured, not after minutes. Makes no folder: more may be wrong yet."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"--json {path}: is no regular file; name another one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent):  # the name may be too long
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+        for name in (*path.parts[1:-1], f".{path.name}.{'0' * 8}"):  # as it is first called
+            (above / name).exists()  # raises where it is too long
+        with tempfile.NamedTemporaryFile(prefix=".eve-ds-", dir=above):
             pass
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}); name another file") from error

@@ -7,7 +7,6 @@ This command does it beforehand into the project's own folder, shows the time, a
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ import sysconfig
 import time
 from pathlib import Path
 
+from evaluation.files import Parser
 from eve_ds.engine.environment import (
     OPERATION,
     STAMP,
@@ -32,7 +32,7 @@ FALLBACK = "runs exchange data through gloo instead, training is no slower"
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m eve_ds.build_ops", description=(__doc__ or "").split("\n")[0]).parse_args()
+    Parser(prog="python -m eve_ds.build_ops", description=(__doc__ or "").split("\n")[0]).parse_args()
     prepare_environment()
     folder = operation_folder()
     if operation_is_built():

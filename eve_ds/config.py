@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,13 +18,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
+from eve_ds.option_errors import check_options, wrong_value
 from eve_ds.recipes import (
-    DEEPEST,
     check_keys,
     check_values,
-    known_keys,
     model_section,
-    nearest,
     read_yaml,
     section_of,
     split_options,
@@ -274,7 +271,9 @@ def parse(
     Raises:
         UserError: unknown key, ill-typed value, unreadable file, or a model that cannot be built.
     """
-    argv = _checked(root, argv)
+    recipes: list[str]
+    options: list[str]
+    recipes, options = _checked(root, argv)
     description = (root.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=program, exit_on_error=False, description=description, epilog=epilog)
     parser.add_argument(
@@ -285,10 +284,11 @@ def parse(
     parser.add_class_arguments(root)
     parser.set_defaults(defaults or {})
     try:
-        parsed = parser.parse_args(argv)
+        # The last one wins: recipes come first, wherever they stood.
+        parsed = parser.parse_args([*(f"--config={path}" for path in recipes), *options])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(wrong_value(root, recipes, options, error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
     check_values(config)
@@ -333,31 +333,13 @@ def load_model_config(path: Path) -> ModelConfig:
     return section_of(ModelConfig, section, f"{path}: model")
 
 
-def _checked(root: type, argv: list[str]) -> list[str]:
-    """The command line, its options and the keys of its recipes known ones, as the parser needs it.
-
-    The parser lets the last one win: recipes come first, wherever they stood.
-    """
+def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The recipes and the other options of a command line, all keys known ones, as the parser needs them."""
     recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(argv)))
-    known = known_keys(root)
     for path in recipes:
         check_keys(read_yaml(path, "--config"), root, path)
-    for option in options:
-        _check_depth(option)
-        if option.startswith("--"):
-            key = option[2:].split("=")[0].rstrip("+")
-            if key not in ("help", "print_config", *known):
-                raise UserError(f"unknown option --{key}{nearest(key, known, '--')}")
-    return [*(f"--config={path}" for path in recipes), *options]
-
-
-def _check_depth(option: str) -> None:
-    """Raise UserError for brackets that lie too deep in one another: the parser would take minutes, then fail."""
-    depth = 0
-    for char in option:
-        depth += (char in "[{") - (char in "]}")
-        if depth > DEEPEST:
-            raise UserError(f"the command line: {option[:40]} … is nested deeper than {DEEPEST} levels")
+    check_options(root, options)
+    return recipes, options
 
 
 def _as_flag(name: str, argv: list[str]) -> list[str]:
@@ -377,8 +359,3 @@ def _without_local_rank(argv: list[str]) -> list[str]:
         elif not option.startswith(("--local_rank=", "--local-rank=")):
             kept.append(option)
     return kept
-
-
-def _one_line(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return text if len(text) < 400 else text[:400] + " …"

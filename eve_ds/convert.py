@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from eve_ds.conversion import beit_to_folder, deepspeed_to_folder, folder_to_published, published_to_folder
 from eve_ds.errors import UserError, run_command
+from eve_ds.option_errors import plain
 
 _START = "python -m eve_ds.convert"
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
@@ -52,7 +53,7 @@ def main() -> None:
     try:
         parsed = _parser().parse_args(sys.argv[1:])
     except ArgumentError as error:
-        line = " ".join(str(error).split())
+        line = plain(error)
         for name in COMMANDS:
             line = line.replace(f"{name}.", "--")
         raise UserError(f"{line}; see {_START} --help") from error

@@ -8,7 +8,6 @@ ranks, or on the GPUs it finds, and tells how long is left.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.files import Parser
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
@@ -285,9 +285,7 @@ def claim(root: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m eve_ds.demo", description="The whole road on an embedded data set."
-    )
+    parser = Parser(prog="python -m eve_ds.demo", description="The whole road on an embedded data set.")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world and another model (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default runs/demo)")
     options = parser.parse_args()

@@ -6,7 +6,6 @@ in child processes. Exit code 0: no known-bad combination; 1: at least one, each
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import json
@@ -17,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from evaluation.files import Parser
 from eve_ds.diagnosis import hardware, software
 from eve_ds.diagnosis.faults import Facts, find_faults
 from eve_ds.diagnosis.text import screen
@@ -27,7 +27,7 @@ RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASK
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m eve_ds.doctor", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m eve_ds.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="F", help="write all that was found to this file too")
     parser.add_argument("--ranks", type=int, metavar="N", help="ranks that will run here (default: one a GPU, or one)")
     options = parser.parse_args()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -62,6 +64,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     What is registered for the exit is done, but the interpreter is not taken down: a thread of gloo that lets go of a
     tensor meanwhile aborts the process (pytorch issue 190489), after a run that went well as after one that did not.
     """
+    tell_warnings_in_a_line()
     code = exit_code(main)
     tell_launching(str(code if code >= 0 else 128 - code))
     if code < 0:  # before anything else: what is at the exit may wait for others
@@ -75,6 +78,27 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def tell_warnings_in_a_line() -> None:
+    """Warnings and log lines of our own become ``WARNING: what``, without Python's place and line of source in them.
+
+    Those of libraries stay as they are. Other ranks than 0 name themselves.
+    """
+    rank = f"rank {launched_rank()}: " if launched_rank() else ""
+    ours, others = f"{Path(__file__).parent}{os.sep}", warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if not filename.startswith(ours):
+            return others(message, category, filename, lineno, line)
+        return f"WARNING: {rank}{printable(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = formatted
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s: {rank}%(message)s"))
+    logging.getLogger("eve_ds").addHandler(handler)
 
 
 def exit_code(main: Callable[[], int | None]) -> int:

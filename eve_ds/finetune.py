@@ -66,7 +66,7 @@ def run(stop: StopRequest) -> int:
             scorer.score(task.to(device), config.split, Path(config.output_dir))
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
-        callbacks = [*standard_callbacks(config), *checks]
+        callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         if config.dry_run:
             return dry_run.tell_training(config, trainer, training)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from eve_ds.engine.signals import SIGNALS
 from eve_ds.errors import RANKS, STOPPED, UserError, run_command
+from preprocessing.schema import without_secrets
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_SECONDS = 0.2
@@ -119,6 +120,12 @@ def main() -> int:
     if command[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    for word in command:  # the launcher would log it, and the list of processes shows it
+        if (shown := without_secrets(word)) != word:
+            raise UserError(
+                f"{shown}: holds a user, a password or a key; leave them out, and give them in the environment "
+                "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or by AWS_PROFILE"
+            )
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryDirectory(prefix="eve-ds-ranks-") as folder:
         return Guard(command, Path(folder)).run()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Not used here: jsonargparse looks up the types of inherited fields in this module.
 # Some are not used here: jsonargparse looks up the types of inherited fields in this module.
 from eve_ds.config import (  # noqa: F401
     CheckpointConfig,

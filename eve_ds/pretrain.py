@@ -39,8 +39,7 @@ def run(stop: StopRequest) -> int:
     batches.check_batch(config, training.rows)
     steps = setup.total_steps(config, len(training))
     held_out = setup.samples(config, config.data.val_split, tokenizer, train=False) if config.data.val_split else None
-    if held_out is not None:
-        setup.check_apart(config, training, {str(config.data.val_split): held_out})
+    setup.check_apart(config, training, {} if held_out is None else {str(config.data.val_split): held_out})
 
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
@@ -52,7 +51,7 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards)
         task = setup.build_task(config, tokenizer)
         initial.load_first_weights(task, config, load_head=False)
-        callbacks = [*standard_callbacks(config), *checks]
+        callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))
 

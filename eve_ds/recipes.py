@@ -22,6 +22,7 @@ from preprocessing.schema import check_regular
 
 Section = TypeVar("Section")
 HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages
+RECIPES = ("eve_ds/configs", ".yaml")  # folder of those that come with EVE-DS, and suffix
 DEEPEST, MOST_NODES = 20, 10_000  # a recipe has four levels and a hundred nodes
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
@@ -54,9 +55,18 @@ def shipped(path: str, folder: str, suffix: str) -> Path:
     return next((place for place in places if place.is_file()), Path(path))
 
 
+def meant(path: str | Path, folder: str, suffix: str) -> str:
+    """The end of a message about a file that is not there: one of nearly that name, or all that come with EVE-DS."""
+    shipped_ones = {file.stem: file.stem for file in sorted((HOME / folder).glob(f"*{suffix}"))}
+    beside = {file.stem: str(file) for file in sorted(Path(path).parent.glob(f"*{suffix}"))}
+    known = {**beside, **shipped_ones}
+    near = difflib.get_close_matches(Path(path).name.removesuffix(suffix), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {known[near[0]]}?" if near else f"; EVE-DS comes with {', '.join(shipped_ones)}"
+
+
 def recipe(path: str) -> Path:
     """The recipe that ``--config`` names."""
-    return shipped(path, "eve_ds/configs", ".yaml")
+    return shipped(path, *RECIPES)
 
 
 def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -102,7 +112,8 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
     except _NodeError as error:
         raise UserError(f"{source}: {error}") from error
     except OSError as error:
-        raise UserError(f"{source}: {error.strerror or error}") from error
+        others = meant(path, *RECIPES) if option and isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{source}: {error.strerror or error}{others}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 text") from error
     except ValueError as error:  # Python reads no number of thousands of digits, and no day beyond its month
@@ -111,6 +122,15 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{source}: not valid YAML{place}: {getattr(error, 'problem', error)}") from error
+
+
+def parse_value(typed: str) -> Any:
+    """What an option's value stands for; the text itself where that is no YAML."""
+    try:
+        found = yaml.load(typed, _Loader)  # plain data, as SafeLoader has it
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return typed
+    return "" if not typed else found
 
 
 class _NodeError(ValueError):
@@ -166,10 +186,18 @@ def known_keys(root: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def hint_of(root: type, key: str) -> Any:
+    """The type of a dotted key of a dataclass tree."""
+    hint: Any = root
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint)[name]
+    return hint
+
+
 def check_keys(raw: Any, root: type, source: str) -> None:
     """Raise UserError naming the first unknown key in a YAML tree, and the nearest known one."""
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: a config is a YAML mapping of sections, this is a {type(raw).__name__}")
+        raise UserError(f"{source}: a config is a YAML mapping of sections, this is {shown(raw)}")
     known = known_keys(root)
     sections = {key for key in known if any(other.startswith(key + ".") for other in known)}
 
@@ -183,8 +211,11 @@ def check_keys(raw: Any, root: type, source: str) -> None:
                 raise UserError(f"{source}: {path!r} is a key with a dot; write {section}: {{{name}: {value}}}")
             if path in sections:
                 if not isinstance(value, dict):
-                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {value!r}")
+                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {value!r:.60}")
                 visit(value, path + ".")
+            elif holds_mappings(hint := hint_of(root, path)):  # the parser would import what a `class_path` names
+                for place, what in misfits(value, hint, path):
+                    raise UserError(f"{at(source, place)}: {what}")
 
     visit(raw, "")
 
@@ -199,7 +230,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
         elif isinstance(value, str) and (bad := next((char for char in value if ord(char) < 32), None)):
             raise UserError(f"{key} holds the control character {bad!r}; leave it out")
         elif value is None and not fits(None, hints[item.name]):
-            default = "" if isinstance(item.default, type(dataclasses.MISSING)) else f" ({item.default!r})"
+            default = "" if isinstance(item.default, _MISSING) else f" ({item.default!r})"
             raise UserError(
                 f"{key} is null, but needs a value; write one, or leave the key out for its default{default}"
             )
@@ -217,27 +248,99 @@ def section_of(kind: type[Section], values: Any, source: str) -> Section:
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"{source}: unknown key {key!r}{nearest(str(key), list(hints))}")
-        if not fits(value, hints[key]):
-            raise UserError(f"{source}: {key}={value!r:.60} has the wrong type; expected {_told(hints[key])}")
+        for place, what in misfits(value, hints[key], key):
+            raise UserError(f"{source}: {place}: {what}")
     return kind(**values)
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type: bool, int, float, str, None, lists, literals and unions of them."""
+    """Whether a plain value is of a type: bool, int, float, str, None, lists, mappings, literals and unions of them."""
+    return next(misfits(value, hint, ""), None) is None
+
+
+def misfits(value: Any, hint: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong there) wherever a plain value is not of a type; ``key`` is the value's own.
+
+    A mapping stands for a dataclass.
+    """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, choice) for choice in inner)
-    if origin is typing.Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin in _UNIONS:
+        if any(fits(value, choice) for choice in inner):
+            return
+        if isinstance(value, list) and (lists := [each for each in inner if typing.get_origin(each) is list]):
+            yield from misfits(value, lists[0], key)
+            return
+    elif origin is list and isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from misfits(item, inner[0], f"{key}[{place}]")
+        return
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        yield from _misfits_within(value, typing.cast(type, hint), key)
+        return
+    elif _is(value, hint):
+        return
+    yield key, f"expected {told(hint)}, got {shown(value)}"
+
+
+def _misfits_within(values: dict[Any, Any], kind: type, key: str) -> Iterator[tuple[str, str]]:
+    hints = typing.get_type_hints(kind)
+    for name, item in values.items():
+        if name in hints:
+            yield from misfits(item, hints[name], f"{key}.{name}" if key else name)
+        else:
+            yield key, f"unknown key {name!r}{nearest(str(name), list(hints))}"
+    for item in dataclasses.fields(kind):
+        needed = isinstance(item.default, _MISSING) and isinstance(item.default_factory, _MISSING)
+        if needed and item.name not in values:
+            yield key, f"has no key {item.name!r}"
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return value is None if hint is type(None) else isinstance(value, hint)
+    return value is None if hint is type(None) else isinstance(value, typing.get_origin(hint) or hint)
 
 
-def _told(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def holds_mappings(hint: Any) -> bool:
+    """Whether a setting of this type has mappings in it, as ``data.sources`` does."""
+    return dataclasses.is_dataclass(hint) or any(holds_mappings(each) for each in typing.get_args(hint))
+
+
+_UNIONS = (typing.Union, types.UnionType)
+_MISSING = type(dataclasses.MISSING)
+_TOLD = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+_LISTED = {int: "integers", float: "numbers", str: "texts"}
+
+
+def told(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(told(choice) for choice in inner)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is list:
+        return f"a list of {_LISTED.get(inner[0]) or f'mappings ({_fields(inner[0])})'}"
+    return _TOLD.get(hint) or f"a mapping ({_fields(hint)})"
+
+
+def _fields(kind: type) -> str:
+    return ", ".join(item.name for item in dataclasses.fields(kind))
+
+
+def shown(value: Any) -> str:
+    """A plain value as a recipe has it, cut where it is long."""
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return f"{value!r:.60}" if isinstance(value, str | int | float | list | dict) else f"{value}"[:60]
+
+
+def at(source: str, key: str) -> str:
+    """Where a value stands: a file and a key in it; an option, and a key in its value if it is another one."""
+    return source if source.rstrip("+") == f"--{key}" else f"{source}: {key}"
 
 
 def nearest(key: str, known: list[str], dashes: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.answers import read_answer_list
-from preprocessing.ids import numbered_columns, read_ids
+from preprocessing.ids import distinct, numbered_columns, read_ids
 from preprocessing.images import PILLOW_PIXELS, BadImage, decode_image
 from preprocessing.places import Place, names_in, open_input, size_of
 from preprocessing.pool import run_tasks
@@ -203,7 +203,7 @@ def ids_fault(folder: Place, manifest: dict[str, Any], reports: Sequence[ShardRe
         return ""  # the ids cannot be the same
     for column in set(listed) - set(numbered_columns(manifest)):
         found = [report.ids[column][0] for report in reports]
-        if not np.array_equal(np.unique(np.concatenate([np.zeros(0, np.uint64), *found])), listed[column]):
+        if not np.array_equal(distinct(np.concatenate([np.zeros(0, np.uint64), *found])), listed[column]):
             return f"{folder / IDS}: has other values of {column} than the shards"
     return ""
 

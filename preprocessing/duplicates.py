@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -19,7 +20,7 @@ from preprocessing.pixels import open_image, upright_rgb
 from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
 from preprocessing.reading import hashes_of, read_images
-from preprocessing.schema import DataError, dump_json, write_atomic
+from preprocessing.schema import DataError, dump_json, without_secrets, write_atomic
 
 _THUMBNAIL = 200  # pixels, the longer side
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"--distance {args.distance}: must be between 0 and 32 bits")
     others = [place(name) for name in args.of]
     pairs = list(find_pairs(place(args.directory), others, args.distance, args.workers))
-    write_atomic(args.out, dump_json({"duplicates": [asdict(pair) for pair in pairs]}))
+    write_atomic(args.out, dump_json({"duplicates": [pair.shown() for pair in pairs]}))
     if args.html:
         write_atomic(args.html, _page(place(args.directory), pairs).encode())
     exact = sum(pair.exact for pair in pairs)
@@ -70,6 +71,10 @@ class Pair:
     of_image: str
     exact: bool
     distance: int  # bits, the greater one of the two hashes
+
+    def shown(self) -> dict[str, Any]:
+        """As JSON has it: an id may be an address, with a password in it."""
+        return {name: without_secrets(one) if isinstance(one, str) else one for name, one in asdict(self).items()}
 
 
 def find_pairs(directory: Place, others: list[Place], distance: int, workers: int = 1) -> Iterator[Pair]:
@@ -97,8 +102,8 @@ def _page(directory: Place, pairs: list[Pair]) -> str:
         if (folder, name) in wanted
     }
     rows = "".join(
-        f"<tr><td>{thumbnails[str(directory), pair.image_id]}<br>{html.escape(pair.image_id)}"
-        f"<td>{thumbnails.get((pair.of, pair.of_image), '')}<br>{html.escape(f'{pair.of}: {pair.of_image}')}"
+        f"<tr><td>{thumbnails[str(directory), pair.image_id]}<br>{_text(pair.image_id)}"
+        f"<td>{thumbnails.get((pair.of, pair.of_image), '')}<br>{_text(f'{pair.of}: {pair.of_image}')}"
         f"<td>{'exact' if pair.exact else f'{pair.distance} bits'}"
         for pair in pairs
     )
@@ -107,6 +112,10 @@ def _page(directory: Place, pairs: list[Pair]) -> str:
         "<style>body{font:14px system-ui,sans-serif}td{padding:.5rem;border-bottom:1px solid #ddd}</style>"
         f"<h1>{html.escape(str(directory))}: {len(pairs)} duplicates</h1><table>{rows}</table></html>\n"
     )
+
+
+def _text(name: str) -> str:
+    return html.escape(without_secrets(name))
 
 
 def _thumbnail(data: bytes) -> str:

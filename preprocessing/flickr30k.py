@@ -5,14 +5,16 @@ captions alone, which holds none: then `--only` names the images of the split. S
 
 results_20130124.token   1000092795.jpg#0<tab>caption
 results.csv              a header image_name| comment_number| comment, and lines of that form (Kaggle)
-captions.txt             a header image,caption or image,comment_number,comment, and CSV (Kaggle; Flickr8k's, too)
+captions.txt             a header image,caption or image,comment_number,comment, and CSV (Kaggle; Flickr8k's, too); a
+                         quoted caption may run over ten lines, and is one line of words then
 """
 
 import argparse
 import csv
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import BadRecord, read_json, text_lines
@@ -28,7 +30,7 @@ from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError, printable
 from preprocessing.source import Faults, Row, Source
-from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
+from preprocessing.text import MOST_CHARACTERS, TextCleaning, add_text_argument, text_cleaning
 
 _FOLDERS = (
     *("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images"),
@@ -36,6 +38,7 @@ _FOLDERS = (
 )
 _IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
 _CAPTION_COLUMNS = ("caption", "comment")
+_MOST_LINES = 10  # that a quoted caption runs over
 _NUMBERED = re.compile(r"\s*\d+\s+(\S.*)")
 
 
@@ -105,22 +108,25 @@ def read_tokens(
 
 
 def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, str]]:
-    """(image, caption) of each line that is not blank and not at fault."""
+    """(image, caption) of each line, or few lines with one quoted caption, that is not blank and not at fault."""
     lines: list[tuple[int, str]] = []
     for number, line in text_lines(path):
         if isinstance(line, BadRecord):
             faults.add(line)
-        elif line.strip():
+        elif lines or line.strip():
             lines.append((number, line))
-    parse = _table(lines[0][1]) if lines else None
-    what = "'image.jpg#0<tab>caption'" if parse is None else f"of the form of its header, {lines[0][1].strip()[:60]!r}"
-    for number, line in lines if parse is None else lines[1:]:
-        found = (parse or _token)(line)
+    table = _table(lines[0][1]) if lines else None
+    what = "'image.jpg#0<tab>caption'" if table is None else f"of the form of its header, {lines[0][1].strip()[:60]!r}"
+    index = 0 if table is None else 1
+    while index < len(lines):
+        number, line = lines[index]
+        found, used = (_token(line), 1) if table is None else table.record(lines[index : index + _MOST_LINES])
         if found is not None:
             yield found
-        else:
+        elif line.strip():
             told = f"is not {what}; is this the right file?"
             faults.add(BadRecord(f"{path}: line {number}", told, "line is of another form"))
+        index += used
 
 
 def _token(line: str) -> tuple[str, str] | None:
@@ -129,32 +135,81 @@ def _token(line: str) -> tuple[str, str] | None:
     return (name, text) if tab and mark and place.isdigit() else None
 
 
-def _table(header: str) -> Callable[[str], tuple[str, str] | None] | None:
-    """What parses the lines below a header; None for a line that is none."""
+def _table(header: str) -> "_Table | None":
+    """The table below a header; None for a line that is none."""
     for separator in "|,\t":
         names = [name.strip().strip('"').lower() for name in header.split(separator)]
         image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
         caption = next((names.index(name) for name in _CAPTION_COLUMNS if name in names), None)
         if image is not None and caption is not None:
-            return lambda line: _cells(line, separator, image, caption, len(names))
+            return _Table(separator, image, caption, len(names))
     return None
 
 
-def _cells(line: str, separator: str, image: int, caption: int, columns: int) -> tuple[str, str] | None:
-    """(image, caption) of a line of a table; None where it is none."""
-    cells = _split(line, separator, columns)
-    if len(cells) == columns - 1 == caption and (numbered := _NUMBERED.fullmatch(cells[-1])):
-        cells[-1:] = ["", numbered[1]]  # Kaggle's results.csv has a line without its second mark
-    return (cells[image].strip(), cells[caption]) if len(cells) == columns and cells[image].strip() else None
+@dataclass(frozen=True)
+class _Table:
+    """How the lines below a header are read."""
 
+    separator: str
+    image: int  # columns
+    caption: int
+    columns: int
 
-def _split(line: str, separator: str, columns: int) -> list[str]:
-    """The cells of a line, the last of which takes the rest where it is not quoted; none where a quotation is open."""
-    if separator != "|" and '"' in line:  # Kaggle's results.csv does not quote
-        try:
-            cells = next(csv.reader([line.rstrip("\r")], delimiter=separator, strict=True))
-        except csv.Error:
-            cells = []
-        if len(cells) == columns or line.count('"') % 2:
-            return cells
-    return line.split(separator, columns - 1)
+    def record(self, lines: Sequence[tuple[int, str]]) -> tuple[tuple[str, str] | None, int]:
+        """((image, caption), lines taken) of (number, text) of lines, the first and what a quotation in it runs over.
+
+        The former is None, and one line taken, where the first is at fault: its quotation does not end in these lines,
+        or not before the next record; a mark that is left over takes nothing else with it.
+        """
+        (number, text), *following = lines
+        found = self._cells([text])
+        if found is not None or self.separator == "|" or not text.count('"') % 2:  # Kaggle's results.csv does not quote
+            return found, 1
+        record = [text]
+        name = self._name(text)
+        for next_number, line in following:
+            record.append(line)
+            lost = next_number != number + len(record) - 1  # a line between them is at fault
+            if lost or self._begins_record(line, name) or sum(map(len, record)) > MOST_CHARACTERS:
+                break
+            if sum(one.count('"') for one in record) % 2 == 0:
+                found = self._cells(record)
+                return found, 1 if found is None else len(record)
+        return None, 1
+
+    def _name(self, line: str) -> str:
+        """What stands in a line's column of images."""
+        return (line.split(self.separator) + [""] * self.columns)[self.image].strip().strip('"')
+
+    def _begins_record(self, line: str, name: str) -> bool:
+        """Whether a line has an image's name where the record before has `name`, so that no caption goes on in it."""
+        own = self._name(line)
+        return bool(own) and " " not in own and posixpath.splitext(own)[1] == posixpath.splitext(name)[1]
+
+    def _cells(self, lines: Sequence[str]) -> tuple[str, str] | None:
+        """(image, caption) of a record in one line or several; None where it is none."""
+        cells = self._split(lines)
+        if len(cells) == self.columns - 1 == self.caption and (numbered := _NUMBERED.fullmatch(cells[-1])):
+            cells[-1:] = ["", numbered[1]]  # Kaggle's results.csv has a line without its second mark
+        if len(cells) != self.columns or not cells[self.image].strip():
+            return None
+        caption = cells[self.caption]
+        if len(lines) > 1:
+            caption = " ".join(filter(None, map(str.strip, caption.split("\n"))))
+        return cells[self.image].strip(), caption
+
+    def _split(self, lines: Sequence[str]) -> list[str]:
+        """The cells of a record. Of one line, the last takes the rest where it is not quoted; none where a quotation is
+        open, and of several lines where they are none.
+        """
+        if self.separator != "|" and '"' in lines[0]:
+            try:
+                read = csv.reader(
+                    [f"{line.rstrip(chr(13))}\n" for line in lines], delimiter=self.separator, strict=True
+                )
+                cells = next(read)
+            except csv.Error:
+                cells = []
+            if len(cells) == self.columns or lines[0].count('"') % 2:
+                return cells
+        return lines[0].split(self.separator, self.columns - 1)

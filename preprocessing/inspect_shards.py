@@ -21,6 +21,7 @@ from preprocessing.schema import (
     DataError,
     printable,
     read_manifest,
+    without_secrets,
     write_atomic,
 )
 
@@ -130,7 +131,8 @@ def _card(kind: str, row: dict[str, Any]) -> str:
         for text, answer in zip_longest(texts, answers)
     )
     name = next(iter(row["identifier"] or []), None) if kind == "nlvr" else row["image_id"]
-    return f'<div class="row">{pictures}<div class=id>{html.escape(str(name))}</div><ul>{items}</ul></div>'
+    shown = html.escape(without_secrets(str(name)))
+    return f'<div class="row">{pictures}<div class=id>{shown}</div><ul>{items}</ul></div>'
 
 
 def _scored(answers: list[str | None] | None, scores: list[float | None] | None) -> str:

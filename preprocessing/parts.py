@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
-from preprocessing.ids import IdKeys
+from preprocessing.ids import IdKeys, ids_without_secrets
 from preprocessing.image_policy import ExcludedImage, ImagePolicy
 from preprocessing.images import BadImage, read_image
 from preprocessing.places import Place, write_whole
@@ -108,8 +108,9 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
                     too_many = PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
                     return lambda: too_many
                 continue
-            ids.add(row.columns, images)
-            writer.add(row.columns | dict(zip(columns, images, strict=True)))
+            texts = row.columns | ids_without_secrets(job.kind, row.columns)
+            ids.add(texts, images)
+            writer.add(texts | dict(zip(columns, images, strict=True)))
         unfinished = stack.pop_all()
 
     def finish() -> PartResult:

@@ -39,7 +39,7 @@ _USERS = re.compile(
     r"|(https?://)[^\s/@]{1,400}@",
     re.IGNORECASE,
 )
-_PARAMETERS = re.compile(r"([?&]([^=&?\s]{1,64})=)[^&\s'\"]+")
+_PARAMETERS = re.compile(r"([?&]([^=&?\s]{1,64})=)(?!\*{3}(?:[:&\s'\"]|$))[^&\s'\"]+")  # but what is hidden already
 _KEYS = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
 
 

@@ -49,7 +49,7 @@ class DataConfig:
         timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs. With
             several ranks at most ``engine.timeout_seconds``.
         allow_overlap: train and score although images, questions or statements of the training split stand in a split
-            that is scored, too; they are logged.
+            that is scored, too, or in two of its Arrow files without a manifest; they are logged.
         verify: when shards are compared with their SHA-256: background (while the run trains, by a process a host that
             gives way to it; damage saves and ends the run), full (before the first step), off. Sizes always are.
         max_pixels: pictures of more are corrupt rows; what ``--max-pixels`` was in preparation.

@@ -1,5 +1,7 @@
 """What is trained on is not scored: a run compares the ids of its splits when it opens them.
 
+Nor is anything trained on twice where no manifest counts it: files of one split hold other rows each.
+
 A prepared split has them in a file, eight bytes each (preprocessing/ids.py), so that no shard is read; of other shards
 the columns of ids are read, a second for two million. Where two are equal, the ids are looked for and named.
 """
@@ -12,9 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from eve_ds.data.shards import Split
-from preprocessing.schema import ID_COLUMNS, IDS, DataError, check_regular, ids_of_batch, listed_ids
+from preprocessing.schema import (
+    ID_COLUMNS,
+    IDS,
+    IMAGE_COLUMNS,
+    SAMPLE_COLUMN,
+    DataError,
+    check_regular,
+    ids_of_batch,
+    listed_ids,
+)
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
@@ -62,9 +74,48 @@ class SplitIds:
                     "one of the files away, or prepare the split again"
                 )
 
+    def doubled(self) -> str:
+        """Of a split of files without a manifest, what stands in two of them, as a copy under another name does: the
+        start of a message with files and ids; "" for nothing.
+
+        Where an id stands in two files, the first such row of each two is looked at, image, texts and all: ids may be
+        those of two data sets, and an image's captions may go on in the next file.
+        """
+        column = ID_COLUMNS[self.split.kind][-1]
+        keys = np.empty(0, "<u8") if self.split.manifest else self._read[column]
+        if len(_distinct(keys)) == len(keys):
+            return ""
+        paths, counts = zip(*self._counts[column].items(), strict=True)
+        files = np.repeat(np.arange(len(paths)), counts)
+        order = np.lexsort((files, keys))
+        rising, files = keys[order], files[order]
+        again = np.flatnonzero((rising[1:] == rising[:-1]) & (files[1:] != files[:-1]))
+        if not len(again):
+            return ""
+        pairs = files[again] * len(paths) + files[again + 1]
+        seen: dict[bytes, list[tuple[Path, object]]] = defaultdict(list)
+        for path, key, content in self._rows(column, rising[again[np.unique(pairs, return_index=True)[1]]]):
+            other = next((other for other, theirs in seen[key] if other != path and theirs == content), None)
+            if other is not None:
+                ours, theirs = (_distinct(rising[files == paths.index(each)]) for each in (other, path))
+                both = _common(ours, theirs)
+                count = f"{len(both)} {_THINGS[column]} stand in both"
+                return f"{other} and {path}: {count}, {_named(column, list(self._find(column, both)))}"
+            seen[key].append((path, content))
+        return ""
+
+    def _rows(self, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes, object]]:
+        """(shard, key, images and texts) of all rows with one of these keys."""
+        wanted = {key.tobytes() for key in keys}
+        columns = (*IMAGE_COLUMNS[self.split.kind], SAMPLE_COLUMN[self.split.kind])
+        for path, batch in self.split.batches():
+            for row in _rows_with(batch, column, wanted):
+                for key in wanted.intersection(ids_of_batch(row, column)[1]):
+                    yield path, key, row.select(columns).to_pylist()
+
     def _keys(self, column: str) -> np.ndarray:
         """[n] uint64, distinct and rising."""
-        return self._listed[column] if self._listed is not None else np.unique(self._read[column])
+        return self._listed[column] if self._listed is not None else _distinct(self._read[column])
 
     @functools.cached_property
     def _listed(self) -> dict[str, np.ndarray] | None:
@@ -80,9 +131,12 @@ class SplitIds:
     def _read(self) -> dict[str, np.ndarray]:
         """By the shards, in the order of their rows; empty where they lack the column."""
         keys: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[self.split.kind]}
-        for _, batch in self.split.batches():
+        self._counts: dict[str, dict[Path, int]] = {column: defaultdict(int) for column in keys}  # ids of each shard
+        for path, batch in self.split.batches():
             for column, found in keys.items():
-                found += ids_of_batch(batch, column, column in self._numbered)[1]
+                ids = ids_of_batch(batch, column, column in self._numbered)[1]
+                found += ids
+                self._counts[column][path] += len(ids)
         return {column: np.frombuffer(b"".join(found), "<u8") for column, found in keys.items()}
 
     def _find(self, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes, bytes]]:
@@ -94,6 +148,24 @@ class SplitIds:
                 if key in wanted and named[path] < _NAMED:
                     named[path] += 1
                     yield path, value, key
+
+
+def _rows_with(batch: pa.RecordBatch, column: str, keys: set[bytes]) -> Iterator[pa.RecordBatch]:
+    """The rows of a batch with one of these keys, a batch each; found by halves, as there are few."""
+    if keys.isdisjoint(ids_of_batch(batch, column)[1]):
+        return
+    if batch.num_rows == 1:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _rows_with(batch.slice(0, half), column, keys)
+    yield from _rows_with(batch.slice(half), column, keys)
+
+
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    """Without what comes again, rising: np.unique, which takes a hundred times as long (NumPy 2.4 hashes them)."""
+    rising = np.sort(keys)
+    return rising[np.append(True, rising[1:] != rising[:-1])[: len(rising)]]
 
 
 def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:

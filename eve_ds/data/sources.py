@@ -72,11 +72,30 @@ def open_split(
             f"{_listed(path.name for path in there)}; to read one of these, give its name without .arrow as the split"
         )
     if not files or any(_OURS.fullmatch(path.name) for path in files):
+        if hint := _where_it_is(Path(root), split):
+            raise DataError(f"{folder / MANIFEST}: no such file; {hint}")
         return Split(folder, open_shards=open_shards)  # which says what is missing
     files = [path for path in files if kind is None or shard_kind(path) == kind] or files
     if split == "train" and not inside:
         _check_untold(files)
     return Split(folder if inside else root, files, open_shards)
+
+
+def _where_it_is(root: Path, split: str) -> str:
+    """What to give in the place of a folder without that split: its parent, a folder below it, another split; or ""."""
+    for place, what in ((root, "is one split"), (root.parent, "is a file of a split")):
+        if (place / MANIFEST).is_file() and (place == root or root.is_file()):
+            home = place.parent if place.name else place.resolve().parent
+            return f"{root} {what}; give the folder of the data set, {home}"
+    if root.is_file():
+        return f"{root} is a file; give its folder, {root.parent}" if root.suffix == ".arrow" else f"{root} is a file"
+    if not root.is_dir():
+        return f"there is no folder {root}"
+    if splits := sorted(manifest.parent.name for manifest in root.glob(f"*/{MANIFEST}")):
+        return f"{root} holds no split {split} but {_listed(splits)}; name one of these, or prepare {split}"
+    if below := sorted({manifest.parent.parent for manifest in root.glob(f"*/*/{MANIFEST}")}):
+        return f"{root} is no data set; did you mean {_listed(map(str, below))}?"
+    return ""
 
 
 def _natural(paths: Iterable[Path]) -> list[Path]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from eve_ds.config import EngineConfig, OptimizerConfig
-from eve_ds.engine.deepspeed_keys import refuse_keys, refuse_unknown
+from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
-from eve_ds.recipes import DEEPEST, shipped
+from eve_ds.recipes import DEEPEST, meant, nearest, shipped
 from preprocessing.schema import check_regular, load_json
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
@@ -17,7 +18,7 @@ SECTIONS = (
     "bf16", "fp16", "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
     "activation_checkpointing", "aio", "autotuning", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
     "data_efficiency", "data_types", "expert_parallel", "flops_profiler", "hybrid_engine", "pipeline", "tensorboard",
-    "tensor_parallel", "torch_autocast", "wandb", "weight_quantization",
+    "tensor_parallel", "timers", "timers.throughput", "torch_autocast", "wandb", "weight_quantization",
 )  # fmt: skip
 
 
@@ -56,9 +57,7 @@ def load_deepspeed_config(
     try:
         raw = load_json(file.read_text(encoding="utf-8"), pairs=_unique)
     except OSError as error:
-        raise UserError(
-            f"--deepspeed_config {path}: {error.strerror}; see ds_configs/ for those that come with EVE-DS"
-        ) from error
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}{meant(path, 'ds_configs', '.json')}") from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
     if _deeper(raw, DEEPEST):
@@ -183,10 +182,30 @@ def refuse(config: dict[str, Any], path: str) -> None:
 def _try(config: dict[str, Any], path: str) -> None:
     """Raise UserError for what DeepSpeed itself does not take, in its own words."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
 
     try:
         # It works out the whole batch, for whatever world is joined by now.
         DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
+    except ValidationError as error:
+        raise UserError(f"--deepspeed_config {path}: {_invalid(config, error.errors(include_url=False)[0])}") from error
     except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--deepspeed_config {path}: DeepSpeed does not take it: {reason}") from error
+
+
+def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
+    """What pydantic finds wrong, in words; it names the key within its section alone."""
+    name, value = ".".join(map(str, fault["loc"])), fault["input"]
+    key = next((key for key, given in _entries(config) if f".{key}".endswith(f".{name}") and given == value), name)
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, list(RULES)) or '; leave it out'}"
+    return f"{key}={json.dumps(value)}: must be {fault['msg'].removeprefix('Input should be ').partition(',')[0]}"
+
+
+def _entries(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all that a tree holds, sections included."""
+    for name, value in tree.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, dict):
+            yield from _entries(value, f"{prefix}{name}.")

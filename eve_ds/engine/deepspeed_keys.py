@@ -28,6 +28,11 @@ def only(*values: Any) -> Accepts:
     return lambda value: any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
+def steps(value: Any) -> bool:
+    """None, or an integer of at least 1."""
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
 def off(value: Any) -> bool:
     """A section that is empty or says ``"enabled": false``."""
     return isinstance(value, dict) and (not value or value.get("enabled") is False)
@@ -51,7 +56,7 @@ _TOP: dict[str, Rule] = {
     "gradient_accumulation_steps": (anything, ""),
     "gradient_clipping": (anything, ""),
     "bf16.enabled": (anything, ""),
-    "steps_per_print": (anything, ""),
+    "steps_per_print": (steps, "must be a number of steps, 1 or more"),
     "dump_state": (only(True, False), "must be true or false"),
     "disable_python_gc": (only(True, False), "must be true or false"),
     "timers": (anything, ""),

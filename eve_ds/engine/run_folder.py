@@ -18,7 +18,7 @@ from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
-from eve_ds.weights.model_folder import MODEL, checkpoints, run_of, step_of
+from eve_ds.weights.model_folder import MODEL, checkpoints, newer_checkpoint, run_of, step_of
 from preprocessing.schema import ANSWER_LIST, make_folder
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
@@ -79,10 +79,7 @@ def _look(config: PretrainConfig | FinetuneConfig, identity: Identity, total_ste
             raise UserError(f"--output_dir {folder} holds a run and checkpoint.resume is false; choose another folder")
         before = stored_identity(folder)
         if found := before.differences(identity):
-            raise UserError(
-                f"--output_dir {folder} holds another run: {told(found)}; make these equal to go on, or choose another "
-                f"folder (there, --resume_from {folder} branches from its newest checkpoint)"
-            )
+            raise UserError(f"--output_dir {folder} holds {_another(config, before, found)}")
         identity = before.merged(identity)
         newest = next(reversed(checkpoints(folder)), None)
         if total_steps is not None and newest is not None and step_of(newest) > total_steps:
@@ -94,6 +91,21 @@ def _look(config: PretrainConfig | FinetuneConfig, identity: Identity, total_ste
     elif _contents(folder):
         raise UserError(f"--output_dir {folder} holds files but no run (no config.yaml); choose an empty or new folder")
     return identity
+
+
+def _another(config: PretrainConfig | FinetuneConfig, before: Identity, found: list[str]) -> str:
+    """Of a run in ``output_dir`` that differs from this one in what was found: what it is, and what to do."""
+    folder = Path(config.output_dir)
+    newest = next(reversed(checkpoints(folder)), None)
+    if isinstance(config, FinetuneConfig) and config.evaluate and not before.settings.get("evaluate", False):
+        told_of = "a training run; scores go into a folder of their own, so choose another --output_dir"
+        if newer_checkpoint(folder):
+            return f"{told_of} (the run is unfinished: --checkpoint {folder} scores its newest checkpoint, {newest})"
+        if (folder / MODEL).is_dir():
+            return f"{told_of} (--checkpoint {folder / MODEL} scores the run's model)"
+        return f"{told_of} (the run has saved nothing yet that could be scored)"
+    branch = f" (there, --resume_from {folder} branches from its newest checkpoint)" if newest else ""
+    return f"another run: {told(found)}; make these equal to go on, or choose another folder{branch}"
 
 
 def _run(checkpoint: str) -> Path:

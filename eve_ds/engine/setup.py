@@ -28,7 +28,7 @@ from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.schema import ANSWER_LIST, DataError
+from preprocessing.schema import ANSWER_LIST, DataError, printable
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
@@ -91,7 +91,8 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
 
 
 def check_apart(config: Config, training: Samples | None, held_out: Mapping[str, Samples]) -> None:
-    """Raise DataError where what is trained on is scored, too, or is scored twice. ``data.allow_overlap`` lets it pass.
+    """Raise DataError where what is trained on is scored, too, or anything is trained on or scored twice.
+    ``data.allow_overlap`` lets it pass, but for questions and statements that would be scored twice.
 
     Compared are splits of one data set: in another one, the same id may be another image's. ``training`` is None where
     a model is scored alone: then it is the data set's training split, if there is one, that it must not hold.
@@ -100,18 +101,22 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
     opened = {name: SplitIds(one.split) for name, one in held_out.items() if isinstance(one.split, Split)}
     for scored in opened.values():
         scored.check_once()
-    own = next((SplitIds(split) for split in _training_splits(config, training) if home in _folders(split)), None)
+    trained = [SplitIds(split) for split in _training_splits(config, training)]
+    for read in (*(trained if training is not None else ()), *opened.values()):
+        _refuse(config, read.doubled(), "move one of these files away")
+    own = next((one for one in trained if home in _folders(one.split)), None)
     for name, scored in opened.items():
-        if own is None or name == config.data.train_split:  # as the user says
-            continue
-        if found := own.shared(scored):
-            if not config.data.allow_overlap:
-                raise DataError(
-                    f"{found}; leave them out of one of these (preprocessing --exclude; of ViLT's own files, move one "
-                    "away), or say that it is meant: --data.allow_overlap true"
-                )
-            if launched_world()[0] == 0:
-                _log.warning("%s; data.allow_overlap lets that pass", found)
+        if own is not None and name != config.data.train_split:  # that one, as the user says
+            mend = "leave them out of one of these (preprocessing --exclude; of ViLT's own files, move one away)"
+            _refuse(config, own.shared(scored), mend)
+
+
+def _refuse(config: Config, found: str, mend: str) -> None:
+    """Raise DataError where something was found, unless ``data.allow_overlap`` lets it pass."""
+    if found and not config.data.allow_overlap:
+        raise DataError(f"{found}; {mend}, or say that it is meant: --data.allow_overlap true")
+    if found and launched_world()[0] == 0:
+        _log.warning("%s; data.allow_overlap lets that pass", printable(found))
 
 
 def _training_splits(config: Config, training: Samples | None) -> list[Split]:

@@ -105,6 +105,8 @@ class ModelFolder:
             DataError: nothing there that holds weights; or they are a checkpoint, and the caller cannot read such.
         """
         path = Path(path)
+        if path.is_file() and run_of(path.parent):
+            raise DataError(f"{path}: is one file of a checkpoint; name the whole of it, {path.parent}")
         if path.is_file():
             return cls._beside(path)
         if (path / WEIGHTS).is_file():
@@ -118,6 +120,8 @@ class ModelFolder:
             return cls._beside(path / MODEL / WEIGHTS)
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
+        if path.name == CHECKPOINTS and checkpoints(path.parent):
+            raise DataError(f"{path}: holds all checkpoints; name one of them, or the run, {path.parent}")
         raise DataError(
             f"{path}: no {WEIGHTS} here or in its folder {MODEL}, and no whole checkpoint; give a run that has saved "
             "one, a model folder or a weights file"

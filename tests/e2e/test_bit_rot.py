@@ -39,6 +39,7 @@ def test_a_run_saves_and_ends_and_goes_on_when_the_shard_is_mended(options: list
     line = next(line for line in output.splitlines() if line.startswith("error: "))
     assert f"{tmp_path / 'captions/train/shard-00001.arrow'}: its SHA-256 is not the manifest's" in line
     assert "Traceback" not in output
+    assert "stopped" not in output and "goes on from here" not in output  # as after a request, whose exit code is 75
     (saved,) = (tmp_path / "run/checkpoints").glob("step_*/complete.json")
     step = json.loads(saved.read_text())["step"]
     assert f"the run is saved at step {step}" in line

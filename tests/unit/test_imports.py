@@ -25,6 +25,7 @@ LAYERS = {
     "eve_ds.errors": 3,
     "eve_ds.files": 3,
     "eve_ds.recipes": 4,
+    "eve_ds.option_errors": 5,
     "eve_ds.tasks": 5,
     "eve_ds.config": 6,
     "eve_ds.engine": 7,

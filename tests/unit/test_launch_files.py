@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ def test_shell_scripts(repository: Path) -> None:
     scripts = [path for pattern in SHELL for path in sorted(repository.glob(pattern))]
     assert len(scripts) >= 9
     lint("shellcheck", "--external-sources", f"--source-path={repository}", *scripts)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+@pytest.mark.parametrize("known", [{}, {"SLURM_SUBMIT_DIR": "/"}, {"SLURM_JOB_ID": "1"}], ids=str)
+def test_a_batch_script_that_is_run_by_hand_says_sbatch(repository: Path, name: str, known: dict[str, str]) -> None:
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    script = str(repository / "launch" / "slurm" / f"{name}.sbatch")
+    told = subprocess.run(["bash", script], env=outside | known, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout, told.stderr.count("\n")) == (2, "", 1)
+    assert told.stderr.startswith(f"error: {script}: is a job for Slurm; submit it with sbatch, as in: sbatch ")
 
 
 def test_dockerfile(repository: Path) -> None:

@@ -262,11 +262,24 @@ def test_a_file_that_cannot_be_written_is_noticed_before_anything_is_measured(
 ) -> None:
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
-    for name, told in (("pipe", "is no regular file"), ("file/x.json", "cannot be written"), ("x" * 300, "too long")):
+    for name, told in (
+        ("pipe", "is no regular file"),
+        ("file/x.json", "cannot be written"),
+        ("x" * 250, "too long"),
+        ("new/" + "x" * 250, "too long"),
+        ("new/" + "x" * 300 + "/x.json", "too long"),
+    ):
         code = exit_code(lambda name=name: bench.main(["gemm", "--json", str(tmp_path / name), "--threads", "1"]))
         printed = capsys.readouterr()
         assert code == 2 and printed.out == "" and printed.err.count("\n") == 1 and told in printed.err
     assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_no_folder_is_made_before_all_else_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["moe", "--json", str(tmp_path / "new" / "further" / "moe.json"), "--threads", "1"]
+    for wrong in (["--experts", "2", "--top_k", "3"], ["--device", "abacus"]):
+        assert exit_code(lambda wrong=wrong: bench.main([*words, *wrong])) == 2
+    assert "--top_k 3" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_without_the_tests_folder_the_reference_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_recipes_and_deepspeed_files_that_come_along_are_found_by_name(
         assert shipped(name, "ds_configs", ".json").is_file()
     (tmp_path / "tiny_shapes").write_text("model: {vocab_size: 300}")  # what lies here wins
     assert pretrain("--config", "tiny_shapes").model.vocab_size == 300
-    with pytest.raises(UserError, match=r"--config tiny_shape: No such file"):
+    with pytest.raises(UserError, match=r"--config tiny_shape: No such file or directory; did you mean tiny_shapes\?"):
         pretrain("--config", "tiny_shape")
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from subprocess import PIPE
 
 import pytest
@@ -34,6 +35,37 @@ def test_a_process_ends_with_all_said_and_done_and_the_interpreter_left_standing
     for arguments, code, error in (([], 0, ""), (["a file\nis missing"], 2, "error: a file is missing\n")):
         ended = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
         assert (ended.returncode, ended.stdout, ended.stderr) == (code, "said at the exit\n", error)
+
+
+WARNS = """
+import logging, warnings
+from pathlib import Path
+from types import SimpleNamespace
+from eve_ds.callbacks.metrics import MetricsFile
+from eve_ds.errors import run_command
+
+def main():
+    folder = Path("FOLDER")
+    (folder / "metrics.jsonl").write_text("broken")
+    MetricsFile().fit_start(SimpleNamespace(output_dir=folder, is_main=True, start_step=1, evaluation_due=False))
+    logging.getLogger("eve_ds.data.loader").warning("a row is corrupt")
+    warnings.warn("of a library's")
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(("rank", "name"), [("0", ""), ("3", "rank 3: ")])
+def test_our_warnings_are_a_line_each_and_those_of_libraries_stay(rank: str, name: str, tmp_path: Path) -> None:
+    script = WARNS.replace("FOLDER", str(tmp_path))
+    environment = os.environ | {"RANK": rank}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0
+    assert ended.stderr.splitlines() == [
+        f"WARNING: {name}{tmp_path}/metrics.jsonl: line 1 is not a record with a step and was dropped",
+        f"WARNING: {name}a row is corrupt",
+        "<string>:13: UserWarning: of a library's",
+    ]
 
 
 def raising(error: BaseException) -> int:

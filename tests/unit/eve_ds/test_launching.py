@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.schema import without_secrets
+
 RANK = """
 import os, sys, time
 from pathlib import Path
@@ -133,3 +135,16 @@ def test_exit_codes(tmp_path: Path) -> None:
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert (done.returncode, done.stderr[: len(words)]) == (code, words), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--data.path=s3://k:sEcReT@bucket/a", "s3://b/a?secret_key=sEcReT"])
+def test_a_password_is_refused_before_the_launcher_sees_it(option: str, tmp_path: Path) -> None:
+    """Launchers log their command line."""
+    command = [sys.executable, "-m", "eve_ds.launching", "touch", str(tmp_path / "started"), option]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and not (tmp_path / "started").exists()
+    assert done.stderr.startswith(
+        f"error: {without_secrets(option)}: holds a user, a password or a key; leave them out"
+    )
+    assert done.stderr.count("\n") == 1 and "sEcReT" not in done.stderr + done.stdout

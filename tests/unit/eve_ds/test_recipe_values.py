@@ -170,11 +170,11 @@ def test_values_too_deep_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"dim": None}, ["model: dim=None", "int"]),
-        ({"dim": "96"}, ["dim='96'", "int"]),
-        ({"dim": True}, ["dim=True"]),
-        ({"soft_layers": [1, "x"]}, ["soft_layers"]),
-        ({"activation": "relu"}, ["activation='relu'", "gelu"]),
+        ({"dim": None}, ["model: dim: expected an integer, got null"]),
+        ({"dim": "96"}, ["dim: expected an integer, got '96'"]),
+        ({"dim": True}, ["dim: expected an integer, got true"]),
+        ({"soft_layers": [1, "x"]}, ["soft_layers[1]: expected an integer, got 'x'"]),
+        ({"activation": "relu"}, ["activation: expected one of gelu, quick_gelu, got 'relu'"]),
         ({"dims": 1}, ["unknown key", "dim"]),
     ],
 )

@@ -125,6 +125,59 @@ def test_bad_lines_of_tables_are_named_and_counted(tmp_path: Path, refuse: Calla
     }
 
 
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_quoted_caption_may_run_over_lines(tmp_path: Path, separator: str) -> None:
+    lines = [
+        "image@caption",
+        'a.jpg@"A dog,',
+        '  and a ""cat"", run,  ',
+        "",
+        'home."',
+        'a.jpg@"One line"',
+        'a.jpg@"A mark that is left over',
+        "a.jpg@Another one",
+        'a.jpg@"stands here',
+        'a.jpg@"says ""no""',
+        'and more"\r',
+        'a.jpg@"' + "\n".join(map(str, range(9))) + '"',
+        'a.jpg@"' + "\n".join(map(str, range(11))) + '"',
+        "a.jpg@The last one",
+    ]
+    (tmp_path / "captions.txt").write_text("\n".join(lines).replace("@", separator) + "\n", newline="")
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    convert("flickr30k", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out", "--max-dropped", 0.99,
+            "--annotations", tmp_path / "captions.txt")  # fmt: skip
+    assert rows_of(tmp_path / "out/train")[0]["caption"] == [
+        'A dog, and a "cat", run, home.',
+        "One line",
+        "Another one",
+        'says "no" and more',
+        "0 1 2 3 4 5 6 7 8",
+        "The last one",
+    ]
+    assert read_manifest(tmp_path / "out/train")["dropped"] == {"line is of another form": 2 + 11}
+
+
+@pytest.mark.parametrize(
+    "between", [b"b.jpg,a,b", b"caf\xe9", b'b.jpg,"', b"b.png,x\n" * 20, b"x" * 10_000], ids=["a", "b", "c", "d", "e"]
+)
+def test_a_mark_that_is_left_over_takes_nothing_else_with_it(tmp_path: Path, between: bytes) -> None:
+    """Though a line further down has a second one, which would close it."""
+    text = b'image,caption\na.jpg,One\na.jpg,"Two\n' + between + b'\nsaid "\na.jpg,Three\na.jpg,Four "\na.jpg,Five\n'
+    (tmp_path / "captions.txt").write_bytes(text)
+    for name in ("a.jpg", "b.jpg", "b.png"):
+        (tmp_path / name).write_bytes(picture(1))
+    convert("flickr30k", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out", "--max-dropped", 0.9,
+            "--annotations", tmp_path / "captions.txt")  # fmt: skip
+    captions = {row["image_id"]: row["caption"] for row in rows_of(tmp_path / "out/train")}["a"]
+    assert captions[0] == "One" and captions[-3:] == ["Three", 'Four "', "Five"]
+    assert not any("Two" in caption for caption in captions)
+    assert list(read_manifest(tmp_path / "out/train")["dropped"]) == [
+        *(["line is not UTF-8 text"] if between == b"caf\xe9" else []),
+        "line is of another form",
+    ]
+
+
 def test_visual_genome_of_version_1_0_in_a_folder_image(tmp_path: Path) -> None:
     (tmp_path / "image").mkdir()
     for number in (1, 2):

@@ -9,10 +9,13 @@ import pytest
 
 from evaluation import files, nlvr
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.engine import setup
 from eve_ds.errors import UserError, exit_code
 from preprocessing.__main__ import main
 from preprocessing.schema import without_secrets
-from tests.unit.preprocessing.helpers import picture, write_json
+from tests.support.foreign_shards import table_of, write_arrow
+from tests.support.shards import tiny_tokenizer
+from tests.unit.preprocessing.helpers import picture, rows_of, write_json
 
 ADDRESSES = {
     "s3://AKIAX:sEcReT/x+y@bucket/folder": "s3://***@bucket/folder",
@@ -39,6 +42,7 @@ SOUND = [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_what_is_hidden(address: str) -> None:
     assert without_secrets(f"x '{address}' y") == f"x '{ADDRESSES[address]}' y"
+    assert without_secrets(f"{ADDRESSES[address]}: y") == f"{ADDRESSES[address]}: y"  # a message hidden before
     hidden = files.without_secrets(f"x {address}")
     assert "sEcReT" not in hidden and hidden.startswith("x ")
 
@@ -99,6 +103,52 @@ def test_records_with_signed_addresses_stand_in_the_manifest_without_them(tmp_pa
         assert "sEcReT" not in (tmp_path / "out/train" / name).read_text()
     items = json.loads((tmp_path / "out/train/manifest.json").read_text())["dropped_items"]
     assert [item["item"] for item in items] == ["https://h/1.jpg?sig=***", "s3://***@b/2.jpg"]
+
+
+def test_ids_that_are_addresses_stand_nowhere_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the images lie in folders called as their addresses are."""
+    address = "s3://k:sEcReT@b/2.jpg"
+    path = tmp_path / "images" / address
+    path.parent.mkdir(parents=True)
+    path.write_bytes(picture(2))
+    (tmp_path / "lines.token").write_text(f"{address}#0\ta\n")
+    (tmp_path / "answers.json").write_text('["yes"]')
+    question = {"image": address, "question": "q", "question_id": 1, "answer": "yes"}
+    pair = {"images": [address] * 2, "sentence": "s", "label": "True", "identifier": f"{address}-0"}
+    end = ["--images", f"{tmp_path}/images", "--split", "train", "--out"]
+    answers = ["--answer-list", f"{tmp_path}/answers.json"]
+    commands = {
+        "retrieval": ["json", "--task", "retrieval", "--annotations"],
+        "vqa": ["json", "--task", "vqa", *answers, "--annotations"],
+        "nlvr": ["json", "--task", "nlvr", "--annotations"],
+        "flickr": ["flickr30k", "--annotations"],
+    }
+    records = {"retrieval": {"image": address, "caption": "a"}, "vqa": question, "nlvr": pair}
+    for name, words in commands.items():
+        annotations = write_json(tmp_path / f"{name}.json", [records[name]]) if name in records else "lines.token"
+        out = tmp_path / "out" / name
+        assert main([*words, f"{tmp_path / annotations}", *end, f"{out}"]) == 0
+        (row,) = rows_of(out / "train")
+        assert (row["image_id"] if name != "nlvr" else row["identifier"][0]).startswith("s3://***@b/2")
+        for check in (["inspect", f"{out}", "--html", f"{out}/page.html"], ["verify", f"{out}"]):
+            assert main(check) == 0
+        of = ["--of", f"{out}/train", "--out", f"{out}/list.json", "--html", f"{out}/pairs.html"]
+        assert main(["duplicates", "find", f"{out}/train", *of]) == 0
+        assert "s3://***@b/2" in (out / "pairs.html").read_text()
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"sEcReT" in path.read_bytes()]
+    shown = capsys.readouterr()
+    assert "s3://***@b/2" in shown.out and "sEcReT" not in shown.out + shown.err
+
+
+def test_ids_in_shards_of_others_are_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"image": picture(1), "caption": ["a"], "image_id": "s3://k:sEcReT@b/1.jpg", "split": "train"}
+    for name in ("a_train", "b_train"):
+        write_arrow(tmp_path / f"{name}.arrow", table_of([row]))
+    config = PretrainConfig()
+    config.data.path, config.data.allow_overlap = str(tmp_path), True
+    samples = setup.samples(config, "train", tiny_tokenizer(), train=True)
+    setup.check_apart(config, samples, {})
+    assert "such as image_id s3://***@b/1.jpg" in caplog.messages[0]
 
 
 def test_training_refuses_them_in_settings(capsys: pytest.CaptureFixture[str]) -> None:

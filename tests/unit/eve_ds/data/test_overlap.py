@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
@@ -17,7 +18,8 @@ from eve_ds.engine import setup
 from preprocessing.schema import DataError
 from preprocessing.tokenizer import Tokenizer
 from tests.support import foreign_shards
-from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, texts, tiny_tokenizer
+from tests.support.foreign_shards import table_of
+from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, picture, texts, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,72 @@ def test_eves_files_repeat_an_images_id(tmp_path: Path, tokenizer: Tokenizer) ->
     foreign_shards.eve_captions(tmp_path, "coco")
     _, scored = check(config(tmp_path), tokenizer, "train")
     assert len(texts(scored["train"].split, "caption")) == 20
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "original", "copy", "words"),
+    [
+        (
+            foreign_shards.vilt_vqa,
+            "vqa",
+            "vqav2_train",
+            "vqav2_train_copy",
+            "10 questions stand in both, such as question_id ",
+        ),
+        (
+            foreign_shards.vilt_nlvr,
+            "nlvr",
+            "nlvr2_train",
+            "nlvr2_more",
+            "10 statements stand in both, such as identifier ",
+        ),
+        (
+            foreign_shards.vilt_coco,
+            "pretrain",
+            "coco_caption_karpathy_restval",
+            "coco",
+            "5 images stand in both, such as image_id COCO_restval2014_",
+        ),
+        (foreign_shards.vilt_coco, "pretrain", "coco_caption_karpathy_val", "old_val", "5 images stand in both"),
+    ],
+)
+def test_a_copy_of_a_file_under_another_name_is_refused(
+    make: object, task: str, original: str, copy: str, words: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    assert callable(make)
+    make(tmp_path)
+    check(config(tmp_path, task), tokenizer, "val")
+    shutil.copy(tmp_path / f"{original}.arrow", tmp_path / f"{copy}.arrow")
+    with pytest.raises(DataError) as told:
+        check(config(tmp_path, task), tokenizer, *([] if "train" in original else ["val"]))
+    message = str(told.value)
+    assert f"{tmp_path / copy}.arrow" in message and f"{tmp_path / original}.arrow" in message
+    assert words in message and "; move one of these files away, or say that it is meant: --data.allow" in message
+    if "val" not in copy:
+        training, _ = check(config(tmp_path, task, allow_overlap=True), tokenizer)
+        assert training is not None and training.rows == (15 if task == "pretrain" else 10)
+        assert SplitIds(training.split).doubled()  # type: ignore[arg-type]
+
+
+def test_files_of_two_data_sets_may_share_ids(tmp_path: Path) -> None:
+    """The same number of another image, and an image whose captions go on in the next file, are no copies."""
+    rows = foreign_shards.vilt_vqa(tmp_path / "vqa")
+    shutil.copy(rows[0], tmp_path / "vqav2_train.arrow")
+    table = pa.ipc.open_file(rows[0]).read_all()
+    images = table.column("image").to_pylist()
+    foreign_shards.write_arrow(
+        tmp_path / "vgqa_train.arrow", table.set_column(0, "image", pa.array(images[1:] + images[:1]))
+    )
+    split = open_split(tmp_path, "train")
+    assert split.rows == 10 and SplitIds(split).doubled() == ""
+    captions = table_of(
+        [{"image": picture(1), "caption": f"caption {i}", "image_id": "1", "split": "train"} for i in range(4)]
+    )
+    for number in range(2):
+        foreign_shards.write_arrow(tmp_path / "eve" / f"coco_{number}.arrow", captions.slice(2 * number, 2))
+    assert SplitIds(open_split(tmp_path / "eve", "train")).doubled() == ""
+    foreign_shards.write_arrow(tmp_path / "eve" / "coco_2.arrow", captions.slice(3, 1))
+    assert "coco_1.arrow and " in SplitIds(open_split(tmp_path / "eve", "train")).doubled()
 
 
 def test_common() -> None:

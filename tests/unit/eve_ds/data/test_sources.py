@@ -102,3 +102,32 @@ def test_joined_splits_are_of_one_kind(tmp_path: Path) -> None:
     make_vqa_set(tmp_path / "two", rows=2)
     with pytest.raises(DataError, match=r"two.train: holds vqa data, .*one.train caption data"):
         JoinedSplit([open_split(tmp_path / "one", "train"), open_split(tmp_path / "two", "train")])
+
+
+def test_what_was_given_in_the_place_of_a_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "sets" / "coco"
+    for split in ("train", "val"):
+        make_caption_set(home, rows=4, split=split)
+    foreign_shards.vilt_coco(tmp_path / "vilt", rows=2)
+    arrow = next((tmp_path / "vilt").glob("*_train.arrow"))
+    (tmp_path / "notes.txt").touch()
+    for given, hint in (
+        (home / "train", f"{home / 'train'} is one split; give the folder of the data set, {home}"),
+        (home / "train/manifest.json", f"is a file of a split; give the folder of the data set, {home}"),
+        (home / "val/shard-00000.arrow", f"is a file of a split; give the folder of the data set, {home}"),
+        (arrow, f"{arrow} is a file; give its folder, {tmp_path / 'vilt'}"),
+        (tmp_path / "notes.txt", "notes.txt is a file"),
+        (tmp_path / "sets", f"{tmp_path / 'sets'} is no data set; did you mean {home}?"),
+        (home / "trian", f"there is no folder {home / 'trian'}"),
+    ):
+        with pytest.raises(DataError) as error:
+            open_split(given, "train")
+        assert str(error.value).startswith(f"{given}/train/manifest.json: no such file; ")
+        assert str(error.value).endswith(hint)
+    with pytest.raises(DataError, match="holds no split test but train, val; name one of these, or prepare test"):
+        open_split(home, "test")
+    monkeypatch.chdir(home / "train")
+    for relative in (".", "manifest.json"):
+        with pytest.raises(DataError) as error:
+            open_split(relative, "train")
+        assert str(error.value).endswith(f"give the folder of the data set, {home}")

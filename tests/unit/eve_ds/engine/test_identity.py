@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
@@ -20,6 +22,7 @@ from eve_ds.data.config import DataSource
 from eve_ds.engine import initial, run_folder, setup
 from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, told
 from eve_ds.errors import UserError
+from eve_ds.weights.model_folder import metadata
 from preprocessing.schema import DataError
 from preprocessing.tokenizer import train_tokenizer
 from tests.support.shards import make_caption_set, make_vqa_set, tiny_tokenizer
@@ -152,6 +155,36 @@ def test_other_answers_are_another_run(data: Path) -> None:
     (data / "vqa" / "answer_list.json").write_text(json.dumps(answers[::-1]))
     with pytest.raises(UserError, match=r"holds another run: answer list is .*/vqa \(SHA-256 \w+\) there and"):
         run_folder.claim(config, of(config))
+
+
+def test_a_score_in_the_folder_of_a_training_run_is_told_what_to_give(data: Path) -> None:
+    config = FinetuneConfig(task="vqa", output_dir=str(data / "run"))
+    config.data.path, config.data.tokenizer = str(data / "vqa"), str(data / "tokenizer")
+    begun(data / "run", config)
+    scoring = dataclasses.replace(config, evaluate=True, split="train")
+
+    def refusal() -> str:
+        with pytest.raises(UserError) as error:
+            run_folder.claim(scoring, of(scoring))
+        assert "--resume_from" not in str(error.value)
+        start = (
+            f"--output_dir {data}/run holds a training run; scores go into a folder of their own, so choose another "
+        )
+        assert str(error.value).startswith(f"{start}--output_dir (")
+        return str(error.value).removeprefix(f"{start}--output_dir (")
+
+    assert refusal() == "the run has saved nothing yet that could be scored)"
+    newest = data / "run" / "checkpoints" / "step_00000002"
+    newest.mkdir(parents=True)
+    (newest / "complete.json").write_text("{}")
+    assert refusal() == f"the run is unfinished: --checkpoint {data}/run scores its newest checkpoint, {newest})"
+    (data / "run" / "model").mkdir()
+    save_file({"x": torch.zeros(1)}, data / "run" / "model" / "model.safetensors", metadata=metadata(2))
+    assert refusal() == f"--checkpoint {data}/run/model scores the run's model)"
+    begun(data / "scores", dataclasses.replace(scoring, output_dir=str(data / "scores")))
+    training = dataclasses.replace(config, output_dir=str(data / "scores"))
+    with pytest.raises(UserError, match=r"run: evaluate is True there and False here; .* another folder$"):
+        run_folder.claim(training, of(training))  # scores have no checkpoint to branch from
 
 
 def test_first_weights_count_by_content_and_may_be_gone_later(data: Path) -> None:

@@ -74,7 +74,10 @@ def test_shipped_settings_are_filled_in(name: str) -> None:
         ({"zero_optimization": {"stage": 2, "offload_optimizer": None}}, ["offload_optimizer=null", "JSON object"]),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, ['offload_param="cpu"', "JSON object"]),
         ({"zero_optimization": {"stage": 2}, "flops_profiler": True}, ["flops_profiler=true", "JSON object"]),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, ["DeepSpeed does not take it", "big"]),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}},
+            ['zero_optimization.reduce_bucket_size="big": must be a valid integer'],
+        ),
         ({"zero_optimization": {"stage": 2}, "nebula": {}}, ["DeepSpeed does not take it", "Nebula"]),
         ([], ["must be a JSON object"]),
     ],

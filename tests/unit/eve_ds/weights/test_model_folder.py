@@ -104,6 +104,17 @@ def test_a_run_without_an_export_is_its_newest_checkpoint(run: Path) -> None:
             find(run)
 
 
+def test_a_part_of_a_checkpoint_and_all_of_them_are_no_weights(run: Path) -> None:
+    step = run / "checkpoints" / "step_00000002"
+    for unfinished in (True, False):
+        with pytest.raises(
+            DataError, match=rf"complete\.json: is one file of a checkpoint; name the whole of it, {step}"
+        ):
+            ModelFolder.find(step / "complete.json", unfinished)
+        with pytest.raises(DataError, match=f"checkpoints: holds all checkpoints; name one of them, or the run, {run}"):
+            ModelFolder.find(run / "checkpoints", unfinished)
+
+
 def test_fine_tuning_knows_the_model_of_a_checkpoint_and_of_a_run_that_goes_on(run: Path, tmp_path: Path) -> None:
     step = run / "checkpoints" / "step_00000002"
     for options in ([f"--checkpoint={step}"], [f"--resume_from={step}"], ["--resume_from", str(run)]):

@@ -1,0 +1,123 @@
+"""What a parser of the command line does not take, in words: which option or file, what is expected, what was given.
+
+jsonargparse tells it over several lines, in terms of Python's types and of its own insides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from eve_ds.errors import UserError
+from eve_ds.recipes import (
+    DEEPEST,
+    at,
+    check_keys,
+    hint_of,
+    holds_mappings,
+    known_keys,
+    misfits,
+    nearest,
+    parse_value,
+    read_yaml,
+    shown,
+)
+
+# What the parser calls a type, and what we call it; the first that stands in its message counts.
+_TYPES = {
+    "PositiveInt": "an integer above 0",
+    "NonNegativeInt": "an integer, 0 or more",
+    "PositiveFloat": "a number above 0",
+    "<class 'int'>": "an integer",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+}
+_GIVEN = (r"Given value: (.*)", r"Got value: (.*)", r" (\S+) does not conform", r": '([^']*)'$")
+
+
+def values_of(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(name, value as typed) of ``--name value`` and ``--name=value``; None where no value follows."""
+    for place, option in enumerate(argv):
+        name, equals, value = option.partition("=")
+        following = argv[place + 1] if place + 1 < len(argv) else "--"
+        if name.startswith("--"):
+            yield name[2:], value if equals else None if following.startswith("--") else following
+
+
+def check_options(root: type, options: list[str]) -> None:
+    """Raise UserError for the first option of a config tree that is unknown or has no value, or one of wrong keys."""
+    known = known_keys(root)
+    for option in options:
+        _check_depth(option)
+    for name, typed in values_of(options):
+        key = name.rstrip("+")
+        if key in ("help", "print_config"):
+            continue
+        if key not in known:
+            raise UserError(f"unknown option --{key}{nearest(key, known, '--')}")
+        if typed is None:
+            raise UserError(f"--{name}: no value follows")
+        if holds_mappings(hint_of(root, key)):
+            _check_mapping(root, name, typed)
+
+
+def _check_mapping(root: type, name: str, typed: str) -> None:
+    """Raise UserError for an unknown key, or a wrong type, in ``--SECTION {...}`` or ``--data.sources [...]``."""
+    key, value = name.rstrip("+"), parse_value(typed)
+    if dataclasses.is_dataclass(hint_of(root, key)) and not isinstance(value, dict):
+        raise UserError(f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {shown(value)}")
+    tree = [value] if name.endswith("+") and not isinstance(value, list) else value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    check_keys(tree, root, f"--{name}")
+
+
+def _check_depth(option: str) -> None:
+    """Raise UserError for brackets that lie too deep in one another: the parser would take minutes, then fail."""
+    depth = 0
+    for char in option:
+        depth += (char in "[{") - (char in "]}")
+        if depth > DEEPEST:
+            raise UserError(f"the command line: {option[:40]} … is nested deeper than {DEEPEST} levels")
+
+
+def wrong_value(root: type, recipes: list[str], options: list[str], error: Exception) -> str:
+    """The message for what the parser of a config tree does not take, with the file or option that gives it.
+
+    Args:
+        root: the dataclass of the tree.
+        recipes: YAML files that were read.
+        options: the rest of the command line.
+        error: the parser's.
+    """
+    found = [(path, place, what) for path in recipes for place, what in misfits(read_yaml(path), root, "")]
+    for name, typed in values_of(options):
+        if typed is not None and name not in ("help", "print_config"):
+            value, key = parse_value(typed), name.rstrip("+")
+            added = name.endswith("+") and not isinstance(value, list)
+            found += [
+                (f"--{name}", place, what)
+                for place, what in misfits([value] if added else value, hint_of(root, key), key)
+            ]
+    named = re.findall(r'Parser key "([^"]+)"', str(error))[-1:]  # the innermost
+    meant = [each for each in found if {each[0].strip("-+"), each[1]} & set(named)]
+    for where, place, what in meant or found[: len(named)]:
+        return f"{at(where, place)}: {what}"
+    return f"{plain(error)}; see --help"
+
+
+def plain(error: Exception) -> str:
+    """The message of a parser that does not take a command line, in one line."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    if found := re.fullmatch(r"argument (--\S+): expected (?:one|at least one) argument", text):
+        return f"{found[1]}: no value follows"
+    if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
+        return f"{found[1]:.200}: no option takes this"
+    if found := re.match(r'Parser key "(?:[^"]*\.)?([^".]+)"', text):
+        kinds = [told for kind, told in _TYPES.items() if kind in text]
+        given = [match for pattern in _GIVEN if (match := re.search(pattern, text))]
+        if kinds and given:
+            null = " or null" if "NoneType" in text else ""
+            return f"--{found[1]}: expected {kinds[0]}{null}, got {given[0][1]!r:.60}"
+    return text if len(text) < 400 else text[:400] + " …"

@@ -1,0 +1,146 @@
+"""Wrong values, in recipes and on command lines: one line with place and key, what is expected, what was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eve_ds.bench import parse as parse_bench
+from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.errors import UserError
+from eve_ds.finetune_options import expand_options
+from eve_ds.recipes import fits, hint_of, known_keys, told
+
+NOISE = ("<class", "Parser", "typing.", "Union", "Subtypes", "NoneType", "class_path", "\n")
+
+
+def refusal(root: type, argv: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        parse(root, argv, "program")  # type: ignore[type-var]
+    text = str(error.value)
+    assert not [noise for noise in NOISE if noise in text], text
+    return text
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def wrong(hint: Any) -> Any:
+    """A value that is none of this type."""
+    return next(value for value in ("moon", 1.5, {"a": 1}) if not fits(value, hint))
+
+
+def test_every_setting_tells_what_it_expects(tmp_path: Path) -> None:
+    roots = {key: root for root in (FinetuneConfig, PretrainConfig) for key in known_keys(root)}
+    leaves = [key for key in roots if not any(other.startswith(key + ".") for other in roots)]
+    for key in leaves:
+        root, hint = roots[key], hint_of(roots[key], key)
+        *sections, name = key.split(".")
+        tree: dict[str, Any] = {name: wrong(hint)}
+        for section in reversed(sections):
+            tree = {section: tree}
+        recipe = written(tmp_path, yaml.safe_dump(tree))
+        told_of = f"{key}: expected {told(hint)}, got {wrong(hint)!r}"
+        assert refusal(root, [f"--config={recipe}"]) == f"{recipe}: {told_of}"
+        if not fits("moon", hint):
+            assert refusal(root, [f"--{key}=moon"]) == f"--{key}: expected {told(hint)}, got 'moon'"
+    assert len(leaves) > 50
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optimizer.lr", "moon"], "--optimizer.lr: expected a number, got 'moon'"),
+        (["--optimizer.total_steps", "1.5"], "--optimizer.total_steps: expected an integer or null, got 1.5"),
+        (["--optimizer.lr="], "--optimizer.lr: expected a number, got ''"),
+        (["--optimizer.lr", "2024-01-01"], "--optimizer.lr: expected a number, got 2024-01-01"),
+        (["--optimizer.betas", "[0.9, a]"], "--optimizer.betas: optimizer.betas[1]: expected a number, got 'a'"),
+        (["--optimizer.betas", "[0.9,"], "--optimizer.betas: expected a list of numbers, got '[0.9,'"),
+        (["--optimizer.betas+", "a"], "--optimizer.betas+: optimizer.betas[0]: expected a number, got 'a'"),
+        (["--data.flip", "1"], "--data.flip: expected true or false, got 1"),
+        (["--model", "{dim: x}"], "--model: model.dim: expected an integer, got 'x'"),
+        (["--model", "{dims: 3}"], "--model: unknown key 'model.dims'; did you mean model.dim?"),
+        (["--data", "DIR"], "--data: is a section; give a key of it and a value, as in --data.KEY 'DIR'"),
+        (["--model.dim"], "--model.dim: no value follows"),
+        (["--model.dim", "--optimizer.lr", "1"], "--model.dim: no value follows"),
+        (["--output_dir", "my", "run"], "run: no option takes this; see --help"),
+        (["--data.sources", "a"], "--data.sources: expected a list of mappings (path, weight) or null, got 'a'"),
+        (["--data.sources", "[[1]]"], "--data.sources: data.sources[0]: expected a mapping (path, weight), got [1]"),
+        (["--data.sources", "[{weight: 2}]"], "--data.sources: data.sources[0]: has no key 'path'"),
+    ],
+)
+def test_what_an_option_does_not_take(argv: list[str], message: str) -> None:
+    assert refusal(PretrainConfig, argv) == message
+
+
+def test_the_value_at_fault_is_told_and_not_another(tmp_path: Path) -> None:
+    """One in quotes is taken for the number in it; a later option does not hide an earlier recipe's fault."""
+    recipe = written(tmp_path, 'optimizer: {lr: "0.5"}')
+    assert parse(PretrainConfig, [f"--config={recipe}"], "program").optimizer.lr == 0.5
+    recipe = written(tmp_path, 'optimizer: {lr: "0.5", eps: x}\n')
+    for argv in ([f"--config={recipe}"], ["--optimizer.eps=1", "--config", recipe]):
+        assert refusal(PretrainConfig, argv) == f"{recipe}: optimizer.eps: expected a number, got 'x'"
+    recipe = written(tmp_path, 'optimizer: {lr: "0.5"}\n')
+    assert refusal(PretrainConfig, ["--config", recipe, "stray"]) == "stray: no option takes this; see --help"
+
+
+def test_sources_in_recipes_are_looked_at_before_a_class_of_that_name_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "eve_ds_test_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass A: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for sources in ("[{class_path: eve_ds_test_module.A}]", "[eve_ds_test_module.A]"):
+        recipe = written(tmp_path, f"data: {{sources: {sources}}}\n")
+        for argv in (["--config", recipe], ["--data.sources", sources], ["--data", f"{{sources: {sources}}}"]):
+            with pytest.raises(UserError, match=r"data\.sources\[0\]"):
+                parse(PretrainConfig, argv, "program")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_short_options_and_benchmarks_speak_the_same_way() -> None:
+    for argv, message in (
+        (["moe", "--repeats", "x"], "--repeats: expected an integer above 0, got 'x'"),
+        (["moe", "--warmup=-1"], "--warmup: expected an integer, 0 or more, got '-1'"),
+        (["moe", "--tokens", "3", "x"], "--tokens: expected an integer above 0, got 'x'"),
+        (["moe", "--threads", "x"], "--threads: expected an integer above 0 or null, got 'x'"),
+        (["loader", "--timeout", "0"], "--timeout: expected a number above 0, got '0'"),
+        (["moe", "--json"], "--json: no value follows"),
+        (["moe", "--foo", "3"], "--foo 3: no option takes this"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_bench(argv)
+        assert str(error.value) == f"{message} (--help lists the options)"
+    with pytest.raises(UserError, match=r"^--lr: no value follows$"):
+        expand_options(["--lr"])
+
+
+def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "{}")
+    for name, mend in (
+        ("pretrain_bas", "did you mean pretrain_base?"),
+        ("nowhere/tiny_shape.yaml", "did you mean tiny_shapes?"),
+        ("recipes.yaml", "did you mean recipe.yaml?"),
+        (str(tmp_path / "recpe.yaml"), f"did you mean {tmp_path / 'recipe.yaml'}?"),
+        ("zzz", "EVE-DS comes with easy_vqa, emoji,"),
+    ):
+        assert refusal(PretrainConfig, ["--config", name]).startswith(
+            f"--config {name}: No such file or directory; {mend}"
+        )
+    config = PretrainConfig()
+    for name, mend in (
+        ("zer2", "did you mean zero2?"),
+        ("zzz.json", "EVE-DS comes with zero1, zero2, zero2_offload, zero3"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_deepspeed_config(name, config.engine, config.optimizer, 1)
+        assert str(error.value) == f"--deepspeed_config {name}: No such file or directory; {mend}"
