@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,23 @@ def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
         with pytest.raises(UserError) as error:
             load_deepspeed_config(name, config.engine, config.optimizer, 1)
         assert str(error.value) == f"--deepspeed_config {name}: No such file or directory; {mend}"
+
+
+def test_a_recipe_that_the_shell_has_opened_is_read_by_all_who_ask() -> None:
+    readers = []
+
+    def opened(text: str) -> str:
+        reader, writer = os.pipe()
+        readers.append(reader)
+        os.write(writer, text.encode())
+        os.close(writer)
+        return f"/dev/fd/{reader}"
+
+    one = opened("optimizer: {lr: 1e-3, betas: [0.5, 0.75]}\nmodel: {dim: 96}")
+    rest, defaults = expand_options(["--config", one, f"--config={opened('optimizer: {lr: 2e-3}')}", "--seed", "3"])
+    config = parse(FinetuneConfig, rest, "program", defaults)
+    assert (config.optimizer.lr, config.optimizer.betas, config.model.dim) == (2e-3, [0.5, 0.75], 96)
+    wrong = opened("optimizer: {lr: x}")
+    assert refusal(PretrainConfig, ["--config", wrong]) == f"{wrong}: optimizer.lr: expected a number, got 'x'"
+    for reader in readers:
+        os.close(reader)
