@@ -118,8 +118,18 @@ def test_short_options_and_benchmarks_speak_the_same_way() -> None:
         with pytest.raises(UserError) as error:
             parse_bench(argv)
         assert str(error.value) == f"{message} (--help lists the options)"
-    with pytest.raises(UserError, match=r"^--lr: no value follows$"):
-        expand_options(["--lr"])
+    for argv, message in (
+        (["--lr"], "--lr: no value follows"),
+        (["--lr", "fast"], "--lr: expected a number, got 'fast'"),
+        (["--bs=1.5"], "--bs: expected an integer, got 1.5"),
+        (["--augmentation", "much"], "--augmentation: expected one of none, color, rand, got 'much'"),
+    ):
+        with pytest.raises(UserError) as error:
+            expand_options(argv)
+        assert str(error.value) == message
+    typed = ["--lr", "6e-5", "--bs", "64", "--lr_mult", ".5", "--seed", "3", "--data", "7", "--augmentation", "none"]
+    config = parse(FinetuneConfig, expand_options(typed)[0], "program")
+    assert (config.optimizer.lr, config.optimizer.head_lr_mult, config.data.path) == (6e-5, 0.5, "7")
 
 
 def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
