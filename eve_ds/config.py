@@ -285,7 +285,7 @@ def parse(
     parser.set_defaults(defaults or {})
     try:
         # The last one wins: recipes come first, wherever they stood.
-        parsed = parser.parse_args([*(f"--config={path}" for path in recipes), *options])
+        parsed = parser.parse_args([*map(_as_option, recipes), *options])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(wrong_value(root, recipes, options, error)) from error
@@ -340,6 +340,12 @@ def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
         check_keys(read_yaml(path, "--config"), root, path)
     check_options(root, options)
     return recipes, options
+
+
+def _as_option(recipe: str) -> str:
+    """For the parser: a recipe's file, or what it holds where that cannot be read again, as ``<(command)``."""
+    inline = None if Path(recipe).is_file() else yaml.safe_dump(read_yaml(recipe), default_flow_style=True, width=10**9)
+    return f"--config={inline or recipe}"
 
 
 def _as_flag(name: str, argv: list[str]) -> list[str]:

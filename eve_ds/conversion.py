@@ -16,7 +16,7 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.config import ModelConfig
-from eve_ds.recipes import read_yaml, recipe
+from eve_ds.recipes import RECIPES, meant, read_yaml, recipe
 from eve_ds.tasks.base import TASKS
 from eve_ds.tasks.load import build_for
 from eve_ds.weights.beit import fill_from_beit
@@ -194,7 +194,10 @@ def _named_config(state: State, vlmo_config: str | None, config: str | None) -> 
         raise UserError("name the model's shape: give one of --vlmo_config (EVE's JSON) and --config (a YAML file)")
     if vlmo_config is not None:
         return published_config(vlmo_config, state)
-    return sized_as(_stored_model(recipe(str(config))), state)
+    file = recipe(str(config))
+    if not file.exists():
+        raise UserError(f"--config {config}: no such file{meant(file, *RECIPES)}")
+    return sized_as(_stored_model(file), state)
 
 
 def _stored_model(path: Path) -> ModelConfig:

@@ -34,7 +34,10 @@ def main() -> None:
     if options.ranks is not None and options.ranks < 1:
         parser.error(f"--ranks {options.ranks}: at least 1 is needed")
     found = examine(options.ranks)
-    print(screen(found), flush=True)
+    try:
+        print(screen(found), flush=True)
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if options.json:
         try:
             write(options.json, json.dumps(found, indent=1) + "\n")

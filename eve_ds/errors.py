@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -124,6 +125,11 @@ def exit_code(main: Callable[[], int | None]) -> int:
             line = f"rank {launched_rank()}: {line}"
         print(f"error: {line}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:
+        if not _is_unread(1):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `... | head` has seen enough
+        return 0
     except OSError as error:
         full = error.errno in STORAGE_ERRORS
         if not full and error.filename is None:  # no file of the user's: a defect of ours
@@ -148,6 +154,13 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     return code or 0
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether it is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # what is wrong is told unasked
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def tell_launching(exit_code: str) -> None:

@@ -11,7 +11,7 @@ from eve_ds import config as config_tree
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.option_errors import plain
-from eve_ds.recipes import read_yaml, split_options
+from eve_ds.recipes import fits, hint_of, misfits, parse_value, read_yaml, split_options
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
 from preprocessing.schema import DataError
 
@@ -56,8 +56,11 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     except argparse.ArgumentError as error:
         raise UserError(plain(error)) from error
     for name, (key, _) in VALUE_OPTIONS.items():
-        if getattr(given, name) is not None:
-            rest += [f"--{key}", getattr(given, name)]
+        if (value := getattr(given, name)) is not None:
+            hint = hint_of(config_tree.FinetuneConfig, key)
+            for _, what in misfits(parse_value(value), hint, key) if not fits("", hint) else ():
+                raise UserError(f"--{name}: {what}")  # by the name that was typed
+            rest += [f"--{key}", value]
     for name, (key, _) in FLAGS.items():
         if getattr(given, name):
             rest += [f"--{key}", "true"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterator
@@ -101,7 +103,7 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
     source = f"{option} {path}".strip()
     check_regular(path, streams=True)
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader = _Loader(_content(path))
         node = loader.get_single_node()
         for number, _ in enumerate(_plain_nodes(node)):
             if number > MOST_NODES:
@@ -122,6 +124,21 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{source}: not valid YAML{place}: {getattr(error, 'problem', error)}") from error
+
+
+_of_streams: dict[tuple[int, int], str] = {}  # by device and inode: what the shell has opened can be read once
+
+
+def _content(path: str | Path) -> str:
+    """The text of a file; that of a stream is kept for whoever asks next."""
+    found = os.stat(path)
+    key = found.st_dev, found.st_ino
+    if key in _of_streams:
+        return _of_streams[key]
+    text = Path(path).read_text(encoding="utf-8")
+    if stat.S_ISFIFO(found.st_mode):
+        _of_streams[key] = text
+    return text
 
 
 def parse_value(typed: str) -> Any:

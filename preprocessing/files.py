@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import IO, Any
 
 from preprocessing.json_text import parse_json, shown
 from preprocessing.lines import TOO_LONG, AnyPath, CutFile, open_text, read_lines
-from preprocessing.places import Place, names_in, open_input
+from preprocessing.places import Place, names_in, open_input, place, size_of
 from preprocessing.schema import DataError, make_folder, sync_path
 
 __all__ = [
     "LOCK",
     "BadRecord",
     "check_replaceable",
+    "copies",
     "field",
     "locked",
     "new_folder",
@@ -49,6 +51,7 @@ class BadRecord(DataError):
 
 
 LOCK = "lock"  # the file in a work folder that is locked
+_COMPARED = 1 << 20  # bytes, of start and end of files of equal size
 
 
 def read_text(path: AnyPath) -> str:
@@ -75,6 +78,26 @@ def read_json(path: AnyPath) -> Any:
     except ValueError as error:
         line = f"line {error.lineno} " if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{path}: {_why_invalid(error, line)}; fetch the file again") from None
+
+
+def copies(paths: Iterable[str | Place]) -> Iterator[tuple[str | Place, str | Place]]:
+    """(first, other) of those that are one file under two names: what they hold would be there twice.
+
+    Of files of equal size, start and end are compared.
+    """
+    alike: dict[int, list[str | Place]] = defaultdict(list)
+    for path in paths:
+        with suppress(OSError):  # whoever reads it says so
+            alike[size_of(place(path))].append(path)
+    for size, files in alike.items():
+        known: dict[bytes, str | Place] = {}
+        for path in files if len(files) > 1 else ():
+            with open_input(path) as file:
+                ends = bytes(file.read(_COMPARED))
+                file.seek(max(size - _COMPARED, 0))
+                ends += bytes(file.read(_COMPARED))
+            if (first := known.setdefault(ends, path)) is not path:
+                yield first, path
 
 
 def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from preprocessing.caption_columns import add_caption_column_argument
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import read_json
+from preprocessing.files import copies, read_json
 from preprocessing.folder_rows import FolderRows, is_image
 from preprocessing.image_names import add_exclude_argument, excluded_images
 from preprocessing.image_refs import join
@@ -80,6 +80,8 @@ def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
     source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",))
     rows = _ROWS[kind](shards, wanted, source)
     source.rows = rows
+    if kind != "files":
+        _tell_copies([shard.path for shard in shards if rows.images[shard.name]], source)
     _add_statistics(statistics, source)
     _compare(folder, told, rows)
     return source
@@ -122,6 +124,15 @@ def _find(folder: str) -> _Contents:
             texts = (name.rpartition(".") for name in names)
             found.captioned |= any(kind in ("txt", "json") and stem in images for stem, _, kind in texts)
     return found
+
+
+def _tell_copies(shards: Sequence[str], source: Source) -> None:
+    """Count shards that are there under two names (those without images may well be equal)."""
+    if twice := list(copies(shards)):
+        source.counts["shards that are there twice"] = len(twice)
+        more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
+        what = f"{twice[0][0]} and {twice[0][1]}{more}: are one file under two names; its images are there twice"
+        source.notes.append(f"warning: {what}, so move one of them away")
 
 
 def _add_statistics(files: Sequence[str], source: Source) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
-from preprocessing.files import BadRecord, field, open_input, read_json, read_json_lines
+from preprocessing.files import BadRecord, copies, field, open_input, read_json, read_json_lines
 from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.image_refs import image_in
 from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, _KINDS[args.task])
     files = [place(name) for name in args.annotations]
+    for first, other in copies(files):
+        raise DataError(f"{first} and {other}: are one file under two names; give it once")
     excluded, cleaning, faults = excluded_images(args), text_cleaning(args), Faults()
     if args.task == "retrieval":
         source = read_retrieval(files, args.images, excluded, cleaning)

@@ -92,7 +92,7 @@ def _where_it_is(root: Path, split: str) -> str:
     if not root.is_dir():
         return f"there is no folder {root}"
     if splits := sorted(manifest.parent.name for manifest in root.glob(f"*/{MANIFEST}")):
-        return f"{root} holds no split {split} but {_listed(splits)}; name one of these, or prepare {split}"
+        return f"{root} holds no split {split} but {_listed(splits)}; name one of these, or run a converter for {split}"
     if below := sorted({manifest.parent.parent for manifest in root.glob(f"*/*/{MANIFEST}")}):
         return f"{root} is no data set; did you mean {_listed(map(str, below))}?"
     return ""

@@ -38,6 +38,7 @@ LAUNCHER_MODULES = (
     "deepspeed.launcher.launch",
     "torch.distributed.run",
     "eve_ds.launching",
+    "eve_ds.demo",
 )
 SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # deepspeed's and torchrun's, in their ranks alone
 

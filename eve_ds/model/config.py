@@ -13,6 +13,10 @@ _MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...
 _POSITIVE = ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts")
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class ModelConfigError(ValueError):
     """A model that cannot be built; the message names the field and its value."""
 
@@ -122,8 +126,10 @@ class ModelConfig:
             raw = load_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelConfigError(f"{path}: not a readable JSON file ({error})") from error
+        moe = raw.get("moe_param") if isinstance(raw, dict) else None
+        if not isinstance(moe, dict):
+            raise ModelConfigError(f"{path}: not a config_vlmo JSON file, the object 'moe_param' is missing")
         try:
-            moe = raw["moe_param"]
             config = cls(
                 image_size=image_size or 224,
                 patch_size=raw["patch_size"],
@@ -132,7 +138,7 @@ class ModelConfig:
                 num_heads=raw["num_attention_heads"],
                 mlp_hidden=raw["intermediate_size"],
                 vocab_size=raw["vocab_size"],
-                soft_layers=list(raw["moeffn_layers"]),
+                soft_layers=raw["moeffn_layers"],
                 num_experts=moe["num_experts"],
                 top_k=moe["topk"],
                 activation=raw["hidden_act"],
@@ -140,16 +146,16 @@ class ModelConfig:
                 aux_loss_weight=raw.get("moe_lossweight", 0.001),
                 modality_to_experts=bool(moe.get("type_route", True)),
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ModelConfigError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
         for name in (*_POSITIVE, "top_k"):
-            if not isinstance(getattr(config, name), int):
-                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a whole number")
+            if not _is_whole(getattr(config, name)):
+                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r:.60}, not a whole number")
         for name in ("drop_path", "aux_loss_weight"):
             if not isinstance(getattr(config, name), int | float):
                 raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a number")
-        if not all(isinstance(layer, int) for layer in config.soft_layers):
-            raise ModelConfigError(f"{path}: moeffn_layers={config.soft_layers} are not whole numbers")
+        if not isinstance(config.soft_layers, list) or not all(map(_is_whole, config.soft_layers)):
+            raise ModelConfigError(f"{path}: moeffn_layers={config.soft_layers!r:.60} is no list of whole numbers")
         if config.activation not in ("gelu", "quick_gelu"):
             raise ModelConfigError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
         if raw.get("relative_position_embed"):

@@ -68,6 +68,20 @@ def test_our_warnings_are_a_line_each_and_those_of_libraries_stay(rank: str, nam
     ]
 
 
+@pytest.mark.parametrize("command", [["eve_ds.plan", "--config", "tiny_shapes"], ["eve_ds.doctor"]], ids=str)
+def test_who_reads_the_first_lines_alone_meets_no_traceback(command: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-m", *command], stdout=writer, stderr=PIPE, text=True)
+    os.close(writer)
+    assert ended.stderr == "" and (ended.returncode == 0 or "doctor" in command[0])  # whose code counts faults
+
+
+def test_another_broken_pipe_is_no_success() -> None:
+    with pytest.raises(BrokenPipeError):
+        raising(BrokenPipeError(32, "Broken pipe"))
+
+
 def raising(error: BaseException) -> int:
     def main() -> None:
         raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,18 @@ def test_short_options_and_benchmarks_speak_the_same_way() -> None:
         with pytest.raises(UserError) as error:
             parse_bench(argv)
         assert str(error.value) == f"{message} (--help lists the options)"
-    with pytest.raises(UserError, match=r"^--lr: no value follows$"):
-        expand_options(["--lr"])
+    for argv, message in (
+        (["--lr"], "--lr: no value follows"),
+        (["--lr", "fast"], "--lr: expected a number, got 'fast'"),
+        (["--bs=1.5"], "--bs: expected an integer, got 1.5"),
+        (["--augmentation", "much"], "--augmentation: expected one of none, color, rand, got 'much'"),
+    ):
+        with pytest.raises(UserError) as error:
+            expand_options(argv)
+        assert str(error.value) == message
+    typed = ["--lr", "6e-5", "--bs", "64", "--lr_mult", ".5", "--seed", "3", "--data", "7", "--augmentation", "none"]
+    config = parse(FinetuneConfig, expand_options(typed)[0], "program")
+    assert (config.optimizer.lr, config.optimizer.head_lr_mult, config.data.path) == (6e-5, 0.5, "7")
 
 
 def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
@@ -144,3 +155,23 @@ def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
         with pytest.raises(UserError) as error:
             load_deepspeed_config(name, config.engine, config.optimizer, 1)
         assert str(error.value) == f"--deepspeed_config {name}: No such file or directory; {mend}"
+
+
+def test_a_recipe_that_the_shell_has_opened_is_read_by_all_who_ask() -> None:
+    readers = []
+
+    def opened(text: str) -> str:
+        reader, writer = os.pipe()
+        readers.append(reader)
+        os.write(writer, text.encode())
+        os.close(writer)
+        return f"/dev/fd/{reader}"
+
+    one = opened("optimizer: {lr: 1e-3, betas: [0.5, 0.75]}\nmodel: {dim: 96}")
+    rest, defaults = expand_options(["--config", one, f"--config={opened('optimizer: {lr: 2e-3}')}", "--seed", "3"])
+    config = parse(FinetuneConfig, rest, "program", defaults)
+    assert (config.optimizer.lr, config.optimizer.betas, config.model.dim) == (2e-3, [0.5, 0.75], 96)
+    wrong = opened("optimizer: {lr: x}")
+    assert refusal(PretrainConfig, ["--config", wrong]) == f"{wrong}: optimizer.lr: expected a number, got 'x'"
+    for reader in readers:
+        os.close(reader)

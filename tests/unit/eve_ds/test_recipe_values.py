@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse
 from eve_ds.data.samples import read_answer_list
 from eve_ds.errors import USER_ERRORS, UserError
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.config import ModelConfig, ModelConfigError
 from eve_ds.recipes import DEEPEST, MOST_NODES, section_of
 from eve_ds.reporting.read import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
@@ -184,6 +185,28 @@ def test_a_stored_model_of_wrong_types_is_named(values: dict[str, Any], words: l
     with pytest.raises(UserError) as error:
         load_model_config(path)
     assert all(word in str(error.value) for word in [str(path), *words]), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"moe_param": 3}, "not a config_vlmo JSON file, the object 'moe_param' is missing"),
+        ({"moe_param": {"num_experts": 4}}, "not a config_vlmo JSON file, 'topk' is missing"),
+        ({"moeffn_layers": 3}, "moeffn_layers=3 is no list of whole numbers"),
+        ({"moeffn_layers": [1, "x"]}, "moeffn_layers=[1, 'x'] is no list of whole numbers"),
+        ({"vision_width": "x"}, "dim is 'x', not a whole number"),
+        ({"vision_width": True}, "dim is True, not a whole number"),
+        ({"drop_path_rate": None}, "drop_path is None, not a number"),
+    ],
+)
+def test_a_vlmo_config_of_wrong_types_is_named(
+    changes: dict[str, Any], words: str, tmp_path: Path, assets: Path
+) -> None:
+    path = tmp_path / "config_vlmo.json"
+    path.write_text(json.dumps(json.loads((assets / "vlmo_config.json").read_text()) | changes))
+    with pytest.raises(ModelConfigError) as error:
+        ModelConfig.from_vlmo(path)
+    assert str(error.value) == f"{path}: {words}"
 
 
 def test_a_stored_section_of_right_types_is_taken() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +313,40 @@ def test_bad_statistics_are_named(tmp_path: Path, refuse: Callable[..., str]) ->
     (raw / "a_stats.json").rename(raw / os.fsdecode(b"\xff_stats.json"))
     assert "has no UTF-8 name" in refuse(*command)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_a_copy_of_a_shard_under_another_name_is_told_and_counted(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are there twice. Shards in which no address gave an image may well be equal."""
+    write_output(tmp_path / "raw", layout)
+    for name in ("a", "b"):
+        if layout == "webdataset":
+            tarfile.open(tmp_path / f"raw/{name}.tar", "w").close()
+        else:
+            pq.write_table(pa.table({"key": pa.array([], "string"), "jpg": pa.array([], "binary"),
+                                     "txt": pa.array([], "string")}), tmp_path / f"raw/{name}.parquet")  # fmt: skip
+    command = ["img2dataset", "--images", tmp_path / "raw", "--format", layout, "--split", "train", "--out",
+               tmp_path / "out"]  # fmt: skip
+    convert(*command)
+    assert len(rows_of(tmp_path / "out/train")) == 4 and "two names" not in capsys.readouterr().out
+    ending = {"webdataset": "tar", "parquet": "parquet"}[layout]
+    shutil.copy(tmp_path / f"raw/00001.{ending}", tmp_path / f"raw/more.{ending}")
+    first, other = (f"{tmp_path}/raw/{name}.{ending}" for name in ("00001", "more"))
+    convert(*command, "--overwrite")
+    assert f"warning: {first} and {other}: are one file under two names; its images" in capsys.readouterr().out
+    assert read_manifest(tmp_path / "out/train")["source"]["shards that are there twice"] == 1
+
+
+def test_annotations_that_are_given_twice_are_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    (tmp_path / "0.jpg").write_bytes(picture(0))
+    one = write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "a"}])
+    other = write_json(tmp_path / "other.json", [{"image": "0.jpg", "caption": "b"}])  # of the same size
+    command = ["json", "--task", "retrieval", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out",
+               "--annotations", one]  # fmt: skip
+    convert(*command, other)
+    assert rows_of(tmp_path / "out/train")[0]["caption"] == ["a", "b"]
+    shutil.copy(tmp_path / "one.json", tmp_path / "copy.json")
+    for again in (tmp_path / "copy.json", one):
+        assert f"one.json and {again}: are one file under two names" in refuse(*command, again, "--overwrite")

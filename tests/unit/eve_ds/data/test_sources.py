@@ -124,7 +124,7 @@ def test_what_was_given_in_the_place_of_a_data_set_is_told(tmp_path: Path, monke
             open_split(given, "train")
         assert str(error.value).startswith(f"{given}/train/manifest.json: no such file; ")
         assert str(error.value).endswith(hint)
-    with pytest.raises(DataError, match="holds no split test but train, val; name one of these, or prepare test"):
+    with pytest.raises(DataError, match="no split test but train, val; name one of these, or run a converter for test"):
         open_split(home, "test")
     monkeypatch.chdir(home / "train")
     for relative in (".", "manifest.json"):

@@ -198,3 +198,15 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("module", ["eve_ds.demo", "eve_ds.launching"])
+def test_a_module_that_starts_ranks_is_a_launcher(module: str) -> None:
+    """The demo too: killed by itself, it would leave its ranks to train on."""
+    asleep = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)", "-m", module]
+    with subprocess.Popen(asleep, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            wait_ready(process)
+            assert signals._is_launcher(process.pid)
+        finally:
+            process.kill()
