@@ -46,8 +46,8 @@ class DataConfig:
             sequential (eve_ds/data/sampler.py); 0 shuffles the whole epoch, best for local disks.
         max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbour stands in for
             each. 0 stops at the first one.
-        timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs. With
-            several ranks at most ``engine.timeout_seconds``.
+        timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs. None:
+            half of ``engine.timeout_seconds``. With several ranks at most all of it.
         allow_overlap: train and score although images, questions or statements of the training split stand in a split
             that is scored, too, or in two of its Arrow files without a manifest; they are logged.
         verify: when shards are compared with their SHA-256: background (while the run trains, by a process a host that
@@ -66,7 +66,7 @@ class DataConfig:
     num_workers: int = 0
     shuffle_window: int = 0
     max_corrupt: float = 0.001
-    timeout_seconds: int = 300
+    timeout_seconds: int | None = None
     allow_overlap: bool = False
     verify: str | bool = "background"  # YAML reads an unquoted `off` as false
     max_pixels: int = MAX_PIXELS
@@ -83,7 +83,7 @@ class DataConfig:
         """Raise DataError naming the first setting that no loader takes."""
         if self.num_workers < 0:
             raise DataError(f"data.num_workers={self.num_workers} must be 0 or more")
-        if self.timeout_seconds < 1:
+        if self.timeout_seconds is not None and self.timeout_seconds < 1:
             raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be at least 1")
         if self.shuffle_window and self.shuffle_window < WINDOW_BLOCKS:
             raise DataError(f"data.shuffle_window={self.shuffle_window} must be 0 or at least {WINDOW_BLOCKS}")

@@ -9,7 +9,7 @@ the columns of ids are read, a second for two million. Where two are equal, the 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from preprocessing.schema import (
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
+_COMPARED = 8  # rows of one id that are compared: the captions of an image, not all of a column that is empty
 
 Found = list[tuple[Path, bytes, bytes]]  # shard, id, key
 
@@ -74,44 +75,53 @@ class SplitIds:
                     "one of the files away, or prepare the split again"
                 )
 
-    def doubled(self) -> str:
-        """Of a split of files without a manifest, what stands in two of them, as a copy under another name does: the
-        start of a message with files and ids; "" for nothing.
+    def doubled(self) -> tuple[str, bool]:
+        """Of a split of files without a manifest, what stands in two of them, as a copy under another name does.
 
-        Where an id stands in two files, the first such row of each two is looked at, image, texts and all: ids may be
+        Where an id stands in two files, the first such rows of each are looked at, image, texts and all: ids may be
         those of two data sets, and an image's captions may go on in the next file.
+
+        Returns:
+            the start of a message with the two files that have most in common, and ids; "" for nothing. Whether that
+            is half of one of them or more.
         """
         column = ID_COLUMNS[self.split.kind][-1]
         keys = np.empty(0, "<u8") if self.split.manifest else self._read[column]
         if len(_distinct(keys)) == len(keys):
-            return ""
+            return "", False
         paths, counts = zip(*self._counts[column].items(), strict=True)
         files = np.repeat(np.arange(len(paths)), counts)
         order = np.lexsort((files, keys))
         rising, files = keys[order], files[order]
         again = np.flatnonzero((rising[1:] == rising[:-1]) & (files[1:] != files[:-1]))
         if not len(again):
-            return ""
+            return "", False
         pairs = files[again] * len(paths) + files[again + 1]
         seen: dict[bytes, list[tuple[Path, object]]] = defaultdict(list)
-        for path, key, content in self._rows(column, rising[again[np.unique(pairs, return_index=True)[1]]]):
-            other = next((other for other, theirs in seen[key] if other != path and theirs == content), None)
-            if other is not None:
+        worst, found = 0.0, ""
+        for path, key, content in self._first_rows(column, rising[again[np.unique(pairs, return_index=True)[1]]]):
+            for other in (other for other, theirs in seen[key] if other != path and theirs == content):
                 ours, theirs = (_distinct(rising[files == paths.index(each)]) for each in (other, path))
                 both = _common(ours, theirs)
-                count = f"{len(both)} {_THINGS[column]} stand in both"
-                return f"{other} and {path}: {count}, {_named(column, list(self._find(column, both)))}"
+                if (share := len(both) / min(len(ours), len(theirs))) > worst:
+                    count = f"{len(both)} {_THINGS[column]} stand in both"
+                    worst = share
+                    found = f"{other} and {path}: {count}, {_named(column, list(self._find(column, both)))}"
             seen[key].append((path, content))
-        return ""
+        return found, worst >= 0.5
 
-    def _rows(self, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes, object]]:
-        """(shard, key, images and texts) of all rows with one of these keys."""
-        wanted = {key.tobytes() for key in keys}
+    def _first_rows(self, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes, object]]:
+        """(shard, key, images and texts) of the first rows of each shard with each of these keys."""
         columns = (*IMAGE_COLUMNS[self.split.kind], SAMPLE_COLUMN[self.split.kind])
+        wanted: dict[Path, set[bytes]] = defaultdict(lambda: {key.tobytes() for key in keys})
+        taken: Counter[tuple[Path, bytes]] = Counter()
         for path, batch in self.split.batches():
-            for row in _rows_with(batch, column, wanted):
-                for key in wanted.intersection(ids_of_batch(row, column)[1]):
+            for row in _rows_with(batch, column, wanted[path]):
+                for key in wanted[path].intersection(ids_of_batch(row, column)[1]):
                     yield path, key, row.select(columns).to_pylist()
+                    taken[path, key] += 1
+                    if taken[path, key] == _COMPARED:
+                        wanted[path].remove(key)
 
     def _keys(self, column: str) -> np.ndarray:
         """[n] uint64, distinct and rising."""
@@ -151,8 +161,11 @@ class SplitIds:
 
 
 def _rows_with(batch: pa.RecordBatch, column: str, keys: set[bytes]) -> Iterator[pa.RecordBatch]:
-    """The rows of a batch with one of these keys, a batch each; found by halves, as there are few."""
-    if keys.isdisjoint(ids_of_batch(batch, column)[1]):
+    """The rows of a batch with one of these keys, a batch each; found by halves, as there are few.
+
+    Whoever takes a row may remove from ``keys`` what it wants no more of.
+    """
+    if not keys or keys.isdisjoint(ids_of_batch(batch, column)[1]):
         return
     if batch.num_rows == 1:
         yield batch

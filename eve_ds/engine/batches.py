@@ -25,7 +25,7 @@ def check_batch(config: Config, rows: int) -> None:
     """Raise UserError, before anything is joined, if batch, ranks or patience do not fit the world or the data."""
     world_size = launched_world()[1]
     batch_shape(config.engine, world_size)
-    if world_size > 1 and config.data.timeout_seconds > config.engine.timeout_seconds:
+    if world_size > 1 and loader_seconds(config) > config.engine.timeout_seconds:
         raise UserError(  # who waits for the rank that reads ends the run first, and knows nothing of its loader
             f"data.timeout_seconds={config.data.timeout_seconds} is above engine.timeout_seconds="
             f"{config.engine.timeout_seconds}, after which the other ranks end the run; lower the former or raise the "
@@ -102,10 +102,15 @@ def _weights(data: DataConfig) -> tuple[float, ...] | None:
     return tuple(weights) or None
 
 
+def loader_seconds(config: Config) -> int:
+    """How long a rank waits for a batch: as ``data.timeout_seconds`` says, or less than others wait for the rank."""
+    return config.data.timeout_seconds or max(config.engine.timeout_seconds // 2, 1)
+
+
 def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
     rank, world_size, _ = launched_world()
     micro, _ = batch_shape(config.engine, world_size)
-    workers, timeout = config.data.num_workers, config.data.timeout_seconds
+    workers, timeout = config.data.num_workers, loader_seconds(config)
     shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
     return build_loader(samples, micro_batch_size=micro, **shared, **options)
 

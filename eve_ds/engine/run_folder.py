@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,7 @@ from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
-from eve_ds.weights.model_folder import MODEL, checkpoints, newer_checkpoint, run_of, step_of
+from eve_ds.weights.model_folder import FILES, MODEL, checkpoints, newer_checkpoint, run_of, step_of
 from preprocessing.schema import ANSWER_LIST, make_folder
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
@@ -122,10 +123,11 @@ def _take(folder: Path) -> None:
 
 def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
     folder = Path(config.output_dir)
-    # Of an export or a scoring that was killed (write_atomic), and as large as what it was to be.
-    for left in (*folder.glob(".predictions_*.????????"), *(folder / MODEL).glob(".*.????????")):
-        with contextlib.suppress(OSError):
-            left.unlink()
+    names = rf"\.({'|'.join(map(re.escape, FILES))}|predictions_[\w-]+\.(npz|json|csv))\.[0-9a-f]{{8}}"
+    for left in (*folder.glob(".predictions_*"), *(folder / MODEL).glob(".*")):
+        if re.fullmatch(names, left.name):  # write_atomic's, of an export or a scoring that was killed
+            with contextlib.suppress(OSError):
+                left.unlink()
     config_tree.save(config, folder / CONFIG)
     write_json(folder / IDENTITY, identity.tree())
 

@@ -103,7 +103,8 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
         scored.check_once()
     trained = [SplitIds(split) for split in _training_splits(config, training)]
     for read in (*(trained if training is not None else ()), *opened.values()):
-        _refuse(config, read.doubled(), "move one of these files away")
+        found, mostly = read.doubled()
+        _refuse(config, found, "move one of these files away", few=not mostly)
     own = next((one for one in trained if home in _folders(one.split)), None)
     for name, scored in opened.items():
         if own is not None and name != config.data.train_split:  # that one, as the user says
@@ -111,12 +112,13 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
             _refuse(config, own.shared(scored), mend)
 
 
-def _refuse(config: Config, found: str, mend: str) -> None:
-    """Raise DataError where something was found, unless ``data.allow_overlap`` lets it pass."""
-    if found and not config.data.allow_overlap:
+def _refuse(config: Config, found: str, mend: str, few: bool = False) -> None:
+    """Raise DataError where something was found, unless it is ``few`` or ``data.allow_overlap`` lets it pass."""
+    if found and not (few or config.data.allow_overlap):
         raise DataError(f"{found}; {mend}, or say that it is meant: --data.allow_overlap true")
     if found and launched_world()[0] == 0:
-        _log.warning("%s; data.allow_overlap lets that pass", printable(found))
+        why = "so few are let pass" if few else "data.allow_overlap lets that pass"
+        _log.warning("%s; %s", printable(found), why)
 
 
 def _training_splits(config: Config, training: Samples | None) -> list[Split]:

@@ -201,7 +201,7 @@ def test_a_copy_of_a_file_under_another_name_is_refused(
     if "val" not in copy:
         training, _ = check(config(tmp_path, task, allow_overlap=True), tokenizer)
         assert training is not None and training.rows == (15 if task == "pretrain" else 10)
-        assert SplitIds(training.split).doubled()  # type: ignore[arg-type]
+        assert SplitIds(training.split).doubled()[1]  # type: ignore[arg-type]
 
 
 def test_files_of_two_data_sets_may_share_ids(tmp_path: Path) -> None:
@@ -214,15 +214,33 @@ def test_files_of_two_data_sets_may_share_ids(tmp_path: Path) -> None:
         tmp_path / "vgqa_train.arrow", table.set_column(0, "image", pa.array(images[1:] + images[:1]))
     )
     split = open_split(tmp_path, "train")
-    assert split.rows == 10 and SplitIds(split).doubled() == ""
+    assert split.rows == 10 and SplitIds(split).doubled() == ("", False)
     captions = table_of(
         [{"image": picture(1), "caption": f"caption {i}", "image_id": "1", "split": "train"} for i in range(4)]
     )
     for number in range(2):
         foreign_shards.write_arrow(tmp_path / "eve" / f"coco_{number}.arrow", captions.slice(2 * number, 2))
-    assert SplitIds(open_split(tmp_path / "eve", "train")).doubled() == ""
+    assert SplitIds(open_split(tmp_path / "eve", "train")).doubled() == ("", False)
     foreign_shards.write_arrow(tmp_path / "eve" / "coco_2.arrow", captions.slice(3, 1))
-    assert "coco_1.arrow and " in SplitIds(open_split(tmp_path / "eve", "train")).doubled()
+    found, mostly = SplitIds(open_split(tmp_path / "eve", "train")).doubled()
+    assert "coco_1.arrow and " in found and mostly
+
+
+def test_few_that_stand_twice_and_ids_that_are_all_equal(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One picture in two files is told and trained on; a column of ids that says nothing is no fault, and not read."""
+    rows = [{"image": picture(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
+    for name, some in (("coco_0", rows[:11]), ("coco_1", rows[10:])):
+        foreign_shards.write_arrow(tmp_path / "few" / f"{name}.arrow", table_of(some))
+    check(config(tmp_path / "few", "pretrain"), tokenizer)
+    assert "coco_1.arrow: 1 images stand in both, such as image_id 10; so few are let pass" in caplog.text
+    for number in range(2):
+        table = table_of([row | {"image_id": ""} for row in rows[10 * number : 10 * number + 10]])
+        foreign_shards.write_arrow(tmp_path / "equal" / f"coco_{number}.arrow", table)
+    ids = SplitIds(open_split(tmp_path / "equal", "train"))
+    assert ids.doubled() == ("", False)
+    assert len(list(ids._first_rows("image_id", np.unique(ids._read["image_id"])))) == 16
 
 
 def test_common() -> None:

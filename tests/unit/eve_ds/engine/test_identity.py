@@ -327,14 +327,22 @@ def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> 
         "import os, sys; from preprocessing.schema import write_atomic\n"
         "os.replace = lambda *paths: os._exit(9)\nwrite_atomic(sys.argv[1], b'half')"
     )
+    theirs = {
+        ".config.old.yaml",
+        ".notes.2026.txt",
+        ".README.markdown",
+        ".tokenizer.json.backup01",
+        ".predictions_test.npz.mine",
+    }
+    kept |= theirs
     for path in (model / "model.safetensors", model / "config.yaml", tmp_path / "run/predictions_test.npz"):
         assert subprocess.run([sys.executable, "-c", script, path]).returncode == 9
         assert list(path.parent.glob(f".{path.name}.*"))
     for name in kept:
-        (model.parent if name.startswith((".", "p")) else model).joinpath(name).touch()
+        (model.parent if name.startswith("p") or ".npz" in name or ".html" in name else model).joinpath(name).touch()
     config.dry_run = True
     run_folder.claim(config, identity_of(config, {}))
-    assert len(list((tmp_path / "run").rglob(".*.*"))) == 4, "a dry run deletes nothing"
+    assert len(list((tmp_path / "run").rglob(".*.*"))) == 4 + len(theirs), "a dry run deletes nothing"
     config.dry_run = False
     run_folder.claim(config, identity_of(config, {}))
     left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -237,8 +237,10 @@ def test_a_loader_is_not_more_patient_than_the_ranks_that_wait_for_it(monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"^data\.timeout_seconds=301 is above engine\.timeout_seconds=300, .*; lower"):
         batches.check_batch(config, rows=99)
-    config.data.timeout_seconds = 300
-    batches.check_batch(config, rows=99)
+    for seconds in (300, None):
+        config.data.timeout_seconds = seconds
+        batches.check_batch(config, rows=99)
+    assert batches.loader_seconds(config) == 150, "who reads tells before those who wait"
 
 
 def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
