@@ -170,7 +170,7 @@ def _same_beat(rank: int, before: dict[int, dict[str, Any]], now: dict[int, dict
 
 def _names(states: list[dict[str, Any]]) -> str:
     names = [
-        f"rank {state['rank']} on {state['host']} (process {state['process']}, last in {state['doing']})"
+        f"rank {state['rank']} on {state['host']} (process {state['process']}, last heard of in {state['doing']})"
         if "host" in state
         else f"rank {state['rank']} (never heard of)"
         for state in states[:3]

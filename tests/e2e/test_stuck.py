@@ -48,7 +48,7 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_those_who_wait(options: list
         stopped.communicate()
     (line,) = [line for line in text.splitlines() if "error:" in line]
     assert waiting.returncode == 3 and "Traceback" not in text, text
-    who = rf"for rank 1 on {HOST} \(process {stopped.pid}, last in [^)]+\), which gives no sign of life"
+    who = rf"for rank 1 on {HOST} \(process {stopped.pid}, last heard of in [^)]+\), which gives no sign of life"
     assert re.search(rf"rank 0 on {HOST} has waited \d+ s in (step \d+, \w+|[^,]+) {who}", line), line
     assert "raise engine.timeout_seconds=6" in line
     stacks = (output / "ranks/rank_0.stacks").read_text()
