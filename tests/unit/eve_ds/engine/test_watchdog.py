@@ -54,7 +54,8 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_first_and_then_one_that_is_b
         **states(),
         **{rank: state(rank, beat=next(beats), marks=5 - (rank == 1)) for rank in (1, 2, 3)},
     }
-    assert "for rank 1 on b (process 9, last heard of in step 7, computing), which is behind;" in dog._line(dog._find_culprit())
+    line = dog._line(dog._find_culprit())
+    assert "for rank 1 on b (process 9, last heard of in step 7, computing), which is behind;" in line
 
 
 def test_stacks_are_written_when_another_rank_asks(tmp_path: Path) -> None:
