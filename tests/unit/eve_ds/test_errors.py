@@ -68,7 +68,11 @@ def test_our_warnings_are_a_line_each_and_those_of_libraries_stay(rank: str, nam
     ]
 
 
-@pytest.mark.parametrize("command", [["eve_ds.plan", "--config", "tiny_shapes"], ["eve_ds.doctor"]], ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [["eve_ds.plan", "--config", "tiny_shapes"], pytest.param(["eve_ds.doctor"], marks=pytest.mark.long)],
+    ids=str,
+)
 def test_who_reads_the_first_lines_alone_meets_no_traceback(command: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
