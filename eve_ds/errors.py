@@ -113,6 +113,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
     """
     try:
         code = main()
+        sys.stdout.flush()  # here, where it may find that nobody reads
     except StopError as stop:
         print(f"rank {launched_rank()}: {stop}", file=sys.stderr, flush=True)
         return stop.code

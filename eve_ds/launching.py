@@ -46,7 +46,10 @@ class Guard:
     def run(self) -> int:
         """Start the launcher; returns the exit code when it and all ranks have ended."""
         for number in SIGNALS:
-            signal.signal(number, lambda number, _: self._asked.append(number))
+            if (
+                signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
+            ):  # nohup's holds for the ranks, too
+                signal.signal(number, lambda number, _: self._asked.append(number))
         try:
             launcher = subprocess.Popen(
                 self.command,
@@ -77,17 +80,19 @@ class Guard:
             return False
 
     def _pass_on(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Give each rank the signals that it has not had, those of a start-up included; without ranks, the launcher."""
-        ranks = self._living()
+        """Give each rank the signals that it has not had, those of a start-up included; what comes while no rank lives
+        is the launcher's, whose own part in a start or an end may hang.
+        """
+        asked, ranks = len(self._asked), self._living()
         for rank in ranks:
-            for number in self._asked[self._passed.get(rank, 0) :]:
+            for number in self._asked[self._passed.get(rank, 0) : asked]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(rank), number)
-            self._passed[rank] = len(self._asked)
-        if len(self._asked) > self._passed.get("", 0) and not list(self.folder.iterdir()):
-            self._passed[""] = len(self._asked)
+            self._passed[rank] = asked
+        if not ranks and asked > self._passed.get("", 0):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGTERM)
+        self._passed[""] = asked
 
     def _reap(self, launcher: subprocess.Popen[bytes]) -> None:
         """Take the exit codes of orphans, which have become ours."""
@@ -99,6 +104,8 @@ class Guard:
     def _result(self, code: int) -> int:
         """The exit code that the ranks have told; where none told of a fault, the launcher's, which may be any."""
         told = [each.read_text() for each in self.folder.iterdir()]
+        if not told and signal.SIGUSR1 in self._asked:  # a scheduler's notice, in start-up: queued again
+            return STOPPED
         codes = {int(text) for text in told if text}
         code = 128 - code if code < 0 else code
         died = int("" in told)  # without a word
@@ -106,9 +113,10 @@ class Guard:
 
 
 def _end_with_guard() -> None:
-    """In the launcher, before it is one: USR1 when the guard is killed, which each passes on to its ranks or dies of.
+    """In the launcher, before it is one: have the kernel send it USR1 when the guard dies.
 
-    Ranks on this host notice that by themselves; those of srun are no descendants.
+    Each launcher passes that on to its ranks or dies of it. Ranks on this host notice by themselves that the guard is
+    gone; those of srun are no descendants of it.
     """
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGUSR1, 0, 0, 0)
 

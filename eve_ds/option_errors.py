@@ -114,7 +114,7 @@ def plain(error: Exception) -> str:
         return f"{found[1]}: no value follows"
     if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
         return f"{found[1]:.200}: no option takes this"
-    if found := re.match(r'Parser key "(?:[^"]*\.)?([^".]+)"', text):
+    if found := re.match(r'Parser key "([^"]+)"', text):
         kinds = [told for kind, told in _TYPES.items() if kind in text]
         given = [match for pattern in _GIVEN if (match := re.search(pattern, text))]
         if kinds and given:

@@ -200,7 +200,10 @@ def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
     key = next((key for key, given in _entries(config) if f".{key}".endswith(f".{name}") and given == value), name)
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, list(RULES)) or '; leave it out'}"
-    return f"{key}={json.dumps(value)}: must be {fault['msg'].removeprefix('Input should be ').partition(',')[0]}"
+    told = fault["msg"]
+    if told.startswith("Input should be "):
+        told = f"must be {told.removeprefix('Input should be ').partition(',')[0]}"
+    return f"{key}={json.dumps(value)}: {told}" if key else told
 
 
 def _entries(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

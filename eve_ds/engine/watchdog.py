@@ -94,6 +94,9 @@ class Watchdog:
     def _begin(self) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
+            os.close(
+                os.open(self.folder / ASKED, os.O_CREAT, 0o666)
+            )  # NFS keeps in mind for a minute what is not there
         self._others_ask()
         self._wanted = False
         self._beat()
@@ -115,7 +118,8 @@ class Watchdog:
 
     def _others_ask(self) -> bool:
         with contextlib.suppress(OSError):
-            asked_at = (self.folder / ASKED).stat().st_mtime
+            with open(self.folder / ASKED) as file:  # NFS asks its server when a file is opened, and not for stat
+                asked_at = os.fstat(file.fileno()).st_mtime
             if asked_at != self._asked_at:
                 self._asked_at, self._wanted = asked_at, True
                 return True
@@ -138,7 +142,7 @@ class Watchdog:
             self._beat()
         now = self._states()
         silent = [now.get(rank, {"rank": rank}) for rank in range(self.world_size) if _same_beat(rank, before, now)]
-        behind = [state for state in now.values() if state["marks"] < self._marks]
+        behind = [state for state in now.values() if state.get("marks", 0) < self._marks]
         if silent:
             who = f"for {_names(silent)}, which gives no sign of life (stopped, killed, or its host is gone)"
         elif behind:

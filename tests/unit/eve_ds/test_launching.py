@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,11 @@ sys.exit(any([rank.wait() for rank in ranks]))
 """
 
 
-def start(folder: Path, what: str, wrap: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    rank, launcher = folder / "rank.py", folder / "torchrun"
+def start(folder: Path, what: str, wrap: tuple[str, ...] = (), launcher: str = LAUNCHER) -> subprocess.Popen[str]:
+    rank, script = folder / "rank.py", folder / "torchrun"
     rank.write_text(RANK)
-    launcher.write_text(LAUNCHER)
-    command = [sys.executable, "-m", "eve_ds.launching", sys.executable, launcher, rank, folder, what]
+    script.write_text(launcher)
+    command = [sys.executable, "-m", "eve_ds.launching", sys.executable, script, rank, folder, what]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     return subprocess.Popen(
         [*wrap, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -69,8 +70,12 @@ def start(folder: Path, what: str, wrap: tuple[str, ...] = ()) -> subprocess.Pop
 
 
 def until_ready(folder: Path, guard: subprocess.Popen[str]) -> None:
+    until(lambda: len(list(folder.glob("ready-*"))) == 2, guard)
+
+
+def until(condition: Callable[[], bool], guard: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while len(list(folder.glob("ready-*"))) < 2:
+    while not condition():
         assert guard.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -148,3 +153,30 @@ def test_a_password_is_refused_before_the_launcher_sees_it(option: str, tmp_path
         f"error: {without_secrets(option)}: holds a user, a password or a key; leave them out"
     )
     assert done.stderr.count("\n") == 1 and "sEcReT" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "code"), [(2, signal.SIGTERM, 143), (0, signal.SIGTERM, 143), (0, signal.SIGUSR1, 75)]
+)
+def test_without_living_ranks_a_signal_is_the_launchers(
+    ranks: int, number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    """One that hangs when its ranks have ended can be ended, and one that has not come to start any."""
+    waits = LAUNCHER.partition("for number")[0].replace("range(2)", f"range({ranks})")
+    ended = tmp_path / "ended"
+    waits += f"[rank.wait() for rank in ranks]\nopen({str(ended)!r}, 'w').close()\nsignal.sigwait([signal.SIGCHLD])\n"
+    guard = start(tmp_path, "finish", launcher=waits)
+    until(ended.exists, guard)
+    guard.send_signal(number)
+    assert guard.wait() == code, guard.communicate()
+
+
+def test_nohup_holds_for_the_guard_and_what_it_starts(tmp_path: Path) -> None:
+    guard = start(tmp_path, "train", ("nohup",))
+    until_ready(tmp_path, guard)
+    guard.send_signal(signal.SIGHUP)
+    status = Path(f"/proc/{guard.pid}/status").read_text()
+    assert int(status.partition("SigIgn:")[2].split()[0], 16) & 1 << (signal.SIGHUP - 1)
+    assert guard.poll() is None and saved(tmp_path) == 0
+    guard.send_signal(signal.SIGTERM)
+    assert (guard.wait(), saved(tmp_path)) == (75, 2), guard.communicate()
