@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,6 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
     try:
         wait_until(lambda: started.poll() is not None or _is_at(line, marker, output), str(line), seconds=180)
         assert started.poll() is None, (folder / "log").read_text()
-        saved_before = _saved(output)
         if line.target == "group":
             os.killpg(started.pid, number)
         else:
@@ -91,7 +91,7 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
     finally:
         stop_processes(marker)
         started.wait()
-    what = "saved" if _saved(output) - saved_before else "ended at once"
+    what = "saved" if _saved_on_request(line, (folder / "log").read_text(), output) else "ended at once"
     return f"{what}, {code if code >= 0 else 128 - code}{left}"
 
 
@@ -101,8 +101,14 @@ def _heed_all() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def _saved(output: Path) -> set[str]:
-    return {path.parent.name for path in output.glob("checkpoints/*/complete.json")}
+def _saved_on_request(line: Line, log: str, output: Path) -> bool:
+    """Whether there is a checkpoint; where steps are saved anyway, whether it is of the step at which the run stopped.
+
+    (A run whose launcher was killed may have nobody left who prints what it says.)
+    """
+    step = re.search(r"step (\d+)/\d+  stopped early", log)
+    tag = "*" if line.moment != "saving" else f"step_{int(step[1]):08d}" if step else "none"
+    return any(output.glob(f"checkpoints/{tag}/complete.json"))
 
 
 def _ranks(marker: Path) -> list[int]:
@@ -114,7 +120,8 @@ def _is_rank(process: int) -> bool:
     with contextlib.suppress(OSError, ValueError, IndexError):
         words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
         caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
-        return words[words.index("-m") + 1] == "eve_ds.pretrain" and bool(int(caught, 16) & HEEDED)
+        ours = words[0] == sys.executable and words[words.index("-m") + 1] == "eve_ds.pretrain"  # not mpirun's own line
+        return ours and bool(int(caught, 16) & HEEDED)
     return False
 
 
