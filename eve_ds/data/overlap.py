@@ -1,6 +1,6 @@
 """What is trained on is not scored: a run compares the ids of its splits when it opens them.
 
-Nor is anything trained on twice where no manifest counts it: files of one split hold other rows each.
+Where no manifest counts the rows of a split, two of its files must not hold the same ones, either.
 
 A prepared split has them in a file, eight bytes each (preprocessing/ids.py), so that no shard is read; of other shards
 the columns of ids are read, a second for two million. Where two are equal, the ids are looked for and named.
@@ -30,6 +30,7 @@ from preprocessing.schema import (
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
+_LOOKED_AT = 16  # ids of two files, of all that stand in both, whose rows are compared
 _COMPARED = 8  # rows of one id that are compared: the captions of an image, not all of a column that is empty
 
 Found = list[tuple[Path, bytes, bytes]]  # shard, id, key
@@ -78,8 +79,8 @@ class SplitIds:
     def doubled(self) -> tuple[str, bool]:
         """Of a split of files without a manifest, what stands in two of them, as a copy under another name does.
 
-        Where an id stands in two files, the first such rows of each are looked at, image, texts and all: ids may be
-        those of two data sets, and an image's captions may go on in the next file.
+        Ids alone do not tell: they may be those of two data sets, and an image's captions may go on in the next file.
+        So of some ids that stand in two files, the first rows of each are compared, images, texts and all.
 
         Returns:
             the start of a message with the two files that have most in common, and ids; "" for nothing. Whether that
@@ -94,26 +95,40 @@ class SplitIds:
         order = np.lexsort((files, keys))
         rising, files = keys[order], files[order]
         again = np.flatnonzero((rising[1:] == rising[:-1]) & (files[1:] != files[:-1]))
-        if not len(again):
-            return "", False
         pairs = files[again] * len(paths) + files[again + 1]
-        seen: dict[bytes, list[tuple[Path, object]]] = defaultdict(list)
+        looked_at: dict[tuple[Path, Path], set[bytes]] = {}
+        for pair in np.unique(pairs):
+            of_pair = _distinct(rising[again[pairs == pair]])
+            some = of_pair[np.linspace(0, len(of_pair) - 1, min(len(of_pair), _LOOKED_AT)).astype(int)]
+            looked_at[paths[pair // len(paths)], paths[pair % len(paths)]] = {key.tobytes() for key in some}
+        equal = self._equal(column, set().union(*looked_at.values()))
         worst, found = 0.0, ""
-        for path, key, content in self._first_rows(column, rising[again[np.unique(pairs, return_index=True)[1]]]):
-            for other in (other for other, theirs in seen[key] if other != path and theirs == content):
-                ours, theirs = (_distinct(rising[files == paths.index(each)]) for each in (other, path))
-                both = _common(ours, theirs)
-                if (share := len(both) / min(len(ours), len(theirs))) > worst:
-                    count = f"{len(both)} {_THINGS[column]} stand in both"
-                    worst = share
-                    found = f"{other} and {path}: {count}, {_named(column, list(self._find(column, both)))}"
-            seen[key].append((path, content))
+        for (one, other), looked in looked_at.items():
+            if same := looked & equal.get((one, other), set()):
+                these, those = (_distinct(rising[files == paths.index(each)]) for each in (one, other))
+                both = _common(these, those)
+                number = round(len(both) * len(same) / len(looked))
+                if number / min(len(these), len(those)) > worst:
+                    worst = number / min(len(these), len(those))
+                    named = _named(column, list(self._find(column, np.frombuffer(b"".join(sorted(same)), "<u8"))))
+                    about = "" if len(looked) == len(both) else "about "
+                    found = f"{one} and {other}: {about}{number} {_THINGS[column]} stand in both, {named}"
         return found, worst >= 0.5
 
-    def _first_rows(self, column: str, keys: np.ndarray) -> Iterator[tuple[Path, bytes, object]]:
+    def _equal(self, column: str, keys: set[bytes]) -> dict[tuple[Path, Path], set[bytes]]:
+        """Of two shards each: which of these keys have a row in both, the same in image and texts."""
+        seen: dict[bytes, list[tuple[Path, object]]] = defaultdict(list)
+        equal: dict[tuple[Path, Path], set[bytes]] = defaultdict(set)
+        for path, key, content in self._first_rows(column, keys) if keys else ():
+            for other in (other for other, theirs in seen[key] if other != path and theirs == content):
+                equal[other, path].add(key)
+            seen[key].append((path, content))
+        return equal
+
+    def _first_rows(self, column: str, keys: set[bytes]) -> Iterator[tuple[Path, bytes, object]]:
         """(shard, key, images and texts) of the first rows of each shard with each of these keys."""
         columns = (*IMAGE_COLUMNS[self.split.kind], SAMPLE_COLUMN[self.split.kind])
-        wanted: dict[Path, set[bytes]] = defaultdict(lambda: {key.tobytes() for key in keys})
+        wanted: dict[Path, set[bytes]] = defaultdict(lambda: set(keys))
         taken: Counter[tuple[Path, bytes]] = Counter()
         for path, batch in self.split.batches():
             for row in _rows_with(batch, column, wanted[path]):
