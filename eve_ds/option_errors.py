@@ -23,6 +23,7 @@ from eve_ds.recipes import (
     read_yaml,
     shown,
 )
+from preprocessing.schema import shortened
 
 # What the parser calls a type, and what we call it; the first that stands in its message counts.
 _TYPES = {
@@ -79,7 +80,7 @@ def _check_depth(option: str) -> None:
     for char in option:
         depth += (char in "[{") - (char in "]}")
         if depth > DEEPEST:
-            raise UserError(f"the command line: {option[:40]} … is nested deeper than {DEEPEST} levels")
+            raise UserError(f"the command line: {shortened(option, 40)} is nested deeper than {DEEPEST} levels")
 
 
 def wrong_value(root: type, recipes: list[str], options: list[str], error: Exception) -> str:
@@ -113,11 +114,11 @@ def plain(error: Exception) -> str:
     if found := re.fullmatch(r"argument (--\S+): expected (?:one|at least one) argument", text):
         return f"{found[1]}: no value follows"
     if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
-        return f"{found[1]:.200}: no option takes this"
+        return f"{shortened(found[1], 200)}: no option takes this"
     if found := re.match(r'Parser key "(?:[^"]*\.)?([^".]+)"', text):
         kinds = [told for kind, told in _TYPES.items() if kind in text]
         given = [match for pattern in _GIVEN if (match := re.search(pattern, text))]
         if kinds and given:
             null = " or null" if "NoneType" in text else ""
-            return f"--{found[1]}: expected {kinds[0]}{null}, got {given[0][1]!r:.60}"
-    return text if len(text) < 400 else text[:400] + " …"
+            return f"--{found[1]}: expected {kinds[0]}{null}, got {shown(given[0][1])}"
+    return shortened(text, 400)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from eve_ds.errors import UserError
-from preprocessing.schema import check_regular
+from preprocessing.schema import check_regular, shortened
 
 Section = TypeVar("Section")
 HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages
@@ -228,7 +228,7 @@ def check_keys(raw: Any, root: type, source: str) -> None:
                 raise UserError(f"{source}: {path!r} is a key with a dot; write {section}: {{{name}: {value}}}")
             if path in sections:
                 if not isinstance(value, dict):
-                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {value!r:.60}")
+                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {shown(value)}")
                 visit(value, path + ".")
             elif holds_mappings(hint := hint_of(root, path)):  # the parser would import what a `class_path` names
                 for place, what in misfits(value, hint, path):
@@ -260,7 +260,7 @@ def section_of(kind: type[Section], values: Any, source: str) -> Section:
         UserError: a value of the wrong type, an unknown key; the message names ``source`` and the key.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping, this is {values!r:.60}")
+        raise UserError(f"{source}: expected a mapping, this is {shown(values)}")
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
@@ -348,11 +348,11 @@ def _fields(kind: type) -> str:
 
 
 def shown(value: Any) -> str:
-    """A plain value as a recipe has it, cut where it is long."""
+    """A plain value as a recipe has it, without secrets, cut where it is long."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
-    return f"{value!r:.60}" if isinstance(value, str | int | float | list | dict) else f"{value}"[:60]
+    return shortened(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
 
 
 def at(source: str, key: str) -> str:

@@ -229,6 +229,12 @@ def without_secrets(text: str) -> str:
     return _PARAMETERS.sub(lambda found: f"{found[1]}***" if _KEYS.search(found[2]) else found[0], text)
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """`text` for a message: secrets hidden first, as what a cut leaves of them looks like none; then cut to `most`."""
+    shown = without_secrets(text)
+    return shown if len(shown) <= most else f"{shown[:most]} …"
+
+
 def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:
     """Raise DataError where `path` is a pipe, a socket or a device: to read one may wait, or go on, for ever.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from eve_ds.errors import UserError
 from eve_ds.recipes import nearest
+from preprocessing.schema import shortened
 
 Accepts = Callable[[Any], bool]
 Rule = tuple[Accepts, str]
@@ -205,5 +206,4 @@ def _entries(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:60] + " …"
+    return shortened(json.dumps(value))

@@ -14,7 +14,10 @@ from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
-from eve_ds.recipes import fits, hint_of, known_keys, told
+from eve_ds.model.config import ModelConfig
+from eve_ds.recipes import fits, hint_of, known_keys, section_of, shown, told
+from preprocessing import json_text
+from preprocessing.schema import printable, shortened
 
 NOISE = ("<class", "Parser", "typing.", "Union", "Subtypes", "NoneType", "class_path", "\n")
 
@@ -175,3 +178,33 @@ def test_a_recipe_that_the_shell_has_opened_is_read_by_all_who_ask() -> None:
     assert refusal(PretrainConfig, ["--config", wrong]) == f"{wrong}: optimizer.lr: expected a number, got 'x'"
     for reader in readers:
         os.close(reader)
+
+
+SECRET = "wJalrXUtnFEMI%2FK7MDENG%2FbPxRfiCYEXAMPLEKEY" * 3
+ADDRESS = (
+    f"s3://AKIAIOSFODNN7EXAMPLE:{SECRET}@bucket/data"  # cut before its @, it looks like no address with a password
+)
+
+
+def test_passwords_are_hidden_in_values_that_are_cut(tmp_path: Path) -> None:
+    texts = ["data: '%s'", "data: {sources: ['%s']}", "data: {sources: '%s'}", "optimizer: {lr: '%s'}", "['%s']", "%s"]
+    lines = [["--data.sources", "%s"], ["--data", "%s"], ["--optimizer.lr", "%s"], ["--model=%s"], ["--data=path=%s"]]
+    lines += [["--optimizer", "{lr: '%s'}"], ["stray", "%s"]]
+    for argv in [["--config", text] for text in texts] + lines:
+        *names, text = (word.replace("%s", ADDRESS) for word in argv)
+        told_of = printable(refusal(PretrainConfig, [*names, written(tmp_path, text) if "--config" in argv else text]))
+        assert "s3://***@bucket/data" in told_of and SECRET[:8] not in told_of, argv
+    assert SECRET[:8] not in refusal(PretrainConfig, [f"--data={'[' * 21}{ADDRESS}"])
+    for parse_options, argv in ((expand_options, ["--bs", ADDRESS]), (parse_bench, ["moe", "--repeats", ADDRESS])):
+        with pytest.raises(UserError) as error:
+            parse_options(argv)
+        assert "got 's3://***@bucket/data'" in str(error.value)
+    with pytest.raises(UserError, match=r"this is 's3://\*\*\*@bucket/data'"):
+        section_of(ModelConfig, ADDRESS, "x")
+
+
+def test_values_are_hidden_first_and_then_cut() -> None:
+    for value in (ADDRESS, [ADDRESS], {"a": ADDRESS}):
+        for text in (shown(value), json_text.shown(value), shortened(repr(value)), shortened(repr(value), 15)):
+            assert "AKIA" not in text and "wJal" not in text, text
+    assert shown("a" * 80) == f"'{'a' * 59} …" and shown("a" * 58) == f"'{'a' * 58}'"

@@ -177,3 +177,14 @@ def test_evaluation_prints_none(tmp_path: Path, capsys: pytest.CaptureFixture[st
         nlvr.main([*words, address])
     shown = capsys.readouterr()
     assert "sEcReT" not in shown.err + shown.out and "s3://***@bucket/predictions.csv" in shown.err
+
+
+def test_lines_that_messages_cut_are_hidden_first(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    address = f"s3://AKIA:{'sEcReT' * 20}@bucket/a"
+    (tmp_path / "a.csv").write_text(f"image,caption,{address}\nno caption\n")
+    words = ["flickr30k", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out", "--annotations"]
+    message = refuse(*words, tmp_path / "a.csv")
+    assert "line 2: is not of the form of its header, 'image,caption,s3://***@bucket/a'" in message
+    with pytest.raises(files.InputError, match=r"line 1: 's3://\*\*\*@bucket/a' is not"):
+        (tmp_path / "p.csv").write_text(f"{address}\n")
+        nlvr.read_predictions(f"{tmp_path}/p.csv")
