@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
-from eve_ds.option_errors import check_options, wrong_value
+from eve_ds.option_errors import as_one_line, check_options, for_parser, wrong_value
 from eve_ds.recipes import (
     check_keys,
     check_values,
@@ -285,7 +285,7 @@ def parse(
     parser.set_defaults(defaults or {})
     try:
         # The last one wins: recipes come first, wherever they stood.
-        parsed = parser.parse_args([*map(_as_option, recipes), *options])
+        parsed = parser.parse_args([*map(_as_option, recipes), *for_parser(root, options)])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(wrong_value(root, recipes, options, error)) from error
@@ -344,8 +344,7 @@ def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _as_option(recipe: str) -> str:
     """For the parser: a recipe's file, or what it holds where that cannot be read again, as ``<(command)``."""
-    inline = None if Path(recipe).is_file() else yaml.safe_dump(read_yaml(recipe), default_flow_style=True, width=10**9)
-    return f"--config={inline or recipe}"
+    return f"--config={recipe if Path(recipe).is_file() else as_one_line(read_yaml(recipe))}"
 
 
 def _as_flag(name: str, argv: list[str]) -> list[str]:

@@ -6,8 +6,13 @@ jsonargparse tells it over several lines, in terms of Python's types and of its 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from eve_ds.errors import UserError
 from eve_ds.recipes import (
@@ -65,13 +70,46 @@ def check_options(root: type, options: list[str]) -> None:
 
 def _check_mapping(root: type, name: str, typed: str) -> None:
     """Raise UserError for an unknown key, or a wrong type, in ``--SECTION {...}`` or ``--data.sources [...]``."""
-    key, value = name.rstrip("+"), parse_value(typed)
+    key, (source, value) = name.rstrip("+"), _given(root, name, typed)
     if dataclasses.is_dataclass(hint_of(root, key)) and not isinstance(value, dict):
+        if source != f"--{name}":
+            raise UserError(f"{source}: expected a mapping with the keys of {name}, this is {shown(value)}")
         raise UserError(f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {shown(value)}")
     tree = [value] if name.endswith("+") and not isinstance(value, list) else value
     for part in reversed(key.split(".")):
         tree = {part: tree}
-    check_keys(tree, root, f"--{name}")
+    check_keys(tree, root, source)
+
+
+def _given(root: type, name: str, typed: str) -> tuple[str, Any]:
+    """(where it stands, value) of an option: a section may be given by the name of a file that holds it."""
+    if is_section_file(root, name, typed):
+        return f"--{name} {typed}", read_yaml(typed, f"--{name}")
+    return f"--{name}", parse_value(typed, f"--{name}")
+
+
+def is_section_file(root: type, name: str, typed: str) -> bool:
+    """Whether an option names a section, and its value a file."""
+    section = name in known_keys(root) and dataclasses.is_dataclass(hint_of(root, name))
+    return section and os.path.exists(typed) and not os.path.isdir(typed)
+
+
+def for_parser(root: type, options: list[str]) -> list[str]:
+    """The options as the parser takes them: what a section's file holds, where that can be read once, as
+    ``<(command)``.
+    """
+    words = []
+    for before, word in zip(["", *options], options, strict=False):
+        name, equals, typed = word.partition("=") if word.startswith("--") else (before, "", word)
+        if is_section_file(root, name[2:], typed) and not Path(typed).is_file():
+            typed = as_one_line(read_yaml(typed))
+        words.append(f"{name}{equals}{typed}" if word.startswith("--") else typed)
+    return words
+
+
+def as_one_line(tree: Any) -> str:
+    """YAML for a command line."""
+    return yaml.safe_dump(tree, default_flow_style=True, width=10**9)
 
 
 def _check_depth(option: str) -> None:
@@ -95,11 +133,10 @@ def wrong_value(root: type, recipes: list[str], options: list[str], error: Excep
     found = [(path, place, what) for path in recipes for place, what in misfits(read_yaml(path), root, "")]
     for name, typed in values_of(options):
         if typed is not None and name not in ("help", "print_config"):
-            value, key = parse_value(typed), name.rstrip("+")
+            (source, value), key = _given(root, name, typed), name.rstrip("+")
             added = name.endswith("+") and not isinstance(value, list)
             found += [
-                (f"--{name}", place, what)
-                for place, what in misfits([value] if added else value, hint_of(root, key), key)
+                (source, place, what) for place, what in misfits([value] if added else value, hint_of(root, key), key)
             ]
     named = re.findall(r'Parser key "([^"]+)"', str(error))[-1:]  # the innermost
     meant = [each for each in found if {each[0].strip("-+"), each[1]} & set(named)]

@@ -29,6 +29,10 @@ DEEPEST, MOST_NODES = 20, 10_000  # a recipe has four levels and a hundred nodes
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
+class _TwiceError(yaml.MarkedYAMLError):
+    """A key stands twice in a mapping."""
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data; a key that stands twice in a mapping is an error, and 1e-6 is a number, as jsonargparse reads it."""
 
@@ -40,7 +44,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in first:
                 problem = f"{key.value!r} stands in line {first[key.value]} already; put all of it in one place"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                raise _TwiceError(problem=problem, problem_mark=key.start_mark)
             first[key.value] = key.start_mark.line + 1
         return node
 
@@ -141,10 +145,18 @@ def _content(path: str | Path) -> str:
     return text
 
 
-def parse_value(typed: str) -> Any:
-    """What an option's value stands for; the text itself where that is no YAML."""
+def parse_value(typed: str, where: str = "") -> Any:
+    """What an option's value stands for; the text itself where that is no YAML.
+
+    Raises:
+        UserError: a key stands twice, and it is said ``where``.
+    """
     try:
         found = yaml.load(typed, _Loader)  # plain data, as SafeLoader has it
+    except _TwiceError as error:
+        if where:
+            raise UserError(f"{where}: {error.problem}") from error
+        return typed
     except (yaml.YAMLError, ValueError, RecursionError):
         return typed
     return "" if not typed else found
@@ -231,7 +243,7 @@ def check_keys(raw: Any, root: type, source: str) -> None:
                     raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {shown(value)}")
                 visit(value, path + ".")
             elif holds_mappings(hint := hint_of(root, path)):  # the parser would import what a `class_path` names
-                for place, what in misfits(value, hint, path):
+                for place, what in misfits(unquoted(value, hint, f"{source}: {path}"), hint, path):
                     raise UserError(f"{at(source, place)}: {what}")
 
     visit(raw, "")
@@ -297,6 +309,23 @@ def misfits(value: Any, hint: Any, key: str) -> Iterator[tuple[str, str]]:
     elif _is(value, hint):
         return
     yield key, f"expected {told(hint)}, got {shown(value)}"
+
+
+def unquoted(value: Any, hint: Any, where: str) -> Any:
+    """A plain value as the parser takes it: what stands in quotes where its type has no text is what is in them.
+
+    Raises:
+        UserError: a key stands twice in such a text; the message says ``where``.
+    """
+    if isinstance(value, str) and not fits(value, hint):
+        value = parse_value(value, where)
+    for kind in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
+        if isinstance(value, list) and typing.get_origin(kind) is list:
+            return [unquoted(item, typing.get_args(kind)[0], where) for item in value]
+        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            return {key: unquoted(item, hints[key], where) if key in hints else item for key, item in value.items()}
+    return value
 
 
 def _misfits_within(values: dict[Any, Any], kind: type, key: str) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,18 @@ def test_sources_in_recipes_are_looked_at_before_a_class_of_that_name_is_importe
 ) -> None:
     (tmp_path / "eve_ds_test_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass A: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for sources in ("[{class_path: eve_ds_test_module.A}]", "[eve_ds_test_module.A]"):
+    listed = "[{class_path: eve_ds_test_module.A}]"
+    for sources in (listed, f"'{listed}'", f"['{listed[1:-1]}']", "[eve_ds_test_module.A]"):
         recipe = written(tmp_path, f"data: {{sources: {sources}}}\n")
-        for argv in (["--config", recipe], ["--data.sources", sources], ["--data", f"{{sources: {sources}}}"]):
-            with pytest.raises(UserError, match=r"data\.sources\[0\]"):
+        section = tmp_path / "data.yaml"
+        section.write_text(f"sources: {sources}")
+        for argv in (
+            ["--config", recipe],
+            ["--data.sources", sources],
+            ["--data", f"{{sources: {sources}}}"],
+            ["--data", str(section)],
+        ):
+            with pytest.raises(UserError, match=r"data\.sources"):
                 parse(PretrainConfig, argv, "program")
     assert not (tmp_path / "ran").exists()
 
@@ -160,24 +169,30 @@ def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
         assert str(error.value) == f"--deepspeed_config {name}: No such file or directory; {mend}"
 
 
-def test_a_recipe_that_the_shell_has_opened_is_read_by_all_who_ask() -> None:
+@pytest.fixture
+def opened() -> Iterator[Callable[[str], str]]:
+    """What ``<(command)`` hands over, for what it prints."""
     readers = []
 
-    def opened(text: str) -> str:
+    def pipe(text: str) -> str:
         reader, writer = os.pipe()
         readers.append(reader)
         os.write(writer, text.encode())
         os.close(writer)
         return f"/dev/fd/{reader}"
 
+    yield pipe
+    for reader in readers:
+        os.close(reader)
+
+
+def test_a_recipe_that_the_shell_has_opened_is_read_by_all_who_ask(opened: Callable[[str], str]) -> None:
     one = opened("optimizer: {lr: 1e-3, betas: [0.5, 0.75]}\nmodel: {dim: 96}")
     rest, defaults = expand_options(["--config", one, f"--config={opened('optimizer: {lr: 2e-3}')}", "--seed", "3"])
     config = parse(FinetuneConfig, rest, "program", defaults)
     assert (config.optimizer.lr, config.optimizer.betas, config.model.dim) == (2e-3, [0.5, 0.75], 96)
     wrong = opened("optimizer: {lr: x}")
     assert refusal(PretrainConfig, ["--config", wrong]) == f"{wrong}: optimizer.lr: expected a number, got 'x'"
-    for reader in readers:
-        os.close(reader)
 
 
 SECRET = "wJalrXUtnFEMI%2FK7MDENG%2FbPxRfiCYEXAMPLEKEY" * 3
@@ -208,3 +223,34 @@ def test_values_are_hidden_first_and_then_cut() -> None:
         for text in (shown(value), json_text.shown(value), shortened(repr(value)), shortened(repr(value), 15)):
             assert "AKIA" not in text and "wJal" not in text, text
     assert shown("a" * 80) == f"'{'a' * 59} …" and shown("a" * 58) == f"'{'a' * 58}'"
+
+
+def test_a_section_may_be_given_by_a_file(tmp_path: Path, opened: Callable[[str], str]) -> None:
+    recipe = written(tmp_path, "dim: 96\ndrop_path: 1e-3\n")
+    for argv in (["--model", recipe], [f"--model={recipe}"], ["--model", opened("{dim: 96, drop_path: 1e-3}")]):
+        model = parse(PretrainConfig, ["--config", "tiny_shapes", "--model.depth=4", *argv], "program").model
+        assert (model.dim, model.drop_path, model.depth) == (96, 1e-3, 4)
+    data = parse(PretrainConfig, ["--data", written(tmp_path, "path: a\nsources: [{path: b}]")], "program").data
+    assert data.path == "a" and data.sources is not None and data.sources[0].path == "b"
+    assert parse(PretrainConfig, ["--optimizer", written(tmp_path, "lr: 1e-3")], "program").optimizer.lr == 1e-3
+    for text, told_of in (
+        ("dims: 3", "unknown key 'model.dims'; did you mean model.dim?"),
+        ("dim: x", "model.dim: expected an integer, got 'x'"),
+        ("[1]", "expected a mapping with the keys of model, this is [1]"),
+        ("dim:", "dim in line 1 has no value; write one (null, if that is meant), or leave the key out"),
+    ):
+        recipe = written(tmp_path, text)
+        assert refusal(PretrainConfig, ["--model", recipe]) == f"--model {recipe}: {told_of}"
+    assert "is a section" in refusal(PretrainConfig, ["--model", str(tmp_path)])
+
+
+def test_what_stands_in_quotes_is_taken_in_sources_as_elsewhere(tmp_path: Path) -> None:
+    for text in ("[{path: '7', weight: '2'}]", "\"[{path: '7', weight: 2}]\""):
+        for argv in (["--config", written(tmp_path, f"data: {{sources: {text}}}")], [f"--data={{sources: {text}}}"]):
+            (source,) = parse(PretrainConfig, argv, "program").data.sources or ()
+            assert (source.path, source.weight) == ("7", 2.0)
+    twice = "'path' stands in line 1 already; put all of it in one place"
+    for typed in ("[{path: a, path: b}]", "{path: a, path: b}"):
+        assert refusal(PretrainConfig, ["--data.sources", typed]) == f"--data.sources: {twice}"
+    recipe = written(tmp_path, "data: {sources: '[{path: a, path: b}]'}")
+    assert refusal(PretrainConfig, ["--config", recipe]) == f"{recipe}: data.sources: {twice}"
