@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
-from eve_ds.option_errors import as_one_line, check_options, for_parser, wrong_value
+from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, wrong_value
 from eve_ds.recipes import (
     check_keys,
     check_values,
@@ -28,7 +28,7 @@ from eve_ds.recipes import (
     split_options,
 )
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.schema import DataError, without_secrets
+from preprocessing.schema import DataError
 
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
 
@@ -292,7 +292,7 @@ def parse(
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
     check_values(config)
-    _check_secrets(dataclasses.asdict(config))
+    check_secrets(dataclasses.asdict(config))
     try:
         config.model.check()
         config.data.check()
@@ -304,19 +304,6 @@ def parse(
     config.logging.check()
     config.objective.check()
     return config
-
-
-def _check_secrets(value: Any, key: str = "") -> None:
-    """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if isinstance(value, str) and (shown := without_secrets(value)) != value:
-        raise UserError(f"{key}={shown}: holds a user, a password or a key; leave them out, and give them in variables")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, inner in items:
-        _check_secrets(inner, f"{key}.{name}" if key else f"{name}")
 
 
 def save(config: _Common, path: Path) -> None:
@@ -335,9 +322,11 @@ def load_model_config(path: Path) -> ModelConfig:
 
 def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
     """The recipes and the other options of a command line, all keys known ones, as the parser needs them."""
-    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(argv)))
+    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(joined(argv))))
     for path in recipes:
-        check_keys(read_yaml(path, "--config"), root, path)
+        tree = read_yaml(path, "--config")
+        check_secrets(tree)  # before --print_config shows it
+        check_keys(tree, root, path)
     check_options(root, options)
     return recipes, options
 

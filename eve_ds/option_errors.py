@@ -28,7 +28,7 @@ from eve_ds.recipes import (
     read_yaml,
     shown,
 )
-from preprocessing.schema import shortened
+from preprocessing.schema import shortened, without_secrets
 
 # What the parser calls a type, and what we call it; the first that stands in its message counts.
 _TYPES = {
@@ -51,6 +51,17 @@ def values_of(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             yield name[2:], value if equals else None if following.startswith("--") else following
 
 
+def joined(argv: list[str]) -> list[str]:
+    """``--name -1e-3`` as ``--name=-1e-3``: but for -1 and -.5, the parser takes a dash for the start of an option."""
+    words: list[str] = []
+    for word in argv:
+        if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-[\d.]", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def check_options(root: type, options: list[str]) -> None:
     """Raise UserError for the first option of a config tree that is unknown or has no value, or one of wrong keys."""
     known = known_keys(root)
@@ -58,6 +69,7 @@ def check_options(root: type, options: list[str]) -> None:
         _check_depth(option)
     for name, typed in values_of(options):
         key = name.rstrip("+")
+        check_secrets(typed, name)
         if key in ("help", "print_config"):
             continue
         if key not in known:
@@ -68,6 +80,21 @@ def check_options(root: type, options: list[str]) -> None:
             _check_mapping(root, name, typed)
 
 
+def check_secrets(value: Any, key: str = "") -> None:
+    """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if isinstance(value, str) and (hidden := without_secrets(value)) != value:
+        raise UserError(
+            f"{key}={hidden}: holds a user, a password or a key; leave them out, and give them in variables"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in items:
+        check_secrets(inner, f"{key}.{name}" if key else f"{name}")
+
+
 def _check_mapping(root: type, name: str, typed: str) -> None:
     """Raise UserError for an unknown key, or a wrong type, in ``--SECTION {...}`` or ``--data.sources [...]``."""
     key, (source, value) = name.rstrip("+"), _given(root, name, typed)
@@ -75,6 +102,7 @@ def _check_mapping(root: type, name: str, typed: str) -> None:
         if source != f"--{name}":
             raise UserError(f"{source}: expected a mapping with the keys of {name}, this is {shown(value)}")
         raise UserError(f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {shown(value)}")
+    check_secrets(value, name)
     tree = [value] if name.endswith("+") and not isinstance(value, list) else value
     for part in reversed(key.split(".")):
         tree = {part: tree}

@@ -391,8 +391,10 @@ def at(source: str, key: str) -> str:
 
 def nearest(key: str, known: list[str], dashes: str = "") -> str:
     """The end of a message about an unknown key: the known one that is most like it, if any is."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    tails = {item.rsplit(".", 1)[-1]: item for item in known}
+    tail = key.rsplit(".", 1)[-1]
+    like = difflib.get_close_matches(tail, list(tails), n=len(tails), cutoff=0.5)  # a long section alone is no likeness
+    near = [item for item in difflib.get_close_matches(key, known, n=5, cutoff=0.5) if item.rsplit(".", 1)[-1] in like]
     if not near:
-        tails = {item.rsplit(".", 1)[-1]: item for item in known}
-        near = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)]
+        near = [tails[t] for t in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.6)]
     return f"; did you mean {dashes}{near[0]}?" if near else ""

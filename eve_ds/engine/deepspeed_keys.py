@@ -30,8 +30,9 @@ def only(*values: Any) -> Accepts:
 
 
 def steps(value: Any) -> bool:
-    """None, or an integer of at least 1."""
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    """None, or a whole number of at least 1; 1e9 is one, by which DeepSpeed is often kept silent."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return value is None or (whole and not isinstance(value, bool) and value > 0)
 
 
 def off(value: Any) -> bool:

@@ -73,6 +73,7 @@ def test_every_setting_tells_what_it_expects(tmp_path: Path) -> None:
         (["--model", "{dim: x}"], "--model: model.dim: expected an integer, got 'x'"),
         (["--model", "{dims: 3}"], "--model: unknown key 'model.dims'; did you mean model.dim?"),
         (["--data", "DIR"], "--data: is a section; give a key of it and a value, as in --data.KEY 'DIR'"),
+        (["--optimizer.lr", "-1e-3"], "optimizer.lr=-0.001 is out of range; see --help"),
         (["--model.dim"], "--model.dim: no value follows"),
         (["--model.dim", "--optimizer.lr", "1"], "--model.dim: no value follows"),
         (["--output_dir", "my", "run"], "run: no option takes this; see --help"),
@@ -133,6 +134,7 @@ def test_short_options_and_benchmarks_speak_the_same_way() -> None:
     for argv, message in (
         (["--lr"], "--lr: no value follows"),
         (["--lr", "fast"], "--lr: expected a number, got 'fast'"),
+        (["--bs", "-1e-3"], "--bs: expected an integer, got -0.001"),
         (["--bs=1.5"], "--bs: expected an integer, got 1.5"),
         (["--augmentation", "much"], "--augmentation: expected one of none, color, rand, got 'much'"),
     ):
@@ -216,6 +218,23 @@ def test_passwords_are_hidden_in_values_that_are_cut(tmp_path: Path) -> None:
         assert "got 's3://***@bucket/data'" in str(error.value)
     with pytest.raises(UserError, match=r"this is 's3://\*\*\*@bucket/data'"):
         section_of(ModelConfig, ADDRESS, "x")
+
+
+def test_passwords_are_refused_before_print_config_shows_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = tmp_path / "data.yaml"
+    section.write_text(f"path: '{ADDRESS}'")
+    for argv, key in (
+        (["--config", written(tmp_path, f"data: {{sources: [{{path: '{ADDRESS}'}}]}}")], "data.sources.0.path"),
+        (["--data.path", ADDRESS], "data.path"),
+        (["--data", f"{{path: '{ADDRESS}'}}"], "data={path: 's3://***@bucket/data'}: holds"),
+        (["--data", str(section)], "data.path"),
+        ([f"--output_dir={ADDRESS.replace('//', '/')}"], "output_dir"),
+    ):
+        told_of = refusal(PretrainConfig, [*argv, "--print_config"])
+        assert told_of.startswith(key) and "holds a user, a password or a key" in told_of and SECRET[:8] not in told_of
+    assert SECRET[:8] not in capsys.readouterr().out
 
 
 def test_values_are_hidden_first_and_then_cut() -> None:
