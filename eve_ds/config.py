@@ -325,7 +325,7 @@ def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
     recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(joined(argv))))
     for path in recipes:
         tree = read_yaml(path, "--config")
-        check_secrets(tree)  # before --print_config shows it
+        check_secrets(tree, source=path)  # before --print_config shows it
         check_keys(tree, root, path)
     check_options(root, options)
     return recipes, options

@@ -69,7 +69,7 @@ def check_options(root: type, options: list[str]) -> None:
         _check_depth(option)
     for name, typed in values_of(options):
         key = name.rstrip("+")
-        check_secrets(typed, name)
+        check_secrets(typed, f"--{name}")
         if key in ("help", "print_config"):
             continue
         if key not in known:
@@ -80,19 +80,18 @@ def check_options(root: type, options: list[str]) -> None:
             _check_mapping(root, name, typed)
 
 
-def check_secrets(value: Any, key: str = "") -> None:
+def check_secrets(value: Any, key: str = "", source: str = "") -> None:
     """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
 
     Raises:
-        UserError: naming the setting.
+        UserError: naming the file, or what else is the ``source``, and the setting.
     """
     if isinstance(value, str) and (hidden := without_secrets(value)) != value:
-        raise UserError(
-            f"{key}={hidden}: holds a user, a password or a key; leave them out, and give them in variables"
-        )
+        where = f"{source}: {key}={hidden}" if source and key else f"{source or key}={hidden}"
+        raise UserError(f"{where}: holds a user, a password or a key; leave them out, and give them in variables")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for name, inner in items:
-        check_secrets(inner, f"{key}.{name}" if key else f"{name}")
+        check_secrets(inner, f"{key}.{name}" if key else f"{name}", source)
 
 
 def _check_mapping(root: type, name: str, typed: str) -> None:
@@ -102,7 +101,7 @@ def _check_mapping(root: type, name: str, typed: str) -> None:
         if source != f"--{name}":
             raise UserError(f"{source}: expected a mapping with the keys of {name}, this is {shown(value)}")
         raise UserError(f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {shown(value)}")
-    check_secrets(value, name)
+    check_secrets(value, key, source)  # of what stands in a file, too
     tree = [value] if name.endswith("+") and not isinstance(value, list) else value
     for part in reversed(key.split(".")):
         tree = {part: tree}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from eve_ds import doctor
 from eve_ds.bench import parse as parse_bench
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
@@ -225,12 +228,13 @@ def test_passwords_are_refused_before_print_config_shows_them(
 ) -> None:
     section = tmp_path / "data.yaml"
     section.write_text(f"path: '{ADDRESS}'")
+    recipe = written(tmp_path, f"data: {{sources: [{{path: '{ADDRESS}'}}]}}")
     for argv, key in (
-        (["--config", written(tmp_path, f"data: {{sources: [{{path: '{ADDRESS}'}}]}}")], "data.sources.0.path"),
-        (["--data.path", ADDRESS], "data.path"),
-        (["--data", f"{{path: '{ADDRESS}'}}"], "data={path: 's3://***@bucket/data'}: holds"),
-        (["--data", str(section)], "data.path"),
-        ([f"--output_dir={ADDRESS.replace('//', '/')}"], "output_dir"),
+        (["--config", recipe], f"{recipe}: data.sources.0.path"),
+        (["--data.path", ADDRESS], "--data.path"),
+        (["--data", f"{{path: '{ADDRESS}'}}"], "--data={path: 's3://***@bucket/data'}: holds"),
+        (["--data", str(section)], f"--data {section}: data.path"),
+        ([f"--output_dir={ADDRESS.replace('//', '/')}"], "--output_dir"),
     ):
         told_of = refusal(PretrainConfig, [*argv, "--print_config"])
         assert told_of.startswith(key) and "holds a user, a password or a key" in told_of and SECRET[:8] not in told_of
@@ -273,3 +277,28 @@ def test_what_stands_in_quotes_is_taken_in_sources_as_elsewhere(tmp_path: Path) 
         assert refusal(PretrainConfig, ["--data.sources", typed]) == f"--data.sources: {twice}"
     recipe = written(tmp_path, "data: {sources: '[{path: a, path: b}]'}")
     assert refusal(PretrainConfig, ["--config", recipe]) == f"{recipe}: data.sources: {twice}"
+
+
+@pytest.mark.parametrize("command", ["demo --out", "finetune --checkpoint", "plan --config", "launching"])
+def test_a_path_that_is_made_of_an_address_is_hidden_in_messages(command: str, tmp_path: Path) -> None:
+    """It has one slash of two."""
+    module, *words = command.split()
+    (tmp_path / f"{ADDRESS}").mkdir(parents=True)  # no file may take its place
+    line = [sys.executable, "-m", f"eve_ds.{module}", *words, ADDRESS.replace("//", "/")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    run = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and SECRET[:8] not in run.stdout + run.stderr
+    assert "s3:/***@bucket/data" in run.stderr
+
+
+def test_the_doctor_hides_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(ADDRESS).mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["doctor", "--json", ADDRESS])
+    monkeypatch.setattr(doctor, "examine", lambda ranks: {"faults": []})  # takes seconds, and tells of the machine
+    monkeypatch.setattr(doctor, "screen", str)
+    with pytest.raises(SystemExit):
+        doctor.main()
+    assert "error: --json s3:/***@bucket/data: is no regular file" in capsys.readouterr().err

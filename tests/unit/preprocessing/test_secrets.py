@@ -28,6 +28,7 @@ ADDRESSES = {
     "https://h/a.jpg?X-Amz-Signature=sEcReT&w=1": "https://h/a.jpg?X-Amz-Signature=***&w=1",
     "http://u:sEcReT@proxy:80/": "http://***@proxy:80/",
     "s3:/AKIAX:sEcReT/x+y@bucket/folder": "s3:/***@bucket/folder",
+    "s3:/sEcReT@bucket": "s3:/***@bucket",
     "s3:///AKIAX:sEcReT@bucket": "s3:///***@bucket",
     "https:/u:sEcReT@h/a": "https:/***@h/a",
     "https://h/a?AWSAccessKeyId=sEcReT&Signature=sEcReT": "https://h/a?AWSAccessKeyId=***&Signature=***",
