@@ -18,7 +18,10 @@ STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 OUTPUTS = {"out", "per_question"}  # options that name files to be written
 
 
-SECRETS = re.compile(r"([a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+", re.IGNORECASE)
+SECRETS = re.compile(
+    r"((?:s3[an]?|gs|hdfs|https?):/+|[a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 class InputError(ValueError):
@@ -49,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 def without_secrets(text: str) -> str:
     """``text`` with *** for users, passwords and parameters in the addresses in it."""
     return (
-        SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text) if "://" in text else text
+        SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text) if ":/" in text else text
     )
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.files import InputError, Parser, read_json_rows, read_text, run, some, write_scores
+from evaluation.files import InputError, Parser, read_json_rows, read_text, run, some, without_secrets, write_scores
 
 TRUTHS = ("true", "false")
 
@@ -74,7 +74,8 @@ def read_predictions(path: str) -> dict[str, str]:
         if fields == [""] or (number == 1 and fields == ["identifier", "prediction"]):
             continue
         if len(fields) != 2 or fields[1].lower() not in TRUTHS:
-            raise InputError(f"{path}: line {number}: {line[:80]!r} is not 'identifier,True' or 'identifier,False'")
+            shown = without_secrets(line)[:80]
+            raise InputError(f"{path}: line {number}: {shown!r} is not 'identifier,True' or 'identifier,False'")
         if fields[0] in predictions:
             raise InputError(f"{path}: line {number}: identifier {fields[0]!r} occurs twice")
         predictions[fields[0]] = fields[1]

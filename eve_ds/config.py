@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.config import DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
-from eve_ds.option_errors import check_options, wrong_value
+from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, wrong_value
 from eve_ds.recipes import (
     check_keys,
     check_values,
@@ -28,7 +28,7 @@ from eve_ds.recipes import (
     split_options,
 )
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.schema import DataError, without_secrets
+from preprocessing.schema import DataError
 
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
 
@@ -285,14 +285,14 @@ def parse(
     parser.set_defaults(defaults or {})
     try:
         # The last one wins: recipes come first, wherever they stood.
-        parsed = parser.parse_args([*map(_as_option, recipes), *options])
+        parsed = parser.parse_args([*map(_as_option, recipes), *for_parser(root, options)])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise UserError(wrong_value(root, recipes, options, error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
     check_values(config)
-    _check_secrets(dataclasses.asdict(config))
+    check_secrets(dataclasses.asdict(config))
     try:
         config.model.check()
         config.data.check()
@@ -304,19 +304,6 @@ def parse(
     config.logging.check()
     config.objective.check()
     return config
-
-
-def _check_secrets(value: Any, key: str = "") -> None:
-    """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    if isinstance(value, str) and (shown := without_secrets(value)) != value:
-        raise UserError(f"{key}={shown}: holds a user, a password or a key; leave them out, and give them in variables")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, inner in items:
-        _check_secrets(inner, f"{key}.{name}" if key else f"{name}")
 
 
 def save(config: _Common, path: Path) -> None:
@@ -335,17 +322,18 @@ def load_model_config(path: Path) -> ModelConfig:
 
 def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
     """The recipes and the other options of a command line, all keys known ones, as the parser needs them."""
-    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(argv)))
+    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(joined(argv))))
     for path in recipes:
-        check_keys(read_yaml(path, "--config"), root, path)
+        tree = read_yaml(path, "--config")
+        check_secrets(tree, source=path)  # before --print_config shows it
+        check_keys(tree, root, path)
     check_options(root, options)
     return recipes, options
 
 
 def _as_option(recipe: str) -> str:
     """For the parser: a recipe's file, or what it holds where that cannot be read again, as ``<(command)``."""
-    inline = None if Path(recipe).is_file() else yaml.safe_dump(read_yaml(recipe), default_flow_style=True, width=10**9)
-    return f"--config={inline or recipe}"
+    return f"--config={recipe if Path(recipe).is_file() else as_one_line(read_yaml(recipe))}"
 
 
 def _as_flag(name: str, argv: list[str]) -> list[str]:

@@ -24,6 +24,7 @@ from evaluation.files import Parser
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
+from eve_ds.option_errors import check_secrets
 from eve_ds.recipes import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -292,6 +293,7 @@ def main() -> None:
     began = time.monotonic()
     prepare_environment()
     world_size = ranks()
+    check_secrets(f"{options.out}", "--out")  # its commands are stored
     claim(options.out, options.seed)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     road = Road(stages(options.out, options.seed, world_size), world_size)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evaluation.files import Parser
+from evaluation.files import Parser, printable
 from eve_ds.diagnosis import hardware, software
 from eve_ds.diagnosis.faults import Facts, find_faults
 from eve_ds.diagnosis.text import screen
@@ -42,7 +42,8 @@ def main() -> None:
         try:
             write(options.json, json.dumps(found, indent=1) + "\n")
         except OSError as error:
-            parser.exit(2, f"error: --json {options.json}: {error.strerror}; choose another place\n")
+            told = printable(f"error: --json {options.json}: {error.strerror}; choose another place")
+            parser.exit(2, f"{told}\n")
     sys.exit(1 if found["faults"] else 0)
 
 

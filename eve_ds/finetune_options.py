@@ -10,7 +10,7 @@ from typing import Any
 from eve_ds import config as config_tree
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
-from eve_ds.option_errors import plain
+from eve_ds.option_errors import joined, plain
 from eve_ds.recipes import fits, hint_of, misfits, parse_value, read_yaml, split_options
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
 from preprocessing.schema import DataError
@@ -52,7 +52,7 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for name in PLACES:
         short.add_argument(f"--{name}")
     try:
-        given, rest = short.parse_known_args(argv)
+        given, rest = short.parse_known_args(joined(argv))
     except argparse.ArgumentError as error:
         raise UserError(plain(error)) from error
     for name, (key, _) in VALUE_OPTIONS.items():

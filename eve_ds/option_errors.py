@@ -6,8 +6,13 @@ jsonargparse tells it over several lines, in terms of Python's types and of its 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from eve_ds.errors import UserError
 from eve_ds.recipes import (
@@ -23,6 +28,7 @@ from eve_ds.recipes import (
     read_yaml,
     shown,
 )
+from preprocessing.schema import shortened, without_secrets
 
 # What the parser calls a type, and what we call it; the first that stands in its message counts.
 _TYPES = {
@@ -45,6 +51,17 @@ def values_of(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             yield name[2:], value if equals else None if following.startswith("--") else following
 
 
+def joined(argv: list[str]) -> list[str]:
+    """``--name -1e-3`` as ``--name=-1e-3``: but for -1 and -.5, the parser takes a dash for the start of an option."""
+    words: list[str] = []
+    for word in argv:
+        if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-[\d.]", word):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
 def check_options(root: type, options: list[str]) -> None:
     """Raise UserError for the first option of a config tree that is unknown or has no value, or one of wrong keys."""
     known = known_keys(root)
@@ -52,6 +69,7 @@ def check_options(root: type, options: list[str]) -> None:
         _check_depth(option)
     for name, typed in values_of(options):
         key = name.rstrip("+")
+        check_secrets(typed, f"--{name}")
         if key in ("help", "print_config"):
             continue
         if key not in known:
@@ -62,15 +80,63 @@ def check_options(root: type, options: list[str]) -> None:
             _check_mapping(root, name, typed)
 
 
+def check_secrets(value: Any, key: str = "", source: str = "") -> None:
+    """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
+
+    Raises:
+        UserError: naming the file, or what else is the ``source``, and the setting.
+    """
+    if isinstance(value, str) and (hidden := without_secrets(value)) != value:
+        where = f"{source}: {key}={hidden}" if source and key else f"{source or key}={hidden}"
+        raise UserError(f"{where}: holds a user, a password or a key; leave them out, and give them in variables")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, inner in items:
+        check_secrets(inner, f"{key}.{name}" if key else f"{name}", source)
+
+
 def _check_mapping(root: type, name: str, typed: str) -> None:
     """Raise UserError for an unknown key, or a wrong type, in ``--SECTION {...}`` or ``--data.sources [...]``."""
-    key, value = name.rstrip("+"), parse_value(typed)
+    key, (source, value) = name.rstrip("+"), _given(root, name, typed)
     if dataclasses.is_dataclass(hint_of(root, key)) and not isinstance(value, dict):
+        if source != f"--{name}":
+            raise UserError(f"{source}: expected a mapping with the keys of {name}, this is {shown(value)}")
         raise UserError(f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {shown(value)}")
+    check_secrets(value, key, source)  # of what stands in a file, too
     tree = [value] if name.endswith("+") and not isinstance(value, list) else value
     for part in reversed(key.split(".")):
         tree = {part: tree}
-    check_keys(tree, root, f"--{name}")
+    check_keys(tree, root, source)
+
+
+def _given(root: type, name: str, typed: str) -> tuple[str, Any]:
+    """(where it stands, value) of an option: a section may be given by the name of a file that holds it."""
+    if is_section_file(root, name, typed):
+        return f"--{name} {typed}", read_yaml(typed, f"--{name}")
+    return f"--{name}", parse_value(typed, f"--{name}")
+
+
+def is_section_file(root: type, name: str, typed: str) -> bool:
+    """Whether an option names a section, and its value a file."""
+    section = name in known_keys(root) and dataclasses.is_dataclass(hint_of(root, name))
+    return section and os.path.exists(typed) and not os.path.isdir(typed)
+
+
+def for_parser(root: type, options: list[str]) -> list[str]:
+    """The options as the parser takes them: what a section's file holds, where that can be read once, as
+    ``<(command)``.
+    """
+    words = []
+    for before, word in zip(["", *options], options, strict=False):
+        name, equals, typed = word.partition("=") if word.startswith("--") else (before, "", word)
+        if is_section_file(root, name[2:], typed) and not Path(typed).is_file():
+            typed = as_one_line(read_yaml(typed))
+        words.append(f"{name}{equals}{typed}" if word.startswith("--") else typed)
+    return words
+
+
+def as_one_line(tree: Any) -> str:
+    """YAML for a command line."""
+    return yaml.safe_dump(tree, default_flow_style=True, width=10**9)
 
 
 def _check_depth(option: str) -> None:
@@ -79,7 +145,7 @@ def _check_depth(option: str) -> None:
     for char in option:
         depth += (char in "[{") - (char in "]}")
         if depth > DEEPEST:
-            raise UserError(f"the command line: {option[:40]} … is nested deeper than {DEEPEST} levels")
+            raise UserError(f"the command line: {shortened(option, 40)} is nested deeper than {DEEPEST} levels")
 
 
 def wrong_value(root: type, recipes: list[str], options: list[str], error: Exception) -> str:
@@ -94,11 +160,10 @@ def wrong_value(root: type, recipes: list[str], options: list[str], error: Excep
     found = [(path, place, what) for path in recipes for place, what in misfits(read_yaml(path), root, "")]
     for name, typed in values_of(options):
         if typed is not None and name not in ("help", "print_config"):
-            value, key = parse_value(typed), name.rstrip("+")
+            (source, value), key = _given(root, name, typed), name.rstrip("+")
             added = name.endswith("+") and not isinstance(value, list)
             found += [
-                (f"--{name}", place, what)
-                for place, what in misfits([value] if added else value, hint_of(root, key), key)
+                (source, place, what) for place, what in misfits([value] if added else value, hint_of(root, key), key)
             ]
     named = re.findall(r'Parser key "([^"]+)"', str(error))[-1:]  # the innermost
     meant = [each for each in found if {each[0].strip("-+"), each[1]} & set(named)]
@@ -113,11 +178,11 @@ def plain(error: Exception) -> str:
     if found := re.fullmatch(r"argument (--\S+): expected (?:one|at least one) argument", text):
         return f"{found[1]}: no value follows"
     if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
-        return f"{found[1]:.200}: no option takes this"
-    if found := re.match(r'Parser key "([^"]+)"', text):
+        return f"{shortened(found[1], 200)}: no option takes this"
+    if found := re.match(r'Parser key "(?:[^"]*\.)?([^".]+)"', text):
         kinds = [told for kind, told in _TYPES.items() if kind in text]
         given = [match for pattern in _GIVEN if (match := re.search(pattern, text))]
         if kinds and given:
             null = " or null" if "NoneType" in text else ""
-            return f"--{found[1]}: expected {kinds[0]}{null}, got {given[0][1]!r:.60}"
-    return text if len(text) < 400 else text[:400] + " …"
+            return f"--{found[1]}: expected {kinds[0]}{null}, got {shown(given[0][1])}"
+    return shortened(text, 400)

@@ -20,13 +20,18 @@ from typing import Any, TypeVar
 import yaml
 
 from eve_ds.errors import UserError
-from preprocessing.schema import check_regular
+from preprocessing.schema import check_regular, shortened
 
 Section = TypeVar("Section")
 HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages
 RECIPES = ("eve_ds/configs", ".yaml")  # folder of those that come with EVE-DS, and suffix
+_UNFIT = (KeyError, IndexError, AttributeError)  # PyYAML, of "!!bool x", "!!int ''" and "!!timestamp x"
 DEEPEST, MOST_NODES = 20, 10_000  # a recipe has four levels and a hundred nodes
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+
+
+class _TwiceError(yaml.MarkedYAMLError):
+    """A key stands twice in a mapping."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,7 +45,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in first:
                 problem = f"{key.value!r} stands in line {first[key.value]} already; put all of it in one place"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                raise _TwiceError(problem=problem, problem_mark=key.start_mark)
             first[key.value] = key.start_mark.line + 1
         return node
 
@@ -61,7 +66,7 @@ def meant(path: str | Path, folder: str, suffix: str) -> str:
     """The end of a message about a file that is not there: one of nearly that name, or all that come with EVE-DS."""
     shipped_ones = {file.stem: file.stem for file in sorted((HOME / folder).glob(f"*{suffix}"))}
     beside = {file.stem: str(file) for file in sorted(Path(path).parent.glob(f"*{suffix}"))}
-    known = {**beside, **shipped_ones}
+    known = {**shipped_ones, **beside}
     near = difflib.get_close_matches(Path(path).name.removesuffix(suffix), list(known), n=1, cutoff=0.5)
     return f"; did you mean {known[near[0]]}?" if near else f"; EVE-DS comes with {', '.join(shipped_ones)}"
 
@@ -107,7 +112,7 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         node = loader.get_single_node()
         for number, _ in enumerate(_plain_nodes(node)):
             if number > MOST_NODES:
-                raise UserError(f"{source}: its aliases (*name) stand for more than {MOST_NODES} values; write fewer")
+                raise _NodeError(f"its aliases (*name) stand for more than {MOST_NODES} values; write fewer")
         return loader.construct_document(node) if node is not None else None
     except RecursionError as error:
         raise UserError(f"{source}: is nested deeper than {DEEPEST} levels") from error
@@ -120,6 +125,8 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         raise UserError(f"{source}: is not UTF-8 text") from error
     except ValueError as error:  # Python reads no number of thousands of digits, and no day beyond its month
         raise UserError(f"{source}: {error}") from error
+    except _UNFIT as error:
+        raise UserError(f"{source}: not valid YAML: a value does not fit the tag (!!...) before it") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -141,11 +148,19 @@ def _content(path: str | Path) -> str:
     return text
 
 
-def parse_value(typed: str) -> Any:
-    """What an option's value stands for; the text itself where that is no YAML."""
+def parse_value(typed: str, where: str = "") -> Any:
+    """What an option's value stands for; the text itself where that is no YAML.
+
+    Raises:
+        UserError: a key stands twice, and it is said ``where``.
+    """
     try:
         found = yaml.load(typed, _Loader)  # plain data, as SafeLoader has it
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except _TwiceError as error:
+        if where:
+            raise UserError(f"{where}: {error.problem}") from error
+        return typed
+    except (yaml.YAMLError, ValueError, RecursionError, *_UNFIT):
         return typed
     return "" if not typed else found
 
@@ -228,10 +243,10 @@ def check_keys(raw: Any, root: type, source: str) -> None:
                 raise UserError(f"{source}: {path!r} is a key with a dot; write {section}: {{{name}: {value}}}")
             if path in sections:
                 if not isinstance(value, dict):
-                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {value!r:.60}")
+                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {shown(value)}")
                 visit(value, path + ".")
             elif holds_mappings(hint := hint_of(root, path)):  # the parser would import what a `class_path` names
-                for place, what in misfits(value, hint, path):
+                for place, what in misfits(unquoted(value, hint, f"{source}: {path}"), hint, path):
                     raise UserError(f"{at(source, place)}: {what}")
 
     visit(raw, "")
@@ -260,7 +275,7 @@ def section_of(kind: type[Section], values: Any, source: str) -> Section:
         UserError: a value of the wrong type, an unknown key; the message names ``source`` and the key.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping, this is {values!r:.60}")
+        raise UserError(f"{source}: expected a mapping, this is {shown(values)}")
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
@@ -297,6 +312,23 @@ def misfits(value: Any, hint: Any, key: str) -> Iterator[tuple[str, str]]:
     elif _is(value, hint):
         return
     yield key, f"expected {told(hint)}, got {shown(value)}"
+
+
+def unquoted(value: Any, hint: Any, where: str) -> Any:
+    """A plain value as the parser takes it: what stands in quotes where its type has no text is what is in them.
+
+    Raises:
+        UserError: a key stands twice in such a text; the message says ``where``.
+    """
+    if isinstance(value, str) and not fits(value, hint):
+        value = parse_value(value, where)
+    for kind in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
+        if isinstance(value, list) and typing.get_origin(kind) is list:
+            return [unquoted(item, typing.get_args(kind)[0], where) for item in value]
+        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            return {key: unquoted(item, hints[key], where) if key in hints else item for key, item in value.items()}
+    return value
 
 
 def _misfits_within(values: dict[Any, Any], kind: type, key: str) -> Iterator[tuple[str, str]]:
@@ -348,11 +380,11 @@ def _fields(kind: type) -> str:
 
 
 def shown(value: Any) -> str:
-    """A plain value as a recipe has it, cut where it is long."""
+    """A plain value as a recipe has it, without secrets, cut where it is long."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
-    return f"{value!r:.60}" if isinstance(value, str | int | float | list | dict) else f"{value}"[:60]
+    return shortened(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
 
 
 def at(source: str, key: str) -> str:
@@ -362,8 +394,10 @@ def at(source: str, key: str) -> str:
 
 def nearest(key: str, known: list[str], dashes: str = "") -> str:
     """The end of a message about an unknown key: the known one that is most like it, if any is."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    tails = {item.rsplit(".", 1)[-1]: item for item in known}
+    tail = key.rsplit(".", 1)[-1]
+    like = difflib.get_close_matches(tail, list(tails), n=len(tails), cutoff=0.5)  # a long section alone is no likeness
+    near = [item for item in difflib.get_close_matches(key, known, n=5, cutoff=0.5) if item.rsplit(".", 1)[-1] in like]
     if not near:
-        tails = {item.rsplit(".", 1)[-1]: item for item in known}
-        near = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.6)]
+        near = [tails[t] for t in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.6)]
     return f"; did you mean {dashes}{near[0]}?" if near else ""

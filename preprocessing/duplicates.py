@@ -20,7 +20,7 @@ from preprocessing.pixels import open_image, upright_rgb
 from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
 from preprocessing.reading import hashes_of, read_images
-from preprocessing.schema import DataError, dump_json, without_secrets, write_atomic
+from preprocessing.schema import DataError, dump_json, id_without_secrets, write_atomic
 
 _THUMBNAIL = 200  # pixels, the longer side
 
@@ -74,7 +74,7 @@ class Pair:
 
     def shown(self) -> dict[str, Any]:
         """As JSON has it: an id may be an address, with a password in it."""
-        return {name: without_secrets(one) if isinstance(one, str) else one for name, one in asdict(self).items()}
+        return {name: id_without_secrets(one) if isinstance(one, str) else one for name, one in asdict(self).items()}
 
 
 def find_pairs(directory: Place, others: list[Place], distance: int, workers: int = 1) -> Iterator[Pair]:
@@ -115,7 +115,7 @@ def _page(directory: Place, pairs: list[Pair]) -> str:
 
 
 def _text(name: str) -> str:
-    return html.escape(without_secrets(name))
+    return html.escape(id_without_secrets(name))
 
 
 def _thumbnail(data: bytes) -> str:

@@ -28,7 +28,7 @@ from preprocessing.image_names import (
 )
 from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
-from preprocessing.schema import DataError, printable
+from preprocessing.schema import DataError, printable, shortened
 from preprocessing.source import Faults, Row, Source
 from preprocessing.text import MOST_CHARACTERS, TextCleaning, add_text_argument, text_cleaning
 
@@ -116,7 +116,11 @@ def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, str]]:
         elif lines or line.strip():
             lines.append((number, line))
     table = _table(lines[0][1]) if lines else None
-    what = "'image.jpg#0<tab>caption'" if table is None else f"of the form of its header, {lines[0][1].strip()[:60]!r}"
+    what = (
+        "'image.jpg#0<tab>caption'"
+        if table is None
+        else f"of the form of its header, {shortened(repr(lines[0][1].strip()))}"
+    )
     index = 0 if table is None else 1
     while index < len(lines):
         number, line = lines[index]

@@ -20,11 +20,11 @@ from preprocessing.schema import (
     ID_COLUMNS,
     IDS,
     id_key,
+    id_without_secrets,
     ids_of_batch,
     image_mark,
     listed_ids,
     read_manifest,
-    without_secrets,
 )
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
@@ -37,7 +37,7 @@ def ids_without_secrets(kind: str, columns: Mapping[str, Any]) -> dict[str, Any]
     """The ids of a row as shards, and so all that is made of them, have them: one may be an address with a password."""
 
     def shown(one: Any) -> Any:
-        return without_secrets(one) if isinstance(one, str) else one
+        return id_without_secrets(one) if isinstance(one, str) else one
 
     ids = {column: columns[column] for column in ID_COLUMNS[kind]}
     return {column: list(map(shown, one)) if isinstance(one, list) else shown(one) for column, one in ids.items()}

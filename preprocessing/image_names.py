@@ -10,7 +10,7 @@ from preprocessing.files import BadRecord, open_input, read_json, read_json_line
 from preprocessing.image_refs import ImageRef, image_in, join
 from preprocessing.json_text import parse_json
 from preprocessing.places import Place, names_in, place
-from preprocessing.schema import DataError, printable
+from preprocessing.schema import DataError, id_without_secrets, printable
 from preprocessing.source import Source
 
 _ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
@@ -64,6 +64,11 @@ class ImageFolder:
         return image_in(self._folder, found)
 
 
+def _forms(name: str) -> list[str]:
+    """What may stand for an image of that name: shards, and lists that are made of them, have names without secrets."""
+    return [form for one in dict.fromkeys([name, id_without_secrets(name)]) for form in (one, image_key(one))]
+
+
 class ImageList:
     """Names of images, as list files have them; notes which of them were met."""
 
@@ -84,7 +89,7 @@ class ImageList:
         """Whether the list has an image of which `names` are the file's name, its id, or its key."""
         if not self:
             return False
-        forms = {form for name in names for form in (name, image_key(name))}
+        forms = {form for name in names for form in _forms(name)}
         return sum(part.meets(forms) for part in self._lists) > 0  # every one of them notes what it met
 
     def found(self) -> Iterator[tuple[str, int, int]]:
@@ -107,7 +112,7 @@ class _NameList:
         self._image: dict[str, int] = {}
         for name in names:
             self.first = self.first or name
-            forms = [name, image_key(name)]
+            forms = _forms(name)
             if _NUMBER.fullmatch(name):  # an id, which COCO's files have in their names
                 forms.append(coco_key(int(name)))
             number = next((self._image[form] for form in forms if form in self._image), self.names)

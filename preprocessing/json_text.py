@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from preprocessing.schema import shortened
+
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPED_BYTES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # json takes the latter, which is no UTF-8
 _HALF = re.compile("[\ud800-\udfff]")
@@ -23,9 +25,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def shown(value: Any) -> str:
-    """The first forty characters of `value` as JSON, for messages."""
+    """The first forty characters of `value` as JSON, for messages, without secrets."""
     try:
-        return json.dumps(value)[:40]
+        return shortened(json.dumps(value), 40)
     except RecursionError:  # what could just be read may be too deep to be written
         return "nested too deep"
 

@@ -20,6 +20,7 @@ from preprocessing.schema import (
     SPLITS,
     DataError,
     check_regular,
+    id_without_secrets,
     read_manifest,
 )
 
@@ -156,7 +157,7 @@ def _shard_images(shard: Place, kind: str) -> Iterator[tuple[str, bytes]]:
                 data = batch.column(column)[row].as_py()
                 if name is None or data is None:
                     raise _bad_row(shard, first + row, f"{column} or its id is null")
-                yield name + side, data
+                yield id_without_secrets(name) + side, data
 
 
 def hashes_of(path: Place, perceptual: bool = True, workers: int = 1) -> HashList:

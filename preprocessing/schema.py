@@ -32,15 +32,23 @@ MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one
 PILLOW_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: beyond it Pillow itself refuses to open a file
 
 
-# In addresses: user:password@, though not host:port/...@, any user of an object store, and what a name says is a key.
+# In addresses: user:password@, though not host:port/...@, any user of an object store, and parameters that are keys.
+# What is hidden already stays as it is; and a Path that is made of an address leaves one slash of two.
+_IS_HIDDEN = r"\*{3}(?:[0-9a-f]{16})?"
 _USERS = re.compile(
-    r"((?:s3[an]?|gs)://)(?:[^\s/@:]{0,200}:[^\s@]{0,400}|[^\s/@]{1,400})@"
-    r"|([a-z][a-z0-9+.-]{0,20}://)[^\s/@:]{0,200}:(?!\d+(?:/|$))[^\s@]{0,400}@"
-    r"|(https?://)[^\s/@]{1,400}@",
+    rf"((?:s3[an]?|gs):/+)(?!{_IS_HIDDEN}@)([^\s/@:]{{0,200}}:[^\s@]{{0,400}}|[^\s/@]{{1,400}})@"
+    rf"|([a-z][a-z0-9+.-]{{0,20}}:/+)(?!{_IS_HIDDEN}@)([^\s/@:]{{0,200}}:(?!\d+(?:/|$))[^\s@]{{0,400}})@"
+    rf"|(https?:/+)(?!{_IS_HIDDEN}@)([^\s/@]{{1,400}})@",
     re.IGNORECASE,
 )
-_PARAMETERS = re.compile(r"([?&]([^=&?\s]{1,64})=)(?!\*{3}(?:[:&\s'\"]|$))[^&\s'\"]+")  # but what is hidden already
-_KEYS = re.compile(r"key|secret|token|sig|passw|credential", re.IGNORECASE)
+_PARAMETERS = re.compile(rf"([?&]([^=&?\s]{{1,64}})=)(?!{_IS_HIDDEN}(?![\w%+/=-]))([^&\s'\"]+)")
+_KEYS = frozenset(
+    "x_amz_signature x_amz_credential x_amz_security_token x_goog_signature x_goog_credential x_api_key signature sig "
+    "awsaccesskeyid aws_access_key_id aws_secret_access_key aws_session_token access_key access_key_id secret "
+    "secret_key secret_access_key client_secret private_key account_key key_pair_id session_token security_token "
+    "sas_token token access_token auth_token id_token refresh_token api_key apikey key password passwd pwd credential "
+    "credentials authorization".split()
+)
 
 
 class DataError(ValueError):
@@ -221,12 +229,32 @@ def _check_file_name(path: Path, name: Any) -> None:
         raise DataError(f"{path}: file {name!r} is not in the folder of the manifest; prepare the split again")
 
 
-def without_secrets(text: str) -> str:
+def without_secrets(text: str, mark: Callable[[str], str] = lambda secret: "***") -> str:
     """`text` with *** for users, passwords and keys in the addresses in it: for whatever is printed or written."""
-    if "://" not in text:
+    if ":/" not in text:
         return text
-    text = _USERS.sub(lambda found: f"{found[1] or found[2] or found[3]}***@", text)
-    return _PARAMETERS.sub(lambda found: f"{found[1]}***" if _KEYS.search(found[2]) else found[0], text)
+
+    def user(found: re.Match[str]) -> str:
+        before, secret = (part for part in found.groups() if part is not None)
+        return f"{before}{mark(secret)}@"
+
+    def parameter(found: re.Match[str]) -> str:
+        return f"{found[1]}{mark(found[3])}" if found[2].lower().replace("-", "_") in _KEYS else found[0]
+
+    return _PARAMETERS.sub(parameter, _USERS.sub(user, text))
+
+
+def id_without_secrets(one: str) -> str:
+    """An image's id, or what names it, without secrets; a hash of each keeps ids apart that differ by it alone."""
+    return without_secrets(
+        one, lambda secret: f"***{hashlib.sha256(secret.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    )
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """`text` for a message: secrets hidden first, as what a cut leaves of them looks like none; then cut to `most`."""
+    shown = without_secrets(text)
+    return shown if len(shown) <= most else f"{shown[:most]} …"
 
 
 def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:

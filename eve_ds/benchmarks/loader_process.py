@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from evaluation.files import without_secrets  # a leaf: rivals' environments lack much
+
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "pillow", "numpy", "pyarrow", "webdataset", "mosaicml-streaming", "datasets")
 # No rival looks for anything on a network, and none takes this for a rank of a distributed run.
@@ -169,7 +171,7 @@ def _serve(job: str, settings: Settings) -> None:
     except Exception as error:  # noqa: BLE001 - a rival may raise anything, and the parent tells what
         traceback.print_exc()
         text = " ".join(str(error).split())
-        answer({"error": f"{type(error).__name__}: {text}"[:300]})
+        answer({"error": without_secrets(f"{type(error).__name__}: {text}")[:300]})
         sys.exit(1)
 
 

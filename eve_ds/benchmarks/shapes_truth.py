@@ -10,7 +10,7 @@ from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import CONFIG, ModelFolder
-from preprocessing.schema import DataError
+from preprocessing.schema import DataError, shortened
 from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.scenes import Scene, read_scenes
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
@@ -63,8 +63,8 @@ def scenes_of_rows(split: AnySplit, count: int, folder: str, name: str) -> tuple
         caption = str(row.item("caption", 0))
         if caption not in wordings(scene, order):
             raise DataError(
-                f"{row.where}: its caption {caption[:60]!r} is none that image {_image_id(row)} of {path} may have; "
-                "name the scene files of the same world with --scenes"
+                f"{row.where}: its caption {shortened(repr(caption))} is none that image {_image_id(row)} of {path} "
+                "may have; name the scene files of the same world with --scenes"
             )
         found.append(scene)
     return order, found

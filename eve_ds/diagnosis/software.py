@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from evaluation.files import without_secrets
+
 IMPORT_TIMEOUT_S = 180
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
@@ -110,4 +112,4 @@ def last_line(text: str) -> str:
     """The line that says what went wrong in a traceback: its last one that has no indent, in at most 200 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line[0].isspace()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Warning)\b", line)]
-    return (errors or lines or [""])[-1][:200]
+    return without_secrets((errors or lines or [""])[-1])[:200]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from evaluation.files import without_secrets
+
 SECONDS = 0.4  # for each measurement
 COPY_BYTES = 256 * 2**20  # beyond any cache's reach
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
@@ -69,7 +71,7 @@ def operations(device: torch.device) -> Iterator[dict[str, Any]]:
         try:
             choice = ask()
         except Exception as error:  # noqa: BLE001  # a broken library is what the doctor is asked to find: it tells it
-            yield {"operations." + name: {"error": f"{type(error).__name__}: {error}"[:200]}}
+            yield {"operations." + name: {"error": without_secrets(f"{type(error).__name__}: {error}")[:200]}}
             continue
         alternatives = [dataclasses.asdict(alternative) for alternative in choice.alternatives]
         yield {

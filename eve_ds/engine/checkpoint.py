@@ -42,7 +42,7 @@ from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of, t
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
-from preprocessing.schema import DataError, printable, sync_path
+from preprocessing.schema import DataError, printable, shortened, sync_path
 
 UNIVERSAL = ".universal"
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
@@ -139,8 +139,8 @@ def _told_if_full(target: Path) -> Iterator[None]:
         shutil.rmtree(target, ignore_errors=True)
         raise RankError(
             f"rank {dist.get_rank()}: {target} cannot be written, most often because the disk is full ("
-            f"{' '.join(str(error).split())[:200]}); make room, and the same command goes on from the last whole "
-            "checkpoint"
+            f"{shortened(' '.join(str(error).split()), 200)}); make room, and the same command goes on from the last "
+            "whole checkpoint"
         ) from error
 
 

@@ -11,7 +11,7 @@ from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
 from eve_ds.recipes import DEEPEST, meant, nearest, shipped
-from preprocessing.schema import check_regular, load_json
+from preprocessing.schema import check_regular, load_json, shortened
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
 SECTIONS = (
@@ -190,7 +190,7 @@ def _try(config: dict[str, Any], path: str) -> None:
     except ValidationError as error:
         raise UserError(f"--deepspeed_config {path}: {_invalid(config, error.errors(include_url=False)[0])}") from error
     except (DeepSpeedConfigError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shortened(" ".join(str(error).split()), 300)
         raise UserError(f"--deepspeed_config {path}: DeepSpeed does not take it: {reason}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from eve_ds.errors import UserError
 from eve_ds.recipes import nearest
+from preprocessing.schema import shortened
 
 Accepts = Callable[[Any], bool]
 Rule = tuple[Accepts, str]
@@ -29,8 +30,9 @@ def only(*values: Any) -> Accepts:
 
 
 def steps(value: Any) -> bool:
-    """None, or an integer of at least 1."""
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    """None, or a whole number of at least 1; 1e9 is one, by which DeepSpeed is often kept silent."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return value is None or (whole and not isinstance(value, bool) and value > 0)
 
 
 def off(value: Any) -> bool:
@@ -205,5 +207,4 @@ def _entries(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:60] + " …"
+    return shortened(json.dumps(value))

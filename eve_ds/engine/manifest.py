@@ -31,6 +31,7 @@ from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.weights.model_folder import COMPLETE
+from preprocessing.schema import shortened
 
 ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"
@@ -228,7 +229,7 @@ def load_file(path: Path) -> dict[str, Any]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(" ".join(str(error).split()), 200)
         raise UserError(
             f"{path}: not readable as a checkpoint file ({reason}); it needs the torch and DeepSpeed that wrote it"
         ) from error

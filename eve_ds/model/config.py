@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from preprocessing.schema import check_regular, load_json
+from preprocessing.schema import check_regular, load_json, shortened
 
 Activation = Literal["gelu", "quick_gelu"]
 _MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...
@@ -150,12 +150,16 @@ class ModelConfig:
             raise ModelConfigError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
         for name in (*_POSITIVE, "top_k"):
             if not _is_whole(getattr(config, name)):
-                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r:.60}, not a whole number")
+                raise ModelConfigError(
+                    f"{path}: {name} is {shortened(repr(getattr(config, name)))}, not a whole number"
+                )
         for name in ("drop_path", "aux_loss_weight"):
             if not isinstance(getattr(config, name), int | float):
                 raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a number")
         if not isinstance(config.soft_layers, list) or not all(map(_is_whole, config.soft_layers)):
-            raise ModelConfigError(f"{path}: moeffn_layers={config.soft_layers!r:.60} is no list of whole numbers")
+            raise ModelConfigError(
+                f"{path}: moeffn_layers={shortened(repr(config.soft_layers))} is no list of whole numbers"
+            )
         if config.activation not in ("gelu", "quick_gelu"):
             raise ModelConfigError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
         if raw.get("relative_position_embed"):

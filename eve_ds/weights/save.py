@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.schema import DataError, make_folder, sync_path, sync_tree
+from preprocessing.schema import DataError, make_folder, shortened, sync_path, sync_tree
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:
@@ -84,6 +84,6 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
         else:
             torch.save({"model": own}, path)
     except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(" ".join(str(error).split()), 200)
         raise DataError(f"{path.name}: cannot be written ({reason}); make room or choose another place") from error
     path.chmod(permissions)  # safetensors makes files that nobody else may read

@@ -12,7 +12,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine import setup
 from eve_ds.errors import UserError, exit_code
 from preprocessing.__main__ import main
-from preprocessing.schema import without_secrets
+from preprocessing.schema import id_without_secrets, without_secrets
 from tests.support.foreign_shards import table_of, write_arrow
 from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import picture, rows_of, write_json
@@ -27,6 +27,13 @@ ADDRESSES = {
     "s3://bucket/a?secret_key=sEcReT&region=eu": "s3://bucket/a?secret_key=***&region=eu",
     "https://h/a.jpg?X-Amz-Signature=sEcReT&w=1": "https://h/a.jpg?X-Amz-Signature=***&w=1",
     "http://u:sEcReT@proxy:80/": "http://***@proxy:80/",
+    "s3:/AKIAX:sEcReT/x+y@bucket/folder": "s3:/***@bucket/folder",
+    "s3:/sEcReT@bucket": "s3:/***@bucket",
+    "s3:///AKIAX:sEcReT@bucket": "s3:///***@bucket",
+    "https:/u:sEcReT@h/a": "https:/***@h/a",
+    "https://h/a?AWSAccessKeyId=sEcReT&Signature=sEcReT": "https://h/a?AWSAccessKeyId=***&Signature=***",
+    "https://h/a?id=1&API-KEY=sEcReT&Key-Pair-Id=sEcReT": "https://h/a?id=1&API-KEY=***&Key-Pair-Id=***",
+    "https://h/a?x-amz-credential=sEcReT%2Fa&token=sEcReT": "https://h/a?x-amz-credential=***&token=***",
 }
 SOUND = [
     "s3://bucket/a@b/c:d@e",
@@ -36,6 +43,8 @@ SOUND = [
     "a:b@c",
     "s3://bucket/a?region=eu&scheme=http",
     "/data/k=v?x=y",
+    "/data/s3:a@b/c:d@e",
+    "https://img.host.org/view?designId=7&signal=1&keyword=a&monkey=2&tokens=3&passwords=no",
 ]
 
 
@@ -43,6 +52,9 @@ SOUND = [
 def test_what_is_hidden(address: str) -> None:
     assert without_secrets(f"x '{address}' y") == f"x '{ADDRESSES[address]}' y"
     assert without_secrets(f"{ADDRESSES[address]}: y") == f"{ADDRESSES[address]}: y"  # a message hidden before
+    one = id_without_secrets(address)
+    assert "sEcReT" not in one and one != id_without_secrets(address.replace("sEcReT", "sEcReT2"))
+    assert id_without_secrets(one) == one and without_secrets(f"'{one}', {one}: {one}.") == f"'{one}', {one}: {one}."
     hidden = files.without_secrets(f"x {address}")
     assert "sEcReT" not in hidden and hidden.startswith("x ")
 
@@ -59,6 +71,7 @@ def test_long_texts_take_no_longer_for_it() -> None:
     assert time.process_time() - start < 20  # a fraction of a second; a pattern that backtracks takes minutes
 
 
+HIDDEN = "s3://***b431f7f3e2eacd5e@b/2"  # k:sEcReT
 OPTIONS = {
     "out": "json --task retrieval --annotations A --images I --split train --out URI",
     "images": "json --task retrieval --annotations A --images URI --split train --out O",
@@ -129,15 +142,44 @@ def test_ids_that_are_addresses_stand_nowhere_with_them(tmp_path: Path, capsys: 
         out = tmp_path / "out" / name
         assert main([*words, f"{tmp_path / annotations}", *end, f"{out}"]) == 0
         (row,) = rows_of(out / "train")
-        assert (row["image_id"] if name != "nlvr" else row["identifier"][0]).startswith("s3://***@b/2")
+        one = row["image_id"] if name != "nlvr" else row["identifier"][0]
+        assert one.startswith(HIDDEN) and id_without_secrets(address).startswith(HIDDEN)
         for check in (["inspect", f"{out}", "--html", f"{out}/page.html"], ["verify", f"{out}"]):
             assert main(check) == 0
         of = ["--of", f"{out}/train", "--out", f"{out}/list.json", "--html", f"{out}/pairs.html"]
         assert main(["duplicates", "find", f"{out}/train", *of]) == 0
-        assert "s3://***@b/2" in (out / "pairs.html").read_text()
+        assert HIDDEN in (out / "pairs.html").read_text()
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"sEcReT" in path.read_bytes()]
     shown = capsys.readouterr()
-    assert "s3://***@b/2" in shown.out and "sEcReT" not in shown.out + shown.err
+    assert HIDDEN in shown.out and "sEcReT" not in shown.out + shown.err
+
+
+def test_images_whose_names_differ_by_them_stay_apart_and_are_found_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["https://h/view?designId=1", "https://h/view?designId=2", "https://h/view?w=9&key=1", "s3://a:b@c/3"]
+    names += ["https://h/view?w=9&key=2", "s3://a:c@c/4", "plain.jpg"]
+    for number, name in enumerate([*names, "rest.jpg"]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number))
+    records = [{"image": name, "caption": "a"} for name in [*names, "rest.jpg"]]
+    some, every = write_json(tmp_path / "some.json", records[:7]), write_json(tmp_path / "all.json", records)
+    words = ["json", "--task", "retrieval", "--images", f"{tmp_path}/images", "--split", "train"]
+    assert main([*words, "--annotations", f"{some}", "--out", f"{tmp_path}/one"]) == 0
+    ids = [row["image_id"] for row in rows_of(tmp_path / "one/train")]
+    assert len(set(ids)) == 7 and ids[:2] == names[:2] and ids[-1] == "plain.jpg"
+    train, pairs = f"{tmp_path}/one/train", f"{tmp_path}/pairs.json"
+    assert main(["duplicates", "find", train, "--of", train, "--out", pairs]) == 0
+    (tmp_path / "raw.txt").write_text("\n".join(names))
+    (tmp_path / "bases.txt").write_text("\n".join(name.rpartition("/")[2] for name in names))
+    for excluded in (pairs, f"{tmp_path}/raw.txt", f"{tmp_path}/bases.txt"):
+        capsys.readouterr()
+        end = ["--annotations", f"{every}", "--out", f"{tmp_path}/two", "--exclude", excluded, "--overwrite"]
+        assert main([*words, *end]) == 0 and [row["image_id"] for row in rows_of(tmp_path / "two/train")] == [
+            "rest.jpg"
+        ]
+        assert f"--exclude {excluded}: 7 of 7 images found" in capsys.readouterr().out
 
 
 def test_ids_in_shards_of_others_are_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -177,3 +219,14 @@ def test_evaluation_prints_none(tmp_path: Path, capsys: pytest.CaptureFixture[st
         nlvr.main([*words, address])
     shown = capsys.readouterr()
     assert "sEcReT" not in shown.err + shown.out and "s3://***@bucket/predictions.csv" in shown.err
+
+
+def test_lines_that_messages_cut_are_hidden_first(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    address = f"s3://AKIA:{'sEcReT' * 20}@bucket/a"
+    (tmp_path / "a.csv").write_text(f"image,caption,{address}\nno caption\n")
+    words = ["flickr30k", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out", "--annotations"]
+    message = refuse(*words, tmp_path / "a.csv")
+    assert "line 2: is not of the form of its header, 'image,caption,s3://***@bucket/a'" in message
+    with pytest.raises(files.InputError, match=r"line 1: 's3://\*\*\*@bucket/a' is not"):
+        (tmp_path / "p.csv").write_text(f"{address}\n")
+        nlvr.read_predictions(f"{tmp_path}/p.csv")

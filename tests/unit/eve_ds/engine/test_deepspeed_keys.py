@@ -86,6 +86,11 @@ def test_values_that_stand_at_deepspeeds_defaults_are_taken(tmp_path: Path) -> N
     assert settings(tmp_path, {"zero_optimization": entries})["zero_optimization"] == entries
 
 
+@pytest.mark.parametrize("steps", [1, 1000.0, 1e9, None])
+def test_how_often_deepspeed_prints_is_any_whole_number_of_steps(steps: float | None, tmp_path: Path) -> None:
+    assert settings(tmp_path, {"steps_per_print": steps})["steps_per_print"] == steps
+
+
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
@@ -107,6 +112,8 @@ def test_values_that_stand_at_deepspeeds_defaults_are_taken(tmp_path: Path) -> N
         ({"log_level": "loud"}, ['log_level="loud"']),
         ({"steps_per_print": "x"}, ['steps_per_print="x": must be a number of steps']),
         ({"steps_per_print": 0}, ["steps_per_print=0"]),
+        ({"steps_per_print": 0.5}, ["steps_per_print=0.5: must be a number of steps, 1 or more"]),
+        ({"steps_per_print": -1000.0}, ["steps_per_print=-1000.0"]),
         ({"timers": 3}, ["timers=3 must be a JSON object"]),
         ({"timers": {"throughput": {"enabled": "x"}}}, ['timers.throughput.enabled="x": must be a valid boolean']),
         ({"bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow=false"]),
@@ -119,6 +126,8 @@ def test_values_that_stand_at_deepspeeds_defaults_are_taken(tmp_path: Path) -> N
         ({"gradient_cliping": 1.0}, ["'gradient_cliping'", "did you mean gradient_clipping?"]),
         ({"_comment": "mine"}, ["'_comment'"]),
         ({"checkpoint": {"tag_validaton": "Warn"}}, ["did you mean checkpoint.tag_validation?"]),
+        ({"zero_optimization": {"stage": 2, "typo": 1}}, ["unknown key 'zero_optimization.typo'; leave it out"]),
+        ({"zero_optimization": {"stage": 2, "stge": 2}}, ["did you mean zero_optimization.stage?"]),
     ],
     ids=lambda value: json.dumps(value)[:60],
 )
