@@ -153,11 +153,9 @@ def parse_value(typed: str, where: str = "") -> Any:
     """
     try:
         found = yaml.load(typed, _Loader)  # plain data, as SafeLoader has it
-    except _TwiceError as error:
-        if where:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if where and isinstance(error, _TwiceError):
             raise UserError(f"{where}: {error.problem}") from error
-        return typed
-    except (yaml.YAMLError, ValueError, RecursionError):
         return typed
     return "" if not typed else found
 
