@@ -116,14 +116,12 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         return loader.construct_document(node) if node is not None else None
     except RecursionError as error:
         raise UserError(f"{source}: is nested deeper than {DEEPEST} levels") from error
-    except _NodeError as error:
-        raise UserError(f"{source}: {error}") from error
     except OSError as error:
         others = meant(path, *RECIPES) if option and isinstance(error, FileNotFoundError) else ""
         raise UserError(f"{source}: {error.strerror or error}{others}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 text") from error
-    except ValueError as error:  # Python reads no number of thousands of digits, and no day beyond its month
+    except ValueError as error:  # ours; Python's, of a number of thousands of digits or a day beyond its month
         raise UserError(f"{source}: {error}") from error
     except _UNFIT as error:
         raise UserError(f"{source}: not valid YAML: a value does not fit the tag (!!...) before it") from error
@@ -156,11 +154,9 @@ def parse_value(typed: str, where: str = "") -> Any:
     """
     try:
         found = yaml.load(typed, _Loader)  # plain data, as SafeLoader has it
-    except _TwiceError as error:
-        if where:
+    except (yaml.YAMLError, ValueError, RecursionError, *_UNFIT) as error:
+        if where and isinstance(error, _TwiceError):
             raise UserError(f"{where}: {error.problem}") from error
-        return typed
-    except (yaml.YAMLError, ValueError, RecursionError, *_UNFIT):
         return typed
     return "" if not typed else found
 

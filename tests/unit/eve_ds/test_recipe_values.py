@@ -140,6 +140,7 @@ def test_control_characters_are_errors_that_name_the_key(tmp_path: Path) -> None
         ("optimizer:\n  betas:\n    - 0.9\n    -\n", ["optimizer.betas[1] in line 4 has no value"]),
         ("data: {sources: [{path: }]}", ["data.sources[0].path", "no value"]),
         ("optimizer:\n", ["optimizer in line 1 has no value"]),
+        ("model: null", ["'model' is a section, give a mapping in place of null"]),
         ("model: &a {dim: *a}", ["'model' is nested deeper than 20 levels (or holds itself)"]),
         ("model: " + "{a: " * DEEP + "1" + "}" * DEEP, [f"nested deeper than {DEEPEST} levels"]),
         ("model: {soft_layers: " + "[" * DEEP + "]" * DEEP + "}", [f"nested deeper than {DEEPEST} levels"]),
