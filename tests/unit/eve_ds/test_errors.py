@@ -138,3 +138,14 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 def test_control_characters_of_a_message_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(UserError("a\x1b]0;title\x07 b\x00c\nd")) == 2
     assert capsys.readouterr().err == "error: a\\x1b]0;title\\x07 b\\x00c d\n"
+
+
+def test_a_reader_that_is_gone_at_the_last_flush_is_no_fault() -> None:
+    """What is buffered until the end, as with `... | head`, is written when `main` has returned."""
+    script = "from eve_ds.errors import run_command; run_command(lambda: print('much'))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, env=environment)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")

@@ -180,3 +180,22 @@ def test_nohup_holds_for_the_guard_and_what_it_starts(tmp_path: Path) -> None:
     assert guard.poll() is None and saved(tmp_path) == 0
     guard.send_signal(signal.SIGTERM)
     assert (guard.wait(), saved(tmp_path)) == (75, 2), guard.communicate()
+
+
+def test_a_launcher_hears_that_its_guard_was_killed(tmp_path: Path) -> None:
+    """That of ranks on other hosts: srun's are no descendants of the guard, and trained on."""
+    waits = f"""
+import signal
+signal.signal(signal.SIGUSR1, lambda *_: (open({str(tmp_path / "heard")!r}, "w").close(), exit()))
+open({str(tmp_path / "waits")!r}, "w").close()
+signal.pause()
+"""
+    guard = start(tmp_path, "finish", launcher=waits)
+    until((tmp_path / "waits").exists, guard)
+    (launcher,) = children(guard.pid)
+    guard.kill()
+    guard.wait()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "heard").exists():
+        assert Path(f"/proc/{launcher}").exists() and time.monotonic() < deadline, "it was not told"
+        time.sleep(0.05)

@@ -14,7 +14,7 @@ import torch
 from eve_ds.config import DataConfig, EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
 from eve_ds.data.config import DataSource
 from eve_ds.engine import batches, distributed, run_folder, setup
-from eve_ds.engine.deepspeed_config import batch_shape, load_deepspeed_config
+from eve_ds.engine.deepspeed_config import _invalid, batch_shape, load_deepspeed_config
 from eve_ds.engine.identity import identity_of
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
@@ -255,3 +255,13 @@ def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     told = distributed._unreachable(torch.distributed.DistNetworkError("no address for that name\nmore"))
     assert told.startswith("the ranks cannot meet at no-such-host.invalid:") and "(no address for that name)" in told
+
+
+def test_what_deepspeed_says_of_a_value_keeps_its_reason() -> None:
+    """Its own validators speak in sentences; what lies at the root has no key."""
+    config = {"zero_optimization": {"stage": 7}}
+    fault = {"type": "value_error", "loc": ("stage",), "input": 7, "msg": "Value error, no such stage, take 3"}
+    assert _invalid(config, fault) == "zero_optimization.stage=7: Value error, no such stage, take 3"
+    assert _invalid(config, fault | {"loc": (), "input": config, "msg": "Assertion failed, a"}) == "Assertion failed, a"
+    number = fault | {"msg": "Input should be a valid integer, unable to parse"}
+    assert _invalid(config, number) == "zero_optimization.stage=7: must be a valid integer"
