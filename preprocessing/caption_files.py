@@ -98,7 +98,7 @@ def read_captions(
     if listed is None:
         source.rows = LineRows(files, columns, finder, cleaning, keeper)
     else:
-        source.rows = EntryRows(files[0], *listed, finder, cleaning, keeper)
+        source.rows = EntryRows(files[0], *listed, finder, keeper)
     return source
 
 
@@ -108,23 +108,23 @@ class _Keeper:
     def __init__(self, source: Source, cleaning: TextCleaning, excluded: ImageList) -> None:
         self._source = source
         self._cleaning = cleaning
-        self._excluded = excluded
+        self._excluded = excluded if excluded else None
         source.counts["captions"] = 0
 
     def fault(self, where: str, what: object, reason: str) -> None:
         """Count a record at fault."""
         self._source.faults.add(BadRecord(where, str(what), reason))
 
-    def keeps(self, record: Record, image_id: str) -> bool:
+    def captions(self, record: Record, image_id: str) -> list[str]:
+        """The captions of a record that becomes a row, as the row has them; none of one that does not."""
         self._source.counts["captions"] += len(record.captions)
-        if self._excluded and self._excluded.holds(record.file or url_name(record.url or ""), image_id):
+        if self._excluded is not None and self._excluded.holds(record.file or url_name(record.url or ""), image_id):
             self._source.left_out[EXCLUDED] += 1
-            return False
-        if not self._cleaning.captions(record.captions, self._source.left_out):
-            if len(record.captions) != 1:
-                self._source.left_out["image without caption"] += 1
-            return False
-        return True
+            return []
+        kept = self._cleaning.captions(record.captions, self._source.left_out)
+        if not kept and len(record.captions) != 1:
+            self._source.left_out["image without caption"] += 1
+        return kept
 
 
 class LineRows(LazyRows):
@@ -164,7 +164,7 @@ class LineRows(LazyRows):
                         raise BadLine(TOO_LONG, "line is too long")
                     record = parse_line(line, form)
                     self._finder.check(record)
-                    if keeper.keeps(record, self._id(file, number)):
+                    if keeper.captions(record, self._id(file, number)):
                         self._offset.append(offset)
                         self._length.append(len(line))
                         self._number.append(number)
@@ -215,15 +215,13 @@ class EntryRows(LazyRows):
         entries: Iterable[Any],
         record_of: Callable[[Any], Record],
         finder: ImageFinder,
-        cleaning: TextCleaning,
         keeper: _Keeper,
     ) -> None:
         """Keep the records of those entries that `keeper` keeps; `record_of` raises BadLine."""
         self._path = path
         self._stem = _stem(path)
         self._finder = finder
-        self._cleaning = cleaning
-        kept: list[tuple[int, tuple[str, ...], str | None, str | None]] = []
+        kept: list[tuple[int, list[str], str | None, str | None]] = []
         for number, entry in enumerate(entries):
             try:
                 record = record_of(entry)
@@ -231,8 +229,8 @@ class EntryRows(LazyRows):
             except BadLine as error:
                 keeper.fault(f"{path}: entry {number}", error, error.reason)
                 continue
-            if keeper.keeps(record, self._id(number)):
-                kept.append((number, record.captions, record.file, record.url))
+            if found := keeper.captions(record, self._id(number)):
+                kept.append((number, found, record.file, record.url))
         numbers, captions, names, urls = zip(*kept, strict=True) if kept else ((), (), (), ())
         self._number = np.array(numbers, dtype=np.int64)
         text = pa.large_string()
@@ -257,9 +255,9 @@ class EntryRows(LazyRows):
         """See LazyRows."""
         return self._row(int(self._number[index]), *(column[index].as_py() for column in self._text))
 
-    def _row(self, number: int, captions: Sequence[str], name: str | None, url: str | None) -> Row:
+    def _row(self, number: int, captions: list[str], name: str | None, url: str | None) -> Row:
         image = self._finder.find(Record((), name, url), self._path, 0, number)
-        columns = {"caption": self._cleaning.captions(captions), "image_id": self._id(number)}
+        columns = {"caption": captions, "image_id": self._id(number)}
         return Row(image.name, (image,), columns)
 
 

@@ -9,6 +9,7 @@ number in another split says nothing, so that there a key is of the id and of th
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,15 @@ Keys = dict[str, np.ndarray]  # column -> [n] uint64
 def ids_without_secrets(kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
     """The ids of a row as shards, and so all that is made of them, have them: one may be an address with a password."""
 
-    def shown(one: Any) -> Any:
-        return id_without_secrets(one) if isinstance(one, str) else one
-
-    ids = {column: columns[column] for column in ID_COLUMNS[kind]}
-    return {column: list(map(shown, one)) if isinstance(one, list) else shown(one) for column, one in ids.items()}
+    ids = {}
+    for column in ID_COLUMNS[kind]:
+        one = columns[column]
+        if isinstance(one, str):
+            one = id_without_secrets(one)
+        elif isinstance(one, list):
+            one = [id_without_secrets(part) if isinstance(part, str) else part for part in one]
+        ids[column] = one
+    return ids
 
 
 class IdKeys:
@@ -48,19 +53,23 @@ class IdKeys:
 
     def __init__(self, kind: str, numbered: Sequence[str]) -> None:
         self._numbered = numbered
-        self._keys = {column: bytearray() for column in ID_COLUMNS[kind]}
+        self._ids: dict[str, list[Any]] = {column: [] for column in ID_COLUMNS[kind]}
+        self._marks: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[kind]}
 
     def add(self, columns: Mapping[str, Any], images: Iterable[bytes | memoryview]) -> None:
         """Take in a row that is written."""
         mark = image_mark(images) if self._numbered else b""
-        for column, keys in self._keys.items():
-            ids = columns[column]
-            for one in ids if isinstance(ids, list) else [ids]:
-                keys += id_key(one, mark if column in self._numbered else b"")
+        for column, listed in self._ids.items():
+            one = columns[column]
+            ids = one if isinstance(one, list) else (one,)
+            listed += ids
+            if column in self._numbered:
+                self._marks[column] += [mark] * len(ids)
 
     def record(self) -> dict[str, str]:
         """As JSON has it, for `joined`."""
-        return {column: base64.b64encode(keys).decode() for column, keys in self._keys.items()}
+        keys = {column: map(id_key, ids, self._marks[column] or repeat(b"")) for column, ids in self._ids.items()}
+        return {column: base64.b64encode(b"".join(made)).decode() for column, made in keys.items()}
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:

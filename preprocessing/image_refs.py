@@ -47,9 +47,9 @@ def join(folder: str | os.PathLike[str], name: str) -> str:
 
 def image_in(folder: str, name: str) -> "FileImage | OutsideImage":
     """The image file `name` below `folder`. Links in the folder may lead anywhere, the name itself may not lead out."""
-    path = join(folder, name)
     if ".." not in name and not name.startswith("/"):
-        return FileImage(path)
+        return FileImage(f"{folder}/{name}" if folder[-1:] not in ("/", "") else folder + name)  # as join, but faster
+    path = join(folder, name)
     if not is_remote(folder):
         whole = os.path.abspath(path)  # without any `..`, which after a link would lead elsewhere
         if whole.startswith(os.path.join(os.path.abspath(folder), "")):
@@ -124,7 +124,7 @@ class FileImage:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("is no regular file")
-            while count := os.readv(file, [room[size:]]):
+            while count := os.readv(file, [room[size:] if size else room]):
                 size += count
                 if size == status.st_size:
                     break

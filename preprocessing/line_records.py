@@ -195,6 +195,8 @@ def caption_texts(value: Any, what: str) -> tuple[str, ...]:
 
     Raises BadLine for all but text.
     """
+    if isinstance(value, str):  # as most are
+        return (value,)
     texts = value if isinstance(value, list) else [value]
     wrong = [text for text in texts if text is not None and not isinstance(text, str)]
     if wrong:

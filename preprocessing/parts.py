@@ -108,9 +108,9 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
                     too_many = PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
                     return lambda: too_many
                 continue
-            texts = row.columns | ids_without_secrets(job.kind, row.columns)
-            ids.add(texts, images)
-            writer.add(texts | dict(zip(columns, images, strict=True)))
+            named = ids_without_secrets(job.kind, row.columns)
+            ids.add(named, images)
+            writer.add(row.columns | named | dict(zip(columns, images, strict=True)))
         unfinished = stack.pop_all()
 
     def finish() -> PartResult:

@@ -126,8 +126,7 @@ def id_key(value: str | int | bytes, mark: bytes = b"") -> bytes:
 
 def image_mark(images: Iterable[Any]) -> bytes:
     """A few bytes that two images share if they are the same file: of each (a buffer) its length and its end."""
-    views = [memoryview(image) for image in images]
-    return b"".join(b"\0%d:" % view.nbytes + bytes(view[-_MARKED:]) for view in views)
+    return b"".join([b"\0%d:%b" % (len(image), image[-_MARKED:]) for image in images])
 
 
 def ids_of_batch(batch: pa.RecordBatch, column: str, numbered: bool = False) -> tuple[list[bytes], list[bytes]]:
@@ -246,6 +245,8 @@ def without_secrets(text: str, mark: Callable[[str], str] = lambda secret: "***"
 
 def id_without_secrets(one: str) -> str:
     """An image's id, or what names it, without secrets; a hash of each keeps ids apart that differ by it alone."""
+    if ":/" not in one:
+        return one
     return without_secrets(
         one, lambda secret: f"***{hashlib.sha256(secret.encode(errors='surrogatepass')).hexdigest()[:16]}"
     )

@@ -149,12 +149,7 @@ class _Batch:
         self._columns: dict[str, list[Any]] = {
             name: [] for name in self._schema.names if name not in self._images and name != "split"
         }
-        self.rows = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes of the images."""
-        return sum(images.size for images in self._images.values())
+        self.rows = self.size = 0  # bytes of the images
 
     def room(self, column: str) -> memoryview:
         """Free memory for an image."""
@@ -167,7 +162,9 @@ class _Batch:
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
         for name, images in self._images.items():
-            images.append(row[name])
+            image = row[name]
+            images.append(image)
+            self.size += len(image)
         for name, values in self._columns.items():
             values.append(row[name])
         self.rows += 1
@@ -189,7 +186,7 @@ class _Batch:
             images.clear()
         for values in self._columns.values():
             values.clear()
-        self.rows = 0
+        self.rows = self.size = 0
 
     def free(self) -> None:
         """Give the memory to batches to come; this one is not to be used again."""
@@ -208,11 +205,6 @@ class _Images:
         self.memory = np.empty(0, dtype=np.uint8)  # until the first image
         self._view = self.memory.data
         self._ends = [0]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all images so far."""
-        return self._ends[-1]
 
     def room(self) -> memoryview:
         """The memory behind the last image."""
