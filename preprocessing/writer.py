@@ -149,7 +149,8 @@ class _Batch:
         self._columns: dict[str, list[Any]] = {
             name: [] for name in self._schema.names if name not in self._images and name != "split"
         }
-        self.rows = self.size = 0  # bytes of the images
+        self.rows = 0
+        self.size = 0  # bytes of the images
 
     def room(self, column: str) -> memoryview:
         """Free memory for an image."""
