@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from eve_ds.data.overlap import SplitIds
 from eve_ds.data.shards import Split
 from preprocessing.__main__ import main
-from preprocessing.ids import read_ids, scanned, shared
-from preprocessing.schema import ID_COLUMNS, IDS, id_key, read_manifest
+from preprocessing.ids import IdKeys, joined, read_ids, scanned, shared
+from preprocessing.schema import ID_COLUMNS, IDS, id_key, image_mark, read_manifest
 from preprocessing.writer import file_sha256
 from tests.unit.preprocessing.helpers import convert, picture, write_json
 
@@ -121,6 +122,23 @@ def test_a_number_of_our_own_in_two_splits_is_another_image(images: Path) -> Non
         found = SplitIds(Split(train)).shared(SplitIds(Split(same)))
         assert found.endswith(": 1 statements stand in both, such as identifier record-1-0-0")
         SplitIds(Split(same)).check_once()
+
+
+def test_the_mark_of_an_image_is_its_length_and_its_end() -> None:
+    whole = bytes(range(256)) * 2
+    assert image_mark([whole]) == image_mark([memoryview(whole)]) == image_mark([pa.py_buffer(whole)])
+    assert image_mark([whole]) != image_mark([whole[1:]])  # the same end
+    assert image_mark([whole]) != image_mark([whole[:-1] + b"a"])  # the same length
+
+
+def test_each_of_several_numbered_ids_of_a_row_has_a_key() -> None:
+    keys = IdKeys("nlvr", ("identifier",))
+    for first in (0, 2):
+        keys.add({"identifier": [str(first), str(first + 1)]}, [b"left", b"right"])
+    mark = image_mark([b"left", b"right"])
+    assert joined("nlvr", [keys.record()])["identifier"].tolist() == sorted(
+        int.from_bytes(id_key(str(number), mark), "little") for number in range(4)
+    )
 
 
 def test_two_downloads_with_the_same_keys_are_two_sets(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -8,7 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.image_refs import Base64Cell, FileImage, ImageRef, ParquetCell, TarMember, decode_base64, join
+from preprocessing.image_refs import (
+    Base64Cell,
+    FileImage,
+    ImageRef,
+    ParquetCell,
+    TarMember,
+    decode_base64,
+    image_in,
+    join,
+)
 from tests.unit.preprocessing.helpers import picture
 
 
@@ -39,6 +49,15 @@ def test_every_reference_reads_the_bytes_also_after_pickling(places: list[ImageR
         assert pickle.loads(pickle.dumps(image)) == image  # noqa: S301  # our own bytes
         assert image.read() == picture(1)
         assert image.exists() and image.name
+
+
+def test_a_file_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a network's file system, which may give less than it is asked for."""
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    readv = os.readv
+    monkeypatch.setattr(os, "readv", lambda file, buffers: readv(file, [buffers[0][:100]]))
+    found = FileImage(str(tmp_path / "a.jpg")).read_into(memoryview(bytearray(1 << 16)))
+    assert found == picture(1)
 
 
 def test_missing_files_are_missing(tmp_path: Path) -> None:
@@ -85,3 +104,5 @@ def test_names_below_folders_and_addresses() -> None:
     assert join("s3://bucket/images", "a/b.jpg") == "s3://bucket/images/a/b.jpg"
     assert join("images/", "b.jpg") == "images/b.jpg"
     assert FileImage("s3://bucket/a/b.jpg").name == "b.jpg"
+    for folder in ("images", "images/", "", "s3://bucket/images"):
+        assert image_in(folder, "a/b.jpg") == FileImage(join(folder, "a/b.jpg"))
