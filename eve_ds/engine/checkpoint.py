@@ -76,10 +76,11 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
 def _syncing(engine: Any) -> Iterator[list[Path]]:
     """The files that this rank's ``engine`` writes meanwhile. Another thread has each on disk; the block ends after it.
 
-    The rank that wrote a file syncs it: its host holds what is not on disk yet.
+    The rank that wrote a file syncs it: its host holds what is not on disk yet. Its parts have no CRC-32, which takes
+    as long as writing them: complete.json holds the SHA-256 of each file.
     """
     written: list[Path] = []
-    save = engine.checkpoint_engine.save
+    save, checksums = engine.checkpoint_engine.save, torch.serialization.get_crc32_options()
 
     def save_and_sync(state_dict: Any, path: str) -> None:
         save(state_dict, path)
@@ -89,9 +90,11 @@ def _syncing(engine: Any) -> Iterator[list[Path]]:
     with ThreadPoolExecutor(1, "checkpoint-disk") as disk:
         syncs: list[Any] = []
         engine.checkpoint_engine.save = save_and_sync
+        torch.serialization.set_crc32_options(False)
         try:
             yield written
         finally:
+            torch.serialization.set_crc32_options(checksums)
             del engine.checkpoint_engine.save
         for sync in syncs:
             sync.result()

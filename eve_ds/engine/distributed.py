@@ -77,7 +77,7 @@ def start(timeout_seconds: float = 600) -> torch.device:
         if "OMPI_COMM_WORLD_RANK" in os.environ and world_size > 1:
             _meet_by_mpi()
         elif world_size == 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(placement.free_port()))
         else:
             raise UserError(
                 f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (as "
@@ -149,7 +149,7 @@ def _meet_by_mpi() -> None:
 
     finish_together.append(MPI.Finalize)  # mpirun ends the others when a rank leaves without it
     communicator = MPI.COMM_WORLD
-    place = (_own_address(), _free_port()) if communicator.Get_rank() == 0 else None
+    place = (_own_address(), placement.free_port()) if communicator.Get_rank() == 0 else None
     address, port = communicator.bcast(place, root=0)
     os.environ.update(MASTER_ADDR=str(address), MASTER_PORT=str(port))
 
@@ -160,9 +160,3 @@ def _own_address() -> str:
     except (OSError, subprocess.CalledProcessError):
         addresses = []
     return addresses[0] if addresses else "127.0.0.1"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

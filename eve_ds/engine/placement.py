@@ -1,9 +1,11 @@
-"""What a rank takes of its host: compute threads, a GPU, and the network interface that gloo listens on."""
+"""What a rank takes of its host: compute threads, a GPU, a port, and the network interface that gloo listens on."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import random
 import re
 import socket
 from collections.abc import Mapping
@@ -19,6 +21,9 @@ LOCAL_WORLD_SIZE = (
     "SLURM_STEP_TASKS_PER_NODE",
     "SLURM_NTASKS_PER_NODE",
 )
+# Below the ports of launchers and launch/slurm, and those that the kernel gives to connections: one of these could have
+# it before the ranks meet.
+PORTS = range(12000, 20000)
 
 
 def compute_threads(cores: int, world_size: int, environment: Mapping[str, str]) -> int:
@@ -110,3 +115,12 @@ def _default_interface() -> str | None:
     routes = [line.split() for line in Path("/proc/net/route").read_text(encoding="ascii").splitlines()[1:]]
     names = [fields[0] for fields in routes if fields[1] == "00000000"] or sorted({fields[0] for fields in routes})
     return names[0] if len(names) == 1 else None
+
+
+def free_port() -> int:
+    """A port of ``PORTS`` on which nobody listens. Raises UserError if there is none."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no port from {PORTS[0]} to {PORTS[-1]} is free; set MASTER_ADDR and MASTER_PORT to one that is")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import free_ports, run
+from tests.cluster.processes import run
 from tests.cluster.runs import TinyRun
 from tests.cluster.slurm import two_node_slurm
 from tests.cluster.ssh import SshHosts, two_ssh_hosts
+from tests.support.ports import free_ports
 from tests.support.shards import make_caption_set, tiny_tokenizer
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,24 +28,6 @@ def system_program(name: str) -> str:
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     assert found
     return found
-
-
-# Below those that the kernel gives to outgoing connections; none is handed out twice, for its user may come later.
-_candidates = iter(range(20011 + os.getpid() % 2000, 32000))
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on and that no other caller has got."""
-    return [next(port for port in _candidates if _is_free(port)) for _ in range(count)]
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
 
 
 def run(command: Sequence[str | Path], env: Mapping[str, str], cwd: Path, timeout: float = 240) -> str:

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.processes import free_ports, processes_of, require, stop_processes, wait_until
+from tests.cluster.processes import processes_of, require, stop_processes, wait_until
 from tests.cluster.runs import TinyRun
 from tests.cluster.slurm import two_node_slurm
+from tests.support.ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "signals.md"

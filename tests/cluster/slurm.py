@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.cluster.processes import free_ports, require, run, stop_processes, system_program, wait_until
+from tests.cluster.processes import require, run, stop_processes, system_program, wait_until
+from tests.support.ports import free_ports
 
 CONFIG = """\
 ClusterName=tiny

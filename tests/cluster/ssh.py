@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.processes import free_ports, require, stop_processes, system_program, wait_until
+from tests.cluster.processes import require, stop_processes, system_program, wait_until
+from tests.support.ports import free_ports
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
 PRIVILEGE_SEPARATION = Path("/run/sshd")  # sshd, started as root, wants this empty folder

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.multirank.test_universal import Case, Run, start
 from tests.support.distributed import run_distributed_test
@@ -39,12 +41,15 @@ def note_events(log: Path, rank: int) -> None:
 def save(root: Path) -> None:
     start()
     from eve_ds.engine import agreement, checkpoint
+    from eve_ds.engine.manifest import model_file
     from eve_ds.errors import UserError
 
     run = Run(root, CASE)
     run.train(range(1))
     note_events(root / "events", run.rank)
-    run.save(1)
+    saved = run.save(1)
+    assert torch.serialization.get_crc32_options()  # what a user's callback saves has checksums
+    assert not any(part.CRC for part in zipfile.ZipFile(model_file(saved, 2, run.rank)).infolist())
 
     sizes, looks = checkpoint.file_sizes, iter(range(10**6))
 

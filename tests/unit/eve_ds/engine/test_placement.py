@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from eve_ds.engine.placement import compute_threads, device_ordinal, local_world_size
+from eve_ds.engine import placement
+from eve_ds.engine.placement import compute_threads, device_ordinal, free_port, local_world_size
 from eve_ds.errors import UserError
 
 SRUN = {"SLURM_STEP_ID": "0"}
@@ -45,3 +48,17 @@ def test_each_rank_has_its_gpu_and_a_task_that_sees_one_has_number_0() -> None:
         device_ordinal(1, 1, {})  # two ranks on a host with one GPU
     with pytest.raises(UserError, match="rank 4 of this host has no GPU: 4 are visible"):
         device_ordinal(4, 4, {})
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken, socket.socket() as free:
+        taken.bind(("", first := free_port()))
+        assert first < 20000
+        monkeypatch.setattr(placement, "PORTS", [first])
+        with pytest.raises(UserError, match=f"no port from {first} to {first} is free; set MASTER_ADDR"):
+            free_port()
+        monkeypatch.undo()
+        second = free_port()
+        monkeypatch.setattr(placement, "PORTS", [first, second])
+        assert [free_port() for _ in range(4)] == [second] * 4
+        free.bind(("", second))
