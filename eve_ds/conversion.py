@@ -23,7 +23,7 @@ from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import write_hashes
 from eve_ds.weights.load import check_fit, load_weights
-from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, metadata, step_of
+from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, metadata, newest, step_of
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
@@ -251,7 +251,6 @@ def _step(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"--checkpoint {path}: no such folder; give a run folder or RUN/checkpoints/step_N")
     _engine()
-    from eve_ds.engine.soundness import newest
 
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     step = newest(folder)

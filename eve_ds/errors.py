@@ -154,6 +154,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
         return 3
     except KeyboardInterrupt:
         return 130
+    except SystemExit as ended:  # argparse's, after --help
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr, flush=True)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return code or 0
 
 

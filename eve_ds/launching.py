@@ -1,4 +1,4 @@
-"""A launcher's guard: hands requests to stop to the ranks themselves, waits for all of them, and tells their exit code.
+"""A launcher's guard: hands requests to stop to the ranks, waits for all that it knows of, and tells their exit code.
 
     python -m eve_ds.launching deepspeed --num_gpus 8 --module eve_ds.pretrain ARGS
     python -m eve_ds.launching torchrun --nproc_per_node 8 --module eve_ds.pretrain ARGS

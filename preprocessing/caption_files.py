@@ -6,6 +6,7 @@ import re
 import zlib
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import IO, Any
@@ -90,8 +91,8 @@ def read_captions(
 ) -> Source:
     """A row for each line or entry that has a caption and is not excluded. Raises DataError naming what is at fault."""
     stems = [_stem(name) for name in files]
-    if len(set(stems)) < len(stems):
-        raise DataError(f"--annotations: two files are called {stems[0]}, which image ids begin with; rename one")
+    if again := [stem for stem, count in Counter(stems).items() if count > 1]:
+        raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
     source = Source("caption", [], [place(name) for name in files], {}, numbered=("image_id",))
     keeper = _Keeper(source, cleaning, excluded)
     listed = _entries(files)
@@ -199,8 +200,10 @@ class LineRows(LazyRows):
         try:
             stream.seek(offset)
             record = parse_line(bytes(stream.read(self._length[index])), self._forms[file])
-        except (BadLine, EOFError, OSError, zlib.error) as error:
+        except (BadLine, EOFError, zlib.error) as error:
             raise DataError(f"{path}: row {number}: {error}; it changed since the run began, start again") from None
+        except OSError as error:
+            raise DataError(f"{path}: row {number} cannot be read ({error.strerror or error}); start again") from None
         image = self._finder.find(record, path, offset, number)
         columns = {"caption": self._cleaning.captions(record.captions), "image_id": self._id(file, number)}
         return Row(image.name, (image,), columns)
@@ -267,12 +270,20 @@ def _stem(path: str) -> str:
 
 def _form(path: str, columns: Sequence[str] | None) -> Form:
     """The form of a file, by its first two lines. Raises DataError when it is none."""
+    first: list[bytes | None] = []
     try:
-        first = [line or b"" for _, line in islice(_lines(path), 2)]
+        for _, line in islice(_lines(path), 2):
+            first.append(line)
+    except CutFile as error:
         if not first:
-            raise DataError(f"{path}: is empty; fetch it again")
-        return find_form(first[0], (*first, b"")[1], columns)
-    except (BadLine, CutFile) as error:
+            raise DataError(f"{path}: line 1: {error}") from None
+    if not first:
+        raise DataError(f"{path}: is empty; fetch it again")
+    if first[0] is None:
+        raise DataError(f"{path}: line 1: {TOO_LONG}")
+    try:
+        return find_form(first[0], (*first, b"")[1] or b"", columns)
+    except BadLine as error:
         raise DataError(f"{path}: line 1: {error}") from None
 
 

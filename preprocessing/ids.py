@@ -73,7 +73,7 @@ class IdKeys:
 
 
 def distinct(keys: np.ndarray) -> np.ndarray:
-    """Without what comes again, rising: np.unique, which takes a hundred times as long (NumPy 2.4 hashes them)."""
+    """Without what comes again, rising: np.unique, which takes many times as long (NumPy 2.4 hashes them)."""
     rising = np.sort(keys)
     return rising[np.append(True, rising[1:] != rising[:-1])[: len(rising)]]
 
@@ -94,8 +94,8 @@ def write_ids(folder: Place, keys: Keys, numbered: Sequence[str]) -> dict[str, A
             if len(keys[column]):
                 file.write(keys[column].astype("<u8"))
         sha256, size = file.finish()
-    distinct = {column: len(found) for column, found in keys.items()}
-    return {"file": IDS, "bytes": size, "sha256": sha256, "distinct": distinct, "numbered": list(numbered)}
+    counts = {column: len(found) for column, found in keys.items()}
+    return {"file": IDS, "bytes": size, "sha256": sha256, "distinct": counts, "numbered": list(numbered)}
 
 
 def numbered_columns(manifest: Mapping[str, Any]) -> list[str]:

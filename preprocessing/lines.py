@@ -61,17 +61,18 @@ def read_lines(file: IO[bytes], limit: int = MAX_LINE) -> Iterator[tuple[int, by
     offset = number = 0
     try:
         while line := buffered.readline(limit + 1):
-            number += 1
             first, start = offset, 0
             offset += len(line)
             if len(line) > limit and not line.endswith(b"\n"):
                 while not line.endswith(b"\n") and (line := buffered.readline(_BUFFER)):
                     offset += len(line)
                 yield first, None
+                number += 1
                 continue
             if not first and line.startswith(codecs.BOM_UTF8):
                 start = len(codecs.BOM_UTF8)
             yield first + start, line[start:].rstrip(b"\r\n")
+            number += 1
     except EOFError:
         raise CutFile(number + 1) from None
     except zlib.error as error:

@@ -31,6 +31,7 @@ from preprocessing.schema import (
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
 _LOOKED_AT = 16  # ids of two files, of all that stand in both, whose rows are compared
+_PAIRS = 10_000  # of files with ids in common that are compared
 _COMPARED = 8  # rows of one id that are compared: the captions of an image, not all of a column that is empty
 
 Found = list[tuple[Path, bytes, bytes]]  # shard, id, key
@@ -54,8 +55,11 @@ class SplitIds:
             both = _common(self._keys(column), other._keys(column))
             if len(both):
                 theirs = list(other._find(column, both))
-                ours = next(self._find(column, np.frombuffer(theirs[0][2], "<u8")))
+                ours = next(self._find(column, np.frombuffer(theirs[0][2], "<u8")), None) if theirs else None
                 count = f"{len(both)} {_THINGS[column]} stand in both"
+                if ours is None:  # by the lists alone
+                    lists = " and ".join(str(each.split.directory / IDS) for each in (self, other))
+                    return f"{lists}: {count}, and a shard lacks what its list has (preprocessing verify tells which)"
                 return f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
         return ""
 
@@ -91,28 +95,25 @@ class SplitIds:
         if len(_distinct(keys)) == len(keys):
             return "", False
         paths, counts = zip(*self._counts[column].items(), strict=True)
-        files = np.repeat(np.arange(len(paths)), counts)
-        order = np.lexsort((files, keys))
-        rising, files = keys[order], files[order]
-        again = np.flatnonzero((rising[1:] == rising[:-1]) & (files[1:] != files[:-1]))
-        pairs = files[again] * len(paths) + files[again + 1]
-        looked_at: dict[tuple[Path, Path], set[bytes]] = {}
-        for pair in np.unique(pairs):
-            of_pair = _distinct(rising[again[pairs == pair]])
-            some = of_pair[np.linspace(0, len(of_pair) - 1, min(len(of_pair), _LOOKED_AT)).astype(int)]
-            looked_at[paths[pair // len(paths)], paths[pair % len(paths)]] = {key.tobytes() for key in some}
+        of_file = [_distinct(part) for part in np.split(keys, np.cumsum(counts)[:-1])]
+        common = {pair: _common(of_file[pair[0]], of_file[pair[1]]) for pair in _pairs_in_common(of_file)}
+        looked_at: dict[tuple[int, int], set[bytes]] = {}
+        for pair, both in common.items():
+            some = both[np.linspace(0, len(both) - 1, min(len(both), _LOOKED_AT)).astype(int)]
+            looked_at[pair] = {key.tobytes() for key in some}
         equal = self._equal(column, set().union(*looked_at.values()))
         worst, found = 0.0, ""
         for (one, other), looked in looked_at.items():
-            if same := looked & equal.get((one, other), set()):
-                these, those = (_distinct(rising[files == paths.index(each)]) for each in (one, other))
-                both = _common(these, those)
+            if same := looked & equal.get((paths[one], paths[other]), set()):
+                both = common[one, other]
                 number = round(len(both) * len(same) / len(looked))
-                if number / min(len(these), len(those)) > worst:
-                    worst = number / min(len(these), len(those))
+                share = number / min(len(of_file[one]), len(of_file[other]))
+                if share > worst:
+                    worst = share
                     named = _named(column, list(self._find(column, np.frombuffer(b"".join(sorted(same)), "<u8"))))
                     about = "" if len(looked) == len(both) else "about "
-                    found = f"{one} and {other}: {about}{number} {_THINGS[column]} stand in both, {named}"
+                    where = f"{paths[one]} and {paths[other]}"
+                    found = f"{where}: {about}{number} {_THINGS[column]} stand in both, {named}"
         return found, worst >= 0.5
 
     def _equal(self, column: str, keys: set[bytes]) -> dict[tuple[Path, Path], set[bytes]]:
@@ -191,9 +192,23 @@ def _rows_with(batch: pa.RecordBatch, column: str, keys: set[bytes]) -> Iterator
 
 
 def _distinct(keys: np.ndarray) -> np.ndarray:
-    """Without what comes again, rising: np.unique, which takes a hundred times as long (NumPy 2.4 hashes them)."""
+    """Without what comes again, rising: np.unique, which takes many times as long (NumPy 2.4 hashes them)."""
     rising = np.sort(keys)
     return rising[np.append(True, rising[1:] != rising[:-1])[: len(rising)]]
+
+
+def _pairs_in_common(parts: list[np.ndarray]) -> list[tuple[int, int]]:
+    """The pairs of ``parts``, each distinct and rising, in which an element stands in both; at most ``_PAIRS``."""
+    keys, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    order = np.argsort(keys, kind="stable")
+    keys, owners = keys[order], owners[order]
+    found: set[int] = set()
+    for apart in range(1, len(parts)):
+        same = np.flatnonzero(keys[apart:] == keys[:-apart])
+        if not len(same) or len(found) >= _PAIRS:
+            break
+        found.update(_distinct(owners[same] * len(parts) + owners[same + apart]).tolist())
+    return [divmod(pair, len(parts)) for pair in sorted(found)[:_PAIRS]]
 
 
 def _common(some: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -38,10 +38,11 @@ from eve_ds.engine.manifest import (
     load_file,
     model_file,
 )
-from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of, tagged, whole
+from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
+from eve_ds.weights.model_folder import is_there, tagged, whole
 from preprocessing.schema import DataError, printable, shortened, sync_path
 
 UNIVERSAL = ".universal"
@@ -59,9 +60,7 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
     """
     tag = tag_of(step)
     target = folder / tag
-    if dist.get_rank() == 0 and target.exists():
-        shutil.rmtree(target)  # the rest of a save that was killed: it has no complete.json, or we would have resumed
-    dist.barrier()
+    agreement.decide(lambda: _make_way(target))
     with _told_if_full(target):
         with _syncing(engine) as written:
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
@@ -70,6 +69,16 @@ def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[s
     manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
     agreement.decide(lambda: _complete(target, manifest))
     return target
+
+
+def _make_way(target: Path) -> None:
+    """Remove what a save that was killed has left under the name of a new one. Raises RankError if it is whole."""
+    if is_there(target / COMPLETE):
+        raise RankError(
+            f"rank 0: {target} is whole, though it was not seen when the run began; start the same command again"
+        )
+    if target.exists():
+        shutil.rmtree(target)
 
 
 @contextlib.contextmanager
@@ -209,10 +218,12 @@ def identity_in(path: Path, manifest: Manifest) -> Identity:
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` whole checkpoints, and what killed runs left. Called by rank 0 alone."""
-    kept = whole(folder)[-keep:]
+    try:
+        kept, found = whole(folder)[-keep:], tagged(folder)
+    except OSError:  # it is looked at again after the next save
+        return
     if not kept:
         return
-    found = tagged(folder)
     older = [path for path in found[: found.index(kept[-1])] if path not in kept]
     for path in [*older, *folder.glob(f"{UNIVERSAL}_*")]:
         try:

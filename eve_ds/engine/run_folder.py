@@ -128,6 +128,7 @@ def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
         if re.fullmatch(names, left.name):  # write_atomic's, of an export or a scoring that was killed
             with contextlib.suppress(OSError):
                 left.unlink()
+    watchdog.forget(folder)
     config_tree.save(config, folder / CONFIG)
     write_json(folder / IDENTITY, identity.tree())
 

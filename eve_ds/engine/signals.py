@@ -54,7 +54,7 @@ class StopRequest:
         self.requested = False
         self._number = 0  # the last signal
         self._deferred = 0
-        self._heeding = self._acted_on = False
+        self._heeding = self._acted_on = self._told_of = False
         self._first: dict[bool, float] = {}  # when the first SIGUSR1 (True) and the first other signal came
         self._end_at: tuple[float, int] | None = None  # when, and with which exit code, this process is ended
         self._launchers = launchers_above()
@@ -113,7 +113,8 @@ class StopRequest:
             if not all(alive(*each) for each in self._launchers):
                 self._launchers = []
                 say("the launcher was killed; this rank saves what there is and ends")
-                os.kill(os.getpid(), signal.SIGTERM)
+                if not self.requested:  # else it is about to, and SIGTERM would be a second signal
+                    os.kill(os.getpid(), signal.SIGTERM)
             if self._end_at is not None and time.monotonic() > self._end_at[0]:
                 end(self._end_at[1])
 
@@ -130,7 +131,8 @@ class StopRequest:
         if not self._deferred:
             code = STOPPED if number == signal.SIGUSR1 else 128 + number
             self._end_at = self._end_at or (now + UNWIND_SECONDS, code)
-        elif not self.requested and launched_rank() == 0:
+        elif not self._told_of and launched_rank() == 0:
+            self._told_of = True
             say(f"{name}: saves and ends as soon as the ranks agree; again, after {SECOND_AFTER:.0f} s: ends at once")
 
 
@@ -162,7 +164,7 @@ def launchers_above() -> list[tuple[int, str]]:
 
 def alive(process: int, start: str) -> bool:
     """Whether the process is still there, and not another one with its number."""
-    return _stat(process)[1] == start
+    return bool(start) and _stat(process)[1] == start
 
 
 def _is_launcher(process: int) -> bool:
@@ -178,7 +180,7 @@ def _is_launcher(process: int) -> bool:
 def _stat(process: int) -> tuple[str, str]:
     """(parent, time of start) of a process; ("0", "") of one that has ended."""
     try:
-        state, parent, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        state, parent, *rest = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return "0", ""
     return ("0", "") if state in "ZX" else (parent, rest[17])
@@ -190,8 +192,9 @@ def outlive_readers() -> None:
         if getattr(sys, name) is getattr(sys, f"__{name}__") and getattr(sys, name) is not None:
             old = getattr(sys, name)
             old.flush()
-            raw = io.BufferedWriter(_Forgiving(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=True))
+            raw: Any = _Forgiving(number, "w", closefd=False)
+            out = raw if old.write_through else io.BufferedWriter(raw)  # the former for python -u
+            setattr(sys, name, io.TextIOWrapper(out, old.encoding, old.errors, None, True, old.write_through))
 
 
 class _Forgiving(io.FileIO):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,32 +17,15 @@ from eve_ds.engine import agreement
 from eve_ds.engine.manifest import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import UserError
-from eve_ds.weights.model_folder import step_of
+from eve_ds.weights.model_folder import entries, is_there, newest
 from preprocessing.schema import sync_path
 
 DAMAGED = ".damaged"
-_TAG = re.compile(r"step_\d+")
 
 
 def tag_of(step: int) -> str:
     """The name of a checkpoint's folder."""
     return f"step_{step:08d}"
-
-
-def tagged(folder: Path) -> list[Path]:
-    """The checkpoints under ``folder``, oldest first, also those that a killed run left half."""
-    found = [path for path in folder.glob("step_*") if _TAG.fullmatch(path.name)]
-    return sorted(found, key=step_of)
-
-
-def whole(folder: Path) -> list[Path]:
-    """Those of them that were saved to the end."""
-    return [path for path in tagged(folder) if (path / COMPLETE).exists()]
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint under ``folder``, or None."""
-    return next(reversed(whole(folder)), None)
 
 
 def sound(folder: Path) -> tuple[Path, Manifest] | None:
@@ -66,7 +48,7 @@ def sound(folder: Path) -> tuple[Path, Manifest] | None:
 
 def _newest_or_none_yet(folder: Path) -> Path | None:
     path = newest(folder)
-    damaged = sorted(path.name for path in folder.glob(f"step_*{DAMAGED}*"))
+    damaged = sorted(path.name for path in entries(folder) if path.name.startswith("step_") and DAMAGED in path.name)
     if path is None and damaged:
         raise UserError(
             f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); put a sound copy there under its name "
@@ -78,7 +60,7 @@ def _newest_or_none_yet(folder: Path) -> Path | None:
 def _set_aside(damage: DamagedError) -> None:
     """Rename a damaged checkpoint, unless it is another run's doing, which has removed it meanwhile."""
     path = damage.path
-    if not (path / COMPLETE).exists():
+    if not is_there(path / COMPLETE):
         return
     names = (path.with_name(f"{path.name}{DAMAGED}{suffix}") for suffix in ("", *(f".{n}" for n in range(2, 1000))))
     aside = next(name for name in names if not name.exists())

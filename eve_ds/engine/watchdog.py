@@ -3,7 +3,8 @@
 Each rank writes what it does into RUN/ranks/rank_N.json, from a thread: each minute, and often once it waits. When a
 rank has come no further for ``engine.timeout_seconds``, it writes its stacks beside that (rank_N.stacks) and asks the
 others for theirs, looks twice at what the others wrote, names those that are stopped or behind, and ends with exit
-code 3. A collective by itself waits for half an hour, or for ever, and names nobody.
+code 3 (one without others tells, and waits on). A collective by itself waits for half an hour, or for ever, and names
+nobody.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Watchdog:
         self._files: threading.Thread | None = None  # at work on the run folder
 
     def start(self) -> None:
-        """Begin to watch; what an earlier start has left is written over, or not heeded."""
+        """Begin to watch; an earlier request for stacks is not heeded."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self, doing: str) -> None:
@@ -183,6 +184,13 @@ def _names(states: list[dict[str, Any]]) -> str:
 
 
 _watchdog: Watchdog | None = None
+
+
+def forget(run_folder: Path) -> None:
+    """Remove what the ranks of an earlier start have written of themselves. Called by rank 0 before any ``start``."""
+    for left in (run_folder / FOLDER).glob("rank_*.json"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def start(run_folder: Path, rank: int, world_size: int, seconds: float) -> None:

@@ -20,7 +20,7 @@ FILES = (*HASHED, HASHES)  # all that a model folder may hold
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 COMPLETE = "complete.json"  # in a checkpoint that was written to its end
-_CHECKPOINT = re.compile(r"step_(\d{8,})")
+_CHECKPOINT = re.compile(r"step_\d+")
 
 
 def metadata(step: int | None = None) -> dict[str, str]:
@@ -32,9 +32,43 @@ def metadata(step: int | None = None) -> dict[str, str]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, the oldest first."""
-    found = [path.parent for path in (run / CHECKPOINTS).glob(f"step_*/{COMPLETE}")]
-    return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+    """The whole checkpoints of a run, oldest first."""
+    return whole(run / CHECKPOINTS)
+
+
+def tagged(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first, also those that a killed run left half.
+
+    Here and below: raises OSError where the folder cannot be looked at, which says nothing of what is in it.
+    """
+    return sorted((path for path in entries(folder) if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+
+
+def whole(folder: Path) -> list[Path]:
+    """Those of them that were saved to the end."""
+    return [path for path in tagged(folder) if is_there(path / COMPLETE)]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in ``folder``, or None."""
+    return next(reversed(whole(folder)), None)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, which need not be there. Not by glob: that finds nothing in what cannot be read."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a path. Not by Path.exists: that of Python 3.14 says no where it cannot tell."""
+    try:
+        path.stat()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def step_of(checkpoint: Path) -> int:
@@ -65,11 +99,11 @@ def exported_step(model: Path) -> int | None:
 
 def newer_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run, if the model that the run exported is older than it or there is none."""
-    newest = next(reversed(checkpoints(run)), None)
-    if newest is None or not (run / MODEL / WEIGHTS).is_file():
-        return newest
+    last = newest(run / CHECKPOINTS)
+    if last is None or not (run / MODEL / WEIGHTS).is_file():
+        return last
     exported = exported_step(run / MODEL)
-    return newest if exported is not None and exported < step_of(newest) else None
+    return last if exported is not None and exported < step_of(last) else None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ def save(root: Path) -> None:
     saved = run.save(1)
     assert torch.serialization.get_crc32_options()  # what a user's callback saves has checksums
     assert not any(part.CRC for part in zipfile.ZipFile(model_file(saved, 2, run.rank)).infolist())
+    with pytest.raises(UserError, match=r"step_00000001 is whole, though it was not seen when the run began"):
+        run.save(1)
+    assert (saved / "complete.json").is_file()
 
     sizes, looks = checkpoint.file_sizes, iter(range(10**6))
 

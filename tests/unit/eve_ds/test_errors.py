@@ -130,6 +130,8 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert raising(OSError(116, "Stale file handle", "data\n/a")) == 2
     assert capsys.readouterr().err == "error: data\\n/a: Stale file handle; see that it can be read and written\n"
     assert raising(KeyboardInterrupt()) == 130
+    assert [raising(SystemExit(code)) for code in (None, 0, 2, "why")] == [0, 0, 2, 1]
+    assert capsys.readouterr().err == "why\n"
     for defect in (RuntimeError("a defect of ours"), OSError(9, "Bad file descriptor"), KeyError("x")):
         with pytest.raises(type(defect)):
             raising(defect)

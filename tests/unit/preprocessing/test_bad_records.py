@@ -171,6 +171,25 @@ def test_a_packed_file_that_is_cut_counts_and_one_that_is_damaged_is_refused(
         assert "set.gz: cannot be read (" in message
 
 
+def test_the_first_line_alone_tells_the_form(tmp_path: Path, images: Path) -> None:
+    whole, cut = (
+        json.dumps({"caption": "a cat", "image": "0.jpg"}).encode() + b"\n",
+        b'{"caption": "a long caption of a dog',
+    )
+    (tmp_path / "set.gz").write_bytes(gzip.compress(whole + cut)[:-8])
+    convert(*command(tmp_path, images, "set.gz"), "--max-dropped", 0.6)
+    assert read_manifest(tmp_path / "out/train")["dropped_items"][0]["item"] == "set.gz: line 2"
+    assert [row["caption"] for row in rows_of(tmp_path / "out/train")] == [["a cat"]]
+
+
+def test_a_first_line_that_is_too_long_is_told_as_such(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str]
+) -> None:
+    monkeypatch.setattr(lines_module.read_lines, "__defaults__", (1 << 10,))
+    (tmp_path / "set.x").write_bytes(b"a cat \t" + b"a" * (1 << 11) + b"\nanother\t0.jpg\n")
+    assert "set.x: line 1: has more than 64 MiB; mend the file" in refuse(*command(tmp_path, images))
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_line_without_end_is_passed_over_in_little_memory(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
@@ -201,6 +220,10 @@ def test_a_cut_file_gives_all_that_stands_before_the_cut(tmp_path: Path) -> None
         for _, line in read_lines(file):
             seen.append(line)
     assert seen == [b"%d" % number for number in range(9)] and told.value.line == 10
+    (tmp_path / "long.gz").write_bytes(gzip.compress(b"1\n" + b"long" * 9)[:-8])
+    with open_text(tmp_path / "long.gz") as file, pytest.raises(CutFile) as told:
+        list(read_lines(file, 4))
+    assert told.value.line == 2, "the line that is cut, not the one after it"
 
 
 @pytest.mark.parametrize("name", ["results.token", "results.csv"])

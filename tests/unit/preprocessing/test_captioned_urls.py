@@ -275,7 +275,7 @@ def test_options_that_are_missing(tmp_path: Path, refuse: Callable[..., str]) ->
     assert "--annotations or --images" in refuse(*words("cc3m", tmp_path, images=False))
     assert "with --images" in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "set.tsv", images=False))
     assert "cannot be read" in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "none.tsv"))
-    twice = ["--annotations", tmp_path / "set.tsv", tmp_path / "a/set.tsv"]
+    twice = ["--annotations", tmp_path / "other.tsv", tmp_path / "set.tsv", tmp_path / "a/set.tsv"]
     assert "two files are called set" in refuse(*words("cc3m", tmp_path, *twice))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import pyarrow as pa
 import pytest
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.data import overlap
 from eve_ds.data.config import DataSource
-from eve_ds.data.overlap import SplitIds, _common
+from eve_ds.data.overlap import SplitIds, _common, _pairs_in_common
 from eve_ds.data.samples import Samples
 from eve_ds.data.sources import open_split
 from eve_ds.engine import setup
-from preprocessing.schema import DataError
+from preprocessing.schema import IDS, DataError
 from preprocessing.tokenizer import Tokenizer
 from tests.support import foreign_shards
 from tests.support.foreign_shards import table_of
@@ -224,6 +226,41 @@ def test_files_of_two_data_sets_may_share_ids(tmp_path: Path) -> None:
     foreign_shards.write_arrow(tmp_path / "eve" / "coco_2.arrow", captions.slice(3, 1))
     found, mostly = SplitIds(open_split(tmp_path / "eve", "train")).doubled()
     assert "coco_1.arrow and " in found and mostly
+
+
+def test_a_copy_is_found_past_files_that_share_its_ids(tmp_path: Path) -> None:
+    rows = [{"image": picture(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
+    foreign_shards.write_arrow(tmp_path / "coco_0.arrow", table_of(rows))
+    for number in range(1, 4):
+        others = [row | {"caption": f"{number} of {row['caption']}"} for row in rows]
+        foreign_shards.write_arrow(tmp_path / f"coco_{number}.arrow", table_of(others))
+    assert SplitIds(open_split(tmp_path, "train")).doubled() == ("", False)
+    foreign_shards.write_arrow(tmp_path / "coco_4.arrow", table_of(rows))
+    found, mostly = SplitIds(open_split(tmp_path, "train")).doubled()
+    assert f"{tmp_path / 'coco_0.arrow'} and {tmp_path / 'coco_4.arrow'}: about 20 images stand in both" in found
+    assert mostly
+
+
+def test_pairs_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = draw.integers(0, 6, size=int(draw.integers(1, 7)))
+        parts = [np.unique(draw.integers(0, 12, size=size)).astype(np.uint64) for size in sizes]
+        every = combinations(range(len(parts)), 2)
+        assert _pairs_in_common(parts) == [(a, b) for a, b in every if set(parts[a]) & set(parts[b])]
+    monkeypatch.setattr(overlap, "_PAIRS", 2)
+    assert len(_pairs_in_common([np.zeros(1, np.uint64)] * 5)) == 2
+
+
+def test_ids_that_no_shard_has_are_told_by_their_lists(tmp_path: Path) -> None:
+    splits = []
+    for split in ("train", "val"):
+        make_caption_set(tmp_path, rows=4, split=split)
+        splits.append(SplitIds(open_split(tmp_path, split)))
+    for one in splits:
+        one.__dict__["_listed"] = {"image_id": np.array([7], "<u8")}
+    found = splits[0].shared(splits[1])
+    assert f"train/{IDS} and {tmp_path / 'val' / IDS}: 1 images stand in both, and a shard lacks what its" in found
 
 
 def test_few_that_stand_twice_and_ids_that_are_all_equal(

@@ -382,3 +382,18 @@ def test_a_branch_needs_a_folder_of_its_own(data: Path) -> None:
     config.resume_from = str(data / "nothing")
     with pytest.raises(DataError, match=r"--resume_from .*nothing: no whole checkpoint; give RUN/checkpoints/step_N"):
         of(config)
+
+
+def test_signs_of_life_of_an_earlier_start_are_gone(data: Path) -> None:
+    """Or a rank that never came this time is named as another host's."""
+    config = pretraining(data)
+    begun(data / "run", config)
+    ranks = data / "run" / "ranks"
+    ranks.mkdir()
+    (ranks / "rank_1.json").write_text("{}")
+    (ranks / "rank_1.stacks").write_text("")
+    run_folder.claim(dataclasses.replace(config, dry_run=True), of(config))
+    assert (ranks / "rank_1.json").exists()
+    run_folder._held.clear()
+    run_folder.claim(config, of(config))
+    assert [path.name for path in ranks.iterdir()] == ["rank_1.stacks"]

@@ -123,6 +123,42 @@ def test_a_late_signal_ends_no_rank_that_has_saved() -> None:
     process.communicate()
 
 
+def test_each_way_of_asking_is_told_once_and_the_launchers_end_is_no_second_signal(tmp_path: Path) -> None:
+    """A rank that was asked, and is long about it, saves all the same when its launcher dies."""
+    parent, saved = tmp_path / "torchrun", tmp_path / "saved"
+    parent.write_text(PARENT)
+    body = f"train(stop, {str(saved)!r})"
+    rank = RANK.replace("BODY", body).replace('"a step"', "__import__('os').getpid()").replace("sleep(0.1)", "sleep(4)")
+    launcher = subprocess.Popen(
+        [sys.executable, str(parent), rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_ready(launcher)
+    assert launcher.stdout is not None and launcher.stderr is not None
+    process = int(launcher.stdout.readline())
+    os.kill(process, TERM)
+    time.sleep(1.5)  # longer than SECOND_AFTER
+    launcher.kill()
+    told = launcher.stderr.read()
+    launcher.wait()
+    launcher.stdout.close()
+    until(lambda: not runs(process))
+    assert saved.exists()
+    assert told.count("SIGTERM: saves and ends as soon as the ranks agree; again, after 1 s") == 1
+    assert told.count("the launcher was killed; this rank saves what there is and ends") == 1 and "ended at" not in told
+
+
+def test_output_is_as_unbuffered_as_python_was_asked_to_be() -> None:
+    script = (
+        "import os; from eve_ds.engine import signals; signals.outlive_readers(); print('now', end=''); os._exit(0)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    found = [
+        subprocess.run([sys.executable, *more, "-c", script], capture_output=True, text=True, env=environment).stdout
+        for more in ((), ("-u",))
+    ]
+    assert found == ["", "now"]
+
+
 def test_the_first_process_of_a_container_heeds_them_too() -> None:
     """The kernel lets no signal end it that it has no handler for."""
     namespace = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
@@ -187,6 +223,19 @@ def test_a_launcher_that_was_gone_before_we_looked(monkeypatch: pytest.MonkeyPat
     ((process, began),) = signals.launchers_above()
     assert not signals.alive(process, began)
     assert signals.alive(os.getpid(), signals._stat(os.getpid())[1])
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert not signals.alive(ended.pid, signals._stat(ended.pid)[1])  # between its name and its start
+
+
+def test_a_process_above_whose_name_is_no_text() -> None:
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    try:
+        name.write_bytes(b"\xc3")  # names are cut at 15 bytes, also within a letter
+        assert signals.alive(os.getpid(), signals._stat(os.getpid())[1])
+    finally:
+        name.write_bytes(before)
 
 
 def runs(process: int) -> bool:

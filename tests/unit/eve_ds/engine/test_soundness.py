@@ -14,6 +14,7 @@ from eve_ds.engine import soundness
 from eve_ds.engine.checkpoint import prune
 from eve_ds.engine.manifest import COMPLETE, DamagedError, Manifest, hash_files
 from eve_ds.errors import UserError
+from eve_ds.weights import model_folder
 from tests.support.made_checkpoint import MODEL, OPTIMIZER, make_checkpoint
 
 
@@ -108,7 +109,7 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
         True,
         True,
     ]
-    assert soundness.newest(tmp_path) == tmp_path / "step_00000004"
+    assert model_folder.newest(tmp_path) == tmp_path / "step_00000004"
     prune(tmp_path, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000004"}
 
@@ -129,6 +130,16 @@ def test_a_read_that_fails_is_no_damage(name: str, tmp_path: Path) -> None:
         soundness.sound(tmp_path)
     assert not isinstance(refused.value, DamagedError) and "nothing says that it is damaged" in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000002", "step_00000003"}
+
+
+@pytest.mark.parametrize("look", [soundness.sound, model_folder.newest, model_folder.tagged])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(look: Callable[[Path], object], tmp_path: Path) -> None:
+    """The run would begin anew, and write over what it did not see."""
+    assert not look(tmp_path / "none yet")
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "checkpoints")  # the system refuses to list it, root's too
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        look(tmp_path / "checkpoints")
+    prune(tmp_path / "checkpoints", keep=1)  # no more than a tidying: the run goes on
 
 
 def test_what_is_read_rightly_the_second_time_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
