@@ -36,7 +36,7 @@ def caption_columns(there: Iterable[str], wanted: Sequence[str]) -> list[str]:
     """Those of the columns that are there which hold captions: the `wanted` ones; else by their names."""
     names = list(there)
     if wanted:
-        return [name for name in wanted if name in names]
+        return [name for name in dict.fromkeys(wanted) if name in names]
     known = next((name for name in CAPTION_COLUMNS if name in names), None)
     if known is not None:
         return [known]

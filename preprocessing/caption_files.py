@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.files import BadRecord, read_json, text_lines
+from preprocessing.files import BadRecord, copies, read_json, text_lines
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import Base64Cell, FileImage, ImageRef, image_in
 from preprocessing.json_text import shown
@@ -90,6 +90,8 @@ def read_captions(
     excluded: ImageList,
 ) -> Source:
     """A row for each line or entry that has a caption and is not excluded. Raises DataError naming what is at fault."""
+    for first, other in copies(files):
+        raise DataError(f"{first} and {other}: are one file under two names; give it once")
     stems = [_stem(name) for name in files]
     if again := [stem for stem, count in Counter(stems).items() if count > 1]:
         raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")

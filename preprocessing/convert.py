@@ -113,9 +113,11 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
 
 def _warn_of_shared(out: Place, split: str) -> None:
     """Print what `split` has in common with the other splits of its data set, by their lists of ids."""
-    for one, other, which in shared([out / name for name in prepared_splits(out)], by_shards=False):
+    for one, other, which, is_fault in shared([out / name for name in prepared_splits(out)], by_shards=False):
         if split in (one.name, other.name):
             mend = "training refuses that; prepare one of them with --exclude"
+            if not is_fault:
+                mend = "training lets so few pass; --exclude-images-of leaves them out"
             mend = mend if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
             print(printable(f"warning: {one} and {other}: hold the same {which}; {mend}"))
 

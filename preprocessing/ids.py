@@ -1,10 +1,10 @@
 """The ids of a split in eight bytes each: what tells that no image, question or statement stands in two splits.
 
     DIR/SPLIT/ids.bin    for each column of ID_COLUMNS, in that order: its distinct keys (`id_key`), rising, as <u8
-    manifest.json        "ids": {"file", "bytes", "sha256", "distinct": {column: n}, "numbered": [column, …]}
+    manifest.json        "ids": {"file", "bytes", "sha256", "distinct": {column: n}, "numbered": [column, …], "version"}
 
 A column is "numbered" where its ids are numbers that the data set's makers did not give, such as a line's: the same
-number in another split says nothing, so that there a key is of the id and of the image together.
+number in another split says nothing. There an image's key is of the image itself, a question's of its id and image.
 """
 
 import base64
@@ -20,6 +20,7 @@ from preprocessing.reading import sound_batches
 from preprocessing.schema import (
     ID_COLUMNS,
     IDS,
+    IDS_VERSION,
     id_key,
     id_without_secrets,
     ids_of_batch,
@@ -68,7 +69,11 @@ class IdKeys:
 
     def record(self) -> dict[str, str]:
         """As JSON has it, for `joined`."""
-        keys = {column: map(id_key, ids, self._marks[column] or repeat(b"")) for column, ids in self._ids.items()}
+        keys = {}
+        for column, ids in self._ids.items():
+            marks = self._marks[column]
+            by_image = column == "image_id" and marks
+            keys[column] = map(id_key, [b""] * len(ids) if by_image else ids, marks or repeat(b""))
         return {column: base64.b64encode(b"".join(made)).decode() for column, made in keys.items()}
 
 
@@ -95,7 +100,8 @@ def write_ids(folder: Place, keys: Keys, numbered: Sequence[str]) -> dict[str, A
                 file.write(keys[column].astype("<u8"))
         sha256, size = file.finish()
     counts = {column: len(found) for column, found in keys.items()}
-    return {"file": IDS, "bytes": size, "sha256": sha256, "distinct": counts, "numbered": list(numbered)}
+    record = {"file": IDS, "bytes": size, "sha256": sha256, "distinct": counts, "numbered": list(numbered)}
+    return record | {"version": IDS_VERSION}
 
 
 def numbered_columns(manifest: Mapping[str, Any]) -> list[str]:
@@ -135,12 +141,13 @@ def scanned(folder: Place, manifest: Mapping[str, Any]) -> Keys:
     return {column: distinct(np.frombuffer(b"".join(one), "<u8")) for column, one in found.items()}
 
 
-def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[Place, Place, str]]:
-    """(split, other split, what stands in both) of the splits of a data set. Raises DataError.
+def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[Place, Place, str, bool]]:
+    """(split, other split, what stands in both, whether it is a fault) of the splits of a data set. Raises DataError.
 
-    A split without a list of ids is read `by_shards`, or passed over.
+    Some of the web's images stand in any two splits: where images are numbered, half of a split must, to be a fault. A
+    split without a list of ids is read `by_shards`, or passed over.
     """
-    known: list[tuple[Place, Keys]] = []
+    known: list[tuple[Place, Keys, list[str]]] = []
     for folder in folders:
         manifest = read_manifest(folder)
         keys = read_ids(folder, manifest)
@@ -148,12 +155,15 @@ def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[P
             keys = scanned(folder, manifest)
         if keys is None:
             continue
-        for earlier, theirs in known:
+        numbered = numbered_columns(manifest)
+        for earlier, theirs, theirs_numbered in known:
             for column in [name for name in keys if name in theirs]:
                 both = np.intersect1d(theirs[column], keys[column], assume_unique=True)
                 if len(both):
-                    yield earlier, folder, f"{len(both)} {_THINGS[column]}, {_named(folder, column, both)}"
-        known.append((folder, keys))
+                    by_file = column == "image_id" and column in numbered and column in theirs_numbered
+                    is_fault = not by_file or 2 * len(both) >= min(len(theirs[column]), len(keys[column]))
+                    yield earlier, folder, f"{len(both)} {_THINGS[column]}, {_named(folder, column, both)}", is_fault
+        known.append((folder, keys, numbered))
 
 
 def _named(folder: Place, column: str, keys: np.ndarray) -> str:

@@ -193,9 +193,10 @@ def read_image_names(path: Place) -> Iterator[str]:
         records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)
     if not isinstance(records, list):
         raise DataError(f"{path}: is no list of images in a known form; give one image name a line in a .txt file")
+    splits = {str(record["split"]).lower() for record in records if isinstance(record, dict) and "split" in record}
     for index, record in enumerate(records):
-        if isinstance(record, dict) and "split" in record and record["split"] != "test":
-            continue  # Karpathy's file holds all splits
+        if "test" in splits and isinstance(record, dict) and str(record.get("split", "test")).lower() != "test":
+            continue  # Karpathy's file holds all splits; a list of one split is taken as it is
         names = list(_names_of(record))
         if not names:
             raise DataError(f"{path}: record {index}: names no image; give one image name a line in a .txt file")

@@ -37,7 +37,13 @@ class ParquetRows(ShardRows):
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
         """See ShardRows. Raises DataError, too, when a column `split` names other splits alone."""
         self._splits: Counter[str] = Counter()
+        self._with: str | None = None  # a file with a column `split`, and one without
+        self._without: str | None = None
         super().__init__(shards, wanted, source)
+        if self._with and self._without:
+            raise DataError(
+                f"{self._with} has a column {_SPLIT}, {self._without} has none; give them one by one, or move one away"
+            )
         chosen = sum(count for name, count in self._splits.items() if split_named(name) == wanted.split)
         if chosen == self._splits.total():
             return
@@ -57,6 +63,10 @@ class ParquetRows(ShardRows):
                 table = pq.ParquetFile(file)
                 image, captions = _columns(shard, table.schema_arrow, self._wanted.columns)
                 there = table.schema_arrow.names
+                if _SPLIT in there:
+                    self._with = self._with or shard
+                else:
+                    self._without = self._without or shard
                 more = [name for name in ("key", _SPLIT) if name in there]
                 if self._wanted.excluded:
                     more += [name for name in NAME_COLUMNS if name in there]
@@ -123,6 +133,17 @@ def _captions(shard: str, group: int, wanted: tuple[str, ...]) -> tuple[str, lis
         return image, captions, table.read_row_group(group, columns=captions)
 
 
+def _is_image(kind: pa.DataType) -> bool:
+    """Whether its values are what ParquetCell reads."""
+    if pa.types.is_dictionary(kind):
+        return _is_image(kind.value_type)
+    if pa.types.is_struct(kind):  # Hugging Face's image feature: {bytes, path}
+        index = kind.get_field_index("bytes")
+        return index < 0 or _is_image(kind.field(index).type)
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return _is_text(kind) or pa.types.is_null(kind) or any(is_of(kind) for is_of in binary)
+
+
 _BROKEN = object()
 
 
@@ -155,6 +176,11 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
     if image is None:
         known = ", ".join(_IMAGE_COLUMNS)
         raise DataError(f"{shard}: has no column of images ({known}); is this img2dataset's parquet output?")
+    if not _is_image(schema.field(image).type):
+        raise DataError(
+            f"{shard}: column {image} is of type {schema.field(image).type}, neither bytes, base64 nor a struct of it; "
+            "mend the file"
+        )
     missing = next((name for name in wanted if name not in schema.names), None)
     captions = caption_columns(schema.names, wanted)
     there = ", ".join(schema.names)

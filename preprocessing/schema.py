@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 IDS = "ids.bin"  # see preprocessing/ids.py
+IDS_VERSION = 2  # of its keys; an older one is not read, the columns of ids are
 ANSWER_LIST = "answer_list.json"
 SPLITS = ("train", "val", "test")
 # Of an image, in preparation and in training.
@@ -118,7 +119,7 @@ _SHARD_FIELDS = {"file": str, "rows": int, "samples": int, "bytes": int, "sha256
 def id_key(value: str | int | bytes, mark: bytes = b"") -> bytes:
     """Eight bytes in the place of an id of any length; of 12 million ids two share them once in 250,000 data sets.
 
-    `mark`: of the images that a numbered id (preprocessing/ids.py) goes with.
+    `mark`: of the images that a numbered id (preprocessing/ids.py) goes with. A numbered image's key is of that alone.
     """
     raw = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(raw + mark, digest_size=8).digest()
@@ -144,7 +145,8 @@ def ids_of_batch(batch: pa.RecordBatch, column: str, numbered: bool = False) -> 
     rows = pc.list_parent_indices(cells).to_pylist() if listed else range(len(cells))
     pairs = [(one, row) for one, row in zip(texts.to_pylist(), rows, strict=True) if one is not None]
     marks = {row: image_mark(image[row].as_buffer() or b"" for image in images) for row in {row for _, row in pairs}}
-    return [one for one, _ in pairs], [id_key(one, marks[row]) for one, row in pairs]
+    by_image = column == "image_id"
+    return [one for one, _ in pairs], [id_key(b"" if by_image else one, marks[row]) for one, row in pairs]
 
 
 def listed_ids(manifest: Mapping[str, Any], content: bytes) -> dict[str, bytes] | None:
@@ -156,8 +158,10 @@ def listed_ids(manifest: Mapping[str, Any], content: bytes) -> dict[str, bytes] 
     columns = ID_COLUMNS[manifest["kind"]]
     if not isinstance(record, dict) or not isinstance(distinct, dict) or set(distinct) != set(columns):
         return None
-    if record.get("sha256") != hashlib.sha256(content).hexdigest() or not all(
-        isinstance(distinct[column], int) for column in columns
+    if (
+        record.get("version") != IDS_VERSION
+        or record.get("sha256") != hashlib.sha256(content).hexdigest()
+        or not all(isinstance(distinct[column], int) for column in columns)
     ):
         return None
     parts, start = {}, 0

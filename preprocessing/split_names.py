@@ -22,11 +22,11 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
     """Of the files or folders `names` in `folder`, those of the split, where their names tell two splits apart.
 
     Where they do not, all: a set of one split may be called anything. Says on stdout what it chose. Raises DataError
-    when none is of the split, and when there is one whose name says nothing.
+    when none is of the split, and when there is one whose name says nothing beside others whose names do.
     """
     said = {name: {_SPLITS[word.lower()] for word in _WORD.findall(name)} for name in names}
     splits = sorted({split for found in said.values() for split in found})
-    if len(splits) < 2:
+    if len(splits) < 2 and (all(said.values()) or not any(said.values())):
         return list(names)
     unclear = next((name for name, found in said.items() if len(found) != 1), None)
     if unclear is not None:

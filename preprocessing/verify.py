@@ -93,8 +93,8 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
 def _shared_faults(folders: Sequence[Place]) -> Iterator[str]:
     """What stands in the training split and in another one, too."""
     try:
-        for split, other, which in shared(folders):
-            if "train" in (split.name, other.name):
+        for split, other, which, is_fault in shared(folders):
+            if is_fault and "train" in (split.name, other.name):
                 yield f"{split} and {other}: hold the same {which}; prepare one of them with --exclude"
     except DataError:
         return  # what is wrong with a split is told of it already

@@ -49,8 +49,13 @@ class SplitIds:
         record = split.manifest.get("ids")
         self._numbered = record.get("numbered", []) if isinstance(record, dict) else []
 
-    def shared(self, other: SplitIds) -> str:
-        """What stands in this split and in the other, as the start of a message with files and ids; "" for nothing."""
+    def shared(self, other: SplitIds) -> tuple[str, bool]:
+        """What stands in this split and in the other.
+
+        Returns:
+            the start of a message with files and ids; "" for nothing. Whether it is a fault: where images are told by
+            their files, as those of the web are, some stand in any two splits, so half of one must.
+        """
         for column in ID_COLUMNS[self.split.kind] if self.split.kind == other.split.kind else ():
             both = _common(self._keys(column), other._keys(column))
             if len(both):
@@ -59,9 +64,13 @@ class SplitIds:
                 count = f"{len(both)} {_THINGS[column]} stand in both"
                 if ours is None:  # by the lists alone
                     lists = " and ".join(str(each.split.directory / IDS) for each in (self, other))
-                    return f"{lists}: {count}, and a shard lacks what its list has (preprocessing verify tells which)"
-                return f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
-        return ""
+                    told = f"{lists}: {count}, and a shard lacks what its list has (preprocessing verify tells which)"
+                else:
+                    told = f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
+                by_file = column == "image_id" and column in self._numbered and column in other._numbered
+                fewer = min(len(self._keys(column)), len(other._keys(column)))
+                return told, not by_file or 2 * len(both) >= fewer
+        return "", False
 
     def check_once(self) -> None:
         """Raise DataError where a question or a statement stands twice: a score would count it twice."""

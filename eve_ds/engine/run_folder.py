@@ -19,7 +19,7 @@ from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
-from eve_ds.weights.model_folder import FILES, MODEL, checkpoints, newer_checkpoint, run_of, step_of
+from eve_ds.weights.model_folder import CHECKPOINTS, FILES, MODEL, checkpoints, newer_checkpoint, run_of, step_of
 from preprocessing.schema import ANSWER_LIST, make_folder
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
@@ -70,6 +70,11 @@ def _look(config: PretrainConfig | FinetuneConfig, identity: Identity, total_ste
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: {above} is no folder that can be written to; choose another one")
+    if folder.absolute().parent.name == CHECKPOINTS and (folder.absolute().parents[1] / CONFIG).is_file():
+        raise UserError(
+            f"--output_dir {folder}: is among the checkpoints of a run, which removes what is not its own there; take "
+            "one outside of it"
+        )
     if config.resume_from and _run(config.resume_from) == folder.resolve():
         raise UserError(
             f"--resume_from {config.resume_from}: lies in --output_dir itself; a branch needs a folder of its own, and "

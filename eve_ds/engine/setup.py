@@ -109,7 +109,8 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
     for name, scored in opened.items():
         if own is not None and name != config.data.train_split:  # that one, as the user says
             mend = "leave them out of one of these (preprocessing --exclude; of ViLT's own files, move one away)"
-            _refuse(config, own.shared(scored), mend)
+            found, is_fault = own.shared(scored)
+            _refuse(config, found, mend, few=not is_fault)
 
 
 def _refuse(config: Config, found: str, mend: str, few: bool = False) -> None:

@@ -149,7 +149,7 @@ def test_the_index_of_lines_takes_20_bytes_a_line_and_no_more_while_it_is_made(t
     count = 20_000
     lines = "".join(f"a\t{number}.jpg\n" for number in range(count))
     for name in ("a.tsv", "b.tsv"):
-        (tmp_path / name).write_text("caption\tfile\n" + lines)
+        (tmp_path / name).write_text("caption\tfile\n" + lines.replace("a", name[0]))
     files = [f"{tmp_path}/a.tsv", f"{tmp_path}/b.tsv"]
     tracemalloc.start()
     try:
@@ -277,6 +277,10 @@ def test_options_that_are_missing(tmp_path: Path, refuse: Callable[..., str]) ->
     assert "cannot be read" in refuse(*words("cc3m", tmp_path, "--annotations", tmp_path / "none.tsv"))
     twice = ["--annotations", tmp_path / "other.tsv", tmp_path / "set.tsv", tmp_path / "a/set.tsv"]
     assert "two files are called set" in refuse(*words("cc3m", tmp_path, *twice))
+    for name in ("other.tsv", "set.tsv"):
+        (tmp_path / name).write_text("cap\thttp://a/b\n")
+    assert "other.tsv and " in (told := refuse(*words("cc3m", tmp_path, *twice[:3])))
+    assert "set.tsv: are one file under two names; give it once" in told
 
 
 THREE = {"caption": "THE CAPTION", "title": "the page title", "text": None, "path": "0.jpg", "image": "1.jpg"}

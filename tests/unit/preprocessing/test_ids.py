@@ -9,12 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from eve_ds.config import PretrainConfig
+from eve_ds.data.config import DataConfig
 from eve_ds.data.overlap import SplitIds
 from eve_ds.data.shards import Split
+from eve_ds.engine import setup
 from preprocessing.__main__ import main
 from preprocessing.ids import IdKeys, joined, read_ids, scanned, shared
-from preprocessing.schema import ID_COLUMNS, IDS, id_key, image_mark, read_manifest
+from preprocessing.schema import ID_COLUMNS, IDS, DataError, id_key, image_mark, read_manifest
 from preprocessing.writer import file_sha256
+from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import convert, picture, write_json
 
 
@@ -54,6 +58,7 @@ def test_the_list_holds_every_id_once(images: Path) -> None:
         "sha256": file_sha256(folder / IDS),
         "distinct": {"image_id": 3, "question_id": 6},
         "numbered": [],
+        "version": 2,
     }
     found = read_ids(folder, manifest)
     assert found is not None and list(found) == list(ID_COLUMNS["vqa"])
@@ -98,7 +103,7 @@ def test_an_image_in_two_splits_is_told_by_all(
         == f"{train} and {val}: hold the same 2 images, such as image_id 2, 3; prepare one of them with --exclude\n"
     )
     (val / IDS).unlink()  # then the shards tell
-    assert [which for _, _, which in shared([train, val])] == ["2 images, such as image_id 2, 3"]
+    assert [which for _, _, which, _ in shared([train, val])] == ["2 images, such as image_id 2, 3"]
     assert list(shared([train, val], by_shards=False)) == []
 
 
@@ -112,15 +117,15 @@ def test_a_number_of_our_own_in_two_splits_is_another_image(images: Path) -> Non
     assert read_manifest(train)["ids"]["numbered"] == ["identifier"]
     other = split(images, "nlvr", "val", pairs(1, 3, 4))
     assert list(shared([train, other])) == []
-    assert SplitIds(Split(train)).shared(SplitIds(Split(other))) == ""
+    assert SplitIds(Split(train)).shared(SplitIds(Split(other))) == ("", False)
     same = split(images, "nlvr", "test", pairs(3, 1))
-    assert [which for _, _, which in shared([train, same])] == ["1 statements, such as identifier record-1-0-0"]
+    assert [which for _, _, which, _ in shared([train, same])] == ["1 statements, such as identifier record-1-0-0"]
     for listed in (True, False):
         if not listed:
             (train / IDS).unlink()
             (same / IDS).unlink()
-        found = SplitIds(Split(train)).shared(SplitIds(Split(same)))
-        assert found.endswith(": 1 statements stand in both, such as identifier record-1-0-0")
+        found, is_fault = SplitIds(Split(train)).shared(SplitIds(Split(same)))
+        assert is_fault and found.endswith(": 1 statements stand in both, such as identifier record-1-0-0")
         SplitIds(Split(same)).check_once()
 
 
@@ -154,11 +159,12 @@ def test_two_downloads_with_the_same_keys_are_two_sets(tmp_path: Path) -> None:
         return tmp_path / "out" / name
 
     train, val, test = download("train", 0), download("val", 10), download("test", 2)
-    assert list(shared([train, val])) == [] == list(shared([train, test]))  # in the test split, in another place
-    assert SplitIds(Split(train)).shared(SplitIds(Split(val))) == ""
+    assert list(shared([train, val])) == []
+    assert [which for _, _, which, _ in shared([train, test])] == ["1 images, such as image_id 000000000"]  # picture 2
+    assert SplitIds(Split(train)).shared(SplitIds(Split(val))) == ("", False)
     (tmp_path / "val").rename(tmp_path / "gone")
     val = download("val", 0, "--overwrite")
-    assert [which for _, _, which in shared([train, val])] == [
+    assert [which for _, _, which, _ in shared([train, val])] == [
         "3 images, such as image_id 000000000, 000000001, 000000002"
     ]
 
@@ -171,10 +177,10 @@ def test_training_reads_no_shard_where_there_are_lists(images: Path) -> None:
     splits = [Split(folder) for folder in folders]
     for folder in folders:
         (folder / "shard-00000.arrow").unlink()
-    assert SplitIds(splits[0]).shared(SplitIds(splits[1])) == ""
+    assert SplitIds(splits[0]).shared(SplitIds(splits[1])) == ("", False)
 
 
-@pytest.mark.parametrize("harm", ["gone", "cut", "another", "no JSON object", "other columns"])
+@pytest.mark.parametrize("harm", ["gone", "cut", "another", "no JSON object", "other columns", "older"])
 def test_a_list_that_is_not_the_manifests_is_not_believed(
     harm: str, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,9 +193,10 @@ def test_a_list_that_is_not_the_manifests_is_not_believed(
     elif harm in ("cut", "another"):
         (train / IDS).write_bytes(content[:-8] if harm == "cut" else bytes(len(content)))
     else:
-        manifest["ids"] = 3 if harm == "no JSON object" else manifest["ids"] | {"distinct": {"x": 4}}
+        other = {"version": 1} if harm == "older" else {"distinct": {"x": 4}}
+        manifest["ids"] = 3 if harm == "no JSON object" else manifest["ids"] | other
         write_json(train / "manifest.json", manifest)
-    assert "1 images stand in both, such as image_id 3" in SplitIds(Split(train)).shared(SplitIds(Split(val)))
+    assert "1 images stand in both, such as image_id 3" in SplitIds(Split(train)).shared(SplitIds(Split(val)))[0]
     assert main(["verify", str(train)]) == 1
     assert f"{train / IDS}: is missing, or is not what the manifest says" in capsys.readouterr().err
     assert main(["verify", str(train), "--repair"]) == 0
@@ -204,3 +211,36 @@ def test_repair_lists_the_rows_that_are_left(images: Path) -> None:
     convert("verify", train, "--repair")
     found = read_ids(train, read_manifest(train))
     assert found is not None and found["image_id"].tolist() == keys_of([0, 2, 3])
+
+
+def test_the_webs_images_are_told_apart_by_their_files(
+    images: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same image is another line of another file: all of val held out of train's lines is a leak, one is chance."""
+
+    def lines(name: str, *numbers: int) -> Path:
+        file = images / f"{name}_lines.tsv"
+        file.write_text("caption\tfile\n" + "".join(f"a b\t{number}.jpg\n" for number in numbers))
+        convert("cc3m", "--annotations", file, "--images", images, "--split", name, "--out", images / "out")
+        return images / "out" / name
+
+    train, val, test = lines("train", 0, 1, 2, 3, 3), lines("val", 2, 1, 0), lines("test", 4, 5, 1)
+    printed = capsys.readouterr().out
+    assert f"{train} and {val}: hold the same 3 images, such as image_id val_lines-0, val_lines-1" in printed
+    assert "training refuses that" in printed
+    assert f"{train} and {test}: hold the same 1 images, such as image_id test_lines-2; training lets so few" in printed
+    assert read_manifest(train)["ids"]["distinct"] == {"image_id": 4}
+    for _ in range(2):
+        found = {split: SplitIds(Split(train)).shared(SplitIds(Split(split))) for split in (val, test)}
+        assert [is_fault for _, is_fault in found.values()] == [True, False]
+        assert "3 images stand in both, such as image_id val_lines-0, val_lines-1" in found[val][0]
+        for folder in (train, val, test):
+            (folder / IDS).unlink(missing_ok=True)  # then the shards tell
+    assert main(["verify", str(images / "out"), "--repair"]) == 1
+    assert f"{train} and {val}: hold the same 3 images" in (error := capsys.readouterr().err) and str(test) not in error
+    config = PretrainConfig(data=DataConfig(path=str(images / "out")))
+    opened = {name: setup.samples(config, name, tiny_tokenizer(), train=False) for name in ("train", "val", "test")}
+    setup.check_apart(config, opened["train"], {"test": opened["test"]})
+    assert "1 images stand in both, such as image_id test_lines-2; so few are let pass" in caplog.text
+    with pytest.raises(DataError, match=r"3 images stand in both, .*; leave them out of one of these"):
+        setup.check_apart(config, opened["train"], {"val": opened["val"]})

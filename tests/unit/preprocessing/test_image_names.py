@@ -76,6 +76,8 @@ def test_names_of_each_list_are_counted_as_images_and_once() -> None:
             },
             ["test"],
         ),
+        ({"images": [{"filename": name, "split": name.title()} for name in ("val", "test")]}, ["test"]),
+        ([{"image": "a.jpg", "split": "val"}, {"image": "b.jpg"}], ["a.jpg", "b.jpg"]),
         ({"duplicates": [{"image_id": "7", "of": "DIR", "of_image": "9", "distance": 2, "exact": False}]}, ["7"]),
         (["a.jpg", "b.jpg"], ["a.jpg", "b.jpg"]),
     ],

@@ -52,6 +52,22 @@ def test_a_column_split_without_the_wanted_one_is_refused(tmp_path: Path, refuse
     assert "0.parquet: column split is of type int64, not text" in message
 
 
+def test_a_file_without_the_column_split_that_another_one_has(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    words = command(tmp_path, [row(0, split="train"), row(1, split="test")])
+    pq.write_table(pa.Table.from_pylist([row(2)]), tmp_path / "raw/1.parquet")
+    assert "0.parquet has a column split, " in (message := refuse(*words))
+    assert "1.parquet has none; give them one by one, or move one away" in message
+
+
+def test_a_column_of_images_that_holds_none(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    message = refuse(*command(tmp_path, [{"image": [picture(0)], "caption": "a"}]))
+    assert "0.parquet: column image is of type list<" in message and "neither bytes, base64 nor a struct" in message
+    for kind in (pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())):
+        image = pa.array([picture(0)], pa.binary()).cast(kind)
+        convert(*command(tmp_path, pa.table({"image": image, "caption": ["a"]})))
+        assert captions(tmp_path) == [["a"]]
+
+
 def test_names_of_files_tell_splits_apart(tmp_path: Path) -> None:
     """What `huggingface-cli download` leaves: all splits in data/, and a hidden folder of its own."""
     for number, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001")):
@@ -63,6 +79,16 @@ def test_names_of_files_tell_splits_apart(tmp_path: Path) -> None:
     convert(*words)
     convert(*["train" if word == "val" else word for word in words])
     assert captions(tmp_path, "val") == [["c2"]] and captions(tmp_path) == [["c0"], ["c1"]]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_files_that_may_be_of_any_split_beside_one_that_says_its_own(
+    tmp_path: Path, refuse: Callable[..., str], split: str
+) -> None:
+    words = command(tmp_path, [row(0)], split)
+    (tmp_path / "raw/val").mkdir()
+    pq.write_table(pa.Table.from_pylist([row(1)]), tmp_path / "raw/val/0.parquet")
+    assert "raw: holds val by the names of its files, but 0.parquet could be of any" in refuse(*words)
 
 
 SENTENCE = pa.struct([("raw", pa.string()), ("sentid", pa.int64())])
@@ -86,6 +112,11 @@ def test_captions_by_the_names_that_columns_have(tmp_path: Path, columns: dict[s
     table = pa.table({"jpg": [picture(0), picture(1)], **columns})
     convert(*command(tmp_path, table))
     assert captions(tmp_path) == ([["a\u2028b"], ["c"]] if "text" in columns else [["a", "b"], ["c"]])
+
+
+def test_a_caption_column_that_is_named_twice_counts_once(tmp_path: Path) -> None:
+    convert(*command(tmp_path, [row(0)]), "--caption-column", "caption", "caption")
+    assert captions(tmp_path) == [["c0"]]
 
 
 def test_captions_by_the_name_that_is_given(tmp_path: Path, refuse: Callable[..., str]) -> None:

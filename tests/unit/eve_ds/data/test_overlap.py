@@ -136,7 +136,7 @@ def test_questions_that_overlap_over_other_images(tmp_path: Path) -> None:
         held_out = open_split(make_vqa_set(tmp_path / "b", rows=3, split="shifted").parent, "shifted")
     finally:
         del FIRST_ID["shifted"]
-    found = SplitIds(open_split(tmp_path, "train")).shared(SplitIds(held_out))
+    found, _ = SplitIds(open_split(tmp_path, "train")).shared(SplitIds(held_out))
     assert ": 1 images stand in both, such as image_id image-2" in found
     SplitIds(held_out).check_once()
 
@@ -259,7 +259,7 @@ def test_ids_that_no_shard_has_are_told_by_their_lists(tmp_path: Path) -> None:
         splits.append(SplitIds(open_split(tmp_path, split)))
     for one in splits:
         one.__dict__["_listed"] = {"image_id": np.array([7], "<u8")}
-    found = splits[0].shared(splits[1])
+    found, _ = splits[0].shared(splits[1])
     assert f"train/{IDS} and {tmp_path / 'val' / IDS}: 1 images stand in both, and a shard lacks what its" in found
 
 

@@ -397,3 +397,12 @@ def test_signs_of_life_of_an_earlier_start_are_gone(data: Path) -> None:
     run_folder._held.clear()
     run_folder.claim(config, of(config))
     assert [path.name for path in ranks.iterdir()] == ["rank_1.stacks"]
+
+
+def test_a_run_among_another_ones_checkpoints_is_refused(data: Path) -> None:
+    begun(data / "run", pretraining(data))
+    config = pretraining(data, data / "run" / "checkpoints" / "step_00000010")
+    with pytest.raises(UserError, match=r"step_00000010: is among the checkpoints of a run, .*; take one"):
+        run_folder.claim(config, of(config))
+    free = pretraining(data, data / "checkpoints" / "mine")
+    run_folder.claim(free, of(free))
