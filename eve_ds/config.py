@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from eve_ds.data.config import DataConfig
+from eve_ds.data.config import MOST_SECONDS, DataConfig
 from eve_ds.errors import UserError
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.config import MOST, ModelConfig
 from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, wrong_value
 from eve_ds.recipes import (
     check_keys,
@@ -119,6 +119,9 @@ class EngineConfig:
         """Raise UserError naming the first setting that spreads no work."""
         at_least_one = ("global_batch_size", "micro_batch_size", "expert_parallel_size", "timeout_seconds")
         _check_least("engine", self, dict.fromkeys(at_least_one, 1) | {"seed": 0})
+        for name, most in {"global_batch_size": MOST, "timeout_seconds": MOST_SECONDS}.items():
+            if getattr(self, name) > most:
+                raise UserError(f"engine.{name}={getattr(self, name)} must be at most {most}")
         if self.seed >= 2**63:
             raise UserError(f"engine.seed={self.seed} must be below 2**63")
 
@@ -187,8 +190,8 @@ class FinetuneObjective:
         """Raise UserError naming the first setting that makes no head."""
         for name in ("embed_dim", "temperature", "head_hidden"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"objective.{name}={value} must be a positive number")
+            if value is not None and not 0 < value <= MOST:
+                raise UserError(f"objective.{name}={value} must be a positive number, at most {MOST}")
 
 
 @dataclass

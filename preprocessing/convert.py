@@ -125,10 +125,11 @@ def _warn_of_shared(out: Place, split: str) -> None:
 def _check_whole(source: Source, share: float) -> None:
     """Raise DataError where more of a test split than this share is left out for what it is, not on request."""
     lost = {reason: count for reason, count in source.left_out.items() if "--" not in reason}
-    count, total = sum(lost.values()), max(source.counts.values(), default=0)
+    total = max(source.counts.values(), default=0) or sum(lost.values())
+    count = min(sum(lost.values()), total)  # parts of rows may be counted: more than all is no share
     if count > share * total:
         reasons = ", ".join(f"{count} times {reason}" for reason, count in sorted(lost.items()))
-        needed = math.ceil(1000 * count / max(total, 1)) / 1000
+        needed = math.ceil(1000 * count / total) / 1000
         raise DataError(
             f"{source.where}: more than --max-dropped {share:g} of a test split must be left out: {reasons}; mend the "
             f"file, or give --max-dropped {needed:g}: scores then say what they lack"

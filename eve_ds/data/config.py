@@ -11,6 +11,8 @@ from eve_ds.data.transforms import Augmentation
 from preprocessing.schema import MAX_PIXELS, PILLOW_PIXELS, DataError
 
 VERIFY = ("background", "full", "off")
+MOST_SECONDS = 30 * 24 * 3600  # of patience: the clocks of torch and of the system overflow far beyond it
+_MOST_WINDOW = 2**40  # samples, more than there are
 
 
 @dataclass
@@ -83,10 +85,11 @@ class DataConfig:
         """Raise DataError naming the first setting that no loader takes."""
         if self.num_workers < 0:
             raise DataError(f"data.num_workers={self.num_workers} must be 0 or more")
-        if self.timeout_seconds is not None and self.timeout_seconds < 1:
-            raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be at least 1")
-        if self.shuffle_window and self.shuffle_window < WINDOW_BLOCKS:
-            raise DataError(f"data.shuffle_window={self.shuffle_window} must be 0 or at least {WINDOW_BLOCKS}")
+        if self.timeout_seconds is not None and not 1 <= self.timeout_seconds <= MOST_SECONDS:
+            raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be from 1 to {MOST_SECONDS} (30 days)")
+        if self.shuffle_window and not WINDOW_BLOCKS <= self.shuffle_window <= _MOST_WINDOW:
+            told = f"must be 0, or at least {WINDOW_BLOCKS} and at most 2**40"
+            raise DataError(f"data.shuffle_window={self.shuffle_window} {told}")
         if self.verify not in VERIFY:
             raise DataError(f"data.verify={self.verify}: must be one of {', '.join(VERIFY)}")
         if not 1 <= self.max_pixels <= PILLOW_PIXELS:

@@ -32,7 +32,8 @@ class ReadAhead:
 
     def __init__(self, split: AnySplit, order: TrainOrder, window: int) -> None:
         self._split, self._order = split, order
-        self._batches = -(-window // order.step)  # micro-batches of a stretch as long as a window
+        # Micro-batches of a stretch as long as a window, or as an epoch where that is shorter: all samples, then.
+        self._batches = -(-min(window, order.stream.size) // order.step)
         self._reach: int | None = None  # all positions below it have been asked for, or are due
         self._due: deque[int] = deque()
         self._share = 0

@@ -154,7 +154,7 @@ def refuse(config: dict[str, Any], path: str) -> None:
     zero = config.get("zero_optimization", {})
     stage, accumulates = zero.get("stage", 0), config["gradient_accumulation_steps"] > 1
     stage = stage if isinstance(stage, int) else -1  # refuse_keys names it
-    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"  # refuse_keys names others
     bf16, in_fp32 = config["bf16"]["enabled"], config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     reasons = {
         "zero_optimization.stage=0: with experts its clipping norm is wrong (DeepSpeed#8475); use stage 1": stage == 0,
@@ -199,6 +199,8 @@ def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
     name, value = ".".join(map(str, fault["loc"])), fault["input"]
     key = next((key for key, given in _entries(config) if f".{key}".endswith(f".{name}") and given == value), name)
     if fault["type"] == "extra_forbidden":
+        if key in RULES:  # one of those that have two names: it stands under the other one, too
+            return f"{key!r} and its other name, with stage3_, both stand there; leave one of them out"
         return f"unknown key {key!r}{nearest(key, list(RULES)) or '; leave it out'}"
     told = fault["msg"]
     if told.startswith("Input should be "):

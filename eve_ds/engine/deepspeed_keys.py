@@ -152,7 +152,10 @@ _ZERO: dict[str, Rule] = {
 }  # fmt: skip
 
 _OFFLOAD: dict[str, Rule] = {
-    "device": (only("none", "cpu"), "checkpoints of what lies on NVMe are not whole; use cpu"),
+    "device": (
+        only("none", "cpu"),
+        'must be "none" or "cpu" (checkpoints of what lies on NVMe are not whole; use cpu)',
+    ),
     "pin_memory": (anything, ""),
     "buffer_count": (anything, ""),
     "buffer_size": (anything, ""),
@@ -183,6 +186,9 @@ def refuse_keys(config: dict[str, Any], path: str) -> None:
     for key, value in _entries(config):
         accepts, reason = RULES.get(key, (anything, ""))
         if not accepts(value):
+            flag = accepts(True) or accepts(False)
+            if flag and isinstance(value, str | int | float) and not isinstance(value, bool):
+                reason = "must be true or false, without quotes"
             mend = "" if ";" in reason or reason.startswith("must") else "; leave it out"
             raise UserError(f"--deepspeed_config {path}: {key}={_short(value)}: {reason}{mend}")
 

@@ -31,7 +31,7 @@ from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.weights.model_folder import COMPLETE
-from preprocessing.schema import shortened
+from preprocessing.schema import DataError, check_regular, shortened
 
 ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"
@@ -112,7 +112,9 @@ class Manifest:
         Raises:
             DamagedError: it is not as it was written.
             UserError: it is missing or cannot be read, is of an older layout, or the files of another DeepSpeed.
+            DataError: it is no regular file.
         """
+        check_regular(path / COMPLETE)
         try:
             content = (path / COMPLETE).read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -245,8 +247,11 @@ def file_sizes(path: Path, names: Iterable[str]) -> Sizes:
     found: Sizes = {}
     for name in names:
         try:
+            check_regular(path / name)  # a pipe would be waited at
             with open(path / name, "rb") as stream:  # opened, since a network file system then asks its server
                 found[name] = os.fstat(stream.fileno()).st_size
+        except DataError:
+            found[name] = "it is no regular file"
         except OSError as error:
             found[name] = ABSENT if error.errno == errno.ENOTDIR else os.strerror(error.errno or 0)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,8 +10,11 @@ from typing import Literal
 from preprocessing.schema import check_regular, load_json, shortened
 
 Activation = Literal["gelu", "quick_gelu"]
-_MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...
-_POSITIVE = ("image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "num_experts")
+MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...
+_POSITIVE = (
+    "image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "text_positions",
+    "num_experts",
+)  # fmt: skip
 
 
 def _is_whole(value: object) -> bool:
@@ -82,8 +86,14 @@ class ModelConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
-            if getattr(self, name) > _MOST:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} is beyond all models; at most {_MOST}")
+            if getattr(self, name) > MOST:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} is beyond all models; at most {MOST}")
+        for name in ("init_std", "position_std", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be a finite number above 0")
+        for name in ("layer_scale", "aux_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be a finite number, 0 or more")
         if self.image_size % self.patch_size:
             raise ModelConfigError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
@@ -104,9 +114,9 @@ class ModelConfig:
             raise ModelConfigError(
                 f"model.soft_layers={self.soft_layers} must be distinct indices below model.depth={self.depth}"
             )
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ModelConfigError(
-                f"model.capacity_factor={self.capacity_factor} must be positive, or null to drop no token"
+                f"model.capacity_factor={self.capacity_factor} must be positive and finite, or null to drop no token"
             )
         if not 0 <= self.drop_path < 1:
             raise ModelConfigError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")

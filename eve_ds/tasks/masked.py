@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.model.config import MOST
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
 from eve_ds.model.embeddings import patches
 from eve_ds.tasks.base import (
@@ -67,8 +68,8 @@ class ObjectiveConfig:
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"objective.{name}={getattr(self, name)} must lie between 0 and 1")
         for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"objective.{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"objective.{name}={getattr(self, name)} must be at least 1 and at most {MOST}")
         if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
             heads = f"objective.decoder_heads={self.decoder_heads}"
             raise UserError(f"objective.decoder_dim={self.decoder_dim} must be a multiple of 4 and of {heads}")

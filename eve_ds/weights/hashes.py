@@ -1,6 +1,7 @@
 """``hashes.json`` of a model folder: the SHA-256 of its files, by name, so that a flipped bit is not loaded in silence.
 
-A folder without it, made earlier or by hand, loads as it is; so does a file that it does not name.
+A folder without it, made earlier or by hand, loads as it is; so does a file that it does not name, but for the weights,
+which every writer names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from eve_ds.weights.errors import WeightsError
 from preprocessing.schema import dump_json, load_json, write_atomic
 
-HASHES = "hashes.json"
+HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 
 
 def write_hashes(folder: Path, names: tuple[str, ...]) -> None:
@@ -30,7 +31,8 @@ def read_hashes(folder: Path) -> dict[str, str]:
         found = load_json(path.read_bytes())
     except (OSError, ValueError) as error:
         found = error
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    sound = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    if not sound or (WEIGHTS not in found and (folder / WEIGHTS).is_file()):
         raise WeightsError(f"{path}: is damaged; copy the folder again, or delete that file to load without a check")
     return found
 

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from eve_ds.weights.hashes import HASHES, check_hash, read_hashes
-from preprocessing.schema import ANSWER_LIST, DataError
+from eve_ds.weights.hashes import HASHES, WEIGHTS, check_hash, read_hashes
+from preprocessing.schema import ANSWER_LIST, DataError, check_regular
 from preprocessing.tokenizer import FILE_NAME as TOKENIZER
 
-WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
 FILES = (*HASHED, HASHES)  # all that a model folder may hold
 FORMAT = "eve-ds"
@@ -184,6 +184,7 @@ class ModelFolder:
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: Path) -> ModelFolder:
+        check_regular(checkpoint / COMPLETE)
         run = run_of(checkpoint)
         assert run is not None
         return cls(checkpoint, _if_file(run / CONFIG), _tokenizer_of(run))

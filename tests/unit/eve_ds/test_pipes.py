@@ -18,6 +18,7 @@ from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.errors import UserError
 from eve_ds.model.config import ModelConfig
 from eve_ds.recipes import read_yaml
+from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.schema import DataError
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -26,6 +27,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "deepspeed.json": lambda path: load_deepspeed_config(f"{path}", EngineConfig(), OptimizerConfig(), 1),
     "answer_list.json": lambda path: read_answer_list(path.parent),
     "shard.arrow": lambda path: MappedFile(path, 0),
+    "complete.json": lambda path: Manifest.read(path.parent),
+    "checkpoints/step_1/complete.json": lambda path: ModelFolder.find(path.parents[2], unfinished=True),
     "config.yaml": lambda path: parse(PretrainConfig, ["--config", f"{path}"], "eve"),
 }
 
@@ -39,6 +42,7 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", READERS)
 def test_pipes_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}: is a pipe, a socket or a device; write its content to a file"):
         READERS[name](tmp_path / name)

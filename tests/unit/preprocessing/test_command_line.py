@@ -1,8 +1,13 @@
 """Command lines that no command can serve. tests/e2e/test_command_line.py types some in processes of their own."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+from preprocessing.convert import _check_whole
+from preprocessing.schema import DataError
 
 LONG = "n" * 300  # longer than a name may be
 
@@ -19,3 +24,11 @@ LONG = "n" * 300  # longer than a name may be
 def test_names_that_are_too_long_are_one_line(refuse: Callable[..., str], words: list[str], said: str) -> None:
     message = refuse(*words)
     assert message.startswith(f"preprocessing {words[0]}: ") and said in message and "File name too long" in message
+
+
+def test_no_more_than_all_is_advised_to_be_left_out() -> None:
+    """Questions may be left out, and images counted."""
+    source: Any = SimpleNamespace(left_out={"question without a word": 3}, counts={"images": 2}, where="raw.json")
+    with pytest.raises(DataError, match=r"give --max-dropped 1: scores"):
+        _check_whole(source, 0.5)
+    _check_whole(source, 1.0)

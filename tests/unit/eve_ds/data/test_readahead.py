@@ -95,6 +95,12 @@ def test_processes_share_a_ranks_samples(watched: Watched, workers: int) -> None
     assert [sample for part in parts for sample in part] == sorted(order.samples_of(0, blocks).tolist())
 
 
+def test_a_window_of_more_than_an_epoch_is_read_ahead_as_one(watched: Watched) -> None:
+    order = TrainOrder(Shuffle(SIZE, 5, 2**40), MICRO)
+    ReadAhead(watched, order, 2**40)(next(order.blocks()))
+    assert watched.calls()[os.getpid()][0] == list(range(SIZE))
+
+
 def test_no_window_no_reading_ahead(watched: Watched) -> None:
     data = CaptionSamples(watched, tiny_tokenizer(), build_transform(8, True), 12)
     next(iter(build_loader(data, MICRO)))

@@ -127,6 +127,18 @@ def test_how_often_deepspeed_prints_is_any_whole_number_of_steps(steps: float | 
         ({"_comment": "mine"}, ["'_comment'"]),
         ({"checkpoint": {"tag_validaton": "Warn"}}, ["did you mean checkpoint.tag_validation?"]),
         ({"zero_optimization": {"stage": 2, "typo": 1}}, ["unknown key 'zero_optimization.typo'; leave it out"]),
+        (
+            {"zero_optimization": {"stage": 2, "prefetch_bucket_size": 8, "stage3_prefetch_bucket_size": 8}},
+            ["'zero_optimization.prefetch_bucket_size' and its other name, with stage3_, both stand there"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "contiguous_gradients": "true"}},
+            ['gradients="true": must be true or false'],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "CPU"}}},
+            ['device="CPU": must be "none" or "cpu"'],
+        ),
         ({"zero_optimization": {"stage": 2, "stge": 2}}, ["did you mean zero_optimization.stage?"]),
     ],
     ids=lambda value: json.dumps(value)[:60],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,14 @@ def test_a_read_that_fails_is_no_damage(name: str, tmp_path: Path) -> None:
         soundness.sound(tmp_path)
     assert not isinstance(refused.value, DamagedError) and "nothing says that it is damaged" in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000002", "step_00000003"}
+
+
+def test_a_pipe_among_the_files_is_no_damage_and_not_waited_at(tmp_path: Path) -> None:
+    file = make_checkpoint(tmp_path, 3) / MODEL
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"cannot be read .it is no regular file.; nothing says that it is damaged"):
+        soundness.sound(tmp_path)
 
 
 @pytest.mark.parametrize("look", [soundness.sound, model_folder.newest, model_folder.tagged])

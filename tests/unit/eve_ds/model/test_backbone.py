@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eve_ds.callbacks.report import expert_load
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import SoftBlock
 from eve_ds.model.config import ModelConfig, ModelConfigError
@@ -137,6 +138,7 @@ def test_empty_batch() -> None:
 def test_a_model_without_soft_layers_has_no_auxiliary_loss() -> None:
     out = make(soft_layers=[])(torch.randn(1, 3, 16, 16))
     assert out.aux_loss == 0 and out.aux_per_layer.shape == (0,)
+    assert expert_load(make(soft_layers=[])).tolist() == []  # as the report has it
 
 
 def test_nothing_to_encode_is_an_error() -> None:
