@@ -382,27 +382,3 @@ def test_a_branch_needs_a_folder_of_its_own(data: Path) -> None:
     config.resume_from = str(data / "nothing")
     with pytest.raises(DataError, match=r"--resume_from .*nothing: no whole checkpoint; give RUN/checkpoints/step_N"):
         of(config)
-
-
-def test_signs_of_life_of_an_earlier_start_are_gone(data: Path) -> None:
-    """Or a rank that never came this time is named as another host's."""
-    config = pretraining(data)
-    begun(data / "run", config)
-    ranks = data / "run" / "ranks"
-    ranks.mkdir()
-    (ranks / "rank_1.json").write_text("{}")
-    (ranks / "rank_1.stacks").write_text("")
-    run_folder.claim(dataclasses.replace(config, dry_run=True), of(config))
-    assert (ranks / "rank_1.json").exists()
-    run_folder._held.clear()
-    run_folder.claim(config, of(config))
-    assert [path.name for path in ranks.iterdir()] == ["rank_1.stacks"]
-
-
-def test_a_run_among_another_ones_checkpoints_is_refused(data: Path) -> None:
-    begun(data / "run", pretraining(data))
-    config = pretraining(data, data / "run" / "checkpoints" / "step_00000010")
-    with pytest.raises(UserError, match=r"step_00000010: is among the checkpoints of a run, .*; take one"):
-        run_folder.claim(config, of(config))
-    free = pretraining(data, data / "checkpoints" / "mine")
-    run_folder.claim(free, of(free))

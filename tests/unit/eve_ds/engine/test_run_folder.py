@@ -1,0 +1,38 @@
+"""What a run's folder holds of an earlier start, and where a run has none of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from eve_ds.engine import run_folder
+from eve_ds.errors import UserError
+from tests.unit.eve_ds.engine.test_identity import begun, data, of, pretraining
+
+__all__ = ["data"]  # a fixture
+
+
+def test_signs_of_life_of_an_earlier_start_are_gone(data: Path) -> None:
+    """Or a rank that never came this time is named as another host's."""
+    config = pretraining(data)
+    begun(data / "run", config)
+    ranks = data / "run" / "ranks"
+    ranks.mkdir()
+    (ranks / "rank_1.json").write_text("{}")
+    (ranks / "rank_1.stacks").write_text("")
+    run_folder.claim(dataclasses.replace(config, dry_run=True), of(config))
+    assert (ranks / "rank_1.json").exists()
+    run_folder._held.clear()
+    run_folder.claim(config, of(config))
+    assert [path.name for path in ranks.iterdir()] == ["rank_1.stacks"]
+
+
+def test_a_run_among_another_ones_checkpoints_is_refused(data: Path) -> None:
+    begun(data / "run", pretraining(data))
+    config = pretraining(data, data / "run" / "checkpoints" / "step_00000010")
+    with pytest.raises(UserError, match=r"step_00000010: is among the checkpoints of a run, .*; take one"):
+        run_folder.claim(config, of(config))
+    free = pretraining(data, data / "checkpoints" / "mine")
+    run_folder.claim(free, of(free))
