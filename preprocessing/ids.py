@@ -25,6 +25,7 @@ from preprocessing.schema import (
     id_without_secrets,
     ids_of_batch,
     image_mark,
+    is_leak,
     listed_ids,
     read_manifest,
 )
@@ -144,8 +145,7 @@ def scanned(folder: Place, manifest: Mapping[str, Any]) -> Keys:
 def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[Place, Place, str, bool]]:
     """(split, other split, what stands in both, whether it is a fault) of the splits of a data set. Raises DataError.
 
-    Some of the web's images stand in any two splits: where images are numbered, half of a split must, to be a fault. A
-    split without a list of ids is read `by_shards`, or passed over.
+    A split without a list of ids is read `by_shards`, or passed over.
     """
     known: list[tuple[Place, Keys, list[str]]] = []
     for folder in folders:
@@ -160,8 +160,8 @@ def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[P
             for column in [name for name in keys if name in theirs]:
                 both = np.intersect1d(theirs[column], keys[column], assume_unique=True)
                 if len(both):
-                    by_file = column == "image_id" and column in numbered and column in theirs_numbered
-                    is_fault = not by_file or 2 * len(both) >= min(len(theirs[column]), len(keys[column]))
+                    by_file = column in numbered and column in theirs_numbered
+                    is_fault = is_leak(column, by_file, len(both), min(len(theirs[column]), len(keys[column])))
                     yield earlier, folder, f"{len(both)} {_THINGS[column]}, {_named(folder, column, both)}", is_fault
         known.append((folder, keys, numbered))
 

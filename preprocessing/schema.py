@@ -130,6 +130,15 @@ def image_mark(images: Iterable[Any]) -> bytes:
     return b"".join([b"\0%d:%b" % (len(image), image[-_MARKED:]) for image in images])
 
 
+def is_leak(column: str, numbered: bool, both: int, fewer: int) -> bool:
+    """Whether it is a fault that `both` ids stand in two splits, of which the smaller one has `fewer`.
+
+    Images that are told by their files, as the web's are (`numbered` in both), stand in any two splits by chance: of
+    these, half must.
+    """
+    return not (numbered and column == "image_id") or 2 * both >= fewer
+
+
 def ids_of_batch(batch: pa.RecordBatch, column: str, numbered: bool = False) -> tuple[list[bytes], list[bytes]]:
     """The ids of a column, of list cells too, as text, and the key of each; none where it is null or not there."""
     if column not in batch.schema.names:

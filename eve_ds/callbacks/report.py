@@ -96,6 +96,6 @@ class PretrainExamples(Callback):
 
 def expert_load(backbone: Backbone) -> torch.Tensor:
     """[soft layers, 2, E] choices of this rank's image (0) and text (1) tokens per expert in the last forward."""
-    layers = backbone.moe_layers()
-    none = torch.zeros(0, 2, backbone.config.num_experts, dtype=torch.float64)  # `model.soft_layers: []` has no experts
-    return torch.stack([layer.last_load for layer in layers]) if layers else none
+    if not (layers := backbone.moe_layers()):  # `model.soft_layers: []`
+        return torch.zeros(0, 2, backbone.config.num_experts, dtype=torch.float64)
+    return torch.stack([layer.last_load for layer in layers])

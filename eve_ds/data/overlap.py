@@ -25,6 +25,7 @@ from preprocessing.schema import (
     DataError,
     check_regular,
     ids_of_batch,
+    is_leak,
     listed_ids,
 )
 
@@ -53,24 +54,29 @@ class SplitIds:
         """What stands in this split and in the other.
 
         Returns:
-            the start of a message with files and ids; "" for nothing. Whether it is a fault: where images are told by
-            their files, as those of the web are, some stand in any two splits, so half of one must.
+            the start of a message with files and ids; "" for nothing. Whether it is a fault (``is_leak``).
         """
+        few = ""
         for column in ID_COLUMNS[self.split.kind] if self.split.kind == other.split.kind else ():
-            both = _common(self._keys(column), other._keys(column))
+            ours, theirs = self._keys(column), other._keys(column)
+            both = _common(ours, theirs)
             if len(both):
-                theirs = list(other._find(column, both))
-                ours = next(self._find(column, np.frombuffer(theirs[0][2], "<u8")), None) if theirs else None
-                count = f"{len(both)} {_THINGS[column]} stand in both"
-                if ours is None:  # by the lists alone
-                    lists = " and ".join(str(each.split.directory / IDS) for each in (self, other))
-                    told = f"{lists}: {count}, and a shard lacks what its list has (preprocessing verify tells which)"
-                else:
-                    told = f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
-                by_file = column == "image_id" and column in self._numbered and column in other._numbered
-                fewer = min(len(self._keys(column)), len(other._keys(column)))
-                return told, not by_file or 2 * len(both) >= fewer
-        return "", False
+                told = self._told(other, column, both)
+                by_file = column in self._numbered and column in other._numbered
+                if is_leak(column, by_file, len(both), min(len(ours), len(theirs))):
+                    return told, True
+                few = few or told
+        return few, False
+
+    def _told(self, other: SplitIds, column: str, both: np.ndarray) -> str:
+        """Of keys that stand in both splits: how many there are, in which files, and some of their ids."""
+        count = f"{len(both)} {_THINGS[column]} stand in both"
+        theirs = list(other._find(column, both))
+        ours = next(self._find(column, np.frombuffer(theirs[0][2], "<u8")), None) if theirs else None
+        if ours is None:  # by the lists alone
+            lists = " and ".join(str(each.split.directory / IDS) for each in (self, other))
+            return f"{lists}: {count}, and a shard lacks what its list has (preprocessing verify tells which)"
+        return f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
 
     def check_once(self) -> None:
         """Raise DataError where a question or a statement stands twice: a score would count it twice."""

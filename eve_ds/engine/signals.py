@@ -54,7 +54,7 @@ class StopRequest:
         self.requested = False
         self._number = 0  # the last signal
         self._deferred = 0
-        self._heeding = self._acted_on = self._told_of = False
+        self._heeding = self._acted_on = self._announced = False
         self._first: dict[bool, float] = {}  # when the first SIGUSR1 (True) and the first other signal came
         self._end_at: tuple[float, int] | None = None  # when, and with which exit code, this process is ended
         self._launchers = launchers_above()
@@ -131,8 +131,8 @@ class StopRequest:
         if not self._deferred:
             code = STOPPED if number == signal.SIGUSR1 else 128 + number
             self._end_at = self._end_at or (now + UNWIND_SECONDS, code)
-        elif not self._told_of and launched_rank() == 0:
-            self._told_of = True
+        elif not self._announced and launched_rank() == 0:
+            self._announced = True
             say(f"{name}: saves and ends as soon as the ranks agree; again, after {SECOND_AFTER:.0f} s: ends at once")
 
 

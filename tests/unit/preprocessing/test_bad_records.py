@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from preprocessing import lines as lines_module
+from preprocessing.caption_files import ImageFinder, read_captions
+from preprocessing.image_names import ImageList
 from preprocessing.lines import CutFile, open_text, read_lines
-from preprocessing.schema import read_manifest
+from preprocessing.schema import DataError, read_manifest
+from preprocessing.text import TextCleaning
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
 GOOD = 60
@@ -180,6 +183,14 @@ def test_the_first_line_alone_tells_the_form(tmp_path: Path, images: Path) -> No
     convert(*command(tmp_path, images, "set.gz"), "--max-dropped", 0.6)
     assert read_manifest(tmp_path / "out/train")["dropped_items"][0]["item"] == "set.gz: line 2"
     assert [row["caption"] for row in rows_of(tmp_path / "out/train")] == [["a cat"]]
+
+
+def test_a_read_that_fails_is_not_told_as_a_change(tmp_path: Path) -> None:
+    (tmp_path / "set.gz").write_bytes(gzip.compress(text("tsv")))
+    found = read_captions([str(tmp_path / "set.gz")], None, ImageFinder("/", None), TextCleaning(), ImageList([])).rows
+    (tmp_path / "set.gz").write_bytes(b"no gzip" + bytes(100))
+    with pytest.raises(DataError, match=r"set\.gz: row 3 cannot be read \(Not a gzipped file .*\); start again"):
+        found.row(3)
 
 
 def test_a_first_line_that_is_too_long_is_told_as_such(

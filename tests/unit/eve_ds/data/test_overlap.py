@@ -15,6 +15,7 @@ from eve_ds.data import overlap
 from eve_ds.data.config import DataSource
 from eve_ds.data.overlap import SplitIds, _common, _pairs_in_common
 from eve_ds.data.samples import Samples
+from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
 from eve_ds.engine import setup
 from preprocessing.schema import IDS, DataError
@@ -250,6 +251,26 @@ def test_pairs_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _pairs_in_common(parts) == [(a, b) for a, b in every if set(parts[a]) & set(parts[b])]
     monkeypatch.setattr(overlap, "_PAIRS", 2)
     assert len(_pairs_in_common([np.zeros(1, np.uint64)] * 5)) == 2
+
+
+def test_few_images_by_chance_hide_no_question_that_stands_in_both(tmp_path: Path) -> None:
+    splits = [SplitIds(make_and_open(tmp_path, split)) for split in ("train", "val")]
+    for one, questions in zip(splits, ([1, 2], [2, 3]), strict=True):
+        one._numbered = ["image_id"]
+        listed = {"image_id": [7, *(100 * questions[0] + n for n in range(9))], "question_id": questions}
+        one.__dict__["_listed"] = {column: np.array(keys, "<u8") for column, keys in listed.items()}
+    found, is_fault = splits[0].shared(splits[1])
+    assert is_fault and "1 questions stand in both" in found
+    splits[1].__dict__["_listed"]["question_id"] = np.array([3], "<u8")
+    found, is_fault = splits[0].shared(splits[1])
+    assert not is_fault and "1 images stand in both" in found
+
+
+def make_and_open(root: Path, split: str) -> Split:
+    make_vqa_set(root, rows=4, split=split)
+    found = open_split(root, split)
+    assert isinstance(found, Split)
+    return found
 
 
 def test_ids_that_no_shard_has_are_told_by_their_lists(tmp_path: Path) -> None:

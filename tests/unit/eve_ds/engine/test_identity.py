@@ -25,18 +25,9 @@ from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import metadata
 from preprocessing.schema import DataError
 from preprocessing.tokenizer import train_tokenizer
-from tests.support.shards import make_caption_set, make_vqa_set, tiny_tokenizer
+from tests.support.shards import make_caption_set
 
 Config = PretrainConfig | FinetuneConfig
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """captions/ vqa/ tokenizer/"""
-    make_caption_set(tmp_path / "captions", rows=6, split="train")
-    make_vqa_set(tmp_path / "vqa", rows=4, split="train")
-    tiny_tokenizer(tmp_path / "tokenizer")
-    return tmp_path
 
 
 def pretraining(data: Path, output: Path | None = None) -> PretrainConfig:

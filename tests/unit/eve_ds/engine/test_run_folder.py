@@ -9,9 +9,7 @@ import pytest
 
 from eve_ds.engine import run_folder
 from eve_ds.errors import UserError
-from tests.unit.eve_ds.engine.test_identity import begun, data, of, pretraining
-
-__all__ = ["data"]  # a fixture
+from tests.unit.eve_ds.engine.test_identity import begun, of, pretraining
 
 
 def test_signs_of_life_of_an_earlier_start_are_gone(data: Path) -> None:

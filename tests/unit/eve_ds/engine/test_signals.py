@@ -40,6 +40,11 @@ def train(stop, saved=None):
         stop.acted_on()
     return 75
 
+def await_launchers_end(stop):
+    while stop._launchers:
+        time.sleep(0.05)
+    time.sleep(0.5)  # in which a second signal would end it
+
 def save(stop):
     with stop.deferred():
         print("ready", flush=True)
@@ -128,7 +133,8 @@ def test_each_way_of_asking_is_told_once_and_the_launchers_end_is_no_second_sign
     parent, saved = tmp_path / "torchrun", tmp_path / "saved"
     parent.write_text(PARENT)
     body = f"train(stop, {str(saved)!r})"
-    rank = RANK.replace("BODY", body).replace('"a step"', "__import__('os').getpid()").replace("sleep(0.1)", "sleep(4)")
+    rank = RANK.replace("BODY", body).replace('"a step"', "__import__('os').getpid()")
+    rank = rank.replace("time.sleep(0.1)", "await_launchers_end(stop)")
     launcher = subprocess.Popen(
         [sys.executable, str(parent), rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
