@@ -16,7 +16,7 @@ from eve_ds.data.shards import Split
 from eve_ds.engine import setup
 from preprocessing.__main__ import main
 from preprocessing.ids import IdKeys, joined, read_ids, scanned, shared
-from preprocessing.schema import ID_COLUMNS, IDS, DataError, id_key, image_mark, read_manifest
+from preprocessing.schema import ID_COLUMNS, IDS, DataError, id_key, image_mark, is_leak, read_manifest
 from preprocessing.writer import file_sha256
 from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import convert, picture, write_json
@@ -244,3 +244,8 @@ def test_the_webs_images_are_told_apart_by_their_files(
     assert "1 images stand in both, such as image_id test_lines-2; so few are let pass" in caplog.text
     with pytest.raises(DataError, match=r"3 images stand in both, .*; leave them out of one of these"):
         setup.check_apart(config, opened["train"], {"val": opened["val"]})
+
+
+def test_half_of_the_smaller_split_is_no_chance() -> None:
+    assert is_leak("image_id", True, 1, 2) and not is_leak("image_id", True, 1, 3)
+    assert is_leak("image_id", False, 1, 3) and is_leak("question_id", True, 1, 3)
