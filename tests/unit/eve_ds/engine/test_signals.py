@@ -234,14 +234,15 @@ def test_a_launcher_that_was_gone_before_we_looked(monkeypatch: pytest.MonkeyPat
     assert not signals.alive(ended.pid, signals._stat(ended.pid)[1])  # between its name and its start
 
 
-def test_a_process_above_whose_name_is_no_text() -> None:
-    name = Path("/proc/self/comm")
-    before = name.read_bytes()
-    try:
-        name.write_bytes(b"\xc3")  # names are cut at 15 bytes, also within a letter
-        assert signals.alive(os.getpid(), signals._stat(os.getpid())[1])
-    finally:
-        name.write_bytes(before)
+def test_a_process_above_whose_name_is_no_text(tmp_path: Path) -> None:
+    name = tmp_path / os.fsdecode(b"sleep\xc3")  # names are cut at 15 bytes, also within a letter
+    shutil.copy("/bin/sleep", name)
+    with subprocess.Popen([str(name), "60"]) as process:
+        try:
+            until(lambda: b"sleep\xc3" in Path(f"/proc/{process.pid}/stat").read_bytes())
+            assert signals.alive(process.pid, signals._stat(process.pid)[1])
+        finally:
+            process.kill()
 
 
 def runs(process: int) -> bool:
