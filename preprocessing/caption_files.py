@@ -25,6 +25,7 @@ from preprocessing.places import exists, place
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
+from preprocessing.split_names import RecordSplits
 from preprocessing.text import TextCleaning
 
 NAME_FIELDS: dict[str, Callable[[int, str], object]] = {
@@ -88,30 +89,36 @@ def read_captions(
     finder: ImageFinder,
     cleaning: TextCleaning,
     excluded: ImageList,
+    splits: RecordSplits,
 ) -> Source:
-    """A row for each line or entry that has a caption and is not excluded. Raises DataError naming what is at fault."""
+    """A row for each line or entry that has a caption, is not excluded, and is of no other split by its own word.
+
+    Raises DataError naming what is at fault.
+    """
     for first, other in copies(files):
         raise DataError(f"{first} and {other}: are one file under two names; give it once")
     stems = [_stem(name) for name in files]
     if again := [stem for stem, count in Counter(stems).items() if count > 1]:
         raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
     source = Source("caption", [], [place(name) for name in files], {}, numbered=("image_id",))
-    keeper = _Keeper(source, cleaning, excluded)
+    keeper = _Keeper(source, cleaning, excluded, splits)
     listed = _entries(files)
     if listed is None:
         source.rows = LineRows(files, columns, finder, cleaning, keeper)
     else:
         source.rows = EntryRows(files[0], *listed, finder, keeper)
+    splits.tell(source)
     return source
 
 
 class _Keeper:
     """Decides which records become rows, and counts the others."""
 
-    def __init__(self, source: Source, cleaning: TextCleaning, excluded: ImageList) -> None:
+    def __init__(self, source: Source, cleaning: TextCleaning, excluded: ImageList, splits: RecordSplits) -> None:
         self._source = source
         self._cleaning = cleaning
         self._excluded = excluded if excluded else None
+        self._splits = splits
         source.counts["captions"] = 0
 
     def fault(self, where: str, what: object, reason: str) -> None:
@@ -119,7 +126,12 @@ class _Keeper:
         self._source.faults.add(BadRecord(where, str(what), reason))
 
     def captions(self, record: Record, image_id: str) -> list[str]:
-        """The captions of a record that becomes a row, as the row has them; none of one that does not."""
+        """The captions of a record that becomes a row, as the row has them; none of one that does not.
+
+        Raises BadLine where it names no split, and others do.
+        """
+        if self._splits.is_other(record.split):
+            return []
         self._source.counts["captions"] += len(record.captions)
         if self._excluded is not None and self._excluded.holds(record.file or url_name(record.url or ""), image_id):
             self._source.left_out[EXCLUDED] += 1
@@ -231,11 +243,10 @@ class EntryRows(LazyRows):
             try:
                 record = record_of(entry)
                 finder.check(record)
+                if found := keeper.captions(record, self._id(number)):
+                    kept.append((number, found, record.file, record.url))
             except BadLine as error:
                 keeper.fault(f"{path}: entry {number}", error, error.reason)
-                continue
-            if found := keeper.captions(record, self._id(number)):
-                kept.append((number, found, record.file, record.url))
         numbers, captions, names, urls = zip(*kept, strict=True) if kept else ((), (), (), ())
         self._number = np.array(numbers, dtype=np.int64)
         text = pa.large_string()

@@ -16,6 +16,7 @@ from preprocessing.convert import add_common_arguments, check_common_arguments, 
 from preprocessing.image_names import add_exclude_argument, excluded_images
 from preprocessing.line_records import IGNORED, ROLES
 from preprocessing.schema import DataError
+from preprocessing.split_names import RecordSplits
 from preprocessing.text import add_text_argument, text_cleaning
 
 
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     template = args.image_name or ("{url_name}" if args.command == "sbu" else None)
     _check_template(template)
     finder = ImageFinder(args.images, template)
-    write_split(read_captions(args.annotations, args.columns, finder, cleaning, excluded), args)
+    splits = RecordSplits(args.split)
+    write_split(read_captions(args.annotations, args.columns, finder, cleaning, excluded, splits), args)
 
 
 def _check_template(template: str | None) -> None:

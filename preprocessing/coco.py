@@ -14,6 +14,7 @@ from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.source import Faults, Row, Source
+from preprocessing.split_names import SPLIT, RecordSplits
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 
@@ -42,12 +43,17 @@ def run(args: argparse.Namespace) -> None:
         source = read_karpathy(content, files[0], images, args.split, cleaning, excluded, not args.no_restval)
     else:
         contents = [content, *(read_json(path) for path in files[1:])]
-        source = read_coco(list(zip(files, contents, strict=True)), images, cleaning, excluded)
+        parsed = list(zip(files, contents, strict=True))
+        source = read_coco(parsed, images, cleaning, excluded, RecordSplits(args.split))
     write_split(source, args)
 
 
 def read_coco(
-    files: Sequence[tuple[Place, Any]], images: ImageFolder, cleaning: TextCleaning, excluded: ImageList
+    files: Sequence[tuple[Place, Any]],
+    images: ImageFolder,
+    cleaning: TextCleaning,
+    excluded: ImageList,
+    splits: RecordSplits,
 ) -> Source:
     """One row an image, in the order of the files' `images`; captions in the order of their `annotations`.
 
@@ -58,12 +64,14 @@ def read_coco(
     rows: list[Row] = []
     seen: set[int] = set()
     for path, content in files:
-        names = _read_images(path, content, seen, source.faults)
+        names, passed = _read_images(path, content, seen, splits, source.faults)
         captions: dict[int, list[str]] = {image_id: [] for image_id in names}
         for index, record in enumerate(field(content, "annotations", list, f"{path}")):
             where = f"{path}: annotations[{index}]"
             with source.faults:
                 image_id = field(record, "image_id", int, where)
+                if image_id in passed:
+                    continue
                 if image_id not in names:
                     what = f"image_id {image_id} is none of the file's images; fetch the file again"
                     raise BadRecord(where, what, "caption of an image that the file has not")
@@ -80,12 +88,16 @@ def read_coco(
             else:
                 source.left_out["image without caption"] += 1
     source.rows = rows
+    splits.tell(source)
     return source
 
 
-def _read_images(path: Place, content: Any, seen: set[int], faults: Faults) -> dict[int, str]:
-    """image id -> file name; `seen` holds the ids of all files so far."""
+def _read_images(
+    path: Place, content: Any, seen: set[int], splits: RecordSplits, faults: Faults
+) -> tuple[dict[int, str], set[int]]:
+    """(image id -> file name, the ids of images that are passed over); `seen` holds the ids of all files so far."""
     names: dict[int, str] = {}
+    passed: set[int] = set()
     for index, record in enumerate(field(content, "images", list, f"{path}")):
         where = f"{path}: images[{index}]"
         with faults:
@@ -93,5 +105,9 @@ def _read_images(path: Place, content: Any, seen: set[int], faults: Faults) -> d
             if image_id in seen:
                 raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
             seen.add(image_id)
-            names[image_id] = field(record, "file_name", str, where)
-    return names
+            name = field(record, "file_name", str, where)
+            passed.add(image_id)
+            if not splits.is_other_at(where, record.get(SPLIT)):
+                passed.remove(image_id)
+                names[image_id] = name
+    return names, passed

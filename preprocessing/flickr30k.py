@@ -30,6 +30,7 @@ from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError, printable, shortened
 from preprocessing.source import Faults, Row, Source
+from preprocessing.split_names import SPLIT, RecordSplits
 from preprocessing.text import MOST_CHARACTERS, TextCleaning, add_text_argument, text_cleaning
 
 _FOLDERS = (
@@ -39,6 +40,7 @@ _FOLDERS = (
 _IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
 _CAPTION_COLUMNS = ("caption", "comment")
 _MOST_LINES = 10  # that a quoted caption runs over
+Captioned = tuple[str, str, str | None]  # image, caption, what it names as its split
 _NUMBERED = re.compile(r"\s*\d+\s+(\S.*)")
 
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images, _FOLDERS)
     if not path.name.endswith(".json"):
         only = None if args.only is None else ImageList(read_image_names(place(args.only)), args.only)
-        source = read_tokens(path, images, cleaning, excluded, only)
+        source = read_tokens(path, images, cleaning, excluded, only, RecordSplits(args.split))
         for file, names, found in only.found() if only is not None else ():
             print(printable(f"--only {file}: {found} of {names} images found"))
         write_split(source, args)
@@ -79,12 +81,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_tokens(
-    path: Place, images: ImageFolder, cleaning: TextCleaning, excluded: ImageList, only: ImageList | None
+    path: Place,
+    images: ImageFolder,
+    cleaning: TextCleaning,
+    excluded: ImageList,
+    only: ImageList | None,
+    splits: RecordSplits,
 ) -> Source:
     """One row an image, in the order of the file. Raises DataError where an image id stands for two files."""
     captions: dict[str, list[str]] = {}
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
-    for name, text in _captions_in(path, source.faults):
+    for name, text in _captions_in(path, splits, source.faults):
         captions.setdefault(name, []).append(text)
         source.counts["captions"] += 1
     rows: list[Row] = []
@@ -104,11 +111,15 @@ def read_tokens(
         else:
             source.left_out["image without caption"] += 1
     source.rows = rows
+    splits.tell(source)
     return source
 
 
-def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, str]]:
-    """(image, caption) of each line, or few lines with one quoted caption, that is not blank and not at fault."""
+def _captions_in(path: Place, splits: RecordSplits, faults: Faults) -> Iterator[tuple[str, str]]:
+    """(image, caption) of each line, or few lines with one quoted caption, that is not blank and not at fault.
+
+    Lines that name another split are passed over.
+    """
     lines: list[tuple[int, str]] = []
     for number, line in text_lines(path):
         if isinstance(line, BadRecord):
@@ -126,17 +137,20 @@ def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, str]]:
         number, line = lines[index]
         found, used = (_token(line), 1) if table is None else table.record(lines[index : index + _MOST_LINES])
         if found is not None:
-            yield found
+            name, text, split = found
+            with faults:
+                if not splits.is_other_at(f"{path}: line {number}", split):
+                    yield name, text
         elif line.strip():
             told = f"is not {what}; is this the right file?"
             faults.add(BadRecord(f"{path}: line {number}", told, "line is of another form"))
         index += used
 
 
-def _token(line: str) -> tuple[str, str] | None:
+def _token(line: str) -> Captioned | None:
     label, tab, text = line.partition("\t")
     name, mark, place = label.rpartition("#")
-    return (name, text) if tab and mark and place.isdigit() else None
+    return (name, text, None) if tab and mark and place.isdigit() else None
 
 
 def _table(header: str) -> "_Table | None":
@@ -146,7 +160,8 @@ def _table(header: str) -> "_Table | None":
         image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
         caption = next((names.index(name) for name in _CAPTION_COLUMNS if name in names), None)
         if image is not None and caption is not None:
-            return _Table(separator, image, caption, len(names))
+            split = names.index(SPLIT) if SPLIT in names else None
+            return _Table(separator, image, caption, split, len(names))
     return None
 
 
@@ -157,12 +172,13 @@ class _Table:
     separator: str
     image: int  # columns
     caption: int
+    split: int | None
     columns: int
 
-    def record(self, lines: Sequence[tuple[int, str]]) -> tuple[tuple[str, str] | None, int]:
-        """((image, caption), lines taken) of (number, text) of lines, the first and what a quotation in it runs over.
+    def record(self, lines: Sequence[tuple[int, str]]) -> tuple[Captioned | None, int]:
+        """(its cells, lines taken) of (number, text) of lines, the first and what a quotation in it runs over.
 
-        The former is None, and one line taken, where the first is at fault: its quotation does not end in these lines,
+        The former are None, and one line taken, where the first is at fault: its quotation does not end in these lines,
         or not before the next record; a mark that is left over takes nothing else with it.
         """
         (number, text), *following = lines
@@ -190,8 +206,8 @@ class _Table:
         own = self._name(line)
         return bool(own) and " " not in own and posixpath.splitext(own)[1] == posixpath.splitext(name)[1]
 
-    def _cells(self, lines: Sequence[str]) -> tuple[str, str] | None:
-        """(image, caption) of a record in one line or several; None where it is none."""
+    def _cells(self, lines: Sequence[str]) -> Captioned | None:
+        """(image, caption, split) of a record in one line or several; None where it is none."""
         cells = self._split(lines)
         if len(cells) == self.columns - 1 == self.caption and (numbered := _NUMBERED.fullmatch(cells[-1])):
             cells[-1:] = ["", numbered[1]]  # Kaggle's results.csv has a line without its second mark
@@ -200,7 +216,7 @@ class _Table:
         caption = cells[self.caption]
         if len(lines) > 1:
             caption = " ".join(filter(None, map(str.strip, caption.split("\n"))))
-        return cells[self.image].strip(), caption
+        return cells[self.image].strip(), caption, None if self.split is None else cells[self.split].strip()
 
     def _split(self, lines: Sequence[str]) -> list[str]:
         """The cells of a record. Of one line, the last takes the rest where it is not quoted; none where a quotation is

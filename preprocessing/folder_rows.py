@@ -9,7 +9,7 @@ from preprocessing.caption_columns import decode_json, decode_text, names_in_jso
 from preprocessing.image_refs import FileImage, ImageRef, join
 from preprocessing.places import names_in, open_input, place
 from preprocessing.schema import DataError
-from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, unreadable
+from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, names_splits, unreadable
 
 _TEXTS = ("txt", "json")
 
@@ -23,6 +23,8 @@ class FolderRows(ShardRows):
         names = names_in(place(shard))
         known = set(names)
         kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
+        records = (f"{name.rpartition('.')[0]}.json" for name in names if is_image(name))
+        splits = names_splits(_read(join(shard, name)) or b"" for name in records if name in known)
         for name in names:
             stem, _, ending = name.rpartition(".")
             if not is_image(name):
@@ -30,30 +32,32 @@ class FolderRows(ShardRows):
             kind = next((kind for kind in kinds if f"{stem}.{kind}" in known), None)
             beside = f"{stem}.json"
             found = Found(stem, (), (ending.encode(), kind == "json"))
-            if self._wanted.excluded and beside in known:
-                found.names = names_in_json(_read(join(shard, beside)) or b"")
+            record: bytes | None = b""
+            if beside in known and (kind == "json" or splits or self._wanted.excluded):
+                record = _read(join(shard, beside))
+            if self._wanted.excluded:
+                found.names = names_in_json(record or b"")
             if kind is not None:
+                self.note_split(found, record or b"", join(shard, f"{stem}.{kind}"))
+                content = record if kind == "json" else _read(join(shard, f"{stem}.{kind}"))
                 try:
-                    found.captions = self._captions(join(shard, f"{stem}.{kind}"))
+                    found.captions = self._captions(content, kind == "json")
                 except ValueError as error:
-                    if isinstance(error, DataError):
-                        raise
                     found.fault = unreadable(join(shard, f"{stem}.{kind}"), error)
             yield found
 
-    def _captions(self, path: str) -> Sequence[str]:
-        """The captions in a file. Raises ValueError when there is no telling, DataError when it cannot be read."""
-        content = _read(path)
+    def _captions(self, content: bytes | None, as_json: bool) -> Sequence[str]:
+        """The captions in a file's bytes, none in those of no file. Raises ValueError when there is no telling."""
         if content is None:
             return ()
         if len(content) > MAX_TEXT:
             raise ValueError(f"has more than {MAX_TEXT >> 20} MiB")
-        return decode_json(content, self._wanted.columns) if path.endswith(".json") else decode_text(content)
+        return decode_json(content, self._wanted.columns) if as_json else decode_text(content)
 
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         path = join(shard, f"{key}.{'json' if entry['json'] else 'txt'}")
         try:
-            captions = self._captions(path)
+            captions = self._captions(_read(path), bool(entry["json"]))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise

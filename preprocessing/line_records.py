@@ -19,6 +19,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "file": ("file", "filepath", "filename", "file_name", "image_path", "path", "image_rpath", "image"),
     "base64": ("base64", "binary", "image_base64", "b64", "bytes"),
     "url": ("url", "image_url", "photo_url"),
+    "split": ("split",),
 }
 IGNORED = "-"
 _INLINE = "inline"
@@ -45,6 +46,7 @@ class Record:
     file: str | None = None
     url: str | None = None
     cell: tuple[int, int] | None = None
+    split: object = None  # what it names, if anything
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
             except UnicodeDecodeError:
                 raise BadLine("is not UTF-8 text; mend the file", "line is not UTF-8 text") from None
         start += length + 1
-    return Record((found.get("caption", ""),), found.get("file"), found.get("url"), cell)
+    return Record((found.get("caption", ""),), found.get("file"), found.get("url"), cell, found.get("split"))
 
 
 def _parse_json(line: bytes) -> Record:
@@ -158,25 +160,26 @@ def _parse_json(line: bytes) -> Record:
     chosen = _fields(value)
     data = chosen.get("base64") or chosen.get(_INLINE)
     cell = None if data is None else _string_place(line, data, value[data])
-    return Record(_captions(value, chosen), _text(value, chosen, "file"), _text(value, chosen, "url"), cell)
+    file, url, split = (_content(value, chosen, role) for role in ("file", "url", "split"))
+    return Record(_captions(value, chosen), file, url, cell, split)
 
 
 def _fields(entry: dict[str, Any]) -> dict[str, str]:
     """role -> name of the field that fills it. Base64 in a field that should name a file has the role _INLINE.
 
-    What is no text counts for a caption alone, to be refused, unless it is null.
+    What is no text counts for captions and splits alone, to be refused, unless it is null.
     """
     found = []
     for name, content in entry.items():
         role = _role(name)
         if isinstance(content, str):
             found.append((_INLINE if role == "file" and len(content) > _LONG else role, name))
-        elif role == "caption" and content is not None:
+        elif role in ("caption", "split") and content is not None:
             found.append((role, name))
     return _choose(found)
 
 
-def _text(entry: dict[str, Any], chosen: dict[str, str], role: str) -> str | None:
+def _content(entry: dict[str, Any], chosen: dict[str, str], role: str) -> Any:
     return entry[chosen[role]] if role in chosen else None
 
 
@@ -215,8 +218,9 @@ def record_of(entry: Any) -> Record:
         what = "is neither an object nor [file, caption]; mend the file"
         raise BadLine(what, "entry is neither an object nor [file, caption]")
     chosen = _fields(entry)
-    file = _text(entry, chosen, "file") or _text(entry, chosen, _INLINE)
-    return Record(_captions(entry, chosen), file, _text(entry, chosen, "url"))
+    file = _content(entry, chosen, "file") or _content(entry, chosen, _INLINE)
+    url, split = (_content(entry, chosen, role) for role in ("url", "split"))
+    return Record(_captions(entry, chosen), file, url, split=split)
 
 
 def _string_place(line: bytes, name: str, text: str) -> tuple[int, int]:

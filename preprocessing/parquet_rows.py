@@ -1,7 +1,6 @@
 """Parquet files with images and captions in their columns -> rows."""
 
 import posixpath
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,16 +13,13 @@ import pyarrow.parquet as pq
 from preprocessing.caption_columns import CAPTION_COLUMNS, NAME_COLUMNS, caption_columns, captions_in, image_names
 from preprocessing.files import BadRecord
 from preprocessing.image_refs import ImageRef, ParquetCell
-from preprocessing.json_text import whole_characters
 from preprocessing.places import open_input
 from preprocessing.schema import DataError
 from preprocessing.shard_rows import Found, Shard, ShardRows, Wanted
 from preprocessing.source import Source
-from preprocessing.split_names import split_named
+from preprocessing.split_names import SPLIT
 
 _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes", "jpeg", "img")
-_SPLIT = "split"
-_SHOWN = 5
 
 
 class ParquetRows(ShardRows):
@@ -36,26 +32,13 @@ class ParquetRows(ShardRows):
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
         """See ShardRows. Raises DataError, too, when a column `split` names other splits alone."""
-        self._splits: Counter[str] = Counter()
         self._with: str | None = None  # a file with a column `split`, and one without
         self._without: str | None = None
         super().__init__(shards, wanted, source)
         if self._with and self._without:
             raise DataError(
-                f"{self._with} has a column {_SPLIT}, {self._without} has none; give them one by one, or move one away"
+                f"{self._with} has a column {SPLIT}, {self._without} has none; give them one by one, or move one away"
             )
-        chosen = sum(count for name, count in self._splits.items() if split_named(name) == wanted.split)
-        if chosen == self._splits.total():
-            return
-        shown = whole_characters(", ".join(f"{name} ({count})" for name, count in self._splits.most_common(_SHOWN)))
-        folder = posixpath.dirname(shards[0].path)
-        if not chosen:
-            raise DataError(
-                f"{folder}: no row's column {_SPLIT} says {wanted.split}, but {shown}; give another --split, or files "
-                "of that one"
-            )
-        rows = f"{chosen} of {self._splits.total()} rows"
-        source.notes.append(f"{folder}: {rows} are of split {wanted.split} by their column {_SPLIT}: {shown}")
 
     def look_through(self, shard: str) -> Iterator[Found]:
         try:
@@ -63,11 +46,11 @@ class ParquetRows(ShardRows):
                 table = pq.ParquetFile(file)
                 image, captions = _columns(shard, table.schema_arrow, self._wanted.columns)
                 there = table.schema_arrow.names
-                if _SPLIT in there:
+                if SPLIT in there:
                     self._with = self._with or shard
                 else:
                     self._without = self._without or shard
-                more = [name for name in ("key", _SPLIT) if name in there]
+                more = [name for name in ("key", SPLIT) if name in there]
                 if self._wanted.excluded:
                     more += [name for name in NAME_COLUMNS if name in there]
                 first = 0
@@ -102,17 +85,10 @@ class ParquetRows(ShardRows):
                 found.fault = BadRecord(f"{shard}: row {first + index}", what, "text is not UTF-8")
             else:
                 found.captions = captions_in(record, captions)
-                found.other = self._is_of_another_split(record)
+                found.other = SPLIT in record and self._splits.is_other(str(record[SPLIT]))
             if paths is not None:
                 found.names = (*image_names(record), *filter(None, [paths[index]]))
             yield found
-
-    def _is_of_another_split(self, record: dict[str, Any]) -> bool:
-        if _SPLIT not in record:
-            return False
-        said = str(record[_SPLIT])
-        self._splits[said] += 1
-        return split_named(said) != self._wanted.split
 
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])
@@ -189,10 +165,10 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
     if not captions:
         known = ", ".join(CAPTION_COLUMNS)
         raise DataError(f"{shard}: has no column of captions ({known}), but {there}; name it with --caption-column")
-    for name in (*captions, *(name for name in (_SPLIT,) if name in schema.names)):
+    for name in (*captions, *(name for name in (SPLIT,) if name in schema.names)):
         kind = schema.field(name).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if name == _SPLIT and not _is_text(kind):
+        if name == SPLIT and not _is_text(kind):
             raise DataError(f"{shard}: column {name} is of type {kind}, not text; mend the file or call it otherwise")
         if not _is_text(kind.value_type if listed else kind) and not _is_sentence(kind.value_type if listed else kind):
             raise DataError(

@@ -1,10 +1,13 @@
 """Rows of shards with images in them, whatever their layout."""
 
+import json
 import os
+import posixpath
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,14 +15,17 @@ import numpy as np
 from preprocessing.files import BadRecord
 from preprocessing.image_names import EXCLUDED, ImageList
 from preprocessing.image_refs import ImageRef
-from preprocessing.json_text import whole_characters
+from preprocessing.json_text import parse_json, whole_characters
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
+from preprocessing.split_names import SPLIT, RecordSplits
 from preprocessing.text import EMPTY, TextCleaning
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_TEXT = 16 << 20  # bytes of an image's .txt or .json
+PROBED = 16  # .json files beside texts that tell whether the others of a shard name splits, too
+_NAMED = json.dumps(SPLIT).encode()
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class ShardRows(LazyRows):
         self._shards = list(shards)
         self._wanted = wanted
         self._source: Source | None = source
+        self._splits = RecordSplits(wanted.split)
         parts, counts = [], []
         self.images: dict[str, int] = {}  # of each shard, captions or not
         for shard in self._shards:
@@ -82,6 +89,7 @@ class ShardRows(LazyRows):
         self._parts = parts
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._unique = self._is_unique()
+        self._splits.tell(source, posixpath.dirname(self._shards[0].path) or source.where)
         self._source = None  # it holds these rows
 
     def _keeps(self, found: Found, source: Source) -> bool:
@@ -104,6 +112,13 @@ class ShardRows(LazyRows):
         """Count what is no image, and still not passed over in silence."""
         assert self._source is not None  # only while the shards are looked through
         self._source.left_out[reason] += 1
+
+    def note_split(self, found: Found, record: bytes, where: str) -> None:
+        """Note of an image whether its .json, b"" for none, names another split, or none where others do."""
+        try:
+            found.other = self._splits.is_other_at(where, _split_in(record))
+        except BadRecord as error:
+            found.fault = found.fault or error
 
     def _is_unique(self) -> bool:
         """Whether no key stands in two shards: img2dataset's do not. Raises DataError when one stands twice in one."""
@@ -138,6 +153,22 @@ class ShardRows(LazyRows):
     @abstractmethod
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         """Captions and image of an entry."""
+
+
+def names_splits(records: Iterable[bytes]) -> bool:
+    """Whether the .json files of a shard name splits, by the first of them."""
+    return any(_NAMED in record for record in islice(records, PROBED))
+
+
+def _split_in(record: bytes) -> object:
+    """What a .json names as its split; None for nothing."""
+    if _NAMED not in record:
+        return None
+    try:
+        fields = parse_json(record)
+    except ValueError:  # its reader tells
+        return None
+    return fields.get(SPLIT) if isinstance(fields, dict) else None
 
 
 def unreadable(where: str, why: object) -> BadRecord:

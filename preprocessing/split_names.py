@@ -1,15 +1,23 @@
-"""Which split a word means, and the files of a folder that are of one split by their names."""
+"""Which split a word means; the files of a folder, and the records of a raw set, that are of one split."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
+from preprocessing.files import BadRecord
+from preprocessing.json_text import shown, whole_characters
+from preprocessing.line_records import BadLine
 from preprocessing.schema import DataError
+from preprocessing.source import Source
 
 _SPLITS = {
     **dict.fromkeys(("train", "training", "restval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+SPLIT = "split"  # the field or column in which records name theirs
+_SHOWN = 5
+_NAMES = 100  # that are counted apart
 _WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./]|\d|$)", re.IGNORECASE)
 
 
@@ -39,3 +47,59 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
         raise DataError(f"{folder}: holds {', '.join(splits)} by the names of its files, not {split}; give another")
     print(f"{folder}: {len(chosen)} of {len(names)} files or folders are of split {split} by their names")
     return chosen
+
+
+class RecordSplits:
+    """Records of a raw set that name their split themselves: those of another one are no rows, whatever --split says.
+
+    Where no record names one, all are of the wanted split.
+    """
+
+    def __init__(self, wanted: str) -> None:
+        self._wanted = wanted
+        self._named = Counter[str]()
+        self._unnamed = 0  # before the first that names one
+
+    def is_other(self, name: object) -> bool:
+        """Whether a record with `name` for its split (None or "": it has none) is of another split.
+
+        Raises BadLine where it has none, and those before it have.
+        """
+        if name is None or name == "":
+            if self._named:
+                raise BadLine("names no split, as others do; mend the file", "record names no split, others do")
+            self._unnamed += 1
+            return False
+        text = name if isinstance(name, str) else shown(name)
+        self._named[text if text in self._named or len(self._named) < _NAMES else "…"] += 1
+        return split_named(text) != self._wanted
+
+    def is_other_at(self, where: str, name: object) -> bool:
+        """`is_other`; raises BadRecord in place of BadLine."""
+        try:
+            return self.is_other(name)
+        except BadLine as error:
+            raise BadRecord(where, str(error), error.reason) from None
+
+    def tell(self, source: Source, where: str = "") -> None:
+        """Note in `source` which records are of the split, once all are read; `where` is what holds them.
+
+        Raises DataError when none is, or when the first ones name no split and later ones do.
+        """
+        where = where or source.where
+        total = self._named.total()
+        if total and self._unnamed:
+            raise DataError(f"{where}: {self._unnamed} records name no split, {total} after them do; mend the file")
+        chosen = sum(count for name, count in self._named.items() if split_named(name) == self._wanted)
+        if chosen == total:
+            return
+        names = (f"{name} ({count})" for name, count in self._named.most_common(_SHOWN))
+        said = whole_characters(", ".join(names))
+        if not chosen:
+            raise DataError(
+                f"{where}: no record's {SPLIT} says {self._wanted}, but {said}; give another --split, or a file of "
+                "that one"
+            )
+        source.notes.append(
+            f"{where}: {chosen} of {total} records are of split {self._wanted} by their {SPLIT}: {said}"
+        )

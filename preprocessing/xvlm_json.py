@@ -9,7 +9,7 @@ nlvr       {"images": [left, right], "sentence", "label", "identifier"}
 
 import argparse
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, par
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.source import Faults, Row, Source
+from preprocessing.split_names import SPLIT, RecordSplits
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.visual_genome import beside_vqav2
 from preprocessing.visual_genome_qa import BEYOND_VQAV2
@@ -49,19 +50,31 @@ def run(args: argparse.Namespace) -> None:
     files = [place(name) for name in args.annotations]
     for first, other in copies(files):
         raise DataError(f"{first} and {other}: are one file under two names; give it once")
-    excluded, cleaning, faults = excluded_images(args), text_cleaning(args), Faults()
+    excluded, cleaning, faults, splits = excluded_images(args), text_cleaning(args), Faults(), RecordSplits(args.split)
+    records = _records(files, splits, faults)
     if args.task == "retrieval":
-        source = read_retrieval(files, args.images, excluded, cleaning)
+        source = read_retrieval(records, files, args.images, excluded, cleaning, faults)
     elif args.task == "vqa":
-        asked = read_vqa(files, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
+        asked = read_vqa(records, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
         source = vqa_source(asked, files, args, given_answers(args), args.min_answers, faults)
     else:
-        source = nlvr_source(read_nlvr(files, args.images, excluded, cleaning, faults), files, faults, args.split)
+        source = nlvr_source(read_nlvr(records, args.images, excluded, cleaning, faults), files, faults, args.split)
+    splits.tell(source)
     write_split(source, args)
 
 
-def _records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, Any]]:
-    """(where, record) of every record of every file."""
+Records = Iterable[tuple[str, Any]]  # (where, record)
+
+
+def _records(files: Sequence[Place], splits: RecordSplits, faults: Faults) -> Records:
+    """Every record of every file but those that name another split."""
+    for where, record in _all_records(files, faults):
+        with faults:
+            if not (isinstance(record, dict) and splits.is_other_at(where, record.get(SPLIT))):
+                yield where, record
+
+
+def _all_records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, Any]]:
     for path in files:
         if _is_lines(path):
             yield from ((f"{path}: line {number}", record) for number, record in read_json_lines(path, faults.add))
@@ -97,14 +110,21 @@ def _image_id(record: dict[str, Any], name: str, where: str) -> str:
     return name if "image_id" not in record else str(field(record, "image_id", (str, int), where))
 
 
-def read_retrieval(files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning) -> Source:
+def read_retrieval(
+    records: Records,
+    files: Sequence[Place],
+    images: str,
+    excluded: ImageList,
+    cleaning: TextCleaning,
+    faults: Faults,
+) -> Source:
     """One row an image, in the order of first mention. Raises DataError naming the record at fault."""
-    source = Source("caption", [], list(files), {})
+    source = Source("caption", [], list(files), {}, faults=faults)
     rows: dict[str, Row] = {}
     owner: dict[str, str] = {}
     captions = 0
-    for where, record in _records(files, source.faults):
-        with source.faults:
+    for where, record in records:
+        with faults:
             named = "image_rpath" if isinstance(record, dict) and "image_rpath" in record else "image"
             name = field(record, named, str, where)
             image_id = _image_id(record, name, where)
@@ -125,7 +145,7 @@ def read_retrieval(files: Sequence[Place], images: str, excluded: ImageList, cle
 
 
 def read_vqa(
-    files: Sequence[Place],
+    records: Records,
     images: str,
     visual_genome: str | None,
     excluded: ImageList,
@@ -140,7 +160,7 @@ def read_vqa(
     """
     asked: list[Asked] = []
     of_visual_genome: list[bool] = []
-    for where, record in _records(files, faults):
+    for where, record in records:
         with faults:
             name = field(record, "image", str, where)
             text = cleaning.question(field(record, "question", str, where), split)
@@ -181,11 +201,11 @@ def _told_apart(asked: list[Asked], of_visual_genome: Sequence[bool]) -> list[As
 
 
 def read_nlvr(
-    files: Sequence[Place], images: str, excluded: ImageList, cleaning: TextCleaning, faults: Faults
+    records: Records, images: str, excluded: ImageList, cleaning: TextCleaning, faults: Faults
 ) -> list[Statement]:
     """The statements in the order of the files. Without an identifier, a record gets one of its own."""
     statements = []
-    for number, (where, record) in enumerate(_records(files, faults)):
+    for number, (where, record) in enumerate(records):
         with faults:
             names = _strings(record, "images", where)
             if len(names) != 2:

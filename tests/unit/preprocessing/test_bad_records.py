@@ -15,6 +15,7 @@ from preprocessing.caption_files import ImageFinder, read_captions
 from preprocessing.image_names import ImageList
 from preprocessing.lines import CutFile, open_text, read_lines
 from preprocessing.schema import DataError, read_manifest
+from preprocessing.split_names import RecordSplits
 from preprocessing.text import TextCleaning
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
@@ -187,7 +188,9 @@ def test_the_first_line_alone_tells_the_form(tmp_path: Path, images: Path) -> No
 
 def test_a_read_that_fails_is_not_told_as_a_change(tmp_path: Path) -> None:
     (tmp_path / "set.gz").write_bytes(gzip.compress(text("tsv")))
-    found = read_captions([str(tmp_path / "set.gz")], None, ImageFinder("/", None), TextCleaning(), ImageList([])).rows
+    found = read_captions(
+        [str(tmp_path / "set.gz")], None, ImageFinder("/", None), TextCleaning(), ImageList([]), RecordSplits("train")
+    ).rows
     (tmp_path / "set.gz").write_bytes(b"no gzip" + bytes(100))
     with pytest.raises(DataError, match=r"set\.gz: row 3 cannot be read \(Not a gzipped file .*\); start again"):
         found.row(3)

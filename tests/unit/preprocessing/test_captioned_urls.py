@@ -14,6 +14,7 @@ import pytest
 from preprocessing.caption_files import ImageFinder, LineRows, read_captions
 from preprocessing.image_names import ImageList
 from preprocessing.schema import read_manifest
+from preprocessing.split_names import RecordSplits
 from preprocessing.text import TextCleaning
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
@@ -153,7 +154,9 @@ def test_the_index_of_lines_takes_20_bytes_a_line_and_no_more_while_it_is_made(t
     files = [f"{tmp_path}/a.tsv", f"{tmp_path}/b.tsv"]
     tracemalloc.start()
     try:
-        rows = read_captions(files, None, ImageFinder("/images", None), TextCleaning(), ImageList([])).rows
+        rows = read_captions(
+            files, None, ImageFinder("/images", None), TextCleaning(), ImageList([]), RecordSplits("train")
+        ).rows
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -166,7 +169,9 @@ def test_rows_are_read_again_by_place(tmp_path: Path) -> None:
         lines = [json.dumps({"image": f"{n}.jpg", "caption": f"{file} {n}"}) for n in range(5)]
         (tmp_path / f"part{file}.jsonl").write_text("\n".join(lines))
     files = [f"{tmp_path}/part{file}.jsonl" for file in range(2)]
-    rows = read_captions(files, None, ImageFinder("/images", None), TextCleaning(), ImageList([])).rows
+    rows = read_captions(
+        files, None, ImageFinder("/images", None), TextCleaning(), ImageList([]), RecordSplits("train")
+    ).rows
     assert isinstance(rows, LineRows) and len(rows) == 10
     assert [row.columns["caption"] for row in rows] == [[f"{file} {n}"] for file in range(2) for n in range(5)]
     copy = pickle.loads(pickle.dumps(rows))  # noqa: S301  # our own bytes

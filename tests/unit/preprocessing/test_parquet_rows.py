@@ -41,13 +41,13 @@ def test_a_column_split_is_heeded(
     manifest = read_manifest(tmp_path / "out" / split)
     assert manifest["dropped"] == {} and manifest["source"] == {"images": len(numbers)}
     said = capsys.readouterr().out
-    assert f"raw: {len(numbers)} of 9 rows are of split {split} by their column split: train (1), restval (1), " in said
+    assert f"raw: {len(numbers)} of 9 records are of split {split} by their split: train (1), restval (1), " in said
 
 
 def test_a_column_split_without_the_wanted_one_is_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
     rows = [row(number, split=name) for number, name in enumerate(("train", "train", "val"))]
     message = refuse(*command(tmp_path, rows, "test"))
-    assert "raw: no row's column split says test, but train (2), val (1); give another --split" in message
+    assert "raw: no record's split says test, but train (2), val (1); give another --split" in message
     message = refuse(*command(tmp_path, [row(0, split=5)]))
     assert "0.parquet: column split is of type int64, not text" in message
 
