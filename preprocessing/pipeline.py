@@ -20,7 +20,7 @@ from preprocessing.parts import SHOWN, PartJob, PartResult, begin_part, default_
 from preprocessing.places import place, write_whole
 from preprocessing.pool import processes, run_tasks
 from preprocessing.progress import Progress
-from preprocessing.schema import ANSWER_LIST, ID_COLUMNS, DataError, dump_json
+from preprocessing.schema import ANSWER_LIST, ANSWERS, ID_COLUMNS, DataError, answers_sha256, dump_json
 from preprocessing.source import LISTED, Source
 from preprocessing.work import Work, open_work
 from preprocessing.writer import DROPPED, write_manifest, write_provenance
@@ -144,6 +144,7 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
     write_provenance(work.shards, source.inputs, processes(args.workers))
     if source.answer_list is not None:
         write_whole(place(args.out) / ANSWER_LIST, dump_json(source.answer_list))
+        fields[ANSWERS] = answers_sha256(source.answer_list)
     manifest = write_manifest(work.shards, source.kind, args.split, shards, **fields)
     work.publish()
     return manifest

@@ -18,7 +18,7 @@ from preprocessing.files import check_replaceable, locked, new_folder
 from preprocessing.ids import numbered_columns, scanned, write_ids
 from preprocessing.places import Place
 from preprocessing.reading import batches_of
-from preprocessing.schema import IDS, KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
+from preprocessing.schema import ANSWERS, IDS, KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
 from preprocessing.writer import DROPPED, OURS, ShardWriter, file_sha256, write_manifest
 
 
@@ -197,7 +197,7 @@ def _finish(repair: _Repair, new: Path) -> None:
     for total in ("rows", "samples"):
         if total in old and old[total] != sum(shard.get(total, 0) for shard in old["shards"]):
             repair.said.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
-    kept = {name: old[name] for name in ("source", "dropped_list") if name in old}
+    kept = {name: old[name] for name in ("source", "dropped_list", ANSWERS) if name in old}
     numbered = numbered_columns({"ids": old.get("ids"), "kind": repair.facts.kind})
     found = {"kind": repair.facts.kind, "shards": repair.shards, "ids": {"numbered": numbered}}
     write_manifest(

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ PROVENANCE = "provenance.json"
 IDS = "ids.bin"  # see preprocessing/ids.py
 IDS_VERSION = 2  # of its keys; an older one is not read, the columns of ids are
 ANSWER_LIST = "answer_list.json"
+ANSWERS = "answer_list_sha256"  # the manifest's field
 SPLITS = ("train", "val", "test")
 # Of an image, in preparation and in training.
 MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
@@ -349,6 +350,11 @@ def sync_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             sync_path(path)
+
+
+def answers_sha256(answers: Sequence[str]) -> str:
+    """Of an answer list: what a VQA split's manifest has of the one that its labels index."""
+    return hashlib.sha256(json.dumps(list(answers)).encode()).hexdigest()
 
 
 def dump_json(value: Any) -> bytes:

@@ -28,7 +28,7 @@ from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.schema import ANSWER_LIST, DataError, printable
+from preprocessing.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, printable
 from preprocessing.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
@@ -85,6 +85,12 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
                 raise UserError(
                     f"{root}/{ANSWER_LIST} and {data.home}/{ANSWER_LIST} differ; prepare the former with "
                     f"--answer-list {data.home}/{ANSWER_LIST}"
+                )
+        for opened in splits:
+            if opened.manifest.get(ANSWERS, answers_sha256(answers)) != answers_sha256(answers):
+                raise UserError(
+                    f"{data.home}/{ANSWER_LIST}: is not the list that {opened.name} was labelled by; put that one "
+                    "back, or prepare the split again"
                 )
         return VqaSamples(*arguments, num_answers=len(answers))
     return samples(*arguments)

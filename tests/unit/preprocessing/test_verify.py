@@ -10,7 +10,7 @@ import pytest
 from preprocessing.__main__ import main
 from preprocessing.schema import KINDS, read_manifest
 from preprocessing.writer import ShardWriter, write_manifest
-from tests.unit.preprocessing.helpers import convert, rows_of
+from tests.unit.preprocessing.helpers import convert, rows_of, write_json
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,17 @@ def test_vqa_without_its_answer_list(copy: Callable[[str], Path], capsys: pytest
     folder = copy("vqa")
     (folder / "answer_list.json").unlink()
     assert "answer_list.json: no such file" in faults(folder, capsys)
+
+
+def test_vqa_beside_another_answer_list(copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """One more answer at its end: every label still means what it meant, but a model for it has a class more."""
+    folder = copy("vqa")
+    answers = json.loads((folder / "answer_list.json").read_text())
+    write_json(folder / "answer_list.json", [*answers, "maybe"])
+    assert "answer_list.json: is not the list that val was labelled by; put that one" in faults(folder, capsys)
+    assert main(["verify", str(folder), "--repair"]) == 1  # it cannot know which list is right
+    write_json(folder / "answer_list.json", answers)
+    assert main(["verify", str(folder)]) == 0
 
 
 @pytest.mark.parametrize("make", ["folder", "loop"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import socket
@@ -221,6 +222,20 @@ def test_sources_answer_by_the_same_list(tmp_path: Path) -> None:
     assert len(setup.samples(config, "train", tiny_tokenizer(), train=False)) == 6  # held out: the first one's
     (tmp_path / "two" / "answer_list.json").write_text('["no", "yes"]')
     with pytest.raises(UserError, match=r"two/answer_list\.json and .*one/answer_list\.json differ"):
+        setup.samples(config, "train", tiny_tokenizer(), train=True)
+
+
+def test_a_split_goes_with_the_answers_that_it_was_labelled_by(tmp_path: Path) -> None:
+    manifest = make_vqa_set(tmp_path, rows=3) / "manifest.json"
+    config = FinetuneConfig(task="vqa", data=DataConfig(path=str(tmp_path)))
+    answers = json.loads((tmp_path / "answer_list.json").read_text())
+    known = {"answer_list_sha256": hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | known))
+    assert len(setup.samples(config, "train", tiny_tokenizer(), train=True)) == 6
+    (tmp_path / "answer_list.json").write_text(json.dumps([*answers, "maybe"]))
+    with pytest.raises(
+        UserError, match=r"answer_list\.json: is not the list that .*train was labelled by; put that one"
+    ):
         setup.samples(config, "train", tiny_tokenizer(), train=True)
 
 
