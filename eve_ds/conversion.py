@@ -23,7 +23,7 @@ from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import write_hashes
 from eve_ds.weights.load import check_fit, load_weights
-from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, metadata, newest, step_of
+from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, checkpoint_at, metadata, newest, step_of
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
@@ -246,8 +246,10 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
 
 def _step(path: Path) -> Path:
     """The checkpoint that the user means."""
+    if named := checkpoint_at(path):
+        return named
     if path.name.startswith("step_") and path.is_dir():
-        return path
+        return path  # whose reader tells what it lacks
     if not path.is_dir():
         raise UserError(f"--checkpoint {path}: no such folder; give a run folder or RUN/checkpoints/step_N")
     _engine()

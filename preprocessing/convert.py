@@ -106,6 +106,9 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
         same, near = (manifest["dropped"].get(f"image {reason}", 0) for reason in (IN_OTHER_SET, NEAR_OTHER_SET))
         sets = " ".join([*args.exclude_images_of, *args.near_duplicates_of])
         print(printable(f"images of {sets}: {same} rows left out that have the same file, {near} that look alike"))
+        if args.exclude_images_of and not same:
+            why = "a set prepared with another --max-side has no file in common; --near-duplicates-of finds its images"
+            print(f"warning: --exclude-images-of found no file: {why}")
     print(printable(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}"))
     _warn_of_shared(place(args.out), args.split)
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,15 @@ def step_of(checkpoint: Path) -> int:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run that RUN/checkpoints/step_N, a whole checkpoint, belongs to; None for another path."""
-    whole = _CHECKPOINT.fullmatch(checkpoint.name) and (checkpoint / COMPLETE).is_file()
-    return checkpoint.absolute().parents[1] if whole else None
+    found = checkpoint_at(checkpoint)
+    return None if found is None else found.absolute().parents[1]
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The whole checkpoint, by its own name, that a path is or that a link there leads to; None for another path."""
+    names = (path, path.absolute(), Path(os.path.realpath(path)))  # "." has no name, and a link has another one
+    found = [each for each in names if _CHECKPOINT.fullmatch(each.name) and (each / COMPLETE).is_file()]
+    return next((each for each in found if each.absolute().parent.name == CHECKPOINTS), next(iter(found), None))
 
 
 def exported_step(model: Path) -> int | None:
@@ -145,7 +153,7 @@ class ModelFolder:
             return cls._beside(path)
         if (path / WEIGHTS).is_file():
             return cls._beside(path / WEIGHTS)
-        checkpoint = path if run_of(path) else newer_checkpoint(path)
+        checkpoint = checkpoint_at(path) or newer_checkpoint(path)
         if checkpoint is not None:
             if not unfinished:
                 raise DataError(_unfinished(path, checkpoint))
@@ -169,7 +177,7 @@ class ModelFolder:
             DataError: there is none, or it is not whole.
         """
         path = Path(path)
-        found = path if run_of(path) else next(reversed(checkpoints(path)), None)
+        found = checkpoint_at(path) or next(reversed(checkpoints(path)), None)
         if found is None:
             raise DataError(f"{path}: no whole checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
         return cls._of_checkpoint(found)
@@ -186,7 +194,8 @@ class ModelFolder:
     def _of_checkpoint(cls, checkpoint: Path) -> ModelFolder:
         check_regular(checkpoint / COMPLETE)
         run = run_of(checkpoint)
-        assert run is not None
+        if run is None:  # a folder, say
+            raise DataError(f"{checkpoint / COMPLETE}: is no file; name another checkpoint")
         return cls(checkpoint, _if_file(run / CONFIG), _tokenizer_of(run))
 
 
@@ -208,7 +217,11 @@ def _if_file(path: Path) -> Path | None:
 
 def _unfinished(path: Path, checkpoint: Path) -> str:
     """Why weights are not taken, and what to do."""
-    state = "a checkpoint of DeepSpeed" if path == checkpoint else f"its newest state is a checkpoint, {checkpoint}"
+    state = (
+        "a checkpoint of DeepSpeed"
+        if checkpoint == checkpoint_at(path)
+        else f"its newest state is a checkpoint, {checkpoint}"
+    )
     older = ""
     if (path / MODEL / WEIGHTS).is_file():
         older = f" (its model is of step {exported_step(path / MODEL)}; name {path / MODEL} to take that)"

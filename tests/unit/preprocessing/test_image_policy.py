@@ -141,11 +141,16 @@ def test_images_of_other_sets_stay_out(tmp_path: Path, evaluation: Path, capsys:
     ]
 
 
-def test_sets_made_smaller_by_the_same_options_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+def test_sets_made_smaller_by_the_same_options_are_compared_as_they_are_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = {"a.png": encode(scene(1), "PNG"), "b.png": encode(scene(2), "PNG")}
     small = prepare(tmp_path, {"a.png": data["a.png"]}, "--max-side", 100, out="small")
     rest = prepare(tmp_path, data, "--max-side", 100, "--exclude-images-of", small, out="rest")
-    assert [row["image_id"] for row in rows_of(rest)] == ["b.png"]
+    assert [row["image_id"] for row in rows_of(rest)] == ["b.png"] and "warning" not in capsys.readouterr().out
+    full = prepare(tmp_path, data, "--exclude-images-of", small, out="full")
+    assert [row["image_id"] for row in rows_of(full)] == ["a.png", "b.png"]
+    assert "warning: --exclude-images-of found no file: a set prepared with another --max" in capsys.readouterr().out
 
 
 def test_the_policy_can_be_pickled(evaluation: Path) -> None:

@@ -14,7 +14,15 @@ from eve_ds.convert import main
 from eve_ds.errors import exit_code
 from eve_ds.finetune_options import expand_options
 from eve_ds.tasks import load_task_model
-from eve_ds.weights.model_folder import ModelFolder, checkpoints, exported_step, metadata, newer_checkpoint
+from eve_ds.weights.model_folder import (
+    ModelFolder,
+    checkpoints,
+    exported_step,
+    metadata,
+    newer_checkpoint,
+    run_of,
+    step_of,
+)
 from preprocessing.schema import DataError
 from tests.support.shards import tiny_tokenizer
 from tests.support.tiny_tasks import OBJECTIVE, tiny_config, tiny_task
@@ -52,6 +60,34 @@ def test_an_export_of_the_newest_step_is_the_model(run: Path) -> None:
     for unfinished in (True, False):
         assert ModelFolder.find(run, unfinished).weights == run / "model" / "model.safetensors"
     assert [path.name for path in checkpoints(run)] == ["step_00000002", "step_00000004"]
+
+
+@pytest.mark.parametrize("link", ["best", "step_00000004", "run/best/", "."])
+def test_a_checkpoint_by_another_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    """A link to a checkpoint, and the folder that the shell is in."""
+    step = run / "checkpoints" / "step_00000002"
+    (run / "best").symlink_to(step)
+    (tmp_path / "step_00000004").symlink_to(step)
+    (tmp_path / "best").symlink_to("run/best")
+    monkeypatch.chdir(step if link == "." else tmp_path)
+    for files in (ModelFolder.find(link, unfinished=True), ModelFolder.checkpoint(link)):
+        assert files.weights == step and files.folder == run and step_of(files.weights) == 2
+    assert run_of(Path(link)) == run
+
+
+def test_links_of_checkpoints_folders_stay_in_their_run(run: Path, tmp_path: Path) -> None:
+    """Checkpoints on scratch, linked into the run: the run is where the link is."""
+    (run / "checkpoints").rename(tmp_path / "scratch")
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert run_of(run / "checkpoints" / "step_00000002") == run
+    (tmp_path / "loop").symlink_to("loop")
+    assert run_of(tmp_path / "loop") is None
+
+
+def test_what_stands_for_a_checkpoint_and_is_a_folder(run: Path) -> None:
+    (saved(run, 6, whole=False) / "complete.json").mkdir()
+    with pytest.raises(DataError, match=r"step_00000006/complete\.json: is no file; name another checkpoint"):
+        ModelFolder.find(run, unfinished=True)
 
 
 def test_an_older_export_is_not_the_model(
