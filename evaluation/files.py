@@ -19,7 +19,8 @@ OUTPUTS = {"out", "per_question"}  # options that name files to be written
 
 
 SECRETS = re.compile(
-    r"((?:s3[an]?|gs|hdfs|https?):/+|[a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+",
+    r"((?:s3[an]?|gs|hdfs|https?):/+|[a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@"
+    r"|([?&]endpoint_override=)[^\s/@:&]{1,200}:[^\s/@&]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+",
     re.IGNORECASE,
 )
 
@@ -51,9 +52,9 @@ class Parser(argparse.ArgumentParser):
 
 def without_secrets(text: str) -> str:
     """``text`` with *** for users, passwords and parameters in the addresses in it."""
-    return (
-        SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text) if ":/" in text else text
-    )
+    if ":/" not in text and "?" not in text:
+        return text
+    return SECRETS.sub(lambda found: f"{found[1] or found[2]}***@" if found[1] or found[2] else f"{found[3]}***", text)
 
 
 def check_regular(path: str | Path) -> None:

@@ -66,8 +66,11 @@ def _text(value: Any) -> str | None:
 
 
 def decode_text(content: bytes) -> list[str]:
-    """The captions of a .txt file."""
-    return lines_of(content.decode("utf-8", "replace"))
+    """The captions of a .txt file. Raises ValueError when it is no UTF-8."""
+    try:
+        return lines_of(content.decode())
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8 text") from None
 
 
 def decode_json(content: bytes, wanted: Sequence[str]) -> list[str]:

@@ -181,13 +181,14 @@ def report_excluded(args: argparse.Namespace, source: Source) -> None:
 
 def read_image_names(path: Place) -> Iterator[str]:
     """The images that a list file names; see `add_exclude_argument`. Raises DataError when it is none of those."""
-    if not path.name.endswith(".json"):
+    lines = path.name.endswith(".jsonl") or _is_lines(path)
+    if not lines and not path.name.endswith(".json"):
         for _, line in text_lines(path):
             if isinstance(line, BadRecord):
                 raise line
             yield from (name for part in line.splitlines() if (name := part.strip()))
         return
-    content = [record for _, record in read_json_lines(path, _refuse)] if _is_lines(path) else read_json(path)
+    content = [record for _, record in read_json_lines(path, _refuse)] if lines else read_json(path)
     records = content
     if isinstance(content, dict):
         records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)

@@ -83,7 +83,8 @@ def place(path: str | os.PathLike[str] | RemotePath) -> Place:
     if isinstance(path, RemotePath):
         return path
     text = os.fspath(path)
-    _check_secrets(text)
+    if ":/" in text:  # a file may have a key in its name, as wget leaves it
+        _check_secrets(text)
     scheme, colon, rest = text.partition("://")
     if not colon:
         return Path(text)

@@ -40,7 +40,8 @@ _IS_HIDDEN = r"\*{3}(?:[0-9a-f]{16})?"
 _USERS = re.compile(
     rf"((?:s3[an]?|gs):/+)(?!{_IS_HIDDEN}@)([^\s/@:]{{0,200}}:[^\s@]{{0,400}}|[^\s/@]{{1,400}})@"
     rf"|([a-z][a-z0-9+.-]{{0,20}}:/+)(?!{_IS_HIDDEN}@)([^\s/@:]{{0,200}}:(?!\d+(?:/|$))[^\s@]{{0,400}})@"
-    rf"|(https?:/+)(?!{_IS_HIDDEN}@)([^\s/@]{{1,400}})@",
+    rf"|(https?:/+)(?!{_IS_HIDDEN}@)([^\s/@]{{1,400}})@"
+    rf"|([?&]endpoint_override=)(?!{_IS_HIDDEN}@)([^\s/@:&]{{1,200}}:[^\s/@&]{{0,400}})@",
     re.IGNORECASE,
 )
 _PARAMETERS = re.compile(rf"([?&]([^=&?\s]{{1,64}})=)(?!{_IS_HIDDEN}(?![\w%+/=-]))([^&\s'\"]+)")
@@ -243,8 +244,10 @@ def _check_file_name(path: Path, name: Any) -> None:
 
 
 def without_secrets(text: str, mark: Callable[[str], str] = lambda secret: "***") -> str:
-    """`text` with *** for users, passwords and keys in the addresses in it: for whatever is printed or written."""
-    if ":/" not in text:
+    """`text` with *** for users, passwords and keys in the addresses in it, and for keys in names of files that were
+    fetched from such: for whatever is printed or written.
+    """
+    if ":/" not in text and "?" not in text:
         return text
 
     def user(found: re.Match[str]) -> str:
@@ -259,7 +262,7 @@ def without_secrets(text: str, mark: Callable[[str], str] = lambda secret: "***"
 
 def id_without_secrets(one: str) -> str:
     """An image's id, or what names it, without secrets; a hash of each keeps ids apart that differ by it alone."""
-    if ":/" not in one:
+    if ":/" not in one and "?" not in one:
         return one
     return without_secrets(
         one, lambda secret: f"***{hashlib.sha256(secret.encode(errors='surrogatepass')).hexdigest()[:16]}"

@@ -93,6 +93,10 @@ def test_lists_of_a_record_a_line(tmp_path: Path) -> None:
     for records, names in ((nlvr2, pairs), (xvlm, ["pics/a.jpg", "pics/b.jpg"])):
         (tmp_path / "list.json").write_text("\n".join(map(json.dumps, records)) + "\n\n")
         assert list(read_image_names(tmp_path / "list.json")) == names
+        (tmp_path / "list.json").rename(tmp_path / "list.jsonl")
+        assert list(read_image_names(tmp_path / "list.jsonl")) == names
+    (tmp_path / "one.jsonl").write_text(json.dumps(xvlm[0]))
+    assert list(read_image_names(tmp_path / "one.jsonl")) == ["pics/a.jpg"]
     (tmp_path / "list.json").write_text('{"images": [\n{"file_name": "a.jpg"}]}')
     assert list(read_image_names(tmp_path / "list.json")) == ["a.jpg"]
     (tmp_path / "list.json").write_text('{"image": "a"}\n{"image": \n')

@@ -32,6 +32,9 @@ ADDRESSES = {
     "s3:///AKIAX:sEcReT@bucket": "s3:///***@bucket",
     "https:/u:sEcReT@h/a": "https:/***@h/a",
     "https://h/a?AWSAccessKeyId=sEcReT&Signature=sEcReT": "https://h/a?AWSAccessKeyId=***&Signature=***",
+    "s3://bucket/a?endpoint_override=u:sEcReT@h:9000&region=eu": "s3://bucket/a?endpoint_override=***@h:9000&region=eu",
+    "s3://bucket/a?endpoint_override=http://u:sEcReT@h": "s3://bucket/a?endpoint_override=http://***@h",
+    "/data/a.json?w=1&X-Amz-Signature=sEcReT": "/data/a.json?w=1&X-Amz-Signature=***",
     "https://h/a?id=1&API-KEY=sEcReT&Key-Pair-Id=sEcReT": "https://h/a?id=1&API-KEY=***&Key-Pair-Id=***",
     "https://h/a?x-amz-credential=sEcReT%2Fa&token=sEcReT": "https://h/a?x-amz-credential=***&token=***",
 }
@@ -44,6 +47,7 @@ SOUND = [
     "s3://bucket/a?region=eu&scheme=http",
     "/data/k=v?x=y",
     "/data/s3:a@b/c:d@e",
+    "s3://bucket/a?endpoint_override=host:9000&region=eu",
     "https://img.host.org/view?designId=7&signal=1&keyword=a&monkey=2&tokens=3&passwords=no",
 ]
 

@@ -140,6 +140,7 @@ def test_a_negative_size_does_not_hang(tmp_path: Path, refuse: Callable[..., str
         ("2.json", b"[" * 100_000),
         ("2.json", b'{"caption": "' + b"a" * (17 << 20) + b'"}'),
         ("2.txt", b"a caption of many\n" * (1 << 20)),
+        ("2.txt", "café".encode("latin-1")),
     ],
 )
 def test_a_text_that_is_none_is_counted(
