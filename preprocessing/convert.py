@@ -97,6 +97,7 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     report_excluded(args, source)
     for note in source.notes:
         print(printable(note))
+    _tell_repeated(source)
     _check_images_there(source.rows, args.max_dropped)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
@@ -112,6 +113,19 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     print(printable(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}"))
     _warn_of_shared(place(args.out), args.split)
     return manifest
+
+
+def _tell_repeated(source: Source) -> None:
+    """Print how many captions of annotation files say what another one of their image says: of a file that holds its
+    records twice, half of them.
+    """
+    if source.kind != "caption" or not isinstance(source.rows, list):
+        return
+    captions = [row.columns["caption"] for row in source.rows]
+    repeated = sum(len(texts) - len(set(texts)) for texts in captions)
+    if repeated:
+        total = sum(map(len, captions))
+        print(printable(f"{source.where}: {repeated} of {total} captions are the same as another one of their image"))
 
 
 def _warn_of_shared(out: Place, split: str) -> None:

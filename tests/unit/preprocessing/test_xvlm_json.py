@@ -42,6 +42,16 @@ def test_retrieval_brings_captions_of_an_image_together(images: Path) -> None:
     assert manifest["source"] == {"images": 3, "captions": 7}
 
 
+def test_captions_that_stand_twice_are_told_and_kept(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that was joined with itself; a few such captions are in any set, and a test split must keep them."""
+    records = [{"image": f"pics/{number}.jpg", "caption": [f"{number} a", f"{number} b"]} for number in range(3)]
+    convert(*arguments(images, "retrieval", records, split="test"))
+    assert "the same as another" not in capsys.readouterr().out
+    convert(*arguments(images, "retrieval", records * 2, split="test"), "--overwrite")
+    assert "f0.json: 6 of 12 captions are the same as another one of their image\n" in capsys.readouterr().out
+    assert next(row["caption"] for row in rows_of(images / "out/test")) == ["0 a", "0 b", "0 a", "0 b"]
+
+
 def test_vqa_with_ten_answers_one_and_none(images: Path) -> None:
     asked = {"image": "pics/0.jpg", "dataset": "vqa"}
     records = [
