@@ -51,6 +51,13 @@ _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo con
 RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
 # How gloo and the meeting place tell that a collective has waited too long.
 _LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
+# How torch tells, of a processor's memory and of a GPU's; and of a size that is beyond any.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|size calculation overflowed", re.IGNORECASE
+)
+_LESS_MEMORY = (
+    "take a smaller model, batch or share of it, or a higher ZeRO stage (python -m eve_ds.plan tells what fits)"
+)
 LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
 RANKS = "EVE_DS_RANKS"  # variable: the folder in which ranks make themselves known to eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -139,7 +146,13 @@ def exit_code(main: Callable[[], int | None]) -> int:
         mend = "make room or choose another folder" if full else "see that it can be read and written"
         print(f"error: {where}{error.strerror}; {mend}", file=sys.stderr, flush=True)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            what = (
+                str(error).partition(". GPU ")[0].rpartition("Allocator: ")[2].partition("\n")[0] or "no memory is left"
+            )
+            print(f"error: rank {launched_rank()}: {what}; {_LESS_MEMORY}", file=sys.stderr, flush=True)
+            return 2
         if death := explain_worker_death(error):
             print(f"error: rank {launched_rank()}: {death}", file=sys.stderr, flush=True)
             return 2

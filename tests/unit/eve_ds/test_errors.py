@@ -10,6 +10,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
+import torch
 
 from eve_ds.errors import RANK_0_SECONDS, RankError, UserError, exit_code
 
@@ -135,6 +136,29 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     for defect in (RuntimeError("a defect of ours"), OSError(9, "Bad file descriptor"), KeyError("x")):
         with pytest.raises(type(defect)):
             raising(defect)
+
+
+def test_a_model_beyond_the_memory_is_told_in_a_line() -> None:
+    """torch's own words for a processor's memory and for sizes beyond any."""
+    for make, said in (
+        (
+            "torch.empty(1 << 56, dtype=torch.uint8)",
+            "can't allocate memory: you tried to allocate 72057594037927936 bytes",
+        ),
+        ("torch.empty((1 << 40, 1 << 40))", "Storage size calculation overflowed with sizes=[1099511627776, 1099"),
+        ("bytearray(1 << 60)", "no memory is left; take a smaller model"),
+    ):
+        script = f"import torch\nfrom eve_ds.errors import run_command\nrun_command(lambda: bool({make}) and 0)"
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith("error: rank 0: ") and said in ended.stderr and "eve_ds.plan" in ended.stderr
+
+
+def test_memory_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which …"
+    assert raising(torch.OutOfMemoryError(words)) == 2
+    said = "error: rank 0: CUDA out of memory. Tried to allocate 20.00 MiB; take a smaller model"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_control_characters_of_a_message_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
