@@ -80,6 +80,7 @@ def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
     source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",))
     rows = _ROWS[kind](shards, wanted, source)
     source.rows = rows
+    rows.splits.tell(source, folder)
     if kind != "files":
         _tell_copies([shard.path for shard in shards if rows.images[shard.name]], source)
     _add_statistics(statistics, source)

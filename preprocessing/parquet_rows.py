@@ -31,7 +31,7 @@ class ParquetRows(ShardRows):
     fields = np.dtype([("group", "i4"), ("row", "i4")])
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
-        """See ShardRows. Raises DataError, too, when a column `split` names other splits alone."""
+        """See ShardRows. Raises DataError, too, when one file has a column `split` and another one has none."""
         self._with: str | None = None  # a file with a column `split`, and one without
         self._without: str | None = None
         super().__init__(shards, wanted, source)
@@ -85,7 +85,7 @@ class ParquetRows(ShardRows):
                 found.fault = BadRecord(f"{shard}: row {first + index}", what, "text is not UTF-8")
             else:
                 found.captions = captions_in(record, captions)
-                found.other = SPLIT in record and self._splits.is_other(str(record[SPLIT]))
+                found.other = SPLIT in record and self.splits.is_other(str(record[SPLIT]))
             if paths is not None:
                 found.names = (*image_names(record), *filter(None, [paths[index]]))
             yield found

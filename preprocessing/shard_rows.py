@@ -2,7 +2,6 @@
 
 import json
 import os
-import posixpath
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +58,12 @@ class Found:
 
 
 class ShardRows(LazyRows):
-    """What the three layouts share: shards with images in them, of which a number and some fields are kept."""
+    """What the three layouts share: shards with images in them, of which a number and some fields are kept.
+
+    Attributes:
+        images: of each shard's name, how many it holds, with captions or without.
+        splits: what the images name as theirs; `tell` is the caller's to call.
+    """
 
     fields: ClassVar[np.dtype[Any]]
 
@@ -68,9 +72,9 @@ class ShardRows(LazyRows):
         self._shards = list(shards)
         self._wanted = wanted
         self._source: Source | None = source
-        self._splits = RecordSplits(wanted.split)
+        self.splits = RecordSplits(wanted.split)
         parts, counts = [], []
-        self.images: dict[str, int] = {}  # of each shard, captions or not
+        self.images: dict[str, int] = {}
         for shard in self._shards:
             entries = []
             count = 0
@@ -89,7 +93,6 @@ class ShardRows(LazyRows):
         self._parts = parts
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._unique = self._is_unique()
-        self._splits.tell(source, posixpath.dirname(self._shards[0].path) or source.where)
         self._source = None  # it holds these rows
 
     def _keeps(self, found: Found, source: Source) -> bool:
@@ -116,7 +119,7 @@ class ShardRows(LazyRows):
     def note_split(self, found: Found, record: bytes, where: str) -> None:
         """Note of an image whether its .json, b"" for none, names another split, or none where others do."""
         try:
-            found.other = self._splits.is_other_at(where, _split_in(record))
+            found.other = self.splits.is_other_at(where, _split_in(record))
         except BadRecord as error:
             found.fault = found.fault or error
 

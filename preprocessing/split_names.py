@@ -17,7 +17,7 @@ _SPLITS = {
 }
 SPLIT = "split"  # the field or column in which records name theirs
 _SHOWN = 5
-_NAMES = 100  # that are counted apart
+_NAMES, _LONGEST = 100, 40  # names that are counted apart, and characters of one
 _WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./]|\d|$)", re.IGNORECASE)
 
 
@@ -71,7 +71,8 @@ class RecordSplits:
             self._unnamed += 1
             return False
         text = name if isinstance(name, str) else shown(name)
-        self._named[text if text in self._named or len(self._named) < _NAMES else "…"] += 1
+        key = text[:_LONGEST]
+        self._named[key if key in self._named or len(self._named) < _NAMES else "…"] += 1
         return split_named(text) != self._wanted
 
     def is_other_at(self, where: str, name: object) -> bool:

@@ -69,9 +69,11 @@ Records = Iterable[tuple[str, Any]]  # (where, record)
 def _records(files: Sequence[Place], splits: RecordSplits, faults: Faults) -> Records:
     """Every record of every file but those that name another split."""
     for where, record in _all_records(files, faults):
+        passed = True
         with faults:
-            if not (isinstance(record, dict) and splits.is_other_at(where, record.get(SPLIT))):
-                yield where, record
+            passed = isinstance(record, dict) and splits.is_other_at(where, record.get(SPLIT))
+        if not passed:
+            yield where, record
 
 
 def _all_records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, Any]]:
