@@ -23,6 +23,8 @@ SECRETS = re.compile(
     r"|([?&]endpoint_override=)[^\s/@:&]{1,200}:[^\s/@&]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+",
     re.IGNORECASE,
 )
+# In names of files, where most parameters are innocent: what signs an address that the file was fetched from.
+KEYS = re.compile(r"([?&](?:x-(?:amz|goog)-[a-z-]{1,40}|signature|sig|[a-z_]{0,20}token)=)[^&\s:'\"]+", re.IGNORECASE)
 
 
 class InputError(ValueError):
@@ -52,8 +54,8 @@ class Parser(argparse.ArgumentParser):
 
 def without_secrets(text: str) -> str:
     """``text`` with *** for users, passwords and parameters in the addresses in it."""
-    if ":/" not in text and "?" not in text:
-        return text
+    if ":/" not in text:
+        return KEYS.sub(lambda found: f"{found[1]}***", text) if "?" in text else text
     return SECRETS.sub(lambda found: f"{found[1] or found[2]}***@" if found[1] or found[2] else f"{found[3]}***", text)
 
 

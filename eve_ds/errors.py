@@ -51,13 +51,12 @@ _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo con
 RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
 # How gloo and the meeting place tell that a collective has waited too long.
 _LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
-# How torch tells, of a processor's memory and of a GPU's; and of a size that is beyond any.
+# How torch, CUDA and the system tell that memory does not suffice; and a size that is beyond any.
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|size calculation overflowed", re.IGNORECASE
+    r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
+    r"Cannot allocate memory|Storage size calculation overflowed"
 )
-_LESS_MEMORY = (
-    "take a smaller model, batch or share of it, or a higher ZeRO stage (python -m eve_ds.plan tells what fits)"
-)
+_LESS_MEMORY = "of a run, make the model, the batch or a rank's share smaller (python -m eve_ds.plan tells what fits)"
 LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
 RANKS = "EVE_DS_RANKS"  # variable: the folder in which ranks make themselves known to eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -147,11 +146,8 @@ def exit_code(main: Callable[[], int | None]) -> int:
         print(f"error: {where}{error.strerror}; {mend}", file=sys.stderr, flush=True)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
-            what = (
-                str(error).partition(". GPU ")[0].rpartition("Allocator: ")[2].partition("\n")[0] or "no memory is left"
-            )
-            print(f"error: rank {launched_rank()}: {what}; {_LESS_MEMORY}", file=sys.stderr, flush=True)
+        if told := _told_of_memory(error):
+            print(f"error: rank {launched_rank()}: {told}; {_LESS_MEMORY}", file=sys.stderr, flush=True)
             return 2
         if death := explain_worker_death(error):
             print(f"error: rank {launched_rank()}: {death}", file=sys.stderr, flush=True)
@@ -172,6 +168,14 @@ def exit_code(main: Callable[[], int | None]) -> int:
             print(ended.code, file=sys.stderr, flush=True)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return code or 0
+
+
+def _told_of_memory(error: Exception) -> str:
+    """What an error says of memory that does not suffice; "" where it says nothing of it."""
+    if isinstance(error, MemoryError):
+        return printable(" ".join(str(error).split())) or "no memory is left"
+    line = next((line for line in str(error).splitlines() if _NO_MEMORY.search(line)), "")
+    return printable(line.partition(". GPU ")[0].rpartition("Allocator: ")[2])
 
 
 def _is_unread(descriptor: int) -> bool:

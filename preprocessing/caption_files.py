@@ -101,7 +101,7 @@ def read_captions(
     if again := [stem for stem, count in Counter(stems).items() if count > 1]:
         raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
     source = Source("caption", [], [place(name) for name in files], {}, numbered=("image_id",))
-    keeper = _Keeper(source, cleaning, excluded, splits)
+    keeper = _Keeper(source, finder, cleaning, excluded, splits)
     listed = _entries(files)
     if listed is None:
         source.rows = LineRows(files, columns, finder, cleaning, keeper)
@@ -114,11 +114,14 @@ def read_captions(
 class _Keeper:
     """Decides which records become rows, and counts the others."""
 
-    def __init__(self, source: Source, cleaning: TextCleaning, excluded: ImageList, splits: RecordSplits) -> None:
+    def __init__(
+        self, source: Source, finder: ImageFinder, cleaning: TextCleaning, excluded: ImageList, splits: RecordSplits
+    ) -> None:
         self._source = source
         self._cleaning = cleaning
         self._excluded = excluded if excluded else None
         self._splits = splits
+        self._finder = finder
         source.counts["captions"] = 0
 
     def fault(self, where: str, what: object, reason: str) -> None:
@@ -128,12 +131,16 @@ class _Keeper:
     def captions(self, record: Record, image_id: str) -> list[str]:
         """The captions of a record that becomes a row, as the row has them; none of one that does not.
 
-        Raises BadLine where it names no split, and others do.
+        Raises BadLine where its image could not be found, or its split is at fault.
         """
-        if self._splits.is_other(record.split):
+        out = self._excluded is not None and self._excluded.holds(record.file or url_name(record.url or ""), image_id)
+        if record.split is None and not self._splits.named and self._splits.unnamed:  # as a rule: no call a line
+            self._splits.unnamed += 1
+        elif self._splits.skip(record.split, image_id):
             return []
+        self._finder.check(record)
         self._source.counts["captions"] += len(record.captions)
-        if self._excluded is not None and self._excluded.holds(record.file or url_name(record.url or ""), image_id):
+        if out:
             self._source.left_out[EXCLUDED] += 1
             return []
         kept = self._cleaning.captions(record.captions, self._source.left_out)
@@ -178,7 +185,6 @@ class LineRows(LazyRows):
                     if line is None:
                         raise BadLine(TOO_LONG, "line is too long")
                     record = parse_line(line, form)
-                    self._finder.check(record)
                     if keeper.captions(record, self._id(file, number)):
                         self._offset.append(offset)
                         self._length.append(len(line))
@@ -242,7 +248,6 @@ class EntryRows(LazyRows):
         for number, entry in enumerate(entries):
             try:
                 record = record_of(entry)
-                finder.check(record)
                 if found := keeper.captions(record, self._id(number)):
                     kept.append((number, found, record.file, record.url))
             except BadLine as error:

@@ -14,7 +14,17 @@ from preprocessing.places import Place, names_in, open_input, size_of
 from preprocessing.pool import run_tasks
 from preprocessing.progress import Progress
 from preprocessing.reading import batches_of
-from preprocessing.schema import ANSWER_LIST, ID_COLUMNS, IDS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, id_key
+from preprocessing.schema import (
+    ANSWER_LIST,
+    ANSWERS,
+    ID_COLUMNS,
+    IDS,
+    IMAGE_COLUMNS,
+    KINDS,
+    SAMPLE_COLUMN,
+    answers_sha256,
+    id_key,
+)
 from preprocessing.writer import file_sha256
 
 _PER_SAMPLE = {  # list columns that run over the samples of a row, as long as SAMPLE_COLUMN's
@@ -206,6 +216,14 @@ def ids_fault(folder: Place, manifest: dict[str, Any], reports: Sequence[ShardRe
         if not np.array_equal(distinct(np.concatenate([np.zeros(0, np.uint64), *found])), listed[column]):
             return f"{folder / IDS}: has other values of {column} than the shards"
     return ""
+
+
+def answers_fault(folder: Place, manifest: dict[str, Any], facts: SplitFacts) -> str:
+    """What is wrong with the answer list beside a VQA split; "" for nothing, and where an older version made it."""
+    if manifest.get(ANSWERS, answers_sha256(facts.answers)) == answers_sha256(facts.answers):
+        return ""
+    what = f"is not the list that {folder.name} was labelled by; put that one back, or convert it again"
+    return f"{folder.parent / ANSWER_LIST}: {what}"
 
 
 def split_facts(folder: Place, kind: str, split: str) -> SplitFacts:

@@ -14,7 +14,7 @@ from preprocessing.karpathy import is_karpathy, read_karpathy
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.source import Faults, Row, Source
-from preprocessing.split_names import SPLIT, RecordSplits
+from preprocessing.split_names import RecordSplits, split_of
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 
 
@@ -64,13 +64,15 @@ def read_coco(
     rows: list[Row] = []
     seen: set[int] = set()
     for path, content in files:
-        names, passed = _read_images(path, content, seen, splits, source.faults)
+        names, skipped = _read_images(path, content, seen, splits, source.faults)
         captions: dict[int, list[str]] = {image_id: [] for image_id in names}
+        for image_id, name in skipped.items():
+            excluded.holds(name, str(image_id))  # a list of another split is one of this set
         for index, record in enumerate(field(content, "annotations", list, f"{path}")):
             where = f"{path}: annotations[{index}]"
             with source.faults:
                 image_id = field(record, "image_id", int, where)
-                if image_id in passed:
+                if image_id in skipped or ((named := split_of(record)) and splits.skip_at(where, named)):
                     continue
                 if image_id not in names:
                     what = f"image_id {image_id} is none of the file's images; fetch the file again"
@@ -94,10 +96,13 @@ def read_coco(
 
 def _read_images(
     path: Place, content: Any, seen: set[int], splits: RecordSplits, faults: Faults
-) -> tuple[dict[int, str], set[int]]:
-    """(image id -> file name, the ids of images that are passed over); `seen` holds the ids of all files so far."""
+) -> tuple[dict[int, str], dict[int, str]]:
+    """image id -> file name, of the images, and of those that are of other splits or at fault.
+
+    `seen` holds the ids of all files so far.
+    """
     names: dict[int, str] = {}
-    passed: set[int] = set()
+    skipped: dict[int, str] = {}
     for index, record in enumerate(field(content, "images", list, f"{path}")):
         where = f"{path}: images[{index}]"
         with faults:
@@ -105,9 +110,8 @@ def _read_images(
             if image_id in seen:
                 raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
             seen.add(image_id)
-            name = field(record, "file_name", str, where)
-            passed.add(image_id)
-            if not splits.is_other_at(where, record.get(SPLIT)):
-                passed.remove(image_id)
-                names[image_id] = name
-    return names, passed
+            skipped[image_id] = str(record.get("file_name"))
+            if not splits.skip_at(where, split_of(record)):
+                names[image_id] = field(record, "file_name", str, where)
+                del skipped[image_id]
+    return names, skipped

@@ -91,9 +91,14 @@ def read_tokens(
     """One row an image, in the order of the file. Raises DataError where an image id stands for two files."""
     captions: dict[str, list[str]] = {}
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
-    for name, text in _captions_in(path, splits, source.faults):
-        captions.setdefault(name, []).append(text)
-        source.counts["captions"] += 1
+    for where, (name, text, split) in _captions_in(path, source.faults):
+        with source.faults:
+            if splits.skip_at(where, split):
+                for listed in (excluded, only or excluded):
+                    listed.holds(name)  # a list of another split is one of this set
+                continue
+            captions.setdefault(name, []).append(text)
+            source.counts["captions"] += 1
     rows: list[Row] = []
     owner: dict[str, str] = {}
     source.counts["images"] = len(captions)
@@ -115,11 +120,8 @@ def read_tokens(
     return source
 
 
-def _captions_in(path: Place, splits: RecordSplits, faults: Faults) -> Iterator[tuple[str, str]]:
-    """(image, caption) of each line, or few lines with one quoted caption, that is not blank and not at fault.
-
-    Lines that name another split are passed over.
-    """
+def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, Captioned]]:
+    """(where, what it says) of each line, or few lines with one quoted caption, that is not blank and not at fault."""
     lines: list[tuple[int, str]] = []
     for number, line in text_lines(path):
         if isinstance(line, BadRecord):
@@ -137,10 +139,7 @@ def _captions_in(path: Place, splits: RecordSplits, faults: Faults) -> Iterator[
         number, line = lines[index]
         found, used = (_token(line), 1) if table is None else table.record(lines[index : index + _MOST_LINES])
         if found is not None:
-            name, text, split = found
-            with faults:
-                if not splits.is_other_at(f"{path}: line {number}", split):
-                    yield name, text
+            yield f"{path}: line {number}", found
         elif line.strip():
             told = f"is not {what}; is this the right file?"
             faults.add(BadRecord(f"{path}: line {number}", told, "line is of another form"))

@@ -9,7 +9,7 @@ from preprocessing.caption_columns import decode_json, decode_text, names_in_jso
 from preprocessing.image_refs import FileImage, ImageRef, join
 from preprocessing.places import names_in, open_input, place
 from preprocessing.schema import DataError
-from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, names_splits, unreadable
+from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, unreadable
 
 _TEXTS = ("txt", "json")
 
@@ -23,8 +23,6 @@ class FolderRows(ShardRows):
         names = names_in(place(shard))
         known = set(names)
         kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
-        records = (f"{name.rpartition('.')[0]}.json" for name in names if is_image(name))
-        splits = names_splits(_read(join(shard, name)) or b"" for name in records if name in known)
         for name in names:
             stem, _, ending = name.rpartition(".")
             if not is_image(name):
@@ -33,17 +31,17 @@ class FolderRows(ShardRows):
             beside = f"{stem}.json"
             found = Found(stem, (), (ending.encode(), kind == "json"))
             record: bytes | None = b""
-            if beside in known and (kind == "json" or splits or self._wanted.excluded):
+            if kind is not None and beside in known:
                 record = _read(join(shard, beside))
             if self._wanted.excluded:
                 found.names = names_in_json(record or b"")
             if kind is not None:
-                self.note_split(found, record or b"", join(shard, f"{stem}.{kind}"))
                 content = record if kind == "json" else _read(join(shard, f"{stem}.{kind}"))
                 try:
                     found.captions = self._captions(content, kind == "json")
                 except ValueError as error:
                     found.fault = unreadable(join(shard, f"{stem}.{kind}"), error)
+                self.note_split(found, record or b"", join(shard, f"{stem}.{kind}"))
             yield found
 
     def _captions(self, content: bytes | None, as_json: bool) -> Sequence[str]:

@@ -12,10 +12,12 @@ from preprocessing.json_text import parse_json
 from preprocessing.places import Place, names_in, place
 from preprocessing.schema import DataError, id_without_secrets, printable
 from preprocessing.source import Source
+from preprocessing.split_names import split_named
 
 _ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
 _COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
 _FIRST = 1 << 20  # bytes: a first line of JSON that is longer is the whole file
+_LINES = (".jsonl", ".ndjson")
 _NUMBER = re.compile(r"[0-9]{1,11}")
 _FOLDER = re.compile(r"[/\\]")
 _COCO_SUBSETS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
@@ -181,8 +183,9 @@ def report_excluded(args: argparse.Namespace, source: Source) -> None:
 
 def read_image_names(path: Place) -> Iterator[str]:
     """The images that a list file names; see `add_exclude_argument`. Raises DataError when it is none of those."""
-    lines = path.name.endswith(".jsonl") or _is_lines(path)
-    if not lines and not path.name.endswith(".json"):
+    first = _first_character(path) if path.name.endswith(_LINES) else ""
+    lines = first == "{" or _is_lines(path)
+    if not lines and first != "[" and not path.name.endswith(".json"):
         for _, line in text_lines(path):
             if isinstance(line, BadRecord):
                 raise line
@@ -194,14 +197,23 @@ def read_image_names(path: Place) -> Iterator[str]:
         records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)
     if not isinstance(records, list):
         raise DataError(f"{path}: is no list of images in a known form; give one image name a line in a .txt file")
-    splits = {str(record["split"]).lower() for record in records if isinstance(record, dict) and "split" in record}
+    splits = {split_named(str(record["split"])) for record in records if isinstance(record, dict) and "split" in record}
     for index, record in enumerate(records):
-        if "test" in splits and isinstance(record, dict) and str(record.get("split", "test")).lower() != "test":
+        if "test" in splits and isinstance(record, dict) and split_named(str(record.get("split", "test"))) != "test":
             continue  # Karpathy's file holds all splits; a list of one split is taken as it is
-        names = list(_names_of(record))
+        names = list(names_of(record))
         if not names:
             raise DataError(f"{path}: record {index}: names no image; give one image name a line in a .txt file")
         yield from names
+
+
+def _first_character(path: Place) -> str:
+    """The first one that is no blank; "" in a file that cannot be read."""
+    try:
+        with open_input(path) as file:
+            return bytes(file.read(_FIRST)).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("latin-1")
+    except OSError:
+        return ""  # reading all of it tells
 
 
 def _refuse(error: BadRecord) -> None:
@@ -220,7 +232,8 @@ def _is_lines(path: Place) -> bool:
         return False  # reading all of it tells
 
 
-def _names_of(record: Any) -> Iterator[str]:
+def names_of(record: Any) -> Iterator[str]:
+    """The images that a record of a list, or of a data set in the forms of `add_exclude_argument`, names."""
     if isinstance(record, str):
         yield record
     elif isinstance(record, dict):

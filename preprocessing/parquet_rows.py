@@ -17,7 +17,7 @@ from preprocessing.places import open_input
 from preprocessing.schema import DataError
 from preprocessing.shard_rows import Found, Shard, ShardRows, Wanted
 from preprocessing.source import Source
-from preprocessing.split_names import SPLIT
+from preprocessing.split_names import split_field
 
 _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes", "jpeg", "img")
 
@@ -25,7 +25,7 @@ _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes", "jpeg",
 class ParquetRows(ShardRows):
     """parquet: the row group and the row in it; workers take rows in order, so each group is decoded once.
 
-    Where there is a column `split`, the rows of the wanted split alone are rows here.
+    Where there is a column `split`, in any case, the rows of the wanted split alone are rows here.
     """
 
     fields = np.dtype([("group", "i4"), ("row", "i4")])
@@ -37,7 +37,7 @@ class ParquetRows(ShardRows):
         super().__init__(shards, wanted, source)
         if self._with and self._without:
             raise DataError(
-                f"{self._with} has a column {SPLIT}, {self._without} has none; give them one by one, or move one away"
+                f"{self._with} has a column of splits, {self._without} has none; give them one by one, or move one away"
             )
 
     def look_through(self, shard: str) -> Iterator[Found]:
@@ -46,11 +46,12 @@ class ParquetRows(ShardRows):
                 table = pq.ParquetFile(file)
                 image, captions = _columns(shard, table.schema_arrow, self._wanted.columns)
                 there = table.schema_arrow.names
-                if SPLIT in there:
+                split = split_field(there)
+                if split is not None:
                     self._with = self._with or shard
                 else:
                     self._without = self._without or shard
-                more = [name for name in ("key", SPLIT) if name in there]
+                more = [name for name in ("key", split) if name in there]
                 if self._wanted.excluded:
                     more += [name for name in NAME_COLUMNS if name in there]
                 first = 0
@@ -85,10 +86,17 @@ class ParquetRows(ShardRows):
                 found.fault = BadRecord(f"{shard}: row {first + index}", what, "text is not UTF-8")
             else:
                 found.captions = captions_in(record, captions)
-                found.other = SPLIT in record and self.splits.is_other(str(record[SPLIT]))
+                self._note_split(found, record, f"{shard}: row {first + index}")
             if paths is not None:
                 found.names = (*image_names(record), *filter(None, [paths[index]]))
             yield found
+
+    def _note_split(self, found: Found, record: dict[str, Any], where: str) -> None:
+        name = split_field(record.keys())
+        try:
+            found.other = name is not None and self.splits.skip_at(where, record[name])
+        except BadRecord as error:
+            found.fault = error
 
     def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])
@@ -165,10 +173,11 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
     if not captions:
         known = ", ".join(CAPTION_COLUMNS)
         raise DataError(f"{shard}: has no column of captions ({known}), but {there}; name it with --caption-column")
-    for name in (*captions, *(name for name in (SPLIT,) if name in schema.names)):
+    split = split_field(schema.names)
+    for name in (*captions, *filter(None, [split])):
         kind = schema.field(name).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if name == SPLIT and not _is_text(kind):
+        if name == split and not _is_text(kind):
             raise DataError(f"{shard}: column {name} is of type {kind}, not text; mend the file or call it otherwise")
         if not _is_text(kind.value_type if listed else kind) and not _is_sentence(kind.value_type if listed else kind):
             raise DataError(

@@ -13,7 +13,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from preprocessing.checks import ShardReport, SplitFacts, check_shards, ids_fault, shard_paths, split_facts
+from preprocessing.checks import (
+    ShardReport,
+    SplitFacts,
+    answers_fault,
+    check_shards,
+    ids_fault,
+    shard_paths,
+    split_facts,
+)
 from preprocessing.files import check_replaceable, locked, new_folder
 from preprocessing.ids import numbered_columns, scanned, write_ids
 from preprocessing.places import Place
@@ -59,6 +67,8 @@ def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) 
     said: list[str] = []
     manifest = _manifest_of(folder, said)
     facts = split_facts(folder, manifest["kind"], manifest["split"])
+    if answers_fault(folder, manifest, facts):  # no row is at fault for it
+        raise DataError(answers_fault(folder, manifest, facts))
     reports = check_shards(folder, manifest["shards"], facts, workers)
     listed = {record["file"] for record in manifest["shards"]}
     for path in shard_paths(folder):

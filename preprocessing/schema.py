@@ -262,7 +262,7 @@ def without_secrets(text: str, mark: Callable[[str], str] = lambda secret: "***"
 
 def id_without_secrets(one: str) -> str:
     """An image's id, or what names it, without secrets; a hash of each keeps ids apart that differ by it alone."""
-    if ":/" not in one and "?" not in one:
+    if ":/" not in one:
         return one
     return without_secrets(
         one, lambda secret: f"***{hashlib.sha256(secret.encode(errors='surrogatepass')).hexdigest()[:16]}"

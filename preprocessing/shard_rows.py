@@ -4,9 +4,8 @@ import json
 import os
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,12 +17,11 @@ from preprocessing.json_text import parse_json, whole_characters
 from preprocessing.rows import LazyRows
 from preprocessing.schema import DataError
 from preprocessing.source import Row, Source
-from preprocessing.split_names import SPLIT, RecordSplits
+from preprocessing.split_names import SPLIT, RecordSplits, split_of
 from preprocessing.text import EMPTY, TextCleaning
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_TEXT = 16 << 20  # bytes of an image's .txt or .json
-PROBED = 16  # .json files beside texts that tell whether the others of a shard name splits, too
 _NAMED = json.dumps(SPLIT).encode()
 
 
@@ -81,7 +79,9 @@ class ShardRows(LazyRows):
             for found in self.look_through(shard.path):
                 count += 1
                 source.counts["images"] += not found.other
-                if not found.other and self._keeps(found, source):
+                if found.other:
+                    self._wanted.excluded.holds(found.key, *found.names)  # a list of another split is one of this set
+                elif self._keeps(found, source):
                     entries.append((found.key, *found.entry))
             self.images[shard.name] = count
             width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
@@ -117,11 +117,15 @@ class ShardRows(LazyRows):
         self._source.left_out[reason] += 1
 
     def note_split(self, found: Found, record: bytes, where: str) -> None:
-        """Note of an image whether its .json, b"" for none, names another split, or none where others do."""
+        """Note of a sound image whether its .json, b"" for none, names another split, or none where others do."""
+        if found.fault is not None:
+            return
         try:
-            found.other = self.splits.is_other_at(where, _split_in(record))
+            found.other = self.splits.skip_at(where, _split_in(record))
         except BadRecord as error:
-            found.fault = found.fault or error
+            found.fault = error
+        except ValueError as error:
+            found.fault = unreadable(where, error)
 
     def _is_unique(self) -> bool:
         """Whether no key stands in two shards: img2dataset's do not. Raises DataError when one stands twice in one."""
@@ -158,20 +162,12 @@ class ShardRows(LazyRows):
         """Captions and image of an entry."""
 
 
-def names_splits(records: Iterable[bytes]) -> bool:
-    """Whether the .json files of a shard name splits, by the first of them."""
-    return any(_NAMED in record for record in islice(records, PROBED))
-
-
-def _split_in(record: bytes) -> object:
-    """What a .json names as its split; None for nothing."""
-    if _NAMED not in record:
+def _split_in(record: bytes) -> Any:
+    """What a .json names as its split; None for nothing. Raises ValueError where that cannot be read."""
+    if _NAMED not in record.lower():
         return None
-    try:
-        fields = parse_json(record)
-    except ValueError:  # its reader tells
-        return None
-    return fields.get(SPLIT) if isinstance(fields, dict) else None
+    fields = parse_json(record)
+    return split_of(fields) if isinstance(fields, dict) else None
 
 
 def unreadable(where: str, why: object) -> BadRecord:

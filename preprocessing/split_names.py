@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from preprocessing.files import BadRecord
-from preprocessing.json_text import shown, whole_characters
+from preprocessing.json_text import shown
 from preprocessing.line_records import BadLine
 from preprocessing.schema import DataError
 from preprocessing.source import Source
@@ -16,14 +17,12 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SPLIT = "split"  # the field or column in which records name theirs
-_SHOWN = 5
-_NAMES, _LONGEST = 100, 40  # names that are counted apart, and characters of one
 _WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./]|\d|$)", re.IGNORECASE)
 
 
 def split_named(word: str) -> str | None:
-    """The split that a word means; restval is of train, as Karpathy's splits are used."""
-    return _SPLITS.get(word.strip().lower())
+    """The split that a word means, such as Validation or train2014; restval is of train, as Karpathy's is used."""
+    return _SPLITS.get(word.strip().lower().rstrip("0123456789"))
 
 
 def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
@@ -49,36 +48,58 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
     return chosen
 
 
+def split_field(names: Collection[str]) -> str | None:
+    """Which of these fields or columns names splits: `split`, in any case."""
+    return SPLIT if SPLIT in names else next((name for name in names if name.lower() == SPLIT), None)
+
+
+def split_of(record: Mapping[str, Any]) -> Any:
+    """What a record of a raw set names as its split; None for nothing."""
+    name = split_field(record.keys())
+    return None if name is None else record[name]
+
+
 class RecordSplits:
     """Records of a raw set that name their split themselves: those of another one are no rows, whatever --split says.
 
     Where no record names one, all are of the wanted split.
+
+    Attributes:
+        named: records that name a split, by split.
+        unnamed: records before the first of these.
     """
 
     def __init__(self, wanted: str) -> None:
         self._wanted = wanted
-        self._named = Counter[str]()
-        self._unnamed = 0  # before the first that names one
+        self.named = Counter[str]()
+        self.unnamed = 0
+        self._first = ""  # where the first of those is
 
-    def is_other(self, name: object) -> bool:
-        """Whether a record with `name` for its split (None or "": it has none) is of another split.
+    def skip(self, name: object, where: str = "") -> bool:
+        """Count a record that names `name` as its split (None or "": nothing). Returns whether it is of another split.
 
-        Raises BadLine where it has none, and those before it have.
+        Raises BadLine where it names none, and those before it do, or what is no split.
         """
-        if name is None or name == "":
-            if self._named:
+        if name is None or (isinstance(name, str) and not name.strip()):
+            if self.named:
                 raise BadLine("names no split, as others do; mend the file", "record names no split, others do")
-            self._unnamed += 1
+            self.unnamed += 1
+            self._first = self._first or where
             return False
-        text = name if isinstance(name, str) else shown(name)
-        key = text[:_LONGEST]
-        self._named[key if key in self._named or len(self._named) < _NAMES else "…"] += 1
-        return split_named(text) != self._wanted
+        split = split_named(name) if isinstance(name, str) else None
+        if split is None:
+            raise BadLine(
+                f"its {SPLIT} is {shown(name)}, none of train, restval, val, dev and test; mend the file, or call the "
+                "field otherwise if it means something else",
+                f"{SPLIT} of the record is none",
+            )
+        self.named[split] += 1
+        return split != self._wanted
 
-    def is_other_at(self, where: str, name: object) -> bool:
-        """`is_other`; raises BadRecord in place of BadLine."""
+    def skip_at(self, where: str, name: object) -> bool:
+        """`skip`; raises BadRecord in place of BadLine."""
         try:
-            return self.is_other(name)
+            return self.skip(name, where)
         except BadLine as error:
             raise BadRecord(where, str(error), error.reason) from None
 
@@ -88,19 +109,17 @@ class RecordSplits:
         Raises DataError when none is, or when the first ones name no split and later ones do.
         """
         where = where or source.where
-        total = self._named.total()
-        if total and self._unnamed:
-            raise DataError(f"{where}: {self._unnamed} records name no split, {total} after them do; mend the file")
-        chosen = sum(count for name, count in self._named.items() if split_named(name) == self._wanted)
-        if chosen == total:
-            return
-        names = (f"{name} ({count})" for name, count in self._named.most_common(_SHOWN))
-        said = whole_characters(", ".join(names))
-        if not chosen:
+        total, chosen = self.named.total(), self.named[self._wanted]
+        if total and self.unnamed:
             raise DataError(
-                f"{where}: no record's {SPLIT} says {self._wanted}, but {said}; give another --split, or a file of "
-                "that one"
+                f"{self._first or where}: names no split, as {total} records behind it do; mend it, or take it out"
             )
-        source.notes.append(
-            f"{where}: {chosen} of {total} records are of split {self._wanted} by their {SPLIT}: {said}"
-        )
+        others = ", ".join(f"{count} of {name}" for name, count in sorted(self.named.items()) if name != self._wanted)
+        if others and not chosen:
+            raise DataError(
+                f"{where}: holds no record of split {self._wanted} by their {SPLIT}, but {others}; give another"
+            )
+        if others:
+            source.notes.append(
+                f"{where}: {chosen} records are of {self._wanted} by their {SPLIT}, passed over are {others}"
+            )

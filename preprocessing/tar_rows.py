@@ -2,7 +2,7 @@
 
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
@@ -12,7 +12,7 @@ from preprocessing.image_refs import ImageRef, TarMember
 from preprocessing.json_text import whole_characters
 from preprocessing.places import open_input
 from preprocessing.schema import DataError
-from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, names_splits, twice, unreadable
+from preprocessing.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, twice, unreadable
 
 _DOTTED = tuple(f".{ending}" for ending in ENDINGS)
 _TEXTS = ("txt", "json")
@@ -46,9 +46,9 @@ class TarRows(ShardRows):
             with open_input(shard) as file:
                 groups = self._groups(shard, file)
                 _pair_folders(groups)
-                splits = names_splits(_records(file, groups.values()))
                 for key, members in groups.items():
-                    found = self._found(shard, file, key, _by_ending(members), splits)
+                    group = {members[at]: members[at + 1 : at + 3] for at in range(0, len(members), 3)}
+                    found = self._found(shard, file, key, group)
                     if found is not None:
                         yield found
         except (OSError, tarfile.TarError) as error:
@@ -84,8 +84,8 @@ class TarRows(ShardRows):
             groups[key] = (*groups.get(key, ()), ending, *there[start + 1 : start + 3])
         return groups
 
-    def _found(self, shard: str, file: IO[bytes], key: str, group: dict[str, Members], splits: bool) -> Found | None:
-        """The image of a key with its captions; None where it has no image. `splits`: whether .json files name them."""
+    def _found(self, shard: str, file: IO[bytes], key: str, group: dict[str, Members]) -> Found | None:
+        """The image of a key with its captions; None where it has no image."""
         ending = next((ending for ending in ENDINGS if ending in group), None)
         kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
         kind = next((kind for kind in kinds if kind in group), None)
@@ -100,7 +100,7 @@ class TarRows(ShardRows):
         found = Found(key, (), (*group[ending], offset, size, kind == "json", ENDINGS.index(ending)))
         where = f"{shard}: {key}.{kind}"
         record = b""
-        if (kind == "json" or splits or self._wanted.excluded) and group.get("json", (0, MAX_TEXT + 1))[1] <= MAX_TEXT:
+        if group.get("json", (0, MAX_TEXT + 1))[1] <= MAX_TEXT:
             record = _read(file, *group["json"])
         if self._wanted.excluded:
             found.names = names_in_json(record)
@@ -126,19 +126,6 @@ class TarRows(ShardRows):
             captions = ()  # which the caller tells
         name = f"{key}.{ENDINGS[int(entry['ending'])]}"
         return captions, TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
-
-
-def _by_ending(members: Members) -> dict[str, Members]:
-    """ending -> (first byte, bytes)."""
-    return {members[at]: members[at + 1 : at + 3] for at in range(0, len(members), 3)}
-
-
-def _records(file: IO[bytes], groups: Iterable[Members]) -> Iterator[bytes]:
-    """The .json files of a tar."""
-    for members in groups:
-        place = _by_ending(members).get("json")
-        if place is not None and place[1] <= MAX_TEXT:
-            yield _read(file, *place)
 
 
 def _read(file: IO[bytes], offset: int, size: int) -> bytes:

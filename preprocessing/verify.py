@@ -12,22 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from preprocessing.checks import check_shards, ids_fault, shard_paths, split_facts
+from preprocessing.checks import answers_fault, check_shards, ids_fault, shard_paths, split_facts
 from preprocessing.files import recover
 from preprocessing.ids import shared
 from preprocessing.places import Place, place
 from preprocessing.pool import check_workers
 from preprocessing.reading import split_folders
 from preprocessing.repair import repair_split
-from preprocessing.schema import (
-    ANSWER_LIST,
-    ANSWERS,
-    SPLITS,
-    DataError,
-    answers_sha256,
-    printable,
-    read_manifest,
-)
+from preprocessing.schema import SPLITS, DataError, printable, read_manifest
 from preprocessing.writer import file_sha256
 
 _SHOWN = 20
@@ -96,9 +88,8 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
         yield from report.lines()
     if fault := ids_fault(folder, manifest, reports):
         yield fault
-    if manifest.get(ANSWERS, answers_sha256(facts.answers)) != answers_sha256(facts.answers):
-        what = f"is not the list that {folder.name} was labelled by; put that one back, or convert it again"
-        yield f"{folder.parent / ANSWER_LIST}: {what}"
+    if fault := answers_fault(folder, manifest, facts):
+        yield fault
 
 
 def _shared_faults(folders: Sequence[Place]) -> Iterator[str]:

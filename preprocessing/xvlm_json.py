@@ -15,13 +15,13 @@ from typing import Any
 
 from preprocessing.convert import add_common_arguments, check_common_arguments, write_split
 from preprocessing.files import BadRecord, copies, field, open_input, read_json, read_json_lines
-from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images
+from preprocessing.image_names import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_of
 from preprocessing.image_refs import image_in
 from preprocessing.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.places import Place, place
 from preprocessing.schema import DataError
 from preprocessing.source import Faults, Row, Source
-from preprocessing.split_names import SPLIT, RecordSplits
+from preprocessing.split_names import RecordSplits, split_of
 from preprocessing.text import TextCleaning, add_text_argument, text_cleaning
 from preprocessing.visual_genome import beside_vqav2
 from preprocessing.visual_genome_qa import BEYOND_VQAV2
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     for first, other in copies(files):
         raise DataError(f"{first} and {other}: are one file under two names; give it once")
     excluded, cleaning, faults, splits = excluded_images(args), text_cleaning(args), Faults(), RecordSplits(args.split)
-    records = _records(files, splits, faults)
+    records = _records(files, excluded, splits, faults)
     if args.task == "retrieval":
         source = read_retrieval(records, files, args.images, excluded, cleaning, faults)
     elif args.task == "vqa":
@@ -66,13 +66,15 @@ def run(args: argparse.Namespace) -> None:
 Records = Iterable[tuple[str, Any]]  # (where, record)
 
 
-def _records(files: Sequence[Place], splits: RecordSplits, faults: Faults) -> Records:
+def _records(files: Sequence[Place], excluded: ImageList, splits: RecordSplits, faults: Faults) -> Records:
     """Every record of every file but those that name another split."""
     for where, record in _all_records(files, faults):
-        passed = True
+        skipped = True
         with faults:
-            passed = isinstance(record, dict) and splits.is_other_at(where, record.get(SPLIT))
-        if not passed:
+            skipped = isinstance(record, dict) and splits.skip_at(where, split_of(record))
+            if skipped:
+                excluded.holds(*names_of(record))  # a list of another split is one of this set
+        if not skipped:
             yield where, record
 
 

@@ -21,6 +21,7 @@ FILES = (*HASHED, HASHES)  # all that a model folder may hold
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 COMPLETE = "complete.json"  # in a checkpoint that was written to its end
+_MOST_LINKS = 42  # the system's own bound is 40
 _CHECKPOINT = re.compile(r"step_\d+")
 
 
@@ -85,7 +86,11 @@ def run_of(checkpoint: Path) -> Path | None:
 
 def checkpoint_at(path: Path) -> Path | None:
     """The whole checkpoint, by its own name, that a path is or that a link there leads to; None for another path."""
-    names = (path, path.absolute(), Path(os.path.realpath(path)))  # "." has no name, and a link has another one
+    names = [path, path.absolute()]  # "." has no name
+    while names[-1].is_symlink() and len(names) < _MOST_LINKS:
+        last = names[-1]
+        names.append(Path(os.path.normpath(os.path.realpath(last.parent) / Path(os.readlink(last)))))
+    names.append(Path(os.path.realpath(path)))
     found = [each for each in names if _CHECKPOINT.fullmatch(each.name) and (each / COMPLETE).is_file()]
     return next((each for each in found if each.absolute().parent.name == CHECKPOINTS), next(iter(found), None))
 

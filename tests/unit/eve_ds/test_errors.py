@@ -10,7 +10,6 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-import torch
 
 from eve_ds.errors import RANK_0_SECONDS, RankError, UserError, exit_code
 
@@ -133,7 +132,7 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert raising(KeyboardInterrupt()) == 130
     assert [raising(SystemExit(code)) for code in (None, 0, 2, "why")] == [0, 0, 2, 1]
     assert capsys.readouterr().err == "why\n"
-    for defect in (RuntimeError("a defect of ours"), OSError(9, "Bad file descriptor"), KeyError("x")):
+    for defect in (RuntimeError("not enough memory of the past"), OSError(9, "Bad file descriptor"), KeyError("x")):
         with pytest.raises(type(defect)):
             raising(defect)
 
@@ -146,7 +145,7 @@ def test_a_model_beyond_the_memory_is_told_in_a_line() -> None:
             "can't allocate memory: you tried to allocate 72057594037927936 bytes",
         ),
         ("torch.empty((1 << 40, 1 << 40))", "Storage size calculation overflowed with sizes=[1099511627776, 1099"),
-        ("bytearray(1 << 60)", "no memory is left; take a smaller model"),
+        ("bytearray(1 << 60)", "no memory is left; of a run, make the model"),
     ):
         script = f"import torch\nfrom eve_ds.errors import run_command\nrun_command(lambda: bool({make}) and 0)"
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -154,11 +153,27 @@ def test_a_model_beyond_the_memory_is_told_in_a_line() -> None:
         assert ended.stderr.startswith("error: rank 0: ") and said in ended.stderr and "eve_ds.plan" in ended.stderr
 
 
-def test_memory_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which …"
-    assert raising(torch.OutOfMemoryError(words)) == 2
-    said = "error: rank 0: CUDA out of memory. Tried to allocate 20.00 MiB; take a smaller model"
-    assert capsys.readouterr().err.startswith(said)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which …",
+            "CUDA out of memory. Tried to allocate 20.00 MiB; ",
+        ),
+        (
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+            "CUDA error: out of memory; ",
+        ),
+        ("NCCL error\nLast error:\nCuda failure 2 'out of memory'", "Cuda failure 2 'out of memory'; "),
+        (
+            "unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)",
+            "unable to mmap 99 bytes from file <x>: C",
+        ),
+    ],
+)
+def test_memory_of_a_gpu(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
+    assert raising(RuntimeError(words)) == 2
+    assert capsys.readouterr().err.startswith(f"error: rank 0: {said}")
 
 
 def test_control_characters_of_a_message_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:

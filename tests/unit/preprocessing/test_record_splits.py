@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from preprocessing.__main__ import main
 from preprocessing.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
-SPLITS = ("test", "train", "val", "restval", "Validation", "dev", "TEST")
+SPLITS = ("test", "train2014", "val", "restval", "Validation", "dev", "TEST")
 OF = {"train": [1, 3], "val": [2, 4, 5], "test": [0, 6]}
 
 
@@ -102,6 +105,15 @@ def folders(raw: Path, splits: Sequence[Any], text: bool) -> list[object]:
     return ["img2dataset", "--format", "files"]
 
 
+def parquet(raw: Path, splits: Sequence[Any]) -> list[object]:
+    rows = [{"image": {"bytes": picture(number)}, "caption": f"a {number}"} for number in range(len(splits))]
+    table = pa.Table.from_pylist(rows)
+    if any(splits):
+        table = table.append_column("Split", pa.array(splits, pa.string()))
+    pq.write_table(table, raw / "0.parquet")
+    return ["img2dataset", "--format", "parquet"]
+
+
 Form = Callable[[Path, Sequence[Any]], list[object]]
 LAYOUTS: dict[str, Form] = {
     "tars, captions in .json": lambda raw, splits: tars(raw, splits, False),
@@ -110,7 +122,7 @@ LAYOUTS: dict[str, Form] = {
     "folders, captions in .txt": lambda raw, splits: folders(raw, splits, True),
 }
 FORMS: dict[str, Form] = {
-    **{form.__name__: form for form in (tsv, json_lines, json_list, flickr, coco, retrieval, vqa, nlvr)},
+    **{form.__name__: form for form in (tsv, json_lines, json_list, flickr, coco, retrieval, vqa, nlvr, parquet)},
     **LAYOUTS,
 }
 
@@ -149,7 +161,8 @@ def test_records_of_other_splits_are_no_rows(
     convert(*command(form, SPLITS, split))
     assert numbers(tmp_path / "out" / split) == OF[split]
     assert read_manifest(tmp_path / "out" / split)["dropped"] == {}
-    said = f": {len(OF[split])} of 7 records are of split {split} by their split: test (1), train (1), "
+    others = ", ".join(f"{len(OF[name])} of {name}" for name in sorted(OF) if name != split)
+    said = f": {len(OF[split])} records are of {split} by their split, passed over are {others}\n"
     assert said in capsys.readouterr().out
 
 
@@ -157,8 +170,8 @@ def test_records_of_other_splits_are_no_rows(
 def test_a_split_that_no_record_names(
     form: str, command: Callable[..., list[object]], tmp_path: Path, refuse: Callable[..., str]
 ) -> None:
-    message = refuse(*command(form, ["train", "train", "part 1"], "test"))
-    assert ": no record's split says test, but train (2), part 1 (1); give another --split, or a file of" in message
+    message = refuse(*command(form, ["train", "train", "val"], "test"))
+    assert ": holds no record of split test by their split, but 2 of train, 1 of val; give another" in message
     assert not (tmp_path / "out" / "test").exists()
 
 
@@ -173,15 +186,33 @@ def test_records_without_a_split_are_all_of_the_wanted_one(
     assert numbers(tmp_path / "out" / "val") == [0, 1, 2] and "by their split" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", WITHOUT)
-def test_a_record_without_a_split_among_others(
-    form: str, command: Callable[..., list[object]], tmp_path: Path, refuse: Callable[..., str]
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("odd", "said", "reason"),
+    [
+        ("", "names no split, as others do; mend the file", "record names no split, others do"),
+        (
+            "trn",
+            """its split is "trn", none of train, restval, val, dev and test; mend""",
+            "split of the record is none",
+        ),
+    ],
+)
+def test_a_record_whose_split_is_at_fault(
+    form: str,
+    odd: str,
+    said: str,
+    reason: str,
+    command: Callable[..., list[object]],
+    tmp_path: Path,
+    refuse: Callable[..., str],
 ) -> None:
-    words = command(form, ["train", None, "train", "test"], "train")
-    assert "names no split, as others do; mend the file (1 of 3 records are at fault" in refuse(*words)
+    words = command(form, ["train", odd, "train", "test"], "train")
+    message = refuse(*words)
+    assert said in message and "(1 of 3 records are at fault" in message
     convert(*words, "--max-dropped", "0.5")
     assert numbers(tmp_path / "out" / "train") == [0, 2]
-    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {"record names no split, others do": 1}
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {reason: 1}
 
 
 @pytest.mark.parametrize("form", WITHOUT)
@@ -189,27 +220,87 @@ def test_a_first_record_without_a_split(
     form: str, command: Callable[..., list[object]], refuse: Callable[..., str]
 ) -> None:
     message = refuse(*command(form, [None, "train", "test"], "train"), "--max-dropped", "1")
-    assert ": 1 records name no split, 2 after them do; mend the file" in message
+    assert ": names no split, as 2 records behind it do; mend it, or take it out" in message
 
 
 @pytest.mark.parametrize("form", ["json_lines", "retrieval", "coco"])
-def test_a_split_that_is_no_text(form: str, command: Callable[..., list[object]], refuse: Callable[..., str]) -> None:
-    message = refuse(*command(form, [0, 0, {"name": "train"}], "train"))
-    assert """no record's split says train, but 0 (2), {"name": "train"} (1); give another""" in message
-
-
-def test_few_of_very_many_names_are_counted_apart(
-    command: Callable[..., list[object]], refuse: Callable[..., str]
+def test_a_field_that_means_something_else(
+    form: str, command: Callable[..., list[object]], refuse: Callable[..., str]
 ) -> None:
-    message = refuse(*command("json_lines", [f"part {number}" for number in range(200)], "train"))
-    assert "but … (100), part 0 (1), part 1 (1), part 2 (1), part 3 (1); give" in message
+    message = refuse(*command(form, [0, {"name": "train"}], "train"))
+    assert "its split is 0, none of train, " in message and "or call the field otherwise if it means" in message
 
 
-def test_tars_of_which_only_some_name_splits(
-    command: Callable[..., list[object]], tmp_path: Path, refuse: Callable[..., str]
+@pytest.mark.parametrize("form", ["json_lines", "json_list", "coco", "retrieval", "tars, captions in .txt"])
+def test_the_field_in_capitals(form: str, command: Callable[..., list[object]], tmp_path: Path) -> None:
+    words = command(form, ["train", "test"], "train")
+    for path in (tmp_path / "raw").glob("*.*"):
+        if path.suffix != ".jpg":
+            path.write_bytes(path.read_bytes().replace(b'"split"', b'"Split"'))
+    convert(*words)
+    assert numbers(tmp_path / "out" / "train") == [0]
+
+
+@pytest.mark.parametrize("form", ["json_lines", "flickr", "coco", "retrieval", "folders, captions in .txt"])
+def test_a_list_of_another_split_excludes_nothing_and_is_no_wrong_list(
+    form: str, command: Callable[..., list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The texts are in .txt: whether the .json files matter is asked of each tar, by the first of them."""
-    command("tars, captions in .txt", [None] * 3, "train")
-    (tmp_path / "raw" / "0.tar").rename(tmp_path / "raw" / "1.tar")
-    words = command("tars, captions in .txt", ["train", "test"], "train")
-    assert "1.tar: 0.txt: names no split, as others do" in refuse(*words)
+    words = command(form, ["train", "test", "train"], "train")
+    (tmp_path / "list.txt").write_text("1.jpg\n")
+    convert(*words, "--exclude", tmp_path / "list.txt")
+    assert "list.txt: 1 of 1 images found\n--exclude: nothing left out\n" in capsys.readouterr().out
+    assert numbers(tmp_path / "out" / "train") == [0, 2]
+
+
+@pytest.mark.parametrize("form", ["json_lines", "json_list", "coco"])
+def test_faults_of_another_split_are_not_of_this_one(
+    form: str, command: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    words = command(form, ["train", "test", "train"], "train")
+    path = next(path for path in (tmp_path / "raw").glob("*.json*"))
+    name = "file_name" if form == "coco" else "image"
+    path.write_text(path.read_text().replace(f'"{name}": "1.jpg"', f'"{name}": null'))
+    convert(*words)
+    assert numbers(tmp_path / "out" / "train") == [0, 2]
+
+
+def test_a_split_of_coco_in_its_annotations(command: Callable[..., list[object]], tmp_path: Path) -> None:
+    words = command("coco", [None] * 2, "train")
+    path = tmp_path / "raw" / "coco.json"
+    content = json.loads(path.read_text())
+    for record, split in zip(content["annotations"], ("train", "test"), strict=True):
+        record["split"] = split
+    path.write_text(json.dumps({**content, "images": [{**image, "split": ""} for image in content["images"]]}))
+    assert main([str(word) for word in words]) == 2  # images without, annotations with: no way to tell
+    path.write_text(json.dumps({**content, "images": [{**image, "split": "train"} for image in content["images"]]}))
+    convert(*words)
+    assert numbers(tmp_path / "out" / "train") == [0]
+
+
+@pytest.mark.parametrize("layout", ["tars, captions in .txt", "folders, captions in .txt"])
+def test_the_last_of_many_records(
+    layout: str, command: Callable[..., list[object]], refuse: Callable[..., str]
+) -> None:
+    message = refuse(*command(layout, [None] * 20 + ["test"], "train"))
+    assert "names no split, as 1 records behind it do" in message
+
+
+def test_a_cut_record_beside_a_text(command: Callable[..., list[object]], tmp_path: Path) -> None:
+    words = command("folders, captions in .txt", ["test", "train", "train"], "train")
+    path = tmp_path / "raw" / "0.json"
+    path.write_text(path.read_text()[:-1])
+    convert(*words, "--max-dropped", "0.4")
+    assert read_manifest(tmp_path / "out" / "train")["dropped"] == {"text of an image is unreadable": 1}
+    assert numbers(tmp_path / "out" / "train") == [1, 2]
+
+
+@pytest.mark.parametrize("mark", [",", "|"])
+def test_a_caption_that_runs_over_into_the_split(
+    mark: str, command: Callable[..., list[object]], tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    words = command("flickr", ["train", "train"], "train")
+    lines = [mark.join(line) for line in (("image", "comment", "split"), ("0.jpg", "a 0", "train"))]
+    (tmp_path / "raw" / "captions.txt").write_text(
+        "\n".join([*lines, mark.join(("1.jpg", "a man", "unquoted", "train"))])
+    )
+    assert "none of train, restval, val, dev and test; mend the file" in refuse(*words)

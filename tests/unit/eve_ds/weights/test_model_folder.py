@@ -80,6 +80,12 @@ def test_links_of_checkpoints_folders_stay_in_their_run(run: Path, tmp_path: Pat
     (run / "checkpoints").rename(tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
     assert run_of(run / "checkpoints" / "step_00000002") == run
+    (tmp_path / "latest").symlink_to(run / "checkpoints" / "step_00000004")
+    assert run_of(tmp_path / "latest") == run
+    (tmp_path / "blob").mkdir()
+    (tmp_path / "scratch" / "step_00000004").rename(tmp_path / "blob" / "data")
+    (tmp_path / "scratch" / "step_00000004").symlink_to(tmp_path / "blob" / "data")
+    assert run_of(tmp_path / "latest") == run and step_of(ModelFolder.checkpoint(tmp_path / "latest").weights) == 4
     (tmp_path / "loop").symlink_to("loop")
     assert run_of(tmp_path / "loop") is None
 
