@@ -160,8 +160,8 @@ def _parse_json(line: bytes) -> Record:
     chosen = _fields(value)
     data = chosen.get("base64") or chosen.get(_INLINE)
     cell = None if data is None else _string_place(line, data, value[data])
-    file, url, split = (_content(value, chosen, role) for role in ("file", "url", "split"))
-    return Record(_captions(value, chosen), file, url, cell, split)
+    file, url = _content(value, chosen, "file"), _content(value, chosen, "url")
+    return Record(_captions(value, chosen), file, url, cell, _content(value, chosen, "split"))
 
 
 def _fields(entry: dict[str, Any]) -> dict[str, str]:
@@ -219,8 +219,8 @@ def record_of(entry: Any) -> Record:
         raise BadLine(what, "entry is neither an object nor [file, caption]")
     chosen = _fields(entry)
     file = _content(entry, chosen, "file") or _content(entry, chosen, _INLINE)
-    url, split = (_content(entry, chosen, role) for role in ("url", "split"))
-    return Record(_captions(entry, chosen), file, url, split=split)
+    url = _content(entry, chosen, "url")
+    return Record(_captions(entry, chosen), file, url, split=_content(entry, chosen, "split"))
 
 
 def _string_place(line: bytes, name: str, text: str) -> tuple[int, int]:
