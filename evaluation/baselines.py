@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation import vqa
-from evaluation.files import InputError, Parser, run, write_scores
+from evaluation.common import InputError, Parser, run, write_scores
 
 Rows = Sequence[Mapping[str, Any]]
 Scores = dict[str, float]

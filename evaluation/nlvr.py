@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.files import InputError, Parser, read_json_rows, read_text, run, some, without_secrets, write_scores
+from evaluation.common import InputError, Parser, read_json_rows, read_text, run, some, without_secrets, write_scores
 
 TRUTHS = ("true", "false")
 

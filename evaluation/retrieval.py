@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.files import InputError, Parser, check_regular, run, write_scores
+from evaluation.common import InputError, Parser, check_regular, run, write_scores
 
 CUTOFFS = (1, 5, 10)
 ARRAYS = ("image_to_text", "text_to_image", "text_image_index")

@@ -14,8 +14,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from evaluation.common import InputError, Parser, read_json, run, some, write_json, write_scores
 from evaluation.contractions import CONTRACTIONS
-from evaluation.files import InputError, Parser, read_json, run, some, write_json, write_scores
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}

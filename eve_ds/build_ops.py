@@ -16,7 +16,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-from evaluation.files import Parser
+from evaluation.common import Parser
 from eve_ds.engine.environment import (
     OPERATION,
     STAMP,

@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from eve_ds.data.config import MOST_SECONDS, DataConfig
+from eve_ds.data.data_config import MOST_SECONDS, DataConfig
 from eve_ds.errors import UserError
-from eve_ds.model.config import MOST, ModelConfig
+from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, wrong_value
 from eve_ds.recipes import (
     check_keys,
@@ -28,7 +28,7 @@ from eve_ds.recipes import (
     split_options,
 )
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
 
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
 

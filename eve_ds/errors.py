@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from evaluation.files import InputError
-from eve_ds.data.faults import explain_worker_death
-from eve_ds.model.config import ModelConfigError
+from evaluation.common import InputError
+from eve_ds.data.loader_faults import explain_worker_death
+from eve_ds.model.model_config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
-from preprocessing.schema import DataError, printable
+from preprocessing.shards.schema import DataError, printable
 
 
 class UserError(ValueError):

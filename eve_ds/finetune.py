@@ -29,7 +29,7 @@ def run(stop: StopRequest) -> int:
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.data.samples import read_answer_list
-    from eve_ds.engine import batches, distributed, dry_run, initial, run_folder, setup, verification, watchdog
+    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
@@ -56,7 +56,7 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         task = setup.build_task(config, tokenizer, scored[config.split])
         with_head = config.load_head or config.evaluate
-        if initial.load_first_weights(task, config, with_head) and with_head and config.task == "vqa":
+        if first_weights.load_first_weights(task, config, with_head) and with_head and config.task == "vqa":
             setup.check_answer_list(config)
         scorer = Scorer(config, scored, device, stop)
         if training is None or steps is None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from eve_ds import config as config_tree
 from eve_ds.errors import UserError
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.option_errors import joined, plain
 from eve_ds.recipes import fits, hint_of, misfits, parse_value, read_yaml, split_options
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
 
 VALUE_OPTIONS = {
     "checkpoint": ("init_from", "weights to start from: a run folder, a model folder or a file"),

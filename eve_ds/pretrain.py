@@ -25,8 +25,8 @@ def run(stop: StopRequest) -> int:
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
-    from eve_ds.callbacks.report import PretrainExamples
-    from eve_ds.engine import batches, distributed, dry_run, initial, run_folder, setup, verification, watchdog
+    from eve_ds.callbacks.pretrain_examples import PretrainExamples
+    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
@@ -50,7 +50,7 @@ def run(stop: StopRequest) -> int:
         shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards)
         task = setup.build_task(config, tokenizer)
-        initial.load_first_weights(task, config, load_head=False)
+        first_weights.load_first_weights(task, config, load_head=False)
         callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(held_out, config.logging.samples))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from eve_ds.errors import UserError
-from preprocessing.schema import check_regular, shortened
+from preprocessing.shards.schema import check_regular, shortened
 
 Section = TypeVar("Section")
 HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages

@@ -8,26 +8,23 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from preprocessing import (
+from preprocessing.commands import duplicates, inspect_shards, tokenizer_command, verify
+from preprocessing.formats.json_text import whole_characters
+from preprocessing.running.pool import run_under_mpi, started_by_mpi
+from preprocessing.shapes import generate
+from preprocessing.shards.schema import DataError, printable
+from preprocessing.sources import (
     captioned_urls,
     coco,
-    duplicates,
     easy_vqa,
     flickr30k,
     img2dataset,
-    inspect_shards,
     nlvr2,
-    tokenizer_command,
-    verify,
     visual_genome,
     visual_genome_qa,
     vqav2,
     xvlm_json,
 )
-from preprocessing.json_text import whole_characters
-from preprocessing.pool import run_under_mpi, started_by_mpi
-from preprocessing.schema import DataError, printable
-from preprocessing.shapes import generate
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "shapes": (generate, "generate the embedded data set, as raw files"),

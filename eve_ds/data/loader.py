@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from eve_ds.data.batch_reader import Reader, Reading, SharedPictures
 from eve_ds.data.collate import Batch, to_batch
-from eve_ds.data.faults import OF_JOBS, explain_silence, explain_worker_death, heed_parent_alone
 from eve_ds.data.freed_memory import keep_freed_memory
+from eve_ds.data.loader_faults import OF_JOBS, explain_silence, explain_worker_death, heed_parent_alone
 from eve_ds.data.readahead import ReadAhead
-from eve_ds.data.reading import Reader, Reading, SharedPictures
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
-from preprocessing.schema import DataError, printable
+from preprocessing.shards.schema import DataError, printable
 
 # So many different corrupt rows stop no run, unless none is allowed: a share of few samples says little.
 FEW_CORRUPT = 3

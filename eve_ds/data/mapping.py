@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.schema import DataError, check_regular
+from preprocessing.shards.schema import DataError, check_regular
 
 _BATCHES = 64  # of a file, whose descriptions are kept
 

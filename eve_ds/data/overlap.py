@@ -2,8 +2,8 @@
 
 Where no manifest counts the rows of a split, two of its files must not hold the same ones, either.
 
-A prepared split has them in a file, eight bytes each (preprocessing/ids.py), so that no shard is read; of other shards
-the columns of ids are read, a second for two million. Where two are equal, the ids are looked for and named.
+A prepared split has them in a file, eight bytes each (preprocessing/shards/ids.py), so that no shard is read; of other
+shards the columns of ids are read, a second for two million. Where two are equal, the ids are looked for and named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.data.shards import Split
-from preprocessing.schema import (
+from preprocessing.shards.schema import (
     ID_COLUMNS,
     IDS,
     IMAGE_COLUMNS,

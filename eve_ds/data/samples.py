@@ -17,8 +17,8 @@ import numpy as np
 from eve_ds.data.shards import Row, RowError, Split
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
-from preprocessing.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular, load_json
-from preprocessing.tokenizer import Tokenizer
+from preprocessing.shards.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular, load_json
+from preprocessing.text.tokenizer import Tokenizer
 
 DECODED_BYTES = 128 << 20  # of decoded pictures kept by a process; filled once, since all rows come equally often
 Sample = dict[str, Any]

@@ -20,12 +20,12 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from preprocessing.schema import MAX_PIXELS, DataError
+from preprocessing.shards.schema import MAX_PIXELS, DataError
 
 Augmentation = Literal["none", "color", "rand"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
 
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # as preprocessing/images.py has it: what was packed is trained on
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # as preprocessing/images/decoding.py has it: what was packed is trained on
 
 _BICUBIC = Image.Resampling.BICUBIC
 _BILINEAR = Image.Resampling.BILINEAR

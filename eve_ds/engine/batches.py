@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.data.config import DataConfig
+from eve_ds.data.data_config import DataConfig
 from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.samples import Samples
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import RankError, UserError
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
 
 Config = PretrainConfig | FinetuneConfig
 Batch = dict[str, torch.Tensor]

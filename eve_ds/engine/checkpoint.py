@@ -26,8 +26,7 @@ import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM_SHAPES
 
 from eve_ds.engine import agreement
-from eve_ds.engine.identity import Identity, told
-from eve_ds.engine.manifest import (
+from eve_ds.engine.checkpoint_record import (
     COMPLETE,
     Manifest,
     Sizes,
@@ -38,12 +37,13 @@ from eve_ds.engine.manifest import (
     load_file,
     model_file,
 )
+from eve_ds.engine.identity import Identity, told
 from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
 from eve_ds.weights.model_folder import is_there, tagged, whole
-from preprocessing.schema import DataError, printable, shortened, sync_path
+from preprocessing.shards.schema import DataError, printable, shortened, sync_path
 
 UNIVERSAL = ".universal"
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full

@@ -11,7 +11,7 @@ from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
 from eve_ds.recipes import DEEPEST, meant, nearest, shipped
-from preprocessing.schema import check_regular, load_json, shortened
+from preprocessing.shards.schema import check_regular, load_json, shortened
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
 SECTIONS = (

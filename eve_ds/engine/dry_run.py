@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.samples import Samples
-from eve_ds.engine import initial
+from eve_ds.engine import first_weights
 from eve_ds.engine.agreement import decide, rank_and_world
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.distributed import launched_world
@@ -26,8 +26,8 @@ def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
         UserError, DataError: as training itself would, at its start.
     """
     branch = None
-    if not decide(lambda: initial.goes_on(config)):
-        branch = initial.branch_point(config, trainer.identity, trainer.total_steps)
+    if not decide(lambda: first_weights.goes_on(config)):
+        branch = first_weights.branch_point(config, trainer.identity, trainer.total_steps)
     step, begins = _beginning(config, branch[0] if branch else None)
     batches = TrainingBatches(config, training, step)
     try:
@@ -70,7 +70,7 @@ def parameters(task: Task) -> int:
 
 def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
     """The step to go on from, and where the weights come from, in words."""
-    if initial.goes_on(config):
+    if first_weights.goes_on(config):
         newest = checkpoints(Path(config.output_dir))[-1]
         return step_of(newest), f"going on from {newest}"
     if branch is not None:

@@ -19,7 +19,7 @@ from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
-from eve_ds.engine import agreement, initial
+from eve_ds.engine import agreement, first_weights
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
@@ -28,8 +28,8 @@ from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, printable
-from preprocessing.tokenizer import Tokenizer
+from preprocessing.shards.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, printable
+from preprocessing.text.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 def tokenizer(config: Config) -> Tokenizer:
     """The tokenizer named in the config, or the one beside the weights that the run starts from."""
     path: str | Path | None = config.data.tokenizer
-    weights, source = initial.source(config), config.resume_from or config.init_from
+    weights, source = first_weights.source(config), config.resume_from or config.init_from
     trained = weights.tokenizer if weights else None
     if path is None and trained is None:
         raise UserError(
@@ -153,7 +153,7 @@ def identity(config: Config, samples: Samples) -> Identity:
     inputs = {
         "tokenizer": Input(place(words.path or ""), words.fingerprint, f"{words.vocab_size} entries"),
         data: Input(places, split.fingerprint, f"{split.rows} rows"),
-        **initial.origin(config),
+        **first_weights.origin(config),
     }
     if isinstance(samples, VqaSamples):
         answers = json.dumps(read_answer_list(config.data.home))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.engine import agreement
-from eve_ds.engine.manifest import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
+from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import entries, is_there, newest
-from preprocessing.schema import sync_path
+from preprocessing.shards.schema import sync_path
 
 DAMAGED = ".damaged"
 

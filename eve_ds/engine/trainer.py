@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint, initial, soundness
+from eve_ds.engine import checkpoint, first_weights, soundness
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import Callback
+from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.divergence import SUSPECTS, LossRange
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
-from eve_ds.engine.manifest import Manifest, Topology
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
@@ -107,7 +107,7 @@ class Trainer:
         The ranks, the expert-parallel size and the ZeRO stage may be others than those that wrote it.
         """
         found = soundness.sound(self.checkpoint_dir)
-        branch = None if found else initial.branch_point(self.config, self.identity, self.total_steps)
+        branch = None if found else first_weights.branch_point(self.config, self.identity, self.total_steps)
         if begins := found or branch:
             path, manifest = begins
             own = self.identity if found else None

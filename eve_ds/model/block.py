@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.kernels.mlp import mlp
 from eve_ds.model.attention import Attention
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 
 ATTENTION, FEED_FORWARD = 0, 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

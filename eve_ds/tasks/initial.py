@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from eve_ds.errors import UserError
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import model_section
 from eve_ds.tasks.base import Task
 from eve_ds.weights.load import load_state, load_weights

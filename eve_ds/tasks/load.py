@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_yaml, section_of
 from eve_ds.tasks.base import TASKS, Task
 from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
@@ -26,7 +26,7 @@ from eve_ds.weights.model_folder import ModelFolder
 from eve_ds.weights.names import from_published, is_published
 from eve_ds.weights.positions import resize_positions
 from eve_ds.weights.published import published_config
-from preprocessing.tokenizer import Tokenizer
+from preprocessing.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone, BackboneOutput
-from eve_ds.model.config import MOST
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
 from eve_ds.model.embeddings import patches
+from eve_ds.model.model_config import MOST
 from eve_ds.tasks.base import (
     Batch,
     Metrics,

@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 
 from eve_ds.weights.errors import WeightsError
-from preprocessing.schema import dump_json, load_json, write_atomic
+from preprocessing.shards.schema import dump_json, load_json, write_atomic
 
 HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import check_hash, read_hashes

@@ -12,8 +12,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from eve_ds.weights.hashes import HASHES, WEIGHTS, check_hash, read_hashes
-from preprocessing.schema import ANSWER_LIST, DataError, check_regular
-from preprocessing.tokenizer import FILE_NAME as TOKENIZER
+from preprocessing.shards.schema import ANSWER_LIST, DataError, check_regular
+from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)

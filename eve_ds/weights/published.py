@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.weights.positions import POSITIONS
 
 # In published files and here.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.schema import DataError, make_folder, shortened, sync_path, sync_tree
+from preprocessing.shards.schema import DataError, make_folder, shortened, sync_path, sync_tree
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:

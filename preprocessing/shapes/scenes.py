@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preprocessing.json_text import shown
-from preprocessing.schema import DataError, check_regular
+from preprocessing.formats.json_text import shown
+from preprocessing.shards.schema import DataError, check_regular
 
 SHAPES = ("ring", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds import bench
-from eve_ds.benchmarks import loader
-from eve_ds.benchmarks.loader_process import JobError, JobProcess, Settings
+from eve_ds.bench import __main__ as bench
+from eve_ds.bench import loader
+from eve_ds.bench.loader_process import JobError, JobProcess, Settings
 
 
 @pytest.fixture(autouse=True)

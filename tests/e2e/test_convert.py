@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eve_ds.config import load_model_config
-from eve_ds.convert import main
+from eve_ds.convert.__main__ import main
 from eve_ds.errors import exit_code
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import load_task_model
 from eve_ds.weights.load import load_weights
 from tests.support import ranks
@@ -334,7 +334,7 @@ class Blocked:
 
 sys.meta_path.insert(0, Blocked())
 from eve_ds.config import load_model_config
-from eve_ds.convert import main
+from eve_ds.convert.__main__ import main
 from eve_ds.errors import run_command
 from eve_ds.tasks import load_task_model
 

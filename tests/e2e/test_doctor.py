@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from eve_ds import doctor
-from eve_ds.diagnosis import software
-from eve_ds.diagnosis.faults import Facts, find_faults
+from eve_ds.doctor import __main__ as doctor
+from eve_ds.doctor import software
+from eve_ds.doctor.known_faults import Facts, find_faults
 from tests.support.healthy import HEALTHY
 
 KEYS = ["versions", "cpu", "memory", "torch", "speeds", "operations", "notes", "faults"]

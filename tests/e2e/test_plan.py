@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.planning.work import days
+from eve_ds.plan.work import days
 
 CHOSEN = ("--world_size", "4", "--expert_parallel_size", "2", "--device", "cpu", "--device_memory", "64MiB")
 

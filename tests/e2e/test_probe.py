@@ -22,7 +22,7 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
-from eve_ds.bench import main
+from eve_ds.bench.__main__ import main
 from eve_ds.errors import run_command
 
 run_command(main)

@@ -24,7 +24,7 @@ def told_by(function: object, *arguments: object) -> Exception:
 
 def decisions(root: Path) -> None:
     from eve_ds.engine import agreement
-    from eve_ds.engine.manifest import DamagedError
+    from eve_ds.engine.checkpoint_record import DamagedError
     from eve_ds.errors import RankError, UserError
 
     def refuse(error: Exception) -> None:

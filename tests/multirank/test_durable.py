@@ -41,7 +41,7 @@ def note_events(log: Path, rank: int) -> None:
 def save(root: Path) -> None:
     start()
     from eve_ds.engine import agreement, checkpoint
-    from eve_ds.engine.manifest import model_file
+    from eve_ds.engine.checkpoint_record import model_file
     from eve_ds.errors import UserError
 
     run = Run(root, CASE)
@@ -71,7 +71,7 @@ def save_on_a_disk_that_fills_up(root: Path) -> None:
     """With room for all but complete.json."""
     start()
     from eve_ds.engine import soundness
-    from eve_ds.engine.manifest import Manifest
+    from eve_ds.engine.checkpoint_record import Manifest
     from eve_ds.errors import RankError, UserError
 
     run = Run(root, CASE)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eve_ds import parallel
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 from tests.support.distributed import RankFailedError, run_distributed_test
 

@@ -24,7 +24,7 @@ CASES: list[Case] = [(1, 2, "fp32"), (2, 2, QUICK), (3, 1, QUICK)]
 
 def config_of(case: Case):
     from eve_ds.config import EngineConfig, PretrainConfig
-    from eve_ds.model.config import ModelConfig
+    from eve_ds.model.model_config import ModelConfig
     from eve_ds.tasks.masked import ObjectiveConfig
 
     stage, ep_size, precision = case
@@ -104,8 +104,8 @@ def compare(cases: list[Case]) -> None:
     import deepspeed
 
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
-    from eve_ds.planning.memory import Batch, Rehearsal
-    from eve_ds.planning.states import Zero
+    from eve_ds.plan.memory import Batch, Rehearsal
+    from eve_ds.plan.zero_states import Zero
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     for option, value in ((M_MMAP_MAX, 2**20), (M_MMAP_THRESHOLD, 2**16), (M_TRIM_THRESHOLD, 2**16)):

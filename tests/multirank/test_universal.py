@@ -47,8 +47,8 @@ class Run:
 
         from eve_ds.config import EngineConfig, OptimizerConfig
         from eve_ds.engine import optim
+        from eve_ds.engine.checkpoint_record import Topology
         from eve_ds.engine.deepspeed_config import load_deepspeed_config
-        from eve_ds.engine.manifest import Topology
         from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 
         self.case, self.folder, self.rank = case, root / case.name, dist.get_rank()
@@ -158,7 +158,7 @@ def read(root: Path, before: Case, after: Case) -> None:
 
 
 def differing_states(left: Path, right: Path) -> list[str]:
-    from eve_ds.engine.manifest import Manifest
+    from eve_ds.engine.checkpoint_record import Manifest
     from eve_ds.engine.universal import STATES, ShardedState
 
     a, b = (ShardedState(path, Manifest.read(path)) for path in (left, right))
@@ -360,7 +360,7 @@ class Hostile:
 
 
 def test_a_file_that_would_run_code_is_refused(checkpoints: Path, tmp_path: Path) -> None:
-    from eve_ds.engine.manifest import hash_files
+    from eve_ds.engine.checkpoint_record import hash_files
     from eve_ds.engine.universal import consolidated_state
     from eve_ds.errors import UserError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from eve_ds.engine.manifest import Manifest, Topology, file_names, hash_files
+from eve_ds.engine.checkpoint_record import Manifest, Topology, file_names, hash_files
 from eve_ds.engine.soundness import tag_of
 
 MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"

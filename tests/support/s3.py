@@ -11,7 +11,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
-from preprocessing import places
+from preprocessing.running import storage as places
 
 BUCKET = "bucket"
 

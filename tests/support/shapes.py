@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import save_file
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import MaskedModelling, ObjectiveConfig
 from preprocessing.__main__ import main
-from preprocessing.tokenizer import SPECIAL
+from preprocessing.text.tokenizer import SPECIAL
 
 COUNTS = {"train": 60, "val": 30, "test": 2}
 

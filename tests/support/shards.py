@@ -13,8 +13,16 @@ import pyarrow as pa
 from PIL import Image
 
 from eve_ds.data.sources import AnySplit
-from preprocessing.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION, dump_json, write_atomic
-from preprocessing.tokenizer import Tokenizer, train_tokenizer
+from preprocessing.shards.schema import (
+    ANSWER_LIST,
+    KINDS,
+    MANIFEST,
+    SAMPLE_COLUMN,
+    SCHEMA_VERSION,
+    dump_json,
+    write_atomic,
+)
+from preprocessing.text.tokenizer import Tokenizer, train_tokenizer
 
 COLORS = ("red", "green", "blue", "yellow")
 ANSWERS = ("yes", "no", *COLORS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation import files as evaluation_files
+from evaluation import common as evaluation_files
 from eve_ds.weights.save import replacing, write_weights
-from preprocessing.repair import repair_split
-from preprocessing.schema import sync_tree
+from preprocessing.commands.repair import repair_split
+from preprocessing.shards.schema import sync_tree
 from tests.unit.preprocessing.helpers import convert, picture
 
 Events = list[tuple[str, ...]]

@@ -32,9 +32,9 @@ LAYERS = {
     "eve_ds.callbacks": 8,
 }
 ENTRY_POINTS = 9
-LEAVES = ("preprocessing.schema", "preprocessing.tokenizer", "evaluation")
-WORLD, WORLD_USERS = "preprocessing.shapes", ("eve_ds.benchmarks", "eve_ds.bench")  # whose truth probes are scored by
-LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.benchmarks", "eve_ds.doctor")  # in functions alone
+LEAVES = ("preprocessing.shards.schema", "preprocessing.text.tokenizer", "evaluation")
+WORLD, WORLD_USERS = "preprocessing.shapes", ("eve_ds.bench",)  # whose truth probes are scored by
+LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.doctor")  # in functions alone
 PRIVATE_API = ("deepspeed.module_inject", "deepspeed.checkpoint.autoep")
 PRIVATE_API_USER = "eve_ds.engine.moe_deepspeed"
 
@@ -87,9 +87,9 @@ def violations(module: str, source: str) -> list[str]:
             broken.append(f"{module} imports mpi4py at its top level: it fails where no MPI library is")
         if within(module, "preprocessing") and within(name, "torch", "eve_ds", "evaluation"):
             broken.append(f"{module} imports {name}: preprocessing runs without torch and eve_ds")
-        if module in LEAVES and within(name, *PACKAGES) and not within(name, "preprocessing.schema"):
+        if module in LEAVES and within(name, *PACKAGES) and not within(name, "preprocessing.shards.schema"):
             broken.append(f"{module} imports {name}: it is a leaf")
-        if module == "preprocessing.schema" and outside and not within(name, "pyarrow"):
+        if module == "preprocessing.shards.schema" and outside and not within(name, "pyarrow"):
             broken.append(f"{module} imports {name}: pyarrow and the standard library are enough")
         foreign = outside and not within(name, "numpy")
         if within(module, "evaluation") and (foreign or within(name, "eve_ds", "preprocessing")):
@@ -134,18 +134,18 @@ def test_modules_import_what_the_design_lets_them() -> None:
         ("eve_ds.model.moe", "from eve_ds.tasks import masked"),
         ("eve_ds.model.moe", "def f():\n    import deepspeed"),
         ("eve_ds.model.block", "from eve_ds import engine"),
-        ("eve_ds.data.loader", "from eve_ds.model.config import ModelConfig"),
+        ("eve_ds.data.loader", "from eve_ds.model.model_config import ModelConfig"),
         ("eve_ds.engine.trainer", "from eve_ds.callbacks.metrics import MetricsFile"),
         ("eve_ds.engine.trainer", "from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer"),
-        ("eve_ds.engine.trainer", "from preprocessing.writer import ShardWriter"),
+        ("eve_ds.engine.trainer", "from preprocessing.shards.writer import ShardWriter"),
         ("eve_ds.engine.distributed", "from mpi4py import MPI"),
         ("eve_ds.bench", "import deepspeed"),
         ("eve_ds.predict", "import deepspeed"),
         ("eve_ds.parallel.collectives", "import numpy"),
-        ("preprocessing.coco", "import torch.nn"),
-        ("preprocessing.tokenizer", "from preprocessing.writer import ShardWriter"),
-        ("preprocessing.schema", "import PIL"),
-        ("evaluation.vqa", "from preprocessing.schema import DataError"),
+        ("preprocessing.sources.coco", "import torch.nn"),
+        ("preprocessing.text.tokenizer", "from preprocessing.shards.writer import ShardWriter"),
+        ("preprocessing.shards.schema", "import PIL"),
+        ("evaluation.vqa", "from preprocessing.shards.schema import DataError"),
         ("evaluation.vqa", "import torch"),
         ("evaluation.vqa", "import pandas"),
     ],
@@ -161,7 +161,7 @@ def test_a_broken_rule_is_seen(module: str, source: str) -> None:
         ("eve_ds.engine.distributed", "def f():\n    from mpi4py import MPI"),
         ("eve_ds.engine.moe_deepspeed", "from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer"),
         ("eve_ds.tasks.vqa", "from eve_ds.model.backbone import Backbone"),
-        ("eve_ds.data.shards", "from preprocessing.schema import DataError"),
+        ("eve_ds.data.shards", "from preprocessing.shards.schema import DataError"),
         ("eve_ds.scoring", "from evaluation import vqa"),
     ],
 )

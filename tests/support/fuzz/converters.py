@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing.__main__ import main
-from preprocessing.reading import read_rows
-from preprocessing.schema import IMAGE_COLUMNS, SAMPLE_COLUMN, read_manifest
+from preprocessing.shards.reader import read_rows
+from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN, read_manifest
 from tests.support.fuzz.runner import Target, Wrong
 from tests.support.fuzz.seeds import dumped, lines, tree_of
 from tests.support.shards import make_caption_set, make_nlvr_set, make_vqa_set, picture

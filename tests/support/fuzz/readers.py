@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from evaluation import baselines, nlvr, retrieval, vqa
-from evaluation.files import run
-from eve_ds import report
+from evaluation.common import run
+from eve_ds.report import __main__ as report
 from tests.support.fuzz.runner import Target, Wrong
 from tests.support.fuzz.seeds import dumped, lines, tree_of
 from tests.support.made_run import make_run

@@ -22,15 +22,15 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from eve_ds.callbacks.metrics import lines_until
 from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, parse
-from eve_ds.data.reading import Reader
+from eve_ds.data.batch_reader import Reader
 from eve_ds.data.sampler import Block
 from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
 from eve_ds.data.shards import RowError, Split
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
+from eve_ds.engine.checkpoint_record import COMPLETE, Manifest, Topology, file_names, hash_files
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.identity import Identity
-from eve_ds.engine.manifest import COMPLETE, Manifest, Topology, file_names, hash_files
 from eve_ds.engine.run_folder import claim
 from eve_ds.engine.universal import consolidated_state
 from eve_ds.engine.verification import verify_now
@@ -38,8 +38,8 @@ from eve_ds.errors import UserError, exit_code
 from eve_ds.tasks import load_task_model
 from eve_ds.weights.hashes import HASHES
 from eve_ds.weights.load import load_weights
-from preprocessing.schema import MANIFEST
-from preprocessing.tokenizer import Tokenizer
+from preprocessing.shards.schema import MANIFEST
+from preprocessing.text.tokenizer import Tokenizer
 from tests.support.foreign_shards import vilt_coco, vilt_nlvr, vilt_vqa
 from tests.support.fuzz.mutate import damaged_bytes
 from tests.support.fuzz.runner import Target, Wrong

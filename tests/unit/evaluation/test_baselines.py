@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evaluation import baselines
-from evaluation.files import run
+from evaluation.common import run
 
 
 def rows(pairs: list[tuple[str, str]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

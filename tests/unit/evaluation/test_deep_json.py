@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from evaluation import nlvr, vqa
-from evaluation.files import run
+from evaluation.common import run
 
 MARK = "@"
 QUESTION = {"question_id": 1, "question": "a"}

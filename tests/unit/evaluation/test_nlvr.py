@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import nlvr
-from evaluation.files import InputError, read_json_rows, run
+from evaluation.common import InputError, read_json_rows, run
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.files import InputError, read_json_rows, read_text
+from evaluation.common import InputError, read_json_rows, read_text
 from evaluation.retrieval import score_file
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import retrieval
-from evaluation.files import InputError, run, write_text
+from evaluation.common import InputError, run, write_text
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"

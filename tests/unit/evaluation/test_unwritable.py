@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import baselines, nlvr, retrieval, vqa
-from evaluation.files import run
+from evaluation.common import run
 
 ASSETS = Path(__file__).parents[3] / "tests/assets"
 PLACES = {"/dev/full": "No space left on device", "/proc/nowhere/scores.json": "No such file or directory"}

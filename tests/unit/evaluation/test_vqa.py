@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation import vqa
+from evaluation.common import InputError, run
 from evaluation.contractions import CONTRACTIONS
-from evaluation.files import InputError, run
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"

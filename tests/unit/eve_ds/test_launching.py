@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.schema import without_secrets
+from preprocessing.shards.schema import without_secrets
 
 RANK = """
 import os, sys, time

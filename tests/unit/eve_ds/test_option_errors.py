@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-from eve_ds import doctor
-from eve_ds.bench import parse as parse_bench
+from eve_ds.bench.__main__ import parse as parse_bench
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.doctor import __main__ as doctor
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import fits, hint_of, known_keys, section_of, shown, told
-from preprocessing import json_text
-from preprocessing.schema import printable, shortened
+from preprocessing.formats import json_text
+from preprocessing.shards.schema import printable, shortened
 
 NOISE = ("<class", "Parser", "typing.", "Union", "Subtypes", "NoneType", "class_path", "\n")
 

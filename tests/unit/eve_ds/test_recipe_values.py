@@ -17,12 +17,12 @@ from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse
 from eve_ds.data.samples import read_answer_list
 from eve_ds.errors import USER_ERRORS, UserError
-from eve_ds.model.config import ModelConfig, ModelConfigError
+from eve_ds.model.model_config import ModelConfig, ModelConfigError
 from eve_ds.recipes import DEEPEST, MOST_NODES, section_of
-from eve_ds.reporting.read import read_run
+from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.schema import read_manifest
-from preprocessing.tokenizer import Tokenizer
+from preprocessing.shards.schema import read_manifest
+from preprocessing.text.tokenizer import Tokenizer
 
 DEEP = 100_000
 Leaf = tuple[type, str, Any, Any]

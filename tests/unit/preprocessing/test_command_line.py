@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from preprocessing.convert import _check_whole
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
+from preprocessing.sources.converter import _check_whole
 
 LONG = "n" * 300  # longer than a name may be
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.schema import DataError, check_regular, read_manifest
+from preprocessing.shards.schema import DataError, check_regular, read_manifest
 from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
 
 SAID = "is a pipe, a socket or a device; write its content to a file, and name that"

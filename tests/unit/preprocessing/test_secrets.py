@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import files, nlvr
+from evaluation import common, nlvr
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine import setup
 from eve_ds.errors import UserError, exit_code
 from preprocessing.__main__ import main
-from preprocessing.schema import id_without_secrets, without_secrets
+from preprocessing.shards.schema import id_without_secrets, without_secrets
 from tests.support.foreign_shards import table_of, write_arrow
 from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import picture, rows_of, write_json
@@ -58,13 +58,13 @@ def test_what_is_hidden(address: str) -> None:
     one = id_without_secrets(address)
     assert "sEcReT" not in one and one != id_without_secrets(address.replace("sEcReT", "sEcReT2"))
     assert id_without_secrets(one) == one and without_secrets(f"'{one}', {one}: {one}.") == f"'{one}', {one}: {one}."
-    hidden = files.without_secrets(f"x {address}")
+    hidden = common.without_secrets(f"x {address}")
     assert "sEcReT" not in hidden and hidden.startswith("x ")
 
 
 def test_keys_in_names_of_files_that_were_fetched_are_hidden_in_messages() -> None:
     name = "/data/a.json?w=1&X-Amz-Signature=sEcReT"
-    for hide in (without_secrets, files.without_secrets):
+    for hide in (without_secrets, common.without_secrets):
         assert hide(f"{name} is empty") == "/data/a.json?w=1&X-Amz-Signature=*** is empty"
         assert hide("nope?run=3&fold=2.csv: no such file") == "nope?run=3&fold=2.csv: no such file"
     assert id_without_secrets(name) == name  # ids of sets that were prepared before stay the same
@@ -225,7 +225,7 @@ def test_training_refuses_them_in_settings(capsys: pytest.CaptureFixture[str]) -
 def test_evaluation_prints_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     address = "s3://k:sEcReT@bucket/predictions.csv"
     words = ["--predictions", address, "--annotations", address + "x", "--out", f"{tmp_path}/m.json"]
-    assert files.run(nlvr.main, words) == 2
+    assert common.run(nlvr.main, words) == 2
     with pytest.raises(SystemExit):
         nlvr.main([*words, address])
     shown = capsys.readouterr()
@@ -238,6 +238,6 @@ def test_lines_that_messages_cut_are_hidden_first(tmp_path: Path, refuse: Callab
     words = ["flickr30k", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out", "--annotations"]
     message = refuse(*words, tmp_path / "a.csv")
     assert "line 2: is not of the form of its header, 'image,caption,s3://***@bucket/a'" in message
-    with pytest.raises(files.InputError, match=r"line 1: 's3://\*\*\*@bucket/a' is not"):
+    with pytest.raises(common.InputError, match=r"line 1: 's3://\*\*\*@bucket/a' is not"):
         (tmp_path / "p.csv").write_text(f"{address}\n")
         nlvr.read_predictions(f"{tmp_path}/p.csv")

@@ -8,11 +8,11 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
+from tests.unit.preprocessing.images.test_policy import odd_pictures
 
 from eve_ds.data.transforms import build_transform, decode_image
-from preprocessing.image_policy import ImagePolicy
-from preprocessing.schema import MAX_PIXELS, DataError
-from tests.unit.preprocessing.test_image_policy import odd_pictures
+from preprocessing.images.policy import ImagePolicy
+from preprocessing.shards.schema import MAX_PIXELS, DataError
 
 
 @pytest.mark.parametrize("kind", list(odd_pictures()))

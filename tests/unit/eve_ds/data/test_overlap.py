@@ -12,14 +12,14 @@ import pytest
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data import overlap
-from eve_ds.data.config import DataSource
+from eve_ds.data.data_config import DataSource
 from eve_ds.data.overlap import SplitIds, _common, _pairs_in_common
 from eve_ds.data.samples import Samples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
 from eve_ds.engine import setup
-from preprocessing.schema import IDS, DataError
-from preprocessing.tokenizer import Tokenizer
+from preprocessing.shards.schema import IDS, DataError
+from preprocessing.text.tokenizer import Tokenizer
 from tests.support import foreign_shards
 from tests.support.foreign_shards import table_of
 from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, picture, texts, tiny_tokenizer

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from eve_ds.data.shards import Split
-from preprocessing.schema import CAPTION_SCHEMA, DataError
-from preprocessing.writer import ShardWriter
-from preprocessing.writer import write_manifest as write_converted
+from preprocessing.shards.schema import CAPTION_SCHEMA, DataError
+from preprocessing.shards.writer import ShardWriter
+from preprocessing.shards.writer import write_manifest as write_converted
 from tests.support.shards import (
     make_caption_set,
     make_nlvr_set,

@@ -9,7 +9,7 @@ import pytest
 
 from eve_ds.data.samples import read_answer_list
 from eve_ds.data.sources import JoinedSplit, open_split
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
 from tests.support import foreign_shards
 from tests.support.shards import make_caption_set, make_vqa_set, picture, texts
 

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.data.config import DataSource
-from eve_ds.engine import initial, run_folder, setup
+from eve_ds.data.data_config import DataSource
+from eve_ds.engine import first_weights, run_folder, setup
 from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, told
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import metadata
-from preprocessing.schema import DataError
-from preprocessing.tokenizer import train_tokenizer
+from preprocessing.shards.schema import DataError
+from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.shards import make_caption_set
 
 Config = PretrainConfig | FinetuneConfig
@@ -197,7 +197,7 @@ def test_first_weights_count_by_content_and_may_be_gone_later(data: Path) -> Non
     checkpoint.mkdir(parents=True)
     (checkpoint / "complete.json").write_text("{}")
     assert run_folder.claim(copy, of(copy)).inputs["init_from"] is not None  # it is remembered, and needed no more
-    assert initial.goes_on(copy)
+    assert first_weights.goes_on(copy)
 
 
 def test_a_setting_that_an_older_version_did_not_have_counts_by_its_default(data: Path) -> None:
@@ -315,7 +315,7 @@ def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> 
     run_folder.claim(config, identity_of(config, {}))
     model, kept = tmp_path / "run/model", {"model.safetensors", "predictions_test.npz", ".report.html.0123abcd"}
     script = (
-        "import os, sys; from preprocessing.schema import write_atomic\n"
+        "import os, sys; from preprocessing.shards.schema import write_atomic\n"
         "os.replace = lambda *paths: os._exit(9)\nwrite_atomic(sys.argv[1], b'half')"
     )
     theirs = {

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from eve_ds.config import DataConfig, EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
-from eve_ds.data.config import DataSource
+from eve_ds.data.data_config import DataSource
 from eve_ds.engine import batches, distributed, run_folder, setup
 from eve_ds.engine.deepspeed_config import _invalid, batch_shape, load_deepspeed_config
 from eve_ds.engine.identity import identity_of
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.errors import RankError, UserError
-from eve_ds.model.config import ModelConfig
-from preprocessing.tokenizer import train_tokenizer
+from eve_ds.model.model_config import ModelConfig
+from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.shards import make_vqa_set, tiny_tokenizer
 from tests.support.tiny import masked_task
 

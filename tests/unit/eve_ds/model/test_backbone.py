@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eve_ds.callbacks.report import expert_load
+from eve_ds.callbacks.pretrain_examples import expert_load
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import SoftBlock
-from eve_ds.model.config import ModelConfig, ModelConfigError
+from eve_ds.model.model_config import ModelConfig, ModelConfigError
 
 CONFIG = ModelConfig(
     image_size=16, patch_size=8, dim=16, depth=3, num_heads=2, mlp_hidden=24, vocab_size=20, max_text_length=8,

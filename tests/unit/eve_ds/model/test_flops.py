@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
 from eve_ds.model.flops import backbone_flops, pretraining_flops, product
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
 from eve_ds.tasks.masking import choose_words, masked_patches, masked_words
 

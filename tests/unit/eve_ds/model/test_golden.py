@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.weights.load import load_into
 
 ASSETS = Path(__file__).parents[3] / "assets"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.router import Routing
 from tests.support.tiny_tasks import PREDICTING, predictions, rows_of, tiny_batch, tiny_task
 

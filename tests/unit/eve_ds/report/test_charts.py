@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from eve_ds.reporting.charts import Line, condense, line_chart, running_mean
-from eve_ds.reporting.curves import group_curves
-from eve_ds.reporting.read import Curve
+from eve_ds.report.charts import Line, condense, line_chart, running_mean
+from eve_ds.report.curves import group_curves
+from eve_ds.report.run_files import Curve
 
 
 def curve(values: list[float]) -> Curve:

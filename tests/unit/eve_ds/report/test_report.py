@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from evaluation.files import run
-from eve_ds.report import build, main
+from evaluation.common import run
+from eve_ds.report.__main__ import build, main
 from eve_ds.weights.model_folder import metadata
 from tests.support.made_run import make_run
 from tests.support.page import Page

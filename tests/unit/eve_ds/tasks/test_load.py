@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from eve_ds.errors import UserError
 from eve_ds.tasks import NLVR, MaskedModelling, Retrieval, Task, load_task_model
 from eve_ds.weights.errors import WeightsError
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
 from tests.support.tiny_tasks import OBJECTIVE, tiny_batch, tiny_config, tiny_task
 
 ASSETS = Path("tests/assets")

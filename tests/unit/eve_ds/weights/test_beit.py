@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SoftBlock
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT
 from eve_ds.weights.beit import Origins, fill_from_beit
 from eve_ds.weights.errors import WeightsError

@@ -13,8 +13,8 @@ from eve_ds.tasks import load_task_model
 from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder
-from preprocessing.schema import ANSWER_LIST
-from preprocessing.tokenizer import FILE_NAME as TOKENIZER
+from preprocessing.shards.schema import ANSWER_LIST
+from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from tests.support.model_folder import write_model_folder
 from tests.support.tiny_tasks import tiny_task
 

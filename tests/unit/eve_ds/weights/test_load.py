@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.load import load_into, load_state, load_weights

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from eve_ds.convert import main
+from eve_ds.convert.__main__ import main
 from eve_ds.errors import exit_code
 from eve_ds.finetune_options import expand_options
 from eve_ds.tasks import load_task_model
@@ -23,7 +23,7 @@ from eve_ds.weights.model_folder import (
     run_of,
     step_of,
 )
-from preprocessing.schema import DataError
+from preprocessing.shards.schema import DataError
 from tests.support.shards import tiny_tokenizer
 from tests.support.tiny_tasks import OBJECTIVE, tiny_config, tiny_task
 

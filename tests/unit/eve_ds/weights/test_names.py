@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.names import from_published, is_published, to_published

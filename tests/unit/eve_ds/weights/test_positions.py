@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.config import ModelConfig
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import VQA, load_task_model
 from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.positions import POSITIONS, interpolate_positions

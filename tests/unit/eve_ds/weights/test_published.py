@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eve_ds.model.config import ModelConfig, ModelConfigError
+from eve_ds.model.model_config import ModelConfig, ModelConfigError
 from eve_ds.weights.names import from_published
 from eve_ds.weights.published import published_config, sized_as
 

@@ -1,0 +1,140 @@
+"""Where the first weights of a run come from, what they bring with them, and their way into the task."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.engine import soundness
+from eve_ds.engine.agreement import decide
+from eve_ds.engine.checkpoint import identity_in
+from eve_ds.engine.checkpoint_record import Manifest
+from eve_ds.engine.identity import Identity, Input, place, told
+from eve_ds.engine.run_folder import stored_identity
+from eve_ds.engine.universal import ShardedState
+from eve_ds.engine.watchdog import mark
+from eve_ds.errors import UserError
+from eve_ds.tasks.base import Task
+from eve_ds.tasks.initial import copy_initial, load_initial, wanted
+from eve_ds.weights.model_folder import COMPLETE, ModelFolder, checkpoints, exported_step, run_of, step_of
+from preprocessing.shards.schema import DataError
+
+Config = PretrainConfig | FinetuneConfig
+BLOCKS, BLOCK_BYTES = 64, 1 << 14  # of a file of weights that its hash looks at
+
+
+def goes_on(config: Config) -> bool:
+    """Whether the run has a checkpoint of its own in ``output_dir``: then it needs no first weights."""
+    trains = not (isinstance(config, FinetuneConfig) and config.evaluate)
+    return bool(trains and config.checkpoint.resume and config.output_dir and checkpoints(Path(config.output_dir)))
+
+
+def source(config: Config) -> ModelFolder | None:
+    """What the run starts from; where that is gone, and the run goes on, its own newest checkpoint.
+
+    Raises:
+        DataError: there is nothing that holds weights.
+    """
+    if not config.resume_from and not config.init_from:
+        return None
+    try:
+        return _named(config)
+    except DataError:
+        if not goes_on(config):
+            raise
+        return ModelFolder.checkpoint(config.output_dir)
+
+
+def _named(config: Config) -> ModelFolder:
+    """Raises DataError if there is nothing."""
+    if not config.resume_from:
+        return ModelFolder.find(config.init_from or "", unfinished=True)
+    try:
+        return ModelFolder.checkpoint(config.resume_from)
+    except DataError as error:
+        raise DataError(f"--resume_from {error}") from error
+
+
+def origin(config: Config) -> dict[str, Input | None]:
+    """The first weights as inputs of the run (``identity``); missing where they are gone."""
+    option = "resume_from" if config.resume_from else "init_from"
+    none: dict[str, Input | None] = {} if config.resume_from else {"resume_from": None}
+    named = config.resume_from or config.init_from
+    if not named:
+        return {"init_from": None, **none}
+    try:
+        files = _named(config)
+    except DataError:
+        return none  # ``source`` has said so, unless the run goes on
+    step = step_of(files.weights) if files.is_checkpoint else exported_step(files.weights.parent)
+    return {option: Input(place(named), weights_hash(files), "" if step is None else f"step {step}"), **none}
+
+
+def weights_hash(files: ModelFolder) -> str:
+    """SHA-256 of a checkpoint's manifest, which has its files' hashes; of a file, of its size and of blocks all over
+    it: a training step changes them all, and to read a file of many gigabytes takes long."""
+    if files.is_checkpoint:
+        return hashlib.sha256((files.weights / COMPLETE).read_bytes()).hexdigest()
+    size = files.weights.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(files.weights, "rb") as stream:
+        for block in range(BLOCKS):
+            stream.seek(block * max(size - BLOCK_BYTES, 0) // (BLOCKS - 1))
+            digest.update(stream.read(BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
+    """Copy the weights that ``init_from`` names into ``task``, unless the run goes on from a checkpoint or branches.
+
+    Of an unfinished run they are the fp32 weights of its newest checkpoint. Called by all ranks.
+
+    Returns:
+        whether it did.
+    Raises:
+        UserError, DataError, WeightsError: as ``load_initial`` and ``soundness.check``.
+    """
+    if config.resume_from or not config.init_from or decide(lambda: goes_on(config)):
+        return False
+    mark(f"the reading of {config.init_from}")
+    files = decide(lambda: ModelFolder.find(config.init_from or "", unfinished=True))
+    if not files.is_checkpoint:
+        load_initial(task, config.init_from, load_head)
+        return True
+    state = ShardedState(files.weights, soundness.check(files.weights))
+    names = [name for name in state.names if name.startswith(wanted(task, load_head))]
+    copy_initial(task, {name: state.whole(name) for name in names}, files, load_head)
+    return True
+
+
+def branch_point(config: Config, identity: Identity, total_steps: int) -> tuple[Path, Manifest] | None:
+    """The checkpoint that ``resume_from`` names, checked; None without one. Called by all ranks.
+
+    Raises:
+        DataError, UserError: as ``soundness.check``, or the branch could not take its tensors (the differences are
+            named), or would end before it.
+    """
+    if not config.resume_from:
+        return None
+    path = decide(lambda: _named(config)).weights
+    manifest = soundness.check(path)
+    before = decide(lambda: branched_from(path, manifest))
+    if found := before.for_a_branch().differences(identity.for_a_branch()):
+        raise UserError(
+            f"--resume_from {path}: {told(found)}; a branch keeps these; with other ones start a new run from the "
+            "weights: --init_from"
+        )
+    if manifest.step >= total_steps:
+        raise UserError(
+            f"--resume_from {path}: is at step {manifest.step}, and this run has {total_steps} in all; raise "
+            "optimizer.total_steps (or epochs), or name an earlier checkpoint"
+        )
+    return path, manifest
+
+
+def branched_from(path: Path, manifest: Manifest) -> Identity:
+    """Of the run that wrote a checkpoint; where an older version stored no settings, its run's config tells them."""
+    found = identity_in(path, manifest)
+    run = run_of(path)
+    return found if found.settings or run is None else Identity(stored_identity(run).settings, found.inputs)

@@ -1,0 +1,178 @@
+"""The shape of the model, as data: one dataclass, from a recipe or from EVE's own ``config_vlmo*.json``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from preprocessing.shards.schema import check_regular, load_json, shortened
+
+Activation = Literal["gelu", "quick_gelu"]
+MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...
+_POSITIVE = (
+    "image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "text_positions",
+    "num_experts",
+)  # fmt: skip
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class ModelConfigError(ValueError):
+    """A model that cannot be built; the message names the field and its value."""
+
+
+@dataclass
+class ModelConfig:
+    """EVE's backbone (arXiv 2308.11971, section 3). The defaults are EVE-Base.
+
+    Args:
+        image_size: side of the square pictures, pixels; a multiple of ``patch_size``.
+        patch_size: side of a patch, pixels.
+        dim: width D of the token vectors.
+        depth: number of Transformer blocks.
+        num_heads: attention heads; divides ``dim``.
+        mlp_hidden: hidden width H of the feed-forward networks and of the experts.
+        vocab_size: word pieces, special tokens included.
+        max_text_length: longest text, tokens, [CLS] and [SEP] included; longer ones are cut.
+        text_positions: rows of the learned text position table (the published files have 196).
+        soft_layers: indices of the blocks that route softly among experts; all others route hard by modality.
+        num_experts: experts E of a softly routing block.
+        top_k: experts that a token visits there.
+        capacity_factor: None drops no token; a number limits an expert to ceil(k T / E x factor) tokens, at least 4.
+        modality_to_experts: experts see token + modality vector (as the published files need), not the router alone.
+        activation: of all feed-forward networks.
+        drop_path: largest probability of dropping a residual branch; rises linearly with depth.
+        layer_scale: first value of the learned per-channel scale on each residual branch.
+        init_std: deviation of first weights; 0.02 as BEiT and EVE; narrow models learn sooner with about dim ** -0.5.
+        position_std: deviation of first positions, type vectors and class token; 0.02 as BEiT and EVE.
+        norm_eps: epsilon of every LayerNorm in the backbone.
+        aux_loss_weight: weight of the load-balancing loss in the training loss.
+        checkpoint_activations: recompute each block in the backward pass to save memory.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_hidden: int = 3072
+    vocab_size: int = 64000
+    max_text_length: int = 40
+    text_positions: int = 196
+    soft_layers: list[int] = field(default_factory=lambda: [10, 11])
+    num_experts: int = 32
+    top_k: int = 2
+    capacity_factor: float | None = None
+    modality_to_experts: bool = True
+    activation: Activation = "quick_gelu"
+    drop_path: float = 0.1
+    layer_scale: float = 0.1
+    init_std: float = 0.02
+    position_std: float = 0.02
+    norm_eps: float = 1e-6
+    aux_loss_weight: float = 0.001
+    checkpoint_activations: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def check(self) -> None:
+        """Raise ModelConfigError naming the first field that makes no model."""
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+            if getattr(self, name) > MOST:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} is beyond all models; at most {MOST}")
+        for name in ("init_std", "position_std", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be a finite number above 0")
+        for name in ("layer_scale", "aux_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be a finite number, 0 or more")
+        if self.image_size % self.patch_size:
+            raise ModelConfigError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
+            )
+        if self.dim % self.num_heads:
+            raise ModelConfigError(f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ModelConfigError(
+                f"model.top_k={self.top_k} must lie between 1 and model.num_experts={self.num_experts}"
+            )
+        if not 3 <= self.max_text_length <= self.text_positions:
+            raise ModelConfigError(
+                f"model.max_text_length={self.max_text_length} must lie between 3 and"
+                f" model.text_positions={self.text_positions}"
+            )
+        bad = [i for i in self.soft_layers if not 0 <= i < self.depth]
+        if bad or len(set(self.soft_layers)) != len(self.soft_layers):
+            raise ModelConfigError(
+                f"model.soft_layers={self.soft_layers} must be distinct indices below model.depth={self.depth}"
+            )
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ModelConfigError(
+                f"model.capacity_factor={self.capacity_factor} must be positive and finite, or null to drop no token"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise ModelConfigError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
+
+    @classmethod
+    def from_vlmo(cls, path: str | Path, image_size: int | None = None) -> ModelConfig:
+        """Read EVE's published ``config_vlmo*.json``.
+
+        Args:
+            path: the file.
+            image_size: pictures' side, which that file does not hold (it stands in EVE's task configs); default 224.
+        Raises:
+            ModelConfigError: unreadable, a key is missing, or the file describes a model that is not EVE's.
+        """
+        check_regular(path, streams=True)
+        try:
+            raw = load_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelConfigError(f"{path}: not a readable JSON file ({error})") from error
+        moe = raw.get("moe_param") if isinstance(raw, dict) else None
+        if not isinstance(moe, dict):
+            raise ModelConfigError(f"{path}: not a config_vlmo JSON file, the object 'moe_param' is missing")
+        try:
+            config = cls(
+                image_size=image_size or 224,
+                patch_size=raw["patch_size"],
+                dim=raw["vision_width"],
+                depth=raw["num_hidden_layers"],
+                num_heads=raw["num_attention_heads"],
+                mlp_hidden=raw["intermediate_size"],
+                vocab_size=raw["vocab_size"],
+                soft_layers=raw["moeffn_layers"],
+                num_experts=moe["num_experts"],
+                top_k=moe["topk"],
+                activation=raw["hidden_act"],
+                drop_path=raw["drop_path_rate"],
+                aux_loss_weight=raw.get("moe_lossweight", 0.001),
+                modality_to_experts=bool(moe.get("type_route", True)),
+            )
+        except KeyError as error:
+            raise ModelConfigError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
+        for name in (*_POSITIVE, "top_k"):
+            if not _is_whole(getattr(config, name)):
+                raise ModelConfigError(
+                    f"{path}: {name} is {shortened(repr(getattr(config, name)))}, not a whole number"
+                )
+        for name in ("drop_path", "aux_loss_weight"):
+            if not isinstance(getattr(config, name), int | float):
+                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a number")
+        if not isinstance(config.soft_layers, list) or not all(map(_is_whole, config.soft_layers)):
+            raise ModelConfigError(
+                f"{path}: moeffn_layers={shortened(repr(config.soft_layers))} is no list of whole numbers"
+            )
+        if config.activation not in ("gelu", "quick_gelu"):
+            raise ModelConfigError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
+        if raw.get("relative_position_embed"):
+            raise ModelConfigError(f"{path}: relative_position_embed=true is not EVE's model; set it to false")
+        config.check()
+        return config

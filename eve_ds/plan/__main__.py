@@ -1,0 +1,118 @@
+"""What a run will need, before any machine is asked for: parameters, memory, traffic, operations, days.
+
+    python -m eve_ds.plan --config eve_ds/configs/pretrain_base.yaml --world_size 256 --expert_parallel_size 8 --zero 2
+
+Nothing is trained and no process group is joined: a rank's step is acted out on tensors without values. What a run
+would refuse at its start is refused here, in the same words.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Some are not used here: jsonargparse looks up the types of inherited fields in this module.
+from eve_ds.config import (  # noqa: F401
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    FinetuneConfig,
+    FinetuneObjective,
+    LoggingConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TaskName,
+    parse,
+)
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.errors import USER_ERRORS, run_command
+from eve_ds.files import write_json
+from eve_ds.finetune_options import expand_options
+from eve_ds.recipes import read_yaml, recipe
+
+PROGRAM = "python -m eve_ds.plan"
+
+
+@dataclass
+class PlanOptions:
+    """Options of the plan.
+
+    Args:
+        world_size: ranks.
+        expert_parallel_size: in place of engine.expert_parallel_size.
+        micro_batch_size: in place of engine.micro_batch_size.
+        zero: in place of deepspeed_config: ds_configs/zero1.json, zero2.json or zero3.json.
+        device: gpu (fused attention, all reserved memory counts) or cpu (what is resident).
+        device_memory: of one device, as in 80GiB or 24e9.
+        text_length: tokens of a text; null takes the longest, model.max_text_length.
+        num_answers: VQA's classes.
+        pairs: samples that the whole run sees (pairs, questions or statements), for the days; null: those of its steps.
+        mfu: share of the devices' peak that the model's operations reach.
+        peak_tflops: of one device, dense, for the run's precision; 989 is an H100's in bf16.
+        json: file to write all figures to, in bytes and operations.
+    """
+
+    world_size: int = 8
+    expert_parallel_size: int | None = None
+    micro_batch_size: int | None = None
+    zero: int | None = None
+    device: Literal["gpu", "cpu"] = "gpu"
+    device_memory: str = "80GiB"
+    text_length: int | None = None
+    num_answers: int = 3128
+    pairs: float | None = None
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+    json: str | None = None
+
+
+@dataclass
+class PretrainPlan(PlanOptions, PretrainConfig):
+    """The plan of a pre-training run."""
+
+
+@dataclass
+class FinetunePlan(PlanOptions, FinetuneConfig):
+    """The plan of a fine-tuning run."""
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    defaults: dict[str, Any] = {}
+    root = _root(argv)
+    if root is FinetunePlan:
+        argv, defaults = expand_options(argv)
+    options = parse(root, argv, PROGRAM, defaults)
+    prepare_environment()
+    # DeepSpeed takes seconds to import: after --help and bad options.
+    from eve_ds.plan.figures import make_plan
+    from eve_ds.plan.table import as_text
+
+    plan = make_plan(options)
+    print(as_text(plan))
+    if options.json:
+        write_json(Path(options.json), plan)
+
+
+def _root(argv: list[str]) -> Any:
+    """Fine-tuning recipes name their task."""
+    for here, after in zip(argv, [*argv[1:], ""], strict=True):
+        if here == "--task" or here.startswith("--task="):
+            return FinetunePlan
+        path = after if here == "--config" else here.removeprefix("--config=")
+        if here == "--config" or here.startswith("--config="):
+            try:
+                tree = read_yaml(recipe(path))
+            except USER_ERRORS:
+                return PretrainPlan  # told properly when it is parsed
+            if isinstance(tree, dict) and "task" in tree:
+                return FinetunePlan
+    return PretrainPlan
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,162 @@
+"""All figures of a plan, as data that JSON can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.distributed import check_world
+from eve_ds.engine.precision import best_precision
+from eve_ds.errors import UserError
+from eve_ds.plan.fit import largest
+from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
+from eve_ds.plan.meta_model import Config, build, count_parameters
+from eve_ds.plan.work import days, flops, traffic
+from eve_ds.plan.zero_states import Zero
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Not worked out: CUDA context, NCCL's channels, cuBLAS workspaces, the allocator's unused remains. A guess.
+GPU_RESERVE = 4 * 2**30
+MOST_ROWS = 2**16
+
+
+def make_plan(options: Any) -> dict[str, Any]:
+    """Every figure that ``python -m eve_ds.plan`` prints.
+
+    Args:
+        options: a ``plan.PretrainPlan`` or ``plan.FinetunePlan``.
+    Raises:
+        UserError: the run would be refused at its start, or an option of the plan makes no sense.
+    """
+    config = _config(options)
+    _check(options)
+    check_world(config.engine.expert_parallel_size, config.model.num_experts, options.world_size)
+    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
+    on_gpu = options.device == "gpu"
+    zero = Zero(
+        stage=settings["zero_optimization"]["stage"],
+        world_size=options.world_size,
+        ep_size=config.engine.expert_parallel_size,
+        itemsize=2 if config.engine.precision == "bf16" else 4,
+        accumulation=settings["gradient_accumulation_steps"],
+        settings=settings["zero_optimization"],
+        whole_buffers=on_gpu,
+    )
+    length = options.text_length or config.model.max_text_length
+    batch = Batch(settings["train_micro_batch_size_per_gpu"], length)
+    limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
+    plain = _rehearse(config, zero, options, checkpointing=False)
+    recomputed = _rehearse(config, zero, options, checkpointing=True)
+    return {
+        "run": _run(config, zero, batch, options),
+        "parameters": dataclasses.asdict(count_parameters(build(config, options.num_answers))),
+        "memory": {
+            "without_checkpointing": _memory(plain, batch, limit),
+            "with_checkpointing": _memory(recomputed, batch, limit),
+        },
+        "device_memory": parse_bytes(options.device_memory),
+        "reserve": GPU_RESERVE if on_gpu else 0,
+        "sent_per_step": traffic(config, zero, plain.groups, batch),
+        **_work(config, zero, batch, options),
+    }
+
+
+def _config(options: Any) -> Config:
+    """The run's tree, with the short options written into it."""
+    engine = options.engine
+    if options.expert_parallel_size is not None:
+        engine = dataclasses.replace(engine, expert_parallel_size=options.expert_parallel_size)
+    if options.micro_batch_size is not None:
+        engine = dataclasses.replace(engine, micro_batch_size=options.micro_batch_size)
+    if options.zero not in (None, 1, 2, 3):
+        raise UserError(f"--zero {options.zero}: the stages that ds_configs has files for are 1, 2 and 3")
+    file = options.deepspeed_config if options.zero is None else f"ds_configs/zero{options.zero}.json"
+    if engine.precision == "auto":
+        precision = "bf16" if options.device == "gpu" else best_precision("cpu")
+        engine = dataclasses.replace(engine, precision=precision)
+    config: Config = dataclasses.replace(options, engine=engine, deepspeed_config=file)
+    return config
+
+
+def _check(options: Any) -> None:
+    config = options.model
+    fits = {
+        "world_size": options.world_size >= 1,
+        "mfu": 0 < options.mfu <= 1,
+        "peak_tflops": options.peak_tflops > 0,
+        "pairs": options.pairs is None or options.pairs > 0,
+        "num_answers": options.num_answers >= 1,
+    }
+    for name, right in fits.items():
+        if not right:
+            raise UserError(f"--{name}={getattr(options, name)} is out of range; see --help")
+    if options.text_length is not None and not 3 <= options.text_length <= config.max_text_length:
+        raise UserError(
+            f"--text_length={options.text_length} must lie between 3 and model.max_text_length={config.max_text_length}"
+        )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in "80GiB", "24e9", "512 MB".
+
+    Raises:
+        UserError: no number, or another unit.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    try:
+        value = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    except (ValueError, KeyError):
+        value = 0.0
+    if value < 2**20:
+        raise UserError(f"--device_memory={text}: give a number of bytes, at least a MiB, as in 80GiB, 24GB or 24e9")
+    return int(value)
+
+
+def _run(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, Any]:
+    return {
+        "task": getattr(config, "task", "pretrain"),
+        "world_size": zero.world_size,
+        "expert_parallel_size": zero.ep_size,
+        "zero_stage": zero.stage,
+        "precision": config.engine.precision,
+        "device": options.device,
+        "global_batch_size": config.engine.global_batch_size,
+        "micro_batch_size": batch.rows,
+        "gradient_accumulation_steps": zero.accumulation,
+        "text_length": batch.text_length,
+    }
+
+
+def _rehearse(config: Config, zero: Zero, options: Any, checkpointing: bool) -> Rehearsal:
+    config = with_checkpointing(config, checkpointing)
+    return Rehearsal(config, zero, options.num_answers, on_gpu=options.device == "gpu")
+
+
+def _memory(rehearsal: Rehearsal, batch: Batch, limit: int) -> dict[str, int]:
+    @functools.cache
+    def of(rows: int) -> Memory:
+        return rehearsal.memory(dataclasses.replace(batch, rows=rows))
+
+    memory = of(batch.rows)
+    most = largest(lambda rows: of(rows).peak, limit, MOST_ROWS, start=batch.rows)
+    return dataclasses.asdict(memory) | {"peak": memory.peak, "largest_micro_batch_size": most}
+
+
+def _work(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, Any]:
+    per_sample = flops(config, batch, zero.world_size, options.num_answers) / batch.rows
+    samples = options.pairs
+    if samples is None and config.optimizer.total_steps is not None:
+        samples = float(config.optimizer.total_steps * config.engine.global_batch_size)
+    needed = None
+    if samples is not None:
+        needed = days(samples, per_sample, zero.world_size, options.peak_tflops, options.mfu)
+    return {
+        "flops_per_sample": per_sample,
+        "pairs": samples,
+        "mfu": options.mfu,
+        "peak_tflops": options.peak_tflops,
+        "days": needed,
+    }

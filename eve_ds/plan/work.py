@@ -1,0 +1,137 @@
+"""Operations of a sample and bytes that a rank sends in an optimizer step.
+
+Traffic is that of ring algorithms: of n ranks each sends (n - 1) / n of what is gathered or reduced and scattered, and
+twice that for an all-reduce (Patarasuk and Yuan, JPDC 2009). DeepSpeed 0.19.8's ZeRO 1 and 2 reduce gradients by
+all-reduce (use_multi_rank_bucket_allreduce), ZeRO 3 by reduce-scatter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.model.flops import Flops, backbone_flops, pretraining_flops, product
+from eve_ds.model.model_config import ModelConfig
+from eve_ds.plan.memory import Batch
+from eve_ds.plan.meta_model import Config
+from eve_ds.plan.zero_states import Group, Zero
+from eve_ds.tasks.masking import masked_patches, masked_words
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass through the backbone: samples, visible patches of each (0: no picture), text tokens of each (0: none)."""
+
+    samples: int
+    patches: int
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * ((self.patches + 1 if self.patches else 0) + self.text)
+
+
+def passes(config: Config, batch: Batch) -> list[Pass]:
+    """Those of one micro-batch."""
+    rows, text, patches = batch.rows, batch.text_length, config.model.num_patches
+    if isinstance(config, PretrainConfig):
+        kept = patches - masked_patches(patches, config.objective.image_mask_ratio)
+        first = Pass(rows, kept, text)
+        return [first] if config.objective.mode == "joint" else [first, Pass(rows, patches, text)]
+    if config.task == "vqa":
+        return [Pass(rows, patches, text)]
+    if config.task == "nlvr":
+        return [Pass(2 * rows, patches, text)]
+    return [Pass(rows, patches, 0), Pass(rows, 0, text), Pass(3 * rows, patches, text)]
+
+
+def flops(config: Config, batch: Batch, world_size: int, num_answers: int) -> int:
+    """Forward and backward of one micro-batch of one rank."""
+    model = config.model
+    if isinstance(config, PretrainConfig):
+        objective = config.objective
+        return pretraining_flops(
+            model,
+            pairs=batch.rows,
+            text_length=batch.text_length,
+            masked_patches=masked_patches(model.num_patches, objective.image_mask_ratio),
+            masked_words=masked_words(batch.text_length, objective.text_mask_ratio),
+            decoder_dim=objective.decoder_dim,
+            decoder_depth=objective.decoder_depth,
+            joint=objective.mode == "joint",
+        )
+    parts = [backbone_flops(model, p.samples, p.patches, p.text) for p in passes(config, batch)]
+    return sum(part.total for part in parts) + _head_flops(config, batch, world_size, num_answers).total
+
+
+def _head_flops(config: FinetuneConfig, batch: Batch, world_size: int, num_answers: int) -> Flops:
+    rows, dim, objective = batch.rows, config.model.dim, config.objective
+    hidden = objective.head_hidden or 2 * dim
+    if config.task == "vqa":
+        return product(rows, dim, hidden) + product(rows, hidden, num_answers)
+    if config.task != "nlvr":
+        width = objective.embed_dim
+        similarities = product(rows, width, rows * world_size)
+        return 2 * (product(rows, dim, width) + similarities) + product(3 * rows, dim, 2)
+    if not objective.biattn:
+        return product(rows, 2 * dim, hidden) + product(rows, hidden, 2)
+    return _biattention_flops(config.model, batch)
+
+
+def _biattention_flops(model: ModelConfig, batch: Batch) -> Flops:
+    """NLVR's bi-attention head: either pass attends to the other, then both are pooled (tasks/nlvr.py)."""
+    rows, dim = batch.rows, model.dim
+    tokens = 1 + model.num_patches + batch.text_length
+    attend = product(rows * tokens, dim, 4 * dim) + 2 * (rows * product(tokens, dim, tokens))
+    pool = product(rows * tokens, 2 * dim, dim) + product(rows * tokens, dim, 1) + rows * product(1, tokens, dim)
+    return 2 * (attend + pool) + product(rows, 2 * dim, 2)
+
+
+def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> dict[str, int]:
+    """Bytes that one rank sends in an optimizer step, by collective."""
+    sent = {"tokens to experts and back (all-to-all)": _token_bytes(config, zero, batch)}
+    kind = "reduce-scatter" if zero.stage == 3 else "all-reduce"
+    for name, experts in (("dense", False), ("expert", True)):
+        gradients = weights = 0.0
+        for group in groups:
+            if group.experts == experts:
+                share = group.elements * zero.itemsize * (group.ranks - 1) / group.ranks
+                gradients += share * _reductions(zero)
+                weights += share * _gathers(zero, groups)
+        sent[f"{name} gradients ({kind})"] = round(gradients)
+        sent[f"{name} weights (all-gather)"] = round(weights)
+    if isinstance(config, FinetuneConfig) and config.task.startswith("itr"):
+        pictures = batch.rows * 3 * config.model.image_size**2 * zero.itemsize
+        sent["pictures for negatives (all-gather)"] = (zero.world_size - 1) * pictures * zero.accumulation
+    return sent
+
+
+def _reductions(zero: Zero) -> int:
+    """How often a step's gradients are scattered: ZeRO 1 accumulates first; an all-reduce counts as two."""
+    if zero.stage == 3:
+        return zero.accumulation
+    return 2 * (zero.accumulation if zero.stage == 2 else 1)
+
+
+def _gathers(zero: Zero, groups: list[Group]) -> int:
+    """How often a step gathers each weight: after the update, or at ZeRO 3 in each micro-batch, once or twice."""
+    if zero.stage < 3:
+        return 1
+    whole = sum(group.elements for group in groups)
+    stay = whole <= min(zero.setting("stage3_max_live_parameters"), zero.setting("stage3_max_reuse_distance"))
+    return (1 if stay else 2) * zero.accumulation
+
+
+def _token_bytes(config: Config, zero: Zero, batch: Batch) -> int:
+    """Every token to its k experts and back, forward and backward, on each softly routing layer."""
+    model: ModelConfig = config.model
+    away = (zero.ep_size - 1) / zero.ep_size
+    tokens = sum(p.tokens for p in passes(config, batch))
+    ways = 2 * (3 if model.checkpoint_activations else 2)  # recomputing a block sends its tokens once more
+    one_way = tokens * model.top_k * model.dim * zero.itemsize * away
+    return round(one_way * ways * len(model.soft_layers) * zero.accumulation)
+
+
+def days(samples: float, flops_per_sample: float, world_size: int, peak_tflops: float, mfu: float) -> float:
+    """Days for ``samples`` at a share ``mfu`` of the devices' peak (dense bf16, not the figure with sparsity)."""
+    return samples * flops_per_sample / (world_size * peak_tflops * 1e12 * mfu) / 86400

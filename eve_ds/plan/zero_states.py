@@ -1,0 +1,224 @@
+"""What DeepSpeed 0.19.8's ZeRO holds on one rank beside activations: weights, master copy, moments, gradient buffers.
+
+Read off runtime/zero/stage_1_and_2.py and stage3.py. All sizes are bytes unless they are called elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from eve_ds.config import OptimizerConfig
+from eve_ds.engine.optim import parameter_groups
+from eve_ds.plan.live_bytes import LiveBytes
+
+FP32, FP64 = 4, 8
+# DeepSpeed's defaults (runtime/zero/config.py), for what a DeepSpeed file leaves out.
+DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter group as ZeRO partitions it.
+
+    Attributes:
+        sizes: elements of its parameters, in order, on one rank.
+        ids: of these parameters.
+        ranks: among which it is partitioned: all, or for experts those that hold the same ones.
+        experts: whether it holds experts.
+    """
+
+    sizes: list[int]
+    ids: list[int]
+    ranks: int
+    experts: bool
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def partition(self) -> int:
+        """Elements of one rank's part."""
+        return math.ceil(self.elements / self.ranks)
+
+    def touched(self, place: int) -> list[int]:
+        """Indices of the parameters that the part of rank ``place`` has at least one element of."""
+        first, last = place * self.partition, (place + 1) * self.partition
+        found, start = [], 0
+        for index, size in enumerate(self.sizes):
+            if start < last and start + size > first:
+                found.append(index)
+            start += size
+        return found
+
+    def busiest(self) -> list[int]:
+        """``touched`` of the rank for which those parameters are largest: they are copied whole."""
+        return max(
+            (self.touched(place) for place in range(self.ranks)), key=lambda found: sum(self.sizes[i] for i in found)
+        )
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The settings that decide memory and traffic.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        world_size: ranks.
+        ep_size: ranks that share the experts.
+        itemsize: bytes of a weight: 2 in bf16, 4 in fp32.
+        accumulation: micro-batches an optimizer step.
+        settings: the DeepSpeed file's ``zero_optimization``.
+        whole_buffers: reserved memory counts, as on a GPU; else only what is written, as in resident memory of a CPU.
+    """
+
+    stage: int
+    world_size: int
+    ep_size: int
+    itemsize: int
+    accumulation: int
+    settings: dict[str, Any]
+    whole_buffers: bool
+
+    def setting(self, name: str) -> int:
+        return int(self.settings.get(name, DEFAULTS[name]))
+
+    @property
+    def buckets(self) -> int:
+        """Buffers that gradients are gathered in."""
+        return 2 if self.stage < 3 and self.settings.get("overlap_comm", False) else 1
+
+    @property
+    def offload(self) -> bool:
+        return self.settings.get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def groups_of(task: nn.Module, optimizer: OptimizerConfig, zero: Zero) -> list[Group]:
+    """The groups that the engine would make of a task as one rank holds it."""
+    found = []
+    for group in parameter_groups(task, optimizer):
+        experts = bool(group.get("moe", False))
+        ranks = zero.world_size // zero.ep_size if experts else zero.world_size
+        parameters = group["params"]
+        found.append(Group([p.numel() for p in parameters], [id(p) for p in parameters], ranks, experts))
+    return found
+
+
+def steady(groups: list[Group], zero: Zero) -> dict[str, int]:
+    """Bytes held from the first step to the last: weights, optimizer, gradients, communication; host if ZeRO offloads.
+
+    ZeRO 3 alone keeps gradients' parts and its bucket from step to step.
+    """
+    whole = sum(group.elements for group in groups)
+    part = sum(group.partition for group in groups)
+    weights, gradients, bucket, master = whole, 0, 0, part * FP32
+    if zero.stage == 3:
+        threshold = zero.setting("stage3_param_persistence_threshold")
+        kept = sum(size for group in groups for size in group.sizes if size <= threshold)
+        live = min(whole, zero.setting("stage3_max_live_parameters"), zero.setting("stage3_max_reuse_distance"))
+        # Small models stay gathered from the forward pass to the backward: nothing is beyond the reuse distance.
+        weights, gradients = part + max(live, kept), part
+        bucket = zero.setting("reduce_bucket_size")
+        bucket = bucket if zero.whole_buffers else min(bucket, whole)
+        master = part * FP32 if zero.itemsize != FP32 else 0  # fp32 weights are their own master copy
+    optimizer = master + 2 * part * FP32
+    return {
+        "weights": weights * zero.itemsize,
+        "gradients": gradients * zero.itemsize,
+        "communication": bucket * zero.itemsize,
+        "optimizer": 0 if zero.offload else optimizer,
+        "host": optimizer + part * FP32 if zero.offload else 0,
+    }
+
+
+def step_peak(groups: list[Group], zero: Zero) -> int:
+    """The most that the optimizer step holds beyond ``steady``: gradients kept, copied flat and made fp32."""
+    if zero.offload:
+        return max((max(group.sizes, default=0) for group in groups), default=0) * zero.itemsize
+    copies = max(group.partition for group in groups) * (zero.itemsize + (FP32 if zero.itemsize != FP32 else 0))
+    if zero.stage == 3:
+        return copies
+    kept = sum(group.sizes[i] for group in groups for i in group.busiest()) * zero.itemsize
+    # The norm is taken parameter by parameter in fp64.
+    norm = max(min(size, group.partition) for group in groups for size in group.sizes) * FP64
+    return kept + max(copies, norm)
+
+
+class GradientBuckets:
+    """What becomes of each gradient once autograd has made it, acted out on a ``LiveBytes``.
+
+    It is copied into a bucket; a full bucket is copied flat, reduced, and what belongs to this rank's part is kept.
+
+    Args:
+        groups: of the task.
+        zero: settings.
+        meter: counts the bytes.
+    """
+
+    def __init__(self, groups: list[Group], zero: Zero, meter: LiveBytes) -> None:
+        self.groups, self.zero, self.meter = groups, zero, meter
+        self.capacity = zero.setting("reduce_bucket_size")
+        self.own = {g.ids[i] for g in groups for i in g.busiest()} if zero.stage < 3 else set()
+        self.filled = self.index = 0
+        self.written = [0] * zero.buckets
+        self.waiting: list[Tensor] = []
+
+    @contextmanager
+    def attached(self, task: nn.Module) -> Iterator[None]:
+        """Within it, every gradient that is made is taken."""
+        trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def begin(self) -> None:
+        """Before the backward pass: buffers, and what earlier micro-batches of this step have left."""
+        groups = self.groups
+        if self.zero.accumulation > 1:
+            if self.zero.stage == 1:
+                self.meter.hold(sum(group.elements for group in groups) * self.zero.itemsize, "gradients")
+            elif self.zero.stage == 2 and not self.zero.offload:
+                kept = sum(group.sizes[i] for group in groups for i in group.busiest())
+                self.meter.hold(kept * self.zero.itemsize, "gradients")
+        if self.zero.whole_buffers and self.zero.stage < 3:
+            self.meter.hold(self.zero.buckets * self.capacity * self.zero.itemsize, "communication")
+
+    def end(self) -> None:
+        """After the backward pass."""
+        self._reduce()
+
+    def _take(self, parameter: Tensor) -> None:
+        elements, itemsize = parameter.numel(), self.zero.itemsize
+        if self.filled and self.filled + elements > self.capacity:
+            self._reduce()
+            self.index = (self.index + 1) % self.zero.buckets
+        self.waiting.append(parameter)
+        self.filled += elements
+        if elements <= self.capacity:
+            fresh = self.zero.stage < 3 and not self.zero.whole_buffers
+            if fresh and self.filled > self.written[self.index]:
+                self.meter.hold((self.filled - self.written[self.index]) * itemsize, "communication")
+                self.written[self.index] = self.filled
+            parameter.grad = None
+
+    def _reduce(self) -> None:
+        self.meter.spike(self.filled * self.zero.itemsize)
+        for parameter in self.waiting:
+            if id(parameter) in self.own and not self.zero.offload:
+                self.meter.hold(parameter.numel() * self.zero.itemsize, "gradients")
+            parameter.grad = None
+        self.waiting, self.filled = [], 0

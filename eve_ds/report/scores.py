@@ -1,0 +1,231 @@
+"""The first things a reader looks for: a paragraph, the key numbers, and every score beside what costs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from eve_ds.report.html import Html, missing, section, tag
+from eve_ds.report.run_files import Run, number
+
+DASH = "\N{EN DASH}"
+# name -> for people; "first_values" is the same fine-tuning without pre-training
+BASELINES = {
+    "first_values": "from first values",
+    "chance": "chance",
+    "majority": "majority",
+    "text_only": "text only",
+}
+
+
+@dataclass
+class Score:
+    """One score and its baselines, all in percent.
+
+    Args:
+        task: for people; empty on all rows of a task but the first.
+        measure: for people.
+        value: the model's.
+        baselines: those that the run recorded, by name in BASELINES.
+        minor: a part of the row above.
+    """
+
+    task: str
+    measure: str
+    value: float
+    baselines: dict[str, float] = field(default_factory=dict)
+    minor: bool = False
+
+    @property
+    def margin(self) -> float | None:
+        """Points above the best baseline."""
+        return self.value - max(self.baselines.values()) if self.baselines else None
+
+
+# section of metrics.json: (task, factor to percent, main measure, [(key, measure)])
+TASKS: dict[str, tuple[str, float, str, list[tuple[str, str]]]] = {
+    "retrieval": (
+        "Retrieval",
+        1.0,
+        "",
+        [(f"{query}_r{k}", f"{what} R@{k}") for query, what in (("txt", "text"), ("img", "image")) for k in (1, 5, 10)],
+    ),
+    "vqa": ("VQA", 1.0, "overall", [("overall", "accuracy"), ("soft_accuracy", "accuracy over the answer list")]),
+    "nlvr": ("NLVR", 100.0, "accuracy", [("accuracy", "accuracy"), ("consistency", "consistency")]),
+}  # fmt: skip
+
+
+def find_scores(metrics: dict[str, Any]) -> list[Score]:
+    """The scores that metrics.json holds, with the baselines recorded beside them."""
+    scores = []
+    for name, (task, factor, main, measures) in TASKS.items():
+        part = metrics.get(name)
+        if not isinstance(part, dict):
+            continue
+        found = [(key, label) for key, label in measures if number(part.get(key)) is not None]
+        for place, (key, label) in enumerate(found):
+            baselines = _baselines(part, key, key == main, factor)
+            scores.append(Score(task if place == 0 else "", label, part[key] * factor, baselines))
+            kinds = _section(part, "per_answer_type") if key == "overall" else {}
+            rivals = _section(_section(part, "from_first_values"), "per_answer_type")
+            for kind, value in kinds.items():
+                if number(value) is not None:
+                    rival = number(rivals.get(kind))
+                    beside = {} if rival is None else {"first_values": rival * factor}
+                    scores.append(Score("", str(kind), value * factor, beside, minor=True))
+    return scores
+
+
+def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dict[str, float]:
+    """``from_first_values[KEY]`` and ``chance_KEY``; for the main measure of a task also ``chance``,
+    ``majority_baseline``, ``text_only_baseline``.
+    """
+    rival = number(_section(part, "from_first_values").get(key))
+    found = {} if rival is None else {"first_values": rival * factor}
+    for baseline in BASELINES:
+        names = [f"{baseline}_{key}", *([baseline, f"{baseline}_baseline"] if main else [])]
+        values = [part[name] for name in names if number(part.get(name)) is not None]
+        if values:
+            found[baseline] = values[0] * factor
+    return found
+
+
+def _section(part: dict[str, Any], name: str) -> dict[str, Any]:
+    """A dictionary in metrics.json, empty where there is none: older runs have no ``from_first_values``."""
+    found = part.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def summary(run: Run) -> Html:
+    """One paragraph: what was done and what came of it, of as much as the run recorded."""
+    metrics, sentences = run.metrics, []
+    ranks, experts, stage = (metrics.get(key) for key in ("world_size", "expert_parallel_size", "zero_stage"))
+    where = f" on {ranks} process{'es' if ranks != 1 else ''}" if ranks else ""
+    spread = ((stage, f"ZeRO stage {stage}"), (experts, f"experts spread over {experts}"))
+    how = ", ".join(text for value, text in spread if value is not None)
+    how = f" ({how})" if how else ""
+    if (losses := _losses(metrics)) is not None:
+        first, last = losses
+        sentences.append(
+            f"A vision-language model was pre-trained by masked prediction of pixels and words{where}{how}; "
+            f"its loss went from {first:.3g} to {last:.3g}{f', {last / first:.0%} of its start' if first > 0 else ''}."
+        )
+    elif where or how:
+        sentences.append(f"This run trained{where}{how}.")
+    if words := _masked_words(metrics):
+        beside = ", ".join(f"{percent(value)} {who}" for who, value in words[1:])
+        sentences.append(f"It predicts {percent(words[0][1])} of held-out masked words{beside and f' ({beside})'}.")
+    by_name = {(score.task, score.measure): score for score in find_scores(metrics)}
+    for key, text in (
+        (("Retrieval", "text R@1"), "finds a caption of a picture at the first try in {} of cases"),
+        (("VQA", "accuracy"), "answers questions about pictures with {} accuracy"),
+        (("NLVR", "accuracy"), "judges statements about two pictures right in {} of cases"),
+    ):
+        if score := by_name.get(key):
+            beside = ", ".join(f"{BASELINES[name]} {percent(value)}" for name, value in score.baselines.items())
+            sentences.append(f"It {text.format(percent(score.value))}{f' ({beside})' if beside else ''}.")
+    if not sentences:
+        sentences.append("The run recorded no scores; what it did leave is shown below.")
+    return tag("p", " ".join(sentences), class_="lead")
+
+
+def _losses(metrics: dict[str, Any]) -> tuple[float, float] | None:
+    part = _section(metrics, "pretrain")
+    first, last = number(part.get("loss_first")), number(part.get("loss_last"))
+    return (first, last) if first is not None and last is not None else None
+
+
+def _masked_words(metrics: dict[str, Any]) -> list[tuple[str, float]]:
+    """Who predicts how many of the masked words, in percent, the model first; empty if the run did not record it."""
+    part = _section(metrics, "pretrain")
+    names = {"": "", "_other_image": "with another image", "_oracle": "by an oracle that knows the scene"}
+    found = [(who, number(part.get(f"words_accuracy{name}"))) for name, who in names.items()]
+    known = [(who, 100 * value) for who, value in found if value is not None]
+    return known if found[0][1] is not None else []
+
+
+def tiles(run: Run) -> Html | None:
+    """The main number of each stage, large."""
+    shown = []
+    if (losses := _losses(run.metrics)) is not None:
+        speed = number(run.metrics["pretrain"].get("samples_per_second"))
+        beside = f"from {losses[0]:.3g}" + (f", {speed:,.0f} samples/s" if speed else "")
+        shown.append(("Pre-training loss", f"{losses[1]:.3g}", beside))
+    if words := _masked_words(run.metrics):
+        beside = ", ".join(f"{percent(value)} {who.removesuffix(' that knows the scene')}" for who, value in words[1:])
+        shown.append(("Masked words: accuracy", percent(words[0][1]), beside or "no baseline recorded"))
+    for score in find_scores(run.metrics):
+        if score.task:
+            best = max(score.baselines, key=lambda name: score.baselines[name], default=None)
+            beside = f"{BASELINES[best]} {percent(score.baselines[best])}" if best else "no baseline recorded"
+            shown.append((f"{score.task}: {score.measure}", percent(score.value), beside))
+    if not shown:
+        return None
+    kinds = ("label", "value", "beside")
+    cells = [tag("div", [tag("div", text, class_=kind) for kind, text in zip(kinds, tile, strict=True)], class_="tile")
+             for tile in shown]  # fmt: skip
+    return tag("div", cells, class_="tiles num")
+
+
+def scores_section(run: Run) -> Html:
+    """The table of scores beside the same without pre-training, chance, the majority answer and the text alone."""
+    scores = find_scores(run.metrics)
+    absent = [] if run.single else [task for task, *_ in TASKS.values() if not any(s.task == task for s in scores)]
+    gaps = [missing(f"scores of {task} (metrics.json has none)") for task in absent]
+    if not scores:
+        gaps = gaps or [missing("scores (neither metrics.json nor scores_*.json has any)")]
+        return section("scores", "Scores", gaps)
+    columns = [(name.capitalize(), "n") for name in ("score", *BASELINES.values(), "above the best")]
+    titles = [("Task", ""), ("Measure", ""), columns[0], ("", ""), *columns[1:]]
+    head = tag("tr", [tag("th", title, class_=kind or None) for title, kind in titles])
+    table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
+    note = (
+        "All on held-out images. Text R@k: share of images that have one of their captions among the k ranked highest; "
+        "image R@k: the same for captions and their image. The marks on the bars are the baselines: the same "
+        "fine-tuning from first values, that is, without pre-training; drawing at random (chance); always the most "
+        "frequent answer (majority); the best model without images (text only). A dash: not defined or not recorded."
+    )
+    lacking = [tag("p", f"{TASKS[task][0]}: {text}.", class_="note") for task, text in _incomplete(run.metrics)]
+    whole = tag(
+        "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))
+    )
+    return section(
+        "scores", "Scores", tag("p", note, class_="note"), tag("div", table, class_="wide"), lacking, gaps, whole
+    )
+
+
+def _incomplete(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(task, what its split lacks) of the scores that say so."""
+    for task in TASKS:
+        lack = _section(_section(metrics, task), "incomplete")
+        parts = {name: _section(lack, name) for name in lack if name != "dropped"}
+        whole = [f"{part.get('scored')} of {part.get('of')} {name}" for name, part in parts.items()]
+        why = [f"{count} {reason}" for reason, count in sorted(_section(lack, "dropped").items())]
+        if whole:
+            yield task, f"over {', '.join(whole)}; dropped in preparation: {', '.join(why)}"
+
+
+def _row(score: Score) -> Html:
+    marks = [tag("b", style=f"left: {_clip(value):.1f}%") for value in score.baselines.values()]
+    bar = tag("div", tag("i", style=f"width: {_clip(score.value):.1f}%"), marks, class_="bar")
+    margin = DASH if score.margin is None else f"{score.margin:+.1f}"
+    numbers = [percent(score.baselines[name]) if name in score.baselines else DASH for name in BASELINES]
+    return tag(
+        "tr",
+        tag("th", score.task),
+        tag("td", score.measure),
+        tag("td", percent(score.value), class_="n"),
+        tag("td", bar),
+        [tag("td", text, class_="n") for text in [*numbers, margin]],
+        class_="minor" if score.minor else None,
+    )
+
+
+def _clip(value: float) -> float:
+    return min(max(value, 0.0), 100.0)

@@ -1,0 +1,1 @@
+"""`verify`, `inspect`, `duplicates`, `tokenizer`."""

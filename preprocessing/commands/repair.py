@@ -1,0 +1,223 @@
+"""Mends a split folder: `python -m preprocessing verify DIR --repair`.
+
+Sound shards stay as they are (hard links). Of a shard that has faults the sound rows are written anew. One that has
+changed, but whose rows pass every check, stays too, and so does its record, unless `--accept-changed` vouches for it: a
+letter may be another one. What is lost is counted in the manifest's `dropped`, and what was done is told and listed in
+its `repairs`. The mended folder takes the place of the old one by rename, so that a kill leaves the one or the other.
+The split is locked, as converters lock it, from before it is looked at until then. Never changed: a row's own content.
+"""
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from preprocessing.commands.checks import (
+    ShardReport,
+    SplitFacts,
+    answers_fault,
+    check_shards,
+    ids_fault,
+    shard_paths,
+    split_facts,
+)
+from preprocessing.formats.annotations import check_replaceable, locked, new_folder
+from preprocessing.running.storage import Place
+from preprocessing.shards.ids import numbered_columns, scanned, write_ids
+from preprocessing.shards.reader import batches_of
+from preprocessing.shards.schema import ANSWERS, IDS, KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
+from preprocessing.shards.writer import DROPPED, OURS, ShardWriter, file_sha256, write_manifest
+
+
+class _Repair:
+    """The state of one repair. `said`: what was done, a line each."""
+
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], facts: SplitFacts, said: list[str], accept_changed: bool
+    ) -> None:
+        self.folder, self.manifest, self.facts, self.said = folder, manifest, facts, said
+        self.accept_changed = accept_changed
+        self.shards: list[dict[str, Any]] = []
+        self.dropped = Counter[str](manifest["dropped"])
+        self.items: list[dict[str, str]] = list(manifest.get("dropped_items", []))
+
+    def lose(self, item: str, reason: str, rows: int = 1) -> None:
+        """Note that `rows` are lost."""
+        if rows > 0:
+            self.dropped[f"repair: {reason}"] += rows
+            self.items.append({"item": item, "reason": f"repair: {reason}"})
+
+
+def repair_split(folder: Place, workers: int = 1, accept_changed: bool = False) -> list[str]:
+    """Mend the split in `folder`, or where it is a link, in what it leads to. Returns what was done, a line each.
+
+    Raises DataError when it cannot be mended: another process is writing it, there is no shard to be read, a VQA set
+    lacks its answer list, the folder is remote, or holds files that are not of this program's making.
+    """
+    if not isinstance(folder, Path):
+        raise DataError(f"{folder}: --repair works on a local folder; copy the data set, mend it, and copy it back")
+    target = Path(os.path.realpath(folder))
+    with locked(target):
+        return _mend_split(folder, target, workers, accept_changed)
+
+
+def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) -> list[str]:
+    """`repair_split` of a locked split; `target` is `folder` without a link in it."""
+    said: list[str] = []
+    manifest = _manifest_of(folder, said)
+    facts = split_facts(folder, manifest["kind"], manifest["split"])
+    if answers_fault(folder, manifest, facts):  # no row is at fault for it
+        raise DataError(answers_fault(folder, manifest, facts))
+    reports = check_shards(folder, manifest["shards"], facts, workers)
+    listed = {record["file"] for record in manifest["shards"]}
+    for path in shard_paths(folder):
+        if path.name not in listed:
+            raise DataError(f"{path}: is not in the manifest; move it away, or remove {MANIFEST} to take it in")
+    for report in reports:
+        if report.barred:  # it may hold sound rows
+            raise DataError(f"{report.path}: {report.faults[0]}")
+    settled = [report for report in reports if accept_changed or not _is_doubted(report)]
+    lines = [
+        f"{folder}: {report.path.name} is kept as it is, and so is its record: it has changed, and its rows pass every "
+        "check; prepare it again, or give --accept-changed to vouch for it"
+        for report in reports
+        if not accept_changed and _is_doubted(report)
+    ]
+    if fault := ids_fault(folder, manifest, reports):
+        said.append(f"{IDS} is written anew: it {fault.partition(': ')[2]}")
+    if not said and _sound(manifest, settled):
+        return lines
+    repair = _Repair(folder, manifest, facts, said, accept_changed)
+    check_replaceable(target, OURS, overwrite=True)
+    with new_folder(target) as new:
+        for record, report in zip(manifest["shards"], reports, strict=True):
+            _mend_shard(repair, new, record, report)
+        if not repair.shards:
+            raise DataError(f"{folder}: no row of it is sound; prepare the split again")
+        _finish(repair, new)
+        sync_tree(new)  # before the old shards go
+    return [*(f"{folder}: {line}" for line in said), *lines]
+
+
+def _is_doubted(report: ShardReport) -> bool:
+    """Whether a shard is not what its record says, with no row at fault."""
+    return report.changed and report.whole and bool(report.rows) and not report.row_faults
+
+
+def _sound(manifest: dict[str, Any], reports: list[ShardReport]) -> bool:
+    totals = all(manifest[name] == sum(shard[name] for shard in manifest["shards"]) for name in ("rows", "samples"))
+    return totals and not any(report.faults or report.row_faults for report in reports)
+
+
+def _manifest_of(folder: Path, said: list[str]) -> dict[str, Any]:
+    """The split's manifest; where there is none to be read, one that knows the files' names alone."""
+    try:
+        return read_manifest(folder)
+    except DataError as error:
+        paths = shard_paths(folder)
+        for path in paths:
+            found = _kind_and_split(path)
+            if found is not None:
+                why = "was missing" if not (folder / MANIFEST).exists() else "could not be read"
+                said.append(f"{MANIFEST} {why}: made anew from {len(paths)} shards; what was dropped is not known")
+                kind, split = found
+                shards = [{"file": path.name} for path in paths]
+                return {"kind": kind, "split": split, "shards": shards, "dropped": {}, "dropped_items": []}
+        raise error from None
+
+
+def _kind_and_split(path: Place) -> tuple[str, str] | None:
+    """What a shard says of itself, if it can be read at all."""
+    for kind, schema in KINDS.items():
+        for batch in batches_of(path, schema, []):
+            if batch.num_rows:
+                return kind, batch.column("split")[0].as_py()
+    return None
+
+
+def _mend_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
+    """Put the shard of `report`, or what is sound of it, into the folder `new`."""
+    path = repair.folder / record["file"]
+    if not report.rows:
+        repair.said.append(f"{path.name} is given up: {report.faults[0] if report.faults else 'it has no rows'}")
+        repair.lose(path.name, "its shard is lost", record.get("rows", 0))
+    elif report.whole and not report.row_faults:
+        _keep_shard(repair, new, record, report)
+    else:
+        _rewrite_shard(repair, new, record, report)
+
+
+def _keep_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
+    path = repair.folder / record["file"]
+    try:
+        os.link(path, new / path.name)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, new / path.name)
+    if report.changed and not repair.accept_changed:
+        repair.shards.append(record)
+        return
+    size = path.stat().st_size
+    known = len(record) > 1 and not report.faults
+    sha256 = record["sha256"] if known else file_sha256(path)
+    repair.shards.append(
+        {"file": path.name, "rows": report.rows, "samples": report.samples, "bytes": size, "sha256": sha256}
+    )
+    if report.faults:
+        why = "; ".join(report.faults)
+        repair.said.append(f"{path.name} passes row by row and is kept; its record is corrected: {why}")
+
+
+def _rewrite_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
+    path = repair.folder / record["file"]
+    broken = report.row_faults
+
+    def name(number: int) -> str:
+        return path.name if number == 0 else f"{path.stem}_r{number}.arrow"
+
+    with ShardWriter(new, repair.facts.kind, repair.facts.split, name=name) as writer:
+        number = 0
+        for batch in batches_of(path, KINDS[repair.facts.kind], []):
+            for row in batch.to_pylist():
+                if number not in broken:
+                    writer.add(row)
+                number += 1
+        written = writer.close()
+    repair.shards += written
+    for row, why in sorted(broken.items()):
+        reason = "its id stands in an earlier row" if row in report.repeated else why[0]
+        repair.lose(f"{path.name} row {row}", reason)
+    cut = record.get("rows", report.rows) - report.rows
+    repair.lose(path.name, "a part of its shard is lost", cut)
+    kept = sum(shard["rows"] for shard in written)
+    what = [f"{kept} rows are kept"]
+    if broken:
+        row, why = min(broken.items())
+        what.append(f"{len(broken)} broken rows are taken out (row {row}: {why[0]}{', …' if len(broken) > 1 else ''})")
+    what += report.faults
+    repair.said.append(f"{path.name} is written anew: {'; '.join(what)}")
+
+
+def _finish(repair: _Repair, new: Path) -> None:
+    """Write the manifest, and take along what else the folder holds."""
+    old = repair.manifest
+    for name in (PROVENANCE, DROPPED):
+        if (repair.folder / name).exists():
+            shutil.copyfile(repair.folder / name, new / name)
+    for total in ("rows", "samples"):
+        if total in old and old[total] != sum(shard.get(total, 0) for shard in old["shards"]):
+            repair.said.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
+    kept = {name: old[name] for name in ("source", "dropped_list", ANSWERS) if name in old}
+    numbered = numbered_columns({"ids": old.get("ids"), "kind": repair.facts.kind})
+    found = {"kind": repair.facts.kind, "shards": repair.shards, "ids": {"numbered": numbered}}
+    write_manifest(
+        new,
+        repair.facts.kind,
+        repair.facts.split,
+        repair.shards,
+        ids=write_ids(new, scanned(new, found), numbered),
+        dropped=dict(repair.dropped),
+        dropped_items=repair.items,
+        repairs=[*old.get("repairs", []), *repair.said],
+        **({"source": {}} | kept),
+    )

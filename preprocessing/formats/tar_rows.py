@@ -1,0 +1,213 @@
+"""webdataset's tars -> rows. The files of one key may stand anywhere in a tar, and tars in it are part of it."""
+
+import posixpath
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple, cast
+
+import numpy as np
+
+from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
+from preprocessing.formats.json_text import whole_characters
+from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, twice, unreadable
+from preprocessing.images.locations import ImageRef, TarMember
+from preprocessing.running.storage import open_input
+from preprocessing.shards.schema import DataError
+
+_DOTTED = tuple(f".{ending}" for ending in ENDINGS)
+_TEXTS = ("txt", "json")
+_KNOWN = frozenset((*ENDINGS, *_TEXTS))
+_PACKED = ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst", "zip")
+_CHUNK = 1 << 20
+_DEEPEST = 4  # tars in tars
+
+Members = tuple[Any, ...]  # ending, first byte, bytes, and so on of each file of a key: half the size of a dict
+
+
+class _File(NamedTuple):
+    """A file in a tar, or a link to one."""
+
+    key: str
+    ending: str
+    offset: int
+    size: int
+    link: str | None = None
+
+
+class TarRows(ShardRows):
+    """webdataset: the places of image and text in the tar. A key ends at the first dot of a name."""
+
+    fields = np.dtype(
+        [("image", "i8"), ("image_bytes", "i8"), ("text", "i8"), ("text_bytes", "i4"), ("json", "?"), ("ending", "i1")]
+    )
+
+    def look_through(self, shard: str) -> Iterator[Found]:
+        try:
+            with open_input(shard) as file:
+                groups = self._groups(shard, file)
+                _pair_folders(groups)
+                for key, members in groups.items():
+                    group = {members[at]: members[at + 1 : at + 3] for at in range(0, len(members), 3)}
+                    found = self._found(shard, file, key, group)
+                    if found is not None:
+                        yield found
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"{shard}: is no whole tar ({error}); fetch it again") from None
+
+    def _groups(self, shard: str, file: IO[bytes]) -> dict[str, Members]:
+        """key -> its images and texts, in the order in which keys first stand in the tar."""
+        groups: dict[str, Members] = {}
+        links = []
+        for key, ending, offset, size, link in _files(shard, file):
+            if ending in _KNOWN:
+                members = groups.get(key, ())
+                if link is not None:
+                    links.append((key, ending, link))
+                elif members and ending in members[::3]:
+                    raise twice(shard, key)
+                else:
+                    groups[key] = (*members, ending, offset, size)
+            elif "." in ending and ending.endswith(_DOTTED):
+                self.leave_out("image name has a second dot")
+            elif ending.endswith(_PACKED):
+                name = whole_characters(f"{key}.{ending}")
+                raise DataError(f"{shard}: holds {name}, which is compressed; unpack it and put its files in a tar")
+        for key, ending, link in links:
+            source, source_ending = _key(link)
+            there = groups.get(source, ())
+            if source_ending not in there[::3]:
+                self.leave_out(f"{'text' if ending in _TEXTS else 'image'} is a link that leads nowhere")
+                continue
+            start = there.index(source_ending)
+            if ending in groups.get(key, ())[::3]:
+                raise twice(shard, key)
+            groups[key] = (*groups.get(key, ()), ending, *there[start + 1 : start + 3])
+        return groups
+
+    def _found(self, shard: str, file: IO[bytes], key: str, group: dict[str, Members]) -> Found | None:
+        """The image of a key with its captions; None where it has no image."""
+        ending = next((ending for ending in ENDINGS if ending in group), None)
+        kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
+        kind = next((kind for kind in kinds if kind in group), None)
+        if ending is None:
+            if kind is not None:
+                self.leave_out("text without image")
+            return None
+        image = (*group[ending], 0, 0, False, ENDINGS.index(ending))
+        if kind is None:
+            return Found(key, (), image)
+        offset, size = group[kind]
+        found = Found(key, (), (*group[ending], offset, size, kind == "json", ENDINGS.index(ending)))
+        where = f"{shard}: {key}.{kind}"
+        record = b""
+        if group.get("json", (0, MAX_TEXT + 1))[1] <= MAX_TEXT:
+            record = _read(file, *group["json"])
+        if self._wanted.excluded:
+            found.names = names_in_json(record)
+        try:
+            if size > MAX_TEXT:
+                raise ValueError(f"has more than {MAX_TEXT >> 20} MiB")
+            found.captions = self._captions(record if kind == "json" else _read(file, offset, size), kind == "json")
+        except ValueError as error:
+            found.fault = unreadable(where, error)
+        self.note_split(found, record, where)
+        return found
+
+    def _captions(self, content: bytes, as_json: bool) -> Sequence[str]:
+        """Raises ValueError for what is no JSON."""
+        return decode_json(content, self._wanted.columns) if as_json else decode_text(content)
+
+    def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
+        with open_input(shard) as file:
+            content = _read(file, int(entry["text"]), int(entry["text_bytes"]))
+        try:
+            captions = self._captions(content, bool(entry["json"]))
+        except ValueError:
+            captions = ()  # which the caller tells
+        name = f"{key}.{ENDINGS[int(entry['ending'])]}"
+        return captions, TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
+
+
+def _read(file: IO[bytes], offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return bytes(file.read(size))
+
+
+def _key(name: str) -> tuple[str, str]:
+    """(key, ending in lower case) of a member's name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _files(
+    shard: str, file: IO[bytes], start: int = 0, end: int | None = None, inside: str = "", depth: int = 0
+) -> Iterator[_File]:
+    """The files of a tar that begins at byte `start` of `file`, and of the tars in it, below the name that those have.
+
+    Hidden ones, such as macOS writes beside others (._1.txt), are passed over. Raises TarError when it is not whole.
+    """
+    nested = []
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            cast(Any, tar).members = []  # tarfile keeps all that it has seen
+            if member.size < 0:  # where some versions of Python go round for ever
+                raise tarfile.TarError(f"a negative size at byte {member.offset}")
+            if end is not None and member.offset_data + member.size > end:
+                raise tarfile.TarError(f"the tar {whole_characters(inside)} in it is cut")
+            name = posixpath.join(inside, member.name) if inside else member.name
+            if name[name.rfind("/") + 1 :].startswith("."):
+                continue
+            key, ending = _key(name)
+            if member.issparse():
+                what = f"holds {whole_characters(name)} in pieces (sparse); pack it anew without --sparse"
+                raise DataError(f"{shard}: {what}")
+            if member.isreg():
+                if ending.endswith("tar") and name.lower().endswith(".tar"):
+                    nested.append((name[:-4], member.offset_data, member.offset_data + member.size))
+                else:
+                    yield _File(key, ending, member.offset_data, member.size)
+            elif member.islnk():
+                yield _File(key, ending, 0, 0, posixpath.join(inside, member.linkname))
+            elif member.issym():
+                link = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+                yield _File(key, ending, 0, 0, link)
+        _check_end(file, tar.offset, end)
+    for name, first, last in nested:
+        if depth == _DEEPEST:
+            raise DataError(f"{shard}: holds tars in tars, {_DEEPEST + 1} deep; unpack {whole_characters(name)}.tar")
+        yield from _files(shard, file, first, last, name, depth + 1)
+
+
+def _check_end(file: IO[bytes], start: int, end: int | None) -> None:
+    """Raise TarError unless at byte `start`, where tarfile stopped, a block of zeros is, and nothing else follows.
+
+    It takes for an archive's end what is no header, the end of the file, and a header that a disk has lost to zeros.
+    """
+    file.seek(start)
+    zeros = 0
+    while data := bytes(file.read(_CHUNK if end is None else max(0, min(_CHUNK, end - start - zeros)))):
+        if data.count(0) < len(data):
+            raise tarfile.TarError(f"no header and no end at byte {start}, behind which more follows")
+        zeros += len(data)
+    if zeros < tarfile.BLOCKSIZE:
+        raise tarfile.TarError(f"no end at byte {start}")
+
+
+def _pair_folders(groups: dict[str, Members]) -> None:
+    """Bring together images in one folder of a tar and texts in another, where each name stands once in either.
+
+    Only where no folder holds both: else a text without image is one.
+    """
+    images: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for key, members in groups.items():
+        endings = members[::3]
+        is_image, is_text = any(ending in ENDINGS for ending in endings), any(kind in endings for kind in _TEXTS)
+        stems = images if is_image else texts
+        if (is_image and is_text) or posixpath.basename(key) in stems:
+            return
+        stems[posixpath.basename(key)] = key
+    for stem in images.keys() & texts.keys():
+        groups[images[stem]] += groups.pop(texts[stem])

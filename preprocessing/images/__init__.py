@@ -1,0 +1,1 @@
+"""Finds, checks, decodes and fingerprints images."""

@@ -1,0 +1,250 @@
+"""Which image a name means: finding files in a folder, and lists of images to keep out or to keep."""
+
+import argparse
+import codecs
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+from preprocessing.formats.annotations import BadRecord, open_input, read_json, read_json_lines, text_lines
+from preprocessing.formats.json_text import parse_json
+from preprocessing.images.locations import ImageRef, image_in, join
+from preprocessing.running.storage import Place, names_in, place
+from preprocessing.shards.schema import DataError, id_without_secrets, printable
+from preprocessing.sources.source import Source
+from preprocessing.sources.split_names import split_named
+
+_ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
+_COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
+_FIRST = 1 << 20  # bytes: a first line of JSON that is longer is the whole file
+_LINES = (".jsonl", ".ndjson")
+_NUMBER = re.compile(r"[0-9]{1,11}")
+_FOLDER = re.compile(r"[/\\]")
+_COCO_SUBSETS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
+COCO_FOLDERS = (*_COCO_SUBSETS, "images", "image", *(f"images/{name}" for name in _COCO_SUBSETS))
+
+
+def image_key(name: str) -> str:
+    """A name that one image has in any release: without folder and ending, and for COCO its number alone.
+
+    So train2014/COCO_train2014_000000000009.jpg and 000000000009.jpg (2017) are both "coco:9".
+    """
+    base = _FOLDER.split(name)[-1]
+    stem, dot, ending = base.rpartition(".")
+    if not dot or ending.lower() not in _ENDINGS:
+        stem = base
+    match = _COCO.fullmatch(stem)
+    return coco_key(int(match[1])) if match else stem
+
+
+def coco_key(number: int) -> str:
+    """The key of a COCO image by its number."""
+    return f"coco:{number}"
+
+
+class ImageFolder:
+    """Finds image files by name, by key, or by COCO number, in `folder` and in those of `below` that it holds."""
+
+    def __init__(self, folder: str, below: Sequence[str] = COCO_FOLDERS) -> None:
+        self._folder = folder
+        self._names: set[str] = set()
+        self._by_key: dict[str, str] = {}
+        top = names_in(place(folder))
+        for sub in ("", *(name for name in below if name.split("/")[0] in top)):
+            for entry in names_in(place(join(folder, sub))) if sub else top:
+                name = f"{sub}/{entry}" if sub else entry
+                self._names.add(name)
+                self._by_key.setdefault(image_key(entry), name)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file or folder of this name is there."""
+        return name in self._names
+
+    def find(self, name: str, key: str | None = None) -> ImageRef:
+        """The file of that name, else the one with its key; where there is none, where `name` would be."""
+        found = name if name in self._names else self._by_key.get(key or image_key(name), name)
+        return image_in(self._folder, found)
+
+
+def _forms(name: str) -> list[str]:
+    """What may stand for an image of that name: shards, and lists that are made of them, have names without secrets."""
+    return [form for one in dict.fromkeys([name, id_without_secrets(name)]) for form in (one, image_key(one))]
+
+
+class ImageList:
+    """Names of images, as list files have them; notes which of them were met."""
+
+    def __init__(self, names: Iterable[str], file: str = "") -> None:
+        self._lists = [_NameList(names, file)]
+
+    @classmethod
+    def joined(cls, lists: Iterable["ImageList"]) -> "ImageList":
+        """All of several lists, each of which is still counted for itself."""
+        whole = cls(())
+        whole._lists = [part for one in lists for part in one._lists]
+        return whole
+
+    def __bool__(self) -> bool:
+        return any(part.names for part in self._lists)
+
+    def holds(self, *names: str) -> bool:
+        """Whether the list has an image of which `names` are the file's name, its id, or its key."""
+        if not self:
+            return False
+        forms = {form for name in names for form in _forms(name)}
+        return sum(part.meets(forms) for part in self._lists) > 0  # every one of them notes what it met
+
+    def found(self) -> Iterator[tuple[str, int, int]]:
+        """(file, names in it, how many of them `holds` has met) of each list."""
+        yield from ((part.file, part.names, len(part.met)) for part in self._lists)
+
+    def example(self, file: str) -> str:
+        """A name of the list `file`."""
+        return next(part.first for part in self._lists if part.file == file)
+
+
+class _NameList:
+    """The names of one file: the number of the image that each form of a name means."""
+
+    def __init__(self, names: Iterable[str], file: str) -> None:
+        self.file = file
+        self.first = ""
+        self.names = 0
+        self.met: set[int] = set()
+        self._image: dict[str, int] = {}
+        for name in names:
+            self.first = self.first or name
+            forms = _forms(name)
+            if _NUMBER.fullmatch(name):  # an id, which COCO's files have in their names
+                forms.append(coco_key(int(name)))
+            number = next((self._image[form] for form in forms if form in self._image), self.names)
+            self.names += number == self.names
+            for form in forms:
+                self._image.setdefault(form, number)
+
+    def meets(self, forms: Iterable[str]) -> bool:
+        """Whether one of `forms` stands in the list; notes which image that is."""
+        here = [self._image[form] for form in forms if form in self._image]
+        self.met.update(here)
+        return bool(here)
+
+
+def add_exclude_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--exclude` and `--allow-unmatched`."""
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="leave out the images that these files name: X-VLM JSON, COCO JSON, test split of a Karpathy JSON, the "
+        "list of `duplicates find`, lines of X-VLM or NLVR2, or text with a name or id a line",
+    )
+    parser.add_argument(
+        "--allow-unmatched", action="store_true", help="go on where none of a list's images is among the data set's"
+    )
+
+
+EXCLUDED = "image is listed in --exclude"
+
+
+def excluded_images(args: argparse.Namespace) -> ImageList:
+    """The images of all `--exclude` files; `args.excluded` has them too. Raises DataError naming the file at fault."""
+    args.excluded = ImageList.joined(ImageList(read_image_names(_list_file(path)), path) for path in args.exclude)
+    return cast(ImageList, args.excluded)
+
+
+def _list_file(path: str) -> Place:
+    found = place(path)
+    if found.is_dir() or path.endswith(".npz"):
+        raise DataError(f"{path}: is no list of names; prepared data sets and hashes go to --exclude-images-of")
+    return found
+
+
+def report_excluded(args: argparse.Namespace, source: Source) -> None:
+    """Print how many images of each `--exclude` list `source` knows and what it left out; adds that to its counts.
+
+    Raises DataError for a list of which no image was met, unless `args.allow_unmatched`.
+    """
+    lists = list(args.excluded.found()) if "excluded" in args else []
+    more = "--image-data, by which COCO's names are known, " if getattr(args, "image_data", "") is None else ""
+    for file, names, found in lists:
+        if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
+            raise DataError(
+                f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
+                f", the data set like {source.rows[0].name}; give the right list, {more}or --allow-unmatched"
+            )
+        print(printable(f"--exclude {file}: {found} of {names} images found"))
+    if lists:
+        gone = [f"{count} left out: {reason}" for reason, count in source.left_out.items() if EXCLUDED in reason]
+        print(f"--exclude: {'; '.join(gone) or 'nothing left out'}")
+        source.counts["images named by --exclude"] = sum(names for _, names, _ in lists)
+        source.counts["images named by --exclude and found"] = sum(found for _, _, found in lists)
+
+
+def read_image_names(path: Place) -> Iterator[str]:
+    """The images that a list file names; see `add_exclude_argument`. Raises DataError when it is none of those."""
+    first = _first_character(path) if path.name.endswith(_LINES) else ""
+    lines = first == "{" or _is_lines(path)
+    if not lines and first != "[" and not path.name.endswith(".json"):
+        for _, line in text_lines(path):
+            if isinstance(line, BadRecord):
+                raise line
+            yield from (name for part in line.splitlines() if (name := part.strip()))
+        return
+    content = [record for _, record in read_json_lines(path, _refuse)] if lines else read_json(path)
+    records = content
+    if isinstance(content, dict):
+        records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)
+    if not isinstance(records, list):
+        raise DataError(f"{path}: is no list of images in a known form; give one image name a line in a .txt file")
+    splits = {split_named(str(record["split"])) for record in records if isinstance(record, dict) and "split" in record}
+    for index, record in enumerate(records):
+        if "test" in splits and isinstance(record, dict) and split_named(str(record.get("split", "test"))) != "test":
+            continue  # Karpathy's file holds all splits; a list of one split is taken as it is
+        names = list(names_of(record))
+        if not names:
+            raise DataError(f"{path}: record {index}: names no image; give one image name a line in a .txt file")
+        yield from names
+
+
+def _first_character(path: Place) -> str:
+    """The first one that is no blank; "" in a file that cannot be read."""
+    try:
+        with open_input(path) as file:
+            return bytes(file.read(_FIRST)).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("latin-1")
+    except OSError:
+        return ""  # reading all of it tells
+
+
+def _refuse(error: BadRecord) -> None:
+    raise error  # the image that it names would stay
+
+
+def _is_lines(path: Place) -> bool:
+    """Whether the first line is a whole record, as in X-VLM's and NLVR2's lines; a file in one line is no such."""
+    try:
+        with open_input(path) as file:
+            first, end, more = bytes(file.read(_FIRST)).partition(b"\n")
+        return bool(end and more.strip()) and isinstance(parse_json(first.removeprefix(codecs.BOM_UTF8)), dict)
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        return False  # reading all of it tells
+
+
+def names_of(record: Any) -> Iterator[str]:
+    """The images that a record of a list, or of a data set in the forms of `add_exclude_argument`, names."""
+    if isinstance(record, str):
+        yield record
+    elif isinstance(record, dict):
+        for name in ("file_name", "filename", "image_rpath", "image"):
+            if isinstance(record.get(name), str):
+                yield record[name]
+                return
+        if isinstance(record.get("images"), list):
+            yield from (name for name in record["images"] if isinstance(name, str))
+        elif isinstance(record.get("image_id"), str | int):
+            yield str(record["image_id"])
+        elif isinstance(record.get("identifier"), str):  # NLVR2: split-set-pair-sentence
+            pair = record["identifier"].rpartition("-")[0]
+            yield from (f"{pair}-img0.png", f"{pair}-img1.png")

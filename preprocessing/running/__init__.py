@@ -1,0 +1,1 @@
+"""How a conversion runs: parts, worker pool, work folder, storage, progress."""

@@ -1,0 +1,257 @@
+"""Where files lie: on a local path, or behind a URI (s3://, gs://, hdfs://) that pyarrow.fs opens.
+
+`place(text)` gives a pathlib.Path or a RemotePath; the functions here take either. What a URI's file system says goes
+by the name of the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) a DataError,
+since it says nothing of the file. S3 takes its credentials and its address from the environment (AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), gs:// from Google's default credentials, hdfs:// needs libhdfs
+(HADOOP_HOME, CLASSPATH) and is not verified here. A URI with a password or a key in it is refused: it would stand in
+the provenance, in logs and in the list of processes.
+"""
+
+import os
+import posixpath
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+from pyarrow import fs
+
+from preprocessing.shards.schema import DataError, check_regular, without_secrets, write_atomic
+
+SCHEMES = ("s3", "gs", "hdfs")
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A file or folder behind a URI, with those of pathlib.Path's methods that its users need."""
+
+    uri: str  # without a slash at the end
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(f"{self.uri}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part of the URI."""
+        return self.uri.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> "RemotePath":
+        """The folder that holds it."""
+        return RemotePath(self.uri.rsplit("/", 1)[0])
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder."""
+        return self._info().type != fs.FileType.NotFound
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder; on an object store, whether a name below it exists."""
+        return self._info().type == fs.FileType.Directory
+
+    def read_bytes(self) -> bytes:
+        """All of the file's bytes."""
+        with _told(self.uri), open_input(self) as file:
+            return bytes(file.read())
+
+    def _info(self) -> Any:
+        with _told(self.uri):
+            system, path = _opened(self.uri)
+            return system.get_file_info(path)
+
+
+Place = Path | RemotePath
+
+
+def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
+    """Whether `path` is a URI of one of the known schemes."""
+    if isinstance(path, RemotePath):
+        return True
+    scheme, mark, _ = str(path).partition("://")
+    return bool(mark) and scheme in SCHEMES
+
+
+def place(path: str | os.PathLike[str] | RemotePath) -> Place:
+    """The path or URI as an object. Raises DataError for a URI of a scheme that is not known, or without a bucket."""
+    if isinstance(path, RemotePath):
+        return path
+    text = os.fspath(path)
+    if ":/" in text:  # a file may have a key in its name, as wget leaves it
+        _check_secrets(text)
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return Path(text)
+    if scheme not in SCHEMES:
+        raise DataError(f"{text}: scheme {scheme}:// is not known; use a local path or {'://, '.join(SCHEMES)}://")
+    if not rest.strip("/"):
+        raise DataError(f"{text}: names no bucket or host; write {scheme}://NAME/FOLDER")
+    return RemotePath(text.rstrip("/"))
+
+
+def _check_secrets(uri: str) -> None:
+    """Raise DataError for a URI with a password or a key in it."""
+    if (shown := without_secrets(uri)) != uri:
+        raise DataError(
+            f"{shown}: holds a user, a password or a key; leave them out, and give them in the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS)"
+        )
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file or a folder; there is none of a name that is too long for one."""
+    return place(path).exists() if is_remote(path) else os.path.exists(path)
+
+
+def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
+    """Open a file for reading bytes; it can seek, and closes at the end of a `with` block.
+
+    Raises FileNotFoundError when there is none, OSError when a local one cannot be read, DataError when that is a pipe
+    or a device, and when a remote file system refuses.
+    """
+    if not is_remote(path):
+        check_regular(cast("str | os.PathLike[str]", path))
+        return open(cast("str | os.PathLike[str]", path), "rb")
+    with _told(str(path)):
+        system, inner = _opened(str(path))
+        return cast(IO[bytes], system.open_input_file(inner))
+
+
+def size_of(path: Place) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    if isinstance(path, Path):
+        return path.stat().st_size
+    size = path._info().size
+    if size is None:
+        raise FileNotFoundError(f"{path}: no such file")
+    return int(size)
+
+
+def names_in(folder: Place) -> list[str]:
+    """Sorted names of what a folder holds; none for no such folder. Raises DataError when it cannot be read."""
+    if isinstance(folder, Path):
+        try:
+            return sorted(os.listdir(folder)) if folder.is_dir() else []
+        except PermissionError as error:
+            raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
+    with _told(str(folder)):
+        system, path = _opened(str(folder))
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(posixpath.basename(info.path) for info in found)
+
+
+def walk(folder: Place) -> Iterator[tuple[str, list[str]]]:
+    """(path below `folder`, sorted names of its files) of `folder` and of each folder below it, sorted by path.
+
+    Hidden files and folders are passed over; links are followed, but into no folder twice. Raises DataError when one
+    cannot be read.
+    """
+    if isinstance(folder, Path):
+        yield from _walk_local(folder, "", set())
+        return
+    with _told(str(folder)):
+        system, path = _opened(str(folder))
+        found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    names: dict[str, list[str]] = {"": []}
+    for info in found:
+        below = posixpath.relpath(info.path, path)
+        if info.type == fs.FileType.File and not any(part.startswith(".") for part in below.split("/")):
+            names.setdefault(posixpath.dirname(below), []).append(posixpath.basename(below))
+    yield from ((below, sorted(names[below])) for below in sorted(names))
+
+
+def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+    folders: list[str] = []
+    files: list[str] = []
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            return
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
+    yield below, sorted(files)
+    for name in sorted(folders):
+        yield from _walk_local(folder / name, posixpath.join(below, name), seen)
+
+
+def write_whole(path: Place, content: bytes, sync: bool = True) -> None:
+    """Write a file that holds its old bytes or all of the new ones, never a part. Raises DataError.
+
+    `sync`: also if the machine loses its power at once, as `write_atomic` has it.
+    """
+    if isinstance(path, Path):
+        write_atomic(path, content, sync)
+    else:
+        with _told(str(path)):
+            system, inner = _opened(str(path))
+            with system.open_output_stream(inner) as stream:  # an object appears when the stream is closed
+                stream.write(content)
+
+
+def put_file(file: IO[bytes], path: RemotePath) -> None:
+    """Copy an open local file from its start to `path`. Raises DataError."""
+    file.seek(0)
+    with _told(str(path)):
+        system, inner = _opened(str(path))
+        with system.open_output_stream(inner) as stream:
+            shutil.copyfileobj(file, stream, 8 << 20)
+
+
+def remove(path: Place) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if isinstance(path, Path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    with _told(str(path)):
+        system, inner = _opened(str(path))
+        kind = system.get_file_info(inner).type
+        if kind == fs.FileType.Directory:
+            system.delete_dir(inner)
+        elif kind != fs.FileType.NotFound:
+            system.delete_file(inner)
+
+
+@contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Turns what a file system's client says into a DataError of one line; a missing file stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{uri}: no such file") from None
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a local file's
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{uri}: {what}; check the address, the credentials and the network") from error
+
+
+def _opened(uri: str) -> tuple[Any, str]:
+    """The file system of a URI and the path in it."""
+    _check_secrets(uri)
+    scheme, _, rest = uri.partition("://")
+    if scheme == "hdfs":
+        host, slash, path = rest.partition("/")
+        return _filesystem(scheme, host), slash + path
+    return _filesystem(scheme, rest.partition("/")[0]), rest
+
+
+@lru_cache(maxsize=64)  # one connection pool a bucket and process
+def _filesystem(scheme: str, bucket: str) -> Any:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint:  # pyarrow itself does not look at these
+        return fs.S3FileSystem(endpoint_override=endpoint)
+    return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]  # asks S3 for the bucket's region

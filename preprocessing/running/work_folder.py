@@ -1,0 +1,173 @@
+"""The folder beside a split in which it grows, part by part: found again after a kill, gone when the split is there.
+
+    DIR/.train.work/lock          held while a run is at work (the system lets go of it when the run dies)
+                    job.json      what all parts depend on; when that has changed, the work starts over
+                    records/      part-000007.json: that part is done
+                    split/        shards, then the manifest; becomes DIR/train by rename
+
+Behind a URI shards go to DIR/train at once, each whole (object stores cannot rename a folder); the split is there when
+its manifest is, which is written last. The lock of a remote folder is one of this machine; runs on two machines are
+noticed at the end, by the run's name in job.json, and only one ends well.
+"""
+
+import os
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from preprocessing.formats.annotations import LOCK, check_replaceable, locked
+from preprocessing.formats.json_text import parse_json
+from preprocessing.running.parts import record_name
+from preprocessing.running.storage import Place, names_in, remove, size_of, write_whole
+from preprocessing.shards.schema import MANIFEST, DataError, dump_json, make_folder, sync_path, sync_tree
+from preprocessing.shards.writer import OURS
+
+_JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A split being made. `shards` and `records` are folders; `restarted` says why earlier work was thrown away."""
+
+    target: Place
+    root: Place
+    run: str
+    restarted: str
+
+    @property
+    def shards(self) -> Place:
+        """Where shards go."""
+        return self.root / "split" if isinstance(self.root, Path) else self.target
+
+    @property
+    def records(self) -> Place:
+        """Where the records of parts go."""
+        return self.root / "records"
+
+    def done(self) -> list[int]:
+        """Numbers of the parts that have a record."""
+        names = names_in(self.records)
+        return [int(name[5:-5]) for name in names if name.startswith("part-") and name.endswith(".json")]
+
+    def record(self, index: int) -> dict[str, Any] | None:
+        """The record of a part, or None when it is not there or its shards are not."""
+        try:
+            record: dict[str, Any] = parse_json((self.records / record_name(index)).read_bytes())
+            whole = all(size_of(self.shards / shard["file"]) == shard["bytes"] for shard in record["shards"])
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            if isinstance(error, DataError):
+                raise
+            return None
+        return record if whole else None
+
+    def forget(self, index: int) -> None:
+        """Take a part's record away, so that it is written anew."""
+        remove(self.records / record_name(index))
+
+    def clean(self, keep: Collection[str]) -> None:
+        """Remove from `shards` what an earlier run or a killed worker left there: all of ours that is not in `keep`."""
+        for name in names_in(self.shards):
+            ours = isinstance(self.root, Path) or any(fnmatch(name, pattern) for pattern in OURS)
+            if ours and name not in keep:
+                remove(self.shards / name)
+
+    def publish(self) -> None:
+        """Put the split, which is whole with its manifest, in the place of `target`; the work folder goes."""
+        if isinstance(self.root, Path) and isinstance(self.target, Path):
+            _exchange(self.root / "split", self.target, self.root / "old")
+        _clear(self.root)
+
+    def check_alone(self) -> None:
+        """Raise DataError when another run has taken the folder over since (possible behind a URI alone)."""
+        if _read_job(self.root).get("run") != self.run:
+            raise DataError(f"{self.target}: another run has begun to write it; see that one only is at work")
+
+
+@contextmanager
+def open_work(target: Place, job: dict[str, Any], overwrite: bool) -> Iterator[Work]:
+    """The work folder of `target`, with what an earlier run of the same `job` left in it, locked against other runs.
+
+    Raises DataError when another process is at work on `target`, or when `target` may not be replaced. When the block
+    fails before any part is done, the folder goes; else it stays for the next run.
+    """
+    try:
+        with locked(target) as root:
+            if isinstance(target, Path):
+                check_replaceable(target, OURS, overwrite)
+            work = _begin(target, root, job, overwrite)
+            try:
+                yield work
+            except BaseException:
+                if not work.done():
+                    work.clean(())
+                    _clear(root)
+                raise
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
+
+
+def tidy(target: Place) -> None:
+    """Remove the work folder of a split that is finished, should a kill in the last instant have left it."""
+    root = target.parent / f".{target.name}.work"
+    if isinstance(root, Path) and root.is_dir() and not (root / "split").exists() and (target / MANIFEST).exists():
+        with locked(target):
+            _clear(root)
+
+
+def _clear(root: Place) -> None:
+    """Remove what a work folder holds, but for the lock: with that the folder goes when the lock is let go of."""
+    if isinstance(root, Path):
+        for name in names_in(root):
+            if name != LOCK:
+                remove(root / name)
+    else:
+        remove(root)
+
+
+def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> Work:
+    run = uuid.uuid4().hex
+    earlier = _read_job(root)
+    changed = sorted(name for name in job if earlier.get("job", {}).get(name) != job[name]) if earlier else []
+    if not earlier or changed:
+        _clear(root)
+    if not isinstance(target, Path) and overwrite:
+        remove(target / MANIFEST)  # first: with its shards changing below it, it would lie
+    elif not isinstance(target, Path) and not earlier and names_in(target):
+        raise DataError(f"{target}: holds another run's files; give --overwrite to replace them, or another --out")
+    work = Work(target, root, run, f"{', '.join(changed)} changed" if changed else "")
+    for folder in (work.shards, work.records):
+        if isinstance(folder, Path):
+            make_folder(folder)
+    if isinstance(root, Path):
+        for name in names_in(work.shards):
+            if name.startswith("."):  # a killed worker's
+                remove(work.shards / name)
+    write_whole(root / _JOB, dump_json({"run": run, "job": job}), sync=False)  # half of it is none: see _read_job
+    return work
+
+
+def _read_job(root: Place) -> dict[str, Any]:
+    try:
+        content = (root / _JOB).read_bytes()
+    except FileNotFoundError:
+        return {}
+    try:
+        job = parse_json(content)
+    except ValueError:  # not by our hand, so what lies beside it cannot be trusted either
+        return {}
+    return job if isinstance(job, dict) else {}
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """`new` becomes `target`; a kill between the two renames leaves `new` to be renamed by the next run."""
+    sync_tree(new)
+    if old.exists():
+        remove(old)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    sync_path(target.parent)

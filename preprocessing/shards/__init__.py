@@ -1,0 +1,1 @@
+"""Prepared shards on disk: schema, writer, reader, ids."""

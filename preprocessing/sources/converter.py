@@ -1,0 +1,168 @@
+"""What all converters share: their options, and the way from a source to a finished split folder."""
+
+import argparse
+import math
+import os
+import random
+from typing import Any
+
+from preprocessing.images.finding import report_excluded
+from preprocessing.images.policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_arguments, image_policy
+from preprocessing.running.pipeline import build_split
+from preprocessing.running.pool import check_workers
+from preprocessing.running.storage import Place, place
+from preprocessing.running.work_folder import tidy
+from preprocessing.shards.ids import shared
+from preprocessing.shards.schema import SPLITS, DataError, printable
+from preprocessing.shards.writer import check_output, prepared_splits
+from preprocessing.sources.source import Row, Rows, Source
+
+__all__ = ["Row", "Rows", "Source", "add_common_arguments", "check_common_arguments", "write_split"]
+
+_MAX_DROPPED = 0.01
+_PROBED = 100  # rows looked at, or more, to tell a wrong image folder from lost images
+_CHANCE = 1e-12  # that a sound data set is refused for what these hold
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = True) -> None:
+    """Declare the options that every converter has; --images is required, optional (None) or not among them (False)."""
+    if images is not False:
+        what = "folder or URI that holds the image files"
+        parser.add_argument("--images", required=images is True, metavar="DIR", help=what)
+    parser.add_argument("--split", required=True, choices=SPLITS, help="which split this becomes")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="data set folder or URI (s3://, gs://, hdfs://); gets DIR/SPLIT"
+    )
+    parser.add_argument(
+        "--max-dropped",
+        type=float,
+        metavar="SHARE",
+        help="fail when more than this share of rows has a missing or broken image or is no sound record of its file "
+        "(default 0.01; of a test split 0, for texts without a word, too)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR/SPLIT if it exists")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default 1; under mpirun its ranks)"
+    )
+    parser.add_argument(
+        "--shard-rows",
+        type=int,
+        metavar="N",
+        help="raw rows to a shard at most, and to a unit of work (default: rows/64, from 256 to 4096)",
+    )
+    add_image_arguments(parser)
+
+
+def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
+    """Refuse bad options and a taken output folder before anything is read. Raises DataError."""
+    if args.max_dropped is None:
+        args.max_dropped = 0.0 if args.split == "test" else _MAX_DROPPED
+    if not 0 <= args.max_dropped <= 1:
+        raise DataError(f"--max-dropped {args.max_dropped}: must be a share between 0 and 1")
+    if args.shard_rows is not None and args.shard_rows < 1:
+        raise DataError(f"--shard-rows {args.shard_rows}: must be at least 1")
+    check_workers(args.workers)
+    args.policy = image_policy(args)
+    if getattr(args, "images", None) is not None:
+        _check_images(args.images)
+    out = place(args.out)
+    try:
+        tidy(out / args.split)
+        check_output(out, kind, args.split, args.overwrite)
+    except OSError as error:
+        raise DataError(f"--out {args.out}: cannot be used ({error.strerror}); choose another folder") from None
+
+
+def _check_images(folder: str) -> None:
+    try:
+        if not place(folder).is_dir():
+            raise DataError(f"--images {folder}: no such folder; name the one that holds the image files")
+    except OSError as error:
+        raise DataError(f"--images {folder}: cannot be read ({error.strerror}); name another folder") from None
+
+
+def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
+    """Write `source` to `args.out/args.split` and print a summary line. Returns the manifest.
+
+    Rows with a missing or broken image are dropped, counted and listed in the manifest, as are records at fault.
+    Raises DataError when there are no rows, when no image is there, when more records are at fault than
+    `args.max_dropped` allows, and as `build_split` does.
+    """
+    source.faults.check(len(source.rows), args.max_dropped)
+    if not len(source.rows):
+        reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
+        raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
+    if args.split == "test":
+        _check_whole(source, args.max_dropped)
+    report_excluded(args, source)
+    for note in source.notes:
+        print(printable(note))
+    _tell_repeated(source)
+    _check_images_there(source.rows, args.max_dropped)
+    manifest = build_split(source, args)
+    size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
+    lost = "".join(f", {count} dropped: {reason}" for reason, count in sorted(manifest["dropped"].items()))
+    target = place(args.out) / args.split
+    if args.exclude_images_of or args.near_duplicates_of:
+        same, near = (manifest["dropped"].get(f"image {reason}", 0) for reason in (IN_OTHER_SET, NEAR_OTHER_SET))
+        sets = " ".join([*args.exclude_images_of, *args.near_duplicates_of])
+        print(printable(f"images of {sets}: {same} rows left out that have the same file, {near} that look alike"))
+        if args.exclude_images_of and not same:
+            why = "a set prepared with another --max-side has no file in common; --near-duplicates-of finds its images"
+            print(f"warning: --exclude-images-of found no file: {why}")
+    print(printable(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}"))
+    _warn_of_shared(place(args.out), args.split)
+    return manifest
+
+
+def _tell_repeated(source: Source) -> None:
+    """Print how many captions of annotation files say what another one of their image says: of a file that holds its
+    records twice, half of them.
+    """
+    if source.kind != "caption" or not isinstance(source.rows, list):
+        return
+    captions = [row.columns["caption"] for row in source.rows]
+    repeated = sum(len(texts) - len(set(texts)) for texts in captions)
+    if repeated:
+        total = sum(map(len, captions))
+        print(printable(f"{source.where}: {repeated} of {total} captions are the same as another one of their image"))
+
+
+def _warn_of_shared(out: Place, split: str) -> None:
+    """Print what `split` has in common with the other splits of its data set, by their lists of ids."""
+    for one, other, which, is_fault in shared([out / name for name in prepared_splits(out)], by_shards=False):
+        if split in (one.name, other.name):
+            mend = "training refuses that; prepare one of them with --exclude"
+            if not is_fault:
+                mend = "training lets so few pass; --exclude-images-of leaves them out"
+            mend = mend if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
+            print(printable(f"warning: {one} and {other}: hold the same {which}; {mend}"))
+
+
+def _check_whole(source: Source, share: float) -> None:
+    """Raise DataError where more of a test split than this share is left out for what it is, not on request."""
+    lost = {reason: count for reason, count in source.left_out.items() if "--" not in reason}
+    total = max(source.counts.values(), default=0) or sum(lost.values())
+    count = min(sum(lost.values()), total)  # parts of rows may be counted: more than all is no share
+    if count > share * total:
+        reasons = ", ".join(f"{count} times {reason}" for reason, count in sorted(lost.items()))
+        needed = math.ceil(1000 * count / total) / 1000
+        raise DataError(
+            f"{source.where}: more than --max-dropped {share:g} of a test split must be left out: {reasons}; mend the "
+            f"file, or give --max-dropped {needed:g}: scores then say what they lack"
+        )
+
+
+def _check_images_there(rows: Rows, share: float) -> None:
+    """Raise DataError when a sample of rows has no image: so many that no lost images within `share` explain it."""
+    total = len(rows)
+    needed = total if share == 1 else 0 if share == 0 else math.ceil(math.log(_CHANCE) / math.log(share))
+    sample = sorted(random.Random(0).sample(range(total), min(total, max(needed, _PROBED))))
+    first = rows[sample[0]].images[0]
+    if any(image.exists() for index in sample for image in rows[index].images):
+        return
+    folder = os.path.dirname(getattr(first, "path", "")) or "--images"
+    raise DataError(
+        f"{folder}: holds no image of {len(sample)} rows looked at, such as {first.name}; "
+        "point --images at the folder that the annotations' paths start from"
+    )

@@ -1,0 +1,164 @@
+"""`python -m preprocessing img2dataset`: what img2dataset wrote (github.com/rom1504/img2dataset) -> caption shards.
+
+webdataset   00000.tar with KEY.jpg, KEY.txt and KEY.json, in any order; any webdataset tar of images with texts will do
+parquet      00000.parquet with the columns key, jpg, txt and what is known of the address; Hugging Face's with
+             image {bytes, path} too; of a column split the rows of --split
+files        00000/KEY.jpg, KEY.txt and KEY.json
+00000_stats.json beside each shard tells how many addresses gave no image. Shards may lie in folders below. Where their
+names tell splits apart (train-00000.tar, validation/00000.tar), those of --split are taken.
+"""
+
+import argparse
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preprocessing.formats.annotations import copies, read_json
+from preprocessing.formats.caption_columns import add_caption_column_argument
+from preprocessing.formats.folder_rows import FolderRows, is_image
+from preprocessing.formats.json_text import whole_characters
+from preprocessing.formats.parquet_rows import ParquetRows
+from preprocessing.formats.shard_rows import Shard, ShardRows, Wanted
+from preprocessing.formats.tar_rows import TarRows
+from preprocessing.images.finding import add_exclude_argument, excluded_images
+from preprocessing.images.locations import join
+from preprocessing.running.storage import place, walk
+from preprocessing.shards.schema import DataError
+from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
+from preprocessing.sources.source import Source
+from preprocessing.sources.split_names import of_split
+from preprocessing.text.cleaning import add_text_argument, text_cleaning
+
+FORMATS = ("auto", "webdataset", "parquet", "files")
+_STATISTICS = "_stats.json"
+_ENDINGS = {"webdataset": ".tar", "parquet": ".parquet"}
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_ROWS: dict[str, type[ShardRows]] = {"webdataset": TarRows, "parquet": ParquetRows, "files": FolderRows}
+_WHAT = {"webdataset": ".tar files", "parquet": ".parquet files", "files": "folders of images"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `img2dataset`."""
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the folder (default: as it looks)")
+    add_caption_column_argument(parser)
+    add_exclude_argument(parser)
+    add_text_argument(parser)
+    add_common_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one split. Raises DataError on bad input."""
+    check_common_arguments(args, "caption")
+    write_split(read_folder(args.images, args.format, wanted_rows(args)), args)
+
+
+def wanted_rows(args: argparse.Namespace) -> Wanted:
+    """What the options say of the rows. Raises DataError naming the exclusion list at fault."""
+    return Wanted(args.split, text_cleaning(args), excluded_images(args), tuple(args.caption_column))
+
+
+def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
+    """A row an image that has a caption and is not excluded, in the order of shards and of the images in them.
+
+    Shards may lie in folders below. Raises DataError when the folder holds no such files, and naming the file at fault.
+    """
+    found = _find(folder)
+    kind = found.layout(folder) if layout == "auto" else layout
+    names = found.shards[kind]
+    if found.packed and (kind == "webdataset" or not names):
+        raise DataError(f"{folder}: {found.packed[0]} is compressed, and images are read by their place; unpack it")
+    if not names:
+        raise DataError(f"{folder}: holds no {_WHAT[kind]}; give another --format, or the folder that holds them")
+    ending = _ENDINGS.get(kind, "")
+    shards = [
+        Shard(join(folder, name) if name else folder, name.removesuffix(ending))
+        for name in of_split(folder, names, wanted.split)
+    ]
+    others = {name.removesuffix(ending) for name in names} - {shard.name for shard in shards}  # of other splits
+    told = [name for name in found.statistics if name.removesuffix(_STATISTICS) not in others]
+    statistics = [join(folder, name) for name in told]
+    source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",))
+    rows = _ROWS[kind](shards, wanted, source)
+    source.rows = rows
+    rows.splits.tell(source, folder)
+    if kind != "files":
+        _tell_copies([shard.path for shard in shards if rows.images[shard.name]], source)
+    _add_statistics(statistics, source)
+    _compare(folder, told, rows)
+    return source
+
+
+@dataclass
+class _Contents:
+    """What a folder and those below it hold: shards of each layout, statistics, and what is compressed."""
+
+    shards: dict[str, list[str]]
+    captioned: bool  # whether an image has a text beside it: parquet files hold images else
+    statistics: list[str]
+    packed: list[str]
+
+    def layout(self, folder: str) -> str:
+        """The layout as it looks. Raises DataError when that is two, or none."""
+        if self.shards["webdataset"] and self.captioned:
+            raise DataError(f"{folder}: holds tars, and folders of images with texts; say with --format which to take")
+        if self.captioned:
+            return "files"  # the parquet files beside folders of images hold no images
+        kind = next((kind for kind, names in self.shards.items() if names), None)
+        if kind is None and not self.packed:
+            raise DataError(
+                f"{folder}: holds no .tar or .parquet files and no folders of images; name img2dataset's output"
+            )
+        return kind or "webdataset"
+
+
+def _find(folder: str) -> _Contents:
+    found = _Contents({"webdataset": [], "parquet": [], "files": []}, False, [], [])
+    for below, names in walk(place(folder)):
+        paths = [posixpath.join(below, name) for name in names]
+        for kind, ending in _ENDINGS.items():
+            found.shards[kind] += [path for path in paths if path.endswith(ending)]
+        found.statistics += [path for path in paths if path.endswith(_STATISTICS)]
+        found.packed += [path for path in paths if path.endswith(_PACKED)]
+        images = {name.rpartition(".")[0] for name in names if is_image(name)}
+        if images:
+            found.shards["files"].append(below)
+            texts = (name.rpartition(".") for name in names)
+            found.captioned |= any(kind in ("txt", "json") and stem in images for stem, _, kind in texts)
+    return found
+
+
+def _tell_copies(shards: Sequence[str], source: Source) -> None:
+    """Count shards that are there under two names (those without images may well be equal)."""
+    if twice := list(copies(shards)):
+        source.counts["shards that are there twice"] = len(twice)
+        more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
+        what = f"{twice[0][0]} and {twice[0][1]}{more}: are one file under two names; its images are there twice"
+        source.notes.append(f"warning: {what}, so move one of them away")
+
+
+def _add_statistics(files: Sequence[str], source: Source) -> None:
+    """Count the addresses, and those of them that gave no image. Raises DataError naming the file at fault."""
+    lost = 0
+    for path in files:
+        if whole_characters(path) != path:  # the provenance, which is UTF-8, names it
+            raise DataError(f"{path!r}: has no UTF-8 name; rename it and its shard")
+        record = read_json(path)
+        count, got = (record.get(name) if isinstance(record, dict) else None for name in ("count", "successes"))
+        if not (isinstance(count, int) and isinstance(got, int)):
+            what = "successes" if isinstance(count, int) else "count"
+            raise DataError(f"{path}: has no number '{what}'; fetch img2dataset's file again, or move it away")
+        source.counts["addresses"] = source.counts.get("addresses", 0) + count
+        lost += count - got
+    if lost:
+        source.counts["addresses without an image"] = lost
+
+
+def _compare(folder: str, files: Sequence[str], rows: ShardRows) -> None:
+    """Raise DataError where a shard has other images than its statistics say."""
+    for name in files:
+        said, found = read_json(join(folder, name))["successes"], rows.images.get(name.removesuffix(_STATISTICS), 0)
+        if said != found:
+            raise DataError(
+                f"{join(folder, name)}: says {said} successes, the shard holds {found} images; fetch the shard again, "
+                "or move that file away"
+            )

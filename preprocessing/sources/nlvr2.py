@@ -1,0 +1,73 @@
+"""`python -m preprocessing nlvr2`: NLVR2 JSON lines (lil-lab/nlvr: train.json, dev.json, test1.json) -> NLVR shards."""
+
+import argparse
+import re
+
+from preprocessing.formats.annotations import BadRecord, field, read_json_lines
+from preprocessing.images.finding import ImageList, add_exclude_argument, excluded_images
+from preprocessing.images.locations import FileImage, leads_out
+from preprocessing.running.storage import Place, place
+from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
+from preprocessing.sources.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
+from preprocessing.sources.source import Faults
+from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
+
+_IDENTIFIER = re.compile(r"(?P<pair>(?P<split>[A-Za-z0-9_]+)-\d+-\d+)-\d+")  # split-set-PAIR-sentence
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nlvr2`."""
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="train.json, dev.json or test1.json")
+    add_exclude_argument(parser)
+    add_text_argument(parser)
+    add_common_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one split. Raises DataError on bad input."""
+    check_common_arguments(args, "nlvr")
+    annotations = place(args.annotations)
+    faults = Faults()
+    statements = read_nlvr2(annotations, place(args.images), excluded_images(args), text_cleaning(args), faults)
+    write_split(nlvr_source(statements, [annotations], faults, args.split), args)
+
+
+def read_nlvr2(
+    annotations: Place, images: Place, excluded: ImageList, cleaning: TextCleaning, faults: Faults
+) -> list[Statement]:
+    """The statements in the order of the file, but for those at fault. Raises DataError naming the file."""
+    statements = []
+    folders: dict[str, Place] = {}
+    for line, record in read_json_lines(annotations, faults.add):
+        where = f"{annotations}: line {line}"
+        with faults:
+            identifier = field(record, "identifier", str, where)
+            match = _IDENTIFIER.fullmatch(identifier)
+            if match is None:
+                what = f"identifier '{identifier}' is not split-set-pair-sentence; mend the file"
+                raise BadRecord(where, what, "identifier is not split-set-pair-sentence")
+            directory = "" if record.get("directory") is None else str(field(record, "directory", (int, str), where))
+            if leads_out(directory):
+                raise BadRecord(where, f"directory '{directory}' leads out of --images; mend the file", "leads out")
+            folder = _folder(images, match["split"], directory, match["pair"], folders)
+            files = (f"{match['pair']}-img0.png", f"{match['pair']}-img1.png")
+            pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
+            label = parse_label(record.get("label"), where)
+            sentence = cleaning.statement(field(record, "sentence", str, where))
+            out = excluded.holds(*files, match["pair"], *names_in_shards(identifier))
+            statements.append(Statement(pair, match["pair"], sentence, label, identifier, where, out))
+    return statements
+
+
+def _folder(images: Place, split: str, directory: str, pair: str, known: dict[str, Place]) -> Place:
+    """Where this record's images are. The archives hold train/DIRECTORY/, dev/ and test1/; some copies are flat."""
+    key = f"{split}/{directory}"
+    if key not in known:
+        inside = (f"{split}/{directory}", directory, split, "") if directory else (split, "")
+        roots = (images, images / "images", images / "image")
+        candidates = [root / below if below else root for root in roots for below in inside]
+        found = next((path for path in candidates if (path / f"{pair}-img0.png").exists()), None)
+        if found is None:
+            return candidates[0]  # this pair is missing, which says nothing of the next one's folder
+        known[key] = found
+    return known[key]

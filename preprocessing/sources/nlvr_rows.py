@@ -1,0 +1,76 @@
+"""Statements over pairs of images -> NLVR rows: what the NLVR converters share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preprocessing.formats.annotations import BadRecord
+from preprocessing.formats.json_text import shown
+from preprocessing.images.finding import EXCLUDED
+from preprocessing.images.locations import ImageRef
+from preprocessing.running.storage import Place
+from preprocessing.shards.schema import DataError
+from preprocessing.sources.source import Faults, Row, Source
+from preprocessing.text.cleaning import fault_of
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One example as a raw data set has it."""
+
+    images: tuple[ImageRef, ImageRef]  # left, right
+    pair: str  # how a message calls the pair
+    sentence: str
+    label: str  # "True" or "False"
+    identifier: str
+    where: str  # file and record, for messages
+    excluded: bool = False  # whether --exclude names one of its images
+    numbered: bool = False  # whether its identifier is one that we made
+
+
+def parse_label(label: object, where: str) -> str:
+    """ "True" or "False", from the official strings in any case or a JSON truth value. Raises BadRecord."""
+    text = str(label).capitalize() if isinstance(label, str | bool) else ""
+    if text not in ("True", "False"):
+        what = f"label {shown(label)} is neither True nor False; mend the file"
+        raise BadRecord(where, what, "label is neither True nor False")
+    return text
+
+
+def names_in_shards(identifier: str) -> tuple[str, ...]:
+    """What `duplicates find` calls the images of the pair whose first statement has this identifier."""
+    return identifier, f"{identifier}:left", f"{identifier}:right"
+
+
+def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults: Faults, split: str) -> Source:
+    """Group statements by pair of images, in the order of first mention; those without a word are left out.
+
+    So are those of the training split of which `fault_of` finds fault.
+
+    A pair of which one statement is excluded is left out whole. Raises DataError on an identifier twice.
+    """
+    counts = {"statements": len(statements), "pairs": len({statement.images for statement in statements})}
+    source = Source("nlvr", [], inputs, counts, faults=faults)
+    rows: dict[tuple[ImageRef, ImageRef], Row] = {}
+    identifiers: set[str] = set()
+    excluded = {statement.images for statement in statements if statement.excluded}
+    for statement in statements:
+        if statement.identifier in identifiers:
+            raise DataError(f"{statement.where}: identifier {statement.identifier} stands twice; make them unique")
+        identifiers.add(statement.identifier)
+        if statement.images in excluded:
+            source.left_out[f"statement: {EXCLUDED}"] += 1
+            continue
+        fault = fault_of(statement.sentence) if split == "train" else ""
+        if fault or not statement.sentence.strip():
+            source.left_out[f"statement {fault or 'without a word'}"] += 1
+            continue
+        if statement.images not in rows:
+            columns: dict[str, list[str]] = {"questions": [], "answers": [], "identifier": []}
+            rows[statement.images] = Row(statement.pair, statement.images, columns)
+        columns = rows[statement.images].columns
+        columns["questions"].append(statement.sentence)
+        columns["answers"].append(statement.label)
+        columns["identifier"].append(statement.identifier)
+    source.rows = list(rows.values())
+    source.numbered = ("identifier",) if any(statement.numbered for statement in statements) else ()
+    return source

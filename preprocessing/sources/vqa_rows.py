@@ -1,0 +1,153 @@
+"""Questions with raw answers -> VQA rows with labels and soft scores: what all VQA converters share."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from preprocessing.images.finding import EXCLUDED
+from preprocessing.images.locations import ImageRef
+from preprocessing.running.storage import Place, place
+from preprocessing.shards.schema import ANSWER_LIST, DataError
+from preprocessing.sources.source import Faults, Row, Source
+from preprocessing.text.answers import labels_of, normalize_answer, read_answer_list, resolve_answer_list, soft_score
+from preprocessing.text.cleaning import fault_of
+
+_SHOWN = 10  # entries of an answer list that a message names
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question as a raw data set has it."""
+
+    image: ImageRef
+    image_id: str
+    text: str
+    question_id: int
+    answers: tuple[str, ...]  # what people said, as they wrote it: ten, one, or none on test splits
+    main_answer: str | None  # what the answer list counts; None: the most frequent of `answers`
+    where: str  # file and record, for messages
+    counts: bool = True  # whether its main answer counts when an answer list is built
+    excluded: bool = False  # whether --exclude names its image
+    votes: bool = False  # whether a single answer is one person's, and not the right one
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that set the answer list."""
+    parser.add_argument(
+        "--answer-list",
+        metavar="FILE",
+        help="JSON list of answers, such as X-VLM's (default: built from the train split)",
+    )
+    parser.add_argument(
+        "--min-answers",
+        type=int,
+        default=9,
+        metavar="N",
+        help="a built list holds the answers that are right for at least N training questions (default 9)",
+    )
+
+
+def given_answers(args: argparse.Namespace) -> list[str] | None:
+    """The list that --answer-list names, if any. Raises DataError when it is none."""
+    return None if args.answer_list is None else read_answer_list(place(args.answer_list))
+
+
+def vqa_source(
+    asked: Sequence[Asked],
+    inputs: Sequence[Place],
+    args: argparse.Namespace,
+    given: Sequence[str] | None,
+    min_answers: int,
+    faults: Faults,
+) -> Source:
+    """Group questions by image, in the order of first mention, and label them by the data set's answer list.
+
+    That list is `given`, or is found or built as resolve_answer_list says.
+
+    Questions whose image is excluded and those without a word are left out, and training questions without a listed
+    answer or of which `fault_of` finds fault, counted by the reason; on other splits these stay, with empty lists where
+    no answer is listed. Raises DataError on a question id or an image id that stands twice, and as resolve_answer_list
+    does.
+    """
+    faults.check(len(asked), args.max_dropped)  # before an answer list is built of too few questions
+    _check_unique(asked)
+    source = Source("vqa", [], inputs, {"questions": len(asked)}, faults=faults)
+    if not asked:
+        return source
+    source.counts["images"] = len({question.image_id for question in asked})
+    allowed = [question for question in asked if not question.excluded]
+    source.left_out[f"question: {EXCLUDED}"] = len(asked) - len(allowed)
+    kept = []
+    for question in allowed:
+        fault = fault_of(question.text) if args.split == "train" else ""
+        if question.text.strip() and not fault:
+            kept.append(question)
+        else:
+            source.left_out[f"question {fault or 'without a word'}"] += 1
+    source.left_out = +source.left_out  # without a zero
+    said = [Counter(normalize_answer(answer) for answer in question.answers) for question in kept]
+    main = Counter(
+        normalize_answer(question.main_answer) if question.main_answer is not None else answers.most_common(1)[0][0]
+        for question, answers in zip(kept, said, strict=True)
+        if answers and question.counts
+    )
+    source.answer_list = resolve_answer_list(place(args.out), args.split, given, main, min_answers, args.overwrite)
+    labels, spellings = labels_of(source.answer_list)
+    if spellings:
+        shown = ", ".join(spellings[:_SHOWN]) + (", …" if len(spellings) > _SHOWN else "")
+        source.notes.append(
+            f"{args.answer_list or place(args.out) / ANSWER_LIST}: {len(spellings)} of {len(source.answer_list)} "
+            f"entries are spelled as no normalized answer is: {shown}"
+        )
+    source.rows = _label(kept, said, labels, source, args.split == "train")
+    return source
+
+
+def _label(
+    asked: Sequence[Asked], said: Sequence[Counter[str]], labels: dict[str, int], source: Source, training: bool
+) -> list[Row]:
+    """One row an image: its questions with those of their answers, in `said`, that have a label."""
+    listed = source.answer_list or []
+    rows: dict[str, Row] = {}
+    for question, answers in zip(asked, said, strict=True):
+        known = [answer for answer in answers if answer in labels]
+        if not known and training:
+            source.left_out[_why_unanswered(answers)] += 1
+            continue
+        known.sort(key=lambda answer: (-answers[answer], labels[answer]))
+        only = len(question.answers) == 1 and not question.votes  # Visual Genome, easy-VQA: one answer, which is right
+        row = rows.get(question.image_id) or rows.setdefault(question.image_id, _empty_row(question))
+        row.columns["questions"].append(question.text)
+        row.columns["question_id"].append(question.question_id)
+        row.columns["answers"].append([listed[labels[answer]] for answer in known])
+        row.columns["answer_labels"].append([labels[answer] for answer in known])
+        row.columns["answer_scores"].append([1.0 if only else soft_score(answers[answer]) for answer in known])
+    return list(rows.values())
+
+
+def _why_unanswered(answers: Counter[str]) -> str:
+    """The reason for which a training question is left out. `answers` are normalized."""
+    if not answers:
+        return "question without an answer"
+    return "question without a listed answer" if any(answers) else "question whose answers have no word"
+
+
+def _empty_row(question: Asked) -> Row:
+    lists = ("questions", "question_id", "answers", "answer_labels", "answer_scores")
+    columns: dict[str, Any] = {name: [] for name in lists}
+    return Row(question.image_id, (question.image,), {**columns, "image_id": question.image_id})
+
+
+def _check_unique(asked: Sequence[Asked]) -> None:
+    questions: set[int] = set()
+    images: dict[str, ImageRef] = {}
+    for question in asked:
+        if not -(2**63) <= question.question_id < 2**63:
+            raise DataError(f"{question.where}: question_id {question.question_id} has over 64 bits; mend the file")
+        if question.question_id in questions:
+            raise DataError(f"{question.where}: question_id {question.question_id} stands twice; make ids unique")
+        questions.add(question.question_id)
+        if images.setdefault(question.image_id, question.image) != question.image:
+            raise DataError(f"{question.where}: image_id {question.image_id} stands for two images; make ids unique")

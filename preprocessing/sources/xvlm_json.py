@@ -1,0 +1,233 @@
+"""`python -m preprocessing json`: the X-VLM/ALBEF fine-tuning JSON -> shards of any kind.
+
+retrieval  {"image", "caption": str or list, "image_id"}: rows of one image are brought together; the lines of X-VLM's
+           pre-training, {"image_rpath", "caption": list}, are taken as well
+vqa        {"image", "question", "question_id", "dataset", "answer": str or list}; no answer on test splits. A string is
+           the right answer; of "dataset": "vqa" a list holds what people said, even if it is one
+nlvr       {"images": [left, right], "sentence", "label", "identifier"}
+"""
+
+import argparse
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from preprocessing.formats.annotations import BadRecord, copies, field, open_input, read_json, read_json_lines
+from preprocessing.images.finding import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_of
+from preprocessing.images.locations import image_in
+from preprocessing.running.storage import Place, place
+from preprocessing.shards.schema import DataError
+from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
+from preprocessing.sources.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
+from preprocessing.sources.source import Faults, Row, Source
+from preprocessing.sources.split_names import RecordSplits, split_of
+from preprocessing.sources.visual_genome import beside_vqav2
+from preprocessing.sources.visual_genome_qa import BEYOND_VQAV2
+from preprocessing.sources.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
+from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
+
+_FIRST = 1 << 16  # bytes, in which the first line tells what it is
+_KINDS = {"retrieval": "caption", "vqa": "vqa", "nlvr": "nlvr"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `json`."""
+    parser.add_argument("--task", required=True, choices=tuple(_KINDS), help="which of the three forms the files have")
+    parser.add_argument("--annotations", required=True, nargs="+", metavar="FILE", help="JSON files, read as one")
+    parser.add_argument(
+        "--visual-genome-images", metavar="DIR", help='of VQA, where the images of `"dataset": "vg"` lie, if elsewhere'
+    )
+    add_answer_arguments(parser)
+    add_exclude_argument(parser)
+    add_text_argument(parser, default="xvlm")
+    add_common_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one split. Raises DataError on bad input."""
+    check_common_arguments(args, _KINDS[args.task])
+    files = [place(name) for name in args.annotations]
+    for first, other in copies(files):
+        raise DataError(f"{first} and {other}: are one file under two names; give it once")
+    excluded, cleaning, faults, splits = excluded_images(args), text_cleaning(args), Faults(), RecordSplits(args.split)
+    records = _records(files, excluded, splits, faults)
+    if args.task == "retrieval":
+        source = read_retrieval(records, files, args.images, excluded, cleaning, faults)
+    elif args.task == "vqa":
+        asked = read_vqa(records, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
+        source = vqa_source(asked, files, args, given_answers(args), args.min_answers, faults)
+    else:
+        source = nlvr_source(read_nlvr(records, args.images, excluded, cleaning, faults), files, faults, args.split)
+    splits.tell(source)
+    write_split(source, args)
+
+
+Records = Iterable[tuple[str, Any]]  # (where, record)
+
+
+def _records(files: Sequence[Place], excluded: ImageList, splits: RecordSplits, faults: Faults) -> Records:
+    """Every record of every file but those that name another split."""
+    for where, record in _all_records(files, faults):
+        skipped = True
+        with faults:
+            skipped = isinstance(record, dict) and splits.skip_at(where, split_of(record))
+            if skipped:
+                excluded.holds(*names_of(record))  # a list of another split is one of this set
+        if not skipped:
+            yield where, record
+
+
+def _all_records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, Any]]:
+    for path in files:
+        if _is_lines(path):
+            yield from ((f"{path}: line {number}", record) for number, record in read_json_lines(path, faults.add))
+            continue
+        records = read_json(path)
+        if not isinstance(records, list):
+            raise DataError(f"{path}: is no JSON list of records; is this the right file?")
+        yield from ((f"{path}: record {index}", record) for index, record in enumerate(records))
+
+
+def _is_lines(path: Place) -> bool:
+    """Whether the file holds a record a line, not a list of them; false for one that cannot be read."""
+    try:
+        with open_input(path) as file:
+            first = bytes(file.read(_FIRST)).removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0]
+    except OSError:
+        return False
+    return first.startswith(b"{") and any(name in first for name in (b'"image_rpath"', b'"image"', b'"sentence"'))
+
+
+def _strings(record: Any, name: str, where: str) -> list[str]:
+    """The field's strings, be it one or a list."""
+    value = field(record, name, (str, list), where)
+    strings = [value] if isinstance(value, str) else value
+    if not all(isinstance(text, str) for text in strings):
+        what = f"field '{name}' holds something that is no string; mend the file"
+        raise BadRecord(where, what, f"field '{name}' holds something that is no string")
+    return strings
+
+
+def _image_id(record: dict[str, Any], name: str, where: str) -> str:
+    """The record's image id as a string; the image's path where there is none."""
+    return name if "image_id" not in record else str(field(record, "image_id", (str, int), where))
+
+
+def read_retrieval(
+    records: Records,
+    files: Sequence[Place],
+    images: str,
+    excluded: ImageList,
+    cleaning: TextCleaning,
+    faults: Faults,
+) -> Source:
+    """One row an image, in the order of first mention. Raises DataError naming the record at fault."""
+    source = Source("caption", [], list(files), {}, faults=faults)
+    rows: dict[str, Row] = {}
+    owner: dict[str, str] = {}
+    captions = 0
+    for where, record in records:
+        with faults:
+            named = "image_rpath" if isinstance(record, dict) and "image_rpath" in record else "image"
+            name = field(record, named, str, where)
+            image_id = _image_id(record, name, where)
+            if owner.setdefault(image_id, name) != name:
+                raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
+            if name not in rows:
+                rows[name] = Row(name, (image_in(images, name),), {"caption": [], "image_id": image_id})
+            texts = _strings(record, "caption", where)
+            captions += len(texts)
+            rows[name].columns["caption"].extend(cleaning.captions(texts, source.left_out))
+    kept = [row for row in rows.values() if not excluded.holds(row.name, row.columns["image_id"])]
+    source.rows = [row for row in kept if row.columns["caption"]]
+    source.left_out[EXCLUDED] = len(rows) - len(kept)
+    source.left_out["image without caption"] = len(kept) - len(source.rows)
+    source.left_out = +source.left_out  # without the zeros
+    source.counts = {"images": len(rows), "captions": captions}
+    return source
+
+
+def read_vqa(
+    records: Records,
+    images: str,
+    visual_genome: str | None,
+    excluded: ImageList,
+    cleaning: TextCleaning,
+    split: str,
+    faults: Faults,
+) -> list[Asked]:
+    """The questions in the order of the files, but for those at fault. Raises DataError naming the file.
+
+    The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given. Where an id of theirs is
+    also one of the others', all of them get ids of their own, as `vqav2 --visual-genome` gives them.
+    """
+    asked: list[Asked] = []
+    of_visual_genome: list[bool] = []
+    for where, record in records:
+        with faults:
+            name = field(record, "image", str, where)
+            text = cleaning.question(field(record, "question", str, where), split)
+            question_id = field(record, "question_id", int, where)
+            answers = tuple(_strings(record, "answer", where)) if "answer" in record else ()
+            dataset = record.get("dataset")
+            folder = visual_genome if visual_genome is not None and dataset == "vg" else images
+            image_id = _image_id(record, name, where)
+            out = excluded.holds(name, image_id)
+            votes = dataset == "vqa" and isinstance(record.get("answer"), list)
+            image = image_in(folder, name)
+            asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes))
+            of_visual_genome.append(dataset == "vg")
+    return _told_apart(asked, of_visual_genome)
+
+
+def _told_apart(asked: list[Asked], of_visual_genome: Sequence[bool]) -> list[Asked]:
+    """The questions, those of Visual Genome with other ids where ids of theirs are taken."""
+    others = [question for question, own in zip(asked, of_visual_genome, strict=True) if not own]
+    questions = {question.question_id for question in others}
+    images = {question.image_id: question.image for question in others}
+    if not any(
+        question.question_id in questions or images.get(question.image_id, question.image) != question.image
+        for question, own in zip(asked, of_visual_genome, strict=True)
+        if own
+    ):
+        return asked
+    return [
+        replace(
+            question,
+            question_id=question.question_id + BEYOND_VQAV2,
+            image_id=beside_vqav2(question.image_id),
+        )
+        if own
+        else question
+        for question, own in zip(asked, of_visual_genome, strict=True)
+    ]
+
+
+def read_nlvr(
+    records: Records, images: str, excluded: ImageList, cleaning: TextCleaning, faults: Faults
+) -> list[Statement]:
+    """The statements in the order of the files. Without an identifier, a record gets one of its own."""
+    statements = []
+    for number, (where, record) in enumerate(records):
+        with faults:
+            names = _strings(record, "images", where)
+            if len(names) != 2:
+                what = f"field 'images' names {len(names)} images, not two; mend the file"
+                raise BadRecord(where, what, "field 'images' does not name two images")
+            identifier = f"record-{number}-0-0"
+            if "identifier" in record:
+                identifier = field(record, "identifier", str, where)
+            statements.append(
+                Statement(
+                    images=(image_in(images, names[0]), image_in(images, names[1])),
+                    pair=" + ".join(names),
+                    sentence=cleaning.statement(field(record, "sentence", str, where)),
+                    label=parse_label(record.get("label"), where),
+                    identifier=identifier,
+                    where=where,
+                    excluded=excluded.holds(*names, *names_in_shards(identifier)),
+                    numbered="identifier" not in record,
+                )
+            )
+    return statements

@@ -1,0 +1,139 @@
+"""VQA answers: the official normalisation, soft scores, and the answer list that labels index."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from preprocessing.formats.annotations import read_json
+from preprocessing.running.storage import Place
+from preprocessing.shards.schema import ANSWER_LIST, DataError
+from preprocessing.shards.writer import prepared_splits
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # sic: the look-behind of the official code is misspelt
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIODS_STRIPPED = 32  # sic: the official code passes re.UNICODE (32) where `count` stands
+_NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+_ARTICLES = {"a", "an", "the"}
+_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
+    needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+    somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
+    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
+    why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
+    you've
+"""
+# A contraction is known by each spelling that lacks one of its apostrophes; the last is the official list's slip.
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTED.split()
+    for place, mark in enumerate(word)
+    if mark == "'"
+} | {"somebody'd": "somebodyd"}
+
+
+@lru_cache(maxsize=1 << 18)
+def normalize_answer(answer: str) -> str:
+    """An answer as the official VQA evaluation compares it (Agrawal et al., github.com/GT-Vision-Lab/VQA).
+
+    Unlike the evaluation, which leaves unanimous answers alone, this is applied to every answer: labels must not
+    depend on what others said.
+    """
+    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    delete_all = _COMMA_IN_NUMBER.search(text) is not None
+    clean = text
+    for mark in _PUNCTUATION:
+        if mark in clean:
+            clean = clean.replace(mark, "" if delete_all or f"{mark} " in text or f" {mark}" in text else " ")
+    clean = _PERIOD.sub("", clean, count=_PERIODS_STRIPPED)
+    words = (_NUMBERS.get(word, word) for word in clean.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def labels_of(listed: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """The label of every normalized answer that a list has, and what a message should say of other spellings in it.
+
+    An entry such as "two" or "t-shirt", which no normalized answer can be, is taken for "2" and "t shirt"; where
+    another entry is that already, or nothing is left of it ("the"), it is the label of no answer.
+    """
+    labels = {answer: label for label, answer in enumerate(listed) if normalize_answer(answer) == answer}
+    said = []
+    for label, answer in enumerate(listed):
+        normal = normalize_answer(answer)
+        if normal == answer:
+            continue
+        if not normal or normal in labels:
+            why = f"{listed[labels[normal]]!r} stands for it" if normal else "nothing is left of it"
+            said.append(f"{answer!r} is never right ({why})")
+        else:
+            labels[normal] = label
+            said.append(f"{answer!r} is taken for {normal!r}")
+    return labels, said
+
+
+def soft_score(count: int) -> float:
+    """The training target of an answer that `count` of ten people gave (ViLT, EVE): .3, .6, .9, then 1."""
+    return min(1.0, 0.3 * count) if count < 4 else 1.0
+
+
+def build_answer_list(counts: Mapping[str, int], min_answers: int) -> list[str]:
+    """The answers given at least `min_answers` times, the most frequent first. Raises DataError when there is none."""
+    kept = [answer for answer, count in counts.items() if count >= min_answers and answer]
+    if not kept:
+        raise DataError(f"--min-answers {min_answers}: no answer is given that often; lower it")
+    return sorted(kept, key=lambda answer: (-counts[answer], answer))
+
+
+def read_answer_list(path: Place) -> list[str]:
+    """A JSON list of distinct answers. Raises DataError naming the file and the entry at fault."""
+    answers = read_json(path)
+    if not isinstance(answers, list) or not answers:
+        raise DataError(f"{path}: is no JSON list of answers; give X-VLM's answer_list.json or one of its form")
+    seen: set[str] = set()
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, str) or not answer or answer in seen:
+            raise DataError(f"{path}: entry {index} is no string, empty, or stands twice; mend the list")
+        seen.add(answer)
+    return answers
+
+
+def resolve_answer_list(
+    out: Place, split: str, given: Sequence[str] | None, counts: Counter[str], min_answers: int, overwrite: bool
+) -> list[str]:
+    """The answer list that data set folder `out` is to use. Writes nothing.
+
+    It is `given` if given; else that of `out`; else, on the training split alone, built from `counts`. Raises DataError
+    when there is none, or when other splits in `out` were labelled by another list.
+    """
+    path = out / ANSWER_LIST
+    existing = read_answer_list(path) if path.exists() else None
+    others = sorted(set(prepared_splits(out)) - {split})
+    if given is not None:
+        answers = list(given)
+    elif split == "train" and (existing is None or (overwrite and not others)):
+        answers = build_answer_list(counts, min_answers)
+    elif existing is not None:
+        answers = existing
+    else:
+        raise DataError(f"{path}: no such file; convert the train split into this folder first, or give --answer-list")
+    if existing is not None and answers != existing and others:
+        raise DataError(
+            f"{path}: differs from the answer list given, and {others[0]} is labelled by it; choose another --out"
+        )
+    return answers

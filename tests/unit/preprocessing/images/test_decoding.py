@@ -1,0 +1,104 @@
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from eve_ds.data.transforms import decode_image as trained_on
+from preprocessing.images.decoding import BadImage, decode_image, read_image
+from preprocessing.images.locations import FileImage
+from preprocessing.images.pixels import open_image
+from tests.unit.preprocessing.helpers import ROOT, picture, png_with
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_bytes_pass_untouched(tmp_path: Path, image_format: str) -> None:
+    data = picture(1, image_format)
+    (tmp_path / "a").write_bytes(data)
+    assert read_image(FileImage(str(tmp_path / "a"))) == data
+    assert decode_image(data).size == (40, 40)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
+def test_truncated_files_are_bad(image_format: str, share: float) -> None:
+    data = picture(2, image_format)
+    with pytest.raises(BadImage, match=r"does not decode|is of no known format"):
+        decode_image(data[: int(share * len(data))])
+
+
+def test_a_flipped_byte_of_a_png_is_seen() -> None:
+    data = bytearray(picture(3, "PNG"))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(BadImage, match="does not decode"):
+        decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("kind", [b"zTXtComment\0\0", b"iTXtComment\0\1\0\0\0", b"iCCPprofile\0\0"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_texts_and_profiles_of_megabytes_are_no_fault_of_a_png(kind: bytes, behind: bool) -> None:
+    sound = png_with(kind[:4], kind[4:] + zlib.compress(bytes(3 << 20)), behind)
+    for image in (decode_image(sound), open_image(sound)):
+        assert image.convert("RGB").tobytes() == decode_image(picture(1, "PNG")).tobytes()
+    assert trained_on(sound).tobytes() == trained_on(picture(1, "PNG")).tobytes()
+    bomb = png_with(kind[:4], kind[4:] + zlib.compress(bytes(100 << 20)), behind)
+    with pytest.raises(BadImage):
+        decode_image(bomb)
+
+
+@pytest.mark.parametrize("module", ["preprocessing.images.decoding", "eve_ds.data.transforms"])
+def test_both_readers_have_that_bound_by_themselves(module: str) -> None:
+    code = f"import {module}; from PIL import PngImagePlugin; print(PngImagePlugin.MAX_TEXT_CHUNK)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{64 << 20}\n"
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>"])
+def test_what_is_no_image_is_bad(data: bytes) -> None:
+    with pytest.raises(BadImage, match="is of no known format"):
+        decode_image(data)
+
+
+def test_pixel_bound() -> None:
+    data = picture(4, side=40)
+    assert decode_image(data, max_pixels=1600).size == (40, 40)
+    with pytest.raises(BadImage, match="too many pixels"):
+        decode_image(data, max_pixels=1599)
+
+
+def test_a_decompression_bomb_is_never_decoded() -> None:
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 1, 0, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+        + bytes(4)
+        + b"IDAT"
+        + bytes(4)
+    )
+    with pytest.raises(BadImage, match="too many pixels"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("room", [None, memoryview(bytearray(100))])
+def test_a_file_that_cannot_be_read(tmp_path: Path, room: memoryview | None) -> None:
+    with pytest.raises(BadImage, match="is missing"):
+        read_image(FileImage(str(tmp_path / "a.jpg")), room)
+    os.mkfifo(tmp_path / "pipe")  # to open one waits for its writer
+    for other in (tmp_path, tmp_path / "pipe"):
+        assert not FileImage(str(other)).exists()
+        with pytest.raises(BadImage, match="is no regular file"):
+            read_image(FileImage(str(other)), room)
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 5000])
+def test_files_are_read_into_memory_where_they_fit(tmp_path: Path, size: int) -> None:
+    room = memoryview(bytearray(100))
+    (tmp_path / "a").write_bytes(bytes(range(1, 101))[:size] + bytes(max(0, size - 100)))
+    data = read_image(FileImage(str(tmp_path / "a")), room)
+    assert data == (tmp_path / "a").read_bytes()
+    assert (isinstance(data, memoryview) and room[:size] == data) == (size < 100)
