@@ -1,4 +1,4 @@
-"""What one gets on VQA v2 without looking at the picture: the number that a score must be read against.
+"""What one gets on VQA v2 without looking at the image: the number that a score must be read against.
 
     python -m evaluation.baselines --train-questions Q.json --train-annotations A.json \\
         --questions Q.json --annotations A.json --out M.json

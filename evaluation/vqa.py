@@ -2,7 +2,7 @@
 
 A question has (ten) human answers. An answer's accuracy is the mean, over the sets that leave one human out, of
 ``min(1, matches in the set / 3)``: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3 and at least 4 matches of ten. Answers are
-compared after the official normalisation, oddities included (``normalise`` lists them), but *only if* the human answers
+compared after the official normalization, oddities included (``normalize`` lists them), but *only if* the human answers
 are not all the same text: where they are, the prediction must equal that text to the letter.
 """
 
@@ -32,7 +32,7 @@ def clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The official normal form of an answer that ``clean`` has been through.
 
     - A punctuation mark is deleted wherever it stands if it touches a space somewhere in the *original* text, or if
@@ -55,7 +55,7 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The accuracy of one prediction, in percent, against the human answers (ten in VQA v2, at least two)."""
     prediction, humans = clean(prediction), [clean(answer) for answer in answers]
     if len(set(humans)) > 1:
-        prediction, humans = normalise(prediction), [normalise(answer) for answer in humans]
+        prediction, humans = normalize(prediction), [normalize(answer) for answer in humans]
     matches = sum(answer == prediction for answer in humans)
     # Over leave-one-out sets: `matches` of them have one match fewer. In whole thirds, so that the result is exact.
     thirds = matches * min(3, matches - 1) + (len(humans) - matches) * min(3, matches)

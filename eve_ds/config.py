@@ -156,7 +156,7 @@ class LoggingConfig:
         wandb_project: its project.
         eval_every: steps between evaluations on ``data.val_split``; 0 evaluates at the end alone.
         eval_samples: samples of that split looked at while training; null for all.
-        samples: pictures, words and answers stored for the report.
+        samples: images, words and answers stored for the report.
     """
 
     wandb: bool = True

@@ -1,4 +1,4 @@
-"""A few predictions with their pictures, stored in a run for the report (``samples/samples.json`` and PNG files)."""
+"""A few predictions with their images, stored in a run for the report (``samples/samples.json`` and PNG files)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOP = 5
 
 
 class _Thumbnails:
-    """Pictures shrunk into ``samples/``, each once."""
+    """Images shrunk into ``samples/``, each once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "samples"
@@ -26,8 +26,8 @@ class _Thumbnails:
     def add(self, name: str, data: bytes) -> str:
         file = self.folder / f"{name}.png"
         if not file.exists():
-            with Image.open(io.BytesIO(data)) as picture:
-                small = picture.convert("RGB")
+            with Image.open(io.BytesIO(data)) as full_size:
+                small = full_size.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(file)
         return file.name
@@ -37,7 +37,7 @@ class _Thumbnails:
 
 
 def write_retrieval(folder: Path, samples: CaptionSamples, scores: dict[str, np.ndarray], count: int) -> None:
-    """The best five pictures for ``count`` captions and the best five captions for as many pictures.
+    """The best five images for ``count`` captions and the best five captions for as many images.
 
     Args:
         scores: as ``evaluation.retrieval`` reads them.
@@ -106,11 +106,11 @@ def write_nlvr(folder: Path, samples: NlvrSamples, arrays: dict[str, np.ndarray]
         places = np.flatnonzero(right == wanted)
         for place in places[_spread(len(places), (count + 1) // 2)]:
             sample = int(arrays["question_index"][place])
-            pictures = [thumbnails.add(f"sample_{sample}_{side}", samples.image_bytes(sample, side)) for side in (0, 1)]
+            images = [thumbnails.add(f"sample_{sample}_{side}", samples.image_bytes(sample, side)) for side in (0, 1)]
             examples.append(
                 {
-                    "image_0": pictures[0],
-                    "image_1": pictures[1],
+                    "image_0": images[0],
+                    "image_1": images[1],
                     "statement": samples.text(sample),
                     "predicted": bool(arrays["prediction"][place]),
                     "label": bool(arrays["label"][place]),

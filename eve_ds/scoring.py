@@ -149,7 +149,7 @@ def _told(lack: Mapping[str, Any]) -> str:
 
 
 def similarity(arrays: Arrays) -> Arrays:
-    """Cosine scores of all pictures and texts: image_to_text [I, T], text_to_image [T, I], text_image_index [T]."""
+    """Cosine scores of all images and texts: image_to_text [I, T], text_to_image [T, I], text_image_index [T]."""
     rows, first = np.unique(arrays["image_index"], return_index=True)
     image = arrays["image"][first]
     order = np.argsort(arrays["sample_id"], kind="stable")

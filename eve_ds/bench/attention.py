@@ -28,7 +28,7 @@ from eve_ds.errors import UserError
 from eve_ds.model.attention import Attention, key_bias
 from eve_ds.model.flops import attention as attention_flops
 
-# Class token and the quarter of the patches that pre-training shows, alone and with a text of 40; whole pictures of
+# Class token and the quarter of the patches that pre-training shows, alone and with a text of 40; whole images of
 # 224, 384 and 480 pixels, with a text.
 TOKENS = (50, 90, 197, 237, 617, 941)
 SHORTEST_TEXT, LONGEST_TEXT = 8, 40

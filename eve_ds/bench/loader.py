@@ -17,7 +17,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from eve_ds.bench.benchmark import Benchmark, Column, Row
 from eve_ds.bench.loader_images import ABOUT, SIZE
 from eve_ds.bench.loader_process import ROOT, JobError, JobProcess, Settings
-from eve_ds.bench.loader_rivals import RATE, Pictures
+from eve_ds.bench.loader_rivals import RATE, Images
 from eve_ds.errors import UserError
 
 RIVALS = {"webdataset": "WebDataset", "streaming": "Streaming", "datasets": "Datasets"}
@@ -30,13 +30,13 @@ Rounds = dict[str, dict[str, list[float]]]  # job -> figure -> one a round
 def _add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=PositiveInt, default=512, help=f"JPEGs of {SIZE[0]} x {SIZE[1]}; a round is a pass over them")
-    add("--batch_size", type=PositiveInt, default=16, help="pictures")
+    add("--batch_size", type=PositiveInt, default=16, help="images")
     add("--processes", type=PositiveInt | None, help="that decode, for every contestant; all cores unless given")
     add("--repeats", type=PositiveInt, default=9, help="timed rounds, the contestants in turn; medians are reported")
     add("--warmup", type=NonNegativeInt, default=1, help="rounds before them that are not timed")
     add("--packing_copies", type=PositiveInt, default=8, help="how often each JPEG is packed, under another name")
     add("--shards", type=PositiveInt, default=1000, help="of 16,000 rows each, of the split whose opening is timed")
-    add("--work", default=str(ROOT / "runs" / "bench_loader"), help="folder for pictures, shards and logs, kept")
+    add("--work", default=str(ROOT / "runs" / "bench_loader"), help="folder for images, shards and logs, kept")
     add(
         "--bench_python", default=str(ROOT / ".venv-bench/bin/python"), help="interpreter of the rivals: make bench-env"
     )
@@ -47,7 +47,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
     settings = _settings(options)
     bench_python = Path(options.bench_python)
     missing: dict[str, str] = {}
-    photos = _make_pictures(settings, bench_python, options.timeout)
+    photos = _make_images(settings, bench_python, options.timeout)
     contestants = _start_contestants(settings, bench_python, options.timeout, missing)
     versions = {name: job.versions for name, job in contestants.items()}
     rates = {name: found[RATE] for name, found in _in_turn(contestants, options, missing).items()}
@@ -76,7 +76,7 @@ def _settings(options: Namespace) -> Settings:
     work = Path(options.work).resolve()
     settings = Settings(
         work=str(work),
-        pictures=str(work / f"{'drawn' if drawn else 'photos'}-{options.images}"),
+        image_folder=str(work / f"{'drawn' if drawn else 'photos'}-{options.images}"),
         images=options.images,
         batch_size=options.batch_size,
         processes=processes,
@@ -92,13 +92,13 @@ def _settings(options: Namespace) -> Settings:
     return settings
 
 
-def _make_pictures(settings: Settings, bench_python: Path, timeout: float) -> str:
-    """Where the pictures come from. scikit-image is in the rivals' environment, or else in this one, or nowhere."""
+def _make_images(settings: Settings, bench_python: Path, timeout: float) -> str:
+    """Where the images come from. scikit-image is in the rivals' environment, or else in this one, or nowhere."""
     if importlib.util.find_spec("skimage") is not None or not bench_python.exists():
-        Pictures(settings)
+        Images(settings)
     else:
-        _must(settings, f"{_THEIRS}:Pictures", "pictures", bench_python, timeout, 0)
-    about = json.loads((Path(settings.pictures) / ABOUT).read_text(encoding="utf-8"))
+        _must(settings, f"{_THEIRS}:Images", "images", bench_python, timeout, 0)
+    about = json.loads((Path(settings.image_folder) / ABOUT).read_text(encoding="utf-8"))
     return str(about["photos"])
 
 

@@ -18,7 +18,7 @@ SIZE = (640, 480)
 QUALITY = 90
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina", "immunohistochemistry")
 CAPTIONS, ABOUT = "captions.json", "about.json"
-_GRAINS = (8, 40, 160)  # pixels of the coarser side of a drawn picture's textures
+_GRAINS = (8, 40, 160)  # pixels of the coarser side of a drawn image's textures
 
 
 def made_once(target: Path, write: Callable[[Path], None]) -> Path:
@@ -33,10 +33,10 @@ def made_once(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """Write `count` JPEGs, captions.json ([file, caption] each) and about.json (where the photos come from).
 
-    A view is a random box of a photo, of the shape of the picture and half to all of the photo's height, mirrored or
+    A view is a random box of a photo, of the shape of the image and half to all of the photo's height, mirrored or
     not. Where scikit-image is not installed the photos are drawn, and about.json says so.
     """
     photos, source = _photos()
@@ -53,7 +53,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def view(photo: Image.Image, draw: random.Random) -> Image.Image:
-    """A random box of the photo as a picture of `SIZE`."""
+    """A random box of the photo as an image of `SIZE`."""
     whole = min(photo.width / SIZE[0], photo.height / SIZE[1])
     scale = whole * (0.5 + 0.5 * draw.random())
     width, height = int(SIZE[0] * scale), int(SIZE[1] * scale)
@@ -99,7 +99,7 @@ def _photos() -> tuple[list[tuple[str, Image.Image]], str]:
 
 
 def _drawing(seed: int) -> Image.Image:
-    """Soft colour noise of three grains, whose JPEG files are about as large as those of photos."""
+    """Soft color noise of three grains, whose JPEG files are about as large as those of photos."""
     noise = np.random.default_rng(seed)
     total = np.zeros((SIZE[1], SIZE[0], 3))
     for grain in _GRAINS:

@@ -31,12 +31,12 @@ _TEXT_LENGTH, _VOCABULARY = 40, 300
 _OPEN_BATCH_ROWS = 256  # rows to a record batch, as preprocessing writes them
 
 
-def pack(pictures: Path, out: Path) -> None:
+def pack(image_folder: Path, out: Path) -> None:
     """Convert a folder that loader_images.py wrote to `out`/train, as the command does, in this process.
 
     Raises RuntimeError when it fails.
     """
-    arguments = ["cc3m", "--annotations", str(pictures / CAPTIONS), "--images", str(pictures)]
+    arguments = ["cc3m", "--annotations", str(image_folder / CAPTIONS), "--images", str(image_folder)]
     before = sys.argv
     sys.argv = ["preprocessing", *arguments, "--split", "train", "--check", "header", "--out", str(out)]
     try:
@@ -53,9 +53,9 @@ class Ours:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        pictures = Path(settings.pictures)
-        folder = made_once(Path(settings.work) / f"ours-{pictures.name}", lambda path: pack(pictures, path))
-        captions = json.loads((pictures / CAPTIONS).read_text(encoding="utf-8"))
+        image_folder = Path(settings.image_folder)
+        folder = made_once(Path(settings.work) / f"ours-{image_folder.name}", lambda path: pack(image_folder, path))
+        captions = json.loads((image_folder / CAPTIONS).read_text(encoding="utf-8"))
         tokenizer = train_tokenizer([caption for _, caption in captions], _VOCABULARY)
         self._dataset = CaptionSamples(folder / "train", tokenizer, train_transform(settings), _TEXT_LENGTH)
 
@@ -82,10 +82,10 @@ class Packing:
     """
 
     def __init__(self, settings: Settings) -> None:
-        source, copies = Path(settings.pictures), settings.packing_copies
+        source, copies = Path(settings.image_folder), settings.packing_copies
         folder = Path(settings.work) / f"packing-{source.name}-{copies}"
-        self._pictures = made_once(folder, lambda path: copy_names(source, path, copies))
-        self._files = sorted(self._pictures.glob("*.jpg"))
+        self._image_folder = made_once(folder, lambda path: copy_names(source, path, copies))
+        self._files = sorted(self._image_folder.glob("*.jpg"))
         self._out = Path(settings.work) / "packed"
 
     def round(self) -> dict[str, float]:
@@ -97,7 +97,7 @@ class Packing:
             hashlib.sha256(path.read_bytes()).digest()
         hashed = time.perf_counter() - began
         began = time.perf_counter()
-        pack(self._pictures, self._out)
+        pack(self._image_folder, self._out)
         packed = time.perf_counter() - began
         shards = [path.read_bytes() for path in sorted(self._out.rglob("*.arrow"))]
         shutil.rmtree(self._out)
@@ -133,7 +133,7 @@ class Opening:
         count, rows = self._settings.shards, self._settings.shard_rows
         shard = folder / "rows.arrow"
         columns: dict[str, list[Any]] = {
-            "image": [b"picture"] * rows,
+            "image": [b"image"] * rows,
             "caption": [[f"caption {row}"] for row in range(rows)],
             "image_id": [str(row) for row in range(rows)],
             "split": ["train"] * rows,

@@ -32,23 +32,23 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 
 @dataclass(frozen=True)
 class Settings:
-    """What a job must know. Window: the batches that are timed, of those of one pass over the pictures.
+    """What a job must know. Window: the batches that are timed, of those of one pass over the images.
 
     Args:
         work: folder for what the jobs write.
-        pictures: folder of the JPEGs.
+        images: folder of the JPEGs.
         images: how many there are.
-        batch_size: pictures.
+        batch_size: images.
         processes: that decode.
         prefetch: batches read ahead by each.
-        image_size: side of the training picture, pixels.
+        image_size: side of the training image, pixels.
         packing_copies: how often each JPEG is packed, under another name.
         shards: of the split whose opening is timed.
         shard_rows: in each of these.
     """
 
     work: str
-    pictures: str
+    image_folder: str
     images: int
     batch_size: int
     processes: int

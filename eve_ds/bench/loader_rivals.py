@@ -1,6 +1,6 @@
 """The contestants of `bench loader` that need nothing of ours but the transform: three libraries, and no loader at all.
 
-All decode the same JPEGs with the same Transform (Pillow; RandomResizedCrop 0.5-1 to 224, mirror), and normalise whole
+All decode the same JPEGs with the same Transform (Pillow; RandomResizedCrop 0.5-1 to 224, mirror), and normalize whole
 batches as our loader does, in the same number of processes that read equally far ahead. Each shuffles as its own
 documentation has it. They run in .venv-bench, where our loader need not be installable.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from eve_ds.bench.loader_images import ABOUT, made_once, read_files, write_pictures
+from eve_ds.bench.loader_images import ABOUT, made_once, read_files, write_images
 from eve_ds.bench.loader_process import Settings
 from eve_ds.data.transforms import Transform, build_transform, normalize
 
@@ -37,9 +37,9 @@ def train_transform(settings: Settings) -> Transform:
     return build_transform(settings.image_size, train=True)
 
 
-def batch_of(pictures: Sequence[np.ndarray]) -> Tensor:
-    """[H, W, 3] uint8 each -> [B, 3, H, W] float32, normalised as `eve_ds.data.collate` does."""
-    return normalize(np.stack(pictures))
+def batch_of(images: Sequence[np.ndarray]) -> Tensor:
+    """[H, W, 3] uint8 each -> [B, 3, H, W] float32, normalized as `eve_ds.data.collate` does."""
+    return normalize(np.stack(images))
 
 
 def window_rate(batches: Iterable[Tensor], settings: Settings) -> dict[str, float]:
@@ -61,11 +61,11 @@ def window_rate(batches: Iterable[Tensor], settings: Settings) -> dict[str, floa
     return {RATE: images / (ended - began)}
 
 
-class Pictures:
+class Images:
     """Makes the JPEGs; measures nothing."""
 
     def __init__(self, settings: Settings) -> None:
-        folder = made_once(Path(settings.pictures), lambda path: write_pictures(path, settings.images))
+        folder = made_once(Path(settings.image_folder), lambda path: write_images(path, settings.images))
         self.about = folder / ABOUT
 
     def round(self) -> dict[str, float]:
@@ -77,7 +77,7 @@ class Bare:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._files = read_files(Path(settings.pictures))
+        self._files = read_files(Path(settings.image_folder))
         self._transform = train_transform(settings)
 
     def round(self) -> dict[str, float]:
@@ -124,12 +124,12 @@ class WebDataset:
         self._settings = settings
         self._transform = train_transform(settings)
         tars = max(_TARS, settings.processes)
-        folder = Path(settings.work) / f"webdataset-{Path(settings.pictures).name}-{tars}"
+        folder = Path(settings.work) / f"webdataset-{Path(settings.image_folder).name}-{tars}"
         made_once(folder, lambda path: self._write(path, tars))
         self._tars = [str(path) for path in sorted(folder.glob("*.tar"))]
 
     def _write(self, folder: Path, tars: int) -> None:
-        files = read_files(Path(self._settings.pictures))
+        files = read_files(Path(self._settings.image_folder))
         for number in range(tars):
             with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
                 for index in range(number, len(files), tars):
@@ -170,13 +170,13 @@ class Streaming:
 
         self._streaming = streaming
         self._settings = settings
-        folder = made_once(Path(settings.work) / f"streaming-{Path(settings.pictures).name}", self._write)
+        folder = made_once(Path(settings.work) / f"streaming-{Path(settings.image_folder).name}", self._write)
         self._dataset = Dataset(local=str(folder), shuffle=True, batch_size=settings.batch_size)
 
     def _write(self, folder: Path) -> None:
         columns = {"image": "bytes", "id": "int"}
         with self._streaming.MDSWriter(out=str(folder), columns=columns, size_limit=_MDS_BYTES) as writer:
-            for index, data in enumerate(read_files(Path(self._settings.pictures))):
+            for index, data in enumerate(read_files(Path(self._settings.image_folder))):
                 writer.write({"image": data, "id": index})
 
     def round(self) -> dict[str, float]:
@@ -200,19 +200,19 @@ class Datasets:
         self._datasets = datasets
         self._settings = settings
         self._transform = train_transform(settings)
-        folder = made_once(Path(settings.work) / f"datasets-{Path(settings.pictures).name}", self._write)
+        folder = made_once(Path(settings.work) / f"datasets-{Path(settings.image_folder).name}", self._write)
         self._dataset = datasets.load_from_disk(str(folder)).with_transform(self._decode)
 
     def _write(self, folder: Path) -> None:
         features = self._datasets.Features(
             {"image": self._datasets.Value("binary"), "id": self._datasets.Value("int64")}
         )
-        files = read_files(Path(self._settings.pictures))
+        files = read_files(Path(self._settings.image_folder))
         columns = {"image": files, "id": list(range(len(files)))}
         self._datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
 
     def _decode(self, batch: dict[str, list[Any]]) -> dict[str, list[np.ndarray]]:
-        return {"picture": [self._transform(*sample) for sample in zip(batch["image"], batch["id"], strict=True)]}
+        return {"image": [self._transform(*sample) for sample in zip(batch["image"], batch["id"], strict=True)]}
 
     def round(self) -> dict[str, float]:
         loader: Any = DataLoader(
@@ -227,4 +227,4 @@ class Datasets:
 
 
 def _collate(samples: Sequence[dict[str, np.ndarray]]) -> Tensor:
-    return batch_of([sample["picture"] for sample in samples])
+    return batch_of([sample["image"] for sample in samples])

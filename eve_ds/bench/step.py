@@ -34,7 +34,7 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.flops import pretraining_flops
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.base import Batch
-from eve_ds.tasks.masked import MaskedModelling
+from eve_ds.tasks.masked import MaskedModeling
 from eve_ds.tasks.masking import masked_patches, masked_words
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain_base.yaml"
@@ -68,7 +68,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
     if config.engine.precision == "auto":
         config.engine.precision = best_precision(device.type)
     torch.manual_seed(0)
-    task = MaskedModelling(Backbone(config.model), config.objective, MASK_ID)
+    task = MaskedModeling(Backbone(config.model), config.objective, MASK_ID)
     task = task.to(device, DTYPES[config.engine.precision]).train()
     tasks = {"ours": task}
     if not options.no_plain:
@@ -81,7 +81,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
         yield row | dict.fromkeys(OPTIMIZER_KEYS) | optimizer
 
 
-def plain_version(task: MaskedModelling, capacity_factor: float = 1.0) -> MaskedModelling:
+def plain_version(task: MaskedModeling, capacity_factor: float = 1.0) -> MaskedModeling:
     """A copy with the same weights; its attention is the formula as it stands, dispatch masks feed its experts."""
     plain = copy.deepcopy(task)
     replace(plain, Attention, functools.partial(ReferenceAttention, core=plain_core))
@@ -90,7 +90,7 @@ def plain_version(task: MaskedModelling, capacity_factor: float = 1.0) -> Masked
 
 
 def _forward_backward(
-    options: Namespace, config: PretrainConfig, tasks: dict[str, MaskedModelling], pairs: int, device: torch.device
+    options: Namespace, config: PretrainConfig, tasks: dict[str, MaskedModeling], pairs: int, device: torch.device
 ) -> Row:
     best = _peak(options, config, pairs, device)
     batch = make_batch(config, pairs, device)
@@ -163,7 +163,7 @@ def _peak(options: Namespace, config: PretrainConfig, pairs: int, device: torch.
     return find_peak(options, products, DTYPES[config.engine.precision], device)[0]
 
 
-def _candidate(task: MaskedModelling, batch: Batch) -> Candidate:
+def _candidate(task: MaskedModeling, batch: Batch) -> Candidate:
     return Candidate(lambda: task(batch).loss.backward(), lambda: task.zero_grad(set_to_none=True))
 
 

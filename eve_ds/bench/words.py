@@ -15,7 +15,7 @@ from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
 from eve_ds.errors import UserError
-from eve_ds.tasks import MaskedModelling, load_task_model
+from eve_ds.tasks import MaskedModeling, load_task_model
 from eve_ds.tasks.masked import another_image
 from eve_ds.weights.load import load_weights
 from preprocessing.shapes.captions import wordings
@@ -54,7 +54,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
     if not any(name.startswith("word_decoder.") for name in load_weights(folder.weights)):
         raise UserError(f"--checkpoint {options.checkpoint}: holds no word decoder; name a pre-training run")
     task = load_task_model("pretrain", checkpoint=options.checkpoint)
-    assert isinstance(task, MaskedModelling)
+    assert isinstance(task, MaskedModeling)
     config = task.config
     split = open_split(options.data, options.split, "caption")
     transform = build_transform(config.image_size, train=False)
@@ -74,7 +74,7 @@ def _rows(options: Namespace) -> Iterator[Row]:
 
 
 def _judge(
-    task: MaskedModelling, samples: CaptionSamples, chosen: range, scenes: list[Scene], order: str
+    task: MaskedModeling, samples: CaptionSamples, chosen: range, scenes: list[Scene], order: str
 ) -> Iterator[Word]:
     """Masked words of the chosen captions. As many are masked as in the run, by its ``objective.seed``."""
     tokenizer, longest = samples.tokenizer, samples.max_text_length

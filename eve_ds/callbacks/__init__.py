@@ -1,4 +1,4 @@
-"""Behaviour that cuts across training, a file each. ``standard_callbacks`` lists those that every run has."""
+"""Behavior that cuts across training, a file each. ``standard_callbacks`` lists those that every run has."""
 
 from __future__ import annotations
 

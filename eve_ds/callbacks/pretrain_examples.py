@@ -14,23 +14,23 @@ from eve_ds.engine.agreement import decide
 from eve_ds.engine.callback import Callback
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks.masked import MaskedModelling
+from eve_ds.tasks.masked import MaskedModeling
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 
 class PretrainExamples(Callback):
-    """Writes ``samples/`` at the end of a run: rebuilt pictures, predicted words, expert load (see eve_ds/report).
+    """Writes ``samples/`` at the end of a run: rebuilt images, predicted words, expert load (see eve_ds/report).
 
     Args:
         held_out: the split to show.
-        count: pairs of it, each of another picture.
+        count: pairs of it, each of another image.
     """
 
     def __init__(self, held_out: Samples, count: int) -> None:
         self.held_out = held_out
-        first: dict[int, int] = {}  # the first caption of each of the first pictures
+        first: dict[int, int] = {}  # the first caption of each of the first images
         for sample in range(len(held_out)):
             if len(first) >= count:
                 break
@@ -56,19 +56,19 @@ class PretrainExamples(Callback):
         batch = collate(samples, self.held_out.pad_id, self.held_out.max_text_length)
         batch = {key: value.to(trainer.device) for key, value in batch.items()}
         task = trainer.task
-        assert isinstance(task, MaskedModelling)
+        assert isinstance(task, MaskedModeling)
         with trainer.whole_weights():
-            pictures, words = task.reconstruct(batch), task.predict_words(batch)
+            images, words = task.reconstruct(batch), task.predict_words(batch)
         if trainer.is_main:
-            self._write(trainer, pictures, words, load.tolist())
+            self._write(trainer, images, words, load.tolist())
 
-    def _write(self, trainer: Trainer, pictures: dict[str, Any], words: list[dict[str, Any]], load: list[Any]) -> None:
+    def _write(self, trainer: Trainer, images: dict[str, Any], words: list[dict[str, Any]], load: list[Any]) -> None:
         folder = trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for place, sample in enumerate(self.chosen):
             row = {"caption": self.held_out.text(sample)}
-            for kind, pixels in pictures.items():
+            for kind, pixels in images.items():
                 row[kind] = f"p{place}_{kind}.png"
                 Image.fromarray(pixels[place]).save(folder / row[kind])
             rows.append(row)
@@ -78,7 +78,7 @@ class PretrainExamples(Callback):
         ]
         write_json(
             folder / "samples.json",
-            {"pictures": rows, "words": [self._words(entry) for entry in words], "expert_load": {"layers": layers}},
+            {"images": rows, "words": [self._words(entry) for entry in words], "expert_load": {"layers": layers}},
         )
 
     def _words(self, entry: dict[str, Any]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import RECIPES, meant, read_yaml, recipe
 from eve_ds.tasks.base import TASKS
-from eve_ds.tasks.load import build_for
+from eve_ds.tasks.load_task import build_for
 from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import write_hashes

@@ -15,7 +15,7 @@ from eve_ds.data.shards import RowError
 from preprocessing.shards.schema import DataError
 
 # So many samples that follow a corrupt one are tried; a run of more is a broken shard, not a broken row.
-NEIGHBOURS = 100
+NEIGHBORS = 100
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Reading:
 
     Args:
         block: what was to be read.
-        arrays: as collate.stack gives them, but for the pictures that lie in a slot.
-        slot: of SharedPictures; None where the pictures are among the arrays.
+        arrays: as collate.stack gives them, but for the images that lie in a slot.
+        slot: of SharedImages; None where the images are among the arrays.
         replaced: samples that were corrupt.
         failure: a user's mistake, in one line, in place of all these; torch would wrap the exception itself into a page
             of traceback.
@@ -51,18 +51,18 @@ class Reading:
     failure: str | None = None
 
 
-class SharedPictures:
-    """Room for the pictures of some micro-batches, shared with worker processes that are forked off afterwards.
+class SharedImages:
+    """Room for the images of some micro-batches, shared with worker processes that are forked off afterwards.
 
-    A worker writes a micro-batch's pictures into a slot, and the parent makes its tensor out of them: nothing is
+    A worker writes a micro-batch's images into a slot, and the parent makes its tensor out of them: nothing is
     allotted, sent or unpacked per batch. The memory is anonymous, so that /dev/shm (64 MB in a container by default)
     need not hold it.
 
     Args:
         slots: micro-batches.
-        names: of a sample's pictures.
+        names: of a sample's images.
         batch_size: samples of a micro-batch, at most.
-        image_size: side of a picture, pixels.
+        image_size: side of an image, pixels.
     Raises:
         DataError: there is no such memory.
     """
@@ -82,13 +82,13 @@ class SharedPictures:
         self._names = names
 
     def take_in(self, slot: int, place: int, sample: Sample) -> Sample:
-        """Move a sample's pictures to its place in a slot; returns the rest of the sample."""
+        """Move a sample's images to its place in a slot; returns the rest of the sample."""
         for number, name in enumerate(self._names):
             self._pixels[slot, number, place] = sample[name]
         return {name: value for name, value in sample.items() if name not in self._names}
 
     def look_at(self, slot: int, count: int) -> Arrays:
-        """The pictures of a slot, [count, H, W, 3] uint8 each, not copied: they are written over later."""
+        """The images of a slot, [count, H, W, 3] uint8 each, not copied: they are written over later."""
         return {name: self._pixels[slot, number, :count] for number, name in enumerate(self._names)}
 
 
@@ -99,15 +99,15 @@ class Reader:
     Args:
         dataset: of samples.py.
         pad_to_multiple: of the text length.
-        replace: put a neighbour in a corrupt sample's place; else it is a failure.
-        pictures: where to leave the pictures; None leaves them among the arrays.
+        replace: put a neighbor in a corrupt sample's place; else it is a failure.
+        images: where to leave the images; None leaves them among the arrays.
         read_ahead: told of each block first.
     """
 
     dataset: Samples
     pad_to_multiple: int
     replace: bool
-    pictures: SharedPictures | None = None
+    images: SharedImages | None = None
     read_ahead: ReadAhead | None = None
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Reader:
 
     def __getitem__(self, item: tuple[int, Block]) -> Reading:
         number, block = item
-        slot = number % self.pictures.slots if self.pictures is not None else None
+        slot = number % self.images.slots if self.images is not None else None
         replaced: list[Replaced] = []
         try:
             if self.read_ahead is not None:
@@ -124,8 +124,8 @@ class Reader:
             samples = []
             for place, described in enumerate([self._describe(key) for key in keys]):
                 sample = self._complete(keys[place], described, replaced)
-                if self.pictures is not None and slot is not None:
-                    sample = self.pictures.take_in(slot, place, sample)
+                if self.images is not None and slot is not None:
+                    sample = self.images.take_in(slot, place, sample)
                 samples.append(sample)
         except DataError as error:
             return Reading(block, {}, failure=str(error))
@@ -151,12 +151,12 @@ class Reader:
             if not self.replace:
                 raise
             fault = error
-        for step in range(1, NEIGHBOURS + 1):
-            neighbour = (sample + step) % len(self.dataset)
+        for step in range(1, NEIGHBORS + 1):
+            neighbor = (sample + step) % len(self.dataset)
             try:
-                found = self.dataset[neighbour, epoch]
+                found = self.dataset[neighbor, epoch]
             except RowError:
                 continue
-            replaced.append(Replaced(fault.where, f"{fault}; sample {neighbour} stands in for sample {sample}"))
+            replaced.append(Replaced(fault.where, f"{fault}; sample {neighbor} stands in for sample {sample}"))
             return found
-        raise DataError(f"{fault}; and the {NEIGHBOURS} samples after it are no better") from fault
+        raise DataError(f"{fault}; and the {NEIGHBORS} samples after it are no better") from fault

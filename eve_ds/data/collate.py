@@ -1,4 +1,4 @@
-"""Samples to batches: pictures normalised, texts padded to the longest one, numbers stacked."""
+"""Samples to batches: images normalized, texts padded to the longest one, numbers stacked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def collate(samples: Sequence[Sample], pad_id: int, max_text_length: int, pad_to
 
 
 def stack(samples: Sequence[Sample], pad_id: int, max_text_length: int, pad_to_multiple: int = 1) -> Arrays:
-    """What `collate` does short of normalising: images* [B,H,W,3] uint8, a quarter of the bytes of a batch's."""
+    """What `collate` does short of normalizing: images* [B,H,W,3] uint8, a quarter of the bytes of a batch's."""
     arrays: Arrays = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -45,7 +45,7 @@ def stack(samples: Sequence[Sample], pad_id: int, max_text_length: int, pad_to_m
 
 
 def to_batch(arrays: Arrays) -> Batch:
-    """Tensors of what `stack` gives, pictures normalised."""
+    """Tensors of what `stack` gives, images normalized."""
     return {
         name: normalize(value) if name.startswith("images") else torch.from_numpy(value)
         for name, value in arrays.items()

@@ -30,7 +30,7 @@ class DataSource:
 
 @dataclass
 class DataConfig:
-    """Where the samples come from and how pictures are varied.
+    """Where the samples come from and how images are varied.
 
     Args:
         path: prepared data set: a folder with a shard folder per split (train, val, test), see preprocessing/README.md;
@@ -41,12 +41,12 @@ class DataConfig:
         train_split: folder under ``path`` to train on.
         val_split: folder under ``path`` for held-out losses and scores; null for none.
         augmentation: none, color (jitter 0.4) or rand (RandAugment 2, 7).
-        crop_scale: RandomResizedCrop's range of areas, as in [0.5, 1.0]; null keeps whole pictures.
-        flip: mirror half the pictures, but not where the text says left or right.
+        crop_scale: RandomResizedCrop's range of areas, as in [0.5, 1.0]; null keeps whole images.
+        flip: mirror half the images, but not where the text says left or right.
         num_workers: loader processes per rank; 0 decodes in a thread of the training process.
         shuffle_window: shuffle within windows of so many samples, such as 16384, for network file systems: reads stay
             sequential (eve_ds/data/sampler.py); 0 shuffles the whole epoch, best for local disks.
-        max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbour stands in for
+        max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbor stands in for
             each. 0 stops at the first one.
         timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs. None:
             half of ``engine.timeout_seconds``. With several ranks at most all of it.
@@ -54,7 +54,7 @@ class DataConfig:
             that is scored, too, or in two of its Arrow files without a manifest; they are logged.
         verify: when shards are compared with their SHA-256: background (while the run trains, by a process a host that
             gives way to it; damage saves and ends the run), full (before the first step), off. Sizes always are.
-        max_pixels: pictures of more are corrupt rows; what ``--max-pixels`` was in preparation.
+        max_pixels: images of more are corrupt rows; what ``--max-pixels`` was in preparation.
     """
 
     path: str = ""

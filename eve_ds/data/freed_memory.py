@@ -10,7 +10,7 @@ _KEPT_BYTES = 64 << 20
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep what it frees, up to 64 MiB, for the next picture.
+    """Have this process keep what it frees, up to 64 MiB, for the next image.
 
     A decoded photo is a megabyte or more. glibc would give so much back to the kernel each time, and have it zeroed
     page by page for the next one: a quarter of the time that decoding and cropping take.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from eve_ds.data.batch_reader import Reader, Reading, SharedPictures
+from eve_ds.data.batch_reader import Reader, Reading, SharedImages
 from eve_ds.data.collate import Batch, to_batch
 from eve_ds.data.freed_memory import keep_freed_memory
 from eve_ds.data.loader_faults import OF_JOBS, explain_silence, explain_worker_death, heed_parent_alone
@@ -82,16 +82,16 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if isinstance(self.order, EvalOrder):
             self.position = 0
-        pictures = self._pictures() if self._num_workers else None
-        source = self._from_workers(pictures) if self._num_workers else self._read_ahead()
+        images = self._images() if self._num_workers else None
+        source = self._from_workers(images) if self._num_workers else self._read_ahead()
         try:
             while (reading := self._next(source)) is not None:
                 if reading.failure is not None:
                     raise DataError(reading.failure)
                 self._account(reading)
                 arrays = reading.arrays
-                if pictures is not None and reading.slot is not None:
-                    arrays = arrays | pictures.look_at(reading.slot, len(reading.block.samples))
+                if images is not None and reading.slot is not None:
+                    arrays = arrays | images.look_at(reading.slot, len(reading.block.samples))
                 yield to_batch(arrays)
         finally:
             # Ends the readers here and now. Left to the garbage collector (a traceback keeps this frame alive), torch's
@@ -134,18 +134,18 @@ class Loader:
                 f"{self._max_corrupt:g}; `python -m preprocessing verify` finds them all; the last: {new[-1].message}"
             )
 
-    def _pictures(self) -> SharedPictures:
+    def _images(self) -> SharedImages:
         # A worker's next batch is asked for when one of its batches is taken, but before that one is a tensor.
         slots = self._num_workers * self._prefetch + 1
         dataset = self.dataset
         size = self.order.micro_batch_size
-        return SharedPictures(slots, dataset.pictures, size, dataset.transform.image_size)
+        return SharedImages(slots, dataset.images, size, dataset.transform.image_size)
 
-    def _from_workers(self, pictures: SharedPictures | None) -> Iterator[Reading]:
+    def _from_workers(self, images: SharedImages | None) -> Iterator[Reading]:
         """Read in processes. They live as long as the iterator: an evaluation's do not idle through the training."""
         numbered: Any = enumerate(self.order.blocks(self.position))
-        reader: Any = replace(self._reader, pictures=pictures)
-        context = multiprocessing.get_context("fork")  # SharedPictures asks for it
+        reader: Any = replace(self._reader, images=images)
+        context = multiprocessing.get_context("fork")  # SharedImages asks for it
         # Born so, they have no thread, not even one that a library starts at the fork, that a signal could end them in.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_JOBS)
         try:
@@ -237,7 +237,7 @@ def build_loader(
         weights: of the parts of `dataset.split`, in proportion to which they are drawn; None draws each sample equally
             often; training alone.
         max_corrupt: share of corrupt rows, of the samples seen, beyond which training stops; a corrupt sample is
-            replaced by its neighbour until then. 0 stops at the first one, as evaluation always does.
+            replaced by its neighbor until then. 0 stops at the first one, as evaluation always does.
         timeout: seconds in which a batch must come.
     Raises:
         DataError: more ranks x workers than rows. While iterating: an unreadable shard or row, which it names, the

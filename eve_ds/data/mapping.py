@@ -2,7 +2,7 @@
 
 A memory map gives the small cells (offsets, texts, numbers) without a copy; but where a mapped file has been cut off,
 a look at it ends the process by SIGBUS, without a word. So the file's size is asked for before each look (`fstat`,
-a microsecond), and the pictures, nearly all of the bytes, are read with `pread`, which reports what is wrong. What
+a microsecond), and the images, nearly all of the bytes, are read with `pread`, which reports what is wrong. What
 remains is a cut within the microseconds between the two, and a small cell that the disk cannot read; the loader tells
 a worker's death in one line, too.
 """
@@ -41,7 +41,7 @@ class MappedFile:
         check_size(path, size)
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            # Not pyarrow's own memory_map: for each record batch it asks the kernel to read all of it, pictures too.
+            # Not pyarrow's own memory_map: for each record batch it asks the kernel to read all of it, images too.
             mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file cannot be mapped
             raise not_arrow(path, error) from error

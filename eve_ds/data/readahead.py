@@ -5,7 +5,7 @@ system is fast at reading these from end to end and slow at fetching them one by
 asks the kernel, in the order of the file, to read what it and its siblings will want in the window to come; when the
 samples are read, in the order of training, they come out of the page cache. A rank asks for its own samples alone, and
 its workers each for one part of them: nothing is fetched by a machine that does not need it. The page cache must hold
-two windows of pictures (16,384 of 60 kB are 1 GB).
+two windows of images (16,384 of 60 kB are 1 GB).
 """
 
 from __future__ import annotations

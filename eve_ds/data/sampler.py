@@ -13,7 +13,7 @@ is to start at another position. The idea is MosaicML streaming's; the permutati
 
 Shuffling is `full` (any sample may follow any other: every read is a seek) or by `window`, for network file systems:
 
-    data set    | block 0 | block 1 | block 2 | ...     runs of window / 16 neighbouring samples, each in a shard or two
+    data set    | block 0 | block 1 | block 2 | ...     runs of window / 16 neighboring samples, each in a shard or two
     an epoch    | 7 | 91 | 4 | ... | 33 | 2 | ...     the blocks in keyed order, 16 of them to a window,
                   \\_ window 0 _/     \\_ window 1 _/   and the samples of a window in keyed order
 
@@ -49,7 +49,7 @@ _BLOCKS, _WITHIN, _MIXTURE, _SOURCE = (_GOLDEN * odd & _MASK_64 for odd in (3, 5
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014) on an array of uint64."""
+    """splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014) on an array of uint64."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
     x ^= x >> np.uint64(31)
@@ -101,7 +101,7 @@ def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def permute_windows(places: np.ndarray, size: int, seed: int, epoch: int, window: int) -> np.ndarray:
-    """As `permute`, but neighbouring places stay within the same `WINDOW_BLOCKS` runs of samples (see the module).
+    """As `permute`, but neighboring places stay within the same `WINDOW_BLOCKS` runs of samples (see the module).
 
     Args:
         window: samples of a window, at least WINDOW_BLOCKS; a multiple of it, or it is rounded down to one.

@@ -20,18 +20,18 @@ from eve_ds.data.transforms import Transform, may_mirror
 from preprocessing.shards.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular, load_json
 from preprocessing.text.tokenizer import Tokenizer
 
-DECODED_BYTES = 128 << 20  # of decoded pictures kept by a process; filled once, since all rows come equally often
+DECODED_BYTES = 128 << 20  # of decoded images kept by a process; filled once, since all rows come equally often
 Sample = dict[str, Any]
 Key = tuple[int, int]  # (sample index, epoch)
 
 
 class Pending(NamedTuple):
-    """A picture that is yet to be read and decoded: number `picture` of the row's."""
+    """An image that is yet to be read and decoded: number `image` of the row's."""
 
     row: Row
     sample_id: int
     mirror: bool
-    picture: int = 0
+    image_number: int = 0
 
 
 class Samples(ABC):
@@ -40,7 +40,7 @@ class Samples(ABC):
     Args:
         directory: a prepared split folder of this kind, or a split that is open already.
         tokenizer: of the text.
-        transform: of the pictures.
+        transform: of the images.
         max_text_length: longest text, tokens, [CLS] and [SEP] included.
         vocab_size: of the model; None if there is none to check against.
     Raises:
@@ -48,7 +48,7 @@ class Samples(ABC):
     """
 
     kind = ""
-    pictures: tuple[str, ...] = ("images",)  # what a sample calls them
+    images: tuple[str, ...] = ("images",)  # what a sample calls them
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Samples(ABC):
         self.tokenizer = tokenizer
         self.transform = transform
         self.max_text_length = max_text_length
-        self._decoded: dict[tuple[Path, int, str], np.ndarray] = {}  # pictures that will come out the same again
+        self._decoded: dict[tuple[Path, int, str], np.ndarray] = {}  # images that will come out the same again
         if self.split.kind != self.kind:
             raise DataError(
                 f"{self.split.name}: holds {self.split.kind} data, {self.kind} data is needed; prepare it with "
@@ -91,14 +91,14 @@ class Samples(ABC):
 
     @abstractmethod
     def describe(self, key: Key) -> Sample:
-        """A sample but for its pixels: where its pictures are (`Pending`) stands in their place.
+        """A sample but for its pixels: where its images are (`Pending`) stands in their place.
 
         The loader describes all samples of a batch, then completes them: it takes a third less time than by turns with
         the decoders, which leave nothing else in the processor's caches.
         """
 
     def complete(self, described: Sample) -> Sample:
-        """The sample with its pixels. Raises RowError naming shard and row where a picture cannot be decoded."""
+        """The sample with its pixels. Raises RowError naming shard and row where an image cannot be decoded."""
         return {name: self._pixels(item) if isinstance(item, Pending) else item for name, item in described.items()}
 
     def text(self, sample: int) -> str:
@@ -106,10 +106,10 @@ class Samples(ABC):
         _, row, item = self.split.sample(sample)
         return _text(row, SAMPLE_COLUMN[self.kind], item)
 
-    def image_bytes(self, sample: int, picture: int = 0) -> bytes:
-        """The file of one of the sample's pictures, as it was prepared."""
+    def image_bytes(self, sample: int, image_number: int = 0) -> bytes:
+        """The file of one of the sample's images, as it was prepared."""
         _, row, _ = self.split.sample(sample)
-        return row.blob(IMAGE_COLUMNS[self.kind][picture])
+        return row.blob(IMAGE_COLUMNS[self.kind][image_number])
 
     def _sample_id(self, key: Key) -> int:
         sample, epoch = key
@@ -121,23 +121,23 @@ class Samples(ABC):
 
     def _pixels(self, pending: Pending) -> np.ndarray:
         """[H, W, 3] uint8."""
-        row, sample_id, mirror, picture = pending
-        column = IMAGE_COLUMNS[self.kind][picture]
+        row, sample_id, mirror, image_number = pending
+        column = IMAGE_COLUMNS[self.kind][image_number]
         key = (row.path, row.number, column)
         if key in self._decoded:
             return self._decoded[key]
         data = row.blob(column)
         try:
-            pixels = self.transform(data, sample_id, mirror, picture)
+            pixels = self.transform(data, sample_id, mirror, image_number)
         except DataError as error:
-            raise RowError(row.where, f"{error}; prepare the split again to drop such pictures") from error
+            raise RowError(row.where, f"{error}; prepare the split again to drop such images") from error
         if not self.transform.is_random and len(self._decoded) * pixels.nbytes < DECODED_BYTES:
             self._decoded[key] = pixels
         return pixels
 
 
 class CaptionSamples(Samples):
-    """Pictures with captions; a sample is one caption with its picture.
+    """Images with captions; a sample is one caption with its image.
 
     dataset[sample, epoch] -> images [H,W,3] uint8, text_ids [l] int64, sample_id, image_index (the row)
     """
@@ -156,21 +156,21 @@ class CaptionSamples(Samples):
         }
 
     def row_image_bytes(self, image_index: int) -> bytes:
-        """The file of picture `image_index`."""
+        """The file of image `image_index`."""
         return self.split.row(image_index).blob("image")
 
     def row_captions(self, image_index: int) -> list[str]:
-        """All captions of picture `image_index`."""
+        """All captions of image `image_index`."""
         captions = self.split.row(image_index).value("caption")
         return captions if isinstance(captions, list) else [captions]
 
     def text_image_index(self) -> np.ndarray:
-        """[samples] int64: the picture of every caption."""
+        """[samples] int64: the image of every caption."""
         return self.split.sample_rows()
 
 
 class CaptionImages(CaptionSamples):
-    """Every picture of a caption split once, without text.
+    """Every image of a caption split once, without text.
 
     dataset[image_index, epoch] -> images, sample_id (in evaluation the image_index), image_index
     """
@@ -185,12 +185,12 @@ class CaptionImages(CaptionSamples):
 
 
 class CaptionTexts(CaptionSamples):
-    """Every caption of a caption split once; no picture is decoded.
+    """Every caption of a caption split once; no image is decoded.
 
     dataset[sample, epoch] -> text_ids, sample_id, image_index
     """
 
-    pictures = ()
+    images = ()
 
     def describe(self, key: Key) -> Sample:
         image_index, row, item = self.split.sample(int(key[0]))
@@ -199,7 +199,7 @@ class CaptionTexts(CaptionSamples):
 
 
 class VqaSamples(Samples):
-    """Pictures with questions; a sample is one question with its picture.
+    """Images with questions; a sample is one question with its image.
 
     Args:
         num_answers: length A of the answer list; the model's classes.
@@ -259,14 +259,14 @@ class VqaSamples(Samples):
 
 
 class NlvrSamples(Samples):
-    """Pairs of pictures with statements; a sample is one statement with its pair.
+    """Pairs of images with statements; a sample is one statement with its pair.
 
     dataset[sample, epoch] -> images_0 (left), images_1 (right), text_ids, sample_id, label (1 true, 0 false, -1
     unknown), question_index (the sample)
     """
 
     kind = "nlvr"
-    pictures = ("images_0", "images_1")
+    images = ("images_0", "images_1")
 
     def describe(self, key: Key) -> Sample:
         _, row, item = self.split.sample(int(key[0]))

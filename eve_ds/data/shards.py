@@ -145,7 +145,7 @@ class Split:
     Attributes:
         kind: "caption", "vqa" or "nlvr".
         name: the folder, for messages.
-        rows: pictures (pairs of pictures for NLVR).
+        rows: images (pairs of images for NLVR).
         samples: captions, questions or statements: what one epoch visits.
         parts: (name, samples) of the sources; a split has one.
         manifest: as it was read; {} where there is none.
@@ -246,7 +246,7 @@ class Split:
                     yield dict(zip(*(part or () for part in of_question), strict=True))
 
     def read_ahead(self, samples: Iterable[int]) -> None:
-        """Have the kernel read the pictures of these samples (in rising order) into its cache; does not wait for it."""
+        """Have the kernel read the images of these samples (in rising order) into its cache; does not wait for it."""
         file, start, end = None, 0, 0
         for sample in samples:
             _, row, _ = self.sample(sample)

@@ -1,6 +1,6 @@
-"""Pictures: from a file's bytes to an upright RGB square, augmented by draws that depend on the sample alone.
+"""Images: from a file's bytes to an upright RGB square, augmented by draws that depend on the sample alone.
 
-EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, colour jitter
+EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, color jitter
 or RandAugment in training; a straight bicubic resize to a square in evaluation; mean = std = 0.5. Pillow and numpy
 alone do the work: torchvision, whose formulae these are, cannot be installed beside this version of torch.
 """
@@ -30,7 +30,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # as preprocessing/images/decoding.py 
 _BICUBIC = Image.Resampling.BICUBIC
 _BILINEAR = Image.Resampling.BILINEAR
 _ORIENTATION = 0x0112
-# EXIF orientation -> what makes the picture upright (EXIF 2.32, tag 0x0112; 1 is upright already).
+# EXIF orientation -> what makes the image upright (EXIF 2.32, tag 0x0112; 1 is upright already).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,7 +54,7 @@ _RAND_PROBABILITY = 0.5
 _RAND_FILL = (128, 128, 128)
 _ENHANCE = _RAND_LEVEL * 1.8 + 0.1
 _SHEAR = _RAND_LEVEL * 0.3
-_TRANSLATE = _RAND_LEVEL * 10  # pixels, whatever the picture's size
+_TRANSLATE = _RAND_LEVEL * 10  # pixels, whatever the image's size
 _ROTATE = _RAND_LEVEL * 30  # degrees
 
 # "leftmost" and "bottomright" say a side; "bright" and "cleft" do not.
@@ -62,23 +62,23 @@ _SAYS_A_SIDE = re.compile(r"(?<![a-z])(?:top|bottom|upper|lower)?(?:left|right)"
 
 
 def may_mirror(texts: Sequence[str]) -> bool:
-    """Whether a mirrored picture still fits the texts: none of them says left or right."""
+    """Whether a mirrored image still fits the texts: none of them says left or right."""
     return not any(_SAYS_A_SIDE.search(text) for text in texts)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture file: RGB, upright by its EXIF orientation, white behind transparency.
+    """Decode an image file: RGB, upright by its EXIF orientation, white behind transparency.
 
     Of an animation the first frame is taken; of sixteen bits a channel, the upper eight.
 
     Raises:
-        DataError: the bytes are no whole picture that Pillow knows, or one of more than `max_pixels`.
+        DataError: the bytes are no whole image that Pillow knows, or one of more than `max_pixels`.
     """
-    return _Picture(data, max_pixels).decode()
+    return _LazyImage(data, max_pixels).decode()
 
 
-class _Picture:
-    """A picture file whose header has been read, and no pixel yet. Raises DataError like decode_image."""
+class _LazyImage:
+    """An image file whose header has been read, and no pixel yet. Raises DataError like decode_image."""
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
         try:
@@ -100,7 +100,7 @@ class _Picture:
         return self._whole[::-1] if self._orientation in _LYING else self._whole
 
     def decode(self, least: tuple[int, int] | None = None) -> Image.Image:
-        """The picture as decode_image gives it; of a JPEG, with `least` (width, height), perhaps a smaller one.
+        """The image as decode_image gives it; of a JPEG, with `least` (width, height), perhaps a smaller one.
 
         libjpeg can compute a JPEG at a half, a quarter or an eighth of its sides from the low frequencies of each block
         of pixels, in less time. Asked for `least`, the smallest of these sizes is made that is not below it.
@@ -136,16 +136,16 @@ class _Picture:
 
 def _not_decoded(error: Exception) -> DataError:
     if isinstance(error, UnidentifiedImageError):
-        return DataError("the picture cannot be decoded (its format is unknown)")
-    return DataError(f"the picture cannot be decoded ({' '.join(str(error).split())})")
+        return DataError("the image cannot be decoded (its format is unknown)")
+    return DataError(f"the image cannot be decoded ({' '.join(str(error).split())})")
 
 
 def _orientation(image: Image.Image) -> int:
     if not (_EXIF_CARRIERS & image.info.keys() or image.format == "TIFF"):
-        return 1  # parsing costs as much as decoding a small picture
+        return 1  # parsing costs as much as decoding a small image
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  # the parser raises whatever; a broken EXIF block does not spoil the picture
+    except Exception:  # noqa: BLE001  # the parser raises whatever; a broken EXIF block does not spoil the image
         return 1
 
 
@@ -168,9 +168,9 @@ def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, f
 
     Args:
         draw: source of randomness.
-        width, height: of the picture, pixels.
+        width, height: of the image, pixels.
         scale: range of the share of the area that is kept. The aspect ratio is log-uniform from 3/4 to 4/3; when ten
-            draws do not fit into the picture, the greatest middle part whose aspect is in that range is taken.
+            draws do not fit into the image, the greatest middle part whose aspect is in that range is taken.
     """
     low, high = math.log(_CROP_ASPECTS[0]), math.log(_CROP_ASPECTS[1])
     for _ in range(10):
@@ -244,26 +244,26 @@ class Transform:
 
     @property
     def is_random(self) -> bool:
-        """Whether a picture comes out different for another sample id."""
+        """Whether an image comes out different for another sample id."""
         return self.train and (self.crop_scale is not None or self.flip or self.augmentation != "none")
 
-    def __call__(self, data: bytes, sample_id: int, mirror: bool = True, picture: int = 0) -> np.ndarray:
-        """One picture, ready for `normalize`.
+    def __call__(self, data: bytes, sample_id: int, mirror: bool = True, image_number: int = 0) -> np.ndarray:
+        """One image, ready for `normalize`.
 
         Args:
-            data: the picture file's bytes.
-            sample_id: what the random draws depend on, with the seed and `picture`, and on nothing else.
+            data: the image file's bytes.
+            sample_id: what the random draws depend on, with the seed and `image`, and on nothing else.
             mirror: False where the text says left or right; the other draws stay the same.
-            picture: its number among the sample's pictures.
+            image: its number among the sample's images.
         Returns:
             [image_size, image_size, 3] uint8, RGB.
         Raises:
-            DataError: the picture cannot be decoded.
+            DataError: the image cannot be decoded.
         """
         if not self.train:
             return np.asarray(self._square(decode_image(data, self.max_pixels)))
-        draw = random.Random((self.seed << 72) | (picture << 64) | sample_id)
-        image = self._cropped(_Picture(data, self.max_pixels), draw)
+        draw = random.Random((self.seed << 72) | (image_number << 64) | sample_id)
+        image = self._cropped(_LazyImage(data, self.max_pixels), draw)
         if self.flip and draw.random() < 0.5 and mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augmentation == "color":
@@ -272,15 +272,15 @@ class Transform:
             image = rand_augment(image, draw)
         return np.asarray(image)
 
-    def _cropped(self, file: _Picture, draw: random.Random) -> Image.Image:
-        """The square that is trained on, neither mirrored nor coloured yet."""
+    def _cropped(self, file: _LazyImage, draw: random.Random) -> Image.Image:
+        """The square that is trained on, neither mirrored nor colored yet."""
         size = file.jpeg_size if self.draft else None
         if size is None:
             image = file.decode()
             # Cropped first: resize(box=...) would let the filter see pixels outside the box.
             return self._square(image if self.crop_scale is None else image.crop(self._box(draw, image.size)))
         box = self._box(draw, size)
-        # The whole picture's size at which the cut is as large as the square.
+        # The whole image's size at which the cut is as large as the square.
         width = -(-size[0] * self.image_size // (box[2] - box[0]))
         height = -(-size[1] * self.image_size // (box[3] - box[1]))
         image = file.decode((width, height))
@@ -311,20 +311,20 @@ def build_transform(
     draft: bool = True,
     max_pixels: int = MAX_PIXELS,
 ) -> Transform:
-    """What turns a picture file into a training or evaluation picture.
+    """What turns an image file into a training or evaluation image.
 
     Args:
         image_size: side of the square, pixels.
         train: False for evaluation, which resizes straight to the square and ignores all that follows.
         augmentation: none, color (jitter 0.4) or rand (RandAugment(2, 7) with EVE's ten operations).
-        crop_scale: RandomResizedCrop's range of areas; None keeps whole pictures.
-        flip: mirror half the pictures, but not those whose text says left or right.
+        crop_scale: RandomResizedCrop's range of areas; None keeps whole images.
+        flip: mirror half the images, but not those whose text says left or right.
         seed: of the draws, at least 0.
         draft: let libjpeg decode a large JPEG at a half, a quarter or an eighth of its sides where what is cut out of
             it stays at least as large as the square; the bicubic resize then does the rest. On COCO's photos this
-            changes pixels by one to two levels of 255 on average, in the sharpest picture by four, and never the draws
+            changes pixels by one to two levels of 255 on average, in the sharpest image by four, and never the draws
             or what evaluation sees.
-        max_pixels: a picture of more is not decoded, as in preparation.
+        max_pixels: an image of more is not decoded, as in preparation.
     Raises:
         DataError: an argument is outside its range.
     """
@@ -353,7 +353,7 @@ def normalize(images: np.ndarray) -> Tensor:
 
 
 def denormalize(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] normalised pictures back to [B, H, W, 3] uint8, clipped; the inverse of `normalize`."""
+    """[B, 3, H, W] normalized images back to [B, H, W, 3] uint8, clipped; the inverse of `normalize`."""
     values = images.detach().float().mul(0.5).add(0.5).mul(255).round().clamp(0, 255)
     return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 

@@ -197,7 +197,7 @@ class Manifest:
 
 
 def experts_of(module: nn.Module) -> Experts:
-    """{module path: placement descriptor} of the MoE layers of a module that DeepSpeed has initialised."""
+    """{module path: placement descriptor} of the MoE layers of a module that DeepSpeed has initialized."""
     found = {name: getattr(layer, "expert_placement_descriptor", None) for name, layer in module.named_modules()}
     return {name: placement for name, placement in found.items() if placement is not None}
 

@@ -26,7 +26,7 @@ from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
+from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.shards.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, printable
 from preprocessing.text.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
         for opened in splits:
             if opened.manifest.get(ANSWERS, answers_sha256(answers)) != answers_sha256(answers):
                 raise UserError(
-                    f"{data.home}/{ANSWER_LIST}: is not the list that {opened.name} was labelled by; put that one "
+                    f"{data.home}/{ANSWER_LIST}: is not the list that {opened.name} was labeled by; put that one "
                     "back, or prepare the split again"
                 )
         return VqaSamples(*arguments, num_answers=len(answers))
@@ -221,7 +221,7 @@ def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = N
 def _task(config: Config, backbone: Backbone, tokenizer: Tokenizer, samples: Samples | None) -> Task:
     if isinstance(config, PretrainConfig):
         objective = dataclasses.replace(config.objective, seed=config.objective.seed + config.engine.seed)
-        return MaskedModelling(backbone, objective, tokenizer.mask_id)
+        return MaskedModeling(backbone, objective, tokenizer.mask_id)
     if isinstance(samples, VqaSamples):
         return VQA(backbone, samples.num_answers, config.objective.head_hidden)
     if isinstance(samples, NlvrSamples):

@@ -1,4 +1,4 @@
-"""The training loop. What cuts across it (logging, progress, samples) is a callback; what is learnt is a task."""
+"""The training loop. What cuts across it (logging, progress, samples) is a callback; what is learned is a task."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Shards compared with the hashes in their manifests: before a run, or beside it.
 
-A flipped bit in a picture or a text changes no size, and most decoders take it. `data.verify` says when the SHA-256 of
+A flipped bit in an image or a text changes no size, and most decoders take it. `data.verify` says when the SHA-256 of
 each shard is computed: `full`, by all ranks before the first step; `background`, by one process a host that gives way
 to all others, while the run trains; `off`, never. Sizes are compared whenever a split is opened.
 
-Where the process finds a damaged shard, the run saves and ends with exit code 2: what it has learnt so far owes next to
-nothing to the one shard, and the same command goes on once that is mended.
+Where the process finds a damaged shard, the run saves and ends with exit code 2: what it has learned so far owes
+next to nothing to the one shard, and the same command goes on once that is mended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""EVE's backbone: one Transformer for pictures, texts and pairs.
+"""EVE's backbone: one Transformer for images, texts and pairs.
 
 Shapes: B samples, P patches, K kept patches, L text tokens, N = all tokens (class token, patches, text), D dim.
 """
@@ -28,7 +28,7 @@ class BackboneOutput(NamedTuple):
         before_norm: [B, N, D], the same before the final norm (published retrieval evaluation reads these).
         aux_per_layer: [soft layers] float32, this rank's share of each layer's load-balancing loss, unweighted.
         aux_loss: their mean, float32 scalar; 0 without soft layers.
-        num_image_tokens: tokens of the picture, class token included; 0 for text alone.
+        num_image_tokens: tokens of the image, class token included; 0 for text alone.
     """
 
     hidden: Tensor
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         self.embedding_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.blocks = nn.ModuleList(self._block(i, moe_layer, published_routing) for i in range(config.depth))
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
-        self._initialise(config.init_std, config.position_std)
+        self._initialize(config.init_std, config.position_std)
 
     def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> HardBlock | SoftBlock:
         config = self.config
@@ -84,8 +84,8 @@ class Backbone(nn.Module):
         return SoftBlock(config, drop_path, moe)
 
     @torch.no_grad()
-    def _initialise(self, std: float, position_std: float) -> None:
-        """First values of the modules that torch would initialise otherwise; experts come with a deviation of 0.02."""
+    def _initialize(self, std: float, position_std: float) -> None:
+        """First values of the modules that torch would initialize otherwise; experts come with a deviation of 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
                 # Patches have 3 p p inputs, as many as D in EVE-Base: where D is less, no louder than other layers.
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         patch_keep: Tensor | None = None,
         draws: Tensor | None = None,
     ) -> BackboneOutput:
-        """Encode pictures, texts, or pairs. With a process group a collective of all ranks (see ``MoE.forward``).
+        """Encode images, texts, or pairs. With a process group a collective of all ranks (see ``MoE.forward``).
 
         Args:
             images: [B, 3, H, W] float.
@@ -123,7 +123,7 @@ class Backbone(nn.Module):
             draws: [2 depth, B] float between 0 and 1, which decide on drop path in training: of each block's attention,
                 then of its feed-forward part. None: from torch's generator.
         Raises:
-            ValueError: neither pictures nor texts, or sizes that do not fit the model.
+            ValueError: neither images nor texts, or sizes that do not fit the model.
         """
         if images is None and text_ids is None:
             raise ValueError("the backbone needs images, text_ids or both")

@@ -75,7 +75,7 @@ class HardBlock(Block):
         self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
     def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, draws: Draws = None) -> Tensor:
-        """x [B, N, D], its first ``num_image_tokens`` tokens from the picture -> [B, N, D]."""
+        """x [B, N, D], its first ``num_image_tokens`` tokens from the image -> [B, N, D]."""
         x = self.attend(x, bias, draws)
         parts = []
         if num_image_tokens:

@@ -1,4 +1,4 @@
-"""Light heads for masked modelling: tokens back to pixels and to words; and patches back to pictures.
+"""Light heads for masked modeling: tokens back to pixels and to words; and patches back to images.
 
 Legend: B samples, P patches, K visible, M masked, p side of a patch, D width of the backbone, d of the decoder.
 """
@@ -15,7 +15,7 @@ from eve_ds.model.block import MLP
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """The inverse of ``embeddings.patches`` for square pictures: [B, P, 3 p p] -> [B, 3, H, W]."""
+    """The inverse of ``embeddings.patches`` for square images: [B, P, 3 p p] -> [B, 3, H, W]."""
     batch, count, values = patches.shape
     side, channels = int(count**0.5), values // patch_size**2
     grid = patches.reshape(batch, side, side, channels, patch_size, patch_size)
@@ -66,7 +66,7 @@ class PixelDecoder(nn.Module):
 
     Args:
         dim: D.
-        num_patches: P of the whole picture.
+        num_patches: P of the whole image.
         patch_size: p.
         decoder_dim: d, a multiple of 4 and of ``heads``.
         depth: blocks.

@@ -1,6 +1,6 @@
 """Pixels and word pieces to token vectors.
 
-Shapes: B samples, P patches of a picture, K of them kept, p patch side, L text tokens, D dim.
+Shapes: B samples, P patches of an image, K of them kept, p patch side, L text tokens, D dim.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from eve_ds.kernels.layer_norm import LayerNorm
 
 
 def patches(images: Tensor, patch_size: int) -> Tensor:
-    """Cut pictures [B, 3, H, W] into [B, P, 3 p p], row by row; within a patch, by channel, row, column.
+    """Cut images [B, 3, H, W] into [B, P, 3 p p], row by row; within a patch, by channel, row, column.
 
     Raises:
         ValueError: a side is not a multiple of the patch.
     """
     batch, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
-        raise ValueError(f"pictures of {height} x {width} pixels do not divide into patches of {patch_size}")
+        raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {patch_size}")
     rows, columns = height // patch_size, width // patch_size
     cut = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
@@ -53,7 +53,7 @@ class ImageEmbedding(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             images: [B, 3, H, W] float; cast to the weights' dtype.
@@ -61,12 +61,12 @@ class ImageEmbedding(nn.Module):
         Returns:
             [B, 1 + K, D].
         Raises:
-            ValueError: the pictures have another number of patches than there are positions.
+            ValueError: the images have another number of patches than there are positions.
         """
         pixels = patches(images, self.patch_size)
         if pixels.shape[1] + 1 != self.positions.shape[0]:
             raise ValueError(
-                f"pictures of {images.shape[2]} x {images.shape[3]} pixels have {pixels.shape[1]} patches,"
+                f"images of {images.shape[2]} x {images.shape[3]} pixels have {pixels.shape[1]} patches,"
                 f" the model has positions for {self.positions.shape[0] - 1}; set model.image_size"
             )
         positions = self.positions[1:]
@@ -79,7 +79,7 @@ class ImageEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Normalised word vectors, to which learned positions and the text type vector are added.
+    """Normalized word vectors, to which learned positions and the text type vector are added.
 
     Args:
         dim: D.

@@ -47,10 +47,10 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(count, dim, hidden))
         self.w3 = nn.Parameter(torch.zeros(count, 1, hidden + dim))
         if not self.w1.is_meta:
-            self._initialise(seed, first)
+            self._initialize(seed, first)
 
     @torch.no_grad()
-    def _initialise(self, seed: int, first: int) -> None:
+    def _initialize(self, seed: int, first: int) -> None:
         for index in range(self.w1.shape[0]):
             generator = torch.Generator().manual_seed(expert_seed(seed, first + index))
             for weight in (self.w1, self.w2):

@@ -60,13 +60,13 @@ def attention(batch: int, tokens: int, dim: int) -> Flops:
 def backbone_flops(
     config: ModelConfig, batch: int, patches: int = 0, text_tokens: int = 0, words: int | None = None
 ) -> Flops:
-    """One pass of ``Backbone`` over [batch] pictures, texts or pairs.
+    """One pass of ``Backbone`` over [batch] images, texts or pairs.
 
     Args:
         config: the model's shape. With a ``capacity_factor`` some choices are dropped: the figure is then the most.
         batch: samples B.
-        patches: visible patches of a picture (the class token comes on top); 0 for texts alone.
-        text_tokens: of a text as it is padded; 0 for pictures alone.
+        patches: visible patches of an image (the class token comes on top); 0 for texts alone.
+        text_tokens: of a text as it is padded; 0 for images alone.
         words: tokens of it that are no padding, the only ones that visit experts; None: all.
     """
     image_tokens = patches + 1 if patches else 0
@@ -83,7 +83,7 @@ def backbone_flops(
 
 
 def pixel_decoder_flops(config: ModelConfig, batch: int, kept: int, dim: int, depth: int) -> Flops:
-    """``PixelDecoder`` over [batch] pictures with ``kept`` visible patches.
+    """``PixelDecoder`` over [batch] images with ``kept`` visible patches.
 
     Args:
         dim: d, the decoder's width.
@@ -111,13 +111,13 @@ def pretraining_flops(
     decoder_depth: int,
     joint: bool = False,
 ) -> int:
-    """Forward and backward of one micro-batch of masked modelling: passes, pixel decoder, word decoder.
+    """Forward and backward of one micro-batch of masked modeling: passes, pixel decoder, word decoder.
 
     Args:
         config: the model's shape.
-        pairs: pictures with a text each.
+        pairs: images with a text each.
         text_length: tokens of each text, [CLS] and [SEP] included.
-        masked_patches: of a picture (``tasks.masking.masked_patches``).
+        masked_patches: of an image (``tasks.masking.masked_patches``).
         masked_words: of a text (``tasks.masking.masked_words``).
         decoder_dim: width of the pixel decoder.
         decoder_depth: its blocks.

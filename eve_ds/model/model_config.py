@@ -30,7 +30,7 @@ class ModelConfig:
     """EVE's backbone (arXiv 2308.11971, section 3). The defaults are EVE-Base.
 
     Args:
-        image_size: side of the square pictures, pixels; a multiple of ``patch_size``.
+        image_size: side of the square images, pixels; a multiple of ``patch_size``.
         patch_size: side of a patch, pixels.
         dim: width D of the token vectors.
         depth: number of Transformer blocks.
@@ -127,7 +127,7 @@ class ModelConfig:
 
         Args:
             path: the file.
-            image_size: pictures' side, which that file does not hold (it stands in EVE's task configs); default 224.
+            image_size: images' side, which that file does not hold (it stands in EVE's task configs); default 224.
         Raises:
             ModelConfigError: unreadable, a key is missing, or the file describes a model that is not EVE's.
         """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eve_ds.model.dispatch import dispatch
 from eve_ds.model.experts import Experts
-from eve_ds.model.router import Router, balance_share, renormalise, within_capacity
+from eve_ds.model.router import Router, balance_share, renormalize, within_capacity
 
 IMAGE, TEXT = 0, 1  # modality ids
 
@@ -97,7 +97,7 @@ class MoE(nn.Module):
         keep = None if valid is None else valid.unsqueeze(1)
         if self.capacity_factor is not None:
             keep = within_capacity(experts, valid, self.num_experts, self.capacity_factor)
-            weights = renormalise(routing.gates.gather(1, experts) * keep)
+            weights = renormalize(routing.gates.gather(1, experts) * keep)
         if keep is not None:
             experts = experts.masked_fill(~keep, self.num_experts)
         counts = self._count(experts, modality.expand(x.shape[:2]).reshape(-1, 1))

@@ -70,10 +70,10 @@ class Router(nn.Module):
         """
         gates = _Scores.apply(tokens, self.weight).softmax(dim=-1)
         chosen, experts = gates.topk(self.top_k, dim=-1)
-        return Routing(gates, experts, renormalise(chosen))
+        return Routing(gates, experts, renormalize(chosen))
 
 
-def renormalise(chosen: Tensor) -> Tensor:
+def renormalize(chosen: Tensor) -> Tensor:
     """Weights [T, k] that sum to 1 over the choices that are not zero; a single choice (k = 1) is left as it is."""
     if chosen.shape[-1] == 1:
         return chosen

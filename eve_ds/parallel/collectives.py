@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def is_initialised() -> bool:
+def is_initialized() -> bool:
     """Whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of ranks in ``group`` (None: all); 1 without a process group."""
-    return dist.get_world_size(group) if is_initialised() else 1
+    return dist.get_world_size(group) if is_initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
     """This process's rank in ``group`` (None: among all); 0 without a process group."""
-    return dist.get_rank(group) if is_initialised() else 0
+    return dist.get_rank(group) if is_initialized() else 0
 
 
 @torch.no_grad()

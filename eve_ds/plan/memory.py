@@ -108,7 +108,7 @@ def _selected(config: Config, batch: Batch) -> int:
 
 
 def _gathered(config: Config, zero: Zero, batch: Batch) -> int:
-    """Retrieval brings the pictures of all ranks to each (tasks/retrieval.py), twice while they are put together."""
+    """Retrieval brings the images of all ranks to each (tasks/retrieval.py), twice while they are put together."""
     if not isinstance(config, FinetuneConfig) or not config.task.startswith("itr"):
         return 0
     return 2 * (zero.world_size - 1) * batch.rows * 3 * config.model.image_size**2 * zero.itemsize

@@ -16,7 +16,7 @@ from eve_ds.model.attention import Attention
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.model.experts import Experts
-from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
+from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
 
 Config = PretrainConfig | FinetuneConfig
 META = torch.device("meta")
@@ -50,7 +50,7 @@ def build(config: Config, num_answers: int, ep_size: int = 1) -> Task:
         backbone = Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=ep_size))
         task: Task
         if isinstance(config, PretrainConfig):
-            task = MaskedModelling(backbone, config.objective, mask_id=0)
+            task = MaskedModeling(backbone, config.objective, mask_id=0)
         elif config.task == "vqa":
             task = VQA(backbone, num_answers, config.objective.head_hidden)
         elif config.task == "nlvr":
@@ -73,7 +73,7 @@ def count_parameters(task: Task) -> Parameters:
             held = _size(block.moe.experts)
             unused += held - held * top_k // task.config.num_experts + block.moe.text_vector.numel()
     image, text = backbone.image_embedding, backbone.text_embedding
-    # A picture's patch goes through the projection, a word through one row of the table: the latter is not counted.
+    # An image's patch goes through the projection, a word through one row of the table: the latter is not counted.
     tables = _size(text) + image.positions.numel()
     return Parameters(total - experts, experts, total - inside, inside - tables - unused)
 
@@ -141,7 +141,7 @@ def even_batch(config: Config, rows: int, text_length: int, num_answers: int) ->
     """A micro-batch without values: every text ``text_length`` tokens long."""
     side = config.model.image_size
     with META:
-        pictures = torch.empty(rows, 3, side, side)
+        images = torch.empty(rows, 3, side, side)
         numbers = torch.empty(rows, dtype=torch.int64)
         batch = {
             "text_ids": torch.empty(rows, text_length, dtype=torch.int64),
@@ -149,7 +149,7 @@ def even_batch(config: Config, rows: int, text_length: int, num_answers: int) ->
             "sample_id": numbers,
         }
         if isinstance(config, FinetuneConfig) and config.task == "nlvr":
-            return batch | {"images_0": pictures, "images_1": torch.empty_like(pictures), "label": numbers}
+            return batch | {"images_0": images, "images_1": torch.empty_like(images), "label": numbers}
         if isinstance(config, FinetuneConfig) and config.task == "vqa":
-            return batch | {"images": pictures, "answer_targets": torch.empty(rows, num_answers)}
-        return batch | {"images": pictures, "image_index": numbers}
+            return batch | {"images": images, "answer_targets": torch.empty(rows, num_answers)}
+        return batch | {"images": images, "image_index": numbers}

@@ -20,7 +20,7 @@ from eve_ds.tasks.masking import masked_patches, masked_words
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass through the backbone: samples, visible patches of each (0: no picture), text tokens of each (0: none)."""
+    """A pass through the backbone: samples, visible patches of each (0: no image), text tokens of each (0: none)."""
 
     samples: int
     patches: int
@@ -101,8 +101,8 @@ def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> di
         sent[f"{name} gradients ({kind})"] = round(gradients)
         sent[f"{name} weights (all-gather)"] = round(weights)
     if isinstance(config, FinetuneConfig) and config.task.startswith("itr"):
-        pictures = batch.rows * 3 * config.model.image_size**2 * zero.itemsize
-        sent["pictures for negatives (all-gather)"] = (zero.world_size - 1) * pictures * zero.accumulation
+        images = batch.rows * 3 * config.model.image_size**2 * zero.itemsize
+        sent["images for negatives (all-gather)"] = (zero.world_size - 1) * images * zero.accumulation
     return sent
 
 

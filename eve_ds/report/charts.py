@@ -1,6 +1,6 @@
-"""Line charts as SVG inside the page, drawn by matplotlib and coloured by the page's own variables.
+"""Line charts as SVG inside the page, drawn by matplotlib and colored by the page's own variables.
 
-Matplotlib is given placeholder colours, which are replaced by CSS variables afterwards: one chart suits light and dark.
+Matplotlib is given placeholder colors, which are replaced by CSS variables afterwards: one chart suits light and dark.
 Text stays text (``svg.fonttype: none``), so it takes the font of the page and can be found and copied.
 """
 
@@ -22,7 +22,7 @@ from eve_ds.report.html import Html
 from eve_ds.report.run_files import Curve
 
 INK, GRID = "#010203", "#040506"
-COLOURS = {
+COLORS = {
     INK: "var(--muted)",
     GRID: "var(--grid)",
     "#0a0b01": "var(--c1)",
@@ -42,16 +42,16 @@ class Line:
     """A curve in a chart.
 
     Args:
-        label: for readers who cannot see colours.
+        label: for readers who cannot see colors.
         curve: what is drawn.
-        colour: index in the page's colours.
+        color: index in the page's colors.
         dots: show each point, as for the few evaluations of a run.
         smooth: draw a running mean on top if it is long.
     """
 
     label: str
     curve: Curve
-    colour: int = 0
+    color: int = 0
     dots: bool = False
     smooth: bool = True
 
@@ -79,14 +79,14 @@ def line_chart(name: str, lines: list[Line], zero: bool = False) -> Html:
 def _draw(axes: Any, line: Line) -> NDArray[np.float64]:
     """Draws a curve; returns the values that must be in view."""
     steps, values = condense(line.curve)
-    colour = SERIES[line.colour]
+    color = SERIES[line.color]
     if line.dots or not line.smooth or len(values) < SMOOTHED_FROM:
         marker = "o" if line.dots or len(values) < 3 else None
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5)
+        axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3.5)
         return values
     smooth = running_mean(values)
-    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-    axes.plot(steps, smooth, color=colour, linewidth=1.7)
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+    axes.plot(steps, smooth, color=color, linewidth=1.7)
     finite = values[np.isfinite(values)]
     return np.concatenate([smooth, np.percentile(finite, [1, 98])]) if len(finite) else smooth
 
@@ -130,7 +130,7 @@ def condense(curve: Curve, points: int = POINTS) -> tuple[NDArray[np.float64], N
 
 
 def running_mean(values: NDArray[np.float64], window: float = WINDOW) -> NDArray[np.float64]:
-    """Mean over a centred window, a share of the length wide and cut off at the ends; ignores NaN."""
+    """Mean over a centered window, a share of the length wide and cut off at the ends; ignores NaN."""
     half = max(1, round(len(values) * window / 2))
     finite = np.isfinite(values)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
@@ -150,8 +150,8 @@ def _inline(svg: str, description: str) -> Html:
     box = re.search(r'viewBox="[^"]*"', svg)
     head = f'<svg {box.group() if box else ""} role="img" aria-label="{_attribute(description)}">'
     svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
-    for placeholder, colour in COLOURS.items():
-        svg = svg.replace(placeholder, colour)
+    for placeholder, color in COLORS.items():
+        svg = svg.replace(placeholder, color)
     return Html(re.sub(r"\n\s*", "\n", svg).strip())
 
 

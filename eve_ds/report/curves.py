@@ -14,7 +14,7 @@ from eve_ds.report.run_files import SINGLE, STAGES, Curve, Run, Stage, number
 
 TITLES = {
     "loss": "Loss",
-    "mim_loss": "Masked pictures: loss",
+    "mim_loss": "Masked images: loss",
     "mlm_loss": "Masked words: loss",
     "mlm_accuracy": "Masked words: share predicted",
     "mim_loss by input": "Masked patches: held-out loss, by text",
@@ -27,8 +27,8 @@ TITLES = {
     "grad_norm": "Gradient norm",
     "samples_per_second": "Samples per second",
     "wait_fraction": "Share of time waiting for data",
-    "txt_r1": "Recall at 1: caption of a picture",
-    "img_r1": "Recall at 1: picture of a caption",
+    "txt_r1": "Recall at 1: caption of an image",
+    "img_r1": "Recall at 1: image of a caption",
     "soft_accuracy": "VQA accuracy over the answer list",
 }
 BY_INPUT = re.compile(r"(?P<metric>.+)_(?P<input>shuffled|no_image)")  # a held-out metric with another input
@@ -117,14 +117,14 @@ def _chart(stage: Stage, name: str, curves: dict[str, Curve]) -> Html:
     for kind, line in zip(curves, lines, strict=True):
         last.append(" · " if last else "")
         if kind in INPUTS:  # the section's legend has the other colors
-            last.append(tag("span", "", class_="key", style=f"background: var(--c{line.colour + 1})"))
+            last.append(tag("span", "", class_="key", style=f"background: var(--c{line.color + 1})"))
         last.append(_last(name, line))
     caption = tag("figcaption", tag("div", title), tag("div", last, class_="last num"))
     return tag("figure", caption, line_chart(f"{stage.title}, {title}", lines, zero=name in FROM_ZERO))
 
 
 def _last(name: str, line: Line) -> str:
-    """The figure beside a chart's title: a typical value for what jitters, the last value for what is learnt."""
+    """The figure beside a chart's title: a typical value for what jitters, the last value for what is learned."""
     finite = [value for value in line.curve.values if math.isfinite(value)]
     if name in ("samples_per_second", "wait_fraction", "grad_norm"):
         return f"median {np.median(finite):.3g}"
@@ -141,8 +141,8 @@ def experts_section(run: Run) -> Html:
     if not layers:
         return section("experts", "Experts", missing("expert load (pretrain/samples/samples.json has none)"))
     note = (
-        "Where the softly routing layers sent their tokens: percent of a layer's picture tokens, and of its words, "
-        "that went to each expert. Evenly spread, all numbers of a row were equal; experts that specialise show as a "
+        "Where the softly routing layers sent their tokens: percent of a layer's image tokens, and of its words, "
+        "that went to each expert. Evenly spread, all numbers of a row were equal; experts that specialize show as a "
         "layer's two rows that differ. A dashed cell got less than a tenth of the even share."
     )
     experts = max(len(row) for layer in layers for row in layer["counts"])
@@ -169,20 +169,19 @@ def _counts(rows: Any) -> list[list[float]]:
 
 
 def _load_row(layer: dict[str, Any], place: int, experts: int) -> Html:
-    """The shares of one layer and modality; ``place``: 0 pictures, 1 words."""
+    """The shares of one layer and modality; ``place``: 0 images, 1 words."""
     counts = layer["counts"][place]
     shares = [count / (sum(counts) or 1) for count in counts]
     strongest = max(shares, default=0.0) or 1.0
-    colour = ("--c1-rgb", "--c2-rgb")[place]
+    color = ("--c1-rgb", "--c2-rgb")[place]
     cells = [
-        _load_cell(share, count, experts, colour, share / strongest)
-        for share, count in zip(shares, counts, strict=True)
+        _load_cell(share, count, experts, color, share / strongest) for share, count in zip(shares, counts, strict=True)
     ]
     name = tag("th", f"{layer.get('layer', '?')}", rowspan=len(layer["counts"][:2])) if place == 0 else None
-    return tag("tr", name, tag("th", ("pictures", "words")[place]), cells, class_="first" if place == 0 else None)
+    return tag("tr", name, tag("th", ("images", "words")[place]), cells, class_="first" if place == 0 else None)
 
 
-def _load_cell(share: float, count: float, experts: int, colour: str, strength: float) -> Html:
+def _load_cell(share: float, count: float, experts: int, color: str, strength: float) -> Html:
     idle = share < 0.1 / experts
-    style = None if idle else f"background: rgba(var({colour}), {0.75 * strength:.2f})"
+    style = None if idle else f"background: rgba(var({color}), {0.75 * strength:.2f})"
     return tag("td", f"{100 * share:.0f}", style=style, class_="idle" if idle else None, title=f"{count:,.0f} tokens")

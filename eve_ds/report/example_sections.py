@@ -1,4 +1,4 @@
-"""What the model made of single samples: pictures and words rebuilt, retrievals, answers and judgements."""
+"""What the model made of single samples: images and words rebuilt, retrievals, answers and judgments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from eve_ds.report.html import Html, missing, section, tag
-from eve_ds.report.images import Pictures
+from eve_ds.report.images import Images
 from eve_ds.report.run_files import SINGLE, Run, Stage, number
 
 Rows = list[dict[str, Any]]
@@ -19,10 +19,10 @@ SPACES = (" ", "\u0120")  # how a byte-level token says that a word begins
 def example_sections(run: Run) -> list[Html]:
     """All sections about single samples. In a single run those of its own task alone, else all."""
     made = [
-        ("pictures", "Pictures rebuilt", "pretrain", "pictures", _rebuilt),
+        ("images", "Images rebuilt", "pretrain", "images", _rebuilt),
         ("words", "Words predicted", "pretrain", "words", _words),
-        ("to-image", "Captions looking for their picture", "itr", "text_to_image", _text_to_image),
-        ("to-text", "Pictures looking for their caption", "itr", "image_to_text", _image_to_text),
+        ("to-image", "Captions looking for their image", "itr", "text_to_image", _text_to_image),
+        ("to-text", "Images looking for their caption", "itr", "image_to_text", _image_to_text),
         ("vqa", "Questions answered", "vqa", "question", _questions),
         ("nlvr", "Statements judged", "nlvr", "statement", _statements),
     ]
@@ -30,11 +30,11 @@ def example_sections(run: Run) -> list[Html]:
 
 
 def _section(
-    run: Run, anchor: str, title: str, stage_name: str, key: str, show: Callable[[Rows, Pictures], Html]
+    run: Run, anchor: str, title: str, stage_name: str, key: str, show: Callable[[Rows, Images], Html]
 ) -> Html | None:
     stage = run.stages.get(SINGLE if run.single else stage_name)
     if stage is not None and (rows := find_rows(stage, key)):
-        return section(anchor, title, show(rows, Pictures(stage.folder / "samples")))
+        return section(anchor, title, show(rows, Images(stage.folder / "samples")))
     if run.single:
         return None
     where = f"{stage_name}/samples/samples.json"
@@ -50,24 +50,24 @@ def find_rows(stage: Stage, key: str) -> Rows:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _rebuilt(rows: Rows, pictures: Pictures) -> Html:
+def _rebuilt(rows: Rows, images: Images) -> Html:
     note = (
-        "Held-out pictures: as they are, with the patches that the model did not see greyed out, and with its guess in "
+        "Held-out images: as they are, with the patches that the model did not see grayed out, and with its guess in "
         "their place. The caption was given whole."
     )
     cards = []
     for row in rows:
         caption = str(row.get("caption", ""))
         strip = [
-            tag("figure", pictures.show(row.get(kind), f"{kind}: {caption}"), tag("figcaption", kind))
+            tag("figure", images.show(row.get(kind), f"{kind}: {caption}"), tag("figcaption", kind))
             for kind in ("original", "masked", "rebuilt")
         ]
         cards.append(tag("div", tag("div", strip, class_="strip three"), tag("p", caption), class_="card"))
     return Html(tag("p", note, class_="note") + tag("div", cards, class_="cards"))
 
 
-def _words(rows: Rows, pictures: Pictures) -> Html:
-    note = "Held-out captions, the picture given whole. Where a word was masked, the model's word stands in colour"
+def _words(rows: Rows, images: Images) -> Html:
+    note = "Held-out captions, the image given whole. Where a word was masked, the model's word stands in color"
     texts = [_masked_text(row) for row in rows]
     right, total = sum(r for _, r, _ in texts), sum(n for _, _, n in texts)
     legend = [
@@ -111,27 +111,27 @@ def _plain(token: str) -> str:
     return token.lstrip("".join(SPACES))
 
 
-def _text_to_image(rows: Rows, pictures: Pictures) -> Html:
-    note = "The five pictures of the held-out pool that the model ranks highest for a caption, best first."
-    return Html(tag("p", note, class_="note") + "".join(_image_results(row, pictures) for row in rows))
+def _text_to_image(rows: Rows, images: Images) -> Html:
+    note = "The five images of the held-out pool that the model ranks highest for a caption, best first."
+    return Html(tag("p", note, class_="note") + "".join(_image_results(row, images) for row in rows))
 
 
-def _image_results(row: dict[str, Any], pictures: Pictures) -> Html:
+def _image_results(row: dict[str, Any], images: Images) -> Html:
     figures = []
     results = _results(row)
     for rank, result in enumerate(results, 1):
         hit = bool(result.get("correct"))
         mark = tag("span", " ✓ its own", class_="right") if hit else None
         caption = tag("figcaption", f"{rank} · {_score(result)}", mark, class_="num")
-        shown = pictures.show(result.get("image"), f"rank {rank}{', correct' if hit else ''}")
+        shown = images.show(result.get("image"), f"rank {rank}{', correct' if hit else ''}")
         figures.append(tag("figure", shown, caption, class_="hit" if hit else None))
     found = None if any(r.get("correct") for r in results) else tag("span", " ✗ not among these", class_="wrong")
     query = tag("p", "“", str(row.get("query", "")), "”", found)
     return tag("div", query, tag("div", figures, class_="results"), class_="query")
 
 
-def _image_to_text(rows: Rows, pictures: Pictures) -> Html:
-    note = "The five captions that the model ranks highest for a picture, best first. A picture has several of its own."
+def _image_to_text(rows: Rows, images: Images) -> Html:
+    note = "The five captions that the model ranks highest for an image, best first. An image has several of its own."
     cards = []
     for row in rows:
         items = []
@@ -144,7 +144,7 @@ def _image_to_text(rows: Rows, pictures: Pictures) -> Html:
                 tag("span", _score(result), class_="score"),
             ]
             items.append(tag("li", cells, class_="hit" if hit else None))
-        shown = pictures.show(row.get("image"), "query picture")
+        shown = images.show(row.get("image"), "query image")
         cards.append(tag("div", tag("div", shown), tag("ol", items, class_="texts"), class_="side query"))
     return Html(tag("p", note, class_="note") + "".join(cards))
 
@@ -159,14 +159,14 @@ def _score(result: dict[str, Any]) -> str:
     return "" if score is None else f"{score:.2f}"
 
 
-def _questions(rows: Rows, pictures: Pictures) -> Html:
+def _questions(rows: Rows, images: Images) -> Html:
     right = [row for row in rows if _earned(row) > 0]
     wrong = [row for row in rows if _earned(row) == 0]
     note = "Right: at least one person gave that answer. The score is the share of full accuracy that it earns."
-    return Html(tag("p", note, class_="note") + _two_groups(right, wrong, lambda row: _question(row, pictures)))
+    return Html(tag("p", note, class_="note") + _two_groups(right, wrong, lambda row: _question(row, images)))
 
 
-def _question(row: dict[str, Any], pictures: Pictures) -> Html:
+def _question(row: dict[str, Any], images: Images) -> Html:
     score = _earned(row)
     kind, mark = ("right", "✓") if score > 0 else ("wrong", "✗")
     answers = row.get("answers")
@@ -178,7 +178,7 @@ def _question(row: dict[str, Any], pictures: Pictures) -> Html:
         tag("p", verdict, tag("span", f" · score {score:.2g}", class_="fine")),
         tag("p", f"people: {people or 'nothing that is in the answer list'}", class_="fine"),
     )
-    shown = pictures.show(row.get("image"), "picture asked about")
+    shown = images.show(row.get("image"), "image asked about")
     return tag("div", tag("div", shown, text, class_="side"), class_="card")
 
 
@@ -187,16 +187,16 @@ def _earned(row: dict[str, Any]) -> float:
     return number(score) or 0.0
 
 
-def _statements(rows: Rows, pictures: Pictures) -> Html:
+def _statements(rows: Rows, images: Images) -> Html:
     right = [row for row in rows if row.get("predicted") == row.get("label")]
     wrong = [row for row in rows if row.get("predicted") != row.get("label")]
-    return _two_groups(right, wrong, lambda row: _statement(row, pictures))
+    return _two_groups(right, wrong, lambda row: _statement(row, images))
 
 
-def _statement(row: dict[str, Any], pictures: Pictures) -> Html:
+def _statement(row: dict[str, Any], images: Images) -> Html:
     hit = row.get("predicted") == row.get("label")
     strip = [
-        tag("div", pictures.show(row.get(f"image_{side}"), f"{name} picture"))
+        tag("div", images.show(row.get(f"image_{side}"), f"{name} image"))
         for side, name in enumerate(("left", "right"))
     ]
     verdict = tag(

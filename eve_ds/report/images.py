@@ -1,4 +1,4 @@
-"""Pictures of a run, as data inside the page."""
+"""Images of a run, as data inside the page."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PIXELATED = 100  # pixels: what is smaller is shown as the squares it has, not a
 EMBEDDED_AS_IS = {"PNG": "image/png", "JPEG": "image/jpeg", "GIF": "image/gif", "WEBP": "image/webp"}
 
 
-class Pictures:
-    """Finds the pictures that a stage's samples name. Names that lead out of ``folder`` are not followed."""
+class Images:
+    """Finds the images that a stage's samples name. Names that lead out of ``folder`` are not followed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
         self._cache: dict[str, Html] = {}
 
     def show(self, name: object, description: str) -> Html:
-        """``<img>`` with the picture in it, or a placeholder that says what is missing."""
+        """``<img>`` with the image in it, or a placeholder that says what is missing."""
         key = f"{name}\n{description}"
         if key not in self._cache:
             self._cache[key] = self._show(name, description)
@@ -33,30 +33,30 @@ class Pictures:
         try:
             source, small = self._encode(str(name))
         except Exception as error:  # noqa: BLE001  # decoders raise whatever they stumble over
-            return tag("span", f"no picture {name}", class_="absent", title=type(error).__name__)
+            return tag("span", f"no image {name}", class_="absent", title=type(error).__name__)
         return tag("img", src=source, alt=description, class_="pixelated" if small else None, loading="lazy")
 
     def _encode(self, name: str) -> tuple[str, bool]:
-        """Data address of a picture, and whether it is small.
+        """Data address of an image, and whether it is small.
 
         Raises:
-            Exception: not there, outside the folder, or no picture.
+            Exception: not there, outside the folder, or no image.
         """
         path = (self._folder / name).resolve()
         if not path.is_relative_to(self._folder):
             raise ValueError(f"{name} lies outside {self._folder}")
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.load()
-            size = max(picture.size)
-            mime = EMBEDDED_AS_IS.get(picture.format or "")
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            size = max(image.size)
+            mime = EMBEDDED_AS_IS.get(image.format or "")
             if mime is None or size > LARGEST:
-                content, mime = _shrink(picture), "image/jpeg"
+                content, mime = _shrink(image), "image/jpeg"
         return f"data:{mime};base64,{base64.b64encode(content).decode()}", size < PIXELATED
 
 
-def _shrink(picture: Image.Image) -> bytes:
-    copy = picture.convert("RGB")
+def _shrink(image: Image.Image) -> bytes:
+    copy = image.convert("RGB")
     copy.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     copy.save(buffer, "JPEG", quality=85)

@@ -123,9 +123,9 @@ def summary(run: Run) -> Html:
         sentences.append(f"It predicts {percent(words[0][1])} of held-out masked words{beside and f' ({beside})'}.")
     by_name = {(score.task, score.measure): score for score in find_scores(metrics)}
     for key, text in (
-        (("Retrieval", "text R@1"), "finds a caption of a picture at the first try in {} of cases"),
-        (("VQA", "accuracy"), "answers questions about pictures with {} accuracy"),
-        (("NLVR", "accuracy"), "judges statements about two pictures right in {} of cases"),
+        (("Retrieval", "text R@1"), "finds a caption of an image at the first try in {} of cases"),
+        (("VQA", "accuracy"), "answers questions about images with {} accuracy"),
+        (("NLVR", "accuracy"), "judges statements about two images right in {} of cases"),
     ):
         if score := by_name.get(key):
             beside = ", ".join(f"{BASELINES[name]} {percent(value)}" for name, value in score.baselines.items())

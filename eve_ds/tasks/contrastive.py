@@ -12,11 +12,11 @@ from eve_ds.tasks.masking import uniform
 
 
 def contrastive_sum(logits: Tensor, same: Tensor) -> Tensor:
-    """Cross entropy of each row with equal weights over the columns that show the same picture, summed over rows.
+    """Cross entropy of each row with equal weights over the columns that show the same image, summed over rows.
 
     Args:
         logits: [b, G] float32, similarities / temperature.
-        same: [b, G] bool, True where row and column belong to the same picture; at least one a row.
+        same: [b, G] bool, True where row and column belong to the same image; at least one a row.
     """
     targets = same.float() / same.sum(dim=1, keepdim=True)
     return -(logits.log_softmax(dim=1) * targets).sum()
@@ -30,10 +30,10 @@ def hard_negatives(logits: Tensor, same: Tensor, bits: Tensor) -> tuple[Tensor, 
 
     Args:
         logits: [b, G] float32.
-        same: [b, G] bool, pairs of the same picture; never drawn.
+        same: [b, G] bool, pairs of the same image; never drawn.
         bits: [b, G] random int64, one a pair.
     Returns:
-        column [b] int64, and found [b] bool: False where every column shows the same picture.
+        column [b] int64, and found [b] bool: False where every column shows the same image.
     """
     noise = -(-uniform(bits).log()).log()
     score = (logits.softmax(dim=1) + 1e-5).log() + noise

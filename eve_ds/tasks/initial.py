@@ -23,7 +23,7 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
     """Copy weights into ``task``; an expert-parallel rank takes its experts, positions are interpolated.
 
     Args:
-        task: built for its own picture size and head.
+        task: built for its own image size and head.
         checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own.
         load_head: the head comes from there too, and must be there; else it keeps its first values.
     Raises:

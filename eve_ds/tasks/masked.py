@@ -1,7 +1,7 @@
 """EVE's pre-training (Chen et al., AAAI 2024, arXiv 2308.11971): masked pixels and masked words, and nothing else.
 
 Two passes a pair: 75 % of the patches dropped and rebuilt, text whole; then 50 % of the words masked and predicted,
-picture whole. ``mode: joint`` masks both in one pass.
+image whole. ``mode: joint`` masks both in one pass.
 Legend: B samples, P patches, K kept, M masked, L text length, p side of a patch.
 """
 
@@ -40,7 +40,7 @@ WORD_ROW_MULTIPLE = 64
 
 @dataclass
 class ObjectiveConfig:
-    """Masked modelling.
+    """Masked modeling.
 
     Args:
         mode: separate: two passes a pair, as EVE; joint: one pass with patches and words masked at once.
@@ -86,7 +86,7 @@ class _Masks:
 
 
 @dataclass
-class _Picture:
+class _PixelOutput:
     """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (mean 0, deviation 1 a patch); masked [B, M]."""
 
     predicted: Tensor
@@ -117,7 +117,7 @@ class _Words:
 
 
 @register("pretrain")
-class MaskedModelling(Task):
+class MaskedModeling(Task):
     """Pixels and words from context.
 
     Args:
@@ -125,7 +125,7 @@ class MaskedModelling(Task):
         objective: ratios, mode and the decoder's size.
         mask_id: id of [MASK].
     Raises:
-        UserError: ``objective`` makes no objective, or the picture has a single patch.
+        UserError: ``objective`` makes no objective, or the image has a single patch.
     """
 
     heads = ("pixel_decoder.", "word_decoder.")
@@ -153,8 +153,8 @@ class MaskedModelling(Task):
         While ``held_out`` is set, the metrics also tell whether words use the image, and pixels the text.
         """
         batch = valid_rows(batch)
-        picture, words, passes = self._predict(batch)
-        measured = picture.metrics() | words.metrics()
+        image, words, passes = self._predict(batch)
+        measured = image.metrics() | words.metrics()
         (mim_sum, masked_patches), (mlm_sum, masked_words) = measured["mim_loss"], measured["mlm_loss"]
         patch_count, word_count = global_counts(masked_patches, masked_words)
         aux, metrics = self.aux_share(*passes)
@@ -164,20 +164,20 @@ class MaskedModelling(Task):
         return TaskOutput(mim_sum / patch_count + mlm_sum / word_count + aux, metrics)
 
     def reconstruct(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Pictures for the report: ``original``, ``masked`` (grey where masked), ``rebuilt``; uint8 [B, H, W, 3].
+        """Images for the report: ``original``, ``masked`` (gray where masked), ``rebuilt``; uint8 [B, H, W, 3].
 
         Rebuilt patches have the mean and the contrast of the true ones, since those are not predicted.
         """
         batch = valid_rows(batch)
         with evaluating(self):
-            picture = self._predict(batch)[0]
+            image = self._predict(batch)[0]
         size, images = self.config.patch_size, batch["images"].float()
         pixels = patches(images, size)
-        place = _places(picture.masked)
+        place = _places(image.masked)
         variance, mean = torch.var_mean(pixels[place], dim=-1, correction=0, keepdim=True)
         masked, rebuilt = pixels.clone(), pixels.clone()
         masked[place] = 0
-        rebuilt[place] = picture.predicted * (variance + EPSILON).sqrt() + mean
+        rebuilt[place] = image.predicted * (variance + EPSILON).sqrt() + mean
         values = {"original": images, "masked": unpatchify(masked, size), "rebuilt": unpatchify(rebuilt, size)}
         return to_numpy({name: _to_pixels(value) for name, value in values.items()})
 
@@ -205,7 +205,7 @@ class MaskedModelling(Task):
             )
         return found
 
-    def _predict(self, batch: Batch) -> tuple[_Picture, _Words, list[BackboneOutput]]:
+    def _predict(self, batch: Batch) -> tuple[_PixelOutput, _Words, list[BackboneOutput]]:
         """Mask, encode (once or twice) and decode."""
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
         masks = self._masks(batch)
@@ -217,8 +217,8 @@ class MaskedModelling(Task):
             for_pixels = self.encode(images, text_ids, text_mask, masks.kept, draws)
             for_words = self.encode(images, masks.text_ids, text_mask, draws=self.draws(batch["sample_id"], 1))
             passes = [for_pixels, for_words]
-        picture = self._pixels(for_pixels, images, masks.kept, masks.masked)
-        return picture, self._words(for_words, text_ids, masks.words), passes
+        image = self._pixels(for_pixels, images, masks.kept, masks.masked)
+        return image, self._words(for_words, text_ids, masks.words), passes
 
     @torch.no_grad()
     def _grounding(self, batch: Batch) -> Metrics:
@@ -237,8 +237,8 @@ class MaskedModelling(Task):
         metrics |= self._words(alone, text_ids, masks.words).metrics("_no_image")
         other_text = (masks.text_ids if joint else text_ids)[other]
         wrong_text = self.encode(images, other_text, text_mask[other], masks.kept)
-        picture = self._pixels(wrong_text, images, masks.kept, masks.masked)
-        counted = _Picture(picture.predicted[has_other], picture.target[has_other], picture.masked[has_other])
+        image = self._pixels(wrong_text, images, masks.kept, masks.masked)
+        counted = _PixelOutput(image.predicted[has_other], image.target[has_other], image.masked[has_other])
         return metrics | counted.metrics("_shuffled")
 
     def _masks(self, batch: Batch) -> _Masks:
@@ -247,10 +247,10 @@ class MaskedModelling(Task):
         words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio)
         return _Masks(kept, masked, words, batch["text_ids"].masked_fill(words, self.mask_id))
 
-    def _pixels(self, output: BackboneOutput, images: Tensor, kept: Tensor, masked: Tensor) -> _Picture:
+    def _pixels(self, output: BackboneOutput, images: Tensor, kept: Tensor, masked: Tensor) -> _PixelOutput:
         predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], kept, masked).float()
         pixels = patches(images.float(), self.config.patch_size)[_places(masked)]
-        return _Picture(predicted, F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON), masked)
+        return _PixelOutput(predicted, F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON), masked)
 
     def _words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> _Words:
         """Only the masked rows go through the projection to the vocabulary."""

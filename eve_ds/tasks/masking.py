@@ -1,6 +1,6 @@
 """Which patches and words are masked, and what else is random in a sample: pure functions of (seed, sample id).
 
-The random numbers are counter-based (splitmix64's finaliser over seed, stream, sample id and position), so a sample
+The random numbers are counter-based (splitmix64's finalizer over seed, stream, sample id and position), so a sample
 needs no state and a batch is one vectorised call on its own device.
 Legend: B samples, P patches, K kept, M masked, L text length.
 """
@@ -52,7 +52,7 @@ def uniform(bits: Tensor) -> Tensor:
 
 
 def masked_patches(num_patches: int, ratio: float) -> int:
-    """How many of a picture's patches are masked: the same for every picture, at least 1 and never all."""
+    """How many of an image's patches are masked: the same for every image, at least 1 and never all."""
     return min(max(math.floor(num_patches * ratio + 0.5), 1), num_patches - 1)
 
 
@@ -62,7 +62,7 @@ def masked_words(length: int, ratio: float) -> int:
 
 
 def split_patches(seed: int, sample_id: Tensor, num_patches: int, ratio: float) -> tuple[Tensor, Tensor]:
-    """Draw the visible and the masked patches of each picture at random.
+    """Draw the visible and the masked patches of each image at random.
 
     Args:
         seed: of the run.

@@ -1,4 +1,4 @@
-"""NLVR2: is a statement true of two pictures? EVE's two heads, plain and bi-attention, as published.
+"""NLVR2: is a statement true of two images? EVE's two heads, plain and bi-attention, as published.
 
 Legend: B statements, N tokens of a joint pass (class token, patches, text), D width.
 """
@@ -78,7 +78,7 @@ class AttentionPool(nn.Module):
 
 @register("nlvr")
 class NLVR(Task):
-    """True or false, from the joint passes of both pictures with the statement.
+    """True or false, from the joint passes of both images with the statement.
 
     Args:
         backbone: the shared Transformer.
@@ -106,7 +106,7 @@ class NLVR(Task):
         self.nlvr2_output = nn.Linear(2 * width, 2)
 
     def predict(self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Logits [B, 2] (index 1: true) of two pictures [B, 3, H, W] each and a statement [B, L]."""
+        """Logits [B, 2] (index 1: true) of two images [B, 3, H, W] each and a statement [B, L]."""
         return self._logits(images, text_ids, text_mask)[0]
 
     def forward(self, batch: Batch) -> TaskOutput:
@@ -142,7 +142,7 @@ class NLVR(Task):
     def _logits(
         self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor, draws: Tensor | None = None
     ) -> tuple[Tensor, BackboneOutput]:
-        """Both pictures go through the backbone as one batch of 2 B."""
+        """Both images go through the backbone as one batch of 2 B."""
         output = self.encode(torch.cat(images), text_ids.repeat(2, 1), text_mask.repeat(2, 1), draws=draws)
         if not self.biattn:
             return self.output(torch.cat(joint_first_text(output).chunk(2), dim=1)), output

@@ -1,6 +1,6 @@
 """Image-text retrieval: contrast (ITC) and matching (ITM) with hard negatives from the global batch.
 
-As in EVE's published fine-tuning code, which follows ALBEF (arXiv 2107.07651). All captions of one picture are its
+As in EVE's published fine-tuning code, which follows ALBEF (arXiv 2107.07651). All captions of one image are its
 positives and never its negatives.
 Legend: b this rank's rows, G rows of the global batch, E width of the contrastive vectors.
 """
@@ -84,7 +84,7 @@ class Retrieval(Task):
         return self.itm_head(joint_first_text(self.encode(images, text_ids, text_mask)))
 
     def forward(self, batch: Batch) -> TaskOutput:
-        """Contrast + matching. ``image_index`` [B] tells which rows show the same picture."""
+        """Contrast + matching. ``image_index`` [B] tells which rows show the same image."""
         batch = valid_rows(batch)
         sample_id = batch["sample_id"]
         vision = self.encode(images=batch["images"], draws=self.draws(sample_id, 0))
@@ -111,14 +111,14 @@ class Retrieval(Task):
         return TaskOutput(itc_sum / itc_count + itm_sum / itm_count + aux, metrics)
 
     def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Vectors to rank by, each picture of the batch encoded once.
+        """Vectors to rank by, each image of the batch encoded once.
 
         ``image`` [U, E] with ``image_index`` [U]; ``text`` [B, E] with ``text_image_index`` and ``sample_id`` [B].
         """
         batch = valid_rows(batch)
         index, inverse = batch["image_index"].unique(return_inverse=True)
         position = torch.arange(inverse.shape[0], device=inverse.device)
-        # All captions of a picture bring the same pixels: any one row will do.
+        # All captions of an image bring the same pixels: any one row will do.
         row = torch.zeros_like(index).scatter_(0, inverse, position)
         with evaluating(self):
             image = self.encode_image(batch["images"][row])
@@ -149,7 +149,7 @@ class Retrieval(Task):
     def _match_negatives(
         self, batch: Batch, rows: _GlobalRows, to_text: Tensor, to_image: Tensor, same: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, BackboneOutput]:
-        """One joint pass over pairs, (picture, negative text) and (negative picture, text).
+        """One joint pass over pairs, (image, negative text) and (negative image, text).
 
         Args:
             to_text, to_image: [b, G] similarity logits without gradient.

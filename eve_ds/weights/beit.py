@@ -75,7 +75,7 @@ class Origins:
 def fill_from_beit(backbone: Backbone, state: Mapping[str, Tensor]) -> Origins:
     """Copy a BEiT v2 state into a backbone, which keeps its own values where BEiT has none.
 
-    Absolute positions are interpolated to the backbone's picture size. Where the file has no LayerScale, ours becomes
+    Absolute positions are interpolated to the backbone's image size. Where the file has no LayerScale, ours becomes
     1, which is the same function. BEiT's networks use GELU; ``activation: quick_gelu`` makes them near what they were.
 
     Args:

@@ -157,7 +157,7 @@ def load_into(
 ) -> tuple[list[str], list[str]]:
     """Load a weights file, published or EVE-DS naming, into a module whose backbone is at ``.backbone``.
 
-    Picture positions are interpolated to ``config.image_size``. Arguments, result and errors as in ``load_state``.
+    Image positions are interpolated to ``config.image_size``. Arguments, result and errors as in ``load_state``.
     """
     state = load_weights(path)
     if is_published(state):

@@ -82,7 +82,7 @@ def expert_prefixes(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def position_ids(config: ModelConfig) -> dict[str, Tensor]:
-    """The constants 0, 1, 2, ... that published files hold beside weights: for texts [196], for pictures [1, 1 + P]."""
+    """The constants 0, 1, 2, ... that published files hold beside weights: for texts [196], for images [1, 1 + P]."""
     return {
         PREFIX + "position_ids_text": torch.arange(config.text_positions),
         PREFIX + "position_ids_vision": torch.arange(1 + config.num_patches).unsqueeze(0),

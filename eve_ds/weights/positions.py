@@ -1,4 +1,4 @@
-"""Position embeddings for pictures of another size."""
+"""Position embeddings for images of another size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
 
 
 def resize_positions(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The state (EVE-DS names) with picture positions for ``config.image_size``."""
+    """The state (EVE-DS names) with image positions for ``config.image_size``."""
     if POSITIONS not in state:
         return state
     return state | {POSITIONS: interpolate_positions(state[POSITIONS], config.num_patches)}

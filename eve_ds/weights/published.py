@@ -25,7 +25,7 @@ def published_config(
     Args:
         vlmo_config: the JSON file.
         state: published or EVE-DS names.
-        image_size: pictures' side, pixels. None: as the weights have it.
+        image_size: images' side, pixels. None: as the weights have it.
     Raises:
         ModelConfigError: as ``ModelConfig.from_vlmo``.
     """
@@ -37,7 +37,7 @@ def published_config(
 
 
 def sized_as(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
-    """The config with the picture size and the number of text positions that the tensors have.
+    """The config with the image size and the number of text positions that the tensors have.
 
     Args:
         config: all else.

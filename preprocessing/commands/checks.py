@@ -222,7 +222,7 @@ def answers_fault(folder: Place, manifest: dict[str, Any], facts: SplitFacts) ->
     """What is wrong with the answer list beside a VQA split; "" for nothing, and where an older version made it."""
     if manifest.get(ANSWERS, answers_sha256(facts.answers)) == answers_sha256(facts.answers):
         return ""
-    what = f"is not the list that {folder.name} was labelled by; put that one back, or convert it again"
+    what = f"is not the list that {folder.name} was labeled by; put that one back, or convert it again"
     return f"{folder.parent / ANSWER_LIST}: {what}"
 
 

@@ -92,7 +92,7 @@ def find_pairs(directory: Place, others: list[Place], distance: int, workers: in
 
 
 def _page(directory: Place, pairs: list[Pair]) -> str:
-    """A page with both pictures of each pair; those of sets given as hashes alone are not shown."""
+    """A page with both images of each pair; those of sets given as hashes alone are not shown."""
     folders = {str(directory)} | {pair.of for pair in pairs if not pair.of.endswith(".npz")}
     wanted = {(str(directory), pair.image_id) for pair in pairs} | {(pair.of, pair.of_image) for pair in pairs}
     thumbnails = {

@@ -121,7 +121,7 @@ def _section(folder: Place, manifest: dict[str, Any], cards: list[str]) -> str:
 
 
 def _card(kind: str, row: dict[str, Any]) -> str:
-    pictures = "".join(_thumbnail(row[column]) for column in IMAGE_COLUMNS[kind])
+    images = "".join(_thumbnail(row[column]) for column in IMAGE_COLUMNS[kind])
     texts, answers = row[SAMPLE_COLUMN[kind]] or [], row.get("answers") or []
     if kind == "vqa":
         answers = [_scored(*pair) for pair in zip_longest(answers, row["answer_scores"] or [])]
@@ -132,7 +132,7 @@ def _card(kind: str, row: dict[str, Any]) -> str:
     )
     name = next(iter(row["identifier"] or []), None) if kind == "nlvr" else row["image_id"]
     shown = html.escape(without_secrets(str(name)))
-    return f'<div class="row">{pictures}<div class=id>{shown}</div><ul>{items}</ul></div>'
+    return f'<div class="row">{images}<div class=id>{shown}</div><ul>{items}</ul></div>'
 
 
 def _scored(answers: list[str | None] | None, scores: list[float | None] | None) -> str:

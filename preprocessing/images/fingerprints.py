@@ -1,7 +1,7 @@
 """Fingerprints of images: SHA-256 of the file for exact duplicates, two perceptual hashes for near ones.
 
-dHash compares neighbouring pixels of a 9x8 picture; pHash the lowest 8x8 frequencies of a 32x32 one with their median
-(Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). Each has 64 bits. Two pictures are
+dHash compares neighboring pixels of a 9x8 image; pHash the lowest 8x8 frequencies of a 32x32 one with their median
+(Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). Each has 64 bits. Two images are
 near duplicates when both hashes differ in few bits: either alone takes plain skies and walls for each other.
 """
 
@@ -34,11 +34,11 @@ def content_key(data: bytes | memoryview) -> int:
 
 
 def perceptual_hashes(image: Image.Image) -> tuple[int, int]:
-    """(dHash, pHash) of an image just opened or decoded, upright and in grey. Decoders' errors pass through."""
+    """(dHash, pHash) of an image just opened or decoded, upright and in gray. Decoders' errors pass through."""
     image.draft("L", _DRAFT)  # of effect on a JPEG that is not decoded yet
-    grey = upright_rgb(image).convert("L")
-    small = np.asarray(grey.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
-    square = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX)).astype(np.float64)
+    gray = upright_rgb(image).convert("L")
+    small = np.asarray(gray.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
+    square = np.asarray(gray.resize((_SIDE, _SIDE), Image.Resampling.BOX)).astype(np.float64)
     low = (_DCT @ square @ _DCT.T).round(3)  # rounded, so that the last bit of a sum decides nothing
     return _pack(small[:, 1:] > small[:, :-1]), _pack(low > np.median(low))
 
@@ -101,7 +101,7 @@ class HashList:
         write_whole(path, buffer.getvalue())
 
     def near(self, dhash: int, phash: int, distance: int) -> Iterator[tuple[int, int]]:
-        """(index, greater of the two distances in bits) of each entry within `distance` of a picture, nearest first."""
+        """(index, greater of the two distances in bits) of each entry within `distance` of an image, nearest first."""
         far = np.maximum(
             np.bitwise_count(self.dhash ^ np.uint64(dhash)), np.bitwise_count(self.phash ^ np.uint64(phash))
         )

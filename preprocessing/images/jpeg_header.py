@@ -1,4 +1,4 @@
-"""The size of a JPEG picture, read from the segments before its first scan. Leaves everything unusual to Pillow.
+"""The size of a JPEG image, read from the segments before its first scan. Leaves everything unusual to Pillow.
 
 Pillow makes dictionaries of all that a header says, which takes longer than to read the file. Whether it would open a
 file is decided here only where that is certain: what this module knows, Pillow opens, and with the same size.

@@ -14,7 +14,7 @@ from preprocessing.images.jpeg_header import jpeg_size
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """RGB, turned by the EXIF orientation, white behind transparency; the upper eight of sixteen bits of grey."""
+    """RGB, turned by the EXIF orientation, white behind transparency; the upper eight of sixteen bits of gray."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow's own conversion would clip to 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")

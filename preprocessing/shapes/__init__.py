@@ -1,1 +1,1 @@
-"""The embedded data set: small pictures of shapes, written as COCO captions, VQA v2 and NLVR2 are shipped."""
+"""The embedded data set: small images of shapes, written as COCO captions, VQA v2 and NLVR2 are shipped."""

@@ -1,4 +1,4 @@
-"""Scenes -> pictures: 64x64 RGB, anti-aliased shapes on a grey, shaded, slightly noisy ground; and PNG bytes."""
+"""Scenes -> images: 64x64 RGB, anti-aliased shapes on a gray, shaded, slightly noisy ground; and PNG bytes."""
 
 import io
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def _sprites() -> np.ndarray:
 
 
 def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
-    """Pictures of `scenes`: [len(scenes), SIDE, SIDE, 3] uint8. `rng` sets ground, noise, shifts and colour jitter."""
+    """Images of `scenes`: [len(scenes), SIDE, SIDE, 3] uint8. `rng` sets ground, noise, shifts and color jitter."""
     count = len(scenes)
     ground = rng.integers(118, 139, size=(count, 1, 1, 1)) + rng.integers(-6, 7, size=(count, 1, 1, 3))
     angle = rng.uniform(0, 2 * np.pi, size=(count, 1, 1, 1))
@@ -67,7 +67,7 @@ def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     shade = _SHADE * (np.cos(angle) * ticks[None, None, :, None] + np.sin(angle) * ticks[None, :, None, None])
     # Noise in blocks of 2x2 pixels, alike in the three channels: files stay a quarter the size.
     noise = rng.integers(-_NOISE, _NOISE + 1, size=(count, SIDE // 2, SIDE // 2, 1), dtype=np.int8)
-    pictures = (ground + shade).astype(np.float32) + noise.repeat(2, axis=1).repeat(2, axis=2)
+    images = (ground + shade).astype(np.float32) + noise.repeat(2, axis=1).repeat(2, axis=2)
 
     owner = np.array([index for index, scene in enumerate(scenes) for _ in scene])
     things = [thing for scene in scenes for thing in scene]
@@ -79,14 +79,14 @@ def draw(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
     color = np.clip(color + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, size=color.shape), 0, 255)
 
     cover = _sprites()[shape, size, shift[0], shift[1]][..., None]  # [things, CELL, CELL, 1]
-    cells = pictures.reshape(count, GRID, CELL, GRID, CELL, 3)  # a view: writing to it draws
+    cells = images.reshape(count, GRID, CELL, GRID, CELL, 3)  # a view: writing to it draws
     under = cells[owner, row, :, column]
     cells[owner, row, :, column] = under + cover * (color[:, None, None, :] - under)
-    return (pictures + 0.5).astype(np.uint8)  # the ground stays within 87..170, and what is mixed with it in 0..255
+    return (images + 0.5).astype(np.uint8)  # the ground stays within 87..170, and what is mixed with it in 0..255
 
 
-def to_png(picture: np.ndarray) -> bytes:
-    """PNG bytes of one [SIDE, SIDE, 3] uint8 picture."""
+def to_png(image: np.ndarray) -> bytes:
+    """PNG bytes of one [SIDE, SIDE, 3] uint8 image."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `shapes`."""
     parser.add_argument("--out", required=True, help="folder to write, which must not exist or be empty")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world (default 0)")
-    parser.add_argument("--train", type=int, default=6000, help="training pictures (default 6000)")
-    parser.add_argument("--val", type=int, default=300, help="validation pictures (default 300)")
-    parser.add_argument("--test", type=int, default=500, help="test pictures (default 500)")
+    parser.add_argument("--train", type=int, default=6000, help="training images (default 6000)")
+    parser.add_argument("--val", type=int, default=300, help="validation images (default 300)")
+    parser.add_argument("--test", type=int, default=500, help="test images (default 500)")
     parser.add_argument(
         "--asked", type=int, help="training images that questions are asked about, the first ones (default all)"
     )
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the whole raw data set; the same bytes for the same options. Raises DataError on bad options."""
     for name in ("train", "val", "test"):
         if getattr(args, name) < 1:
-            raise DataError(f"--{name} {getattr(args, name)}: must be at least 1 picture")
+            raise DataError(f"--{name} {getattr(args, name)}: must be at least 1 image")
     asked = args.train if args.asked is None else args.asked
     if not 1 <= asked <= args.train:
         raise DataError(f"--asked {asked}: must be from 1 to the {args.train} of --train")
@@ -74,21 +74,21 @@ def run(args: argparse.Namespace) -> None:
             first_id += count
         for split, count in (("train", args.nlvr_train), ("dev", args.nlvr_dev), ("test1", args.nlvr_test)):
             _write_nlvr2(folder, split, count // group, sampler, args.seed)
-    print(f"{args.out}: {args.train} + {args.val} + {args.test} pictures with captions and questions, ", end="")
+    print(f"{args.out}: {args.train} + {args.val} + {args.test} images with captions and questions, ", end="")
     print(
         f"{args.nlvr_train} + {args.nlvr_dev} + {args.nlvr_test} NLVR2 examples (train + val + test), seed {args.seed}"
     )
 
 
 def _random(seed: int, *purpose: str) -> random.Random:
-    """A generator of its own for every purpose, so that one number of pictures does not shift another's draws."""
+    """A generator of its own for every purpose, so that one number of images does not shift another's draws."""
     return random.Random(":".join((str(seed), *purpose)))
 
 
 def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int, seed: int, order: str) -> None:
     """Images, captions and scenes of one split; image ids run on from split to split."""
     names = [f"COCO_{subset}_{first_id + index:012d}.png" for index in range(len(scenes))]
-    _write_pictures(folder / "images" / subset, names, scenes, _random(seed, "pictures", subset))
+    _write_images(folder / "images" / subset, names, scenes, _random(seed, "pictures", subset))
     words = _random(seed, "captions", subset)
     annotations = [
         {"id": (first_id + index) * 5 + number, "image_id": first_id + index, "caption": text}
@@ -153,7 +153,7 @@ def _annotation(question: Question, image_id: int, number: int, answers: Sequenc
 
 
 def _write_nlvr2(folder: Path, split: str, sets: int, sampler: SceneSampler, seed: int) -> None:
-    """Pictures and examples of one split, named as lil-lab/nlvr names them."""
+    """Images and examples of one split, named as lil-lab/nlvr names them."""
     rng = _random(seed, "nlvr2", split)
     names: list[str] = []
     scenes: list[Scene] = []
@@ -173,17 +173,17 @@ def _write_nlvr2(folder: Path, split: str, sets: int, sampler: SceneSampler, see
                     "right_url": f"https://example.org/{stems[1]}",
                 }
                 lines.append(json.dumps(example))
-    _write_pictures(folder / "nlvr2" / "images" / split, names, scenes, _random(seed, "pictures", split))
+    _write_images(folder / "nlvr2" / "images" / split, names, scenes, _random(seed, "pictures", split))
     (folder / "nlvr2" / f"{split}.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_pictures(folder: Path, names: Sequence[str], scenes: Sequence[Scene], rng: random.Random) -> None:
+def _write_images(folder: Path, names: Sequence[str], scenes: Sequence[Scene], rng: random.Random) -> None:
     folder.mkdir(parents=True)
     noise = np.random.default_rng(rng.getrandbits(64))
     for start in range(0, len(scenes), _DRAWN_AT_ONCE):
         end = start + _DRAWN_AT_ONCE
-        for name, picture in zip(names[start:end], draw(scenes[start:end], noise), strict=True):
-            (folder / name).write_bytes(to_png(picture))
+        for name, image in zip(names[start:end], draw(scenes[start:end], noise), strict=True):
+            (folder / name).write_bytes(to_png(image))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

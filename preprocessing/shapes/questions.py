@@ -19,7 +19,7 @@ class Question(NamedTuple):
 class Kind(NamedTuple):
     """A kind of question: how often it is asked, and what VQA v2 calls it."""
 
-    per_picture: float  # questions of this kind per picture, on average
+    per_image: float  # questions of this kind per image, on average
     question_type: str  # VQA v2's: the words that the question starts with
     answer_type: str  # VQA v2's: yes/no, number, other
 
@@ -34,7 +34,7 @@ KINDS = {
 }
 _MOST_COUNTED = 3  # four or five of a shape are too rare to be asked for in balance
 
-# What a careless person says instead: shown to be near in colour, look or number.
+# What a careless person says instead: shown to be near in color, look or number.
 _MISTAKES = {
     "red": "purple",
     "green": "blue",
@@ -88,7 +88,7 @@ def questions(scenes: Sequence[Scene], rng: random.Random) -> list[Question]:
     asked = [0] * len(scenes)
     result: list[Question] = []
     for (kind, text), pool in sorted(pools.items()):
-        wanted = max(1, round(KINDS[kind].per_picture * len(scenes) / _TEXTS[kind] / _ANSWERS[kind]))
+        wanted = max(1, round(KINDS[kind].per_image * len(scenes) / _TEXTS[kind] / _ANSWERS[kind]))
         if KINDS[kind].answer_type == "yes/no":
             wanted = min(wanted, *(len(pool.get(answer, ())) for answer in ("yes", "no")))
         for answer, indices in sorted(pool.items()):
@@ -107,7 +107,7 @@ def ten_answers(question: Question, rng: random.Random) -> list[str]:
     if fate < 0.08:  # one or two err
         for place in rng.sample(range(10), rng.randint(1, 2)):
             answers[place] = _mistake(question.answer, rng)
-    elif fate < 0.12:  # right, in another spelling: the official normalisation brings them together
+    elif fate < 0.12:  # right, in another spelling: the official normalization brings them together
         place = rng.randrange(10)
         answers[place] = _WORDS[int(question.answer)] if question.answer.isdigit() else f"{question.answer}."
     return answers

@@ -1,4 +1,4 @@
-"""What is in a picture: two to five objects on a 4x4 grid of cells, one object a cell."""
+"""What is in an image: two to five objects on a 4x4 grid of cells, one object a cell."""
 
 import json
 import os
@@ -14,7 +14,7 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "black")
 SIZES = ("small", "large")
 GRID = 4  # cells a side
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
-FEWEST, MOST = 2, 5  # objects a picture
+FEWEST, MOST = 2, 5  # objects an image
 ORDERS = ("reading", "random")  # of the objects in a caption
 _COUNT_WEIGHTS = (7, 6, 4, 3)  # of 2, 3, 4 and 5 objects
 
@@ -37,7 +37,7 @@ class Thing(NamedTuple):
 
     @property
     def quadrant(self) -> str:
-        """Which quarter of the picture holds it, one of QUADRANTS."""
+        """Which quarter of the image holds it, one of QUADRANTS."""
         return _QUADRANT[self.cell]
 
     @property

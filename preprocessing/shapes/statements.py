@@ -1,4 +1,4 @@
-"""NLVR2-style statements over pairs of pictures: each stands over four pairs and is true of two of them."""
+"""NLVR2-style statements over pairs of images: each stands over four pairs and is true of two of them."""
 
 import random
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _WORDING = {
     "both": ("both pictures contain a {}", "there is a {} in both pictures"),
 }
 # Where a statement's object is, (in left, in right), over the four pairs, and whether the statement holds. For "left"
-# and "right" all four cases occur, so the other picture tells nothing. A "both" that fails fails on one side each.
+# and "right" all four cases occur, so the other image tells nothing. A "both" that fails fails on one side each.
 _CASES: dict[str, tuple[tuple[bool, bool], ...]] = {
     "left": ((True, True), (True, False), (False, True), (False, False)),
     "right": ((True, True), (True, False), (False, True), (False, False)),

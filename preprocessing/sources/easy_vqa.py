@@ -1,7 +1,7 @@
 """`python -m preprocessing easy-vqa`: the PyPI package `easy-vqa` (Victor Zhou, MIT) -> VQA shards.
 
-Its test split is the official one. It has no validation split: every tenth picture of its training split, chosen by a
-hash of the picture, becomes `val`, and `train` is the rest.
+Its test split is the official one. It has no validation split: every tenth image of its training split, chosen by a
+hash of the image, becomes `val`, and `train` is the rest.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from preprocessing.sources.converter import add_common_arguments, check_common_a
 from preprocessing.sources.source import Faults
 from preprocessing.sources.vqa_rows import Asked, vqa_source
 
-_VAL_SHARE = 10  # one picture in so many
+_VAL_SHARE = 10  # one image in so many
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,5 +71,5 @@ def read_easy_vqa(data: Path, split: str) -> list[Asked]:
 
 
 def _is_val(file: Path) -> bool:
-    """By content, so that two files with one picture go to the same side."""
+    """By content, so that two files with one image go to the same side."""
     return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:4]) % _VAL_SHARE == 0

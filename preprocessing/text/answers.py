@@ -1,4 +1,4 @@
-"""VQA answers: the official normalisation, soft scores, and the answer list that labels index."""
+"""VQA answers: the official normalization, soft scores, and the answer list that labels index."""
 
 import re
 from collections import Counter
@@ -119,7 +119,7 @@ def resolve_answer_list(
     """The answer list that data set folder `out` is to use. Writes nothing.
 
     It is `given` if given; else that of `out`; else, on the training split alone, built from `counts`. Raises DataError
-    when there is none, or when other splits in `out` were labelled by another list.
+    when there is none, or when other splits in `out` were labeled by another list.
     """
     path = out / ANSWER_LIST
     existing = read_answer_list(path) if path.exists() else None
@@ -134,6 +134,6 @@ def resolve_answer_list(
         raise DataError(f"{path}: no such file; convert the train split into this folder first, or give --answer-list")
     if existing is not None and answers != existing and others:
         raise DataError(
-            f"{path}: differs from the answer list given, and {others[0]} is labelled by it; choose another --out"
+            f"{path}: differs from the answer list given, and {others[0]} is labeled by it; choose another --out"
         )
     return answers

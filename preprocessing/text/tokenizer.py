@@ -225,7 +225,7 @@ def _merges(words: set[str], vocabulary: dict[str, int]) -> list[tuple[str, str]
 
 
 def _normalize_as(backend: tokenizers.Tokenizer, spec: Any, control: Sequence[str]) -> None:
-    """Normalise and split as SentencePiece's normalizer_spec says, and never find a control token in a text."""
+    """Normalize and split as SentencePiece's normalizer_spec says, and never find a control token in a text."""
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -31,7 +31,7 @@ class TinyRun:
 
 
 def losses(output: Path) -> list[dict[str, float]]:
-    """What was learnt at each training step: all losses and the gradient norm, from metrics.jsonl."""
+    """What was learned at each training step: all losses and the gradient norm, from metrics.jsonl."""
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "lr" in record]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))

@@ -48,7 +48,7 @@ def test_the_whole_run_without_a_bench_environment(tmp_path: Path, capsys: pytes
 
 
 def test_a_rival_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    settings = Settings(str(tmp_path), str(tmp_path / "pictures"), images=16, batch_size=2, processes=1)
+    settings = Settings(str(tmp_path), str(tmp_path / "images"), images=16, batch_size=2, processes=1)
     process = JobProcess("absent", f"{loader._THEIRS}:WebDataset", settings, _bare_python(settings), 60)
     with pytest.raises(JobError, match=r"webdataset.*absent\.log"):
         process.start()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ranks
-from tests.support.shards import picture, tiny_tokenizer, write_split
+from tests.support.shards import image_of, tiny_tokenizer, write_split
 
 ROWS, SHARD_ROWS = 24, 8
 CORRUPT = (1, 6, 9, 17, 20)  # those rows of the corrupt data set
@@ -32,8 +32,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_captions(root: Path, corrupt: tuple[int, ...] = ()) -> None:
     rows = [
         {
-            "image": picture(i, fmt="JPEG")[: 300 if i in corrupt else None],
-            "caption": [f"picture {i}"],
+            "image": image_of(i, fmt="JPEG")[: 300 if i in corrupt else None],
+            "caption": [f"image {i}"],
             "image_id": f"image-{i}",
             "split": "train",
         }
@@ -108,7 +108,7 @@ def test_few_corrupt_rows_are_replaced_and_a_slow_disk_shows(data: Path, tmp_pat
     output = tmp_path / "run"
     text = ranks.run("eve_ds.pretrain", options(data, data / "corrupt", output, 1, **settings), 1)
     for row in CORRUPT:  # told once each, though an epoch is three steps
-        where = rf"shard-{row // SHARD_ROWS:05d}\.arrow: row {row % SHARD_ROWS}: the picture cannot be decoded"
+        where = rf"shard-{row // SHARD_ROWS:05d}\.arrow: row {row % SHARD_ROWS}: the image cannot be decoded"
         assert len(re.findall(rf"{where}.*sample {row + 1} stands in for sample {row}$", text, re.MULTILINE)) == 1, text
     replaced = [record["data/replaced"] for record in records(output)]
     assert replaced[2] == len(CORRUPT) <= replaced[3] and replaced == sorted(replaced)

@@ -252,7 +252,7 @@ def test_overwriting_on_s3_takes_the_old_manifest_away_first(s3: S3, tmp_path: P
     assert main(["coco", *raw, "--shard-rows", "5", "--out", out, "--overwrite"]) == 0
     shutil.rmtree(tmp_path / "raw/images")
     (tmp_path / "raw/images").mkdir()
-    (tmp_path / "raw/images/1.jpg").write_bytes(b"no picture")
+    (tmp_path / "raw/images/1.jpg").write_bytes(b"no image")
     assert main(["coco", *raw, "--shard-rows", "5", "--out", out, "--overwrite"]) == 2
     assert "manifest.json" not in s3.names("again/train")
     shutil.rmtree(tmp_path / "raw")

@@ -43,7 +43,7 @@ def records(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def learnt(output: Path) -> list[dict[str, float]]:
+def learned(output: Path) -> list[dict[str, float]]:
     """What does not depend on the clock, of the training steps."""
     timed = ("samples_per_second", "step_seconds", "data/wait_fraction")
     return [{k: v for k, v in record.items() if k not in timed} for record in records(output) if "lr" in record]
@@ -55,7 +55,7 @@ def same_weights(left: Path, right: Path) -> bool:
 
 
 def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
-    steps = learnt(straight)
+    steps = learned(straight)
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert all(torch.isfinite(torch.tensor(list(record.values()))).all() for record in steps)
     held_out = [record for record in records(straight) if "val/loss" in record]
@@ -73,7 +73,7 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
         "hashes.json",
     }
     samples = json.loads((straight / "samples" / "samples.json").read_text())
-    assert samples["pictures"] and samples["words"]
+    assert samples["images"] and samples["words"]
     counts = samples["expert_load"]["layers"][0]["counts"]
     assert len(counts) == 2 and all(len(row) == 4 and sum(row) > 0 for row in counts)
     assert list((straight / "wandb").glob("offline-run-*/*.wandb"))
@@ -95,7 +95,7 @@ def test_resume_is_exact_bit_for_bit(straight: Path, tiny_run: list[str], tmp_pa
         shutil.rmtree(output / late)
     text = ranks.run("eve_ds.pretrain", [*tiny_run, f"--output_dir={output}"])
     assert "training from step 3 to step 6" in text
-    assert learnt(output) == learnt(straight)
+    assert learned(output) == learned(straight)
     assert same_weights(output, straight)
 
 
@@ -111,7 +111,7 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, tiny_run
     codes, text = ranks.finish(started)
     assert codes == [75, 75], text
     (saved,) = (output / "checkpoints").iterdir()
-    last = learnt(output)[-1]["step"]
+    last = learned(output)[-1]["step"]
     assert saved.name == f"step_{int(last):08d}"
     assert json.loads((saved / "complete.json").read_text())["topology"] == {
         "world_size": 2,
@@ -121,7 +121,7 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, tiny_run
     assert not (output / "model").exists()
     text = ranks.run("eve_ds.pretrain", [*options, f"--optimizer.total_steps={int(last) + 2}"])
     assert f"training from step {int(last)} to step" in text
-    assert [record["step"] for record in learnt(output)] == list(range(1, int(last) + 3))
+    assert [record["step"] for record in learned(output)] == list(range(1, int(last) + 3))
 
 
 def test_a_stop_within_an_evaluation_saves_and_the_next_start_makes_it_up(
@@ -132,7 +132,7 @@ def test_a_stop_within_an_evaluation_saves_and_the_next_start_makes_it_up(
     assert codes == [75, 75], text
     assert "step_00000003" in text and [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
     ranks.run("eve_ds.pretrain", options)
-    assert learnt(tmp_path / "run") == learnt(straight)
+    assert learned(tmp_path / "run") == learned(straight)
     scores = [
         [
             {k: v for k, v in record.items() if k == "step" or k.startswith("val/")}

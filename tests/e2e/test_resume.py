@@ -38,7 +38,7 @@ def train(arguments: list[str], output: Path, world_size: int, *options: str) ->
     return ranks.run("eve_ds.pretrain", [*arguments, f"--output_dir={output}", *options], world_size)
 
 
-def learnt(output: Path) -> dict[int, dict[str, float]]:
+def learned(output: Path) -> dict[int, dict[str, float]]:
     """Of each training step, what does not depend on the clock."""
     timed = ("samples_per_second", "step_seconds", "data/wait_fraction")
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -62,7 +62,7 @@ def until(output: Path, step: int, copy: Path) -> Path:
 
 
 def same_steps(left: Path, right: Path, steps: range) -> None:
-    a, b = learnt(left), learnt(right)
+    a, b = learned(left), learned(right)
     for step in steps:
         for key in ("loss", "grad_norm", "samples", "lr"):
             assert a[step][key] == pytest.approx(b[step][key], abs=TOLERANCE), f"{key} of step {step}"
@@ -122,7 +122,7 @@ def test_zero_3_evaluates_shows_samples_and_exports(straight: Path, by_two_again
     a, b = held_out(by_two_again)[-1], held_out(straight)[-1]
     assert a["step"] == b["step"] == STEPS and a["val/loss"] == pytest.approx(b["val/loss"], abs=TOLERANCE)
     samples, expected = (json.loads((run / "samples" / "samples.json").read_text()) for run in (by_two_again, straight))
-    assert samples["words"] == expected["words"] and len(samples["pictures"]) == len(expected["pictures"]) > 0
+    assert samples["words"] == expected["words"] and len(samples["images"]) == len(expected["images"]) > 0
     model = load_task_model("pretrain", by_two_again)
     assert model.backbone.moe_layers()[0].experts.w1.shape == (4, 64, 32)  # the experts of both ranks
     assert bool(torch.isfinite(model.backbone(images=torch.zeros(1, 3, 32, 32)).hidden).all())
@@ -132,7 +132,7 @@ def test_zero_3_resumes_bit_for_bit(by_two_again: Path, arguments: list[str], tm
     output = until(by_two_again, 7, tmp_path / "run")
     text = train(arguments, output, 2, ZERO_3, "--checkpoint.every=1")
     assert "converted" not in text and f"training from step 7 to step {STEPS}" in text
-    assert learnt(output) == learnt(by_two_again)
+    assert learned(output) == learned(by_two_again)
     same_weights(output, by_two_again, 0.0)
 
 

@@ -19,7 +19,7 @@ EP_SIZES = [1, 2, 4]
 
 
 def by_rank(rank: int) -> dict[str, Any]:
-    """Pairs, nothing, pictures alone, texts alone."""
+    """Pairs, nothing, images alone, texts alone."""
     share = slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
     batch = rows_of(tiny_batch(ROWS), share)
     inputs = {"images": batch["images"]} if rank != 3 else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eve_ds.data.sampler import Shuffle, TrainOrder
 from tests.support import ranks
-from tests.support.shards import picture, tiny_tokenizer, write_split
+from tests.support.shards import image_of, tiny_tokenizer, write_split
 
 ROWS, MICRO, WORLD = 12, 2, 2
 
@@ -21,10 +21,10 @@ def row_of_rank_one() -> int:
 def test_the_rank_that_cannot_read_a_row_names_it(tmp_path: Path) -> None:
     bad = row_of_rank_one()
     rows = [
-        {"image": picture(i), "caption": [f"picture {i}"], "image_id": f"image-{i}", "split": "train"}
+        {"image": image_of(i), "caption": [f"image {i}"], "image_id": f"image-{i}", "split": "train"}
         for i in range(ROWS)
     ]
-    rows[bad]["image"] = picture(bad)[:100]
+    rows[bad]["image"] = image_of(bad)[:100]
     write_split(tmp_path / "data" / "train", "caption", rows, shard_rows=5)
     tiny_tokenizer(tmp_path / "tokenizer")
     options = {

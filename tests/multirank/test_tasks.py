@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.support.distributed import run_distributed_test
 from tests.support.tiny_tasks import TASKS, rows_of, tiny_batch, tiny_task
 
-ROWS = 7  # odd on purpose: one picture's captions lie on two ranks, and the ranks hold different numbers of rows
+ROWS = 7  # odd on purpose: one image's captions lie on two ranks, and the ranks hold different numbers of rows
 FIRST_RANKS = 3
 
 

@@ -31,7 +31,7 @@ def run_distributed_test(
     """Call ``fn(*args)`` on every rank of a new process group, one thread a rank.
 
     Args:
-        fn: importable by its module and name (a top-level function); torch.distributed is initialised when it runs.
+        fn: importable by its module and name (a top-level function); torch.distributed is initialized when it runs.
         world_size: ranks.
         backend: of torch.distributed.
         timeout: seconds until everything is killed.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tests.support.shards import COLORS, picture
+from tests.support.shards import COLORS, image_of
 
 # What an old pyarrow would have unpickled and run when it opened a file: see CVE-2023-47248.
 PICKLED_EXTENSION = b"arrow.py_extension_type"
@@ -50,7 +50,7 @@ def vilt_coco(folder: Path, rows: int = 5) -> list[Path]:
             table_of(
                 [
                     {
-                        "image": picture(i),
+                        "image": image_of(i),
                         "caption": [f"{split} {i} {c} {COLORS[i % 4]}" for c in range(1 + i % 3)],
                         "image_id": f"COCO_{split}2014_{i:012d}.jpg",
                         "split": split,
@@ -76,8 +76,8 @@ def vilt_vqa(folder: Path, rows: int = 5, whole: bool = False) -> list[Path]:
         known = not split.startswith("test")
         table = [
             {
-                "image": picture(i),
-                "questions": [f"is picture {i - start} red?", f"what colour has picture {i - start}?"],
+                "image": image_of(i),
+                "questions": [f"is image {i - start} red?", f"what color has image {i - start}?"],
                 "answers": [["yes"], [COLORS[i % 4], "yes"]] if known else [],
                 "answer_labels": [[0], [2 + i % 4, 0]] if known else [],
                 "answer_scores": [[1.0], [0.9, 0.3]] if known else [],
@@ -108,8 +108,8 @@ def vilt_nlvr(folder: Path, rows: int = 5, whole: bool = False) -> list[Path]:
             table_of(
                 [
                     {
-                        "image_0": picture(i),
-                        "image_1": picture(i + 4),
+                        "image_0": image_of(i),
+                        "image_1": image_of(i + 4),
                         "questions": [f"both show {color}" for color in COLORS[:2]],
                         "answers": ["True", "False"],
                         "identifier": [f"{split}-{i}-0-0", f"{split}-{i}-0-1"],
@@ -131,7 +131,7 @@ def vilt_web(folder: Path, rows: int = 5, slices: int = 2) -> list[Path]:
             table_of(
                 [
                     {
-                        "image": picture(10 * part + i),
+                        "image": image_of(10 * part + i),
                         "caption": [f"web {part} {i}"],
                         "image_id": f"{part:04d}{i:03d}",
                         "split": "train",
@@ -148,7 +148,7 @@ def visual_genome(folder: Path, rows: int = 5) -> list[Path]:
     """write_vg.py of ViLT and dataset_vg.py of EVE: vg.arrow with the regions' boxes beside the phrases, no split."""
     table = [
         {
-            "image": picture(i),
+            "image": image_of(i),
             "caption": [f"phrase {i} {r}" for r in range(3)],
             "width": [10, 20, 30],
             "height": [10, 20, 30],
@@ -166,7 +166,7 @@ def eve_captions(folder: Path, name: str = "coco", rows: int = 5, slices: int = 
     paths = []
     for part in range(slices):
         table = [
-            {"image": picture(i), "caption": f"{name} {part} {i}", "image_id": f"train2014_{i}"} for i in range(rows)
+            {"image": image_of(i), "caption": f"{name} {part} {i}", "image_id": f"train2014_{i}"} for i in range(rows)
         ]
         if name == "sbu":
             table = [{key: row[key] for key in ("image", "caption")} for row in table]

@@ -1,4 +1,4 @@
-"""A small made run folder, with real pictures, as the demo leaves one."""
+"""A small made run folder, with real images, as the demo leaves one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
-COLOURS = ["crimson", "royalblue", "seagreen", "goldenrod", "orchid"]
+COLORS = ["crimson", "royalblue", "seagreen", "goldenrod", "orchid"]
 
 
-def picture(path: Path, rng: random.Random, masked: bool = False) -> str:
+def image_of(path: Path, rng: random.Random, masked: bool = False) -> str:
     image = Image.new("RGB", (64, 64), "#f4f1ea")
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 4)):
         x, y = 16 * rng.randrange(4), 16 * rng.randrange(4)
         shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-        shape((x + 2, y + 2, x + 13, y + 13), fill=rng.choice(COLOURS))
+        shape((x + 2, y + 2, x + 13, y + 13), fill=rng.choice(COLORS))
     for place in range(16) if masked else ():
         if rng.random() < 0.75:
             x, y = 16 * (place % 4), 16 * (place // 4)
@@ -54,12 +54,12 @@ def curves(path: Path, steps: int, names: list[str], scores: list[str], rng: ran
 
 
 def pretrain(folder: Path, rng: random.Random) -> None:
-    pictures = [
+    images = [
         {
-            kind: picture(folder / "samples" / f"p{i}_{kind}.png", rng, kind == "masked")
+            kind: image_of(folder / "samples" / f"p{i}_{kind}.png", rng, kind == "masked")
             for kind in ("original", "masked", "rebuilt")
         }
-        | {"caption": HOSTILE if i == 0 else f"a picture with {i} shapes on it"}
+        | {"caption": HOSTILE if i == 0 else f"an image with {i} shapes on it"}
         for i in range(6)
     ]
     words = [
@@ -71,13 +71,13 @@ def pretrain(folder: Path, rng: random.Random) -> None:
         {"layer": n, "counts": [[rng.randint(0, 900) for _ in range(8)], [0, *(rng.randint(0, 90) for _ in range(7))]]}
         for n in (2, 3)
     ]
-    dump(folder / "samples" / "samples.json", {"pictures": pictures, "words": words, "expert_load": {"layers": layers}})
+    dump(folder / "samples" / "samples.json", {"images": images, "words": words, "expert_load": {"layers": layers}})
     curves(folder / "metrics.jsonl", 400, ["mim_loss", "mlm_loss", "aux_loss"], [], rng)
     (folder / "config.yaml").write_text("model:\n  dim: 96\n  note: <b>plain</b>\n")
 
 
 def retrieval(folder: Path, rng: random.Random) -> None:
-    names = [picture(folder / "samples" / f"image_{i}.png", rng) for i in range(8)]
+    names = [image_of(folder / "samples" / f"image_{i}.png", rng) for i in range(8)]
     images, texts = [], []
     for right in (0, 2, 9):
         found = [{"image": rng.choice(names), "score": 0.9 - 0.1 * r, "correct": r == right} for r in range(5)]
@@ -91,8 +91,8 @@ def retrieval(folder: Path, rng: random.Random) -> None:
 
 def answers(folder: Path, rng: random.Random) -> None:
     examples = [
-        {"image": picture(folder / "samples" / f"q{i}.png", rng), "question": f"what colour is shape {i}?",
-         "predicted": rng.choice(COLOURS), "answers": ["crimson", "red"], "score": score}
+        {"image": image_of(folder / "samples" / f"q{i}.png", rng), "question": f"what color is shape {i}?",
+         "predicted": rng.choice(COLORS), "answers": ["crimson", "red"], "score": score}
         for i, score in enumerate((1.0, 0.6, 0.0, 0.0))
     ]  # fmt: skip
     dump(folder / "samples" / "samples.json", {"examples": examples})
@@ -101,7 +101,7 @@ def answers(folder: Path, rng: random.Random) -> None:
 
 def statements(folder: Path, rng: random.Random) -> None:
     examples = [
-        {f"image_{side}": picture(folder / "samples" / f"s{i}_{side}.png", rng) for side in (0, 1)}
+        {f"image_{side}": image_of(folder / "samples" / f"s{i}_{side}.png", rng) for side in (0, 1)}
         | {"statement": "both pictures have a circle", "predicted": bool(i % 2), "label": i < 2}
         for i in range(4)
     ]

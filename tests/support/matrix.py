@@ -18,12 +18,12 @@ from torch import Tensor
 
 from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.masked import MaskedModelling
+from eve_ds.tasks.masked import MaskedModeling
 from tests.support.pairwise import every_case, pairwise
 from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
 
 STEPS, ROWS, EXPERTS, CLIP = 3, 32, 8, 0.5
-# Per softly routing layer: experts that never win; and in bf16 the two of every picture token and the two of every text
+# Per softly routing layer: experts that never win; and in bf16 the two of every image token and the two of every text
 # token: a token near a tie goes either way by rounding there, and one more token for an expert that has few tells.
 IDLE = ((4, 5, 6, 7), (7,))
 DECIDED = (((0, 1), (2, 3)), ((0, 4), (2, 6)))
@@ -59,7 +59,7 @@ class Case:
 
     @property
     def reference(self) -> tuple[str, bool, int]:
-        """What one process has to know of the case: neither ranks nor recomputation change what is learnt."""
+        """What one process has to know of the case: neither ranks nor recomputation change what is learned."""
         return self.precision, self.clipping, self.accumulation
 
     def __str__(self) -> str:
@@ -102,7 +102,7 @@ def optimizer_config(clipping: bool) -> OptimizerConfig:
     return OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=0.1, gradient_clipping=clip, total_steps=STEPS)
 
 
-def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> MaskedModelling:
+def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> MaskedModeling:
     """The task, its routers such that the idle experts' scores lie 30 and more below the others'.
 
     First weights and LayerScale are larger than usual: every tensor moves by 1e-3 and more, so 1e-5 says something.
@@ -121,7 +121,7 @@ def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> 
     return task
 
 
-def check_idle(task: MaskedModelling, load: list[Tensor]) -> None:
+def check_idle(task: MaskedModeling, load: list[Tensor]) -> None:
     """Over all ranks (``load`` [2, E] a layer) the idle experts had no token, and several others had some."""
     for layer, (idle, total) in enumerate(zip(IDLE, load, strict=True)):
         served = total.sum(dim=0)
@@ -129,11 +129,11 @@ def check_idle(task: MaskedModelling, load: list[Tensor]) -> None:
         assert served.count_nonzero() > task.config.top_k, f"layer {layer}: {served.tolist()}"
 
 
-def loads(task: MaskedModelling) -> list[Tensor]:
+def loads(task: MaskedModeling) -> list[Tensor]:
     return [layer.last_load for layer in task.backbone.moe_layers()]
 
 
-def arrays(task: MaskedModelling) -> dict[str, np.ndarray]:
+def arrays(task: MaskedModeling) -> dict[str, np.ndarray]:
     return {name: value.detach().float().numpy().copy() for name, value in task.named_parameters()}
 
 
@@ -244,7 +244,7 @@ def under_deepspeed(case: Case) -> Trajectory:
     return trajectory
 
 
-def check_ranks(task: MaskedModelling) -> None:
+def check_ranks(task: MaskedModeling) -> None:
     """The case is as hard as it claims to be: experts without a token, and ranks with different numbers of them."""
     load = torch.stack(loads(task))  # [layers, 2, E]
     ranks = [torch.empty_like(load) for _ in range(dist.get_world_size())]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.tasks import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks import MaskedModeling, ObjectiveConfig
 from preprocessing.__main__ import main
 from preprocessing.text.tokenizer import SPECIAL
 
@@ -59,7 +59,7 @@ def model_folder(folder: Path, world: Path, image_size: int = 64, seed: int = 0,
     folder.mkdir()
     config, objective = shapes_config(image_size), ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2)
     torch.manual_seed(seed)
-    task = MaskedModelling(Backbone(config), objective, SPECIAL.index("[MASK]"))
+    task = MaskedModeling(Backbone(config), objective, SPECIAL.index("[MASK]"))
     save_file(task.state_dict(), folder / "model.safetensors")
     sections = {"model": dataclasses.asdict(config), "objective": dataclasses.asdict(objective)}
     (folder / "config.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")

@@ -30,8 +30,8 @@ FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # no id stands in two 
 _RGB = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
 
 
-def picture(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
-    """The file of picture `index`: a square of colour COLORS[index % 4] on speckled grey, different for each index."""
+def image_of(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
+    """The file of image `index`: a square of color COLORS[index % 4] on speckled gray, different for each index."""
     noise = np.random.default_rng(index).integers(100, 140, (size, size, 3)).astype(np.uint8)
     noise[size // 4 : size // 2, size // 4 : size // 2] = _RGB[COLORS[index % 4]]
     buffer = io.BytesIO()
@@ -41,10 +41,8 @@ def picture(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
 
 def tiny_tokenizer(folder: Path | None = None) -> Tokenizer:
     """Byte-level BPE with fewer than 400 entries; saved in `folder` if that is given."""
-    words = [f"picture {i} shows a {color} square" for i in range(10) for color in COLORS]
-    tokenizer = train_tokenizer(
-        [*words, "is the square", "what colour has it", "both pictures show", "left right"], 400
-    )
+    words = [f"image {i} shows a {color} square" for i in range(10) for color in COLORS]
+    tokenizer = train_tokenizer([*words, "is the square", "what color has it", "both pictures show", "left right"], 400)
     if folder is not None:
         tokenizer.save(folder)
     return tokenizer
@@ -107,11 +105,11 @@ def texts(split: AnySplit, column: str) -> list[str]:
 def make_caption_set(
     root: Path, rows: int = 10, split: str = "train", captions: int = 2, image_size: int = 32, **layout: int
 ) -> Path:
-    """`rows` pictures with `captions` captions each in root/split; layout: shard_rows, batch_rows. Returns it."""
+    """`rows` images with `captions` captions each in root/split; layout: shard_rows, batch_rows. Returns it."""
     table = [
         {
-            "image": picture(i, image_size),
-            "caption": [f"picture {i} caption {c} shows a {COLORS[i % 4]} square" for c in range(captions)],
+            "image": image_of(i, image_size),
+            "caption": [f"image {i} caption {c} shows a {COLORS[i % 4]} square" for c in range(captions)],
             "image_id": f"image-{FIRST_ID[split] + i}",
             "split": split,
         }
@@ -121,18 +119,18 @@ def make_caption_set(
 
 
 def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
-    """`rows` pictures with two questions each in root/split, and root/answer_list.json (ANSWERS). Returns root/split.
+    """`rows` images with two questions each in root/split, and root/answer_list.json (ANSWERS). Returns root/split.
 
     Question ids are 10 x row and 10 x row + 1, row counted from FIRST_ID; the first is yes/no, the
-    second asks for the colour (it 0.9, yes 0.3).
+    second asks for the color (it 0.9, yes 0.3).
     """
     table = []
     for i in range(rows):
         color, yes = COLORS[i % 4], ANSWERS[i % 2]
         table.append(
             {
-                "image": picture(i, image_size),
-                "questions": [f"is the square of picture {i} red", f"what colour has the square of picture {i}"],
+                "image": image_of(i, image_size),
+                "questions": [f"is the square of image {i} red", f"what color has the square of image {i}"],
                 "answers": [[yes], [color, "yes"]],
                 "answer_labels": [[ANSWERS.index(yes)], [ANSWERS.index(color), 0]],
                 "answer_scores": [[1.0], [0.9, 0.3]],
@@ -146,11 +144,11 @@ def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: i
 
 
 def make_nlvr_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:
-    """`rows` pairs of pictures, each with a true and a false statement, in root/split. Returns that folder."""
+    """`rows` pairs of images, each with a true and a false statement, in root/split. Returns that folder."""
     table = [
         {
-            "image_0": picture(i, image_size),
-            "image_1": picture(i + 4, image_size),
+            "image_0": image_of(i, image_size),
+            "image_1": image_of(i + 4, image_size),
             "questions": [f"both pictures show a {color} square" for color in (COLORS[i % 4], COLORS[(i + 1) % 4])],
             "answers": ["True", "False"],
             "identifier": [f"{split}-{i}-0-0", f"{split}-{i}-0-1"],

@@ -21,14 +21,14 @@ def main() -> int:
     from eve_ds import pretrain
     from eve_ds.engine import watchdog
     from eve_ds.engine.trainer import Trainer
-    from eve_ds.tasks.masked import MaskedModelling
+    from eve_ds.tasks.masked import MaskedModeling
 
-    forward, train_step = MaskedModelling.forward, Trainer._train_step
+    forward, train_step = MaskedModeling.forward, Trainer._train_step
     incident = next((word.partition("=")[2] for word in sys.argv if word.startswith("--spike=")), "loss")
     sys.argv = [word for word in sys.argv if not word.startswith("--spike=")]
     calls = {"training": 0, "evaluation": 0}
 
-    def spiked(task: MaskedModelling, batch: Any) -> Any:
+    def spiked(task: MaskedModeling, batch: Any) -> Any:
         output = forward(task, batch)
         calls["training"] += task.training
         if task.training and calls["training"] == 3 and os.environ["RANK"] == "1":  # two micro-batches a step
@@ -37,7 +37,7 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
         return output
 
-    def interrupted(task: MaskedModelling, batch: Any) -> Any:
+    def interrupted(task: MaskedModeling, batch: Any) -> Any:
         calls["evaluation"] += not task.training
         if calls["evaluation"] == 1 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -57,7 +57,7 @@ def main() -> int:
     elif incident == "stop":
         Trainer._train_step = stopped  # type: ignore[method-assign]
     else:
-        MaskedModelling.forward = interrupted if incident == "evaluation" else spiked  # type: ignore[method-assign]
+        MaskedModeling.forward = interrupted if incident == "evaluation" else spiked  # type: ignore[method-assign]
     return pretrain.main()
 
 

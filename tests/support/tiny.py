@@ -11,7 +11,7 @@ from torch import Tensor
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks.masked import MaskedModeling, ObjectiveConfig
 
 MASK_ID = 4
 
@@ -36,11 +36,11 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def masked_task(moe_layer: Any = MoE, seed: int = 0, **changes: Any) -> MaskedModelling:
+def masked_task(moe_layer: Any = MoE, seed: int = 0, **changes: Any) -> MaskedModeling:
     torch.manual_seed(seed)
     backbone = Backbone(model_config(**changes), moe_layer=moe_layer)
     objective = ObjectiveConfig(decoder_dim=32, decoder_depth=1, decoder_heads=4)
-    return MaskedModelling(backbone, objective, MASK_ID)
+    return MaskedModeling(backbone, objective, MASK_ID)
 
 
 def expert_parallel(layer: type[MoE], ep_size: int, rank: int) -> Any:
@@ -48,7 +48,7 @@ def expert_parallel(layer: type[MoE], ep_size: int, rank: int) -> Any:
 
 
 def caption_batch(rows: int, seed: int = 0, longest: int = 12) -> dict[str, Tensor]:
-    """Pictures, and texts whose lengths grow with the row, so that ranks get different numbers of tokens."""
+    """Images, and texts whose lengths grow with the row, so that ranks get different numbers of tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = 3 + torch.arange(rows) * (longest - 3) // max(1, rows - 1)
     text_ids = torch.randint(5, 50, (rows, longest), generator=generator)

@@ -10,7 +10,7 @@ from torch import Tensor
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.tasks import NLVR, VQA, MaskedModelling, ObjectiveConfig, Retrieval, Task
+from eve_ds.tasks import NLVR, VQA, MaskedModeling, ObjectiveConfig, Retrieval, Task
 
 Batch = dict[str, Tensor]
 
@@ -22,8 +22,8 @@ OBJECTIVE = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, se
 JOINT = ObjectiveConfig(mode="joint", decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
 
 TASKS: dict[str, Callable[[Backbone], Task]] = {
-    "pretrain": lambda backbone: MaskedModelling(backbone, OBJECTIVE, MASK),
-    "pretrain_joint": lambda backbone: MaskedModelling(backbone, JOINT, MASK),
+    "pretrain": lambda backbone: MaskedModeling(backbone, OBJECTIVE, MASK),
+    "pretrain_joint": lambda backbone: MaskedModeling(backbone, JOINT, MASK),
     "retrieval": lambda backbone: Retrieval(backbone, embed_dim=16, seed=5),
     "vqa": lambda backbone: VQA(backbone, NUM_ANSWERS),
     "nlvr_plain": lambda backbone: NLVR(backbone),
@@ -62,7 +62,7 @@ def tiny_task(name: str, seed: int = 0, moe_layer: Callable[..., MoE] = MoE, dro
 
 
 def tiny_batch(rows: int, seed: int = 0) -> Batch:
-    """All columns that any task reads. Two rows in a row show the same picture; texts have 3 to 12 tokens."""
+    """All columns that any task reads. Two rows in a row show the same image; texts have 3 to 12 tokens."""
     draw = torch.Generator().manual_seed(seed)
     length = torch.randint(3, 13, (rows,), generator=draw)
     length[rows // 2] = 12
@@ -71,11 +71,11 @@ def tiny_batch(rows: int, seed: int = 0) -> Batch:
     text_ids = torch.randint(5, 50, (rows, 12), generator=draw)
     text_ids[:, 0] = CLS
     text_ids[position == length[:, None] - 1] = SEP
-    pictures = torch.randn((rows + 1) // 2, 3, 32, 32, generator=draw)
+    images = torch.randn((rows + 1) // 2, 3, 32, 32, generator=draw)
     label = torch.randint(0, 2, (rows,), generator=draw)
     label[0] = -1
     return {
-        "images": pictures.repeat_interleave(2, dim=0)[:rows],
+        "images": images.repeat_interleave(2, dim=0)[:rows],
         "images_0": torch.randn(rows, 3, 32, 32, generator=draw),
         "images_1": torch.randn(rows, 3, 32, 32, generator=draw),
         "text_ids": text_ids * text_mask,

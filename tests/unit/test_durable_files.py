@@ -17,7 +17,7 @@ from evaluation import common as evaluation_files
 from eve_ds.weights.save import replacing, write_weights
 from preprocessing.commands.repair import repair_split
 from preprocessing.shards.schema import sync_tree
-from tests.unit.preprocessing.helpers import convert, picture
+from tests.unit.preprocessing.helpers import convert, image_of
 
 Events = list[tuple[str, ...]]
 UNSYNCED = ("records", "job.json")  # a converter's notes: half of one is none, and its part is done again
@@ -77,7 +77,7 @@ def test_shards_and_repaired_ones(tmp_path: Path, events: Events) -> None:
     images, out = tmp_path / "images", tmp_path / "new" / "out"
     images.mkdir()
     for index in range(4):
-        (images / f"{index}.jpg").write_bytes(picture(index))
+        (images / f"{index}.jpg").write_bytes(image_of(index))
     (tmp_path / "list.json").write_text(json.dumps([{"image": f"{i}.jpg", "caption": "a cat"} for i in range(4)]))
     convert("json", "--task", "retrieval", "--annotations", tmp_path / "list.json", "--images", images,
             "--split", "train", "--out", out)  # fmt: skip

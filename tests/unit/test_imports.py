@@ -182,3 +182,22 @@ def test_files_and_functions_are_short() -> None:
                     if length > LONGEST_FUNCTION:
                         too_long.append(f"{path.relative_to(ROOT)}: {node.name} has {length} lines")
     assert too_long == []
+
+
+# A file that is run as a command, and files that are about one thing in two rooms.
+SAME_NAME = {"__init__", "__main__"}
+SAME_THING = {
+    "attention",  # the layer, and its benchmark
+    "errors",  # the one class of a user's mistake, and what a command makes of it
+    "loader",  # training's, and its benchmark
+    "moe",  # the layer, and its benchmark
+    "nlvr",  # the task, and its metrics
+    "progress",  # a bar on a terminal, of a conversion and of training
+    "retrieval",  # the task, and its metrics
+    "vqa",  # the task, and its metrics
+}
+
+
+def test_no_two_modules_of_one_name_mean_different_things() -> None:
+    names = [path.stem for _, path in modules() if path.stem not in SAME_NAME]
+    assert sorted({name for name in names if names.count(name) > 1} - SAME_THING) == []

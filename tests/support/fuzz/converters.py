@@ -21,10 +21,10 @@ from preprocessing.shards.reader import read_rows
 from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN, read_manifest
 from tests.support.fuzz.runner import Target, Wrong
 from tests.support.fuzz.seeds import dumped, lines, tree_of
-from tests.support.shards import make_caption_set, make_nlvr_set, make_vqa_set, picture
+from tests.support.shards import image_of, make_caption_set, make_nlvr_set, make_vqa_set
 
-IMAGES = {f"images/{n}.jpg": picture(n, 24, "JPEG") for n in range(3)}
-COCO_IMAGES = {f"images/COCO_train2014_{n:012d}.jpg": picture(n, 24, "JPEG") for n in range(3)}
+IMAGES = {f"images/{n}.jpg": image_of(n, 24, "JPEG") for n in range(3)}
+COCO_IMAGES = {f"images/COCO_train2014_{n:012d}.jpg": image_of(n, 24, "JPEG") for n in range(3)}
 KARPATHY = {
     "dataset": "coco",
     "images": [
@@ -46,7 +46,7 @@ KARPATHY = {
 COCO = {
     "info": {"year": 2014},
     "images": [{"id": n, "file_name": f"{n}.jpg", "width": 24, "height": 24} for n in range(3)],
-    "annotations": [{"id": 10 + i, "image_id": i % 3, "caption": f"picture {i} of a thing"} for i in range(6)],
+    "annotations": [{"id": 10 + i, "image_id": i % 3, "caption": f"image {i} of a thing"} for i in range(6)],
 }
 REGIONS = [
     {"id": n, "regions": [{"region_id": 10 * n + i, "image_id": n, "phrase": f"thing {i}"} for i in range(2)]}
@@ -138,7 +138,7 @@ def converters() -> list[Target]:
         json.dumps({"identifier": f"train-{n}-0-0", "sentence": "a b", "label": "True", "left_url": "", "directory": 1})
         for n in range(3)
     )
-    pairs = {f"images/train-{n}-0-img{side}.png": picture(n + side, 24) for n in range(3) for side in (0, 1)}
+    pairs = {f"images/train-{n}-0-img{side}.png": image_of(n + side, 24) for n in range(3) for side in (0, 1)}
     listed = dumped([{"image": "images/0.jpg", "caption": ["a"]}])
     found = [
         _converter("coco", {"c.json": dumped(COCO)}, "coco", at, "@c.json", *images),

@@ -83,7 +83,7 @@ def _read_all(split: Split, root: Path, tokenizer: Tokenizer) -> list[str]:
     found = []
     for index in range(len(samples)):
         try:
-            images = [hashlib.sha256(samples.image_bytes(index, n)).hexdigest() for n in range(len(samples.pictures))]
+            images = [hashlib.sha256(samples.image_bytes(index, n)).hexdigest() for n in range(len(samples.images))]
             found.append(f"{samples.text(index)} {images}")
         except RowError as error:
             found.append(str(error))
@@ -300,7 +300,7 @@ def tokenizers() -> list[Target]:
 def _sentencepiece() -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([f"a picture of {n} red squares and a blue circle" for n in range(40)]),
+        sentence_iterator=iter([f"an image of {n} red squares and a blue circle" for n in range(40)]),
         model_writer=model, vocab_size=60, hard_vocab_limit=False, model_type="unigram", minloglevel=2,
         pad_id=0, unk_id=1, bos_id=2, eos_id=3, pad_piece="<pad>", bos_piece="[CLS]", eos_piece="[SEP]",
         control_symbols=["[MASK]"],

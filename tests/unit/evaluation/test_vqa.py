@@ -74,12 +74,12 @@ def test_command_on_the_official_files(tmp_path: Path) -> None:
         ("Im", "im"),  # the table has it with a capital only
     ],
 )
-def test_normalisation(text: str, normal: str) -> None:
-    assert vqa.normalise(text) == normal
+def test_normalization(text: str, normal: str) -> None:
+    assert vqa.normalize(text) == normal
 
 
 def test_only_the_first_32_periods_are_removed() -> None:
-    assert vqa.normalise("." * 40) == "." * 8
+    assert vqa.normalize("." * 40) == "." * 8
 
 
 def test_unanimous_answers_are_compared_to_the_letter() -> None:
@@ -104,7 +104,7 @@ WORDS = st.lists(
 def test_equals_leave_one_out_as_defined(answers: list[str], prediction: str) -> None:
     humans, mine = answers, prediction
     if len(set(humans)) > 1:
-        humans, mine = [vqa.normalise(a) for a in humans], vqa.normalise(mine)
+        humans, mine = [vqa.normalize(a) for a in humans], vqa.normalize(mine)
     sets = [humans[:i] + humans[i + 1 :] for i in range(len(humans))]
     expected = 100 * sum(min(1, others.count(mine) / 3) for others in sets) / len(sets)
     assert vqa.accuracy(prediction, answers) == pytest.approx(expected, abs=1e-9)

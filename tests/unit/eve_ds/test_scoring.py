@@ -17,7 +17,7 @@ from eve_ds.scoring import Scorer
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from preprocessing.__main__ import main
 from preprocessing.shards.schema import DataError
-from tests.support.shards import picture, tiny_tokenizer
+from tests.support.shards import image_of, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_config
 
 LOST = 3  # the number of the image that is not there
@@ -26,7 +26,7 @@ LOST = 3  # the number of the image that is not there
 def records(task: str) -> list[dict[str, Any]]:
     """Six images, or pairs of them, with two captions, questions or statements each."""
     made: list[dict[str, Any]] = []
-    texts = [(i, text) for i in range(6) for text in (f"picture {i} is red", f"a square in picture {i}")]
+    texts = [(i, text) for i in range(6) for text in (f"image {i} is red", f"a square in image {i}")]
     for i, text in texts:
         if task == "nlvr":
             pair = {"images": [f"{i}.png", "0.png"], "identifier": f"test1-{i}-0-{len(made) % 2}"}
@@ -42,7 +42,7 @@ def prepare(folder: Path, task: str, *options: str, lost: int | None = LOST) -> 
     (folder / "images").mkdir(exist_ok=True)
     for i in range(6):
         if i != lost:
-            (folder / f"images/{i}.png").write_bytes(picture(i))
+            (folder / f"images/{i}.png").write_bytes(image_of(i))
     if not (folder / "raw.json").exists():
         (folder / "raw.json").write_text(json.dumps(records(task)))
     (folder / "answers.json").write_text('["yes", "no"]')

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from preprocessing.__main__ import main
-from tests.unit.preprocessing.helpers import PICTURES
+from tests.unit.preprocessing.helpers import IMAGES
 
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The raw files of a shapes world of 60 + 16 + 24 pictures and 48 + 16 + 24 statements."""
+    """The raw files of a shapes world of 60 + 16 + 24 images and 48 + 16 + 24 statements."""
     folder = tmp_path_factory.mktemp("shapes") / "raw"
-    counts = [word for split, count in PICTURES.items() for word in (f"--{split}", str(count))]
+    counts = [word for split, count in IMAGES.items() for word in (f"--{split}", str(count))]
     counts += ["--nlvr-train", "48", "--nlvr-dev", "16", "--nlvr-test", "24"]
     assert main(["shapes", "--out", str(folder), "--seed", "3", *counts]) == 0
     return folder

@@ -1,4 +1,4 @@
-"""Helpers of these tests: run the command line, make pictures, read rows back."""
+"""Helpers of these tests: run the command line, make images, read rows back."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from preprocessing.shards.reader import read_rows
 from preprocessing.shards.schema import read_manifest
 
 ROOT = Path(__file__).parents[3]
-PICTURES = {"train": 60, "val": 16, "test": 24}  # of the shapes world that the fixture `raw` makes
+IMAGES = {"train": 60, "val": 16, "test": 24}  # of the shapes world that the fixture `raw` makes
 
 
 def convert(*arguments: object) -> None:
@@ -45,8 +45,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in manifest["shards"] for row in read_rows(folder / shard["file"], manifest["kind"])]
 
 
-def picture(seed: int = 0, image_format: str = "JPEG", side: int = 40) -> bytes:
-    """An image file's bytes; another seed, another picture."""
+def image_of(seed: int = 0, image_format: str = "JPEG", side: int = 40) -> bytes:
+    """An image file's bytes; another seed, another image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=image_format)
@@ -54,8 +54,8 @@ def picture(seed: int = 0, image_format: str = "JPEG", side: int = 40) -> bytes:
 
 
 def png_with(kind: bytes, content: bytes, behind: bool) -> bytes:
-    """A PNG that has a chunk before or behind its pixels; of `picture(1, "PNG")`."""
-    data = picture(1, "PNG")
+    """A PNG that has a chunk before or behind its pixels; of `image(1, "PNG")`."""
+    data = image_of(1, "PNG")
     place = data.index(b"IEND" if behind else b"IDAT") - 4
     body = kind + content
     return data[:place] + struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body)) + data[place:]

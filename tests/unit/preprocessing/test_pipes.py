@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.shards.schema import DataError, check_regular, read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 SAID = "is a pipe, a socket or a device; write its content to a file, and name that"
 
@@ -33,7 +33,7 @@ def pipe(tmp_path: Path) -> Path:
 def prepared(tmp_path: Path) -> Path:
     """A data set of two images and their annotations."""
     for number in range(2):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"{number}.jpg").write_bytes(image_of(number))
     records = [{"image": f"{n}.jpg", "caption": f"text {n}", "image_id": n} for n in range(2)]
     convert("json", "--task", "retrieval", "--annotations", write_json(tmp_path / "a.json", records), "--images",
             tmp_path, "--split", "train", "--out", tmp_path / "data")  # fmt: skip
@@ -78,7 +78,7 @@ def test_pipes_given_as_inputs(tmp_path: Path, pipe: Path, refuse: Callable[...,
 def test_pipes_among_img2datasets_files(tmp_path: Path, refuse: Callable[..., str], name: str) -> None:
     (tmp_path / "raw/00000").mkdir(parents=True)
     for number in range(2):
-        (tmp_path / f"raw/00000/{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"raw/00000/{number}.jpg").write_bytes(image_of(number))
     (tmp_path / "raw/00000/0.txt").write_text("a")
     os.mkfifo(tmp_path / "raw" / name)
     layout = {"tar": "webdataset", "parquet": "parquet"}.get(name.rpartition(".")[2], "files")

@@ -15,7 +15,7 @@ from preprocessing.__main__ import main
 from preprocessing.shards.schema import id_without_secrets, without_secrets
 from tests.support.foreign_shards import table_of, write_arrow
 from tests.support.shards import tiny_tokenizer
-from tests.unit.preprocessing.helpers import picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import image_of, rows_of, write_json
 
 ADDRESSES = {
     "s3://AKIAX:sEcReT/x+y@bucket/folder": "s3://***@bucket/folder",
@@ -103,7 +103,7 @@ OPTIONS = {
 def test_no_command_prints_them(
     tmp_path: Path, refuse: Callable[..., str], option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "0.jpg").write_bytes(image_of(0))
     write_json(tmp_path / "a.json", [{"image": "0.jpg", "caption": "a"}])
     names = {"A": tmp_path / "a.json", "I": tmp_path, "O": tmp_path / "out", "O.npz": tmp_path / "o.npz"}
     for address, shown in list(ADDRESSES.items())[:7]:
@@ -116,7 +116,7 @@ def test_no_command_prints_them(
 
 
 def test_records_with_signed_addresses_stand_in_the_manifest_without_them(tmp_path: Path) -> None:
-    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "0.jpg").write_bytes(image_of(0))
     records = [
         {"image": name, "caption": "a"} for name in ("0.jpg", "https://h/1.jpg?sig=sEcReT", "s3://k:sEcReT@b/2.jpg")
     ]
@@ -134,7 +134,7 @@ def test_ids_that_are_addresses_stand_nowhere_with_them(tmp_path: Path, capsys: 
     address = "s3://k:sEcReT@b/2.jpg"
     path = tmp_path / "images" / address
     path.parent.mkdir(parents=True)
-    path.write_bytes(picture(2))
+    path.write_bytes(image_of(2))
     (tmp_path / "lines.token").write_text(f"{address}#0\ta\n")
     (tmp_path / "answers.json").write_text('["yes"]')
     question = {"image": address, "question": "q", "question_id": 1, "answer": "yes"}
@@ -173,7 +173,7 @@ def test_images_whose_names_differ_by_them_stay_apart_and_are_found_again(
     for number, name in enumerate([*names, "rest.jpg"]):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
+        path.write_bytes(image_of(number))
     records = [{"image": name, "caption": "a"} for name in [*names, "rest.jpg"]]
     some, every = write_json(tmp_path / "some.json", records[:7]), write_json(tmp_path / "all.json", records)
     words = ["json", "--task", "retrieval", "--images", f"{tmp_path}/images", "--split", "train"]
@@ -194,7 +194,7 @@ def test_images_whose_names_differ_by_them_stay_apart_and_are_found_again(
 
 
 def test_ids_in_shards_of_others_are_hidden(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    row = {"image": picture(1), "caption": ["a"], "image_id": "s3://k:sEcReT@b/1.jpg", "split": "train"}
+    row = {"image": image_of(1), "caption": ["a"], "image_id": "s3://k:sEcReT@b/1.jpg", "split": "train"}
     for name in ("a_train", "b_train"):
         write_arrow(tmp_path / f"{name}.arrow", table_of([row]))
     config = PretrainConfig()

@@ -24,7 +24,7 @@ from eve_ds.model.attention import Attention, key_bias
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.flops import mlp
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.masked import MaskedModelling
+from eve_ds.tasks.masked import MaskedModeling
 from eve_ds.tasks.masking import choose_words
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def test_attention_references_equal_our_attention(core: references.AttentionCore
 def test_the_plain_model_computes_the_same(recipe: str) -> None:
     config = parse(PretrainConfig, ["--config", recipe], "test")
     torch.manual_seed(0)
-    task = MaskedModelling(Backbone(config.model), config.objective, step.MASK_ID)
+    task = MaskedModeling(Backbone(config.model), config.objective, step.MASK_ID)
     batch = step.make_batch(config, 2, CPU)
     plain = step.plain_version(task, capacity_factor=4.0)
     kinds = [type(part) for part in plain.modules()]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from eve_ds.bench import __main__ as bench
-from eve_ds.bench import loader, loader_ours, loader_images, loader_rivals
+from eve_ds.bench import loader, loader_images, loader_ours, loader_rivals
 from eve_ds.bench.loader_process import JobError, JobProcess, Settings
 from eve_ds.errors import UserError
 from preprocessing.shards.schema import DataError
@@ -36,13 +36,13 @@ def same_threads() -> Iterator[None]:
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     work = tmp_path_factory.mktemp("bench")
     sizes = {"image_size": 32, "packing_copies": 2, "shards": 3, "shard_rows": 300}
-    settings = Settings(str(work), str(work / "pictures"), images=16, batch_size=2, processes=1, **sizes)
-    loader_rivals.Pictures(settings)
+    settings = Settings(str(work), str(work / "images"), images=16, batch_size=2, processes=1, **sizes)
+    loader_rivals.Images(settings)
     return settings
 
 
-def test_pictures_are_jpegs_of_the_stated_size(settings: Settings) -> None:
-    folder = Path(settings.pictures)
+def test_images_are_jpegs_of_the_stated_size(settings: Settings) -> None:
+    folder = Path(settings.image_folder)
     files = sorted(folder.glob("*.jpg"))
     assert len(files) == settings.images
     assert len({path.read_bytes() for path in files}) == settings.images
@@ -70,14 +70,14 @@ def test_ours_gives_the_batches_that_the_bare_loop_makes(settings: Settings, mon
     seen: list[torch.Tensor] = []
 
     def take(batches: Any, _: Settings) -> dict[str, float]:
-        seen.extend(picture.clone() for batch in batches for picture in batch)
+        seen.extend(image.clone() for batch in batches for image in batch)
         return {}
 
     monkeypatch.setattr(loader_ours, "window_rate", take)
     loader_ours.Ours(settings).round()
-    assert len(seen) == settings.images  # one pass: each picture once, cropped and mirrored alike
-    for picture in expected:
-        assert sum(torch.equal(picture, other) for other in seen) == 1
+    assert len(seen) == settings.images  # one pass: each image once, cropped and mirrored alike
+    for image in expected:
+        assert sum(torch.equal(image, other) for other in seen) == 1
 
 
 def test_the_window_leaves_out_start_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_a_rival_that_dies_in_a_round_does_not_end_the_run(start: Callable[[str]
         loader._in_turn({"ours": start("DiesLater")}, options, {})
 
 
-def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
     where = ["--work", str(tmp_path), "--bench_python", str(tmp_path / "none")]
     with pytest.raises(UserError, match=r"--images 20: too few for 2 processes.*take 48 or more"):
         bench.main(["loader", "--images", "20", "--batch_size", "4", "--processes", "2", "--threads", "1", *where])

@@ -22,7 +22,7 @@ from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.transforms import build_transform
 from eve_ds.errors import exit_code
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks import MaskedModelling, ObjectiveConfig, load_task_model
+from eve_ds.tasks import MaskedModeling, ObjectiveConfig, load_task_model
 from eve_ds.tasks.base import Batch
 from preprocessing.__main__ import main
 from preprocessing.text.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def trained_model(folder: Path, world: Path) -> None:
     )
     objective = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2)
     torch.manual_seed(0)
-    task = MaskedModelling(Backbone(config), objective, tokenizer.mask_id)
+    task = MaskedModeling(Backbone(config), objective, tokenizer.mask_id)
     optimizer = torch.optim.AdamW(task.parameters(), lr=5e-3)
     for batch in islice(cycle(batches(world, "train")), STEPS):
         optimizer.zero_grad()
@@ -104,7 +104,7 @@ def measured(world: Path, tmp_path: Path, **changes: object) -> dict[str, dict[s
 def counted(world: Path, batch: Batch) -> tuple[Counter[str], Counter[str]]:
     """How many masked words of each kind a batch has, and how many of them the model predicts."""
     task = load_task_model("pretrain", checkpoint=str(world / "model"))
-    assert isinstance(task, MaskedModelling)
+    assert isinstance(task, MaskedModeling)
     tokenizer = Tokenizer.load(world / "words/tokenizer.json")
     kinds = {word: kind for kind, words in KIND_OF.items() for word in words.split()}
     count, right = Counter(), Counter()

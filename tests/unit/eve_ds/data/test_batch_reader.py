@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from eve_ds.data.batch_reader import NEIGHBOURS, Reader, Reading, SharedPictures
+from eve_ds.data.batch_reader import NEIGHBORS, Reader, Reading, SharedImages
 from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.loader_faults import OF_JOBS, explain_worker_death
 from eve_ds.data.sampler import Block
@@ -27,18 +27,18 @@ from eve_ds.data.samples import CaptionSamples, Samples, VqaSamples
 from eve_ds.data.transforms import build_transform
 from preprocessing.shards.schema import DataError
 from tests.support.limits import few_descriptors
-from tests.support.shards import make_vqa_set, picture, tiny_tokenizer, write_split
+from tests.support.shards import image_of, make_vqa_set, tiny_tokenizer, write_split
 
 TOKENIZER = tiny_tokenizer()
 TRAIN = build_transform(16, train=True, augmentation="color")
 
 
 def captions(root: Path, corrupt: set[int], rows: int = 12, number: int = 2) -> CaptionSamples:
-    """`rows` pictures with `number` captions each, of which these cannot be decoded."""
+    """`rows` images with `number` captions each, of which these cannot be decoded."""
     table = [
         {
-            "image": picture(i, 16, "JPEG")[: 200 if i in corrupt else None],
-            "caption": [f"picture {i} caption {c}" for c in range(number)],
+            "image": image_of(i, 16, "JPEG")[: 200 if i in corrupt else None],
+            "caption": [f"image {i} caption {c}" for c in range(number)],
             "image_id": str(i),
             "split": "train",
         }
@@ -72,15 +72,15 @@ def test_the_next_sound_sample_stands_in_as_in_its_own_turn(tmp_path: Path) -> N
 def test_a_corrupt_row_is_a_failure_where_none_may_be_replaced(tmp_path: Path) -> None:
     found = read(captions(tmp_path, corrupt={3}), [6], replace=False)
     assert found.failure is not None and not found.arrays and not found.replaced
-    assert "shard-00000.arrow: row 3: the picture cannot be decoded" in found.failure
+    assert "shard-00000.arrow: row 3: the image cannot be decoded" in found.failure
 
 
-def test_so_many_neighbours_are_tried_and_no_more(tmp_path: Path) -> None:
-    data = captions(tmp_path, corrupt=set(range(1, NEIGHBOURS + 2)), rows=NEIGHBOURS + 3, number=1)
+def test_so_many_neighbors_are_tried_and_no_more(tmp_path: Path) -> None:
+    data = captions(tmp_path, corrupt=set(range(1, NEIGHBORS + 2)), rows=NEIGHBORS + 3, number=1)
     found = read(data, [2])
-    assert found.failure is None and found.arrays["sample_id"].tolist() == [NEIGHBOURS + 2]
+    assert found.failure is None and found.arrays["sample_id"].tolist() == [NEIGHBORS + 2]
     found = read(data, [1])
-    assert found.failure is not None and found.failure.endswith(f"the {NEIGHBOURS} samples after it are no better")
+    assert found.failure is not None and found.failure.endswith(f"the {NEIGHBORS} samples after it are no better")
     assert "shard-00000.arrow: row 1:" in found.failure and "\n" not in found.failure
 
 
@@ -136,9 +136,9 @@ def test_a_shard_that_vanishes_ends_the_iteration(tmp_path: Path, workers: int) 
 # ---- worker processes
 
 
-def test_pictures_travel_through_shared_memory(tmp_path: Path) -> None:
+def test_images_travel_through_shared_memory(tmp_path: Path) -> None:
     data = captions(tmp_path, corrupt=set())
-    shared = SharedPictures(3, data.pictures, 4, 16)
+    shared = SharedImages(3, data.images, 4, 16)
     plain = [read(data, [i, i + 5]) for i in range(5)]
     for number, expected in enumerate(plain):
         block = expected.block
@@ -149,7 +149,7 @@ def test_pictures_travel_through_shared_memory(tmp_path: Path) -> None:
 
 def test_shared_memory_that_there_is_not() -> None:
     with pytest.raises(DataError, match=r"^data\.num_workers: no shared memory for .* lower data\.num_workers"):
-        SharedPictures(1 << 30, ("images",), 1 << 20, 224)
+        SharedImages(1 << 30, ("images",), 1 << 20, 224)
 
 
 @pytest.fixture

@@ -36,6 +36,6 @@ def test_pads_to_a_multiple_but_not_beyond_the_model() -> None:
         assert batch["text_mask"].sum(dim=1).tolist() == [3, 5]
 
 
-def test_pictures_without_text() -> None:
+def test_images_without_text() -> None:
     batch = collate([{"images": np.zeros((2, 2, 3), np.uint8), "sample_id": 1}], pad_id=0, max_text_length=8)
     assert set(batch) == {"images", "sample_id"}

@@ -19,7 +19,7 @@ LEVELS = 3  # of 255; half a pixel to the side would be five to ten
 
 @functools.cache
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Amplitudes fall with frequency as in photos (Field 1987: about 1/f), in a grey that the colours share mostly."""
+    """Amplitudes fall with frequency as in photos (Field 1987: about 1/f), in a gray that the colors share mostly."""
     draw = np.random.default_rng(seed)
     down, across = np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width
     fall = np.maximum(np.hypot(down, across), 1) ** 1.2
@@ -53,7 +53,7 @@ def test_pixels_change_by_few_levels_on_average(side: tuple[int, int], size: int
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_picture_is_cut_out_of_the_same_place(orientation: int) -> None:
+def test_a_turned_image_is_cut_out_of_the_same_place(orientation: int) -> None:
     data = jpeg(photo(489, 649), orientation)  # what does not fit into blocks of eight may come out first
     assert 0 < difference(data, 32) < LEVELS and 0 < difference(data, 32, crop_scale=None) < LEVELS
 
@@ -63,7 +63,7 @@ def test_kinds_of_jpeg(options: dict[str, object]) -> None:
     assert 0 < difference(jpeg(photo(480, 640), **options), 64) < LEVELS
 
 
-def test_grey_and_cmyk() -> None:
+def test_gray_and_cmyk() -> None:
     for mode in ("L", "CMYK"):
         assert 0 < difference(jpeg(photo(480, 640).convert(mode)), 64) < LEVELS
 
@@ -76,7 +76,7 @@ def test_off_is_exact() -> None:
     assert np.array_equal(build_transform(32, True, flip=False, draft=False, seed=3)(data, 5), np.asarray(expected))
 
 
-def test_evaluation_sees_the_whole_picture() -> None:
+def test_evaluation_sees_the_whole_image() -> None:
     data = jpeg(photo(480, 640))
     expected = decode_image(data).resize((32, 32), BICUBIC)
     assert np.array_equal(build_transform(32, False, draft=True)(data, 0), np.asarray(expected))
@@ -85,7 +85,7 @@ def test_evaluation_sees_the_whole_picture() -> None:
 @pytest.mark.parametrize("crop_scale", [(0.5, 1.0), None])
 def test_what_would_come_out_smaller_than_the_square_is_decoded_whole(crop_scale: object) -> None:
     data = jpeg(photo(120, 160))
-    assert difference(data, 96, range(8), crop_scale=crop_scale) == 0  # more than half of the whole picture
+    assert difference(data, 96, range(8), crop_scale=crop_scale) == 0  # more than half of the whole image
     assert difference(data, 32, range(8), crop_scale=crop_scale) > 0
 
 
@@ -97,7 +97,7 @@ def test_other_formats_are_decoded_whole() -> None:
 
 @pytest.mark.parametrize("augmentation", ["color", "rand"])
 def test_the_draws_are_the_same(augmentation: str) -> None:
-    """Another box, side or colour for one sample in eight would change more than this."""
+    """Another box, side or color for one sample in eight would change more than this."""
     data = jpeg(photo(480, 640))
     options = {"flip": True, "augmentation": augmentation}
     assert all(0 < difference(data, 32, range(i, i + 1), **options) < LEVELS for i in range(8))

@@ -14,7 +14,7 @@ from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
 from preprocessing.shards.schema import DataError
 from tests.support import foreign_shards
-from tests.support.shards import picture, shard_record, texts, write_manifest
+from tests.support.shards import image_of, shard_record, texts, write_manifest
 
 
 def read(folder: Path, kind: str, paths: Sequence[Path], samples: Sequence[int]) -> Split:
@@ -32,7 +32,7 @@ def test_vilt_captions(tmp_path: Path) -> None:
     assert (split.rows, split.samples) == (8, 14)
     assert texts(split, "caption")[6:9] == ["train 3 0 yellow", "restval 0 0 red", "restval 1 0 green"]
     assert split.row(5).value("image_id") == "COCO_restval2014_000000000001.jpg"
-    assert split.row(5).blob("image") == picture(1)
+    assert split.row(5).blob("image") == image_of(1)
 
 
 @pytest.mark.parametrize("name", ["coco", "cc3m", "sbu"])
@@ -40,7 +40,7 @@ def test_eves_captions_are_a_row_each(tmp_path: Path, name: str) -> None:
     paths = foreign_shards.eve_captions(tmp_path, name)
     split = read(tmp_path, "caption", paths, [5, 5])
     assert texts(split, "caption") == [f"{name} {part} {i}" for part in range(2) for i in range(5)]
-    assert split.row(7).blob("image") == picture(2)
+    assert split.row(7).blob("image") == image_of(2)
 
 
 def test_visual_genome_with_boxes(tmp_path: Path) -> None:
@@ -60,12 +60,12 @@ def test_vilt_questions_and_statements(tmp_path: Path) -> None:
     assert row.item("answers", item) == ["blue", "yes"] and row.item("answer_labels", item) == [4, 0]
     assert row.item("question_id", item) == 21
     split = read(tmp_path / "vqa", "vqa", [test], [10])
-    assert texts(split, "questions")[3] == "what colour has picture 1?" and split.row(0).value("answers") == []
+    assert texts(split, "questions")[3] == "what color has image 1?" and split.row(0).value("answers") == []
     paths = foreign_shards.vilt_nlvr(tmp_path / "nlvr")
     split = read(tmp_path / "nlvr", "nlvr", paths[1:2], [10])
     _, row, item = split.sample(3)
     assert (row.item("identifier", item), row.item("answers", item)) == ("dev-1-0-1", "False")
-    assert row.blob("image_1") == picture(5)
+    assert row.blob("image_1") == image_of(5)
 
 
 class Bomb:
@@ -86,7 +86,7 @@ def test_pickled_metadata_are_never_run(tmp_path: Path) -> None:
     (path,) = foreign_shards.visual_genome(tmp_path / "train")
     foreign_shards.with_pickle(path, pickled)
     split = read(tmp_path / "train", "caption", [path], [15])
-    assert texts(split, "caption")[0] == "phrase 0 0" and split.row(2).blob("image") == picture(2)
+    assert texts(split, "caption")[0] == "phrase 0 0" and split.row(2).blob("image") == image_of(2)
     assert not mark.exists()
 
 

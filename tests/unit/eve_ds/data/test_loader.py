@@ -21,10 +21,10 @@ from eve_ds.data.transforms import build_transform
 from preprocessing.shards.schema import DataError
 from tests.support.shards import (
     ANSWERS,
+    image_of,
     make_caption_set,
     make_nlvr_set,
     make_vqa_set,
-    picture,
     tiny_tokenizer,
     write_split,
 )
@@ -136,7 +136,7 @@ def test_more_readers_than_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_corrupt_row_is_one_line(tmp_path: Path, workers: int) -> None:
     rows = [
-        {"image": picture(i)[: 60 if i == 3 else None], "caption": ["a"], "image_id": str(i), "split": "train"}
+        {"image": image_of(i)[: 60 if i == 3 else None], "caption": ["a"], "image_id": str(i), "split": "train"}
         for i in range(6)
     ]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, EVAL, 12)
@@ -239,7 +239,7 @@ def test_impossible_mixtures(tmp_path: Path, options: dict[str, Any]) -> None:
 def test_corrupt_rows_are_replaced_until_they_are_too_many(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = {3, 4, 17, 30, 33}
     rows = [
-        {"image": picture(i)[: 60 if i in bad else None], "caption": ["a"], "image_id": str(i), "split": "train"}
+        {"image": image_of(i)[: 60 if i in bad else None], "caption": ["a"], "image_id": str(i), "split": "train"}
         for i in range(40)
     ]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, TRAIN, 12)

@@ -15,7 +15,7 @@ from eve_ds.data.shards import RowError, Split
 from preprocessing.shards.schema import DataError
 from tests.support.limits import few_descriptors
 from tests.support.ranks import REPOSITORY
-from tests.support.shards import make_caption_set, picture, shard_record, write_manifest
+from tests.support.shards import image_of, make_caption_set, shard_record, write_manifest
 
 
 def shard(root: Path, rows: int = 3) -> Path:
@@ -27,7 +27,7 @@ def mapped(path: Path) -> MappedFile:
 
 
 def cell(file: MappedFile, row: int, batch: int = 0) -> pa.Buffer:
-    """The picture of a row, where it lies."""
+    """The image of a row, where it lies."""
     view = binary_cell(file.reader.get_batch(batch).column("image"), row)
     assert view is not None
     return view
@@ -40,7 +40,7 @@ def test_reads_a_cell_from_its_place_in_the_file(tmp_path: Path) -> None:
         view = cell(file, row % 3, row // 3)
         place = file.place(view)
         assert place is not None  # not a copy somewhere else in memory
-        assert file.read(view) == path.read_bytes()[slice(*place)] == picture(row, 8)
+        assert file.read(view) == path.read_bytes()[slice(*place)] == image_of(row, 8)
 
 
 def test_binary_cells() -> None:
@@ -58,7 +58,7 @@ def test_compressed_batches_are_read_too(tmp_path: Path, compression: str) -> No
     folder = tmp_path / "train"
     folder.mkdir()
     captions = [[f"{i}/{c}" for c in range(1 + i % 2)] for i in range(7)]
-    table = pa.table({"image": [picture(i, 8) for i in range(7)], "caption": captions})
+    table = pa.table({"image": [image_of(i, 8) for i in range(7)], "caption": captions})
     path = folder / "shard-00000.arrow"
     options = pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_file(str(path), table.schema, options=options) as writer:
@@ -69,7 +69,7 @@ def test_compressed_batches_are_read_too(tmp_path: Path, compression: str) -> No
     split.read_ahead(range(10))  # there is nothing to ask for, and nothing fails
     found = [split.sample(index) for index in range(10)]
     assert [row.item("caption", item) for _, row, item in found] == [text for of_row in captions for text in of_row]
-    assert all(row.blob("image") == picture(number, 8) for number, row, _ in found)
+    assert all(row.blob("image") == image_of(number, 8) for number, row, _ in found)
 
 
 def test_descriptors_are_closed_when_nothing_refers_to_the_file(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_descriptors_are_closed_when_nothing_refers_to_the_file(tmp_path: Path) 
     file = mapped(shard(tmp_path))
     view = cell(file, 1)
     assert len(set(os.listdir("/proc/self/fd")) - before) == 2
-    assert file.read(view) == picture(1, 8)
+    assert file.read(view) == image_of(1, 8)
     del file, view
     assert set(os.listdir("/proc/self/fd")) <= before
     empty = tmp_path / "empty"
@@ -200,7 +200,7 @@ def test_offsets_that_change_later_on_are_a_fault_of_their_row(tmp_path: Path) -
     path = shard(tmp_path)
     split = Split(path.parent)
     row = split.row(1)
-    assert row.blob("image") == picture(1, 8)
+    assert row.blob("image") == image_of(1, 8)
     start, _ = row.file.place(row.batch.column("image").buffers()[1]) or (0, 0)
     for wrong in (-1, 2**31 - 1):
         with open(path, "r+b") as file:  # in place: the map shows it

@@ -22,7 +22,15 @@ from preprocessing.shards.schema import IDS, DataError
 from preprocessing.text.tokenizer import Tokenizer
 from tests.support import foreign_shards
 from tests.support.foreign_shards import table_of
-from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, picture, texts, tiny_tokenizer
+from tests.support.shards import (
+    FIRST_ID,
+    image_of,
+    make_caption_set,
+    make_nlvr_set,
+    make_vqa_set,
+    texts,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +227,7 @@ def test_files_of_two_data_sets_may_share_ids(tmp_path: Path) -> None:
     split = open_split(tmp_path, "train")
     assert split.rows == 10 and SplitIds(split).doubled() == ("", False)
     captions = table_of(
-        [{"image": picture(1), "caption": f"caption {i}", "image_id": "1", "split": "train"} for i in range(4)]
+        [{"image": image_of(1), "caption": f"caption {i}", "image_id": "1", "split": "train"} for i in range(4)]
     )
     for number in range(2):
         foreign_shards.write_arrow(tmp_path / "eve" / f"coco_{number}.arrow", captions.slice(2 * number, 2))
@@ -230,7 +238,7 @@ def test_files_of_two_data_sets_may_share_ids(tmp_path: Path) -> None:
 
 
 def test_a_copy_is_found_past_files_that_share_its_ids(tmp_path: Path) -> None:
-    rows = [{"image": picture(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
+    rows = [{"image": image_of(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
     foreign_shards.write_arrow(tmp_path / "coco_0.arrow", table_of(rows))
     for number in range(1, 4):
         others = [row | {"caption": f"{number} of {row['caption']}"} for row in rows]
@@ -287,8 +295,8 @@ def test_ids_that_no_shard_has_are_told_by_their_lists(tmp_path: Path) -> None:
 def test_few_that_stand_twice_and_ids_that_are_all_equal(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One picture in two files is told and trained on; a column of ids that says nothing is no fault, and not read."""
-    rows = [{"image": picture(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
+    """One image in two files is told and trained on; a column of ids that says nothing is no fault, and not read."""
+    rows = [{"image": image_of(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
     for name, some in (("coco_0", rows[:11]), ("coco_1", rows[10:])):
         foreign_shards.write_arrow(tmp_path / "few" / f"{name}.arrow", table_of(some))
     check(config(tmp_path / "few", "pretrain"), tokenizer)

@@ -21,7 +21,7 @@ from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform
-from tests.support.shards import make_caption_set, make_nlvr_set, picture, tiny_tokenizer
+from tests.support.shards import image_of, make_caption_set, make_nlvr_set, tiny_tokenizer
 
 SIZE, WINDOW, MICRO = 160, 32, 2
 
@@ -107,7 +107,7 @@ def test_no_window_no_reading_ahead(watched: Watched) -> None:
     assert not watched.log.exists()
 
 
-def test_the_kernel_is_asked_for_the_pictures_in_few_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_asked_for_the_images_in_few_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stretches: list[bytes] = []
     will_need = MappedFile.will_need
 
@@ -119,16 +119,21 @@ def test_the_kernel_is_asked_for_the_pictures_in_few_stretches(tmp_path: Path, m
     captions = Split(make_caption_set(tmp_path / "a", rows=12, captions=2, image_size=8, shard_rows=8, batch_rows=8))
     monkeypatch.setattr(shards, "_READ_AHEAD_GAP", 0)
     captions.read_ahead([2, 3, 4, 10, 15, 16])  # rows 1, 1, 2, 5, 7 and 0 of the next shard
-    assert stretches == [picture(1, 8) + picture(2, 8), picture(5, 8), picture(7, 8), picture(8, 8)]
+    assert stretches == [
+        image_of(1, 8) + image_of(2, 8),
+        image_of(5, 8),
+        image_of(7, 8),
+        image_of(8, 8),
+    ]
     stretches.clear()
     monkeypatch.setattr(shards, "_READ_AHEAD_GAP", 64 << 10)
     captions.read_ahead([2, 3, 4, 10, 15, 16])
-    assert stretches == [b"".join(picture(i, 8) for i in range(1, 8)), picture(8, 8)]
+    assert stretches == [b"".join(image_of(i, 8) for i in range(1, 8)), image_of(8, 8)]
     stretches.clear()
     joined = JoinedSplit([captions, Split(make_caption_set(tmp_path / "b", rows=3, captions=1, image_size=8))])
     joined.read_ahead([23, 24, 26])
-    assert stretches == [picture(11, 8), b"".join(picture(i, 8) for i in range(3))]
+    assert stretches == [image_of(11, 8), b"".join(image_of(i, 8) for i in range(3))]
     stretches.clear()
     Split(make_nlvr_set(tmp_path / "c", rows=3, image_size=8)).read_ahead([0])
-    assert all(any(picture(i, 8) in stretch for stretch in stretches) for i in (0, 4))
+    assert all(any(image_of(i, 8) in stretch for stretch in stretches) for i in (0, 4))
     captions.read_ahead([])

@@ -123,7 +123,7 @@ def test_windows_shuffle() -> None:
     one, other = (permute_windows(np.arange(4096), 4096, 5, epoch, 256) for epoch in (0, 1))
     assert (one == other).sum() < 20
     for image in (one, other):
-        assert (np.diff(image) == 1).mean() < 0.02  # neighbours within a window are torn apart
+        assert (np.diff(image) == 1).mean() < 0.02  # neighbors within a window are torn apart
         assert abs(np.corrcoef(image, np.arange(4096))[0, 1]) < 0.2
     first = {tuple(np.unique(image[:256] // 16)) for image in (one, other)}
     assert len(first) == 2  # another epoch has other runs in its first window

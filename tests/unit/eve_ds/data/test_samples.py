@@ -15,10 +15,10 @@ from eve_ds.data.transforms import build_transform
 from preprocessing.shards.schema import DataError
 from tests.support.shards import (
     ANSWERS,
+    image_of,
     make_caption_set,
     make_nlvr_set,
     make_vqa_set,
-    picture,
     tiny_tokenizer,
     write_split,
 )
@@ -29,7 +29,7 @@ FLIP = build_transform(32, train=True, crop_scale=None)
 
 
 def _pixels(index: int) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(picture(index, 32))))
+    return np.asarray(Image.open(io.BytesIO(image_of(index, 32))))
 
 
 def test_caption_samples(tmp_path: Path) -> None:
@@ -38,10 +38,10 @@ def test_caption_samples(tmp_path: Path) -> None:
     sample = data[16, 2]
     assert sample["sample_id"] == 2 * 30 + 16 and sample["image_index"] == 5
     assert np.array_equal(sample["images"], _pixels(5))
-    text = "picture 5 caption 1 shows a green square"
+    text = "image 5 caption 1 shows a green square"
     assert data.text(16) == text
     assert sample["text_ids"].tolist() == TOKENIZER.encode(text, 16) and sample["text_ids"].dtype == np.int64
-    assert data.image_bytes(16) == data.row_image_bytes(5) == picture(5, 32)
+    assert data.image_bytes(16) == data.row_image_bytes(5) == image_of(5, 32)
     assert data.row_captions(5)[1] == text
     assert data.text_image_index().tolist() == [i // 3 for i in range(30)]
 
@@ -52,7 +52,7 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
     assert len(ids) == 5 and ids[0] == TOKENIZER.cls_id and ids[-1] == TOKENIZER.sep_id
 
 
-def test_pictures_and_texts_apart(tmp_path: Path) -> None:
+def test_images_and_texts_apart(tmp_path: Path) -> None:
     folder = make_caption_set(tmp_path, rows=10, captions=3)
     images, texts = CaptionImages(folder, TOKENIZER, EVAL, 16), CaptionTexts(folder, TOKENIZER, EVAL, 16)
     assert (len(images), len(texts)) == (10, 30)
@@ -72,13 +72,13 @@ def test_vqa_samples(tmp_path: Path) -> None:
     expected = np.zeros(6, dtype=np.float32)
     expected[answers.index("yellow")], expected[0] = 0.9, 0.3
     assert sample["answer_targets"].dtype == np.float32 and np.array_equal(sample["answer_targets"], expected)
-    assert data.text(7) == "what colour has the square of picture 3"
+    assert data.text(7) == "what color has the square of image 3"
     assert data.answers(7) == pytest.approx({"yellow": 0.9, "yes": 0.3})
     assert np.array_equal(sample["images"], _pixels(3))
 
 
 def test_vqa_without_known_answers(tmp_path: Path) -> None:
-    row = {"image": picture(0), "questions": ["what is it"], "answers": [[]], "question_id": [5], "split": "test"}
+    row = {"image": image_of(0), "questions": ["what is it"], "answers": [[]], "question_id": [5], "split": "test"}
     row |= {"answer_labels": [[]], "answer_scores": [[]], "image_id": "0"}
     data = VqaSamples(write_split(tmp_path / "test", "vqa", [row]), TOKENIZER, EVAL, 16, num_answers=4)
     assert data[0, 0]["answer_targets"].tolist() == [0, 0, 0, 0] and data.answers(0) == {}
@@ -91,25 +91,25 @@ def test_nlvr_samples(tmp_path: Path) -> None:
     assert data[4, 0]["label"] == data.label(4) == 1
     assert np.array_equal(sample["images_0"], _pixels(2)) and np.array_equal(sample["images_1"], _pixels(6))
     assert data.identifier(5) == "train-2-0-1"
-    assert data.image_bytes(5, picture=1) == picture(6, 32)
+    assert data.image_bytes(5, image_number=1) == image_of(6, 32)
 
 
 def test_nlvr_unknown_label(tmp_path: Path) -> None:
-    row = {"image_0": picture(0), "image_1": picture(1), "questions": ["x"], "answers": [""], "identifier": ["i"]}
+    row = {"image_0": image_of(0), "image_1": image_of(1), "questions": ["x"], "answers": [""], "identifier": ["i"]}
     data = NlvrSamples(write_split(tmp_path / "test", "nlvr", [row | {"split": "test"}]), TOKENIZER, EVAL, 16)
     assert data[0, 0]["label"] == -1
 
 
 def test_texts_that_say_a_side_are_not_mirrored(tmp_path: Path) -> None:
     texts = ["a red square on the left", "a red square"]
-    rows = [{"image": picture(0, 32), "caption": texts, "image_id": "0", "split": "train"}]
+    rows = [{"image": image_of(0, 32), "caption": texts, "image_id": "0", "split": "train"}]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, FLIP, 16)
     assert all(np.array_equal(data[0, epoch]["images"], _pixels(0)) for epoch in range(20))
     assert any(np.array_equal(data[1, epoch]["images"], _pixels(0)[:, ::-1]) for epoch in range(20))
 
 
 def test_vqa_answers_that_say_a_side_count_too(tmp_path: Path) -> None:
-    row = {"image": picture(0, 32), "questions": ["which way", "which colour"], "answers": [["Left"], ["red"]]}
+    row = {"image": image_of(0, 32), "questions": ["which way", "which color"], "answers": [["Left"], ["red"]]}
     row |= {"answer_labels": [[0], [1]], "answer_scores": [[1.0], [1.0]], "question_id": [1, 2], "image_id": "0"}
     folder = write_split(tmp_path / "train", "vqa", [row | {"split": "train"}])
     data = VqaSamples(folder, TOKENIZER, FLIP, 16, num_answers=2)
@@ -118,14 +118,14 @@ def test_vqa_answers_that_say_a_side_count_too(tmp_path: Path) -> None:
 
 
 def test_nlvr_statement_that_says_a_side(tmp_path: Path) -> None:
-    row = {"image_0": picture(0, 32), "image_1": picture(1, 32), "questions": ["right has red", "both have red"]}
+    row = {"image_0": image_of(0, 32), "image_1": image_of(1, 32), "questions": ["right has red", "both have red"]}
     row |= {"answers": ["True", "True"], "identifier": ["a", "b"], "split": "train"}
     data = NlvrSamples(write_split(tmp_path / "train", "nlvr", [row]), TOKENIZER, FLIP, 16)
     for epoch in range(20):
         sample = data[0, epoch]
         assert np.array_equal(sample["images_0"], _pixels(0)) and np.array_equal(sample["images_1"], _pixels(1))
     flips = {tuple(bool((data[1, e][f"images_{k}"] != _pixels(k)).any()) for k in (0, 1)) for e in range(40)}
-    assert len(flips) == 4  # the two pictures are drawn for apart
+    assert len(flips) == 4  # the two images are drawn for apart
 
 
 def test_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
@@ -149,14 +149,14 @@ def test_label_beyond_the_answer_list(tmp_path: Path) -> None:
         data[1, 0]
 
 
-def test_corrupt_picture_names_shard_and_row(tmp_path: Path) -> None:
+def test_corrupt_image_names_shard_and_row(tmp_path: Path) -> None:
     rows = [
-        {"image": picture(i)[: 50 if i == 4 else None], "caption": ["a"], "image_id": str(i), "split": "train"}
+        {"image": image_of(i)[: 50 if i == 4 else None], "caption": ["a"], "image_id": str(i), "split": "train"}
         for i in range(6)
     ]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows, shard_rows=3), TOKENIZER, EVAL, 16)
     data[3, 0]
-    with pytest.raises(DataError, match=r"shard-00001\.arrow: row 1: the picture cannot be decoded") as error:
+    with pytest.raises(DataError, match=r"shard-00001\.arrow: row 1: the image cannot be decoded") as error:
         data[4, 0]
     assert "\n" not in str(error.value)
 

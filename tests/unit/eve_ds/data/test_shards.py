@@ -14,10 +14,10 @@ from preprocessing.shards.schema import CAPTION_SCHEMA, DataError
 from preprocessing.shards.writer import ShardWriter
 from preprocessing.shards.writer import write_manifest as write_converted
 from tests.support.shards import (
+    image_of,
     make_caption_set,
     make_nlvr_set,
     make_vqa_set,
-    picture,
     shard_record,
     write_manifest,
     write_split,
@@ -26,7 +26,7 @@ from tests.support.shards import (
 
 def _ragged(root: Path, lengths: list[int]) -> Path:
     rows = [
-        {"image": picture(i, 8), "caption": [f"{i}/{c}" for c in range(n)], "image_id": str(i), "split": "train"}
+        {"image": image_of(i, 8), "caption": [f"{i}/{c}" for c in range(n)], "image_id": str(i), "split": "train"}
         for i, n in enumerate(lengths)
     ]
     return write_split(root / "train", "caption", rows, shard_rows=4, batch_rows=2)
@@ -42,7 +42,7 @@ def test_rows_and_samples_by_random_access(tmp_path: Path) -> None:
         assert (row_index, item) == expected[index]
         assert row.item("caption", item) == f"{row_index}/{item}"
         assert row.value("image_id") == str(row_index)
-        assert row.blob("image") == picture(row_index, 8)
+        assert row.blob("image") == image_of(row_index, 8)
     for index in range(10):
         assert split.row(index).value("caption") == [f"{index}/{c}" for c in range(lengths[index])]
     assert split.sample_rows().tolist() == [i for i, _ in expected]
@@ -81,7 +81,7 @@ def test_beyond_the_end(tmp_path: Path) -> None:
 def test_plain_string_captions_as_eve_writes_them(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
-    table = pa.table({"image": [picture(i, 8) for i in range(5)], "caption": list("abcde"), "image_id": list("vwxyz")})
+    table = pa.table({"image": [image_of(i, 8) for i in range(5)], "caption": list("abcde"), "image_id": list("vwxyz")})
     path = folder / "coco_0.arrow"
     with pa.ipc.new_file(str(path), table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
@@ -191,7 +191,7 @@ def test_empty_split(tmp_path: Path) -> None:
         Split(write_split(tmp_path / "val", "caption", []))
 
 
-def test_null_picture(tmp_path: Path) -> None:
+def test_null_image(tmp_path: Path) -> None:
     table = pa.table({"image": pa.array([None], pa.binary()), "caption": ["x"]})
     with pytest.raises(DataError, match="row 0: column 'image' is null"):
         _single(tmp_path / "a", table, 1, 1).row(0).blob("image")

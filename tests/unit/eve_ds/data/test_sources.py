@@ -11,7 +11,7 @@ from eve_ds.data.samples import read_answer_list
 from eve_ds.data.sources import JoinedSplit, open_split
 from preprocessing.shards.schema import DataError
 from tests.support import foreign_shards
-from tests.support.shards import make_caption_set, make_vqa_set, picture, texts
+from tests.support.shards import image_of, make_caption_set, make_vqa_set, texts
 
 
 def test_vilts_coco_is_read_by_its_names(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_vilts_coco_is_read_by_its_names(tmp_path: Path) -> None:
     for name in ("restval", "val", "test"):
         part = open_split(tmp_path, name)
         assert part.rows == 4 and part.row(1).value("split") == name
-    assert train.row(5).blob("image") == picture(1)
+    assert train.row(5).blob("image") == image_of(1)
 
 
 def test_vilts_questions(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: every file mode comes out RGB and upright; augmentation follows torchvision's and X-VLM's formulae."""
+"""Images: every file mode comes out RGB and upright; augmentation follows torchvision's and X-VLM's formulae."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from eve_ds.data.transforms import (
     rand_augment,
 )
 from preprocessing.shards.schema import DataError
-from tests.support.shards import picture
+from tests.support.shards import image_of
 
 
 class Fixed(random.Random):
@@ -70,9 +70,9 @@ def test_broken_exif_is_passed_over() -> None:
     assert decode_image(data).size == (16, 12)
 
 
-def test_grey_palette_cmyk_bilevel() -> None:
-    grey = Image.fromarray(_noise()[..., 0])
-    assert np.array_equal(np.asarray(decode_image(_file(grey))), np.repeat(np.asarray(grey)[..., None], 3, axis=2))
+def test_gray_palette_cmyk_bilevel() -> None:
+    gray = Image.fromarray(_noise()[..., 0])
+    assert np.array_equal(np.asarray(decode_image(_file(gray))), np.repeat(np.asarray(gray)[..., None], 3, axis=2))
     palette = Image.fromarray(_noise()).quantize(64)
     assert np.array_equal(np.asarray(decode_image(_file(palette))), np.asarray(palette.convert("RGB")))
     assert np.asarray(decode_image(_file(Image.new("1", (4, 4), 1)))).min() == 255
@@ -108,9 +108,9 @@ def test_first_frame_of_an_animation() -> None:
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
-def test_corrupt_pictures(fmt: str) -> None:
-    whole = picture(0, 64, fmt)
-    for data in (b"", b"no picture", whole[: len(whole) // 2], whole[:30]):
+def test_corrupt_images(fmt: str) -> None:
+    whole = image_of(0, 64, fmt)
+    for data in (b"", b"no image", whole[: len(whole) // 2], whole[:30]):
         with pytest.raises(DataError, match="cannot be decoded") as error:
             decode_image(data)
         assert "\n" not in str(error.value)
@@ -134,7 +134,7 @@ def test_crop_box_falls_back_to_the_middle() -> None:
     assert crop_box(Fixed(draws), 10, 300, (0.9, 1.0)) == (0, 143, 10, 156)
 
 
-def test_crop_is_resized_as_a_picture_of_its_own() -> None:
+def test_crop_is_resized_as_a_image_of_its_own() -> None:
     data = _file(Image.fromarray(_noise(80, 100)))
     transform = build_transform(32, True, crop_scale=(0.5, 1.0), flip=False, seed=5)
     draw = random.Random((5 << 72) | 77)
@@ -153,7 +153,7 @@ def test_crop_areas_and_aspects() -> None:
     assert (width / height).min() > 0.74 and (width / height).max() < 1.35
 
 
-# ---- colour
+# ---- color
 
 
 def test_color_jitter_follows_torchvision() -> None:
@@ -161,15 +161,15 @@ def test_color_jitter_follows_torchvision() -> None:
     # the last of three (saturation) first, by 1 + 0.4; then brightness, by 1 - 0.4; then contrast, by 1 + 0.2
     out = color_jitter(Image.fromarray(image), Fixed([0.99, 1.0, 0.0, 0.0, 0.0, 0.75]))
 
-    def grey(x: np.ndarray) -> np.ndarray:
+    def gray(x: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(x).convert("L")).astype(np.float64)
 
     def blend(base: np.ndarray | float, x: np.ndarray, factor: float) -> np.ndarray:
         return np.clip(base + factor * (x - base), 0, 255).astype(np.uint8)
 
-    expected = blend(grey(image)[..., None], image, 1.4)
+    expected = blend(gray(image)[..., None], image, 1.4)
     expected = blend(0.0, expected, 0.6)
-    expected = blend(float(int(grey(expected).mean() + 0.5)), expected, 1.2)
+    expected = blend(float(int(gray(expected).mean() + 0.5)), expected, 1.2)
     assert np.abs(np.asarray(out).astype(int) - expected.astype(int)).max() <= 1
 
 
@@ -233,7 +233,7 @@ def test_translations_by_seven_pixels() -> None:
 
 
 def _bilinear(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The picture at these points (a pixel's middle lies half a pixel inside it), grey where they fall outside."""
+    """The image at these points (a pixel's middle lies half a pixel inside it), gray where they fall outside."""
     height, width = image.shape[:2]
     left, top = np.floor(x - 0.5), np.floor(y - 0.5)
     right, down = x - 0.5 - left, y - 0.5 - top
@@ -316,7 +316,7 @@ def test_the_resize_is_bicubic_and_smooths_what_it_shrinks(size: int) -> None:
 
 
 def test_no_resize_where_the_size_is_right() -> None:
-    data = picture(3, 32)
+    data = image_of(3, 32)
     for train in (False, True):
         out = build_transform(32, train, "none", crop_scale=None, flip=False)(data, 9)
         assert np.array_equal(out, np.asarray(Image.open(io.BytesIO(data))))
@@ -324,7 +324,7 @@ def test_no_resize_where_the_size_is_right() -> None:
 
 @pytest.mark.parametrize("augmentation", ["none", "color", "rand"])
 def test_draws_depend_on_the_sample_alone(augmentation: transforms.Augmentation) -> None:
-    data = picture(1, 48)
+    data = image_of(1, 48)
     transform = build_transform(32, True, augmentation, seed=4)
     random.seed(0)
     np.random.seed(0)
@@ -335,11 +335,11 @@ def test_draws_depend_on_the_sample_alone(augmentation: transforms.Augmentation)
     assert not all(np.array_equal(first[0], other) for other in first[1:])
     other_seed = [build_transform(32, True, augmentation, seed=5)(data, i) for i in range(6)]
     assert not all(np.array_equal(a, b) for a, b in zip(first, other_seed, strict=True))
-    assert not all(np.array_equal(transform(data, i, picture=1), first[i]) for i in range(6))
+    assert not all(np.array_equal(transform(data, i, image_number=1), first[i]) for i in range(6))
 
 
 def test_half_are_mirrored_and_none_that_must_not() -> None:
-    data = picture(2, 32)
+    data = image_of(2, 32)
     plain = np.asarray(Image.open(io.BytesIO(data)))
     transform = build_transform(32, True, crop_scale=None)
     mirrored = 0
@@ -352,7 +352,7 @@ def test_half_are_mirrored_and_none_that_must_not() -> None:
 
 
 def test_mirror_or_not_leaves_the_other_draws_alone() -> None:
-    data = picture(2, 48)
+    data = image_of(2, 48)
     transform = build_transform(32, True, "color")
     for i in range(20):
         free, kept = transform(data, i), transform(data, i, mirror=False)

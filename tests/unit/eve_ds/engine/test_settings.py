@@ -225,7 +225,7 @@ def test_sources_answer_by_the_same_list(tmp_path: Path) -> None:
         setup.samples(config, "train", tiny_tokenizer(), train=True)
 
 
-def test_a_split_goes_with_the_answers_that_it_was_labelled_by(tmp_path: Path) -> None:
+def test_a_split_goes_with_the_answers_that_it_was_labeled_by(tmp_path: Path) -> None:
     manifest = make_vqa_set(tmp_path, rows=3) / "manifest.json"
     config = FinetuneConfig(task="vqa", data=DataConfig(path=str(tmp_path)))
     answers = json.loads((tmp_path / "answer_list.json").read_text())
@@ -234,7 +234,7 @@ def test_a_split_goes_with_the_answers_that_it_was_labelled_by(tmp_path: Path) -
     assert len(setup.samples(config, "train", tiny_tokenizer(), train=True)) == 6
     (tmp_path / "answer_list.json").write_text(json.dumps([*answers, "maybe"]))
     with pytest.raises(
-        UserError, match=r"answer_list\.json: is not the list that .*train was labelled by; put that one"
+        UserError, match=r"answer_list\.json: is not the list that .*train was labeled by; put that one"
     ):
         setup.samples(config, "train", tiny_tokenizer(), train=True)
 

@@ -42,8 +42,8 @@ def test_values_and_gradients(dtype: torch.dtype, device: str) -> None:
     y = norm(x)
     y.sum().backward()
     wide = x.detach().double().requires_grad_()
-    centred = wide - wide.mean(-1, keepdim=True)
-    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centered = wide - wide.mean(-1, keepdim=True)
+    scaled = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     expected = scaled * norm.weight.double() + norm.bias.double()
     expected.sum().backward()
     close = {"rtol": 2e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}

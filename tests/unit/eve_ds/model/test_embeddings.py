@@ -26,7 +26,7 @@ def test_kept_patches_have_their_own_positions_in_the_given_order() -> None:
         torch.testing.assert_close(kept[sample, 1:], whole[sample, 1 + keep[sample]])
 
 
-def test_text_is_normalised_before_positions_and_type() -> None:
+def test_text_is_normalized_before_positions_and_type() -> None:
     embedding, ids = TextEmbedding(8, 11, 5, 1e-6), torch.tensor([[1, 2, 3]])
     words = F.layer_norm(embedding.words.weight[ids], (8,), eps=1e-6)
     torch.testing.assert_close(embedding(ids), words + embedding.positions[:3] + embedding.type_vector)

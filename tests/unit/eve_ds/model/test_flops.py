@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.flops import backbone_flops, pretraining_flops, product
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks.masked import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.masking import choose_words, masked_patches, masked_words
 
 TOLERANCE = 0.005
@@ -67,7 +67,7 @@ def counted(model: ModelConfig, batch: int, kept: int, text: int) -> tuple[int, 
 @settings(max_examples=15, deadline=None)
 def test_backbone_count(batch: int, kept: int, text: int, width: int, depth: int, soft: int, top_k: int) -> None:
     if not kept + text:
-        kept = 1  # a pass needs a picture or a text
+        kept = 1  # a pass needs an image or a text
     layers = list(range(depth))[max(0, depth - soft) :]
     model = config(dim=64 * width, mlp_hidden=80 * width, depth=depth, soft_layers=layers, top_k=top_k)
     batch *= 4  # the meta device spreads rows evenly over the four experts: they must divide
@@ -110,7 +110,7 @@ def test_pretraining_count(mode: str) -> None:
     objective = ObjectiveConfig(mode=mode, decoder_dim=24, decoder_depth=2, decoder_heads=2, text_mask_ratio=0.35)
     words = masked_words(length, objective.text_mask_ratio)
     assert pairs * words % 64 == 0
-    task = MaskedModelling(Backbone(model), objective, mask_id=4)
+    task = MaskedModeling(Backbone(model), objective, mask_id=4)
     batch = {
         "images": torch.randn(pairs, 3, 32, 32),
         "text_ids": torch.randint(5, 50, (pairs, length)),

@@ -29,7 +29,7 @@ from eve_ds.model.embeddings import ImageEmbedding, PatchProjection, TextEmbeddi
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
 from eve_ds.model.router import Router
-from eve_ds.tasks import NLVR, VQA, MaskedModelling, Retrieval, Task
+from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
 from eve_ds.tasks.nlvr import AttentionPool, CrossAttention
 from tests.support.tiny_tasks import JOINT, MASK, NUM_ANSWERS, OBJECTIVE, tiny_batch, tiny_config
 
@@ -97,7 +97,7 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
     TextEmbedding: {"": lambda: (TextEmbedding(D, 50, 16, 1e-6), (ids(2, 6),))},
     HardBlock: {
         "pairs": lambda: hard_block(3),
-        "pictures": lambda: hard_block(5),
+        "images": lambda: hard_block(5),
         "texts": lambda: hard_block(0),
     },
     SoftBlock: {"unpadded": lambda: soft_block(False), "padded": lambda: soft_block(True)},
@@ -117,7 +117,7 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
     },
     Backbone: {
         "pairs": lambda: backbone(),
-        "pictures": lambda: backbone(texts=False),
+        "images": lambda: backbone(texts=False),
         "texts": lambda: backbone(images=False),
         "some patches": lambda: backbone(keep=True),
         "capacity": lambda: backbone(capacity_factor=1.0),
@@ -129,9 +129,9 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
     WordDecoder: {"": lambda: (WordDecoder(D, 50), (floats(7, D), floats(50, D)))},
     CrossAttention: {"": lambda: (CrossAttention(D, 4, 0.1), (floats(2, 5, D), floats(2, 5, D), mask(2, 5)))},
     AttentionPool: {"": lambda: (AttentionPool(D, 0.1), (floats(2, 5, D), mask(2, 5)))},
-    MaskedModelling: {
-        "separate": lambda: task(lambda backbone: MaskedModelling(backbone, OBJECTIVE, MASK)),
-        "joint": lambda: task(lambda backbone: MaskedModelling(backbone, JOINT, MASK)),
+    MaskedModeling: {
+        "separate": lambda: task(lambda backbone: MaskedModeling(backbone, OBJECTIVE, MASK)),
+        "joint": lambda: task(lambda backbone: MaskedModeling(backbone, JOINT, MASK)),
     },
     Retrieval: {"": lambda: task(lambda backbone: Retrieval(backbone, embed_dim=16))},
     VQA: {

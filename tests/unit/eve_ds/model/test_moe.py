@@ -99,7 +99,7 @@ def test_published_routing_treats_padding_as_any_token() -> None:
         assert torch.equal(masked, whole)
 
 
-def test_capacity_drops_the_last_in_the_queue_and_renormalises() -> None:
+def test_capacity_drops_the_last_in_the_queue_and_renormalizes() -> None:
     moe = layer(3, 2, capacity_factor=0.1)  # four places an expert
     with torch.no_grad():
         moe.router.weight.copy_(torch.tensor([[9.0], [5.0], [1.0]]).expand(3, 4))

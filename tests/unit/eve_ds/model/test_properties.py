@@ -66,9 +66,9 @@ def no_ties(router: Any, _: Any, routing: Routing) -> None:
 
 @st.composite
 def batches(draw: st.DrawFn) -> Inputs:
-    """Pictures, texts or pairs; some or all patches; any mask that leaves a text one word, which may be anywhere."""
+    """Images, texts or pairs; some or all patches; any mask that leaves a text one word, which may be anywhere."""
     rows = draw(st.integers(1, 4), label="rows")
-    kind = draw(st.sampled_from(["pairs", "pictures", "texts"]))
+    kind = draw(st.sampled_from(["pairs", "images", "texts"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000), label="inputs"))
     inputs = {}
     if kind != "texts":
@@ -76,7 +76,7 @@ def batches(draw: st.DrawFn) -> Inputs:
         kept = draw(st.integers(0, 4), label="patches kept")
         order = torch.rand(rows, 4, generator=generator).argsort(dim=1)
         inputs |= {"patch_keep": order[:, :kept]} if kept < 4 else {}
-    if kind != "pictures":
+    if kind != "images":
         length = draw(st.integers(1, LONGEST), label="length")
         inputs["text_ids"] = torch.randint(0, WORDS, (rows, length), generator=generator)
         row = st.lists(st.booleans(), min_size=length, max_size=length).filter(any)

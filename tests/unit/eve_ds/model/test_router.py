@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eve_ds.model.router import Router, balance_share, renormalise, within_capacity
+from eve_ds.model.router import Router, balance_share, renormalize, within_capacity
 
 
 def test_weights_are_the_best_gates_over_their_sum() -> None:
@@ -37,7 +37,7 @@ def test_a_single_choice_keeps_its_gate_so_that_the_router_learns() -> None:
 
 def test_dropped_choices_leave_their_weight_to_the_others() -> None:
     chosen = torch.tensor([[0.5, 0.25], [0.5, 0.0], [0.0, 0.0]])
-    torch.testing.assert_close(renormalise(chosen), torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0], [0.0, 0.0]]))
+    torch.testing.assert_close(renormalize(chosen), torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0], [0.0, 0.0]]))
 
 
 @settings(max_examples=40, deadline=None)

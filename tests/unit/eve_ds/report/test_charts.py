@@ -1,4 +1,4 @@
-"""Charts: what is averaged away, what is not, and that the page's colours reach them."""
+"""Charts: what is averaged away, what is not, and that the page's colors reach them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_any_curve_can_be_drawn(values: list[float]) -> None:
     assert "<style" not in svg
 
 
-def test_colours_come_from_the_page() -> None:
+def test_colors_come_from_the_page() -> None:
     svg = line_chart("x", [Line("training", curve([1.0, 2.0])), Line("held out", curve([1.0, 2.0]), 1)])
     for variable in ("var(--c1)", "var(--c2)", "var(--grid)", "var(--muted)"):
         assert variable in svg

@@ -33,14 +33,14 @@ def test_all_that_the_run_recorded_is_there(content: str) -> None:
     page = Page(content)
     how = "on 2 processes (ZeRO stage 2, experts spread over 2); its loss went from 4.1 to 1.2, 29% of its start"
     scores = ["71.5", "0.5", "78.3", "21.0", "41.7", "74.2", "50.0", "31.1", "55.0", "60.4", "58.7", "66.8", "19.3"]
-    samples = ["yes/no", "a caption about 9", "both pictures have a circle", "what colour is shape 1?"]
-    titles = ["Masked pictures: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
+    samples = ["yes/no", "a caption about 9", "both pictures have a circle", "what color is shape 1?"]
+    titles = ["Masked images: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
     for text in (how, "+17.9", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s together"):
         assert text in page.text
     assert page.count("img") == 6 * 3 + 3 * 5 + 2 + 4 + 4 * 2
     assert page.count("svg") == 7 + 8 + 5 + 6
     hits = [a for name, a in page.tags if name == "figure" and a.get("class") == "hit"]
-    assert len(hits) == 2  # of three captions one does not find its picture
+    assert len(hits) == 2  # of three captions one does not find its image
     assert page.missing() == 3  # the configs of the three stages that have none
 
 
@@ -161,7 +161,7 @@ def test_what_is_missing_is_said_to_be_missing(run_folder: Path) -> None:
         "pretrain/samples/samples.json": "Missing: expert load",
         "itr": "Missing: this stage has no folder itr/",
         "vqa/samples": "Missing: vqa/samples/samples.json",
-        "nlvr/samples/s0_0.png": "no picture s0_0.png",
+        "nlvr/samples/s0_0.png": "no image s0_0.png",
     }
     for name in expected:
         path = run_folder / name
@@ -171,17 +171,17 @@ def test_what_is_missing_is_said_to_be_missing(run_folder: Path) -> None:
         assert words in text
 
 
-def test_pictures_outside_the_run_and_damaged_ones_are_not_embedded(run_folder: Path, tmp_path: Path) -> None:
+def test_images_outside_the_run_and_damaged_ones_are_not_embedded(run_folder: Path, tmp_path: Path) -> None:
     samples = run_folder / "vqa" / "samples"
     shutil.copy(samples / "q0.png", tmp_path / "secret.png")
     (samples / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     names = ["../../../secret.png", str(tmp_path / "secret.png"), "damaged.png", None, ".", "\x00"]
     examples = [{"image": name, "question": "?", "predicted": "x", "answers": None, "score": None} for name in names]
     (samples / "samples.json").write_text(json.dumps({"examples": examples}))
-    assert Page(build(run_folder / "vqa")).text.count("no picture") == len(names)
+    assert Page(build(run_folder / "vqa")).text.count("no image") == len(names)
 
 
-def test_large_pictures_are_made_smaller(run_folder: Path) -> None:
+def test_large_images_are_made_smaller(run_folder: Path) -> None:
     Image.effect_noise((1500, 900), 90).save(run_folder / "vqa" / "samples" / "q0.png")
     found = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', build(run_folder / "vqa"))
     assert len(found) == 1
@@ -189,7 +189,7 @@ def test_large_pictures_are_made_smaller(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("stage", "titles"), [
-    ("pretrain", ["scores", "training", "experts", "pictures", "words", "commands", "config"]),
+    ("pretrain", ["scores", "training", "experts", "images", "words", "commands", "config"]),
     ("itr", ["scores", "training", "to-image", "to-text", "commands", "config"]),
     ("vqa", ["scores", "training", "vqa", "commands", "config"]),
     ("nlvr", ["scores", "training", "nlvr", "commands", "config"]),

@@ -32,7 +32,7 @@ def nlvr_task(name: str) -> NLVR:
     return task
 
 
-def pictures(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def images(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return batch["images_0"], batch["images_1"]
 
 
@@ -72,7 +72,7 @@ def test_nlvr_loss_leaves_out_unknown_labels(name: str) -> None:
     task, batch = nlvr_task(name), tiny_batch(5)
     known = batch["label"] >= 0
     output = task(batch)
-    logits = task.predict(pictures(batch), batch["text_ids"], batch["text_mask"])
+    logits = task.predict(images(batch), batch["text_ids"], batch["text_mask"])
     total, count = output.metrics["nlvr_loss"]
     assert float(count) == int(known.sum()) == 4
     assert torch.allclose(total / count, F.cross_entropy(logits[known], batch["label"][known]), atol=1e-5)
@@ -83,7 +83,7 @@ def test_nlvr_predictions(name: str) -> None:
     task, batch = nlvr_task(name), tiny_batch(4)
     found = task.predict_batch(batch)
     with torch.no_grad():
-        logits = task.predict(pictures(batch), batch["text_ids"], batch["text_mask"])
+        logits = task.predict(images(batch), batch["text_ids"], batch["text_mask"])
     assert found["question_index"].tolist() == [10, 11, 12, 13]
     assert found["prediction"].tolist() == logits.argmax(dim=1).tolist()
     assert found["probability"] == pytest.approx(logits.softmax(dim=1)[:, 1].numpy(), abs=1e-6)
@@ -95,9 +95,9 @@ def test_nlvr_output_of_a_sample_depends_on_it_alone(name: str) -> None:
     task, batch = nlvr_task(name).eval(), tiny_batch(4)
     alone = rows_of(batch, slice(1, 2))
     with torch.no_grad():
-        whole = task.predict(pictures(batch), batch["text_ids"], batch["text_mask"])
-        one = task.predict(pictures(alone), alone["text_ids"], alone["text_mask"])
-        swapped = task.predict(pictures(batch)[::-1], batch["text_ids"], batch["text_mask"])
+        whole = task.predict(images(batch), batch["text_ids"], batch["text_mask"])
+        one = task.predict(images(alone), alone["text_ids"], alone["text_mask"])
+        swapped = task.predict(images(batch)[::-1], batch["text_ids"], batch["text_mask"])
     assert torch.allclose(whole[1:2], one, atol=1e-5)
     assert not torch.allclose(whole, swapped, atol=1e-5)
 

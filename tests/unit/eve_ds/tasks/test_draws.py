@@ -1,4 +1,4 @@
-"""Drop path is a function of the sample: not of its place, its neighbours, its rank or torch's generator."""
+"""Drop path is a function of the sample: not of its place, its neighbors, its rank or torch's generator."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @EVERY
 def test_bf16_weights_give_nearly_the_same_loss(name: str) -> None:
-    """As DeepSpeed's bf16 mode runs it: parameters bf16, pictures float32, losses float32."""
+    """As DeepSpeed's bf16 mode runs it: parameters bf16, images float32, losses float32."""
     batch = tiny_batch(6)
     exact = tiny_task(name)(batch).loss.detach()
     task = tiny_task(name).bfloat16()

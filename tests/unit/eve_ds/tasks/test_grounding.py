@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eve_ds.tasks import MaskedModelling
+from eve_ds.tasks import MaskedModeling
 from eve_ds.tasks.base import measuring_held_out
 from eve_ds.tasks.masked import another_image
 from eve_ds.tasks.masking import choose_words, split_patches
@@ -19,10 +19,10 @@ NO_IMAGE = {"mlm_loss_no_image", "mlm_accuracy_no_image"}
 MODES = ["pretrain", "pretrain_joint"]
 
 
-def masked_task(name: str = "pretrain") -> MaskedModelling:
+def masked_task(name: str = "pretrain") -> MaskedModeling:
     """With LayerScale at 1 and a pixel decoder that amplifies, so that what one modality says moves the other one."""
     task = tiny_task(name)
-    assert isinstance(task, MaskedModelling)
+    assert isinstance(task, MaskedModeling)
     with torch.no_grad():
         for block in task.backbone.blocks:
             block.attention_scale.fill_(1)
@@ -32,13 +32,13 @@ def masked_task(name: str = "pretrain") -> MaskedModelling:
     return task.eval()
 
 
-def held_out(task: MaskedModelling, batch: Batch) -> dict[str, tuple[float, float]]:
+def held_out(task: MaskedModeling, batch: Batch) -> dict[str, tuple[float, float]]:
     """(sum, count) of each metric in validation."""
     with torch.no_grad(), measuring_held_out(task):
         return {name: (float(total), float(count)) for name, (total, count) in task(batch).metrics.items()}
 
 
-def means(task: MaskedModelling, batch: Batch) -> dict[str, float]:
+def means(task: MaskedModeling, batch: Batch) -> dict[str, float]:
     return {name: total / count for name, (total, count) in held_out(task, batch).items() if count}
 
 
@@ -51,7 +51,7 @@ def next_other(image_index: list[int], row: int) -> int | None:
     return None
 
 
-def word_scores(task: MaskedModelling, one: Batch, images: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def word_scores(task: MaskedModeling, one: Batch, images: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and truth of one row's masked words beside ``images``, of which joint masking hides the same patches."""
     chosen = choose_words(5, one["sample_id"], one["text_mask"], 0.5)
     kept = split_patches(5, one["sample_id"], 16, 0.75)[0] if task.objective.mode == "joint" else None
@@ -61,7 +61,7 @@ def word_scores(task: MaskedModelling, one: Batch, images: torch.Tensor | None) 
     return task.word_decoder(words, task.backbone.text_embedding.words.weight), one["text_ids"][chosen]
 
 
-def patch_errors(task: MaskedModelling, one: Batch, other: Batch) -> list[torch.Tensor]:
+def patch_errors(task: MaskedModeling, one: Batch, other: Batch) -> list[torch.Tensor]:
     """Squared error of each of one row's masked patches beside another row's text, which joint masking masks, too."""
     text_ids = other["text_ids"]
     if task.objective.mode == "joint":
@@ -78,7 +78,7 @@ def patch_errors(task: MaskedModelling, one: Batch, other: Batch) -> list[torch.
 
 
 @torch.no_grad()
-def reference(task: MaskedModelling, batch: Batch) -> dict[str, float]:
+def reference(task: MaskedModeling, batch: Batch) -> dict[str, float]:
     """Row by row, in batches of one."""
     sums: dict[str, list[torch.Tensor]] = {}
     rows = [rows_of(batch, slice(row, row + 1)) for row in range(len(batch["sample_id"]))]

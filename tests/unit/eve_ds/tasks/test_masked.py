@@ -1,4 +1,4 @@
-"""Masked modelling: what is hidden is hidden, what is asked is asked, and it learns."""
+"""Masked modeling: what is hidden is hidden, what is asked is asked, and it learns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from eve_ds.errors import UserError
 from eve_ds.model.decoders import PixelDecoder, grid_positions, unpatchify
 from eve_ds.model.embeddings import patches
-from eve_ds.tasks import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.masking import choose_words, split_patches
 from tests.support.tiny_tasks import JOINT, MASK, OBJECTIVE, Batch, rows_of, tiny_batch, tiny_task
 
 
-def masked_task(name: str = "pretrain") -> MaskedModelling:
+def masked_task(name: str = "pretrain") -> MaskedModeling:
     task = tiny_task(name)
-    assert isinstance(task, MaskedModelling)
+    assert isinstance(task, MaskedModeling)
     return task
 
 
-def losses(task: MaskedModelling, batch: Batch) -> dict[str, float]:
+def losses(task: MaskedModeling, batch: Batch) -> dict[str, float]:
     with torch.no_grad():
         return {name: float(total / count) for name, (total, count) in task(batch).metrics.items()}
 
@@ -71,12 +71,12 @@ def test_masked_pixels_and_words_are_not_seen() -> None:
     noise = torch.randn(4, 12, 192)
     hidden = unpatchify(pixels.scatter(1, masked[:, :, None].expand(-1, -1, 192), noise), 8)
     with torch.no_grad():
-        picture = task._predict(batch)[0].predicted
-        assert torch.allclose(task._predict(batch | {"images": hidden})[0].predicted, picture, atol=1e-6)
+        image = task._predict(batch)[0].predicted
+        assert torch.allclose(task._predict(batch | {"images": hidden})[0].predicted, image, atol=1e-6)
         words = task._predict(batch)[1].scores
         other = batch["text_ids"].masked_fill(chosen, 7)
         assert torch.allclose(task._predict(batch | {"text_ids": other})[1].scores, words, atol=1e-6)
-        assert not torch.allclose(task._predict(batch | {"text_ids": other})[0].predicted, picture, atol=1e-6)
+        assert not torch.allclose(task._predict(batch | {"text_ids": other})[0].predicted, image, atol=1e-6)
 
 
 def test_repeated_rows_do_not_count() -> None:
@@ -106,7 +106,7 @@ def test_it_learns_the_batch() -> None:
     assert last["mim_loss"] < 0.9 * first["mim_loss"]
 
 
-def test_pictures_for_the_report() -> None:
+def test_images_for_the_report() -> None:
     task, batch = masked_task(), tiny_batch(3)
     batch["images"] = batch["images"].clamp(-1, 1)
     shown = task.reconstruct(batch)

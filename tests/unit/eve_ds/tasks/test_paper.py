@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve_ds.config import PretrainConfig, parse
-from eve_ds.tasks.masked import MaskedModelling
+from eve_ds.tasks.masked import MaskedModeling
 from eve_ds.tasks.masking import choose_words, split_patches
 from tests.support.tiny import MASK_ID, caption_batch, masked_task, rows_of
 
@@ -152,7 +152,7 @@ class Case:
     """A task, a batch and its masks (a list a row); errors by (row, place), predictions in that order, gradients."""
 
     joint: bool
-    task: MaskedModelling
+    task: MaskedModeling
     batch: dict[str, Tensor]
     kept: list[list[int]]
     masked: list[list[int]]

@@ -1,4 +1,4 @@
-"""Contrast and matching: positives by picture, negatives that are negatives, a temperature that stays in its range."""
+"""Contrast and matching: positives by image, negatives that are negatives, a temperature that stays in its range."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def vectors(task: Retrieval, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return task.encode_image(batch["images"]), task.encode_text(batch["text_ids"], batch["text_mask"])
 
 
-def test_contrast_is_cross_entropy_when_every_picture_is_another() -> None:
+def test_contrast_is_cross_entropy_when_every_image_is_another() -> None:
     logits = torch.randn(5, 5)
     expected = F.cross_entropy(logits, torch.arange(5), reduction="sum")
     assert torch.allclose(contrastive_sum(logits, torch.eye(5, dtype=torch.bool)), expected)
 
 
-def test_contrast_weighs_captions_of_one_picture_equally() -> None:
+def test_contrast_weighs_captions_of_one_image_equally() -> None:
     logits = torch.randn(1, 4)
     same = torch.tensor([[True, False, True, False]])
     log = logits.log_softmax(dim=1)[0]
@@ -48,7 +48,7 @@ def test_negatives_follow_the_similarities() -> None:
     assert torch.allclose(share, weight / weight.sum(), atol=0.015)
 
 
-def test_no_negative_among_captions_of_one_picture() -> None:
+def test_no_negative_among_captions_of_one_image() -> None:
     same = torch.tensor([[True, True], [True, False]])
     column, found = hard_negatives(torch.zeros(2, 2), same, torch.zeros(2, 2, dtype=torch.int64))
     assert found.tolist() == [False, True]
@@ -66,7 +66,7 @@ def test_vectors_are_unit_and_a_function_of_the_sample_alone() -> None:
 
 
 def test_contrastive_loss_is_the_formula() -> None:
-    """Rows 0 and 1 show one picture, 2 and 3 another, 4 a third."""
+    """Rows 0 and 1 show one image, 2 and 3 another, 4 a third."""
     task, batch = retrieval_task(), tiny_batch(5)
     image, text = vectors(task, batch)
     logits = image @ text.t() / 0.07
@@ -87,16 +87,16 @@ def test_matching_loss_is_the_formula() -> None:
     assert (batch["image_index"][texts] != batch["image_index"]).all()
     losses = []
     for row in range(5):
-        for picture, caption, label in ((row, row, 1), (row, int(texts[row]), 0), (int(images[row]), row, 0)):
+        for image, caption, label in ((row, row, 1), (row, int(texts[row]), 0), (int(images[row]), row, 0)):
             one = rows_of(batch, slice(caption, caption + 1))
-            scores = task.match(batch["images"][picture : picture + 1], one["text_ids"], one["text_mask"])
+            scores = task.match(batch["images"][image : image + 1], one["text_ids"], one["text_mask"])
             losses.append(F.cross_entropy(scores, torch.tensor([label])))
     total, count = task(batch).metrics["itm_loss"]
     assert float(count) == 15
     assert torch.allclose(total / count, torch.stack(losses).mean(), atol=1e-5)
 
 
-def test_one_picture_has_no_negatives_and_they_do_not_count() -> None:
+def test_one_image_has_no_negatives_and_they_do_not_count() -> None:
     task, batch = retrieval_task(), tiny_batch(2)
     output = task(batch)
     assert float(output.metrics["itm_loss"][1]) == 2
@@ -122,7 +122,7 @@ def test_the_temperature_is_clamped_and_can_come_back() -> None:
     assert float(task.itc_temp.grad) != 0
 
 
-def test_predictions_encode_each_picture_once() -> None:
+def test_predictions_encode_each_image_once() -> None:
     task, batch = retrieval_task().eval(), tiny_batch(5)
     found = task.predict_batch(batch | {"valid": torch.tensor([True, True, True, True, False])})
     image, text = vectors(task, batch)
@@ -137,7 +137,7 @@ def test_contrast_learns_the_batch() -> None:
     task = retrieval_task()
     batch = rows_of(tiny_batch(10), torch.arange(0, 10, 2))
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
-    for _ in range(60):  # it has learnt after 45
+    for _ in range(60):  # it has learned after 45
         optimizer.zero_grad()
         task(batch).loss.backward()
         optimizer.step()

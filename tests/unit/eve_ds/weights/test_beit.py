@@ -100,7 +100,7 @@ def filled(state: dict[str, Tensor], config: ModelConfig = CONFIG) -> tuple[Back
 
 
 @pytest.mark.parametrize("num_image_tokens", [10, 0, 6])
-def test_every_block_computes_what_beit_computes_for_pictures_and_texts(num_image_tokens: int) -> None:
+def test_every_block_computes_what_beit_computes_for_images_and_texts(num_image_tokens: int) -> None:
     state = beit()
     backbone, _ = filled(state)
     x = torch.randn(2, 10, DIM, generator=torch.Generator().manual_seed(1))
@@ -115,7 +115,7 @@ def test_every_block_computes_what_beit_computes_for_pictures_and_texts(num_imag
         assert torch.allclose(out, beit_block(x, state, index), atol=1e-5), index
 
 
-def test_pictures_are_embedded_as_beit_does() -> None:
+def test_images_are_embedded_as_beit_does() -> None:
     state = beit()
     backbone, _ = filled(state)
     images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -126,7 +126,7 @@ def test_pictures_are_embedded_as_beit_does() -> None:
     assert torch.equal(backbone.norm.weight, state["norm.weight"])
 
 
-def test_positions_are_interpolated_to_the_models_pictures() -> None:
+def test_positions_are_interpolated_to_the_models_images() -> None:
     state = beit(pos_embed=(1, 1 + 16, DIM))
     backbone, _ = filled(state)
     assert torch.equal(backbone.image_embedding.positions, interpolate_positions(state["pos_embed"][0], PATCHES))

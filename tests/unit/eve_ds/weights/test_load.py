@@ -107,7 +107,7 @@ def test_what_differs_is_listed() -> None:
     assert (module[0].weight == 1).all()
 
 
-def test_published_file_at_another_picture_size() -> None:
+def test_published_file_at_another_image_size() -> None:
     config = ModelConfig.from_vlmo(ASSETS / "vlmo_config.json", image_size=48)
     model = Model(config)
     load_into(model, ASSETS / "vqa.safetensors", config, may_exceed=["output."])

@@ -1,4 +1,4 @@
-"""Position embeddings for another picture size against a direct bicubic interpolation."""
+"""Position embeddings for another image size against a direct bicubic interpolation."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ASSETS = Path(__file__).parents[3] / "assets"
 
 
 def cubic_matrix(old: int, new: int) -> np.ndarray:
-    """[new, old]: Keys' cubic convolution (a = -0.75) at half-pixel centres, borders repeated."""
+    """[new, old]: Keys' cubic convolution (a = -0.75) at half-pixel centers, borders repeated."""
     matrix = np.zeros((new, old))
     for row in range(new):
-        centre = (row + 0.5) * old / new - 0.5
-        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-            distance = abs(centre - tap)
+        center = (row + 0.5) * old / new - 0.5
+        for tap in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+            distance = abs(center - tap)
             if distance <= 1:
                 weight = 1.25 * distance**3 - 2.25 * distance**2 + 1
             else:
@@ -58,7 +58,7 @@ def test_bicubic(old: int, new: int) -> None:
     assert old != new or torch.equal(out, positions)
 
 
-def test_a_constant_and_a_picture_turned_on_its_side() -> None:
+def test_a_constant_and_a_image_turned_on_its_side() -> None:
     """Properties of any interpolation by rows and columns, whatever its kernel."""
     torch.manual_seed(0)
     constant = torch.full((1 + 14**2, 3), 2.5)

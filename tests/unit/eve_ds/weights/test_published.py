@@ -16,7 +16,7 @@ from eve_ds.weights.published import published_config, sized_as
 ASSETS = Path(__file__).parents[3] / "assets"
 
 
-def test_picture_size_and_text_positions_are_those_of_the_tensors() -> None:
+def test_image_size_and_text_positions_are_those_of_the_tensors() -> None:
     state = load_file(ASSETS / "vqa.safetensors")
     config = published_config(ASSETS / "vlmo_config.json", state)
     assert (config.image_size, config.text_positions, config.max_text_length) == (32, 196, 40)
@@ -27,7 +27,7 @@ def test_picture_size_and_text_positions_are_those_of_the_tensors() -> None:
     assert (config.image_size, config.text_positions, config.max_text_length) == (48, 30, 30)
 
 
-def test_a_picture_size_may_be_asked_for() -> None:
+def test_a_image_size_may_be_asked_for() -> None:
     state = load_file(ASSETS / "vqa.safetensors")
     assert published_config(ASSETS / "vlmo_config.json", state, image_size=64).image_size == 64
 

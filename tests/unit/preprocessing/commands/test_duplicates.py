@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.unit.preprocessing.images.test_policy import encode, prepare, scene
 
 from preprocessing.images.fingerprints import HashList, content_key, perceptual_hashes
-from tests.unit.preprocessing.helpers import PICTURES, convert, rows_of
+from tests.unit.preprocessing.helpers import IMAGES, convert, rows_of
+from tests.unit.preprocessing.images.test_policy import encode, prepare, scene
 
 
 def distance(one: Image.Image, other: Image.Image) -> int:
@@ -82,16 +82,16 @@ def test_a_damaged_list_is_told(tmp_path: Path, refuse: Callable[..., str], cont
 
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[Path, Path]:
-    """A training set, and an evaluation set that shares one file and one picture with it."""
+    """A training set, and an evaluation set that shares one file and one image with it."""
     (tmp_path / "eval").mkdir()
     evaluation = {"e0.png": scene(0), "e1.png": scene(1), "e2.png": scene(2)}
     other = prepare(tmp_path / "eval", {name: encode(image, "PNG") for name, image in evaluation.items()})
-    pictures = {
+    images = {
         "t7.png": encode(scene(7), "PNG"),
         "t1.png": encode(scene(1), "PNG"),
         "t2.jpg": encode(scene(2).resize((200, 150)), "JPEG"),
     }
-    return prepare(tmp_path, pictures), other
+    return prepare(tmp_path, images), other
 
 
 def test_a_list_and_a_page_to_look_at(tmp_path: Path, sets: tuple[Path, Path]) -> None:
@@ -112,7 +112,7 @@ def test_a_list_and_a_page_to_look_at(tmp_path: Path, sets: tuple[Path, Path]) -
     assert [row["image_id"] for row in rows_of(tmp_path / "new/train")] == ["t7.png", "t1.png"]
 
 
-def test_pairs_of_pictures_have_sides(raw: Path, tmp_path: Path) -> None:
+def test_pairs_of_images_have_sides(raw: Path, tmp_path: Path) -> None:
     annotations, images = raw / "nlvr2/dev.json", raw / "nlvr2/images"
     convert("nlvr2", "--annotations", annotations, "--images", images, "--split", "val", "--out", tmp_path)
     convert("duplicates", "hash", tmp_path, "--out", tmp_path / "n.npz")
@@ -126,7 +126,7 @@ def test_workers_give_the_same_list(raw: Path, tmp_path: Path) -> None:
             "--shard-rows", 7)  # fmt: skip
     for workers in (1, 2):
         convert("duplicates", "hash", tmp_path, "--out", tmp_path / f"{workers}.npz", "--workers", workers)
-    assert len(HashList.load(tmp_path / "1.npz")) == PICTURES["train"]
+    assert len(HashList.load(tmp_path / "1.npz")) == IMAGES["train"]
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
 
 

@@ -12,13 +12,13 @@ from preprocessing.__main__ import main
 from preprocessing.running.work_folder import open_work
 from preprocessing.shards.schema import read_manifest
 from preprocessing.shards.writer import ShardWriter, write_manifest
-from tests.unit.preprocessing.helpers import command, picture, rows_of
+from tests.unit.preprocessing.helpers import command, image_of, rows_of
 
 ROWS = 300  # a shard of two record batches, and one of 40 rows
 
 
 def row(index: int, **changes: Any) -> dict[str, Any]:
-    return {"image": picture(index, "PNG", side=8), "caption": ["a"], "image_id": str(index)} | changes
+    return {"image": image_of(index, "PNG", side=8), "caption": ["a"], "image_id": str(index)} | changes
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def test_a_damaged_offset_is_no_crash(split: Path, capsys: pytest.CaptureFixture
     """An offset beyond its buffer would be followed there by a reader that trusts it."""
     shard = split / "shard-00000.arrow"
     data = bytearray(shard.read_bytes())
-    first = picture(0, "PNG", side=8)
+    first = image_of(0, "PNG", side=8)
     offsets = data.index(bytes(4) + len(first).to_bytes(4, "little"))
     data[offsets + 7] = 0x7F
     shard.write_bytes(data)

@@ -15,7 +15,7 @@ from tests.unit.preprocessing.helpers import convert, rows_of, write_json
 
 @pytest.fixture(scope="module")
 def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The validation pictures as caption, vqa and nlvr data sets."""
+    """The validation images as caption, vqa and nlvr data sets."""
     folder = tmp_path_factory.mktemp("prepared")
     end = ("--images", raw / "images", "--split", "val")
     convert("coco", "--annotations", raw / "annotations/captions_val2014.json", *end, "--out", folder / "caption")
@@ -166,12 +166,12 @@ def test_vqa_beside_another_answer_list(copy: Callable[[str], Path], capsys: pyt
     folder = copy("vqa")
     answers = json.loads((folder / "answer_list.json").read_text())
     write_json(folder / "answer_list.json", [*answers, "maybe"])
-    assert "answer_list.json: is not the list that val was labelled by; put that one" in faults(folder, capsys)
+    assert "answer_list.json: is not the list that val was labeled by; put that one" in faults(folder, capsys)
     before = (folder / "val" / "manifest.json").read_bytes()
     for other in ([*answers, "maybe"], answers[:2]):  # to which most rows do not fit: no fault of theirs
         write_json(folder / "answer_list.json", other)
         assert main(["verify", str(folder), "--repair"]) == 2
-        assert "is not the list that val was labelled by" in capsys.readouterr().err
+        assert "is not the list that val was labeled by" in capsys.readouterr().err
     write_json(folder / "answer_list.json", answers)
     assert main(["verify", str(folder)]) == 0 and (folder / "val" / "manifest.json").read_bytes() == before
 

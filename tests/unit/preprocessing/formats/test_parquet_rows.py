@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 
 
 def command(tmp_path: Path, rows: list[dict[str, Any]] | pa.Table, split: str = "train") -> list[object]:
@@ -24,7 +24,7 @@ def captions(tmp_path: Path, split: str = "train") -> list[list[str]]:
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
-    return {"image": {"bytes": picture(number), "path": None}, "caption": f"c{number}", **more}
+    return {"image": {"bytes": image_of(number), "path": None}, "caption": f"c{number}", **more}
 
 
 SPLITS = ["train", "restval", "val", "validation", "test", "TEST", "dev"]
@@ -37,7 +37,7 @@ def test_a_column_split_is_heeded(
     """nlphuji/flickr30k has all 31,014 images in one split by name, and their splits in a column."""
     rows = [row(number, split=name) for number, name in enumerate(SPLITS)]
     convert(*command(tmp_path, rows, split))
-    assert [row["image"] for row in rows_of(tmp_path / "out" / split)] == [picture(number) for number in numbers]
+    assert [row["image"] for row in rows_of(tmp_path / "out" / split)] == [image_of(number) for number in numbers]
     manifest = read_manifest(tmp_path / "out" / split)
     assert manifest["dropped"] == {} and manifest["source"] == {"images": len(numbers)}
     said = capsys.readouterr().out
@@ -60,10 +60,10 @@ def test_a_file_without_the_column_split_that_another_one_has(tmp_path: Path, re
 
 
 def test_a_column_of_images_that_holds_none(tmp_path: Path, refuse: Callable[..., str]) -> None:
-    message = refuse(*command(tmp_path, [{"image": [picture(0)], "caption": "a"}]))
+    message = refuse(*command(tmp_path, [{"image": [image_of(0)], "caption": "a"}]))
     assert "0.parquet: column image is of type list<" in message and "neither bytes, base64 nor a struct" in message
     for kind in (pa.large_binary(), pa.dictionary(pa.int8(), pa.binary())):
-        image = pa.array([picture(0)], pa.binary()).cast(kind)
+        image = pa.array([image_of(0)], pa.binary()).cast(kind)
         convert(*command(tmp_path, pa.table({"image": image, "caption": ["a"]})))
         assert captions(tmp_path) == [["a"]]
 
@@ -109,7 +109,7 @@ SENTENCE = pa.struct([("raw", pa.string()), ("sentid", pa.int64())])
     ],
 )
 def test_captions_by_the_names_that_columns_have(tmp_path: Path, columns: dict[str, Any]) -> None:
-    table = pa.table({"jpg": [picture(0), picture(1)], **columns})
+    table = pa.table({"jpg": [image_of(0), image_of(1)], **columns})
     convert(*command(tmp_path, table))
     assert captions(tmp_path) == ([["a\u2028b"], ["c"]] if "text" in columns else [["a", "b"], ["c"]])
 
@@ -130,7 +130,7 @@ def test_captions_by_the_name_that_is_given(tmp_path: Path, refuse: Callable[...
     assert "0.parquet: column image is of type struct" in message and "name another with --caption-column" in message
     convert("cc12m", *words[1:], "--caption-column", "blip")
     assert captions(tmp_path) == [[f"b{number}"] for number in range(3)]
-    message = refuse(*command(tmp_path, [{"jpg": picture(), "blip": "b"}]))
+    message = refuse(*command(tmp_path, [{"jpg": image_of(), "blip": "b"}]))
     assert "but jpg, blip; name it with --caption-column" in message
     message = refuse("cc12m", *words[1:], "--annotations", "x", "--caption-column", "blip")
     assert "--caption-column: is for img2dataset's folder" in message
@@ -139,7 +139,7 @@ def test_captions_by_the_name_that_is_given(tmp_path: Path, refuse: Callable[...
 @pytest.mark.parametrize(
     "more",
     [
-        {"image": {"bytes": picture(0), "path": "COCO_val2014_000000000042.jpg"}},
+        {"image": {"bytes": image_of(0), "path": "COCO_val2014_000000000042.jpg"}},
         {"filename": "COCO_val2014_000000000042.jpg"},
         {"file_name": "val2014/COCO_val2014_000000000042.jpg"},
         {"url": "http://images.cocodataset.org/val2017/000000000042.jpg?x=1"},
@@ -159,7 +159,7 @@ def test_rows_are_kept_out_by_all_their_names(tmp_path: Path, more: dict[str, An
 def test_one_caption_that_is_no_utf8_is_counted(tmp_path: Path, refuse: Callable[..., str]) -> None:
     offsets = pa.py_buffer(pa.array([0, 1, 3, 4], pa.int32()).buffers()[1])
     texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xff\xfec"))
-    words = command(tmp_path, pa.table({"jpg": [picture(n) for n in range(3)], "caption": texts}))
+    words = command(tmp_path, pa.table({"jpg": [image_of(n) for n in range(3)], "caption": texts}))
     assert "0.parquet: row 1: column caption is not UTF-8 text; mend the file (1 of 3 records" in refuse(*words)
     convert(*words, "--max-dropped", 0.4)
     assert captions(tmp_path) == [["a"], ["c"]]
@@ -172,7 +172,7 @@ def test_a_table_beside_folders_of_images(tmp_path: Path, refuse: Callable[..., 
     """A README's image makes no layout; tars and captioned folders beside each other are for the user to tell."""
     words = command(tmp_path, [row(0)])
     (tmp_path / "raw/assets").mkdir()
-    (tmp_path / "raw/assets/teaser.png").write_bytes(picture(1, "PNG"))
+    (tmp_path / "raw/assets/teaser.png").write_bytes(image_of(1, "PNG"))
     convert(*words)
     assert captions(tmp_path) == [["c0"]]
     (tmp_path / "raw/assets/teaser.txt").write_text("of a folder")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 from tests.unit.preprocessing.sources.test_img2dataset import add
 
 Member = tuple[str, bytes]
-IMAGES: list[Member] = [(f"{n}.jpg", picture(n)) for n in range(3)]
+IMAGES: list[Member] = [(f"{n}.jpg", image_of(n)) for n in range(3)]
 TEXTS: list[Member] = [(f"{n}.txt", f"caption {n}".encode()) for n in range(3)]
 
 
@@ -37,7 +37,7 @@ def found(tmp_path: Path) -> list[tuple[str, list[str], bytes]]:
 
 
 def expected(*numbers: int, prefix: str = "") -> list[tuple[str, list[str], bytes]]:
-    return [(f"{prefix}{n}", [f"caption {n}"], picture(n)) for n in numbers]
+    return [(f"{prefix}{n}", [f"caption {n}"], image_of(n)) for n in numbers]
 
 
 def dropped(tmp_path: Path) -> dict[str, int]:
@@ -68,7 +68,7 @@ def test_folders_in_a_tar(tmp_path: Path) -> None:
     apart = [*((f"images/{n}", data) for n, data in IMAGES), *((f"texts/{n}", data) for n, data in TEXTS[:2])]
     convert(*command(tmp_path, apart))
     assert found(tmp_path) == expected(0, 1, prefix="images/") and dropped(tmp_path) == {"image without caption": 1}
-    mixed = [*IMAGES[:1], *TEXTS[:1], ("a/1.jpg", picture(1)), ("b/1.txt", b"of another image")]
+    mixed = [*IMAGES[:1], *TEXTS[:1], ("a/1.jpg", image_of(1)), ("b/1.txt", b"of another image")]
     convert(*command(tmp_path, mixed))
     assert found(tmp_path) == expected(0)
     assert dropped(tmp_path) == {"image without caption": 1, "text without image": 1}
@@ -120,7 +120,7 @@ def test_links_in_a_tar_lead_to_what_they_name(tmp_path: Path) -> None:
         for name, data in (IMAGES[0], TEXTS[0]):
             add(tar, name, data)
     convert(*command(tmp_path, buffer.getvalue()))
-    assert found(tmp_path) == [("0", ["caption 0"], picture(0)), ("d/1", ["caption 0"], picture(0))]
+    assert found(tmp_path) == [("0", ["caption 0"], image_of(0)), ("d/1", ["caption 0"], image_of(0))]
     assert dropped(tmp_path) == {"image is a link that leads nowhere": 1}
 
 

@@ -11,12 +11,12 @@ from eve_ds.data.transforms import decode_image as trained_on
 from preprocessing.images.decoding import BadImage, decode_image, read_image
 from preprocessing.images.locations import FileImage
 from preprocessing.images.pixels import open_image
-from tests.unit.preprocessing.helpers import ROOT, picture, png_with
+from tests.unit.preprocessing.helpers import ROOT, image_of, png_with
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
 def test_bytes_pass_untouched(tmp_path: Path, image_format: str) -> None:
-    data = picture(1, image_format)
+    data = image_of(1, image_format)
     (tmp_path / "a").write_bytes(data)
     assert read_image(FileImage(str(tmp_path / "a"))) == data
     assert decode_image(data).size == (40, 40)
@@ -25,13 +25,13 @@ def test_bytes_pass_untouched(tmp_path: Path, image_format: str) -> None:
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.97])
 def test_truncated_files_are_bad(image_format: str, share: float) -> None:
-    data = picture(2, image_format)
+    data = image_of(2, image_format)
     with pytest.raises(BadImage, match=r"does not decode|is of no known format"):
         decode_image(data[: int(share * len(data))])
 
 
 def test_a_flipped_byte_of_a_png_is_seen() -> None:
-    data = bytearray(picture(3, "PNG"))
+    data = bytearray(image_of(3, "PNG"))
     data[len(data) // 2] ^= 1
     with pytest.raises(BadImage, match="does not decode"):
         decode_image(bytes(data))
@@ -42,8 +42,8 @@ def test_a_flipped_byte_of_a_png_is_seen() -> None:
 def test_texts_and_profiles_of_megabytes_are_no_fault_of_a_png(kind: bytes, behind: bool) -> None:
     sound = png_with(kind[:4], kind[4:] + zlib.compress(bytes(3 << 20)), behind)
     for image in (decode_image(sound), open_image(sound)):
-        assert image.convert("RGB").tobytes() == decode_image(picture(1, "PNG")).tobytes()
-    assert trained_on(sound).tobytes() == trained_on(picture(1, "PNG")).tobytes()
+        assert image.convert("RGB").tobytes() == decode_image(image_of(1, "PNG")).tobytes()
+    assert trained_on(sound).tobytes() == trained_on(image_of(1, "PNG")).tobytes()
     bomb = png_with(kind[:4], kind[4:] + zlib.compress(bytes(100 << 20)), behind)
     with pytest.raises(BadImage):
         decode_image(bomb)
@@ -63,7 +63,7 @@ def test_what_is_no_image_is_bad(data: bytes) -> None:
 
 
 def test_pixel_bound() -> None:
-    data = picture(4, side=40)
+    data = image_of(4, side=40)
     assert decode_image(data, max_pixels=1600).size == (40, 40)
     with pytest.raises(BadImage, match="too many pixels"):
         decode_image(data, max_pixels=1599)

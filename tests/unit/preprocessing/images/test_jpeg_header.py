@@ -14,7 +14,7 @@ from PIL import Image
 from preprocessing.images.decoding import BadImage
 from preprocessing.images.jpeg_header import jpeg_size
 from preprocessing.images.pixels import open_image, size_of_image
-from tests.unit.preprocessing.helpers import picture
+from tests.unit.preprocessing.helpers import image_of
 
 _SIZE = (48, 32)
 
@@ -40,10 +40,10 @@ _EXIF = Image.Exif()
 _EXIF[0x0112] = 6
 COMMON = {
     "baseline": _BASELINE,
-    "grey": jpeg("L"),
+    "gray": jpeg("L"),
     "CMYK": jpeg("CMYK"),
     "progressive": jpeg(progressive=True),
-    "optimised": jpeg(optimize=True),
+    "optimized": jpeg(optimize=True),
     "no subsampling": jpeg(subsampling=0, quality=95),
     "resolution": jpeg(dpi=(300, 300)),
     "ICC profile of two segments": jpeg(icc_profile=bytes(70_000)),
@@ -70,9 +70,9 @@ LEFT = {  # opened by Pillow or not, but never decided here
     "junk": _BASELINE[:20] + b"junk" + _BASELINE[20:],
     "two frames": with_segment(0xC0, struct.pack(">BHHB", 8, 9, 9, 1) + b"\1\x11\0"),
     "arithmetic coding": _BASELINE.replace(b"\xff\xc0\x00\x11", b"\xff\xc9\x00\x11"),
-    "PNG": picture(1, "PNG"),
-    "GIF": picture(1, "GIF"),
-    "no picture": b"<html>404</html>",
+    "PNG": image_of(1, "PNG"),
+    "GIF": image_of(1, "GIF"),
+    "no image": b"<html>404</html>",
     "nothing": b"",
 }
 

@@ -19,13 +19,13 @@ from preprocessing.images.locations import (
     image_in,
     join,
 )
-from tests.unit.preprocessing.helpers import picture
+from tests.unit.preprocessing.helpers import image_of
 
 
 @pytest.fixture
 def places(tmp_path: Path) -> list[ImageRef]:
     """One image behind each kind of reference."""
-    data = picture(1)
+    data = image_of(1)
     (tmp_path / "a.jpg").write_bytes(data)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "a.jpg", "a.jpg")
@@ -47,17 +47,17 @@ def places(tmp_path: Path) -> list[ImageRef]:
 def test_every_reference_reads_the_bytes_also_after_pickling(places: list[ImageRef]) -> None:
     for image in places:
         assert pickle.loads(pickle.dumps(image)) == image  # noqa: S301  # our own bytes
-        assert image.read() == picture(1)
+        assert image.read() == image_of(1)
         assert image.exists() and image.name
 
 
 def test_a_file_that_comes_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a network's file system, which may give less than it is asked for."""
-    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "a.jpg").write_bytes(image_of(1))
     readv = os.readv
     monkeypatch.setattr(os, "readv", lambda file, buffers: readv(file, [buffers[0][:100]]))
     found = FileImage(str(tmp_path / "a.jpg")).read_into(memoryview(bytearray(1 << 16)))
-    assert found == picture(1)
+    assert found == image_of(1)
 
 
 def test_missing_files_are_missing(tmp_path: Path) -> None:
@@ -95,9 +95,15 @@ def test_forms_of_base64() -> None:
 
 
 def test_cells_of_hugging_face_tables(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": picture(2), "path": "2.jpg"}}, {"image": {"bytes": picture(3), "path": None}}]
+    rows = [
+        {"image": {"bytes": image_of(2), "path": "2.jpg"}},
+        {"image": {"bytes": image_of(3), "path": None}},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1)
-    assert [ParquetCell(f"{tmp_path}/a.parquet", g, 0, "image", "").read() for g in (0, 1)] == [picture(2), picture(3)]
+    assert [ParquetCell(f"{tmp_path}/a.parquet", g, 0, "image", "").read() for g in (0, 1)] == [
+        image_of(2),
+        image_of(3),
+    ]
 
 
 def test_names_below_folders_and_addresses() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from preprocessing.images.decoding import BadImage
 from preprocessing.images.policy import ExcludedImage, ImagePolicy, add_image_arguments, image_policy
 from preprocessing.shards.schema import DataError, read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 
 def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
@@ -24,7 +24,7 @@ def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def scene(seed: int, width: int = 320, height: int = 240, spots: tuple[int, int] = (9, 12)) -> Image.Image:
-    """A smooth picture, so that perceptual hashes mean something."""
+    """A smooth image, so that perceptual hashes mean something."""
     coarse = np.random.default_rng(seed).integers(0, 256, (*spots, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -35,16 +35,16 @@ def policy(*words: object) -> ImagePolicy:
     return image_policy(parser.parse_args([str(word) for word in words]))
 
 
-def odd_pictures() -> dict[str, tuple[bytes, Image.Image]]:
-    """One file of each odd kind, and the picture a person sees in it (60 x 40, upright, RGB)."""
+def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
+    """One file of each odd kind, and the image a person sees in it (60 x 40, upright, RGB)."""
     upright = scene(5, 60, 40, (2, 3))  # so smooth that JPEG changes little
-    grey = upright.convert("L")
+    gray = upright.convert("L")
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows run upward
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     half = Image.new("L", upright.size, 128)
     over_white = Image.blend(Image.new("RGB", upright.size, "white"), upright, 128 / 255)
-    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    wide = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     palette = upright.quantize(256)
     clear = upright.quantize(255)
     clear.info["transparency"] = 255  # no pixel has it
@@ -54,12 +54,12 @@ def odd_pictures() -> dict[str, tuple[bytes, Image.Image]]:
         "CMYK": (encode(upright.convert("CMYK"), "TIFF"), upright),
         "CMYK JPEG": (encode(upright.convert("CMYK"), "JPEG", quality=95, subsampling=0), upright),
         "palette": (encode(palette, "PNG"), palette.convert("RGB")),
-        "palette with a clear colour": (encode(clear, "GIF"), clear.convert("RGB")),
-        "16-bit": (encode(wide, "PNG"), grey.convert("RGB")),
+        "palette with a clear color": (encode(clear, "GIF"), clear.convert("RGB")),
+        "16-bit": (encode(wide, "PNG"), gray.convert("RGB")),
         "alpha": (encode(Image.merge("RGBA", (*upright.split(), half)), "PNG"), over_white),
-        "grey with alpha": (
-            encode(Image.merge("LA", (grey, half)), "PNG"),
-            Image.blend(Image.new("L", grey.size, 255), grey, 128 / 255).convert("RGB"),
+        "gray with alpha": (
+            encode(Image.merge("LA", (gray, half)), "PNG"),
+            Image.blend(Image.new("L", gray.size, 255), gray, 128 / 255).convert("RGB"),
         ),
         "animated": (encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), frames[0].convert("RGB")),
     }
@@ -67,14 +67,14 @@ def odd_pictures() -> dict[str, tuple[bytes, Image.Image]]:
 
 @pytest.mark.parametrize("check", ["full", "header"])
 def test_bytes_pass_untouched_whatever_they_show(check: str) -> None:
-    for data, _ in odd_pictures().values():
+    for data, _ in odd_images().values():
         assert policy("--check", check).apply(data) == data
         assert policy("--check", check, "--max-side", 60).apply(data) == data  # not larger
 
 
-@pytest.mark.parametrize("kind", list(odd_pictures()))
-def test_smaller_pictures_are_upright_and_rgb(kind: str) -> None:
-    data, seen = odd_pictures()[kind]
+@pytest.mark.parametrize("kind", list(odd_images()))
+def test_smaller_images_are_upright_and_rgb(kind: str) -> None:
+    data, seen = odd_images()[kind]
     out = Image.open(io.BytesIO(policy("--max-side", 48, "--quality", 95).apply(data)))
     assert (out.format, out.mode, out.size) == ("JPEG", "RGB", (48, 32))
     expected = np.asarray(seen.resize((48, 32), Image.Resampling.BICUBIC)).astype(int)
@@ -102,11 +102,11 @@ def test_header_checks_see_less() -> None:
             policy("--max-pixels", 76_799, *words).apply(encode(scene(1), "PNG"))
 
 
-def prepare(folder: Path, pictures: dict[str, bytes], *more: object, out: str = "out") -> Path:
+def prepare(folder: Path, images: dict[str, bytes], *more: object, out: str = "out") -> Path:
     """A caption set of these files; gives its train split."""
-    for name, data in pictures.items():
+    for name, data in images.items():
         (folder / name).write_bytes(data)
-    records = [{"image": name, "caption": f"about {name}", "image_id": name} for name in pictures]
+    records = [{"image": name, "caption": f"about {name}", "image_id": name} for name in images]
     annotations = write_json(folder / f"{out}.json", records)
     convert("json", "--task", "retrieval", "--annotations", annotations, "--images", folder, "--split", "train",
             "--out", folder / out, *more)  # fmt: skip
@@ -115,25 +115,25 @@ def prepare(folder: Path, pictures: dict[str, bytes], *more: object, out: str = 
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Path:
-    """A prepared set of two pictures."""
+    """A prepared set of two images."""
     (tmp_path / "test").mkdir()
     return prepare(tmp_path / "test", {"e1.png": encode(scene(1), "PNG"), "e2.jpg": encode(scene(2), "JPEG")})
 
 
 def test_images_of_other_sets_stay_out(tmp_path: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = {
+    images = {
         "same.jpg": encode(scene(2), "JPEG"),
         "smaller.jpg": encode(scene(1).resize((160, 120)), "JPEG", quality=60),
         "other.jpg": encode(scene(3), "JPEG"),
     }
-    exact = prepare(tmp_path, pictures, "--exclude-images-of", evaluation, out="exact")
+    exact = prepare(tmp_path, images, "--exclude-images-of", evaluation, out="exact")
     assert [row["image_id"] for row in rows_of(exact)] == ["smaller.jpg", "other.jpg"]
     assert read_manifest(exact)["dropped"] == {"image is in a set of --exclude-images-of": 1}  # no fault of the data
     told = f"images of {evaluation}: 1 rows left out that have the same file, 0 that look alike\n"
     assert told in capsys.readouterr().out
     convert("duplicates", "hash", evaluation, "--out", tmp_path / "e.npz")
     for listed in (evaluation.parent, tmp_path / "e.npz"):
-        near = prepare(tmp_path, pictures, "--near-duplicates-of", listed, "--overwrite", out="near")
+        near = prepare(tmp_path, images, "--near-duplicates-of", listed, "--overwrite", out="near")
         assert [row["image_id"] for row in rows_of(near)] == ["other.jpg"]
     assert read_manifest(near)["dropped_items"] == [
         {"item": "same.jpg", "reason": "image is in a set of --exclude-images-of"},
@@ -157,7 +157,7 @@ def test_the_policy_can_be_pickled(evaluation: Path) -> None:
     copy = pickle.loads(pickle.dumps(policy("--near-duplicates-of", evaluation)))  # noqa: S301  # our own bytes
     with pytest.raises(ExcludedImage):
         copy.apply(encode(scene(2), "JPEG"))
-    assert copy.apply(picture(9)) == picture(9)
+    assert copy.apply(image_of(9)) == image_of(9)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from preprocessing.running.pipeline import build_split
 from preprocessing.running.work_folder import tidy
 from preprocessing.shards.schema import DataError, read_manifest
 from preprocessing.sources.source import Row, Source
-from tests.unit.preprocessing.helpers import picture, rows_of
+from tests.unit.preprocessing.helpers import image_of, rows_of
 
 ROWS = 50
 
@@ -26,7 +26,7 @@ ROWS = 50
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for index in range(ROWS):
-        (folder / f"{index}.jpg").write_bytes(picture(index, side=16))
+        (folder / f"{index}.jpg").write_bytes(image_of(index, side=16))
     return folder
 
 
@@ -156,7 +156,7 @@ def test_parts_without_losses_outlast_a_failure(images: Path, tmp_path: Path) ->
         build_split(broken, options(tmp_path))
     records = {path.name for path in (tmp_path / ".train.work/records").iterdir()}
     assert records >= {f"part-00000{index}.json" for index in range(3)} and "part-000003.json" not in records
-    (tmp_path / "30.jpg").write_bytes(picture(30, side=16))
+    (tmp_path / "30.jpg").write_bytes(image_of(30, side=16))
     assert build_split(broken, options(tmp_path))["rows"] == ROWS
 
 
@@ -220,7 +220,7 @@ def test_what_a_kill_at_the_very_end_leaves_is_tidied(images: Path, tmp_path: Pa
 
 
 def test_a_part_of_many_bytes_becomes_several_shards(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(1, "PNG"))
+    (tmp_path / "a.png").write_bytes(image_of(1, "PNG"))
     row = Row("a", (FileImage(str(tmp_path / "a.png")),), {"caption": ["a"], "image_id": "0"})
     job = PartJob("caption", "train", tmp_path, tmp_path, ImagePolicy(), 0, shard_bytes=1000)
     result = write_part(job, 7, [replace(row, columns={**row.columns, "image_id": str(n)}) for n in range(600)], "")

@@ -28,7 +28,7 @@ from preprocessing.shapes.scenes import (
     read_scenes,
 )
 from preprocessing.shapes.statements import pair_set
-from tests.unit.preprocessing.helpers import PICTURES, convert
+from tests.unit.preprocessing.helpers import IMAGES, convert
 
 things = st.builds(
     Thing, st.integers(0, GRID**2 - 1), st.sampled_from(SHAPES), st.sampled_from(COLORS), st.sampled_from(SIZES)
@@ -74,20 +74,20 @@ def test_quadrants() -> None:
     assert [Thing(cell, "ring", "red", "small").quadrant for cell in (5, 6, 9, 10)] == list(QUADRANTS)
 
 
-# Pictures
+# Images
 
 
 def test_every_object_stays_in_its_cell() -> None:
     drawn = sample(200)
-    pictures = draw(drawn, np.random.default_rng(0))
-    assert pictures.shape == (200, SIDE, SIDE, 3) and pictures.dtype == np.uint8
-    for scene, picture in zip(drawn, pictures, strict=True):
-        cells = picture.reshape(GRID, CELL, GRID, CELL, 3).astype(int)
+    images = draw(drawn, np.random.default_rng(0))
+    assert images.shape == (200, SIDE, SIDE, 3) and images.dtype == np.uint8
+    for scene, image in zip(drawn, images, strict=True):
+        cells = image.reshape(GRID, CELL, GRID, CELL, 3).astype(int)
         spread = np.ptp(cells, axis=(1, 3)).max(axis=-1).reshape(-1)  # an empty cell holds ground and noise alone
         assert {int(cell) for cell in np.flatnonzero(spread > 40)} == {thing.cell for thing in scene}
 
 
-def test_same_scene_same_seed_same_picture() -> None:
+def test_same_scene_same_seed_same_image() -> None:
     drawn = sample(5)
     one, two = (draw(drawn, np.random.default_rng(7)) for _ in range(2))
     assert (one == two).all()
@@ -96,9 +96,9 @@ def test_same_scene_same_seed_same_picture() -> None:
 
 def test_kinds_and_sizes_can_be_told_apart() -> None:
     drawn = [(Thing(5, shape, color, size),) for shape in SHAPES for color in COLORS for size in SIZES]
-    pictures = draw(drawn, np.random.default_rng(0)).reshape(len(drawn), -1).astype(int)
+    images = draw(drawn, np.random.default_rng(0)).reshape(len(drawn), -1).astype(int)
     for index in range(len(drawn)):
-        others = np.delete(np.abs(pictures - pictures[index]).max(axis=1), index)
+        others = np.delete(np.abs(images - images[index]).max(axis=1), index)
         assert others.min() > 40
 
 
@@ -106,7 +106,7 @@ def test_kinds_and_sizes_can_be_told_apart() -> None:
 
 
 def true_answer(text: str, scene: Scene) -> str:
-    """Answers a question from its text alone, as a reader of the picture would."""
+    """Answers a question from its text alone, as a reader of the image would."""
     words = text.rstrip("?").lower().split()
     shape = next((shape for shape in SHAPES if shape in words or f"{shape}s" in words), None)
     color = next((color for color in COLORS if color in words), None)
@@ -137,8 +137,8 @@ def test_questions_are_balanced_over_a_large_split() -> None:
     drawn = sample(3000)
     asked = questions(drawn, random.Random(0))
     assert 4.5 < len(asked) / len(drawn) < 6.5
-    per_picture = Counter(question.scene for question in asked)
-    assert len(per_picture) == 3000 and max(per_picture.values()) <= 9
+    per_image = Counter(question.scene for question in asked)
+    assert len(per_image) == 3000 and max(per_image.values()) <= 9
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for question in asked:
         by_text[question.text][question.answer] += 1
@@ -182,7 +182,7 @@ def test_each_statement_is_true_of_two_pairs_and_the_labels_are_right() -> None:
                 side = int("right" in sentence)
                 assert list(labels) == [pair[side] for pair in inside]
                 right_alone += [label == pair[1 - side] for label, pair in zip(labels, inside, strict=True)]
-    assert sum(right_alone) == len(right_alone) / 2  # the picture that is not spoken of tells nothing
+    assert sum(right_alone) == len(right_alone) / 2  # the image that is not spoken of tells nothing
 
 
 # Files
@@ -202,7 +202,7 @@ def load(raw: Path, split: str) -> tuple[dict[str, Any], list[dict[str, Any]], l
 
 def test_files_are_as_coco_and_vqa_ship_them(raw: Path) -> None:
     image_ids: set[int] = set()
-    for split, count in PICTURES.items():
+    for split, count in IMAGES.items():
         captioned, asked, answered = load(raw, split)
         names = sorted(path.name for path in (raw / f"images/{split}2014").iterdir())
         assert names == [image["file_name"] for image in captioned["images"]] and len(names) == count
@@ -220,7 +220,7 @@ def test_files_are_as_coco_and_vqa_ship_them(raw: Path) -> None:
 
 
 def test_scene_files_say_what_is_in_each_image(raw: Path) -> None:
-    for split, count in PICTURES.items():
+    for split, count in IMAGES.items():
         captioned, _, _ = load(raw, split)
         path = raw / f"annotations/scenes_{split}2014.json"
         order, read = read_scenes(path)
@@ -238,18 +238,18 @@ def test_scene_files_say_what_is_in_each_image(raw: Path) -> None:
         assert list(content["scenes"][0]["objects"][0]) == ["cell", "shape", "color", "size"]
 
 
-def test_no_picture_file_is_in_two_splits(raw: Path) -> None:
+def test_no_image_file_is_in_two_splits(raw: Path) -> None:
     files = [path.read_bytes() for path in raw.rglob("*.png")]
     assert len(files) == len(set(files)) == 100 + 88
 
 
 def test_no_scene_is_in_two_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in a picture, be its noise, shading and shifts as they may, is in no other picture of the world."""
+    """What is in an image, be its noise, shading and shifts as they may, is in no other image of the world."""
     from preprocessing.shapes import generate
 
     drawn: list[Scene] = []
-    pictures = generate.draw
-    monkeypatch.setattr(generate, "draw", lambda scenes, rng: drawn.extend(scenes) or pictures(scenes, rng))
+    images = generate.draw
+    monkeypatch.setattr(generate, "draw", lambda scenes, rng: drawn.extend(scenes) or images(scenes, rng))
     counts = ("--train", 300, "--val", 50, "--test", 50, "--nlvr-train", 160, "--nlvr-test", 80)
     convert("shapes", "--out", tmp_path / "raw", *counts)
     assert len(drawn) == len(set(drawn)) == 400 + 160 + 400 + 80
@@ -319,7 +319,7 @@ def test_order_of_the_objects_changes_the_captions_alone(tmp_path: Path) -> None
     convert("shapes", "--out", tmp_path / "reading", *SMALL)
     convert("shapes", "--out", tmp_path / "random", "--order", "random", *SMALL)
     changed = changed_files(tmp_path / "reading", tmp_path / "random")
-    assert changed <= {f"{kind}_{split}2014.json" for split in PICTURES for kind in ("captions", "scenes")}
+    assert changed <= {f"{kind}_{split}2014.json" for split in IMAGES for kind in ("captions", "scenes")}
     assert "captions_train2014.json" in changed
     in_order = 0
     order, read = read_scenes(tmp_path / "random/annotations/scenes_train2014.json")

@@ -19,7 +19,7 @@ from preprocessing.shards.ids import IdKeys, joined, read_ids, scanned, shared
 from preprocessing.shards.schema import ID_COLUMNS, IDS, DataError, id_key, image_mark, is_leak, read_manifest
 from preprocessing.shards.writer import file_sha256
 from tests.support.shards import tiny_tokenizer
-from tests.unit.preprocessing.helpers import convert, picture, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, write_json
 
 
 def keys_of(values: list[object]) -> list[int]:
@@ -29,7 +29,7 @@ def keys_of(values: list[object]) -> list[int]:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for number in range(6):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"{number}.jpg").write_bytes(image_of(number))
     return tmp_path
 
 
@@ -153,14 +153,14 @@ def test_two_downloads_with_the_same_keys_are_two_sets(tmp_path: Path) -> None:
         folder = tmp_path / name / "00000"
         folder.mkdir(parents=True)
         for number in range(3):
-            (folder / f"00000000{number}.jpg").write_bytes(picture(first + number))
+            (folder / f"00000000{number}.jpg").write_bytes(image_of(first + number))
             (folder / f"00000000{number}.txt").write_text("a b")
         convert("img2dataset", "--images", folder.parent, "--split", name, "--out", tmp_path / "out", *more)
         return tmp_path / "out" / name
 
     train, val, test = download("train", 0), download("val", 10), download("test", 2)
     assert list(shared([train, val])) == []
-    assert [which for _, _, which, _ in shared([train, test])] == ["1 images, such as image_id 000000000"]  # picture 2
+    assert [which for _, _, which, _ in shared([train, test])] == ["1 images, such as image_id 000000000"]  # image 2
     assert SplitIds(Split(train)).shared(SplitIds(Split(val))) == ("", False)
     (tmp_path / "val").rename(tmp_path / "gone")
     val = download("val", 0, "--overwrite")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.writer import ShardWriter, write_manifest
-from tests.unit.preprocessing.helpers import convert, picture
+from tests.unit.preprocessing.helpers import convert, image_of
 
 _VQA = {
     "questions": ["what?"],
@@ -28,11 +28,11 @@ def write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> None:
 
 
 def captioned(index: int, **changes: Any) -> dict[str, Any]:
-    return {"image": picture(index, "PNG", side=8), "caption": ["a tall one"], "image_id": str(index)} | changes
+    return {"image": image_of(index, "PNG", side=8), "caption": ["a tall one"], "image_id": str(index)} | changes
 
 
 def paired(index: int, **changes: Any) -> dict[str, Any]:
-    images = {"image_0": picture(index, "PNG", side=8), "image_1": picture(index + 50, "PNG", side=8)}
+    images = {"image_0": image_of(index, "PNG", side=8), "image_1": image_of(index + 50, "PNG", side=8)}
     return images | {"questions": ["a"], "answers": ["True"], "identifier": [f"dev-{index}-0-0"]} | changes
 
 
@@ -52,14 +52,14 @@ def set_offset(shard: bytes, length: int) -> bytes:
 def damage(path: Path, kind: str) -> None:
     shard = path.read_bytes()
     if kind == "image offset":
-        path.write_bytes(set_offset(shard, len(picture(0, "PNG", side=8))))
+        path.write_bytes(set_offset(shard, len(image_of(0, "PNG", side=8))))
     elif kind == "caption offset":
         path.write_bytes(set_offset(shard, len("a tall one")))
     elif kind == "batch header":
         place = 16 + int.from_bytes(shard[12:16], "little") + 8  # behind the magic word, the schema and two lengths
         path.write_bytes(shard[:place] + bytes(192) + shard[place + 192 :])
     elif kind == "another kind":
-        write(path.parent / "other", "vqa", [_VQA | {"image": picture(), "image_id": "1"}])
+        write(path.parent / "other", "vqa", [_VQA | {"image": image_of(), "image_id": "1"}])
         path.write_bytes((path.parent / "other/shard-00000.arrow").read_bytes())
     elif kind == "cut":
         path.write_bytes(shard[:-100])
@@ -114,7 +114,7 @@ def test_null_values_are_refused_by_row(tmp_path: Path, refuse: Callable[..., st
 
 
 def test_inspect_shows_rows_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = {"image": picture(), "image_id": None}
+    image = {"image": image_of(), "image_id": None}
     rows = [
         _VQA | image | {"answers": [[None], ["no"]], "answer_scores": None},
         _VQA | image | {"questions": [None, "b"]},

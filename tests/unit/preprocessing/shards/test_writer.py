@@ -16,14 +16,14 @@ from preprocessing.shards.writer import (
     write_manifest,
     write_provenance,
 )
-from tests.unit.preprocessing.helpers import picture, rows_of
+from tests.unit.preprocessing.helpers import image_of, rows_of
 
 
 def write(folder: Path, rows: int, **options: Any) -> dict[str, Any]:
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, "caption", "train", **options)
     for index in range(rows):
-        writer.add({"image": picture(index, side=8), "caption": ["one", "two"], "image_id": str(index)})
+        writer.add({"image": image_of(index, side=8), "caption": ["one", "two"], "image_id": str(index)})
     return write_manifest(folder, "caption", "train", writer.close(), dropped={}, dropped_items=[], source={})
 
 
@@ -42,7 +42,7 @@ def test_rows_come_back_in_batches_of_256(tmp_path: Path) -> None:
     assert [reader.get_batch(index).num_rows for index in range(3)] == [256, 256, 88]
     rows = rows_of(tmp_path / "a")
     assert [row["image_id"] for row in rows] == [str(index) for index in range(600)]
-    assert rows[7] == {"image": picture(7, side=8), "caption": ["one", "two"], "image_id": "7", "split": "train"}
+    assert rows[7] == {"image": image_of(7, side=8), "caption": ["one", "two"], "image_id": "7", "split": "train"}
 
 
 def test_large_data_is_split_in_shards(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_an_image_larger_than_the_buffer(tmp_path: Path) -> None:
 
 def test_images_are_put_into_the_writers_memory_or_copied_there(tmp_path: Path) -> None:
     """Pairs, so that two columns have memory; what was put there and not added is gone."""
-    images = [picture(index, side=8) for index in range(1200)]
+    images = [image_of(index, side=8) for index in range(1200)]
     with ShardWriter(tmp_path, "nlvr", "train") as writer:
         for index in range(0, len(images), 2):
             pair: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 
 N = 30
 SENTENCE = {"raw": "a", "tokens": ["a"]}
@@ -196,11 +196,11 @@ def write(folder: Path, command: list[str], content: Any) -> list[object]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for number in range(N + 1):
-        (folder / f"{number}.jpg").write_bytes(picture(number, side=8))
+        (folder / f"{number}.jpg").write_bytes(image_of(number, side=8))
     for number in range(N):
         for side in range(2):
-            (folder / f"dev-{number}-0-img{side}.png").write_bytes(picture(number, "PNG", side=8))
-    (folder / "COCO__000000000001.jpg").write_bytes(picture(1, side=8))
+            (folder / f"dev-{number}-0-img{side}.png").write_bytes(image_of(number, "PNG", side=8))
+    (folder / "COCO__000000000001.jpg").write_bytes(image_of(1, side=8))
     return folder
 
 

@@ -17,7 +17,7 @@ from preprocessing.images.finding import ImageList
 from preprocessing.shards.schema import DataError, read_manifest
 from preprocessing.sources.split_names import RecordSplits
 from preprocessing.text.cleaning import TextCleaning
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 GOOD = 60
 BAD: dict[str, tuple[bytes, str]] = {
@@ -43,7 +43,7 @@ def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
-        (folder / f"{number}.jpg").write_bytes(picture(number))
+        (folder / f"{number}.jpg").write_bytes(image_of(number))
     return folder
 
 
@@ -75,7 +75,7 @@ def test_a_bad_line_is_counted_and_the_others_are_kept(
     convert(*command(tmp_path, images), "--max-dropped", 0.02)
     rows = rows_of(tmp_path / "out/train")
     assert [row["caption"] for row in rows] == [[f"caption {n}"] for n in range(GOOD)]
-    assert [row["image"] for row in rows] == [picture(n % 3) for n in range(GOOD)]
+    assert [row["image"] for row in rows] == [image_of(n % 3) for n in range(GOOD)]
     before = 6 if form == "tsv" else 7
     assert [row["image_id"] for row in rows] == [f"set-{n}" for n in range(GOOD + 1) if n != before]  # lines, from 0
     manifest = read_manifest(tmp_path / "out/train")
@@ -91,7 +91,7 @@ def test_a_first_line_that_is_bad_is_no_header(tmp_path: Path, images: Path, fir
     """Its row counts all the same: images are named by their rows."""
     (tmp_path / "set.x").write_bytes(b"\n".join([first, rest % 1, rest % 2]))
     convert(*command(tmp_path, images), "--image-name", "{row}", "--max-dropped", 0.5)
-    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(1), picture(2)]
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [image_of(1), image_of(2)]
 
 
 def test_a_header_with_unknown_names_is_refused_whatever_the_bound(
@@ -134,7 +134,7 @@ def test_the_look_at_the_images_refuses_nothing_that_the_bound_allows(
     tmp_path: Path, images: Path, lost: set[int], bound: float
 ) -> None:
     for number in set(range(300)) - lost:
-        (images / f"row{number}.jpg").write_bytes(picture(number))
+        (images / f"row{number}.jpg").write_bytes(image_of(number))
     entries = [{"caption": "a", "image": f"row{number}.jpg"} for number in range(300)]
     write_json(tmp_path / "set.x", entries)
     convert(*command(tmp_path, images), "--max-dropped", bound)
@@ -148,7 +148,7 @@ def test_packed_lines(tmp_path: Path, images: Path, refuse: Callable[..., str]) 
     (tmp_path / "set.x").write_bytes(text("json"))
     convert(*command(tmp_path, images)[:-1], tmp_path / "plain")
     assert rows_of(tmp_path / "out/train") == rows_of(tmp_path / "plain/train")
-    line = json.dumps({"desc": "a", "binary": base64.b64encode(picture()).decode()})
+    line = json.dumps({"desc": "a", "binary": base64.b64encode(image_of()).decode()})
     (tmp_path / "set.gz").write_bytes(gzip.compress(line.encode()))
     assert "set.gz: is compressed, and images in it are read by" in refuse(
         *command(tmp_path, images, "set.gz"), "--overwrite"
@@ -258,7 +258,7 @@ def test_bad_lines_of_sbus_two_files_keep_the_others_together(tmp_path: Path, im
     files = ["--annotations", tmp_path / "urls.txt", tmp_path / "captions.txt"]
     convert("sbu", *files, "--images", images, "--split", "train", "--out", tmp_path / "out", "--max-dropped", 0.4)
     rows = rows_of(tmp_path / "out/train")
-    assert [(row["caption"], row["image"]) for row in rows] == [(["c0"], picture(0)), (["c2"], picture(2))]
+    assert [(row["caption"], row["image"]) for row in rows] == [(["c0"], image_of(0)), (["c2"], image_of(2))]
     (item,) = read_manifest(tmp_path / "out/train")["dropped_items"]
     assert item == {"item": "urls.txt: entry 1", "reason": "line is not UTF-8 text"}
 

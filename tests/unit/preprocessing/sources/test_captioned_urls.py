@@ -16,7 +16,7 @@ from preprocessing.images.finding import ImageList
 from preprocessing.shards.schema import read_manifest
 from preprocessing.sources.split_names import RecordSplits
 from preprocessing.text.cleaning import TextCleaning
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 CAPTIONS = ["a very typical bus station", 'sign that says "stop", café', "interior design of a modern room"]
 URLS = [f"http://static.flickr.com/2723/43850{n}_b0f.jpg?v={n}" for n in range(3)]
@@ -27,7 +27,7 @@ def check(folder: Path, captions: list[str] = CAPTIONS, ids: list[str] = IDS) ->
     rows = rows_of(folder / "out/train")
     assert [row["caption"] for row in rows] == [[caption] for caption in captions]
     assert [row["image_id"] for row in rows] == ids
-    assert [row["image"] for row in rows] == [picture(int(name.split("-")[1])) for name in ids]
+    assert [row["image"] for row in rows] == [image_of(int(name.split("-")[1])) for name in ids]
 
 
 def words(command: str, folder: Path, *more: object, images: bool = True) -> list[object]:
@@ -37,7 +37,7 @@ def words(command: str, folder: Path, *more: object, images: bool = True) -> lis
 
 def put(folder: Path, name: str, number: int) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(picture(number))
+    (folder / name).write_bytes(image_of(number))
 
 
 def test_cc3m_tsv_with_images_called_after_row_and_address(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_eves_json_lines_with_base64(tmp_path: Path, escaped: bool) -> None:
     """What EVE's data_utils/dataset_cc3m.py reads: {"binary", "desc", "url"}; the files have no ending."""
     lines = []
     for number in range(3):
-        text = base64.b64encode(picture(number)).decode()
+        text = base64.b64encode(image_of(number)).decode()
         record = {"url": URLS[number], "binary": text, "desc": CAPTIONS[number], "size": {"w": 40}}
         line = json.dumps(record, ensure_ascii=False)
         lines.append(line.replace("/", "\\/") if escaped else line)
@@ -108,7 +108,7 @@ def test_eves_json_lines_with_base64(tmp_path: Path, escaped: bool) -> None:
 
 
 def test_tsv_with_base64_in_named_columns(tmp_path: Path) -> None:
-    texts = [base64.urlsafe_b64encode(picture(number)).decode() for number in range(3)]
+    texts = [base64.urlsafe_b64encode(image_of(number)).decode() for number in range(3)]
     lines = [f"{10 + n}\t{CAPTIONS[n]}\t{texts[n]}\n" for n in range(3)]
     (tmp_path / "set.tsv").write_text("".join(lines))
     command = words("cc12m", tmp_path, "--annotations", tmp_path / "set.tsv", images=False)
@@ -243,7 +243,11 @@ def test_names_do_not_lead_out_of_the_images(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, records)))
     command = ["sbu", "--images", images, "--annotations", tmp_path / "set.jsonl", "--split", "train"]
     convert(*command, "--out", tmp_path / "out", "--max-dropped", 0.5)
-    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(0), picture(2), picture(0)]
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [
+        image_of(0),
+        image_of(2),
+        image_of(0),
+    ]
     manifest = read_manifest(tmp_path / "out/train")
     assert manifest["dropped"] == {"image path leads out of the folder of images": 3}
 
@@ -327,7 +331,7 @@ def test_columns_of_one_name_are_refused(tmp_path: Path, refuse: Callable[..., s
 
 
 def inline(number: int) -> str:
-    return base64.b64encode(picture(number)).decode()
+    return base64.b64encode(image_of(number)).decode()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import PICTURES, convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import IMAGES, convert, image_of, rows_of, write_json
 
 
 def coco(captions: dict[int, list[str]]) -> dict[str, object]:
@@ -26,7 +26,7 @@ def arguments(folder: Path, annotations: Path | None = None, **options: object) 
 def hundred(tmp_path: Path) -> Path:
     """A folder of 100 JPEG images, and their captions."""
     for number in range(1, 101):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"{number}.jpg").write_bytes(image_of(number))
     write_json(tmp_path / "captions.json", coco({number: [f"{number} a", f"{number} b"] for number in range(1, 101)}))
     return tmp_path
 
@@ -37,7 +37,7 @@ def test_shapes_world(raw: Path, tmp_path: Path, images: str) -> None:
     convert("coco", "--annotations", annotations, "--images", raw / images, "--split", "val", "--out", tmp_path)
     content = json.loads(annotations.read_text())
     rows = rows_of(tmp_path / "val")
-    assert len(rows) == PICTURES["val"]
+    assert len(rows) == IMAGES["val"]
     for row, image in zip(rows, content["images"], strict=True):
         assert row["image_id"] == str(image["id"]) and row["split"] == "val"
         assert row["image"] == (raw / "images/val2014" / image["file_name"]).read_bytes()
@@ -52,7 +52,7 @@ def test_same_input_same_bytes(hundred: Path, tmp_path: Path) -> None:
 
 
 def test_a_truncated_jpeg_is_dropped_counted_and_listed(hundred: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (hundred / "7.jpg").write_bytes(picture(7)[:1000])
+    (hundred / "7.jpg").write_bytes(image_of(7)[:1000])
     convert(*arguments(hundred))
     manifest = read_manifest(hundred / "out/train")
     assert (manifest["rows"], manifest["samples"]) == (99, 198)
@@ -64,7 +64,7 @@ def test_a_truncated_jpeg_is_dropped_counted_and_listed(hundred: Path, capsys: p
 
 
 def test_too_many_dropped_fails_and_leaves_nothing(hundred: Path, refuse: Callable[..., str]) -> None:
-    (hundred / "7.jpg").write_bytes(picture(7)[:1000])
+    (hundred / "7.jpg").write_bytes(image_of(7)[:1000])
     (hundred / "8.jpg").unlink()
     message = refuse(*arguments(hundred))
     assert "more than --max-dropped 0.01 of 100 rows" in message

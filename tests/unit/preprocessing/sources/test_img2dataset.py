@@ -16,7 +16,7 @@ import pytest
 from preprocessing.formats.shard_rows import Wanted
 from preprocessing.shards.schema import DataError, read_manifest
 from preprocessing.sources.img2dataset import read_folder
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 GOT = {0: [0, 2], 1: [1, 3]}  # shard -> which of its four addresses gave an image
 KEYS = [f"{shard:05d}{number:04d}" for shard, numbers in GOT.items() for number in numbers]
@@ -40,7 +40,7 @@ def metadata(shard: int, number: int) -> dict[str, Any]:
 
 
 def image(shard: int, number: int) -> bytes:
-    return picture(10 * shard + number)
+    return image_of(10 * shard + number)
 
 
 def write_side_files(folder: Path, shard: int, rows: list[dict[str, Any]], name: str) -> None:
@@ -104,13 +104,13 @@ def test_other_webdatasets(tmp_path: Path) -> None:
     """Names with folders, captions in JSON alone, images without any, other endings, other members."""
     (tmp_path / "raw").mkdir()
     with tarfile.open(tmp_path / "raw/a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-        add(tar, "part/one.png", picture(1, "PNG"))
+        add(tar, "part/one.png", image_of(1, "PNG"))
         add(tar, "part/one.json", json.dumps({"caption": "in json"}).encode())
         add(tar, "part/one.cls", b"3")
-        add(tar, "two.jpg", picture(2))
-        add(tar, f"{'long' * 40}.jpeg", picture(3))
+        add(tar, "two.jpg", image_of(2))
+        add(tar, f"{'long' * 40}.jpeg", image_of(3))
         add(tar, f"{'long' * 40}.txt", b" a  long name ")
-        add(tar, "four.webp", picture(4, "WEBP"))
+        add(tar, "four.webp", image_of(4, "WEBP"))
         add(tar, "four.txt", b" ")
         add(tar, "five.txt", b"no image")
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
@@ -119,7 +119,7 @@ def test_other_webdatasets(tmp_path: Path) -> None:
         ("part/one", ["in json"]),
         ("long" * 40, ["a  long name"]),
     ]
-    assert [row["image"] for row in rows] == [picture(1, "PNG"), picture(3)]
+    assert [row["image"] for row in rows] == [image_of(1, "PNG"), image_of(3)]
     assert read_manifest(tmp_path / "out/train")["dropped"] == {
         "image without caption": 2,
         "text without image": 1,
@@ -131,40 +131,40 @@ def test_names_that_are_no_utf8(tmp_path: Path, layout: str) -> None:
     key = os.fsdecode(b"caf\xe9")
     (tmp_path / "raw/a").mkdir(parents=True)
     if layout == "files":
-        (tmp_path / f"raw/a/{key}.jpg").write_bytes(picture(1))
+        (tmp_path / f"raw/a/{key}.jpg").write_bytes(image_of(1))
         (tmp_path / f"raw/a/{key}.txt").write_text("one")
     else:
         with tarfile.open(tmp_path / "raw/a.tar", "w") as tar:
-            add(tar, f"{key}.jpg", picture(1))
+            add(tar, f"{key}.jpg", image_of(1))
             add(tar, f"{key}.txt", b"one")
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
     (row,) = rows_of(tmp_path / "out/train")
-    assert (row["image_id"], row["caption"], row["image"]) == ("caf\ufffd", ["one"], picture(1))
+    assert (row["image_id"], row["caption"], row["image"]) == ("caf\ufffd", ["one"], image_of(1))
 
 
 def test_keys_that_begin_anew_in_each_shard(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     for number, name in enumerate(("a", "b")):
         with tarfile.open(tmp_path / f"raw/{name}.tar", "w") as tar:
-            add(tar, "0.jpg", picture(number))
+            add(tar, "0.jpg", image_of(number))
             add(tar, "0.txt", name.encode())
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out/train")
     assert [(row["image_id"], row["caption"], row["image"]) for row in rows] == [
-        ("a/0", ["a"], picture(0)),
-        ("b/0", ["b"], picture(1)),
+        ("a/0", ["a"], image_of(0)),
+        ("b/0", ["b"], image_of(1)),
     ]
 
 
 def test_hugging_face_tables_without_keys(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
-    rows = [{"image": {"bytes": picture(n), "path": None}, "text": f"t{n}"} for n in range(3)]
+    rows = [{"image": {"bytes": image_of(n), "path": None}, "text": f"t{n}"} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw/train-00000.parquet", row_group_size=2)
     (tmp_path / "not.txt").write_text("train-00000-1\n")
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out",
             "--exclude", tmp_path / "not.txt")  # fmt: skip
     found = [(row["image_id"], row["image"], row["caption"]) for row in rows_of(tmp_path / "out/train")]
-    assert found == [("train-00000-0", picture(0), ["t0"]), ("train-00000-2", picture(2), ["t2"])]
+    assert found == [("train-00000-0", image_of(0), ["t0"]), ("train-00000-2", image_of(2), ["t2"])]
 
 
 def test_broken_and_foreign_files_are_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
@@ -177,11 +177,11 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path, refuse: Callable[...
     pq.write_table(pa.Table.from_pylist([{"url": "x"}]), raw / "a.parquet")
     assert "a.parquet: has no column of images" in refuse(*command)
     with tarfile.open(raw / "a.tar", "w") as tar:
-        add(tar, "1.jpg", picture(1))
+        add(tar, "1.jpg", image_of(1))
         add(tar, "1.txt", b"one")
     with tarfile.open(raw / "b.tar", "w") as tar:
         for member in ("1.jpg", "1.txt", "2.txt", "1.jpg", "1.txt"):
-            add(tar, member, picture(1))
+            add(tar, member, image_of(1))
     assert "b.tar: key 1 stands twice" in refuse(*command)
     (raw / "b.tar").write_bytes((raw / "a.tar").read_bytes()[:700])
     assert "b.tar: is no whole tar" in refuse(*command)
@@ -196,7 +196,7 @@ def test_tars_that_are_cut_or_garbled_between_members(tmp_path: Path, refuse: Ca
     raw.mkdir()
     with tarfile.open(raw / "a.tar", "w") as tar:
         for number in range(4):
-            add(tar, f"{number}.jpg", picture(number))
+            add(tar, f"{number}.jpg", image_of(number))
             add(tar, f"{number}.txt", b"text")
     whole = (raw / "a.tar").read_bytes()
     with tarfile.open(raw / "a.tar") as tar:
@@ -216,25 +216,25 @@ def test_tars_that_are_cut_or_garbled_between_members(tmp_path: Path, refuse: Ca
     (raw / "a_stats.json").unlink()
     with tarfile.open(raw / "a.tar", "w") as tar:
         for number in range(2):
-            add(tar, "1.jpg", picture(number))
+            add(tar, "1.jpg", image_of(number))
         add(tar, "1.txt", b"text")
     assert "a.tar: key 1 stands twice" in refuse(*command)
 
 
-def test_pictures_whose_names_have_a_second_dot_are_counted(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_images_whose_names_have_a_second_dot_are_counted(tmp_path: Path, refuse: Callable[..., str]) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
     with tarfile.open(raw / "a.tar", "w") as tar:
         for number, name in enumerate(("photo.v1", "photo.v2")):
-            add(tar, f"{name}.JPG", picture(number))
+            add(tar, f"{name}.JPG", image_of(number))
             add(tar, f"{name}.txt", b"text")
     assert "no row to write; 2 left out: image name has a second dot" in refuse(*command)
     with tarfile.open(raw / "b.tar", "w") as tar:
-        add(tar, "a.jpg", picture(2))
+        add(tar, "a.jpg", image_of(2))
         add(tar, "a.txt", b"two")
     convert(*command)
-    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(2)]
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [image_of(2)]
     manifest = read_manifest(tmp_path / "out/train")
     assert (manifest["source"], manifest["dropped"]) == ({"images": 1}, {"image name has a second dot": 2})
 
@@ -242,10 +242,10 @@ def test_pictures_whose_names_have_a_second_dot_are_counted(tmp_path: Path, refu
 def test_endings_in_folders_are_taken_as_they_are_spelled(tmp_path: Path) -> None:
     (tmp_path / "raw/a").mkdir(parents=True)
     for number, ending in enumerate(("JPG", "jpeg", "Png")):
-        (tmp_path / f"raw/a/{number}.{ending}").write_bytes(picture(number))
+        (tmp_path / f"raw/a/{number}.{ending}").write_bytes(image_of(number))
         (tmp_path / f"raw/a/{number}.txt").write_text(f"text {number}")
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
-    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(number) for number in range(3)]
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [image_of(number) for number in range(3)]
 
 
 @pytest.mark.parametrize("layout", ["parquet", "webdataset"])
@@ -253,23 +253,23 @@ def test_lists_of_captions(tmp_path: Path, layout: str) -> None:
     (tmp_path / "raw").mkdir()
     captions: list[list[str | None]] = [["a", " b "], ["c", "", None], [], [" "]]
     if layout == "parquet":
-        rows = [{"image": {"bytes": picture(n)}, "caption": texts} for n, texts in enumerate(captions)]
+        rows = [{"image": {"bytes": image_of(n)}, "caption": texts} for n, texts in enumerate(captions)]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "raw/0.parquet")
     else:
         with tarfile.open(tmp_path / "raw/0.tar", "w") as tar:
             for number, texts in enumerate(captions):
-                add(tar, f"{number}.jpg", picture(number))
+                add(tar, f"{number}.jpg", image_of(number))
                 add(tar, f"{number}.json", json.dumps({"caption": texts}).encode())
     convert("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
     found = [(row["image"], row["caption"]) for row in rows_of(tmp_path / "out/train")]
-    assert found == [(picture(0), ["a", "b"]), (picture(1), ["c"])]
+    assert found == [(image_of(0), ["a", "b"]), (image_of(1), ["c"])]
     assert read_manifest(tmp_path / "out/train")["dropped"] == {"caption is empty": 2, "image without caption": 2}
 
 
 @pytest.mark.parametrize("caption", [5, b"a", [5], {"en": "a"}])
 def test_captions_of_other_types_are_refused(tmp_path: Path, refuse: Callable[..., str], caption: Any) -> None:
     (tmp_path / "raw").mkdir()
-    pq.write_table(pa.Table.from_pylist([{"jpg": picture(), "caption": caption}]), tmp_path / "raw/0.parquet")
+    pq.write_table(pa.Table.from_pylist([{"jpg": image_of(), "caption": caption}]), tmp_path / "raw/0.parquet")
     message = refuse("img2dataset", "--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
     assert "0.parquet: column caption is of type" in message and "neither text nor lists of texts" in message
 
@@ -280,7 +280,7 @@ def test_captions_that_cannot_be_read(tmp_path: Path, refuse: Callable[..., str]
     (raw / "a").mkdir(parents=True)
     command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
     for number in range(2):
-        (raw / f"a/{number}.jpg").write_bytes(picture(number))
+        (raw / f"a/{number}.jpg").write_bytes(image_of(number))
     (raw / "a/0.txt").symlink_to(tmp_path / "none.txt")
     (raw / "a/1.txt").write_text("one")
     convert(*command)
@@ -293,7 +293,7 @@ def test_captions_that_cannot_be_read(tmp_path: Path, refuse: Callable[..., str]
 
 def test_captions_that_go_while_the_run_is_at_work(tmp_path: Path) -> None:
     (tmp_path / "raw/a").mkdir(parents=True)
-    (tmp_path / "raw/a/0.jpg").write_bytes(picture())
+    (tmp_path / "raw/a/0.jpg").write_bytes(image_of())
     (tmp_path / "raw/a/0.txt").write_text("zero")
     rows = read_folder(str(tmp_path / "raw"), "auto", Wanted("train")).rows
     (tmp_path / "raw/a/0.txt").unlink()
@@ -304,7 +304,7 @@ def test_captions_that_go_while_the_run_is_at_work(tmp_path: Path) -> None:
 def test_bad_statistics_are_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
     raw = tmp_path / "raw"
     (raw / "a").mkdir(parents=True)
-    (raw / "a/0.jpg").write_bytes(picture())
+    (raw / "a/0.jpg").write_bytes(image_of())
     (raw / "a/0.txt").write_text("zero")
     command = ["img2dataset", "--images", raw, "--split", "train", "--out", tmp_path / "out"]
     for content in ({"count": 5, "successes": None}, {"count": 5}, {"count": 5, "successes": "1"}):
@@ -340,7 +340,7 @@ def test_a_copy_of_a_shard_under_another_name_is_told_and_counted(
 
 
 def test_annotations_that_are_given_twice_are_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
-    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "0.jpg").write_bytes(image_of(0))
     one = write_json(tmp_path / "one.json", [{"image": "0.jpg", "caption": "a"}])
     other = write_json(tmp_path / "other.json", [{"image": "0.jpg", "caption": "b"}])  # of the same size
     command = ["json", "--task", "retrieval", "--images", tmp_path, "--split", "train", "--out", tmp_path / "out",

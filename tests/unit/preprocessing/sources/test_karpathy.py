@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 COCO = {9: ("train2014", "train"), 42: ("val2014", "restval"), 73: ("val2014", "val"), 74: ("val2014", "test")}
 FLICKR = {"1000092795": "train", "10002456": "train", "1007129816": "val", "1009434119": "test"}
@@ -39,7 +39,7 @@ def coco(tmp_path: Path) -> list[object]:
     """The command for a miniature of COCO 2014 with Karpathy's splits, but for --split."""
     for number, (subset, _) in COCO.items():
         (tmp_path / subset).mkdir(exist_ok=True)
-        (tmp_path / subset / f"COCO_{subset}_{number:012d}.jpg").write_bytes(picture(number))
+        (tmp_path / subset / f"COCO_{subset}_{number:012d}.jpg").write_bytes(image_of(number))
     return ["coco", "--annotations", coco_json(tmp_path), "--images", tmp_path, "--out", tmp_path / "out"]
 
 
@@ -56,17 +56,17 @@ def test_coco_splits(coco: list[object], tmp_path: Path, words: list[str], numbe
     convert(*coco, *words)
     rows = rows_of(tmp_path / "out" / words[1])
     assert [row["image_id"] for row in rows] == [str(number) for number in numbers]
-    assert [row["image"] for row in rows] == [picture(number) for number in numbers]
+    assert [row["image"] for row in rows] == [image_of(number) for number in numbers]
     assert [row["caption"] for row in rows] == [[f"A, {number}, {place}." for place in range(2)] for number in numbers]
 
 
 def test_coco_2017_images_serve_as_well(tmp_path: Path) -> None:
     (tmp_path / "train2017").mkdir()
     for number in COCO:
-        (tmp_path / f"train2017/{number:012d}.jpg").write_bytes(picture(number))
+        (tmp_path / f"train2017/{number:012d}.jpg").write_bytes(image_of(number))
     annotations = coco_json(tmp_path)
     convert("coco", "--annotations", annotations, "--images", tmp_path, "--split", "train", "--out", tmp_path / "out")
-    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [picture(9), picture(42)]
+    assert [row["image"] for row in rows_of(tmp_path / "out/train")] == [image_of(9), image_of(42)]
 
 
 def test_pre_training_on_train_and_val_less_the_test_list(tmp_path: Path, coco: list[object]) -> None:
@@ -144,7 +144,7 @@ def flickr(tmp_path: Path) -> Path:
     """The images of a miniature of Flickr30k, with Karpathy's file and the captions' own."""
     (tmp_path / "flickr30k-images").mkdir()
     for index, name in enumerate(FLICKR):
-        (tmp_path / f"flickr30k-images/{name}.jpg").write_bytes(picture(index))
+        (tmp_path / f"flickr30k-images/{name}.jpg").write_bytes(image_of(index))
     images = [
         {"sentids": [0, 1], "imgid": 0, "sentences": sentences(name), "split": split, "filename": f"{name}.jpg"}
         for name, split in FLICKR.items()
@@ -164,7 +164,10 @@ def test_flickr_by_both_files(flickr: Path, capsys: pytest.CaptureFixture[str]) 
     assert "train.txt: 2 of 3 images found\n" in capsys.readouterr().out
     rows = rows_of(flickr / "a/train")
     assert rows == rows_of(flickr / "b/train")
-    assert [(row["image_id"], row["image"]) for row in rows] == [("1000092795", picture(0)), ("10002456", picture(1))]
+    assert [(row["image_id"], row["image"]) for row in rows] == [
+        ("1000092795", image_of(0)),
+        ("10002456", image_of(1)),
+    ]
     assert rows[0]["caption"] == ["A, 1000092795, 0.", "A, 1000092795, 1."]
     assert read_manifest(flickr / "b/train")["dropped"] == {"image is not listed in --only": 2}
     convert("flickr30k", "--annotations", flickr / "results_20130124.token", "--exclude",

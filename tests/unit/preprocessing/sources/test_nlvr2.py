@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 
 
 def write(folder: Path, examples: list[dict[str, Any]]) -> list[object]:
@@ -21,7 +21,7 @@ def example(identifier: str, label: str = "True", **more: Any) -> dict[str, Any]
 def draw(folder: Path, pair: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for side in (0, 1):
-        (folder / f"{pair}-img{side}.png").write_bytes(picture(2 * seed + side, "PNG", side=8))
+        (folder / f"{pair}-img{side}.png").write_bytes(image_of(2 * seed + side, "PNG", side=8))
 
 
 def test_shapes_world(raw: Path, tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_images_are_found_where_the_archives_put_them(tmp_path: Path, place: str
     convert(*write(tmp_path, examples))
     rows = rows_of(tmp_path / "out/val")
     assert [row["identifier"] for row in rows] == [["train-7-0-0", "train-7-0-1"], ["train-7-1-0", "train-7-1-1"]]
-    assert rows[1]["image_1"] == picture(5, "PNG", side=8)
+    assert rows[1]["image_1"] == image_of(5, "PNG", side=8)
 
 
-def test_one_missing_picture_drops_the_pair(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_one_missing_image_drops_the_pair(tmp_path: Path, refuse: Callable[..., str]) -> None:
     draw(tmp_path / "dev", "dev-1-0", 1)
     draw(tmp_path / "dev", "dev-1-1", 2)
     (tmp_path / "dev/dev-1-0-img1.png").unlink()
@@ -96,7 +96,7 @@ def test_a_pair_listed_by_duplicates_is_left_out_whole(tmp_path: Path) -> None:
     words = write(tmp_path, [example(f"dev-1-{pair}-{sentence}") for pair in (1, 2) for sentence in (0, 1)])
     convert(*words)
     (tmp_path / "seen").mkdir()
-    (tmp_path / "seen/x.png").write_bytes(picture(3, "PNG", side=8))  # the right one of the first pair
+    (tmp_path / "seen/x.png").write_bytes(image_of(3, "PNG", side=8))  # the right one of the first pair
     (tmp_path / "seen.json").write_text(json.dumps([{"image": "x.png", "caption": "x"}]))
     convert("json", "--task", "retrieval", "--annotations", tmp_path / "seen.json", "--images", tmp_path / "seen",
             "--split", "test", "--out", tmp_path / "test")  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from preprocessing.__main__ import main
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 SPLITS = ("test", "train2014", "val", "restval", "Validation", "dev", "TEST")
 OF = {"train": [1, 3], "val": [2, 4, 5], "test": [0, 6]}
@@ -91,7 +91,7 @@ def beside(splits: Sequence[Any], number: int, text: bool) -> dict[str, bytes]:
 def tars(raw: Path, splits: Sequence[Any], text: bool) -> list[object]:
     with tarfile.open(raw / "0.tar", "w") as tar:
         for number in range(len(splits)):
-            for ending, content in {"jpg": picture(number), **beside(splits, number, text)}.items():
+            for ending, content in {"jpg": image_of(number), **beside(splits, number, text)}.items():
                 member = tarfile.TarInfo(f"{number}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -106,7 +106,7 @@ def folders(raw: Path, splits: Sequence[Any], text: bool) -> list[object]:
 
 
 def parquet(raw: Path, splits: Sequence[Any]) -> list[object]:
-    rows = [{"image": {"bytes": picture(number)}, "caption": f"a {number}"} for number in range(len(splits))]
+    rows = [{"image": {"bytes": image_of(number)}, "caption": f"a {number}"} for number in range(len(splits))]
     table = pa.Table.from_pylist(rows)
     if any(splits):
         table = table.append_column("Split", pa.array(splits, pa.string()))
@@ -135,7 +135,7 @@ def command(tmp_path: Path) -> Callable[..., list[object]]:
         raw = tmp_path / "raw"
         raw.mkdir(exist_ok=True)
         for number in range(len(splits)):
-            (raw / image(number)).write_bytes(picture(number))
+            (raw / image(number)).write_bytes(image_of(number))
         more = ["--split", split, "--images", raw, "--out", tmp_path / "out", "--overwrite"]
         return [*FORMS[form](raw, splits), *more]
 
@@ -149,7 +149,7 @@ def numbers(folder: Path) -> list[int]:
         texts = row.get("caption") or row["questions"]
         assert len(texts) == 1
         found.append(int(texts[0].removeprefix("a ")))
-        assert (row.get("image") or row["image_0"]) == picture(found[-1])
+        assert (row.get("image") or row["image_0"]) == image_of(found[-1])
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 PLACES = {10: "VG_100K/10.jpg", 1: "VG_100K_2/1.jpg", 2: "VG_100K_2/2.jpg"}
 
@@ -18,7 +18,7 @@ def genome(tmp_path: Path) -> Path:
     regions, questions, images = [], [], []
     for image_id, place in PLACES.items():
         (tmp_path / place).parent.mkdir(exist_ok=True)
-        (tmp_path / place).write_bytes(picture(image_id))
+        (tmp_path / place).write_bytes(image_of(image_id))
         boxes = {"x": 1, "y": 2, "width": 10, "height": 12}
         regions.append(
             {
@@ -63,7 +63,7 @@ def end(folder: Path, split: str = "train") -> list[object]:
 def test_phrases_are_captions_of_the_image(genome: Path) -> None:
     convert("visual-genome", "--regions", genome / "region_descriptions.json", *end(genome))
     rows = rows_of(genome / "out/train")
-    assert [(row["image_id"], row["image"]) for row in rows] == [(str(n), picture(n)) for n in PLACES]
+    assert [(row["image_id"], row["image"]) for row in rows] == [(str(n), image_of(n)) for n in PLACES]
     assert rows[0]["caption"] == ["thing 0", "thing 1", "thing 2"] and rows[1]["caption"] == ["thing 0", "thing 2"]
     manifest = read_manifest(genome / "out/train")
     assert manifest["source"] == {"images": 3, "captions": 9} and manifest["dropped"] == {"caption is empty": 1}
@@ -94,7 +94,7 @@ def test_questions_with_one_answer_each(genome: Path) -> None:
 def both(genome: Path) -> list[object]:
     """VQA v2 over COCO image 1, which is not Visual Genome's image 1; one question has the id of one of VG's."""
     (genome / "train2014").mkdir()
-    (genome / "train2014/COCO_train2014_000000000001.jpg").write_bytes(picture(77))
+    (genome / "train2014/COCO_train2014_000000000001.jpg").write_bytes(image_of(77))
     questions = [{"image_id": 1, "question_id": 1000 + n, "question": f"Q {n}?"} for n in range(2)]
     answers = [{"answer": "dog", "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
     annotations = [{"question_id": 1000 + n, "multiple_choice_answer": "dog", "answers": answers} for n in range(2)]
@@ -117,7 +117,7 @@ def test_vqav2_with_visual_genome(genome: Path, both: list[object]) -> None:
     assert json.loads((genome / "out/answer_list.json").read_text()) == ["dog"]  # counted over VQA v2 alone
     rows = rows_of(genome / "out/train")
     assert [row["image_id"] for row in rows] == ["1", "vg-10", "vg-1"]
-    assert rows[0]["image"] == picture(77) and rows[2]["image"] == picture(1)
+    assert rows[0]["image"] == image_of(77) and rows[2]["image"] == image_of(1)
     assert rows[2]["question_id"] == [1_000_001_000]
     assert read_manifest(genome / "out/train")["dropped"] == {
         "question without a listed answer": 2,

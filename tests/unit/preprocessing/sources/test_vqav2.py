@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 
 def annotation(question_id: int, answers: list[str], main: str | None = None) -> dict[str, Any]:
@@ -18,13 +18,13 @@ def annotation(question_id: int, answers: list[str], main: str | None = None) ->
 
 
 class World:
-    """A small VQA v2 of two pictures: one named as in 2014, one as in 2017."""
+    """A small VQA v2 of two images: one named as in 2014, one as in 2017."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "train2014").mkdir()
-        (folder / "train2014/COCO_train2014_000000000001.jpg").write_bytes(picture(1))
-        (folder / "000000000002.png").write_bytes(picture(2, "PNG"))
+        (folder / "train2014/COCO_train2014_000000000001.jpg").write_bytes(image_of(1))
+        (folder / "000000000002.png").write_bytes(image_of(2, "PNG"))
         self.questions = [
             {"image_id": 2, "question_id": 20, "question": "Red?"},
             {"image_id": 1, "question_id": 10, "question": "How many? "},
@@ -54,7 +54,7 @@ def test_labels_scores_and_order(world: World) -> None:
     assert json.loads((world.folder / "out/answer_list.json").read_text()) == ["2", "dog", "yes"]
     first, second = rows_of(world.folder / "out/train")
     assert first == {
-        "image": picture(2, "PNG"),
+        "image": image_of(2, "PNG"),
         "questions": ["Red?", "What?"],
         "answers": [["yes"], ["dog"]],
         "answer_labels": [[2], [1]],
@@ -63,7 +63,7 @@ def test_labels_scores_and_order(world: World) -> None:
         "image_id": "2",
         "split": "train",
     }
-    assert (second["image"], second["questions"], second["answers"]) == (picture(1), ["How many?"], [["2"]])
+    assert (second["image"], second["questions"], second["answers"]) == (image_of(1), ["How many?"], [["2"]])
 
 
 def test_soft_scores_of_disagreeing_people(world: World) -> None:
@@ -117,7 +117,7 @@ def test_answer_list_belongs_to_the_data_set(world: World, refuse: Callable[...,
     convert(*world.arguments("val"))
     other = write_json(world.folder / "list.json", ["yes", "2"])
     message = refuse(*world.arguments(), "--overwrite", "--answer-list", other)
-    assert "answer_list.json: differs from the answer list given, and val is labelled by it" in message
+    assert "answer_list.json: differs from the answer list given, and val is labeled by it" in message
     convert(*world.arguments(), "--overwrite", "--min-answers", 1)
     assert "no answer is given that often" in refuse(*world.arguments()[:-1], world.folder / "new")
     assert not (world.folder / "new").exists()
@@ -171,7 +171,7 @@ def test_questions_without_a_word_are_left_out_and_counted(world: World) -> None
     convert("verify", world.folder / "out")
 
 
-def test_annotations_that_stand_twice_or_answer_of_another_picture(world: World, refuse: Callable[..., str]) -> None:
+def test_annotations_that_stand_twice_or_answer_of_another_image(world: World, refuse: Callable[..., str]) -> None:
     world.annotations[1]["image_id"] = 1
     assert "questions[0]: asks of image 2, its annotation in" in refuse(*world.arguments())
     world.annotations[1]["image_id"] = 2

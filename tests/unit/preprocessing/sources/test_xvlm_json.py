@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 
 from preprocessing.shards.schema import read_manifest
-from tests.unit.preprocessing.helpers import convert, picture, rows_of, write_json
+from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     (tmp_path / "pics").mkdir()
     for number in range(3):
-        (tmp_path / f"pics/{number}.jpg").write_bytes(picture(number))
+        (tmp_path / f"pics/{number}.jpg").write_bytes(image_of(number))
     return tmp_path
 
 
@@ -36,7 +36,7 @@ def test_retrieval_brings_captions_of_an_image_together(images: Path) -> None:
         ("7", ["zero a", "zero b", "zero c"]),
         ("pics/2.jpg", ["two"]),
     ]
-    assert [row["image"] for row in rows] == [picture(1), picture(0), picture(2)]
+    assert [row["image"] for row in rows] == [image_of(1), image_of(0), image_of(2)]
     manifest = read_manifest(images / "out/train")
     assert manifest["dropped"] == {"caption is empty": 1}
     assert manifest["source"] == {"images": 3, "captions": 7}
@@ -97,9 +97,9 @@ def test_ids_of_visual_genome_that_are_taken(images: Path, refuse: Callable[...,
     convert(*arguments(images, "vqa", vqa, vg), "--min-answers", 1)
     found = [(row["image_id"], row["question_id"], row["image"]) for row in rows_of(images / "out/train")]
     expected = [
-        ("7", [9000], picture(0)),
-        ("vg-0", [1_000_009_000], picture(2)),
-        ("vg-1", [1_000_009_001], picture(1)),
+        ("7", [9000], image_of(0)),
+        ("vg-0", [1_000_009_000], image_of(2)),
+        ("vg-1", [1_000_009_001], image_of(1)),
     ]
     assert found == expected
     vg[0]["question_id"] = vg[1]["question_id"] = 1  # now it is the image's id that is taken
@@ -124,7 +124,7 @@ def test_nlvr(images: Path) -> None:
     ]
     convert(*arguments(images, "nlvr", records, split="val"))
     first, second = rows_of(images / "out/val")
-    assert (first["image_0"], first["image_1"]) == (picture(0), picture(1)) == (second["image_1"], second["image_0"])
+    assert (first["image_0"], first["image_1"]) == (image_of(0), image_of(1)) == (second["image_1"], second["image_0"])
     assert (first["questions"], first["answers"]) == (["a", "c"], ["True", "False"])
     assert (first["identifier"], second["identifier"]) == (["dev-1-0-0", "dev-1-0-1"], ["record-1-0-0"])
 

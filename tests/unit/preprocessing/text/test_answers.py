@@ -37,13 +37,13 @@ ASSETS = Path(__file__).parents[3] / "assets"
         ("an", ""),
     ],
 )
-def test_official_normalisation(raw: str, normal: str) -> None:
+def test_official_normalization(raw: str, normal: str) -> None:
     assert normalize_answer(raw) == normal
 
 
 @given(st.text(st.sampled_from("ab two dont an the 01,.;/[]\"{}()=+\\_-><@`?!':$%\n\t"), max_size=20))
 def test_agrees_with_the_evaluation(text: str) -> None:
-    assert normalize_answer(text) == vqa.normalise(vqa.clean(text))
+    assert normalize_answer(text) == vqa.normalize(vqa.clean(text))
 
 
 def test_agrees_with_the_evaluation_on_golden_answers() -> None:
@@ -51,7 +51,7 @@ def test_agrees_with_the_evaluation_on_golden_answers() -> None:
     texts = {answer["answer"] for annotation in annotations for answer in annotation["answers"]}
     assert len(texts) > 20
     for text in texts:
-        assert normalize_answer(text) == vqa.normalise(vqa.clean(text))
+        assert normalize_answer(text) == vqa.normalize(vqa.clean(text))
 
 
 def test_entries_of_a_list_that_are_spelled_otherwise() -> None:

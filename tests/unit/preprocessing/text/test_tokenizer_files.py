@@ -18,7 +18,7 @@ from tests.unit.preprocessing.helpers import command
 TEXTS = [
     "A red circle at the top left, two objects",
     "a blue square's edge and a red cross -- don't ask",
-    "Is there a green triangle? 3.5 metres",
+    "Is there a green triangle? 3.5 meters",
     "the quick brown fox jumps over the lazy dog",
     "dogs and foxes, squares and circles, tops and edges",
 ] * 9

@@ -8,16 +8,16 @@ import tracemalloc
 import numpy as np
 import pytest
 from PIL import Image
-from tests.unit.preprocessing.images.test_policy import odd_pictures
 
 from eve_ds.data.transforms import build_transform, decode_image
 from preprocessing.images.policy import ImagePolicy
 from preprocessing.shards.schema import MAX_PIXELS, DataError
+from tests.unit.preprocessing.images.test_policy import odd_images
 
 
-@pytest.mark.parametrize("kind", list(odd_pictures()))
+@pytest.mark.parametrize("kind", list(odd_images()))
 def test_odd_files_come_out_rgb_and_upright(kind: str) -> None:
-    data, seen = odd_pictures()[kind]
+    data, seen = odd_images()[kind]
     stored = ImagePolicy().apply(data)
     assert stored == data
     out = build_transform(48, train=False)(stored, sample_id=0)
@@ -29,7 +29,7 @@ def test_odd_files_come_out_rgb_and_upright(kind: str) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_picture_of_more_pixels_than_preparation_takes_is_not_decoded(train: bool) -> None:
+def test_a_image_of_more_pixels_than_preparation_takes_is_not_decoded(train: bool) -> None:
     """Ten thousand by six thousand black pixels are a PNG of 60 kB, and would be 180 MB."""
     buffer = io.BytesIO()
     Image.new("L", (10_000, 6_000)).save(buffer, "PNG")

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from eve_ds.errors import UserError
-from eve_ds.tasks import NLVR, MaskedModelling, Retrieval, Task, load_task_model
+from eve_ds.tasks import NLVR, MaskedModeling, Retrieval, Task, load_task_model
 from eve_ds.weights.errors import WeightsError
 from preprocessing.shards.schema import DataError
 from tests.support.tiny_tasks import OBJECTIVE, tiny_batch, tiny_config, tiny_task
@@ -121,7 +121,7 @@ def test_a_model_folder_comes_back_as_it_was(kind: str, name: str, tmp_path: Pat
     state = task.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
-    if isinstance(loaded, MaskedModelling):
+    if isinstance(loaded, MaskedModeling):
         assert loaded.objective == OBJECTIVE
 
 

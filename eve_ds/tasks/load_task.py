@@ -16,7 +16,7 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_yaml, section_of
 from eve_ds.tasks.base import TASKS, Task
-from eve_ds.tasks.masked import MaskedModelling, ObjectiveConfig
+from eve_ds.tasks.masked import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.vqa import VQA
@@ -48,7 +48,7 @@ def load_task_model(
         checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own. The size
             of the task's head is read off its tensors.
         vlmo_config: EVE's ``config_vlmo*.json``; None reads the ``config.yaml`` beside the weights.
-        image_size: pictures' side, pixels; positions are interpolated to it. None: as the weights have it.
+        image_size: images' side, pixels; positions are interpolated to it. None: as the weights have it.
         capacity_factor: None drops no token; see ``ModelConfig``.
         published_routing: pad texts to 40 tokens, and route and count the padding, as the published code does.
     Raises:
@@ -113,13 +113,13 @@ def _stored(kind: type[Config], path: Path, section: str) -> Config:
     return section_of(kind, tree[section], f"{path}: {section}")
 
 
-def _pretrain(backbone: Backbone, state: State, files: ModelFolder) -> MaskedModelling:
+def _pretrain(backbone: Backbone, state: State, files: ModelFolder) -> MaskedModeling:
     """Decoders that the file does not hold have default sizes and first values (published files have none)."""
     objective = ObjectiveConfig()
     if files.config is not None and "pixel_decoder.embed.weight" in state:
         objective = _stored(ObjectiveConfig, files.config, "objective")
     mask_id = Tokenizer.load(files.tokenizer).mask_id if files.tokenizer is not None else DEFAULT_MASK_ID
-    return MaskedModelling(backbone, objective, mask_id)
+    return MaskedModeling(backbone, objective, mask_id)
 
 
 def _retrieval(backbone: Backbone, state: State, files: ModelFolder) -> Retrieval:
