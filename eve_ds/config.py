@@ -10,7 +10,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -18,8 +18,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.data_config import MOST_SECONDS, DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.model_config import MOST, ModelConfig
-from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, wrong_value
+from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, values_of, wrong_value
 from eve_ds.recipes import (
+    at,
     check_keys,
     check_values,
     model_section,
@@ -28,9 +29,9 @@ from eve_ds.recipes import (
     split_options,
 )
 from eve_ds.tasks.masked import ObjectiveConfig
+from eve_ds.tasks.registry import finetune_spec, pretrain_spec
+from eve_ds.tasks.spec import FinetuneObjective, FinetuneSpec, PretrainSpec
 from preprocessing.shards.schema import DataError
-
-TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
 
 
 def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
@@ -171,30 +172,6 @@ class LoggingConfig:
 
 
 @dataclass
-class FinetuneObjective:
-    """What a fine-tuning task needs beyond the backbone.
-
-    Args:
-        biattn: NLVR: bi-attention head in place of the plain one.
-        embed_dim: retrieval: width of the contrastive vectors.
-        temperature: retrieval: first value of the learned temperature.
-        head_hidden: VQA and NLVR: hidden width of the head; null takes twice the backbone's.
-    """
-
-    biattn: bool = False
-    embed_dim: int = 256
-    temperature: float = 0.07
-    head_hidden: int | None = None
-
-    def check(self) -> None:
-        """Raise UserError naming the first setting that makes no head."""
-        for name in ("embed_dim", "temperature", "head_hidden"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= MOST:
-                raise UserError(f"objective.{name}={value} must be a positive number, at most {MOST}")
-
-
-@dataclass
 class _Common:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -213,6 +190,8 @@ class PretrainConfig(_Common):
     """A pre-training run.
 
     Args:
+        task: pretrain, which is EVE's masked modeling, or the import path of your own objective, as in
+            my_package.my_objective:SPEC (docs/extending.md).
         init_from: backbone to start from: a run folder, a model folder (``eve_ds.convert`` makes one of BEiT v2), or a
             file in EVE's or our naming; null for first values. Of an unfinished run, its newest checkpoint.
         output_dir: folder of the run: checkpoints, metrics, samples, resolved config.
@@ -224,7 +203,12 @@ class PretrainConfig(_Common):
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    task: str = "pretrain"
     init_from: str | None = None
+
+    @property
+    def spec(self) -> PretrainSpec:
+        return pretrain_spec(self.task)
 
 
 @dataclass
@@ -232,7 +216,8 @@ class FinetuneConfig(_Common):
     """A fine-tuning run.
 
     Args:
-        task: retrieval on COCO or Flickr30k, visual question answering, or NLVR2.
+        task: itr_coco, itr_flickr, vqa or nlvr (retrieval on COCO or Flickr30k, visual question answering, NLVR2), or
+            the import path of your own task, as in my_package.my_task:SPEC (docs/extending.md).
         init_from: pre-trained or fine-tuned weights: a run folder, a model folder, or a file in EVE's or our naming. Of
             an unfinished run, its newest checkpoint.
         load_head: take the task head from there too.
@@ -247,11 +232,15 @@ class FinetuneConfig(_Common):
     """
 
     objective: FinetuneObjective = field(default_factory=FinetuneObjective)
-    task: TaskName = "vqa"
+    task: str = "vqa"
     init_from: str | None = None
     load_head: bool = False
     evaluate: bool = False
     split: str = "test"
+
+    @property
+    def spec(self) -> FinetuneSpec:
+        return finetune_spec(self.task)
 
 
 ConfigType = TypeVar("ConfigType", PretrainConfig, FinetuneConfig)
@@ -276,7 +265,7 @@ def parse(
     """
     recipes: list[str]
     options: list[str]
-    recipes, options = _checked(root, argv)
+    root, recipes, options = _checked(root, argv)
     description = (root.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=program, exit_on_error=False, description=description, epilog=epilog)
     parser.add_argument(
@@ -323,15 +312,37 @@ def load_model_config(path: Path) -> ModelConfig:
     return section_of(ModelConfig, section, f"{path}: model")
 
 
-def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
-    """The recipes and the other options of a command line, all keys known ones, as the parser needs them."""
+def _checked(root: type[ConfigType], argv: list[str]) -> tuple[type[ConfigType], list[str], list[str]]:
+    """The tree of the task that a command line names, its recipes and its other options, all keys known ones."""
     recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(joined(argv))))
-    for path in recipes:
-        tree = read_yaml(path, "--config")
+    trees = [(path, read_yaml(path, "--config")) for path in recipes]
+    for path, tree in trees:
         check_secrets(tree, source=path)  # before --print_config shows it
+    root = _for_task(root, trees, options)
+    for path, tree in trees:
         check_keys(tree, root, path)
     check_options(root, options)
-    return recipes, options
+    return root, recipes, options
+
+
+def _for_task(root: type[ConfigType], trees: list[tuple[str, Any]], options: list[str]) -> type[ConfigType]:
+    """``root`` with the section ``objective`` of the task that is named last.
+
+    Raises:
+        UserError: there is no such task; the message names the option or the file that asks for it.
+    """
+    named = [(at(path, "task"), tree["task"]) for path, tree in trees if isinstance(tree, dict) and "task" in tree]
+    named += [(f"--{name}", typed) for name, typed in values_of(options) if name == "task"]
+    where, task = named[-1] if named else ("task", root().task)
+    if not isinstance(task, str):
+        return root  # the parser says what is wrong
+    find = finetune_spec if issubclass(root, FinetuneConfig) else pretrain_spec
+    objective = find(task, where).objective
+    if objective is type(root().objective):
+        return root
+    own = field(default_factory=objective)
+    body = {"__annotations__": {"objective": objective}, "objective": own, "__module__": root.__module__}
+    return cast("type[ConfigType]", dataclass(type(root.__name__, (root,), body | {"__doc__": root.__doc__})))
 
 
 def _as_option(recipe: str) -> str:

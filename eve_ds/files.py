@@ -14,4 +14,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """As all JSON files of EVE-DS are laid out."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -28,19 +28,18 @@ def run(stop: StopRequest) -> int:
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
-    from eve_ds.data.samples import read_answer_list
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.export import export_model
     from eve_ds.engine.precision import settle_precision
+    from eve_ds.engine.scoring import Scorer
     from eve_ds.engine.trainer import Trainer
-    from eve_ds.scoring import Scorer
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
-    tokenizer = setup.tokenizer(config)
+    tokenizer = setup.build_tokenizer(config)
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
-    scored = {split: setup.samples(config, split, tokenizer, train=False) for split in splits}
-    training = None if config.evaluate else setup.samples(config, config.data.train_split, tokenizer, train=True)
+    scored = {split: setup.build_dataset(config, split, tokenizer, train=False) for split in splits}
+    training = None if config.evaluate else setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
 
@@ -50,14 +49,14 @@ def run(stop: StopRequest) -> int:
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]), steps)
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
-            setup.store_words(config, scored[config.split])
+            setup.store_companions(config, tokenizer)
         read = [*([training] if training else []), *scored.values()]
         shards = [shard for samples in read for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
-        task = setup.build_task(config, tokenizer, scored[config.split])
+        task = setup.build_task(config, tokenizer, scored[config.split].num_classes)
         with_head = config.load_head or config.evaluate
-        if first_weights.load_first_weights(task, config, with_head) and with_head and config.task == "vqa":
-            setup.check_answer_list(config)
+        if first_weights.load_first_weights(task, config, with_head) and with_head:
+            setup.check_head(config)
         scorer = Scorer(config, scored, device, stop)
         if training is None or steps is None:
             if config.dry_run:
@@ -77,8 +76,8 @@ def run(stop: StopRequest) -> int:
         with trainer.whole_weights():
             scorer.score(task, config.split, Path(config.output_dir))
         if config.checkpoint.export:
-            answers = read_answer_list(config.data.home) if config.task == "vqa" else None
-            export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, answers)
+            companions = config.spec.companions(config.data.home)
+            export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, companions)
     return 0
 
 

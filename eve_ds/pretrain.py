@@ -34,26 +34,27 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
-    tokenizer = setup.tokenizer(config)
-    training = setup.samples(config, config.data.train_split, tokenizer, train=True)
+    tokenizer = setup.build_tokenizer(config)
+    training = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     batches.check_batch(config, training.rows)
     steps = setup.total_steps(config, len(training))
-    held_out = setup.samples(config, config.data.val_split, tokenizer, train=False) if config.data.val_split else None
-    setup.check_apart(config, training, {} if held_out is None else {str(config.data.val_split): held_out})
+    val_split = config.data.val_split
+    held_out = setup.build_dataset(config, val_split, tokenizer, train=False) if val_split else None
+    setup.check_apart(config, training, {} if held_out is None else {str(val_split): held_out})
 
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
         identity = run_folder.claim(config, setup.identity(config, training), steps)
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
-            setup.store_words(config, training)
+            setup.store_companions(config, tokenizer)
         shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards)
-        task = setup.build_task(config, tokenizer)
+        task = setup.build_task(config, tokenizer, training.num_classes)
         first_weights.load_first_weights(task, config, load_head=False)
         callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
         if held_out is not None and config.logging.samples > 0:
-            callbacks.append(PretrainExamples(held_out, config.logging.samples))
+            callbacks.append(PretrainExamples(config.spec, held_out, config.logging.samples))
 
         def evaluate(trainer: Trainer) -> dict[str, float]:
             limit = config.logging.eval_samples
@@ -68,7 +69,8 @@ def run(stop: StopRequest) -> int:
         if trainer.stopped_early:
             return STOPPED
         if config.checkpoint.export:
-            export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step)
+            companions = config.spec.companions(config.data.home)
+            export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, companions)
     return 0
 
 

@@ -14,22 +14,23 @@ from eve_ds.engine.agreement import decide
 from eve_ds.engine.callback import Callback
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks.masked import MaskedModeling
+from eve_ds.tasks.spec import HeldOutExamples, PretrainSpec
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 
 class PretrainExamples(Callback):
-    """Writes ``samples/`` at the end of a run: rebuilt images, predicted words, expert load (see eve_ds/report).
+    """Writes ``samples/`` at the end of a run: the objective's examples and the expert load (see eve_ds/report).
 
     Args:
+        spec: of the objective.
         held_out: the split to show.
         count: pairs of it, each of another image.
     """
 
-    def __init__(self, held_out: Samples, count: int) -> None:
-        self.held_out = held_out
+    def __init__(self, spec: PretrainSpec, held_out: Samples, count: int) -> None:
+        self.spec, self.held_out = spec, held_out
         first: dict[int, int] = {}  # the first caption of each of the first images
         for sample in range(len(held_out)):
             if len(first) >= count:
@@ -55,43 +56,22 @@ class PretrainExamples(Callback):
         samples = [self.held_out[index, 0] for index in self.chosen]
         batch = collate(samples, self.held_out.pad_id, self.held_out.max_text_length)
         batch = {key: value.to(trainer.device) for key, value in batch.items()}
-        task = trainer.task
-        assert isinstance(task, MaskedModeling)
         with trainer.whole_weights():
-            images, words = task.reconstruct(batch), task.predict_words(batch)
+            examples = self.spec.held_out_examples(trainer.task, batch, self.held_out, self.chosen)
         if trainer.is_main:
-            self._write(trainer, images, words, load.tolist())
+            self._write(trainer, examples, load.tolist())
 
-    def _write(self, trainer: Trainer, images: dict[str, Any], words: list[dict[str, Any]], load: list[Any]) -> None:
+    @staticmethod
+    def _write(trainer: Trainer, examples: HeldOutExamples, load: list[Any]) -> None:
         folder = trainer.output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for place, sample in enumerate(self.chosen):
-            row = {"caption": self.held_out.text(sample)}
-            for kind, pixels in images.items():
-                row[kind] = f"p{place}_{kind}.png"
-                Image.fromarray(pixels[place]).save(folder / row[kind])
-            rows.append(row)
+        for name, pixels in examples.images.items():
+            Image.fromarray(pixels).save(folder / name)
         layers = [
             {"layer": layer, "counts": counts}
             for layer, counts in zip(trainer.config.model.soft_layers, load, strict=True)
         ]
-        write_json(
-            folder / "samples.json",
-            {"images": rows, "words": [self._words(entry) for entry in words], "expert_load": {"layers": layers}},
-        )
-
-    def _words(self, entry: dict[str, Any]) -> dict[str, list[str]]:
-        """Ids to the words of one text; masked places read [MASK]."""
-        tokenizer = self.held_out.tokenizer
-        masked = list(entry["text_ids"])
-        for position in entry["positions"]:
-            masked[position] = tokenizer.mask_id
-
-        def spell(ids: list[int]) -> list[str]:
-            return [tokenizer.decode([token], skip_special=False) for token in ids]
-
-        return {"text_masked": spell(masked), "truth": spell(entry["truth"]), "predicted": spell(entry["predicted"])}
+        write_json(folder / "samples.json", {**examples.tree, "expert_load": {"layers": layers}})
 
 
 def expert_load(backbone: Backbone) -> torch.Tensor:

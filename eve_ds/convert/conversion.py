@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import yaml
 from torch import Tensor
 
 from eve_ds import config as config_tree
-from eve_ds.data.samples import read_answer_list
 from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import RECIPES, meant, read_yaml, recipe
-from eve_ds.tasks.base import TASKS
 from eve_ds.tasks.load_task import build_for
+from eve_ds.tasks.registry import BY_NAME, find_spec
 from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import write_hashes
@@ -27,7 +27,7 @@ from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, ch
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
-from preprocessing.shards.schema import ANSWER_LIST, printable
+from preprocessing.shards.schema import printable
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -132,14 +132,15 @@ def deepspeed_to_folder(
     run = step.absolute().parents[1]
     tree = _run_config(run / CONFIG)
     words = _run_tokenizer(run, tree, tokenizer)
-    answers = None
-    if tree.get("task") == "vqa":
-        answers = _first_with(ANSWER_LIST, "answer_list", answer_list, run, run / "model", tree["data"].get("path"))
+    spec, companions = find_spec(str(tree.get("task", "pretrain"))), {}
+    for name in spec.companion_files:
+        folder = _first_with(name, Path(name).stem, answer_list, run, run / "model", tree["data"].get("path"))
+        companions[name] = spec.read_companion(folder, name)
     state = _engine().consolidated_state(step)
     model = _stored_model(run / CONFIG)
     _check_backbone(state, model, step)
     config = (run / CONFIG).read_text(encoding="utf-8")
-    _write_folder(target, state, config, str(words), answers, step_of(step))
+    _write_folder(target, state, config, str(words), companions, step_of(step))
     print(f"{target}: {len(state)} tensors of {step}")
 
 
@@ -224,12 +225,12 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
     _check_backbone(state, model, files.weights)
     unplaced = {name for name in state if not name.startswith(PREFIX)}
     tasks = []
-    for task in TASKS:
+    for task, spec in BY_NAME.items():
         if task == "pretrain" and files.config is None:
             continue  # nothing tells the shape of decoders but the config of their run
         with torch.device("meta"):
             try:
-                own = build_for(task, Backbone(model), state, files).state_dict()
+                own = build_for(spec, Backbone(model), state, files).state_dict()
             except WeightsError:
                 continue
         heads = {name: value for name, value in own.items() if not name.startswith(PREFIX)}
@@ -238,7 +239,7 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
             unplaced -= heads.keys()
     if unplaced:
         raise WeightsError(
-            f"--checkpoint {files.weights}: of no part of the model nor of a whole head for {', '.join(TASKS)}:"
+            f"--checkpoint {files.weights}: of no part of the model nor of a whole head for {', '.join(BY_NAME)}:"
             f" {listed(unplaced)}; leave them out with --drop, or give the --config of the run that they come from"
         )
     return tasks
@@ -302,16 +303,20 @@ def _first_with(file: str, option: str, named: str | None, *folders: str | Path 
 
 
 def _write_folder(
-    out: Path, state: State, config: str, tokenizer: str | None, answers: Path | None = None, step: int | None = None
+    out: Path,
+    state: State,
+    config: str,
+    tokenizer: str | None,
+    companions: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> None:
     words = Tokenizer.load(tokenizer) if tokenizer else None
-    answer_list = read_answer_list(answers) if answers else None
     with replacing(out) as new:
         new.mkdir()
         write_weights(new / WEIGHTS, state, metadata(step))
         write_text(new / CONFIG, config)
         if words is not None:
             words.save(new)
-        if answer_list is not None:
-            write_json(new / ANSWER_LIST, answer_list)
+        for name, content in (companions or {}).items():
+            write_json(new / name, content)
         write_hashes(new, HASHED)

@@ -352,12 +352,6 @@ def normalize(images: np.ndarray) -> Tensor:
     return torch.from_numpy(values)
 
 
-def denormalize(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] normalized images back to [B, H, W, 3] uint8, clipped; the inverse of `normalize`."""
-    values = images.detach().float().mul(0.5).add(0.5).mul(255).round().clamp(0, 255)
-    return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
 def _uniform(draw: random.Random, low: float, high: float) -> float:
     # Python promises that random() stays the same from version to version, but not its other methods.
     return low + (high - low) * draw.random()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import HASHED, metadata
-from preprocessing.shards.schema import ANSWER_LIST, make_folder, write_atomic
+from preprocessing.shards.schema import make_folder, write_atomic
 from preprocessing.text.tokenizer import Tokenizer
 
 
@@ -41,12 +42,22 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def export_model(
-    module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path, step: int, answers: list[str] | None = None
+    module: nn.Module,
+    config: Any,
+    tokenizer: Tokenizer,
+    folder: Path,
+    step: int,
+    companions: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json, for VQA answer_list.json, hashes.json), each
-    atomically.
+    """Write ``folder``, each file atomically. Called by all ranks.
 
-    Called by all ranks. ``step``: optimizer steps that the weights have taken, told in the file.
+    Args:
+        module: the task.
+        config: the resolved tree, for config.yaml.
+        tokenizer: for tokenizer.json.
+        folder: to write to; model.safetensors and hashes.json come on top.
+        step: optimizer steps that the weights have taken, told in the file.
+        companions: JSON files that the head is of no use without: {name: content}.
     """
     mark(f"the export into {folder}")
     state = full_state(module)
@@ -55,8 +66,8 @@ def export_model(
         (folder / HASHES).unlink(missing_ok=True)  # of an earlier export
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)
-        if answers is not None:
-            write_json(folder / ANSWER_LIST, answers)
+        for name, content in (companions or {}).items():
+            write_json(folder / name, content)
         write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata=metadata(step)))
         write_hashes(folder, HASHED)
     dist.barrier()

@@ -61,7 +61,7 @@ FREE_IN_A_BRANCH = (  # beside what lies elsewhere: what needs no other tensors
     "objective.seed",
     "objective.temperature",
 )
-KEPT_IN_A_BRANCH = ("tokenizer", "answer list")  # inputs that the tensors go with
+FREE_INPUTS = ("training data", "data of split", *WEIGHTS)  # the tensors go with all other inputs
 SHOWN = 4  # differences that a message tells
 
 
@@ -115,7 +115,7 @@ class Identity:
         """Of it, what a branch must have in common with the run that it leaves."""
         kept = {key: value for key, value in self.settings.items() if not _within(key, FREE_IN_A_BRANCH)}
         kept.pop("weights of data.sources", None)
-        return Identity(kept, {name: self.inputs[name] for name in KEPT_IN_A_BRANCH if name in self.inputs})
+        return Identity(kept, {name: value for name, value in self.inputs.items() if not name.startswith(FREE_INPUTS)})
 
     def merged(self, now: Identity) -> Identity:
         """``now``, and of the inputs that it does not know what this one knows."""

@@ -1,8 +1,7 @@
-"""What both entry points build from the config: samples, batches, the task with its experts in place."""
+"""What both entry points build from the config: tokenizer, datasets, the task with its experts in place."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -15,7 +14,7 @@ import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.overlap import SplitIds
-from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
+from eve_ds.data.samples import Samples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
@@ -26,16 +25,16 @@ from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
+from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shards.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, printable
+from preprocessing.shards.schema import DataError, printable
 from preprocessing.text.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
 _log = logging.getLogger(__name__)
 
 
-def tokenizer(config: Config) -> Tokenizer:
+def build_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer named in the config, or the one beside the weights that the run starts from."""
     path: str | Path | None = config.data.tokenizer
     weights, source = first_weights.source(config), config.resume_from or config.init_from
@@ -60,8 +59,8 @@ def tokenizer(config: Config) -> Tokenizer:
     return found
 
 
-def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Samples:
-    """The samples of a split, of the kind that the task needs: in training those of all sources."""
+def build_dataset(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Samples:
+    """The task's dataset over a split: in training that of all sources."""
     data, model = config.data, config.model
     if not data.home:
         raise UserError(
@@ -72,28 +71,10 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
         model.image_size, train, data.augmentation, scale, data.flip, config.engine.seed, max_pixels=data.max_pixels
     )
     roots = [source.path for source in data.sources] if train and data.sources else [data.home]
-    task = getattr(config, "task", "pretrain")
-    kinds: dict[str, type[Samples]] = {"vqa": VqaSamples, "nlvr": NlvrSamples}
-    samples = kinds.get(task, CaptionSamples)
-    splits = [open_split(root, split, samples.kind) for root in roots]
+    splits = [open_split(root, split, config.spec.samples.kind) for root in roots]
     joined = splits[0] if len(splits) == 1 else JoinedSplit(splits)
-    arguments = (joined, tokenizer, transform, model.max_text_length, model.vocab_size)
-    if samples is VqaSamples:
-        answers = read_answer_list(data.home)
-        for root in roots:
-            if root != data.home and read_answer_list(root) != answers:
-                raise UserError(
-                    f"{root}/{ANSWER_LIST} and {data.home}/{ANSWER_LIST} differ; prepare the former with "
-                    f"--answer-list {data.home}/{ANSWER_LIST}"
-                )
-        for opened in splits:
-            if opened.manifest.get(ANSWERS, answers_sha256(answers)) != answers_sha256(answers):
-                raise UserError(
-                    f"{data.home}/{ANSWER_LIST}: is not the list that {opened.name} was labeled by; put that one "
-                    "back, or prepare the split again"
-                )
-        return VqaSamples(*arguments, num_answers=len(answers))
-    return samples(*arguments)
+    dataset: Samples = config.spec.build_dataset(joined, tokenizer, transform, model, data.home, roots)
+    return dataset
 
 
 def check_apart(config: Config, training: Samples | None, held_out: Mapping[str, Samples]) -> None:
@@ -131,9 +112,8 @@ def _refuse(config: Config, found: str, mend: str, few: bool = False) -> None:
 def _training_splits(config: Config, training: Samples | None) -> list[Split]:
     if training is not None:
         return training.split.splits if isinstance(training.split, JoinedSplit) else [training.split]
-    kind = {"vqa": "vqa", "nlvr": "nlvr"}.get(getattr(config, "task", ""), "caption")
     try:
-        return [open_split(config.data.home, config.data.train_split, kind)]
+        return [open_split(config.data.home, config.data.train_split, config.spec.samples.kind)]
     except DataError:
         return []  # only what is scored need be there
 
@@ -144,29 +124,35 @@ def _folders(split: Split) -> tuple[Path, Path]:
     return folder, folder.parent
 
 
-def identity(config: Config, samples: Samples) -> Identity:
-    """Of the run that trains on ``samples``, or scores them."""
+def identity(config: Config, dataset: Samples) -> Identity:
+    """Of the run that trains on ``dataset``, or scores it."""
+    return identity_of(config, input_fingerprints(config, dataset))
+
+
+def input_fingerprints(config: Config, dataset: Samples) -> dict[str, Input | None]:
+    """What the run reads, by content: data, tokenizer, first weights, companion files of the task."""
     scored = isinstance(config, FinetuneConfig) and config.evaluate
     data = f"data of split {config.split}" if scored else "training data"  # type: ignore[union-attr]
-    split, words = samples.split, samples.tokenizer
+    split, tokenizer = dataset.split, dataset.tokenizer
     places = ", ".join(place(name) for name, _ in split.parts)
     inputs = {
-        "tokenizer": Input(place(words.path or ""), words.fingerprint, f"{words.vocab_size} entries"),
+        "tokenizer": Input(place(tokenizer.path or ""), tokenizer.fingerprint, f"{tokenizer.vocab_size} entries"),
         data: Input(places, split.fingerprint, f"{split.rows} rows"),
         **first_weights.origin(config),
     }
-    if isinstance(samples, VqaSamples):
-        answers = json.dumps(read_answer_list(config.data.home))
-        inputs["answer list"] = Input(place(config.data.home), hashlib.sha256(answers.encode()).hexdigest())
-    return identity_of(config, inputs)
+    for file, content in config.spec.companions(config.data.home).items():
+        name = Path(file).stem.replace("_", " ")
+        inputs[name] = Input(place(config.data.home), hashlib.sha256(json.dumps(content).encode()).hexdigest())
+    return inputs
 
 
-def store_words(config: Config, samples: Samples) -> None:
-    """Copy into ``output_dir`` what the weights are of no use without: tokenizer and VQA's answers. Called by all."""
-    agreement.decide(lambda: samples.tokenizer.save(config.output_dir))
-    if isinstance(samples, VqaSamples):
-        answers = read_answer_list(config.data.home)
-        agreement.decide(lambda: write_json(Path(config.output_dir) / ANSWER_LIST, answers))
+def store_companions(config: Config, tokenizer: Tokenizer) -> None:
+    """Copy into ``output_dir`` what the weights are of no use without: the tokenizer and the task's companion files.
+    Called by all ranks.
+    """
+    agreement.decide(lambda: tokenizer.save(config.output_dir))
+    for file, content in config.spec.companions(config.data.home).items():
+        agreement.decide(functools.partial(write_json, Path(config.output_dir) / file, content))
 
 
 def total_steps(config: Config, count: int) -> int:
@@ -186,19 +172,9 @@ def total_steps(config: Config, count: int) -> int:
     return steps
 
 
-def check_answer_list(config: FinetuneConfig) -> None:
-    """Raise UserError if the head was trained on other answers than the data have, or on another order of them."""
-    head = ModelFolder.find(config.init_from or "", unfinished=True).folder
-    if not (head / ANSWER_LIST).is_file():
-        return  # published files come without
-    trained, prepared = read_answer_list(head), read_answer_list(config.data.home)
-    if trained != prepared:
-        place = next((i for i, pair in enumerate(zip(trained, prepared, strict=False)) if pair[0] != pair[1]), None)
-        where = "their lengths" if place is None else f"answer {place}: {trained[place]!r} and {prepared[place]!r}"
-        raise UserError(
-            f"{head / ANSWER_LIST} and {config.data.home}/{ANSWER_LIST} differ in {where}; prepare the data with "
-            "--answer-list, naming the former"
-        )
+def check_head(config: FinetuneConfig) -> None:
+    """Raise UserError if the head in ``init_from`` does not go with the data, such as one trained on other answers."""
+    config.spec.check_head(ModelFolder.find(config.init_from or "", unfinished=True).folder, config.data.home)
 
 
 def join_expert_groups(task: Task) -> None:
@@ -208,22 +184,15 @@ def join_expert_groups(task: Task) -> None:
             layer.set_deepspeed_parallelism()
 
 
-def build_task(config: Config, tokenizer: Tokenizer, samples: Samples | None = None) -> Task:
-    """The task with this rank's part of the experts; all other initial weights are the same on every rank."""
-    ep_size = config.engine.expert_parallel_size
-    torch.manual_seed(config.engine.seed)
+def build_task(config: Config, tokenizer: Tokenizer, num_classes: int = 0) -> Task:
+    """The task with this rank's part of the experts; all other initial weights are the same on every rank.
+
+    ``num_classes``: that of the dataset.
+    """
+    ep_size, seed = config.engine.expert_parallel_size, config.engine.seed
+    torch.manual_seed(seed)
     layer = functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=launched_world()[0] % ep_size)
-    task = _task(config, Backbone(config.model, moe_layer=layer), tokenizer, samples)
-    task.seed = config.engine.seed
+    backbone = Backbone(config.model, moe_layer=layer)
+    task = config.spec.build(backbone, config.objective, mask_id=tokenizer.mask_id, num_classes=num_classes, seed=seed)
+    task.seed = seed
     return task
-
-
-def _task(config: Config, backbone: Backbone, tokenizer: Tokenizer, samples: Samples | None) -> Task:
-    if isinstance(config, PretrainConfig):
-        objective = dataclasses.replace(config.objective, seed=config.objective.seed + config.engine.seed)
-        return MaskedModeling(backbone, objective, tokenizer.mask_id)
-    if isinstance(samples, VqaSamples):
-        return VQA(backbone, samples.num_answers, config.objective.head_hidden)
-    if isinstance(samples, NlvrSamples):
-        return NLVR(backbone, config.objective.biattn, config.objective.head_hidden)
-    return Retrieval(backbone, config.objective.embed_dim, config.objective.temperature, config.engine.seed)

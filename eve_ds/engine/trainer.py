@@ -74,7 +74,7 @@ class Trainer:
         self.config, self.task, self.device, self.evaluate = config, task, device, evaluate
         self.callbacks, self.total_steps = list(callbacks), total_steps
         self.stop = stop or StopRequest()
-        self.task_name = getattr(config, "task", "pretrain")
+        self.task_name = config.task
         self.output_dir = Path(config.output_dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0

@@ -25,14 +25,16 @@ from eve_ds.config import (  # noqa: F401
     ObjectiveConfig,
     OptimizerConfig,
     PretrainConfig,
-    TaskName,
     parse,
 )
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.errors import USER_ERRORS, run_command
+from eve_ds.errors import run_command
 from eve_ds.files import write_json
 from eve_ds.finetune_options import expand_options
-from eve_ds.recipes import read_yaml, recipe
+from eve_ds.option_errors import values_of
+from eve_ds.recipes import read_yaml, split_options
+from eve_ds.tasks.registry import PRETRAIN, find_spec
+from eve_ds.tasks.spec import PretrainSpec
 
 PROGRAM = "python -m eve_ds.plan"
 
@@ -99,19 +101,16 @@ def main() -> None:
 
 
 def _root(argv: list[str]) -> Any:
-    """Fine-tuning recipes name their task."""
-    for here, after in zip(argv, [*argv[1:], ""], strict=True):
-        if here == "--task" or here.startswith("--task="):
-            return FinetunePlan
-        path = after if here == "--config" else here.removeprefix("--config=")
-        if here == "--config" or here.startswith("--config="):
-            try:
-                tree = read_yaml(recipe(path))
-            except USER_ERRORS:
-                return PretrainPlan  # told properly when it is parsed
-            if isinstance(tree, dict) and "task" in tree:
-                return FinetunePlan
-    return PretrainPlan
+    """The kind of run that the options and the recipes are of, by the task that they name."""
+    recipes, _ = split_options(argv)
+    trees = [read_yaml(path, "--config") for path in recipes]
+    named = [tree["task"] for tree in trees if isinstance(tree, dict) and "task" in tree]
+    named += [typed for name, typed in values_of(argv) if name == "task"]
+    if not named or named[-1] in PRETRAIN:
+        return PretrainPlan
+    if ":" in str(named[-1]) and isinstance(find_spec(str(named[-1])), PretrainSpec):
+        return PretrainPlan
+    return FinetunePlan  # which refuses a task that there is not
 
 
 if __name__ == "__main__":

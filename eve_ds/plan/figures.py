@@ -117,7 +117,7 @@ def parse_bytes(text: str) -> int:
 
 def _run(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, Any]:
     return {
-        "task": getattr(config, "task", "pretrain"),
+        "task": config.task,
         "world_size": zero.world_size,
         "expert_parallel_size": zero.ep_size,
         "zero_stage": zero.stage,

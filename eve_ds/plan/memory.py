@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.plan.live_bytes import LiveBytes
 from eve_ds.plan.meta_model import Config, build, even_batch, prepare
 from eve_ds.plan.zero_states import GradientBuckets, Zero, groups_of, steady, step_peak
-from eve_ds.tasks.masking import masked_words
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,9 @@ class Rehearsal:
     def memory(self, batch: Batch) -> Memory:
         """What the rank holds with this micro-batch."""
         inputs = even_batch(self.config, batch.rows, batch.text_length, self.num_answers)
+        selected = self.config.spec.selected_rows(self.config.objective, batch.rows, batch.text_length)
         known = [*self.task.parameters(), *self.task.buffers(), *inputs.values()]
-        meter = LiveBytes(known, selected=_selected(self.config, batch), scalar=batch.text_length)
+        meter = LiveBytes(known, selected=selected, scalar=batch.text_length)
         buckets = GradientBuckets(self.groups, self.zero, meter)
         with torch.device("meta"), meter, buckets.attached(self.task):
             loss = self.task(inputs).loss
@@ -101,17 +100,10 @@ class Rehearsal:
         )
 
 
-def _selected(config: Config, batch: Batch) -> int:
-    if isinstance(config, PretrainConfig):
-        return batch.rows * masked_words(batch.text_length, config.objective.text_mask_ratio)
-    return batch.rows
-
-
 def _gathered(config: Config, zero: Zero, batch: Batch) -> int:
-    """Retrieval brings the images of all ranks to each (tasks/retrieval.py), twice while they are put together."""
-    if not isinstance(config, FinetuneConfig) or not config.task.startswith("itr"):
-        return 0
-    return 2 * (zero.world_size - 1) * batch.rows * 3 * config.model.image_size**2 * zero.itemsize
+    """Bytes of what a task brings from all ranks to each, twice while they are put together."""
+    values = sum(config.spec.gathered_values(config.model, batch.rows).values())
+    return 2 * (zero.world_size - 1) * values * zero.itemsize
 
 
 def with_checkpointing(config: Config, on: bool) -> Config:

@@ -16,7 +16,7 @@ from eve_ds.model.attention import Attention
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.model.experts import Experts
-from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
+from eve_ds.tasks.base import Task
 
 Config = PretrainConfig | FinetuneConfig
 META = torch.device("meta")
@@ -48,15 +48,7 @@ def build(config: Config, num_answers: int, ep_size: int = 1) -> Task:
     """The task without values, with one rank's share of the experts, in the run's precision."""
     with META:
         backbone = Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=ep_size))
-        task: Task
-        if isinstance(config, PretrainConfig):
-            task = MaskedModeling(backbone, config.objective, mask_id=0)
-        elif config.task == "vqa":
-            task = VQA(backbone, num_answers, config.objective.head_hidden)
-        elif config.task == "nlvr":
-            task = NLVR(backbone, config.objective.biattn, config.objective.head_hidden)
-        else:
-            task = Retrieval(backbone, config.objective.embed_dim, config.objective.temperature)
+        task = config.spec.build(backbone, config.objective, mask_id=0, num_classes=num_answers, seed=0)
     return task.to(torch.bfloat16) if config.engine.precision == "bf16" else task
 
 
@@ -139,17 +131,4 @@ def prepare(task: Task, on_gpu: bool) -> Task:
 
 def even_batch(config: Config, rows: int, text_length: int, num_answers: int) -> dict[str, Tensor]:
     """A micro-batch without values: every text ``text_length`` tokens long."""
-    side = config.model.image_size
-    with META:
-        images = torch.empty(rows, 3, side, side)
-        numbers = torch.empty(rows, dtype=torch.int64)
-        batch = {
-            "text_ids": torch.empty(rows, text_length, dtype=torch.int64),
-            "text_mask": torch.empty(rows, text_length, dtype=torch.bool),
-            "sample_id": numbers,
-        }
-        if isinstance(config, FinetuneConfig) and config.task == "nlvr":
-            return batch | {"images_0": images, "images_1": torch.empty_like(images), "label": numbers}
-        if isinstance(config, FinetuneConfig) and config.task == "vqa":
-            return batch | {"images": images, "answer_targets": torch.empty(rows, num_answers)}
-        return batch | {"images": images, "image_index": numbers}
+    return config.spec.meta_batch(config.model, rows, text_length, num_answers)

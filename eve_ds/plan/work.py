@@ -7,84 +7,25 @@ all-reduce (use_multi_rank_bucket_allreduce), ZeRO 3 by reduce-scatter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.model.flops import Flops, backbone_flops, pretraining_flops, product
+from eve_ds.model.flops import backbone_flops
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.plan.memory import Batch
 from eve_ds.plan.meta_model import Config
 from eve_ds.plan.zero_states import Group, Zero
-from eve_ds.tasks.masking import masked_patches, masked_words
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A pass through the backbone: samples, visible patches of each (0: no image), text tokens of each (0: none)."""
-
-    samples: int
-    patches: int
-    text: int
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * ((self.patches + 1 if self.patches else 0) + self.text)
+from eve_ds.tasks.spec import Pass
 
 
 def passes(config: Config, batch: Batch) -> list[Pass]:
     """Those of one micro-batch."""
-    rows, text, patches = batch.rows, batch.text_length, config.model.num_patches
-    if isinstance(config, PretrainConfig):
-        kept = patches - masked_patches(patches, config.objective.image_mask_ratio)
-        first = Pass(rows, kept, text)
-        return [first] if config.objective.mode == "joint" else [first, Pass(rows, patches, text)]
-    if config.task == "vqa":
-        return [Pass(rows, patches, text)]
-    if config.task == "nlvr":
-        return [Pass(2 * rows, patches, text)]
-    return [Pass(rows, patches, 0), Pass(rows, 0, text), Pass(3 * rows, patches, text)]
+    return config.spec.passes(config.model, config.objective, batch.rows, batch.text_length)
 
 
 def flops(config: Config, batch: Batch, world_size: int, num_answers: int) -> int:
     """Forward and backward of one micro-batch of one rank."""
-    model = config.model
-    if isinstance(config, PretrainConfig):
-        objective = config.objective
-        return pretraining_flops(
-            model,
-            pairs=batch.rows,
-            text_length=batch.text_length,
-            masked_patches=masked_patches(model.num_patches, objective.image_mask_ratio),
-            masked_words=masked_words(batch.text_length, objective.text_mask_ratio),
-            decoder_dim=objective.decoder_dim,
-            decoder_depth=objective.decoder_depth,
-            joint=objective.mode == "joint",
-        )
+    model, rows, text = config.model, batch.rows, batch.text_length
     parts = [backbone_flops(model, p.samples, p.patches, p.text) for p in passes(config, batch)]
-    return sum(part.total for part in parts) + _head_flops(config, batch, world_size, num_answers).total
-
-
-def _head_flops(config: FinetuneConfig, batch: Batch, world_size: int, num_answers: int) -> Flops:
-    rows, dim, objective = batch.rows, config.model.dim, config.objective
-    hidden = objective.head_hidden or 2 * dim
-    if config.task == "vqa":
-        return product(rows, dim, hidden) + product(rows, hidden, num_answers)
-    if config.task != "nlvr":
-        width = objective.embed_dim
-        similarities = product(rows, width, rows * world_size)
-        return 2 * (product(rows, dim, width) + similarities) + product(3 * rows, dim, 2)
-    if not objective.biattn:
-        return product(rows, 2 * dim, hidden) + product(rows, hidden, 2)
-    return _biattention_flops(config.model, batch)
-
-
-def _biattention_flops(model: ModelConfig, batch: Batch) -> Flops:
-    """NLVR's bi-attention head: either pass attends to the other, then both are pooled (tasks/nlvr.py)."""
-    rows, dim = batch.rows, model.dim
-    tokens = 1 + model.num_patches + batch.text_length
-    attend = product(rows * tokens, dim, 4 * dim) + 2 * (rows * product(tokens, dim, tokens))
-    pool = product(rows * tokens, 2 * dim, dim) + product(rows * tokens, dim, 1) + rows * product(1, tokens, dim)
-    return 2 * (attend + pool) + product(rows, 2 * dim, 2)
+    parts.append(config.spec.head_flops(model, config.objective, rows, text, world_size, num_answers))
+    return sum(part.total for part in parts)
 
 
 def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> dict[str, int]:
@@ -100,9 +41,8 @@ def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> di
                 weights += share * _gathers(zero, groups)
         sent[f"{name} gradients ({kind})"] = round(gradients)
         sent[f"{name} weights (all-gather)"] = round(weights)
-    if isinstance(config, FinetuneConfig) and config.task.startswith("itr"):
-        images = batch.rows * 3 * config.model.image_size**2 * zero.itemsize
-        sent["images for negatives (all-gather)"] = (zero.world_size - 1) * images * zero.accumulation
+    for name, values in config.spec.gathered_values(config.model, batch.rows).items():
+        sent[f"{name} (all-gather)"] = (zero.world_size - 1) * values * zero.itemsize * zero.accumulation
     return sent
 
 

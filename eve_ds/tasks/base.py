@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -80,16 +80,16 @@ class Task(nn.Module):
         text_ids: Tensor | None = None,
         text_mask: Tensor | None = None,
         patch_keep: Tensor | None = None,
-        draws: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> BackboneOutput:
         """The backbone's forward, with texts padded if ``pad_text_to`` asks for it."""
         if text_ids is not None and text_mask is not None and self.pad_text_to is not None:
             missing = max(self.pad_text_to - text_ids.shape[1], 0)
             text_ids, text_mask = F.pad(text_ids, (0, missing)), F.pad(text_mask, (0, missing))
-        return self.backbone(images, text_ids, text_mask, patch_keep, draws)
+        return self.backbone(images, text_ids, text_mask, patch_keep, noise)
 
-    def draws(self, sample_id: Tensor, *uses: int) -> Tensor | None:
-        """What decides on drop path in a pass, so that it is a function of the sample, on whatever rank it lies.
+    def drop_path_noise(self, sample_id: Tensor, *uses: int) -> Tensor | None:
+        """Random numbers that decide on drop path: a function of the sample alone, whatever rank it lies on.
 
         Args:
             sample_id: [B] int64.
@@ -175,16 +175,3 @@ def classifier(width: int, hidden: int, classes: int) -> nn.Sequential:
     head = nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
     init_head(head)
     return head
-
-
-TASKS: dict[str, type[Task]] = {}
-
-
-def register(name: str) -> Callable[[type[Task]], type[Task]]:
-    """Class decorator: enter a task in TASKS."""
-
-    def enter(task: type[Task]) -> type[Task]:
-        TASKS[name] = task
-        return task
-
-    return enter

@@ -7,7 +7,8 @@ Legend: B samples, P patches, K kept, M masked, L text length, p side of a patch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eve_ds.data.samples import Samples
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
 from eve_ds.model.embeddings import patches
-from eve_ds.model.model_config import MOST
+from eve_ds.model.flops import Flops, pixel_decoder_flops, word_decoder_flops
+from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.tasks.base import (
     Batch,
     Metrics,
@@ -27,11 +30,13 @@ from eve_ds.tasks.base import (
     TaskOutput,
     evaluating,
     global_counts,
-    register,
     to_numpy,
     valid_rows,
 )
-from eve_ds.tasks.masking import choose_words, split_patches
+from eve_ds.tasks.masking import choose_words, masked_patches, masked_words, split_patches
+from eve_ds.tasks.spec import HeldOutExamples, Objective, Pass, PretrainSpec, stored_mask_id, stored_section
+from eve_ds.weights.model_folder import ModelFolder
+from preprocessing.text.tokenizer import Tokenizer
 
 EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide by zero
 
@@ -39,7 +44,7 @@ WORD_ROW_MULTIPLE = 64
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Objective):
     """Masked modeling.
 
     Args:
@@ -116,7 +121,6 @@ class _Words:
         return {f"mlm_loss{suffix}": (entropy, count), f"mlm_accuracy{suffix}": (right, count)}
 
 
-@register("pretrain")
 class MaskedModeling(Task):
     """Pixels and words from context.
 
@@ -155,8 +159,8 @@ class MaskedModeling(Task):
         batch = valid_rows(batch)
         image, words, passes = self._predict(batch)
         measured = image.metrics() | words.metrics()
-        (mim_sum, masked_patches), (mlm_sum, masked_words) = measured["mim_loss"], measured["mlm_loss"]
-        patch_count, word_count = global_counts(masked_patches, masked_words)
+        (mim_sum, own_patches), (mlm_sum, own_words) = measured["mim_loss"], measured["mlm_loss"]
+        patch_count, word_count = global_counts(own_patches, own_words)
         aux, metrics = self.aux_share(*passes)
         metrics |= {name: (total.detach(), count) for name, (total, count) in measured.items()}
         if self.held_out:
@@ -209,13 +213,15 @@ class MaskedModeling(Task):
         """Mask, encode (once or twice) and decode."""
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
         masks = self._masks(batch)
-        draws = self.draws(batch["sample_id"], 0)
+        noise = self.drop_path_noise(batch["sample_id"], 0)
         if self.objective.mode == "joint":
-            for_pixels = for_words = self.encode(images, masks.text_ids, text_mask, masks.kept, draws)
+            for_pixels = for_words = self.encode(images, masks.text_ids, text_mask, masks.kept, noise)
             passes = [for_pixels]
         else:
-            for_pixels = self.encode(images, text_ids, text_mask, masks.kept, draws)
-            for_words = self.encode(images, masks.text_ids, text_mask, draws=self.draws(batch["sample_id"], 1))
+            for_pixels = self.encode(images, text_ids, text_mask, masks.kept, noise)
+            for_words = self.encode(
+                images, masks.text_ids, text_mask, noise=self.drop_path_noise(batch["sample_id"], 1)
+            )
             passes = [for_pixels, for_words]
         image = self._pixels(for_pixels, images, masks.kept, masks.masked)
         return image, self._words(for_words, text_ids, masks.words), passes
@@ -288,3 +294,69 @@ def _places(index: Tensor) -> tuple[Tensor, Tensor]:
 def _to_pixels(images: Tensor) -> Tensor:
     """[B, 3, H, W] with mean = std = 0.5 -> uint8 [B, H, W, 3]."""
     return ((images * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class MaskedSpec(PretrainSpec):
+    name = "pretrain"
+    objective = ObjectiveConfig
+
+    def build(
+        self, backbone: Backbone, objective: ObjectiveConfig, *, mask_id: int, num_classes: int, seed: int
+    ) -> MaskedModeling:
+        return MaskedModeling(backbone, replace(objective, seed=objective.seed + seed), mask_id)
+
+    def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> MaskedModeling:
+        """Decoders that the file does not hold have default sizes and first values (published files have none)."""
+        objective = ObjectiveConfig()
+        if files.config is not None and "pixel_decoder.embed.weight" in state:
+            objective = stored_section(ObjectiveConfig, files.config, "objective")
+        return MaskedModeling(backbone, objective, stored_mask_id(files))
+
+    def held_out_examples(
+        self, task: MaskedModeling, batch: Batch, dataset: Samples, chosen: Sequence[int]
+    ) -> HeldOutExamples:
+        """Images rebuilt and words predicted."""
+        pixels, words = task.reconstruct(batch), task.predict_words(batch)
+        examples = HeldOutExamples()
+        rows = []
+        for place, sample in enumerate(chosen):
+            row = {"caption": dataset.text(sample)}
+            for kind, images in pixels.items():
+                row[kind] = f"p{place}_{kind}.png"
+                examples.images[row[kind]] = images[place]
+            rows.append(row)
+        examples.tree = {"images": rows, "words": [_spelled(entry, dataset.tokenizer) for entry in words]}
+        return examples
+
+    def passes(self, model: ModelConfig, objective: ObjectiveConfig, rows: int, text_length: int) -> list[Pass]:
+        kept = model.num_patches - masked_patches(model.num_patches, objective.image_mask_ratio)
+        first = Pass(rows, kept, text_length)
+        return [first] if objective.mode == "joint" else [first, Pass(rows, model.num_patches, text_length)]
+
+    def head_flops(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        rows: int,
+        text_length: int,
+        world_size: int,
+        num_classes: int,
+    ) -> Flops:
+        kept = model.num_patches - masked_patches(model.num_patches, objective.image_mask_ratio)
+        pixels = pixel_decoder_flops(model, rows, kept, objective.decoder_dim, objective.decoder_depth)
+        return pixels + word_decoder_flops(model, self.selected_rows(objective, rows, text_length))
+
+    def selected_rows(self, objective: ObjectiveConfig, rows: int, text_length: int) -> int:
+        return rows * masked_words(text_length, objective.text_mask_ratio)
+
+
+def _spelled(entry: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[str]]:
+    """What ``predict_words`` gives for a text, in words; masked places read [MASK]."""
+    masked = list(entry["text_ids"])
+    for position in entry["positions"]:
+        masked[position] = tokenizer.mask_id
+    ids = {"text_masked": masked, "truth": entry["truth"], "predicted": entry["predicted"]}
+    return {name: [tokenizer.decode([token], skip_special=False) for token in found] for name, found in ids.items()}
+
+
+SPEC = MaskedSpec()

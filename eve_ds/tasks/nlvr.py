@@ -5,13 +5,22 @@ Legend: B statements, N tokens of a joint pass (class token, patches, text), D w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation import nlvr
+from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
+from eve_ds.data.shards import Row
+from eve_ds.data.transforms import may_mirror
 from eve_ds.model.attention import key_bias
 from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.model.flops import Flops, product
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.base import (
     Batch,
     Task,
@@ -20,10 +29,12 @@ from eve_ds.tasks.base import (
     evaluating,
     global_counts,
     joint_first_text,
-    register,
     to_numpy,
     valid_rows,
 )
+from eve_ds.tasks.examples import Thumbnails, evenly_spaced
+from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass
+from eve_ds.weights.model_folder import ModelFolder
 
 
 class CrossAttention(nn.Module):
@@ -76,7 +87,6 @@ class AttentionPool(nn.Module):
         return (weights.unsqueeze(1) @ tokens).squeeze(1)
 
 
-@register("nlvr")
 class NLVR(Task):
     """True or false, from the joint passes of both images with the statement.
 
@@ -115,7 +125,7 @@ class NLVR(Task):
         label = batch["label"]
         images = (batch["images_0"], batch["images_1"])
         logits, output = self._logits(
-            images, batch["text_ids"], batch["text_mask"], self.draws(batch["sample_id"], 0, 1)
+            images, batch["text_ids"], batch["text_mask"], self.drop_path_noise(batch["sample_id"], 0, 1)
         )
         loss_sum = F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum")
         rows = (label >= 0).sum().float()
@@ -140,10 +150,10 @@ class NLVR(Task):
         return to_numpy(values)
 
     def _logits(
-        self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor, draws: Tensor | None = None
+        self, images: tuple[Tensor, Tensor], text_ids: Tensor, text_mask: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, BackboneOutput]:
         """Both images go through the backbone as one batch of 2 B."""
-        output = self.encode(torch.cat(images), text_ids.repeat(2, 1), text_mask.repeat(2, 1), draws=draws)
+        output = self.encode(torch.cat(images), text_ids.repeat(2, 1), text_mask.repeat(2, 1), noise=noise)
         if not self.biattn:
             return self.output(torch.cat(joint_first_text(output).chunk(2), dim=1)), output
         mask = F.pad(text_mask.bool(), (output.num_image_tokens, 0), value=True)
@@ -153,3 +163,128 @@ class NLVR(Task):
         right_seen = self.fc(torch.cat([self.attn2(right, left, mask), right], dim=-1))
         pooled = torch.cat([self.attn_pool(left_seen, mask), self.attn_pool(right_seen, mask)], dim=-1)
         return self.nlvr2_output(pooled), output
+
+
+class NlvrSamples(Samples):
+    """Pairs of images with statements; a sample is one statement with its pair.
+
+    dataset[sample, epoch] -> images_0 (left), images_1 (right), text_ids, sample_id, label (1 true, 0 false, -1
+    unknown), question_index (the sample)
+    """
+
+    kind = "nlvr"
+    plural = "statements"
+    images = ("images_0", "images_1")
+
+    def describe(self, key: Key) -> Sample:
+        _, row, item = self.split.sample(int(key[0]))
+        sample_id = self.sample_id(key)
+        text = row_text(row, "questions", item)
+        mirror = may_mirror([text])
+        return {
+            "images_0": Pending(row, sample_id, mirror, 0),
+            "images_1": Pending(row, sample_id, mirror, 1),
+            "text_ids": self.tokenize(text),
+            "sample_id": sample_id,
+            "label": _label(row, item),
+            "question_index": int(key[0]),
+        }
+
+    def identifier(self, sample: int) -> str:
+        """The official identifier of a statement, `split-set-PAIR-sentence`."""
+        _, row, item = self.split.sample(sample)
+        return str(row.item("identifier", item))
+
+    def label(self, sample: int) -> int:
+        """1 true, 0 false, -1 unknown."""
+        _, row, item = self.split.sample(sample)
+        return _label(row, item)
+
+
+def _label(row: Row, item: int) -> int:
+    answer = row.item("answers", item) if row.entries("answers") else None
+    return {"true": 1, "false": 0}.get(str(answer).lower(), -1)
+
+
+class NlvrSpec(FinetuneSpec):
+    name = "nlvr"
+    objective = FinetuneObjective
+    samples = NlvrSamples
+
+    def build(
+        self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int
+    ) -> NLVR:
+        return NLVR(backbone, objective.biattn, objective.head_hidden)
+
+    def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> NLVR:
+        if "attn1.in_proj_weight" in state:
+            return NLVR(backbone, biattn=True)
+        return NLVR(backbone, head_hidden=state["output.0.weight"].shape[0])
+
+    def metrics(self, arrays: Arrays, dataset: NlvrSamples) -> dict[str, float]:
+        if (arrays["label"] < 0).any():  # a test split without labels
+            return {}
+        found = identified(arrays, dataset)
+        labels = zip(found, arrays["label"].tolist(), strict=True)
+        return nlvr.score(found, [{"identifier": key, "label": str(bool(label))} for key, label in labels])
+
+    def predictions(self, arrays: Arrays, dataset: NlvrSamples) -> tuple[str, bytes]:
+        lines = [f"{identifier},{prediction}\n" for identifier, prediction in identified(arrays, dataset).items()]
+        return "csv", "".join(lines).encode()
+
+    def examples(self, arrays: Arrays, dataset: NlvrSamples, count: int, thumbnails: Thumbnails) -> dict[str, Any]:
+        """Half of them right, half wrong, as far as there are such."""
+        right = arrays["prediction"] == arrays["label"]
+        examples = []
+        for wanted in (True, False):
+            places = np.flatnonzero(right == wanted)
+            for place in places[evenly_spaced(len(places), (count + 1) // 2)]:
+                sample = int(arrays["question_index"][place])
+                images = [
+                    thumbnails.add(f"sample_{sample}_{side}", dataset.image_bytes(sample, side)) for side in (0, 1)
+                ]
+                examples.append(
+                    {
+                        "image_0": images[0],
+                        "image_1": images[1],
+                        "statement": dataset.text(sample),
+                        "predicted": bool(arrays["prediction"][place]),
+                        "label": bool(arrays["label"][place]),
+                    }
+                )
+        return {"examples": examples}
+
+    def meta_batch(self, model: ModelConfig, rows: int, text_length: int, num_classes: int) -> Batch:
+        batch = super().meta_batch(model, rows, text_length, num_classes)
+        images = batch.pop("images")
+        return batch | {"images_0": images, "images_1": torch.empty_like(images), "label": batch["sample_id"]}
+
+    def passes(self, model: ModelConfig, objective: FinetuneObjective, rows: int, text_length: int) -> list[Pass]:
+        return [Pass(2 * rows, model.num_patches, text_length)]
+
+    def head_flops(
+        self,
+        model: ModelConfig,
+        objective: FinetuneObjective,
+        rows: int,
+        text_length: int,
+        world_size: int,
+        num_classes: int,
+    ) -> Flops:
+        dim, hidden = model.dim, objective.head_hidden or 2 * model.dim
+        if not objective.biattn:
+            return product(rows, 2 * dim, hidden) + product(rows, hidden, 2)
+        # Bi-attention: each pass attends to the other, then both are pooled.
+        tokens = 1 + model.num_patches + text_length
+        attend = product(rows * tokens, dim, 4 * dim) + 2 * (rows * product(tokens, dim, tokens))
+        pool = product(rows * tokens, 2 * dim, dim) + product(rows * tokens, dim, 1) + rows * product(1, tokens, dim)
+        return 2 * (attend + pool) + product(rows, 2 * dim, 2)
+
+
+def identified(arrays: Arrays, dataset: NlvrSamples) -> dict[str, str]:
+    """Predictions {official identifier: "True" or "False"}, in the order of the arrays."""
+    pairs = zip(arrays["question_index"].tolist(), arrays["prediction"].tolist(), strict=True)
+    return {dataset.identifier(index): str(bool(prediction)) for index, prediction in pairs}
+
+
+SPEC = NlvrSpec()

@@ -7,14 +7,21 @@ Legend: b this rank's rows, G rows of the global batch, E width of the contrasti
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation import retrieval
+from eve_ds.data.samples import CaptionSamples
 from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.model.flops import Flops, product
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.parallel import gather_with_gradient
 from eve_ds.tasks.base import (
     Batch,
@@ -24,14 +31,17 @@ from eve_ds.tasks.base import (
     global_counts,
     init_head,
     joint_first_text,
-    register,
     to_numpy,
     valid_rows,
 )
 from eve_ds.tasks.contrastive import contrastive_sum, hard_negatives
+from eve_ds.tasks.examples import Thumbnails, evenly_spaced
 from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS, random_bits
+from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass
+from eve_ds.weights.model_folder import ModelFolder
 
 TEMPERATURE_RANGE = (0.001, 0.5)
+SHOWN = 5  # best results of an example
 
 
 @dataclass
@@ -44,7 +54,6 @@ class _GlobalRows:
     text_mask: Tensor
 
 
-@register("retrieval")
 class Retrieval(Task):
     """Two unit vectors to rank by, and a matching head to re-rank by.
 
@@ -87,8 +96,10 @@ class Retrieval(Task):
         """Contrast + matching. ``image_index`` [B] tells which rows show the same image."""
         batch = valid_rows(batch)
         sample_id = batch["sample_id"]
-        vision = self.encode(images=batch["images"], draws=self.draws(sample_id, 0))
-        text = self.encode(text_ids=batch["text_ids"], text_mask=batch["text_mask"], draws=self.draws(sample_id, 1))
+        vision = self.encode(images=batch["images"], noise=self.drop_path_noise(sample_id, 0))
+        text = self.encode(
+            text_ids=batch["text_ids"], text_mask=batch["text_mask"], noise=self.drop_path_noise(sample_id, 1)
+        )
         image_own = self._vector(vision, self.itc_vision_proj_head)
         text_own = self._vector(text, self.itc_text_proj_head)
         image_all, text_all = gather_with_gradient(torch.cat([image_own, text_own], dim=1)).chunk(2, dim=1)
@@ -179,10 +190,95 @@ class Retrieval(Task):
             torch.cat([images, images, other_images]),
             torch.cat([own_ids, other_ids, own_ids])[:, :longest],
             text_mask[:, :longest],
-            draws=self.draws(batch["sample_id"], 2, 3, 4),
+            noise=self.drop_path_noise(batch["sample_id"], 2, 3, 4),
         )
         logits = self.itm_head(joint_first_text(output)).float()
         label = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         label[: len(images)] = 1
         kept = torch.cat([torch.ones_like(found), found, found]).float()
         return logits, label, kept, output
+
+
+class RetrievalSpec(FinetuneSpec):
+    name = "retrieval"
+    objective = FinetuneObjective
+
+    def build(
+        self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int
+    ) -> Retrieval:
+        return Retrieval(backbone, objective.embed_dim, objective.temperature, seed)
+
+    def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> Retrieval:
+        return Retrieval(backbone, embed_dim=state["itc_vision_proj_head.weight"].shape[0])
+
+    def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, float]:
+        return retrieval.recalls(**similarity(arrays))
+
+    def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, bytes]:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **similarity(arrays))
+        return "npz", buffer.getvalue()
+
+    def counts(self, dataset: CaptionSamples) -> dict[str, int]:
+        return {"images": dataset.rows, **super().counts(dataset)}
+
+    def examples(self, arrays: Arrays, dataset: CaptionSamples, count: int, thumbnails: Thumbnails) -> dict[str, Any]:
+        """The best five images for ``count`` captions and the best five captions for as many images."""
+        scores = similarity(arrays)
+        owner = scores["text_image_index"]
+
+        def shown(image: int) -> str:
+            return thumbnails.add(f"image_{image}", dataset.row_image_bytes(image))
+
+        to_image, to_text = [], []
+        for text in evenly_spaced(len(owner), count):
+            row = scores["text_to_image"][text]
+            results = [
+                {"image": shown(int(i)), "score": float(row[i]), "correct": bool(owner[text] == i)} for i in _best(row)
+            ]
+            to_image.append({"query": dataset.text(text), "results": results})
+        for image in evenly_spaced(len(scores["image_to_text"]), count):
+            row = scores["image_to_text"][image]
+            results = [
+                {"text": dataset.text(int(t)), "score": float(row[t]), "correct": bool(owner[t] == image)}
+                for t in _best(row)
+            ]
+            to_text.append({"image": shown(image), "results": results})
+        return {"text_to_image": to_image, "image_to_text": to_text}
+
+    def passes(self, model: ModelConfig, objective: FinetuneObjective, rows: int, text_length: int) -> list[Pass]:
+        patches = model.num_patches
+        return [Pass(rows, patches, 0), Pass(rows, 0, text_length), Pass(3 * rows, patches, text_length)]
+
+    def head_flops(
+        self,
+        model: ModelConfig,
+        objective: FinetuneObjective,
+        rows: int,
+        text_length: int,
+        world_size: int,
+        num_classes: int,
+    ) -> Flops:
+        dim, width = model.dim, objective.embed_dim
+        similarities = product(rows, width, rows * world_size)
+        return 2 * (product(rows, dim, width) + similarities) + product(3 * rows, dim, 2)
+
+    def gathered_values(self, model: ModelConfig, rows: int) -> dict[str, int]:
+        return {"images for negatives": rows * 3 * model.image_size**2}
+
+
+def similarity(arrays: Arrays) -> Arrays:
+    """Cosine scores of all images and texts: image_to_text [I, T], text_to_image [T, I], text_image_index [T]."""
+    rows, first = np.unique(arrays["image_index"], return_index=True)
+    image = arrays["image"][first]
+    order = np.argsort(arrays["sample_id"], kind="stable")
+    scores = image @ arrays["text"][order].T
+    index = np.searchsorted(rows, arrays["text_image_index"][order])
+    return {"image_to_text": scores, "text_to_image": np.ascontiguousarray(scores.T), "text_image_index": index}
+
+
+def _best(scores: np.ndarray) -> np.ndarray:
+    return np.argsort(-scores, kind="stable")[:SHOWN]
+
+
+SPEC = RetrievalSpec()

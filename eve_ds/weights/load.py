@@ -14,12 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import check_hash, read_hashes
-from eve_ds.weights.names import from_published, is_published
-from eve_ds.weights.positions import resize_positions
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 WRAPPERS = ("model", "module")  # keys under which unilm's and EVE's scripts save the weights, beside much else
@@ -146,26 +143,6 @@ def check_fit(
     if faults:
         raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
     return missing, unknown
-
-
-def load_into(
-    module: nn.Module,
-    path: str | Path,
-    config: ModelConfig,
-    may_lack: Sequence[str] = (),
-    may_exceed: Sequence[str] = (),
-) -> tuple[list[str], list[str]]:
-    """Load a weights file, published or EVE-DS naming, into a module whose backbone is at ``.backbone``.
-
-    Image positions are interpolated to ``config.image_size``. Arguments, result and errors as in ``load_state``.
-    """
-    state = load_weights(path)
-    if is_published(state):
-        try:
-            state = from_published(state, config)
-        except WeightsError as error:
-            raise WeightsError(f"{path}: {error}") from error
-    return load_state(module, resize_positions(state, config), path, may_lack, may_exceed)
 
 
 def _local_experts(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ LAYERS = {
     "eve_ds.weights": 2,
     "eve_ds.errors": 3,
     "eve_ds.files": 3,
+    "eve_ds.import_path": 4,
     "eve_ds.recipes": 4,
     "eve_ds.option_errors": 5,
     "eve_ds.tasks": 5,
@@ -162,7 +163,8 @@ def test_a_broken_rule_is_seen(module: str, source: str) -> None:
         ("eve_ds.engine.moe_deepspeed", "from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer"),
         ("eve_ds.tasks.vqa", "from eve_ds.model.backbone import Backbone"),
         ("eve_ds.data.shards", "from preprocessing.shards.schema import DataError"),
-        ("eve_ds.scoring", "from evaluation import vqa"),
+        ("eve_ds.tasks.vqa", "from evaluation import vqa"),
+        ("eve_ds.engine.scoring", "from evaluation import vqa"),
     ],
 )
 def test_what_the_design_allows_passes(module: str, source: str) -> None:

@@ -24,7 +24,7 @@ from eve_ds.callbacks.metrics import lines_until
 from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, parse
 from eve_ds.data.batch_reader import Reader
 from eve_ds.data.sampler import Block
-from eve_ds.data.samples import CaptionSamples, NlvrSamples, Samples, VqaSamples, read_answer_list
+from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.shards import RowError, Split
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
@@ -36,6 +36,8 @@ from eve_ds.engine.universal import consolidated_state
 from eve_ds.engine.verification import verify_now
 from eve_ds.errors import UserError, exit_code
 from eve_ds.tasks import load_task_model
+from eve_ds.tasks.nlvr import NlvrSamples
+from eve_ds.tasks.vqa import VqaSamples, read_answer_list
 from eve_ds.weights.hashes import HASHES
 from eve_ds.weights.load import load_weights
 from preprocessing.shards.schema import MANIFEST
@@ -69,7 +71,7 @@ def _command(read: Callable[[Path], None]) -> Callable[[Path], int]:
 
 def _samples(split: Split, root: Path, tokenizer: Tokenizer) -> Samples:
     if split.kind == "vqa":
-        return VqaSamples(split, tokenizer, TRANSFORM, 16, num_answers=len(read_answer_list(root)))
+        return VqaSamples(split, tokenizer, TRANSFORM, 16, answer_list=read_answer_list(root))
     return {"caption": CaptionSamples, "nlvr": NlvrSamples}[split.kind](split, tokenizer, TRANSFORM, 16)
 
 

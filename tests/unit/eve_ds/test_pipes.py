@@ -12,12 +12,12 @@ import pytest
 
 from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig, parse
 from eve_ds.data.mapping import MappedFile
-from eve_ds.data.samples import read_answer_list
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_yaml
+from eve_ds.tasks.vqa import read_answer_list
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.shards.schema import DataError
 

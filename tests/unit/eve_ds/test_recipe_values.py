@@ -15,12 +15,12 @@ import yaml
 
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse
-from eve_ds.data.samples import read_answer_list
 from eve_ds.errors import USER_ERRORS, UserError
 from eve_ds.model.model_config import ModelConfig, ModelConfigError
 from eve_ds.recipes import DEEPEST, MOST_NODES, section_of
 from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
+from eve_ds.tasks.vqa import read_answer_list
 from preprocessing.shards.schema import read_manifest
 from preprocessing.text.tokenizer import Tokenizer
 

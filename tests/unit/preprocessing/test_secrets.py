@@ -199,7 +199,7 @@ def test_ids_in_shards_of_others_are_hidden(tmp_path: Path, caplog: pytest.LogCa
         write_arrow(tmp_path / f"{name}.arrow", table_of([row]))
     config = PretrainConfig()
     config.data.path, config.data.allow_overlap = str(tmp_path), True
-    samples = setup.samples(config, "train", tiny_tokenizer(), train=True)
+    samples = setup.build_dataset(config, "train", tiny_tokenizer(), train=True)
     setup.check_apart(config, samples, {})
     assert "such as image_id s3://***@b/1.jpg" in caplog.messages[0]
 

@@ -23,8 +23,9 @@ from eve_ds.data.batch_reader import NEIGHBORS, Reader, Reading, SharedImages
 from eve_ds.data.loader import Loader, build_loader
 from eve_ds.data.loader_faults import OF_JOBS, explain_worker_death
 from eve_ds.data.sampler import Block
-from eve_ds.data.samples import CaptionSamples, Samples, VqaSamples
+from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.transforms import build_transform
+from eve_ds.tasks.vqa import VqaSamples
 from preprocessing.shards.schema import DataError
 from tests.support.limits import few_descriptors
 from tests.support.shards import image_of, make_vqa_set, tiny_tokenizer, write_split
@@ -117,7 +118,9 @@ def test_what_is_no_rows_fault_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "a" / "train" / "shard-00001.arrow").unlink()
     found = read(data, [0, 12])
     assert found.failure is not None and "shard-00001.arrow: No such file" in found.failure and not found.replaced
-    questions = VqaSamples(make_vqa_set(tmp_path / "b", rows=4, image_size=16), TOKENIZER, TRAIN, 16, num_answers=2)
+    questions = VqaSamples(
+        make_vqa_set(tmp_path / "b", rows=4, image_size=16), TOKENIZER, TRAIN, 16, answer_list=["yes", "no"]
+    )
     found = read(questions, [1])  # another answer list: a mistake, and no accident of this row
     assert found.failure is not None and "answer_list.json" in found.failure
 

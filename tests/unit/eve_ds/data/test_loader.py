@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from eve_ds.data.loader import Loader, build_loader
-from eve_ds.data.samples import CaptionSamples, NlvrSamples, Sample, VqaSamples
+from eve_ds.data.samples import CaptionSamples, Sample
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform
+from eve_ds.tasks.nlvr import NlvrSamples
+from eve_ds.tasks.vqa import VqaSamples
 from preprocessing.shards.schema import DataError
 from tests.support.shards import (
     ANSWERS,
@@ -100,7 +102,7 @@ def test_resume_mid_epoch_is_exact(tmp_path: Path, workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation(tmp_path: Path, world: int, workers: int) -> None:
-    data = VqaSamples(make_vqa_set(tmp_path, rows=5, image_size=16), TOKENIZER, EVAL, 12, num_answers=len(ANSWERS))
+    data = VqaSamples(make_vqa_set(tmp_path, rows=5, image_size=16), TOKENIZER, EVAL, 12, answer_list=ANSWERS)
     ids, invalid = [], 0
     for rank in range(world):
         processes = workers if rank == 0 else 0

@@ -53,8 +53,8 @@ def config(root: Path, task: str = "pretrain", **data: object) -> PretrainConfig
 def check(
     chosen: PretrainConfig | FinetuneConfig, tokenizer: Tokenizer, *held_out: str, train: bool = True
 ) -> tuple[Samples | None, dict[str, Samples]]:
-    training = setup.samples(chosen, "train", tokenizer, train=True) if train else None
-    scored = {split: setup.samples(chosen, split, tokenizer, train=False) for split in held_out}
+    training = setup.build_dataset(chosen, "train", tokenizer, train=True) if train else None
+    scored = {split: setup.build_dataset(chosen, split, tokenizer, train=False) for split in held_out}
     setup.check_apart(chosen, training, scored)
     return training, scored
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eve_ds.data.samples import read_answer_list
 from eve_ds.data.sources import JoinedSplit, open_split
+from eve_ds.tasks.vqa import read_answer_list
 from preprocessing.shards.schema import DataError
 from tests.support import foreign_shards
 from tests.support.shards import image_of, make_caption_set, make_vqa_set, texts

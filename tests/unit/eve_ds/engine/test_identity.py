@@ -37,7 +37,7 @@ def pretraining(data: Path, output: Path | None = None) -> PretrainConfig:
 
 
 def of(config: Config) -> Identity:
-    split = setup.samples(config, config.data.train_split, setup.tokenizer(config), train=True)
+    split = setup.build_dataset(config, config.data.train_split, setup.build_tokenizer(config), train=True)
     return setup.identity(config, split)
 
 

@@ -182,13 +182,13 @@ def test_a_head_goes_with_its_own_answer_list_alone(tmp_path: Path) -> None:
     (model / "model.safetensors").write_bytes(b"")
     config = FinetuneConfig(init_from=str(tmp_path / "run"), data=DataConfig(path=str(data)))
     (data / "answer_list.json").write_text('["yes", "no"]')
-    setup.check_answer_list(config)  # published weights come without a list
+    setup.check_head(config)  # published weights come without a list
     (model / "answer_list.json").write_text('["yes", "no"]')
-    setup.check_answer_list(config)
+    setup.check_head(config)
     for other, words in (('["no", "yes"]', "answer 0: 'no' and 'yes'"), ('["yes"]', "their lengths")):
         (model / "answer_list.json").write_text(other)
         with pytest.raises(UserError, match=words):
-            setup.check_answer_list(config)
+            setup.check_head(config)
 
 
 def test_weights_come_with_their_own_tokenizer_alone(tmp_path: Path) -> None:
@@ -199,17 +199,17 @@ def test_weights_come_with_their_own_tokenizer_alone(tmp_path: Path) -> None:
     tree = ModelConfig(vocab_size=own.vocab_size)
     config = FinetuneConfig(init_from=str(tmp_path / "run"), model=tree, data=DataConfig(tokenizer=str(other)))
     with pytest.raises(UserError, match=r"is not the tokenizer that .*run was trained with .*: the one has"):
-        setup.tokenizer(config)
+        setup.build_tokenizer(config)
     same = dataclasses.replace(config, data=DataConfig(tokenizer=str(model)))
-    assert setup.tokenizer(same).vocab_size == own.vocab_size
-    assert setup.tokenizer(dataclasses.replace(config, data=DataConfig())).vocab_size == own.vocab_size
+    assert setup.build_tokenizer(same).vocab_size == own.vocab_size
+    assert setup.build_tokenizer(dataclasses.replace(config, data=DataConfig())).vocab_size == own.vocab_size
     (model / "tokenizer.json").unlink()  # published weights come without
     with pytest.raises(UserError, match=rf"other: has \d+ entries, the model {own.vocab_size}"):
-        setup.tokenizer(config)
+        setup.build_tokenizer(config)
     first_values = dataclasses.replace(config, init_from=None)  # nothing was trained with another tokenizer
-    assert setup.tokenizer(first_values).vocab_size < own.vocab_size * 15 // 16
+    assert setup.build_tokenizer(first_values).vocab_size < own.vocab_size * 15 // 16
     with pytest.raises(UserError, match=r"--data\.tokenizer is missing"):
-        setup.tokenizer(dataclasses.replace(config, data=DataConfig()))
+        setup.build_tokenizer(dataclasses.replace(config, data=DataConfig()))
 
 
 def test_sources_answer_by_the_same_list(tmp_path: Path) -> None:
@@ -217,12 +217,12 @@ def test_sources_answer_by_the_same_list(tmp_path: Path) -> None:
         make_vqa_set(tmp_path / name, rows=3)
     sources = [DataSource(str(tmp_path / name)) for name in ("one", "two")]
     config = FinetuneConfig(task="vqa", data=DataConfig(sources=sources))
-    joined = setup.samples(config, "train", tiny_tokenizer(), train=True)
+    joined = setup.build_dataset(config, "train", tiny_tokenizer(), train=True)
     assert len(joined) == 12 and batches.source_names(config.data) == ["one", "two"]
-    assert len(setup.samples(config, "train", tiny_tokenizer(), train=False)) == 6  # held out: the first one's
+    assert len(setup.build_dataset(config, "train", tiny_tokenizer(), train=False)) == 6  # held out: the first one's
     (tmp_path / "two" / "answer_list.json").write_text('["no", "yes"]')
     with pytest.raises(UserError, match=r"two/answer_list\.json and .*one/answer_list\.json differ"):
-        setup.samples(config, "train", tiny_tokenizer(), train=True)
+        setup.build_dataset(config, "train", tiny_tokenizer(), train=True)
 
 
 def test_a_split_goes_with_the_answers_that_it_was_labeled_by(tmp_path: Path) -> None:
@@ -231,12 +231,12 @@ def test_a_split_goes_with_the_answers_that_it_was_labeled_by(tmp_path: Path) ->
     answers = json.loads((tmp_path / "answer_list.json").read_text())
     known = {"answer_list_sha256": hashlib.sha256(json.dumps(answers).encode()).hexdigest()}
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | known))
-    assert len(setup.samples(config, "train", tiny_tokenizer(), train=True)) == 6
+    assert len(setup.build_dataset(config, "train", tiny_tokenizer(), train=True)) == 6
     (tmp_path / "answer_list.json").write_text(json.dumps([*answers, "maybe"]))
     with pytest.raises(
         UserError, match=r"answer_list\.json: is not the list that .*train was labeled by; put that one"
     ):
-        setup.samples(config, "train", tiny_tokenizer(), train=True)
+        setup.build_dataset(config, "train", tiny_tokenizer(), train=True)
 
 
 def test_names_of_sources() -> None:

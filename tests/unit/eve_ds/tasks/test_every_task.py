@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eve_ds.tasks import Task
-from eve_ds.tasks.base import TASKS as REGISTRY
+from eve_ds.tasks.registry import BY_NAME
 from tests.support.tiny_tasks import TASKS, Batch, rows_of, tiny_batch, tiny_task
 
 EVERY = pytest.mark.parametrize("name", list(TASKS))
@@ -18,7 +18,7 @@ def means(task: Task, batch: Batch) -> dict[str, float]:
 
 
 def test_registry_has_the_contracts_names() -> None:
-    assert set(REGISTRY) == {"pretrain", "retrieval", "vqa", "nlvr"}
+    assert set(BY_NAME) == {"pretrain", "retrieval", "vqa", "nlvr"}
 
 
 @EVERY

@@ -239,7 +239,9 @@ def test_the_webs_images_are_told_apart_by_their_files(
     assert main(["verify", str(images / "out"), "--repair"]) == 1
     assert f"{train} and {val}: hold the same 3 images" in (error := capsys.readouterr().err) and str(test) not in error
     config = PretrainConfig(data=DataConfig(path=str(images / "out")))
-    opened = {name: setup.samples(config, name, tiny_tokenizer(), train=False) for name in ("train", "val", "test")}
+    opened = {
+        name: setup.build_dataset(config, name, tiny_tokenizer(), train=False) for name in ("train", "val", "test")
+    }
     setup.check_apart(config, opened["train"], {"test": opened["test"]})
     assert "1 images stand in both, such as image_id test_lines-2; so few are let pass" in caplog.text
     with pytest.raises(DataError, match=r"3 images stand in both, .*; leave them out of one of these"):

@@ -29,11 +29,11 @@ def test_a_step_is_the_same_in_any_order_of_its_samples(name: str) -> None:
 
 def test_every_branch_use_and_sample_has_a_number_of_its_own() -> None:
     task, sample_id = tiny_task("nlvr_plain", drop_path=0.5).train(), torch.arange(1000)
-    draws = task.draws(sample_id, 0, 1)
-    assert draws is not None and draws.shape == (2 * 3, 2000)
-    assert torch.equal(draws[:, 1000:], task.draws(sample_id, 1))
-    assert draws.unique().numel() > 0.99 * draws.numel()
-    assert float(draws.mean()) == pytest.approx(0.5, abs=0.02)
-    assert torch.corrcoef(torch.cat([draws[:, :1000], draws[:, 1000:]])).fill_diagonal_(0).abs().max() < 0.15
-    assert task.eval().draws(sample_id, 0) is None
-    assert tiny_task("vqa").train().draws(sample_id, 0) is None
+    noise = task.drop_path_noise(sample_id, 0, 1)
+    assert noise is not None and noise.shape == (2 * 3, 2000)
+    assert torch.equal(noise[:, 1000:], task.drop_path_noise(sample_id, 1))
+    assert noise.unique().numel() > 0.99 * noise.numel()
+    assert float(noise.mean()) == pytest.approx(0.5, abs=0.02)
+    assert torch.corrcoef(torch.cat([noise[:, :1000], noise[:, 1000:]])).fill_diagonal_(0).abs().max() < 0.15
+    assert task.eval().drop_path_noise(sample_id, 0) is None
+    assert tiny_task("vqa").train().drop_path_noise(sample_id, 0) is None

@@ -11,9 +11,9 @@ import torch
 
 from eve_ds.config import FinetuneConfig
 from eve_ds.engine import setup
+from eve_ds.engine.scoring import Scorer
 from eve_ds.engine.signals import StopRequest
 from eve_ds.model.backbone import Backbone
-from eve_ds.scoring import Scorer
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from preprocessing.__main__ import main
 from preprocessing.shards.schema import DataError
@@ -58,7 +58,7 @@ def score(folder: Path, task: str, out: Path) -> None:
     config.model = tiny_config()
     config.model.vocab_size = 512
     tokenizer = tiny_tokenizer()
-    samples = setup.samples(config, "test", tokenizer, train=False)
+    samples = setup.build_dataset(config, "test", tokenizer, train=False)
     backbone = Backbone(config.model)
     tasks = {"nlvr": NLVR, "vqa": lambda backbone: VQA(backbone, 2), "retrieval": Retrieval}
     made: Task = tasks[task](backbone).eval()

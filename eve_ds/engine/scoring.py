@@ -1,0 +1,110 @@
+"""Scores of a fine-tuned model on a split. The task computes them (eve_ds/tasks); here they are gathered and written.
+
+Files written below the run folder, rank 0 alone:
+
+    scores_<split>.json                       the metrics; "incomplete" says what the split lacks of its raw data, if so
+    predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
+    samples/                                  examples for the report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eve_ds.config import FinetuneConfig
+from eve_ds.data.samples import Samples
+from eve_ds.engine import batches
+from eve_ds.engine.evaluation import Arrays, predict
+from eve_ds.engine.signals import StopRequest
+from eve_ds.engine.watchdog import mark
+from eve_ds.files import write_json
+from eve_ds.tasks.base import Task
+from eve_ds.tasks.examples import Thumbnails
+from preprocessing.shards.schema import write_atomic
+
+if TYPE_CHECKING:
+    from eve_ds.engine.trainer import Trainer
+
+Scores = dict[str, float]
+
+
+class Scorer:
+    """Predicts splits of one dataset with whatever weights the task has.
+
+    Args:
+        config: the resolved tree.
+        datasets: {split: its dataset, with evaluation transforms}.
+        device: this rank's.
+        stop: asked between batches; all ranks raise StopError where one of them was asked to stop.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, datasets: Mapping[str, Samples], device: torch.device, stop: StopRequest
+    ) -> None:
+        self.config, self.datasets, self.device, self.stop = config, datasets, device, stop
+
+    def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
+        """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
+        found = batches.evaluation_batches(self.config, self.datasets[split], limit)
+        return predict(task, found, self.device, self.stop)
+
+    def while_training(self, trainer: Trainer) -> Scores:
+        """Metrics on the validation split for the log; empty but on rank 0."""
+        split = self.config.data.val_split
+        if split is None:
+            return {}
+        with trainer.whole_weights():
+            arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
+        scores = self.config.spec.metrics(arrays, self.datasets[split]) if arrays else {}
+        return {f"val/{name}": value for name, value in scores.items()}
+
+    def score(self, task: Task, split: str, folder: Path) -> None:
+        """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
+        mark(f"the scoring of {split}")
+        with self.stop.deferred():
+            arrays = self.predict(task, split)
+        if arrays is None:
+            return
+        spec, dataset = self.config.spec, self.datasets[split]
+        scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
+        if scores:  # told before anything is written: the disk may be full
+            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            print(f"{split}: {told}{_told(lack)}", flush=True)
+        suffix, content = spec.predictions(arrays, dataset)
+        write_atomic(folder / f"predictions_{split}.{suffix}", content)
+        if not scores:
+            print(f"{split}: predictions written; the split has no answers to score them by{_told(lack)}", flush=True)
+            return
+        thumbnails = Thumbnails(folder)
+        if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
+            write_json(thumbnails.folder / "samples.json", examples)
+        write_json(folder / f"scores_{split}.json", scores | ({"incomplete": lack} if lack else {}))
+
+
+def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What a prepared split lacks of its raw data: {"questions": {"scored": n, "of": N}, "dropped": {reason: count}}.
+
+    Empty where it is whole, or where nobody knows: shards by other scripts have no manifest. ``counts``: what is
+    scored, {"questions": n}.
+    """
+    manifest = getattr(dataset.split, "manifest", {})
+    dropped = {reason: count for reason, count in manifest.get("dropped", {}).items() if count}
+    if not dropped:
+        return {}
+    source = manifest.get("source", {})
+    known = any(source.get(name, 0) > count for name, count in counts.items())
+    lost = 0 if known else sum(dropped.values())  # records at fault, which no count of the raw data has
+    found = {name: {"scored": count, "of": max(count + lost, source.get(name, 0))} for name, count in counts.items()}
+    return found | {"dropped": dropped}
+
+
+def _told(lack: Mapping[str, Any]) -> str:
+    if not lack:
+        return ""
+    whole = ", ".join(f"{part['scored']} of {part['of']} {name}" for name, part in lack.items() if name != "dropped")
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(lack["dropped"].items()))
+    return f"  (over {whole}; dropped in preparation: {why})"
