@@ -208,6 +208,10 @@ def _label(row: Row, item: int) -> int:
 
 class NlvrSpec(FinetuneSpec):
     name = "nlvr"
+    title = "NLVR"
+    measures = (("accuracy", "accuracy"), ("consistency", "consistency"))
+    main_measure = "accuracy"
+    to_percent = 100.0
     objective = FinetuneObjective
     samples = NlvrSamples
 

@@ -201,6 +201,10 @@ class Retrieval(Task):
 
 class RetrievalSpec(FinetuneSpec):
     name = "retrieval"
+    title = "Retrieval"
+    measures = tuple(
+        (f"{query}_r{k}", f"{what} R@{k}") for query, what in (("txt", "text"), ("img", "image")) for k in (1, 5, 10)
+    )
     objective = FinetuneObjective
 
     def build(

@@ -197,7 +197,19 @@ class TaskSpec(ABC):
 
 
 class FinetuneSpec(TaskSpec):
-    """A task that a pre-trained model is fine-tuned on and scored by. ``Task.predict_batch`` gives the arrays."""
+    """A task that a pre-trained model is fine-tuned on and scored by. ``Task.predict_batch`` gives the arrays.
+
+    Attributes:
+        title: in the report.
+        measures: those metrics that the report shows: (key, what to call it).
+        main_measure: the key of the one that a baseline without a key of its own belongs to.
+        to_percent: factor from a metric to percent.
+    """
+
+    title: str
+    measures: tuple[tuple[str, str], ...] = ()
+    main_measure: str = ""
+    to_percent: float = 1.0
 
     @abstractmethod
     def metrics(self, arrays: Arrays, dataset: Any) -> dict[str, float]:

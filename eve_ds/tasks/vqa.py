@@ -185,6 +185,9 @@ def _known(row: Row, column: str, item: int) -> list[Any]:
 
 class VqaSpec(FinetuneSpec):
     name = "vqa"
+    title = "VQA"
+    measures = (("overall", "accuracy"), ("soft_accuracy", "accuracy over the answer list"))
+    main_measure = "overall"
     objective = FinetuneObjective
     samples = VqaSamples
     companion_files = (ANSWER_LIST,)
