@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from eve_ds.engine import placement, watchdog
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
 from eve_ds.errors import RankError, UserError, finish_together
 
 LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # set by `start` where DeepSpeed's LOCAL_RANK has to say which GPU, and no more
@@ -86,11 +85,9 @@ def start(timeout_seconds: float = 600) -> torch.device:
     torch.set_num_threads(placement.compute_threads(len(os.sched_getaffinity(0)), world_size, os.environ))
     if world_size > (placement.local_world_size(os.environ) or 1):
         placement.listen_where_others_reach(os.environ["MASTER_ADDR"])
-    if local_rank == 0:
-        remove_shm_leftovers()
     import deepspeed
 
-    skip_unbuilt_operation()
+    disable_shm_operation()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         os.environ[LOCAL_RANK] = str(local_rank)
@@ -107,13 +104,25 @@ def start(timeout_seconds: float = 600) -> torch.device:
     except dist.DistError as error:
         raise RankError(f"rank {rank} on {socket.gethostname()}: {_unreachable(error)}") from error
     dist.barrier()
-    release_own_buffer(rank)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+def disable_shm_operation() -> None:
+    """Keep ``init_distributed`` from compiling and loading ``deepspeed_shm_comm`` on a CPU (deepspeed/comm/torch.py).
+
+    The compile takes a minute on every rank, and the operation leaves 66 MiB per rank in /dev/shm. Only DeepSpeed's
+    tensor-parallel inference uses it. Call this before ``deepspeed.init_distributed``. It sets the whole table of
+    compatible operations, which DeepSpeed 0.19.8 reads for this one operation alone, and saves the search for compilers
+    that fills it.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 @contextlib.contextmanager
 def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
-    """``start``, and at the end leave the process group and remove what dead ranks left in shared memory."""
+    """``start``, and leave the process group at the end."""
     device = start(timeout_seconds)
     try:
         yield device
@@ -121,8 +130,6 @@ def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
     finally:
         watchdog.stop()
         dist.destroy_process_group()
-        if launched_world()[2] == 0:
-            remove_shm_leftovers()
 
 
 def _unreachable(error: Exception) -> str:

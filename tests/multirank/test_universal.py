@@ -103,11 +103,13 @@ class Run:
 
 
 def start() -> None:
+    from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.engine.environment import prepare_environment
 
     prepare_environment()
     import deepspeed
 
+    disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
