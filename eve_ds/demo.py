@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 from evaluation.common import Parser
 from eve_ds.engine.environment import prepare_environment
+from eve_ds.engine.placement import free_port
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
 from eve_ds.option_errors import check_secrets
@@ -258,12 +258,6 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ranks() -> int:

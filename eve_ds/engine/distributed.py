@@ -17,30 +17,21 @@ import torch.distributed as dist
 from eve_ds.engine import placement, watchdog
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import RankError, UserError, finish_together
+from eve_ds.launched import launched_rank, launcher_values
 
 LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # set by `start` where DeepSpeed's LOCAL_RANK has to say which GPU, and no more
-# Ours: those of torchrun and deepspeed, mpirun, srun. In a Slurm job SLURM_* may be mpirun's daemons'.
-LAUNCHER_VARIABLES = {
-    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
-    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
-    "LOCAL_RANK": (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
-}
+# torchrun's and deepspeed's, mpirun's, srun's. mpirun's come first: within a Slurm job its daemons have SLURM_* set.
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+LOCAL_RANKS = (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 BACKSTOP_SECONDS = 60.0  # by which collectives outwait the watchdog, which knows more, at least
 
 
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a process started by hand."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        found = next((os.environ[v] for v in LAUNCHER_VARIABLES[name] if v in os.environ and _launcher(v)), default)
-        values.append(int(found))
-    return values[0], values[1], values[2]
-
-
-def _launcher(variable: str) -> bool:
-    """Slurm's variables stand in a batch shell, too, where no srun started us: SLURM_STEP_ID tells them apart."""
-    return not variable.startswith("SLURM_") or "SLURM_STEP_ID" in os.environ
+    world_size = next(iter(launcher_values(WORLD_SIZES, os.environ)), 1)
+    local_rank = next(iter(launcher_values(LOCAL_RANKS, os.environ)), 0)
+    return launched_rank(), int(world_size), int(local_rank)
 
 
 def check_world(expert_parallel_size: int, num_experts: int, world_size: int | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.recipes import read_yaml, section_of
+from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import TASKS, Task
 from eve_ds.tasks.masked import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.nlvr import NLVR
@@ -107,10 +107,7 @@ def _model_config(
 
 def _stored(kind: type[Config], path: Path, section: str) -> Config:
     """A section of the config that a run stores."""
-    tree = read_yaml(path)
-    if not isinstance(tree, dict) or section not in tree:
-        raise UserError(f"{path}: not the config.yaml of a run, section {section!r} is missing")
-    return section_of(kind, tree[section], f"{path}: {section}")
+    return section_of(kind, read_run_config(path, section)[section], f"{path}: {section}")
 
 
 def _pretrain(backbone: Backbone, state: State, files: ModelFolder) -> MaskedModeling:
