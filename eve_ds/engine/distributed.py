@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import socket
 import subprocess
 import warnings
@@ -57,7 +58,8 @@ def start(timeout_seconds: float = 600) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and return this rank's device.
 
     Raises:
-        UserError: several ranks were launched but nothing says where they meet, or they cannot meet there.
+        UserError: several ranks were launched without MASTER_ADDR and MASTER_PORT, MASTER_PORT is no port, or the
+            ranks cannot meet there.
     """
     rank, world_size, local_rank = launched_world()
     prepare_environment()
@@ -73,6 +75,7 @@ def start(timeout_seconds: float = 600) -> torch.device:
                 f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (as "
                 "launch/slurm/pretrain.sbatch does), or use deepspeed or torchrun"
             )
+    _check_port(os.environ["MASTER_PORT"])
     torch.set_num_threads(placement.compute_threads(len(os.sched_getaffinity(0)), world_size, os.environ))
     if world_size > (placement.local_world_size(os.environ) or 1):
         placement.listen_where_others_reach(os.environ["MASTER_ADDR"])
@@ -121,6 +124,14 @@ def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
     finally:
         watchdog.stop()
         dist.destroy_process_group()
+
+
+def _check_port(text: str) -> None:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 1 << 16:
+        raise UserError(
+            f"MASTER_PORT={text}: is no port from 1 to 65535; give another one (deepspeed and torchrun: --master_port "
+            "N; srun: export MASTER_PORT=N)"
+        )
 
 
 def _unreachable(error: Exception) -> str:
