@@ -22,19 +22,18 @@ PIP_SHOW := sed -un 's/^\(Collecting [^ ]*\).*/   \1/p; s/^\(Installing\).*/   \
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
 
-setup: $(RUN_READY) ## make .venv and compile DeepSpeed's CPU communication operation
-	@.venv/bin/python -m eve_ds.build_ops
+setup: $(RUN_READY) ## make .venv
 
 demo: setup ## the whole road on a small embedded data set; ends with runs/demo/report.html
 	@.venv/bin/python -m eve_ds.demo --seed $(SEED)
 
-test: $(DEV_READY) setup test-packages ## what CI runs
+test: $(DEV_READY) test-packages ## what CI runs
 	$(PYTEST) -m "not long" tests
 
 test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
 	$(PYTEST) -n auto --maxprocesses 8 -m "not long" tests/unit
 
-test-all: $(DEV_READY) setup test-packages ## the long tests too
+test-all: $(DEV_READY) test-packages ## the long tests too
 	$(PYTEST) tests
 
 test-packages: # root gets Slurm, MPI, pdsh and sshd for tests/cluster; others are told by those tests what to install
@@ -47,7 +46,7 @@ lint: $(DEV_READY) ## ruff and the type checker
 
 bench-env: $(BENCH_READY) ## make .venv-bench, with the loaders that `python -m eve_ds.bench loader` compares ours with
 
-clean: ## remove .venv, .venv-bench, the compiled operation and all caches; runs/ stays
+clean: ## remove .venv, .venv-bench, compiled operations and all caches; runs/ stays
 	rm -rf .venv .venv-bench build .torch_extensions .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

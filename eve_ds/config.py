@@ -23,7 +23,7 @@ from eve_ds.recipes import (
     at,
     check_keys,
     check_values,
-    model_section,
+    read_run_config,
     read_yaml,
     section_of,
     split_options,
@@ -307,7 +307,7 @@ def save(config: _Common, path: Path) -> None:
 
 def load_model_config(path: Path) -> ModelConfig:
     """Read the ``model`` section of a stored config."""
-    section = model_section(path)
+    section = read_run_config(path, "model")["model"]
     check_keys({"model": section}, PretrainConfig, str(path))
     return section_of(ModelConfig, section, f"{path}: model")
 

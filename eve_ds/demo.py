@@ -8,11 +8,11 @@ ranks, or on the GPUs it finds, and tells how long is left.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from typing import Any
 
 from evaluation.common import Parser
 from eve_ds.engine.environment import prepare_environment
+from eve_ds.engine.placement import free_port
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
 from eve_ds.option_errors import check_secrets
@@ -126,8 +127,9 @@ def scoring_stage(root: Path) -> Stage:
             suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[task]
             files = [str(folder / f"predictions_test.{suffix}"), "--out", str(scores_file(root, task, run))]
             commands.append(["-m", f"evaluation.{task}", *options, *files])
-    words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
-    commands.append([*words, "--scenes", f"{raw}/annotations", "--json", f"{root}/words.json"])
+    if importlib.util.find_spec("eve_ds.bench") is not None:  # a wheel does not hold it
+        words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
+        commands.append([*words, "--scenes", f"{raw}/annotations", "--json", f"{root}/words.json"])
     return Stage("Scoring the predictions and the masked words", 12, commands)
 
 
@@ -201,16 +203,19 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
     ]
     steps = [line for line in lines if "samples_per_second" in line]
     examples = read("data/captions/test/manifest.json")
-    words = next(row for row in read("words.json") if row["words"] == "all")
+    words = read("words.json") if (root / "words.json").is_file() else []
+    accuracies = {
+        "words_accuracy": "accuracy",
+        "words_accuracy_other_image": "shuffled",
+        "words_accuracy_oracle": "oracle",
+    }
     chance = 100 / examples["rows"]
     return {
         "pretrain": {
             "loss_first": mean(steps[:LOSS_WINDOW], "loss"),
             "loss_last": mean(steps[-LOSS_WINDOW:], "loss"),
             "samples_per_second": mean(steps, "samples_per_second"),
-            "words_accuracy": words["accuracy"],
-            "words_accuracy_other_image": words["shuffled"],
-            "words_accuracy_oracle": words["oracle"],
+            **{name: row[key] for row in words if row["words"] == "all" for name, key in accuracies.items()},
         },
         "retrieval": {
             **scores("retrieval"),
@@ -229,17 +234,15 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The scores beside those of the same road without pre-training, and what is had by chance."""
     pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
-    other, oracle = (100 * pretrain[f"words_accuracy_{name}"] for name in ("other_image", "oracle"))
     rows = [
         ("", "pre-trained", "from first values", "for comparison"),
         ("pre-training loss", f"{pretrain['loss_last']:.3f}", "", f"{pretrain['loss_first']:.3f} at the start"),
-        (
-            "masked words",
-            f"{100 * pretrain['words_accuracy']:.1f} %",
-            "",
-            f"{other:.1f} % with another image, {oracle:.1f} % by an oracle",
-        ),
     ]
+    if "words_accuracy" in pretrain:
+        own, other, oracle = (
+            f"{100 * pretrain[f'words_accuracy{name}']:.1f} %" for name in ("", "_other_image", "_oracle")
+        )
+        rows.append(("masked words", own, "", f"{other} with another image, {oracle} by an oracle"))
     for title, part, key, factor, beside in (
         ("text retrieval R@1", retrieval, "txt_r1", 1, f"{retrieval['chance_txt_r1']:.1f} % by chance"),
         ("image retrieval R@1", retrieval, "img_r1", 1, f"{retrieval['chance_img_r1']:.1f} % by chance"),
@@ -258,12 +261,6 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def ranks() -> int:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from evaluation.common import InputError
 from eve_ds.data.loader_faults import explain_worker_death
+from eve_ds.launched import launched_rank
 from eve_ds.model.model_config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
 from preprocessing.shards.schema import DataError, printable
@@ -191,11 +192,3 @@ def tell_launching(exit_code: str) -> None:
     with contextlib.suppress(OSError):
         if not exit_code or path.exists():
             path.write_text(exit_code)
-
-
-def launched_rank() -> int:
-    """This process's rank as the launcher set it, for messages."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0

@@ -191,16 +191,13 @@ def _plain_nodes(node: Any, key: str = "", depth: int = 0) -> Iterator[Any]:
             yield from _plain_nodes(value, key if merged else f"{key}.{label}" if key else label, depth + 1)
 
 
-def model_section(path: Path) -> dict[str, Any]:
-    """The ``model`` section of the config that a run stores.
-
-    Raises:
-        UserError: as ``read_yaml``, or there is no such section.
-    """
-    raw = read_yaml(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
-        raise UserError(f"{path}: no 'model' section; expected the config.yaml that a run stores")
-    return raw["model"]
+def read_run_config(path: Path, *sections: str) -> dict[str, Any]:
+    """The tree of the config.yaml that a run stores. Raises UserError as ``read_yaml``, or if it lacks a section."""
+    tree = read_yaml(path)
+    for name in sections:
+        if not isinstance(tree, dict) or not isinstance(tree.get(name), dict):
+            raise UserError(f"{path}: no {name!r} section; expected the config.yaml that a run stores")
+    return tree
 
 
 def known_keys(root: type, prefix: str = "") -> list[str]:

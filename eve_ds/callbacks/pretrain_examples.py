@@ -11,6 +11,7 @@ from PIL import Image
 from eve_ds.data.collate import collate
 from eve_ds.data.samples import Samples
 from eve_ds.engine.agreement import decide
+from eve_ds.engine.batches import to_device
 from eve_ds.engine.callback import Callback
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
@@ -54,8 +55,7 @@ class PretrainExamples(Callback):
         load = load.to(trainer.device)
         dist.all_reduce(load)
         samples = [self.held_out[index, 0] for index in self.chosen]
-        batch = collate(samples, self.held_out.pad_id, self.held_out.max_text_length)
-        batch = {key: value.to(trainer.device) for key, value in batch.items()}
+        batch = to_device(collate(samples, self.held_out.pad_id, self.held_out.max_text_length), trainer.device)
         with trainer.whole_weights():
             examples = self.spec.held_out_examples(trainer.task, batch, self.held_out, self.chosen)
         if trainer.is_main:

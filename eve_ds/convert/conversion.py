@@ -16,7 +16,7 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.recipes import RECIPES, meant, read_yaml, recipe
+from eve_ds.recipes import RECIPES, meant, read_run_config, read_yaml, recipe
 from eve_ds.tasks.load_task import build_for
 from eve_ds.tasks.registry import BY_NAME, find_spec
 from eve_ds.weights.beit import fill_from_beit
@@ -130,7 +130,7 @@ def deepspeed_to_folder(
     check_out(target, overwrite, folder=True)
     step = _step(Path(checkpoint))
     run = step.absolute().parents[1]
-    tree = _run_config(run / CONFIG)
+    tree = read_run_config(run / CONFIG, "data")
     words = _run_tokenizer(run, tree, tokenizer)
     spec, companions = find_spec(str(tree.get("task", "pretrain"))), {}
     for name in spec.companion_files:
@@ -274,13 +274,6 @@ def _engine() -> Any:
             raise
         raise UserError("reading a DeepSpeed checkpoint needs DeepSpeed; pip install -r requirements.txt") from error
     return universal
-
-
-def _run_config(path: Path) -> dict[str, Any]:
-    tree = read_yaml(path)
-    if not isinstance(tree, dict) or not isinstance(tree.get("data"), dict):
-        raise UserError(f"{path}: not the config.yaml of a run; --checkpoint must lie in its run folder")
-    return tree
 
 
 def _run_tokenizer(run: Path, tree: dict[str, Any], named: str | None) -> Path:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from eve_ds.data.batch_reader import Reader, Reading, SharedImages
 from eve_ds.data.collate import Batch, to_batch
 from eve_ds.data.freed_memory import keep_freed_memory
-from eve_ds.data.loader_faults import OF_JOBS, explain_silence, explain_worker_death, heed_parent_alone
+from eve_ds.data.loader_faults import OF_JOBS, explain_silence, explain_worker_death, ignore_sigterm_except_from_parent
 from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
@@ -192,7 +192,7 @@ class Loader:
 
 
 def _start_reader(worker: int) -> None:
-    heed_parent_alone(worker)
+    ignore_sigterm_except_from_parent(worker)
     keep_freed_memory()
 
 
@@ -254,18 +254,20 @@ def build_loader(
         reader = Reader(dataset, pad_to_multiple, replace=False)
         evaluation = EvalOrder(size, micro_batch_size, world_size, rank)
         return Loader(dataset, evaluation, 0, num_workers, prefetch, reader, max_corrupt, timeout)
-    _check_readers(dataset, world_size, max(num_workers, 1))
+    check_readers(dataset.split.name, dataset.rows, world_size, num_workers)
     order = TrainOrder(_stream(dataset, seed, window, weights), micro_batch_size, world_size, rank)
     read_ahead = ReadAhead(dataset.split, order, window) if window else None
     reader = Reader(dataset, pad_to_multiple, replace=max_corrupt > 0, read_ahead=read_ahead)
     return Loader(dataset, order, start_sample, num_workers, prefetch, reader, max_corrupt, timeout)
 
 
-def _check_readers(dataset: Samples, world_size: int, workers: int) -> None:
-    if world_size * workers > dataset.rows:
+def check_readers(name: str, rows: int, world_size: int, num_workers: int) -> None:
+    """Raise DataError unless each process that reads the data set ``name`` has a row."""
+    workers = max(num_workers, 1)
+    if world_size * workers > rows:
         raise DataError(
-            f"{dataset.split.name}: {dataset.rows} rows are fewer than {world_size} ranks x {workers} workers = "
-            f"{world_size * workers}; use fewer ranks, fewer data.num_workers or more data"
+            f"{name}: {rows} rows are fewer than {world_size} ranks x {workers} workers = {world_size * workers}; use "
+            "fewer ranks, lower data.num_workers, or prepare more data"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 OF_JOBS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # what ends or warns a whole job
 
 
-def heed_parent_alone(worker: int) -> None:
+def ignore_sigterm_except_from_parent(worker: int) -> None:
     """In a loader's process, from its start on: let no SIGTERM end it but its parent's, and none of `OF_JOBS` else.
 
     Schedulers, launchers and terminals send a signal to all processes of a job. The training process then ends its step

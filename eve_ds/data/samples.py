@@ -163,11 +163,6 @@ class CaptionSamples(Samples):
         """The file of image `image_index`."""
         return self.split.row(image_index).blob("image")
 
-    def row_captions(self, image_index: int) -> list[str]:
-        """All captions of image `image_index`."""
-        captions = self.split.row(image_index).value("caption")
-        return captions if isinstance(captions, list) else [captions]
-
     def text_image_index(self) -> np.ndarray:
         """[samples] int64: the image of every caption."""
         return self.split.sample_rows()

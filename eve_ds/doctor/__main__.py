@@ -20,7 +20,8 @@ from evaluation.common import Parser, printable
 from eve_ds.doctor import hardware, software
 from eve_ds.doctor.known_faults import Facts, find_faults
 from eve_ds.doctor.screen import screen
-from eve_ds.engine.environment import OPERATION, extensions_folder, operation_is_built, prepare_environment
+from eve_ds.engine.environment import prepare_environment
+from eve_ds.kernels.extensions import extensions_folder
 
 NAMED = ("torch", "deepspeed", "triton", "pyarrow", "apex", "mpi4py")
 RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
@@ -114,8 +115,6 @@ def notes(facts: Facts) -> list[str]:
     if mpi.problem:
         lack = "finds no MPI library" if "MPI library" in mpi.problem else f"does not load ({mpi.problem})"
         found.append(f"mpi4py {lack}: under mpirun, set MASTER_ADDR and MASTER_PORT, or apt-get install openmpi-bin")
-    if not facts.nvidia and facts.versions["deepspeed"] and not operation_is_built():
-        found.append(f"{OPERATION} is not compiled, gloo serves (python -m eve_ds.build_ops)")
     load = os.getloadavg()[0]
     if load > facts.cores / 2:
         found.append(f"load average {load:.1f} on {facts.cores} usable cores: the speeds are those of a busy machine")

@@ -17,8 +17,8 @@ from typing import Any
 from eve_ds.doctor.hardware import held_open
 from eve_ds.doctor.software import Package, last_line, run
 
-BUFFER_BYTES = 66 * 2**20  # DeepSpeed's shared-memory buffer of a rank (eve_ds/engine/shm.py)
-SMALLEST_SHM = 2**30  # the loader's workers hand batches over in /dev/shm; Docker's default is 64 MiB
+NCCL_SHM = 2**30  # what NCCL's documentation asks for in a container, where Docker's default is 64 MiB
+LEAST_FREE_SHM = 2**24  # semaphores of loader workers
 FEWEST_FILES = 1024
 OPTIONAL = ("mpi4py",)  # read only by ranks that mpirun started without MASTER_ADDR
 
@@ -183,16 +183,14 @@ def too_many_threads(facts: Facts) -> list[Fault]:
 def small_limits(facts: Facts) -> list[Fault]:
     found = []
     total, free = facts.memory.get("shm_bytes"), facts.memory.get("shm_free_bytes")
-    needed = BUFFER_BYTES * facts.ranks
     if total is None:
         found.append(Fault(f"{facts.shared_memory} is not there", "mount a tmpfs there: loader workers need it"))
-    elif total < SMALLEST_SHM:
+    elif total < NCCL_SHM and facts.nvidia:
         mend = "start the container with --shm-size=8g or --ipc=host"
-        found.append(Fault(f"{facts.shared_memory} has {total / 2**20:.0f} MiB: loader workers die of it", mend))
-    elif free is not None and free < needed:
-        held = f"{facts.shared_memory} has {free / 2**20:.0f} MiB free, {needed / 2**20:.0f} are needed"
-        mend = f"rm {facts.shared_memory}/deepspeed_allreduce_buffer_* when no run is alive"
-        found.append(Fault(held, mend))
+        found.append(Fault(f"{facts.shared_memory} has {total / 2**20:.0f} MiB: NCCL needs more", mend))
+    elif free is not None and free < LEAST_FREE_SHM:
+        held = f"{facts.shared_memory} has {free / 2**20:.0f} MiB free: loader workers need more"
+        found.append(Fault(held, "remove the files in it that no process uses, or enlarge it"))
     files = facts.memory.get("open_files")
     if files is not None and 0 <= files < FEWEST_FILES:
         found.append(Fault(f"only {files} open files are allowed", f"ulimit -n {FEWEST_FILES * 16}"))

@@ -10,7 +10,7 @@ import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.data_config import DataConfig
-from eve_ds.data.loader import Loader, build_loader
+from eve_ds.data.loader import Loader, build_loader, check_readers
 from eve_ds.data.samples import Samples
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
@@ -22,7 +22,15 @@ Batch = dict[str, torch.Tensor]
 
 
 def check_batch(config: Config, rows: int) -> None:
-    """Raise UserError, before anything is joined, if batch, ranks or patience do not fit the world or the data."""
+    """Check batch size, ranks and timeouts before a process group is joined.
+
+    Args:
+        config: the resolved tree.
+        rows: of the training split.
+    Raises:
+        UserError: they do not fit each other.
+        DataError: the split has too few rows for the ranks and their loader workers.
+    """
     world_size = launched_world()[1]
     batch_shape(config.engine, world_size)
     if world_size > 1 and loader_seconds(config) > config.engine.timeout_seconds:
@@ -31,12 +39,12 @@ def check_batch(config: Config, rows: int) -> None:
             f"{config.engine.timeout_seconds}, after which the other ranks end the run; lower the former or raise the "
             "latter"
         )
-    workers = max(config.data.num_workers, 1)
-    if world_size * workers > rows:
-        raise UserError(
-            f"{config.data.home}: {rows} rows are fewer than {world_size} ranks x {workers} workers; use fewer ranks, "
-            "lower data.num_workers, or prepare more data"
-        )
+    check_readers(config.data.home, rows, world_size, config.data.num_workers)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on ``device``."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 class TrainingBatches(Iterator[Batch]):

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import socket
 import subprocess
 import warnings
@@ -16,32 +17,22 @@ import torch.distributed as dist
 
 from eve_ds.engine import placement, watchdog
 from eve_ds.engine.environment import prepare_environment
-from eve_ds.engine.shm import release_own_buffer, remove_shm_leftovers, skip_unbuilt_operation
 from eve_ds.errors import RankError, UserError, finish_together
+from eve_ds.launched import launched_rank, launcher_values
 
 LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # set by `start` where DeepSpeed's LOCAL_RANK has to say which GPU, and no more
-# Ours: those of torchrun and deepspeed, mpirun, srun. In a Slurm job SLURM_* may be mpirun's daemons'.
-LAUNCHER_VARIABLES = {
-    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"),
-    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"),
-    "LOCAL_RANK": (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID"),
-}
+# torchrun's and deepspeed's, mpirun's, srun's. mpirun's come first: within a Slurm job its daemons have SLURM_* set.
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+LOCAL_RANKS = (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 BACKSTOP_SECONDS = 60.0  # by which collectives outwait the watchdog, which knows more, at least
 
 
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a process started by hand."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        found = next((os.environ[v] for v in LAUNCHER_VARIABLES[name] if v in os.environ and _launcher(v)), default)
-        values.append(int(found))
-    return values[0], values[1], values[2]
-
-
-def _launcher(variable: str) -> bool:
-    """Slurm's variables stand in a batch shell, too, where no srun started us: SLURM_STEP_ID tells them apart."""
-    return not variable.startswith("SLURM_") or "SLURM_STEP_ID" in os.environ
+    world_size = next(iter(launcher_values(WORLD_SIZES, os.environ)), 1)
+    local_rank = next(iter(launcher_values(LOCAL_RANKS, os.environ)), 0)
+    return launched_rank(), int(world_size), int(local_rank)
 
 
 def check_world(expert_parallel_size: int, num_experts: int, world_size: int | None = None) -> None:
@@ -67,7 +58,8 @@ def start(timeout_seconds: float = 600) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and return this rank's device.
 
     Raises:
-        UserError: several ranks were launched but nothing says where they meet, or they cannot meet there.
+        UserError: several ranks were launched without MASTER_ADDR and MASTER_PORT, MASTER_PORT is no port, or the
+            ranks cannot meet there.
     """
     rank, world_size, local_rank = launched_world()
     prepare_environment()
@@ -83,14 +75,13 @@ def start(timeout_seconds: float = 600) -> torch.device:
                 f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (as "
                 "launch/slurm/pretrain.sbatch does), or use deepspeed or torchrun"
             )
+    _check_port(os.environ["MASTER_PORT"])
     torch.set_num_threads(placement.compute_threads(len(os.sched_getaffinity(0)), world_size, os.environ))
     if world_size > (placement.local_world_size(os.environ) or 1):
         placement.listen_where_others_reach(os.environ["MASTER_ADDR"])
-    if local_rank == 0:
-        remove_shm_leftovers()
     import deepspeed
 
-    skip_unbuilt_operation()
+    disable_shm_operation()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         os.environ[LOCAL_RANK] = str(local_rank)
@@ -107,13 +98,25 @@ def start(timeout_seconds: float = 600) -> torch.device:
     except dist.DistError as error:
         raise RankError(f"rank {rank} on {socket.gethostname()}: {_unreachable(error)}") from error
     dist.barrier()
-    release_own_buffer(rank)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+def disable_shm_operation() -> None:
+    """Keep ``init_distributed`` from compiling and loading ``deepspeed_shm_comm`` on a CPU (deepspeed/comm/torch.py).
+
+    The compile takes a minute on every rank, and the operation leaves 66 MiB per rank in /dev/shm. Only DeepSpeed's
+    tensor-parallel inference uses it. Call this before ``deepspeed.init_distributed``. It sets the whole table of
+    compatible operations, which DeepSpeed 0.19.8 reads for this one operation alone, and saves the search for compilers
+    that fills it.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 @contextlib.contextmanager
 def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
-    """``start``, and at the end leave the process group and remove what dead ranks left in shared memory."""
+    """``start``, and leave the process group at the end."""
     device = start(timeout_seconds)
     try:
         yield device
@@ -121,8 +124,14 @@ def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
     finally:
         watchdog.stop()
         dist.destroy_process_group()
-        if launched_world()[2] == 0:
-            remove_shm_leftovers()
+
+
+def _check_port(text: str) -> None:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 1 << 16:
+        raise UserError(
+            f"MASTER_PORT={text}: is no port from 1 to 65535; give another one (deepspeed and torchrun: --master_port "
+            "N; srun: export MASTER_PORT=N)"
+        )
 
 
 def _unreachable(error: Exception) -> str:

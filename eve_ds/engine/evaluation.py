@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eve_ds.engine.batches import to_device
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import StopError
@@ -44,7 +45,7 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
         for batch in batches:
             if stop_agreed(trainer.stop, trainer.device):
                 raise StopError
-            output = trainer.engine({key: value.to(trainer.device) for key, value in batch.items()})
+            output = trainer.engine(to_device(batch, trainer.device))
             for name, pair in output.metrics.items():
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += float(pair[0])
@@ -78,7 +79,7 @@ def predict(
     for batch in batches:
         if stop is not None and stop_agreed(stop, device):
             raise StopError
-        parts.append(task.predict_batch({key: value.to(device) for key, value in batch.items()}))
+        parts.append(task.predict_batch(to_device(batch, device)))
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if not dist.is_initialized():
         return mine

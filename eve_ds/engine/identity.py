@@ -17,7 +17,7 @@ from typing import Any
 from eve_ds.config import FinetuneConfig, PretrainConfig
 
 Config = PretrainConfig | FinetuneConfig
-FREE = (  # sections and keys that change nothing that is learned, and the length of the run
+MUTABLE_ON_RESUME = (  # sections and keys that change nothing that is learned, and the length of the run
     "logging",
     "checkpoint",
     "output_dir",
@@ -191,7 +191,7 @@ def _within(key: str, keys: tuple[str, ...]) -> bool:
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in FREE:
+        if key in MUTABLE_ON_RESUME:
             continue
         if isinstance(value, dict):
             yield from _flat(value, f"{key}.")

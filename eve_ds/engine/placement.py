@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eve_ds.errors import UserError
+from eve_ds.launched import launcher_values
 
 # How many ranks the launcher started on this host: torchrun, deepspeed, mpirun, srun (of the step, then of the job).
 LOCAL_WORLD_SIZE = (
@@ -53,8 +54,7 @@ def device_ordinal(local_rank: int, visible: int, environment: Mapping[str, str]
 
 def local_world_size(environment: Mapping[str, str]) -> int | None:
     """How many ranks run on this host, as far as the launcher says."""
-    names = [name for name in LOCAL_WORLD_SIZE if not name.startswith("SLURM_") or "SLURM_STEP_ID" in environment]
-    told = (re.match(r"\d+", environment.get(name, "")) for name in names)  # Slurm: "8(x2)" or "8,4"
+    told = (re.match(r"\d+", value) for value in launcher_values(LOCAL_WORLD_SIZE, environment))  # Slurm: "8(x2)"
     return next((int(found[0]) for found in told if found), None)
 
 

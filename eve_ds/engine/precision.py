@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 
 from eve_ds.config import EngineConfig, FinetuneConfig, PretrainConfig
 from eve_ds.engine.agreement import decide, gather
-from eve_ds.engine.run_folder import CONFIG, holds_run
-from eve_ds.weights.model_folder import run_of
+from eve_ds.engine.run_folder import holds_run
+from eve_ds.weights.model_folder import run_of, stored_setting
 
 Precision = Literal["bf16", "fp32"]
 
@@ -69,8 +68,5 @@ def _best_of_all_ranks() -> Precision:
 def _stored(folder: Path) -> Precision | None:
     if not holds_run(folder):
         return None
-    try:
-        stored = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))["engine"]["precision"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, RecursionError):
-        return None  # run_folder.claim refuses it with the reason
+    stored = stored_setting(folder, "engine", "precision")  # of a config that cannot be read run_folder.claim tells
     return stored if stored in ("bf16", "fp32") else None

@@ -10,8 +10,6 @@ import os
 import re
 from pathlib import Path
 
-import yaml
-
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import watchdog
@@ -19,18 +17,22 @@ from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
-from eve_ds.weights.model_folder import CHECKPOINTS, FILES, MODEL, checkpoints, newer_checkpoint, run_of, step_of
+from eve_ds.recipes import read_run_config
+from eve_ds.weights.model_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    FILES,
+    MODEL,
+    checkpoints,
+    newer_checkpoint,
+    run_of,
+    step_of,
+)
 from preprocessing.shards.schema import ANSWER_LIST, make_folder
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
-CONFIG, LOCK, IDENTITY = "config.yaml", ".lock", "identity.json"
-OF_A_START = {
-    CONFIG,
-    IDENTITY,
-    TOKENIZER,
-    ANSWER_LIST,
-    watchdog.FOLDER,
-}  # a failed start leaves them
+LOCK, IDENTITY = ".lock", "identity.json"
+OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST, watchdog.FOLDER}  # what a failed start leaves
 _held: list[int] = []  # descriptors of locks: closed, they would be given up
 
 
@@ -155,8 +157,8 @@ def stored_identity(folder: Path) -> Identity:
     except (FileNotFoundError, ValueError, RecursionError):
         stored = folder / CONFIG
     try:
-        return Identity.from_config(yaml.safe_load(stored.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return Identity.from_config(read_run_config(stored))
+    except ValueError as error:  # UserError is one
         raise UserError(f"{stored}: not the readable config of a run; choose another --output_dir") from error
 
 

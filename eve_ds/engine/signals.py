@@ -24,7 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from eve_ds.errors import STOPPED, StopError, launched_rank, tell_launching
+from eve_ds.errors import STOPPED, StopError, tell_launching
+from eve_ds.launched import launched_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECOND_AFTER = 5.0  # seconds

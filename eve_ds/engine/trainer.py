@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import checkpoint, first_weights, soundness
-from eve_ds.engine.batches import TrainingBatches
+from eve_ds.engine.batches import TrainingBatches, to_device
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
@@ -37,10 +37,6 @@ Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
 MOST_UNSOUND = 10  # steps in a row without a finite loss and gradient, before the run counts as diverged
 _OUTSIDE = -1  # no module's number in ZeRO 3's book of parameters in use
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 class Trainer:

@@ -7,17 +7,15 @@ DeepSpeed 0.19.8 cuts fp32 master weights and Adam's moments into one flat tenso
 - stage 3: every parameter is cut by itself into equal parts, the last one padded;
 - experts are shared by the ranks of equal place in their expert-parallel group alone (ranks e, e + EP, e + 2 EP, ...).
 
-``to_universal`` writes what DeepSpeed's ``load_universal`` reads. DeepSpeed's own converter is not used: it writes
-every fragment to a file of its own first, and its folders serve only the ZeRO stage that they came from.
+``write_parameters`` and ``write_common`` write the universal format, which DeepSpeed's ``load_universal`` reads.
+DeepSpeed's own converter is not used: it first writes every fragment to a file of its own, and its folders can only be
+loaded at the ZeRO stage that they came from.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from torch import Tensor
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Manifest, load_file, model_file, optimizer_files
 from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import UserError
-from preprocessing.shards.schema import sync_path, sync_tree
 
 MASTER = "fp32"
 STATES = (MASTER, "exp_avg", "exp_avg_sq")
@@ -153,37 +150,6 @@ def consolidated_state(checkpoint: Path) -> dict[str, Tensor]:
     """
     state = _open(checkpoint)
     return {name: state.whole(name) for name in state.names}
-
-
-def to_universal(checkpoint: Path, out: Path, workers: int = 1) -> None:
-    """Write a checkpoint in DeepSpeed's universal format, for any ranks, expert-parallel size and ZeRO stage 1 to 3.
-
-    ``out`` appears whole or not at all. Hyper-parameters are not in it: the loading run's config has them.
-
-    Args:
-        checkpoint: as in ``consolidated_state``.
-        out: the folder to make; load it with ``engine.load_checkpoint(out.parent, tag=out.name)`` and DeepSpeed's
-            ``"checkpoint": {"load_universal": true}``.
-        workers: threads.
-    Raises:
-        UserError: as in ``consolidated_state``, or ``out`` exists.
-    """
-    if out.exists():
-        raise UserError(f"{out} exists; choose a new folder for the universal checkpoint")
-    state = _open(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda part: write_parameters(state, temporary, part), state.split(workers)))
-        write_common(state, temporary)
-        sync_tree(temporary)
-        temporary.rename(out)
-        sync_path(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def write_parameters(state: ShardedState, folder: Path, names: Iterable[str]) -> None:

@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from eve_ds.kernels.choices import Alternative, Choice
+from eve_ds.kernels.extensions import extensions_folder
 
 FUSED_ADAM, CPU_ADAM = "fused_adam", "cpu_adam"  # DeepSpeed's names of the compiled operations
 
@@ -86,6 +86,7 @@ def operation_for(device: torch.device, offload: bool) -> str | None:
 def _deepspeed_adam(operation: str) -> Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))  # loaded from where `compiled` looked
     if operation == FUSED_ADAM:
         return lambda groups, options: FusedAdam(groups, adam_w_mode=True, **options)
     return lambda groups, options: DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
@@ -116,15 +117,6 @@ def compiled(operation: str) -> bool:
     from deepspeed.git_version_info import installed_ops
 
     return bool(installed_ops.get(operation)) or (extensions_folder() / operation / f"{operation}.so").is_file()
-
-
-def extensions_folder() -> Path:
-    """Where torch keeps compiled operations: TORCH_EXTENSIONS_DIR, or a folder in the user's cache (which it makes)."""
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    from torch.utils.cpp_extension import _get_build_directory
-
-    return Path(_get_build_directory("", verbose=False))
 
 
 def choice(device: torch.device, offload: bool) -> Choice:

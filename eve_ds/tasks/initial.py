@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.recipes import model_section
+from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Task
 from eve_ds.weights.load import load_state, load_weights
 from eve_ds.weights.model_folder import ModelFolder
@@ -16,7 +16,7 @@ from eve_ds.weights.names import from_published, is_published
 from eve_ds.weights.positions import resize_positions
 
 # What changes the model's function and no tensor's shape: weights trained with one value fit any other, and go wrong.
-SHAPELESS = ("num_heads", "top_k", "modality_to_experts", "activation", "norm_eps")
+SHAPE_INDEPENDENT = ("num_heads", "top_k", "modality_to_experts", "activation", "norm_eps")
 
 
 def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
@@ -28,7 +28,7 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
         load_head: the head comes from there too, and must be there; else it keeps its first values.
     Raises:
         WeightsError, DataError: nothing there, unreadable, or of another model; the message names file and tensors.
-        UserError: the config beside the weights says that they were trained with other settings (``SHAPELESS``).
+        UserError: the config beside the weights has other values of ``SHAPE_INDEPENDENT`` settings.
     """
     files = ModelFolder.find(checkpoint)
     state = load_weights(files.weights)
@@ -51,8 +51,8 @@ def copy_initial(task: Task, state: dict[str, Tensor], files: ModelFolder, load_
 
 
 def _check_settings(config: ModelConfig, stored: Path) -> None:
-    trained = model_section(stored)
-    for name in SHAPELESS:
+    trained = read_run_config(stored, "model")["model"]
+    for name in SHAPE_INDEPENDENT:
         before, now = trained.get(name, getattr(ModelConfig, name)), getattr(config, name)
         if before != now:
             raise UserError(

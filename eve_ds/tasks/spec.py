@@ -23,7 +23,7 @@ from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.flops import Flops
 from eve_ds.model.model_config import MOST, ModelConfig
-from eve_ds.recipes import read_yaml, section_of
+from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
 from eve_ds.tasks.examples import Thumbnails
 from eve_ds.weights.model_folder import ModelFolder
@@ -269,10 +269,7 @@ def stored_section(kind: type[Any], path: Path, section: str) -> Any:
     Raises:
         UserError: there is no such section, or it does not fit.
     """
-    tree = read_yaml(path)
-    if not isinstance(tree, dict) or section not in tree:
-        raise UserError(f"{path}: not the config.yaml of a run, section {section!r} is missing")
-    return section_of(kind, tree[section], f"{path}: {section}")
+    return section_of(kind, read_run_config(path, section)[section], f"{path}: {section}")
 
 
 def stored_mask_id(files: ModelFolder) -> int:

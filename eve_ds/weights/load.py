@@ -87,8 +87,7 @@ def load_state(
     state: dict[str, Tensor],
     source: str | Path,
     may_lack: Sequence[str] = (),
-    may_exceed: Sequence[str] = (),
-) -> tuple[list[str], list[str]]:
+) -> None:
     """Copy a state with EVE-DS names into a module. An expert-parallel rank takes its part of each layer's experts.
 
     Args:
@@ -96,17 +95,13 @@ def load_state(
         state: all experts in each w1, w2, w3.
         source: named in errors.
         may_lack: prefixes of names that the state need not have (new heads keep their first values).
-        may_exceed: prefixes of names in the state that the module need not have (heads of another task).
-    Returns:
-        names of the module that kept their values, names of the state left out; both sorted.
     Raises:
         WeightsError: other names are missing or unknown, or shapes differ; all are listed.
     """
     state = _local_experts(module, state)
     own = module.state_dict()
-    missing, unknown = check_fit(own, state, source, may_lack, may_exceed)
-    module.load_state_dict({name: tensor for name, tensor in state.items() if name in own}, strict=False)
-    return missing, unknown
+    check_fit(own, state, source, may_lack)
+    module.load_state_dict(state, strict=False)
 
 
 def check_fit(
@@ -114,15 +109,14 @@ def check_fit(
     state: Mapping[str, Tensor],
     source: str | Path,
     may_lack: Sequence[str] = (),
-    may_exceed: Sequence[str] = (),
-) -> tuple[list[str], list[str]]:
+) -> None:
     """Compare names and shapes of a state with those of a model (which may be on the meta device), ``own``.
 
-    Other arguments, result and errors as in ``load_state``.
+    Other arguments and errors as in ``load_state``.
     """
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     faults = []
-    for word, names, allowed in (("missing", missing, may_lack), ("unknown", unknown, may_exceed)):
+    for word, names, allowed in (("missing", missing, may_lack), ("unknown", unknown, ())):
         bad = [name for name in names if not name.startswith(tuple(allowed))]
         if bad:
             faults.append(f"{word}: {listed(bad)}")
@@ -142,7 +136,6 @@ def check_fit(
         faults.append(f"not of floating point: {listed(kinds)}")
     if faults:
         raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
-    return missing, unknown
 
 
 def _local_experts(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

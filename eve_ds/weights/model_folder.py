@@ -104,10 +104,21 @@ def exported_step(model: Path) -> int | None:
         with safe_open(model / WEIGHTS, framework="numpy") as file:
             step: Any = (file.metadata() or {}).get("format", "").removeprefix(f"{FORMAT} step ")
         if step in ("", FORMAT):
-            step = yaml.safe_load((model / CONFIG).read_text(encoding="utf-8"))["optimizer"]["total_steps"]
+            step = stored_setting(model, "optimizer", "total_steps")
         return None if step is None else int(step)
-    except (OSError, SafetensorError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
-        return None  # whoever reads the file in earnest tells what is wrong with it
+    except (OSError, SafetensorError, TypeError, ValueError):
+        return None  # load_weights says what is wrong with the file
+
+
+def stored_setting(folder: Path, section: str, key: str) -> Any:
+    """A value of the config.yaml in a run's or model's folder; None if it cannot be read or does not hold it.
+
+    ``recipes.read_run_config`` is for callers that need it: it says what is wrong.
+    """
+    try:
+        return yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))[section][key]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def newer_checkpoint(run: Path) -> Path | None:
@@ -209,10 +220,7 @@ def _tokenizer_of(run: Path) -> Path | None:
     found = _if_file(run / TOKENIZER) or _if_file(run / MODEL / TOKENIZER)
     if found is not None:
         return found
-    try:
-        named = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["data"]["tokenizer"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
-        return None
+    named = stored_setting(run, "data", "tokenizer")
     return Path(named) if isinstance(named, str) and Path(named).exists() else None
 
 

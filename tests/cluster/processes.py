@@ -7,11 +7,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 INSTALL = "launch/install_test_packages.sh"
+HEEDED = 1 << (signal.SIGTERM - 1)  # in SigCgt of /proc/PID/status: the process has a handler for SIGTERM
 
 
 def require(*programs: str) -> None:
@@ -66,6 +68,20 @@ def processes_of(marker: Path) -> list[int]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # ended meanwhile, or another user's
     return [process for process in found if process != os.getpid()]
+
+
+def ranks_of(marker: Path) -> list[int]:
+    """Processes of eve_ds.pretrain that handle SIGTERM: no loader worker and no launcher."""
+    return [process for process in processes_of(marker) if _is_rank(process)]
+
+
+def _is_rank(process: int) -> bool:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
+        ours = words[0] == sys.executable and words[words.index("-m") + 1] == "eve_ds.pretrain"  # not mpirun's own line
+        return ours and bool(int(caught, 16) & HEEDED)
+    return False
 
 
 def stop_processes(marker: Path, seconds: float = 10) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.processes import processes_of, require, stop_processes, wait_until
+from tests.cluster.processes import processes_of, ranks_of, require, stop_processes, wait_until
 from tests.cluster.runs import TinyRun
 from tests.cluster.slurm import two_node_slurm
 from tests.support.ports import free_ports
@@ -24,7 +24,6 @@ from tests.support.ports import free_ports
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "signals.md"
 SIGNALS = ("TERM", "INT", "HUP", "USR1", "KILL")
-HEEDED = 1 << (signal.SIGTERM - 1)  # in SigCgt of /proc/PID/status: Python code of ours will hear of it
 MOMENTS = {"evaluation": ["--logging.eval_every=1"], "saving": ["--checkpoint.every=1", "--checkpoint.keep=2"]}
 PYTHON = [sys.executable, "-u", "-m"]
 RANKS = 2
@@ -81,7 +80,7 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
         if line.target == "group":
             os.killpg(started.pid, number)
         else:
-            os.kill(started.pid if line.target == "launcher" else max(_ranks(marker)), number)
+            os.kill(started.pid if line.target == "launcher" else max(ranks_of(marker)), number)
         try:
             code = started.wait(timeout=120)
         except subprocess.TimeoutExpired:
@@ -112,23 +111,9 @@ def _saved_on_request(line: Line, log: str, output: Path) -> bool:
     return any(output.glob(f"checkpoints/{tag}/complete.json"))
 
 
-def _ranks(marker: Path) -> list[int]:
-    """Processes of eve_ds.pretrain that heed signals; not their readers, and no launcher."""
-    return [process for process in processes_of(marker) if _is_rank(process)]
-
-
-def _is_rank(process: int) -> bool:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-        caught = Path(f"/proc/{process}/status").read_text().partition("SigCgt:")[2].split()[0]
-        ours = words[0] == sys.executable and words[words.index("-m") + 1] == "eve_ds.pretrain"  # not mpirun's own line
-        return ours and bool(int(caught, 16) & HEEDED)
-    return False
-
-
 def _is_at(line: Line, marker: Path, output: Path) -> bool:
     if line.moment == "start-up":
-        return len(_ranks(marker)) == line.ranks
+        return len(ranks_of(marker)) == line.ranks
     metrics = output / "metrics.jsonl"
     return metrics.is_file() and metrics.read_text(encoding="utf-8").count("\n") > 3
 

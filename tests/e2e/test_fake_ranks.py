@@ -54,6 +54,7 @@ def _one_run(ep_size: int, stage: int) -> dict[str, Any]:
     zero = Zero(stage, WORLD, ep_size, 2, 2, settings["zero_optimization"], whole_buffers=True)
     planned = [group.partition for group in groups_of(task, config.optimizer, zero)]
     made = _count_new_groups()
+    distributed.disable_shm_operation()
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, config.optimizer), config=settings)
     layer = task.backbone.moe_layers()[-1]

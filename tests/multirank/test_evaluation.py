@@ -35,8 +35,8 @@ def encode(task: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def evaluate(alone: dict[str, dict[str, Tensor]], hidden: list[Tensor]) -> None:
+    from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.engine.environment import prepare_environment
-    from eve_ds.engine.shm import skip_unbuilt_operation
 
     prepare_environment()
     import deepspeed
@@ -44,7 +44,7 @@ def evaluate(alone: dict[str, dict[str, Tensor]], hidden: list[Tensor]) -> None:
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.setup import join_expert_groups
 
-    skip_unbuilt_operation()
+    disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     rank = dist.get_rank()
     start, stop = list(accumulate([0, *SHARES]))[rank : rank + 2]

@@ -58,13 +58,13 @@ def expected_metrics() -> dict[str, float]:
 
 
 def evaluate(expected: dict[str, float]) -> None:
+    from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.engine.environment import prepare_environment
-    from eve_ds.engine.shm import skip_unbuilt_operation
 
     prepare_environment()
     import deepspeed
 
-    skip_unbuilt_operation()
+    disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     for stage in (1, 2, 3):
         compare(stage, expected)

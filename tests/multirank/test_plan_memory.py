@@ -98,6 +98,7 @@ def collect() -> None:
 
 
 def compare(cases: list[Case]) -> None:
+    from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.engine.environment import prepare_environment
 
     prepare_environment()
@@ -110,6 +111,7 @@ def compare(cases: list[Case]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for option, value in ((M_MMAP_MAX, 2**20), (M_MMAP_THRESHOLD, 2**16), (M_TRIM_THRESHOLD, 2**16)):
         assert ctypes.CDLL(None).mallopt(option, value) == 1
+    disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     for case in cases:
         train(case, steps=1)  # oneDNN keeps a kernel for every shape of product that it has met

@@ -103,11 +103,13 @@ class Run:
 
 
 def start() -> None:
+    from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.engine.environment import prepare_environment
 
     prepare_environment()
     import deepspeed
 
+    disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
@@ -288,26 +290,6 @@ def test_consolidated_state_is_that_of_the_run(checkpoints: Path, case: Case) ->
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
     assert all(value.dtype == torch.float32 for value in state.values())
-
-
-def test_the_universal_folder_is_whole_or_not_there(
-    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from eve_ds.engine import universal
-    from eve_ds.errors import UserError
-
-    source, out = checkpoints / BY_TWO[0].name / f"step_{BEFORE:08d}", tmp_path / "new" / "universal"
-    with monkeypatch.context() as patch:
-        patch.setattr(universal, "write_common", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
-            universal.to_universal(source, out)
-    assert not list(out.parent.iterdir())
-    universal.to_universal(source, out, workers=2)
-    name = "backbone.blocks.1.moe.experts.w1"
-    saved = torch.load(out / "zero" / name / "fp32.pt", weights_only=True)
-    assert torch.equal(saved["param"], universal.consolidated_state(source)[name]) and saved["ep_num_experts"] == 4
-    with pytest.raises(UserError, match="exists"):
-        universal.to_universal(source, out)
 
 
 def altered(checkpoints: Path, folder: Path, **changes: Any) -> Path:

@@ -187,13 +187,13 @@ def references(cases: list[Case]) -> dict[tuple[str, bool, int], Trajectory]:
 
 def compare(cases: list[Case], expected: dict[tuple[str, bool, int], Trajectory]) -> None:
     """Train each case on the ranks that call this; raise AssertionError naming all cases that differ, and in what."""
+    from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.engine.environment import prepare_environment
-    from eve_ds.engine.shm import skip_unbuilt_operation
 
     prepare_environment()
     import deepspeed
 
-    skip_unbuilt_operation()
+    disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     faults = []
     for case in cases:

@@ -1,4 +1,4 @@
-"""Loading of the published files in tests/assets into a bare backbone, whatever head they hold."""
+"""A published file of weights in a bare backbone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from eve_ds.weights.names import from_published
 from eve_ds.weights.positions import resize_positions
 
 
-def load_backbone(module: nn.Module, path: Path, config: ModelConfig) -> None:
-    """Load a VQA file into ``module.backbone``; its head is left out."""
-    state = resize_positions(from_published(load_weights(path), config), config)
-    load_state(module, state, path, may_exceed=["output."])
+def load_published(module: nn.Module, path: Path, config: ModelConfig) -> None:
+    """Copy the backbone's weights of a file in EVE's published naming into ``module.backbone``."""
+    state = from_published(load_weights(path), config)
+    state = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    load_state(module, resize_positions(state, config), path)

@@ -18,6 +18,7 @@ LONGEST_FUNCTION = 60
 # Each imports itself and those of a lower number. All other modules of eve_ds are entry points and their helpers.
 LAYERS = {
     "eve_ds.parallel": 0,
+    "eve_ds.launched": 0,
     "eve_ds.kernels": 0,
     "eve_ds.model": 1,
     "eve_ds.data": 1,

@@ -174,6 +174,15 @@ def test_metrics_hold_both_roads(root: Path) -> None:
     assert demo.metrics(root, 1)["expert_parallel_size"] == 1
 
 
+def test_an_installed_package_has_no_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not any("eve_ds.bench" in command for command in demo.scoring_stage(root).commands)
+    (root / "words.json").unlink()
+    found = demo.metrics(root, 2)
+    assert set(found["pretrain"]) == {"loss_first", "loss_last", "samples_per_second"}
+    assert "masked words" not in demo.table(found)
+
+
 def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
     lines = demo.table(demo.metrics(root, 2)).splitlines()
     assert [" ".join(line.split()) for line in lines] == [

@@ -107,8 +107,16 @@ FAULTY: dict[str, tuple[dict[str, Any], str, str]] = {
     "threads": ({"environ": {"PATH": "", "OMP_NUM_THREADS": "4"}, "ranks": 2}, "4 x 2 ranks", "OMP_NUM_THREADS=2"),
     "ranks": ({"environ": {"PATH": "", "OMP_NUM_THREADS": "1"}, "ranks": 8}, "more ranks than cores", "at most 4"),
     "no number": ({"environ": {"PATH": "", "OMP_NUM_THREADS": "many"}}, "no number", "unset"),
-    "Docker's /dev/shm": ({"memory": {"shm_bytes": 2**26, "shm_free_bytes": 2**26}}, "64 MiB", "--shm-size"),
-    "full /dev/shm": ({"memory": {"shm_bytes": 2**33, "shm_free_bytes": 2**20}}, "1 MiB free", "allreduce_buffer"),
+    "Docker's /dev/shm": (
+        {
+            "memory": {"shm_bytes": 2**26, "shm_free_bytes": 2**26},
+            "nvidia": TWO_GPUS,
+            "torch": {"version": "2.13.0", "cuda": "13.0", "devices": ["H200", "H200"]},
+        },
+        "64 MiB",
+        "--shm-size",
+    ),
+    "full /dev/shm": ({"memory": {"shm_bytes": 2**33, "shm_free_bytes": 2**20}}, "1 MiB free", "enlarge"),
     "no /dev/shm": ({"memory": {"shm_bytes": None}}, "not there", "mount"),
     "open files": ({"memory": HEALTHY["memory"] | {"open_files": 256}}, "only 256 open files", "ulimit -n"),
     "accelerator": ({"environ": {"PATH": "", "DS_ACCELERATOR": "cuda"}}, "sees no GPU", "unset"),

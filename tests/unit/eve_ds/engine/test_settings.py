@@ -272,6 +272,15 @@ def test_ranks_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith("the ranks cannot meet at no-such-host.invalid:") and "(no address for that name)" in told
 
 
+@pytest.mark.parametrize("port", ["65536", "123456", "0", "-1", "", "http"])
+def test_what_is_no_port(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^MASTER_PORT={port}: is no port from 1 to 65535; .*--master_port"):
+        distributed.start()
+
+
 def test_what_deepspeed_says_of_a_value_keeps_its_reason() -> None:
     """Its own validators speak in sentences; what lies at the root has no key."""
     config = {"zero_optimization": {"stage": 7}}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from tests.support.published import load_backbone
+from tests.support.published import load_published
 
 ASSETS = Path(__file__).parents[3] / "assets"
 
@@ -32,7 +32,7 @@ def test_outputs_are_those_of_the_published_code(
     config = replace(config, capacity_factor=capacity_factor)
     model = nn.Module()
     model.backbone = backbone = Backbone(config, published_routing=True).eval()
-    load_backbone(model, ASSETS / "vqa.safetensors", config)
+    load_published(model, ASSETS / "vqa.safetensors", config)
     images = golden["image"] if inputs != "text" else None
     text = (golden["text_ids"], golden["text_atts"]) if inputs != "vision" else (None, None)
     with torch.no_grad():

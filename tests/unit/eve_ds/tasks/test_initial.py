@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import VQA, Task
-from eve_ds.tasks.initial import SHAPELESS, load_initial
+from eve_ds.tasks.initial import SHAPE_INDEPENDENT, load_initial
 from tests.support.tiny_tasks import NUM_ANSWERS, tiny_config, tiny_task
 
 OTHER = {"num_heads": 8, "top_k": 1, "modality_to_experts": False, "activation": "gelu", "norm_eps": 1e-5}
@@ -35,7 +35,7 @@ def vqa(**changes: Any) -> Task:
     return VQA(Backbone(dataclasses.replace(tiny_config(), **changes)), NUM_ANSWERS)
 
 
-@pytest.mark.parametrize("name", SHAPELESS)
+@pytest.mark.parametrize("name", SHAPE_INDEPENDENT)
 def test_other_settings_than_the_weights_were_trained_with_are_refused(name: str, run: Path) -> None:
     trained, asked = getattr(tiny_config(), name), OTHER[name]
     words = rf"model\.{name} is {asked} here, but .* with {trained} \(.*config\.yaml\); set --model\.{name} "
