@@ -24,6 +24,7 @@ LAYERS = {
     "eve_ds.weights": 2,
     "eve_ds.errors": 3,
     "eve_ds.files": 3,
+    "eve_ds.import_path": 4,
     "eve_ds.recipes": 4,
     "eve_ds.option_errors": 5,
     "eve_ds.tasks": 5,
