@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 
 OPERATION = "deepspeed_shm_comm"
 STAMP = "eve_ds_stamp.txt"
+_log = logging.getLogger(__name__)
 
 
 def prepare_environment() -> None:
@@ -27,7 +29,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", ""):
-        print("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded: no code from files of weights is run", file=sys.stderr)
+        _log.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is not heeded: no code from files of weights is run")
     if _version("torch").endswith("+cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -55,7 +55,7 @@ def remove_shm_leftovers() -> list[Path]:
     for path in removed:
         path.unlink(missing_ok=True)
     if removed:
-        log.info("removed %d shared-memory buffers that dead ranks left in %s", len(removed), SHARED_MEMORY)
+        log.debug("removed %d shared-memory buffers that dead ranks left in %s", len(removed), SHARED_MEMORY)
     return removed
 
 
