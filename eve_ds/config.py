@@ -158,6 +158,7 @@ class LoggingConfig:
         eval_every: steps between evaluations on ``data.val_split``; 0 evaluates at the end alone.
         eval_samples: samples of that split looked at while training; null for all.
         samples: images, words and answers stored for the report.
+        callbacks: import paths of your own callbacks, [my_package.mine:MyCallback] (docs/extending.md).
     """
 
     wandb: bool = True
@@ -165,6 +166,7 @@ class LoggingConfig:
     eval_every: int = 1000
     eval_samples: int | None = None
     samples: int = 8
+    callbacks: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""

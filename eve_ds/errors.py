@@ -5,14 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import logging
 import os
 import re
 import select
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +18,7 @@ from typing import NoReturn
 from evaluation.common import InputError
 from eve_ds.data.loader_faults import explain_worker_death
 from eve_ds.launched import launched_rank
+from eve_ds.logs import setup_logging
 from eve_ds.model.model_config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
 from preprocessing.shards.schema import DataError, printable
@@ -72,7 +71,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     What is registered for the exit is done, but the interpreter is not taken down: a thread of gloo that lets go of a
     tensor meanwhile aborts the process (pytorch issue 190489), after a run that went well as after one that did not.
     """
-    tell_warnings_in_a_line()
+    setup_logging(launched_rank())
     code = exit_code(main)
     tell_launching(str(code if code >= 0 else 128 - code))
     if code < 0:  # before anything else: what is at the exit may wait for others
@@ -86,27 +85,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def tell_warnings_in_a_line() -> None:
-    """Warnings and log lines of our own become ``WARNING: what``, without Python's place and line of source in them.
-
-    Those of libraries stay as they are. Other ranks than 0 name themselves.
-    """
-    rank = f"rank {launched_rank()}: " if launched_rank() else ""
-    ours, others = f"{Path(__file__).parent}{os.sep}", warnings.formatwarning
-
-    def formatted(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        if not filename.startswith(ours):
-            return others(message, category, filename, lineno, line)
-        return f"WARNING: {rank}{printable(' '.join(str(message).split()))}\n"
-
-    warnings.formatwarning = formatted
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"%(levelname)s: {rank}%(message)s"))
-    logging.getLogger("eve_ds").addHandler(handler)
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -147,7 +125,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
         print(f"error: {where}{error.strerror}; {mend}", file=sys.stderr, flush=True)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if told := _told_of_memory(error):
+        if told := _memory_error(error):
             print(f"error: rank {launched_rank()}: {told}; {_LESS_MEMORY}", file=sys.stderr, flush=True)
             return 2
         if death := explain_worker_death(error):
@@ -171,7 +149,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
     return code or 0
 
 
-def _told_of_memory(error: Exception) -> str:
+def _memory_error(error: Exception) -> str:
     """What an error says of memory that does not suffice; "" where it says nothing of it."""
     if isinstance(error, MemoryError):
         return printable(" ".join(str(error).split())) or "no memory is left"

@@ -20,10 +20,10 @@ def main() -> int:
 
 
 def run(stop: StopRequest) -> int:
-    """Train, with requests to stop heeded; returns the exit code."""
+    """Train, while ``stop`` collects stop requests. Returns the exit code."""
     config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
     prepare_environment()
-    # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
+    # Imported late: DeepSpeed takes seconds to import, and it reads the environment that was just prepared.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.pretrain_examples import PretrainExamples
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
@@ -34,6 +34,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
+    callbacks = standard_callbacks(config)
     tokenizer = setup.build_tokenizer(config)
     training = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     batches.check_batch(config, training.rows)
@@ -52,7 +53,7 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards)
         task = setup.build_task(config, tokenizer, training.num_classes)
         first_weights.load_first_weights(task, config, load_head=False)
-        callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
+        callbacks = [*checks, *callbacks]  # checks first: a stop must not hide damaged data
         if held_out is not None and config.logging.samples > 0:
             callbacks.append(PretrainExamples(config.spec, held_out, config.logging.samples))
 

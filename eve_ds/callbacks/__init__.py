@@ -1,23 +1,55 @@
-"""Behavior that cuts across training, a file each. ``standard_callbacks`` lists those that every run has."""
+"""The callbacks of a run: the built-in ones, a file each, and the user's own, named by import path."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.progress import Progress
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
+from eve_ds.errors import UserError
+from eve_ds.import_path import import_object
 
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
 
-__all__ = ["MetricsFile", "Progress", "WandbLog", "standard_callbacks"]
+__all__ = ["MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
+OPTION = "--logging.callbacks"
 
 
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
-    """Metrics file and progress; Weights & Biases unless ``logging.wandb`` is false."""
+    """Metrics file and progress; Weights & Biases unless ``logging.wandb`` is false; those of ``logging.callbacks``.
+
+    Raises:
+        UserError: as ``own_callbacks``.
+    """
     callbacks: list[Callback] = [MetricsFile(), Progress()]
     if config.logging.wandb:
         callbacks.append(WandbLog(config.logging.wandb_project))
+    return [*callbacks, *own_callbacks(config.logging.callbacks)]
+
+
+def own_callbacks(paths: Iterable[str]) -> list[Callback]:
+    """The callbacks that import paths name: instances as they are, subclasses of `Callback` called without arguments.
+
+    Raises:
+        UserError: a path cannot be imported, is no callback, or its class cannot be called without arguments.
+    """
+    callbacks = []
+    for path in paths:
+        found = import_object(path, OPTION)
+        if isinstance(found, type) and issubclass(found, Callback):
+            try:
+                found = found()
+            except TypeError as error:
+                raise UserError(
+                    f"{OPTION} {path}: {error}; give its arguments defaults, or name an instance"
+                ) from error
+        if not isinstance(found, Callback):
+            raise UserError(
+                f"{OPTION} {path}: is no callback; name a subclass of eve_ds.engine.callback:Callback or an instance"
+            )
+        callbacks.append(found)
     return callbacks

@@ -1,10 +1,10 @@
-"""``metrics.jsonl``: every record of a run, one JSON object a line, readable while the run goes on."""
+"""``metrics.jsonl``: every record of a run, one JSON object per line, readable while the run trains."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 FILE = "metrics.jsonl"
+_log = logging.getLogger(__name__)
 
 
 class MetricsFile(Callback):
     """Appends training and evaluation records to ``output_dir/metrics.jsonl`` on rank 0, each written at once.
 
-    A resumed run goes on from the step of its checkpoint, so what the file holds of later steps is cut off first: no
-    step stands in it twice. Values that are not finite are written as null, which JSON can hold.
+    A run that resumes from the checkpoint of step N first removes the records of later steps, so that no step occurs
+    twice. Non-finite values are written as null, because JSON has none.
     """
 
     def __init__(self) -> None:
@@ -51,17 +52,22 @@ class MetricsFile(Callback):
 
     def _write(self, record: dict[str, float]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}, default=float) + "\n")
+            self._file.write(
+                json.dumps({key: _finite_or_none(value) for key, value in record.items()}, default=float) + "\n"
+            )
 
 
-def _plain(value: object) -> object:
+def _finite_or_none(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def lines_until(path: Path, last_step: int, evaluates_again: bool = False) -> list[str]:
-    """The lines of steps 1 to ``last_step``; a line that a killed run left half written is dropped with a warning.
+    """The lines of steps 1 to ``last_step``. A line that a killed run left incomplete is dropped with a warning.
 
-    ``evaluates_again``: without the evaluation after ``last_step``, which an earlier start may have made.
+    Args:
+        path: the file.
+        last_step: the step that the run resumes from.
+        evaluates_again: drop the evaluation after ``last_step`` too; an earlier start may have written it.
     """
     kept = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -69,7 +75,7 @@ def lines_until(path: Path, last_step: int, evaluates_again: bool = False) -> li
             record = load_json(line)
             step = float(record["step"])
         except (ValueError, TypeError, KeyError, OverflowError):
-            warnings.warn(f"{path}: line {number} is not a record with a step and was dropped", stacklevel=2)
+            _log.warning("%s: line %d is not a record with a step and was dropped", path, number)
             continue
         if 0 < step <= last_step and not (
             evaluates_again and step == last_step and any(key.startswith("val/") for key in record)

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of a run on stderr: a bar on a terminal, else a line every few seconds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """Steps, loss, samples/s and time left, on rank 0.
+    """Shows steps, loss, samples/s and time left, on rank 0.
 
     Args:
-        stream: where to; stderr if None.
-        interval: seconds between two lines where ``stream`` is no terminal.
-        clock: seconds that only grow.
+        stream: where to write; None is stderr.
+        interval: seconds between two lines if ``stream`` is not a terminal.
+        clock: a monotonic clock, in seconds.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class Progress(Callback):
     ) -> None:
         self._stream, self._interval, self._clock = stream, interval, clock
         self._bar: tqdm[Any] | None = None
-        self._began = self._said = 0.0
+        self._began = self._last_line = 0.0
 
     def fit_start(self, trainer: Trainer) -> None:
         if not trainer.is_main:
             return
-        self._began = self._said = self._clock()
+        self._began = self._last_line = self._clock()
         stream = self._stream or sys.stderr
         if stream.isatty():
             self._bar = tqdm(
@@ -43,7 +43,7 @@ class Progress(Callback):
             )
             return
         start = f"from step {trainer.start_step} " if trainer.start_step else ""
-        self._say(trainer, f"training {start}to step {trainer.total_steps} on {trainer.world_size} rank(s)")
+        self._write_line(trainer, f"training {start}to step {trainer.total_steps} on {trainer.world_size} rank(s)")
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
         if not trainer.is_main:
@@ -54,23 +54,23 @@ class Progress(Callback):
             self._bar.update(1)
             return
         now = self._clock()
-        first = trainer.step == trainer.start_step + 1  # told at once: it shows that the run runs
-        if not first and now - self._said < self._interval and trainer.step < trainer.total_steps:
+        first = trainer.step == trainer.start_step + 1  # shown at once, as a sign that the run trains
+        if not first and now - self._last_line < self._interval and trainer.step < trainer.total_steps:
             return
-        self._said = now
+        self._last_line = now
         left = (now - self._began) / (trainer.step - trainer.start_step) * (trainer.total_steps - trainer.step)
         where = f"step {trainer.step}/{trainer.total_steps}"
-        self._say(trainer, f"{where}  loss {record['loss']:.4f}  {speed}  {duration(left)} left")
+        self._write_line(trainer, f"{where}  loss {record['loss']:.4f}  {speed}  {duration(left)} left")
 
     def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
-        self._say(trainer, f"step {trainer.step}  {evaluation_line(record)}")
+        self._write_line(trainer, f"step {trainer.step}  {evaluation_line(record)}")
 
     def checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        self._say(trainer, f"step {trainer.step}  saved {path}")
+        self._write_line(trainer, f"step {trainer.step}  saved {path}")
 
     def fit_end(self, trainer: Trainer) -> None:
         done = "stopped early; the same command goes on from here" if trainer.stopped_early else "finished"
-        self._say(
+        self._write_line(
             trainer, f"step {trainer.step}/{trainer.total_steps}  {done} after {duration(self._clock() - self._began)}"
         )
 
@@ -79,14 +79,14 @@ class Progress(Callback):
             self._bar.close()
             self._bar = None
 
-    def _say(self, trainer: Trainer, text: str) -> None:
+    def _write_line(self, trainer: Trainer, text: str) -> None:
         if trainer.is_main:
             tqdm.write(f"{trainer.task_name}: {text}", file=self._stream or sys.stderr)
             (self._stream or sys.stderr).flush()
 
 
 def evaluation_line(record: dict[str, float]) -> str:
-    """``val/loss 5.2  val/mlm_loss 3.1 (no_image 3.6, shuffled 3.5)``: variants of a metric stand behind its value."""
+    """The scores as ``val/loss 5.2  val/mlm_loss 3.1 (no_image 3.6, shuffled 3.5)``: a metric, then its variants."""
     scores = {name: f"{value:.4g}" for name, value in record.items() if "/" in name}
     variants: dict[str, list[str]] = {}
     for name, value in scores.items():

@@ -1,8 +1,9 @@
-"""Weights & Biases: the run's curves and config, offline unless there is a key. Never a reason for training to stop."""
+"""Weights & Biases: the run's curves and config, offline without a key. Its failures never stop the training."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import secrets
@@ -10,7 +11,6 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +20,24 @@ from eve_ds.files import write_text
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
+_log = logging.getLogger(__name__)
 ID_FILE = "wandb_id"
-REACH_TIMEOUT_S = 5.0  # for a first answer; without one the run is logged offline
+REACH_TIMEOUT_S = 5.0  # seconds for a first answer of the server, else the run is logged offline
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120
 
 
 class WandbLog(Callback):
-    """Sends every record to one wandb run, on rank 0. It is left out of the callbacks where ``logging.wandb`` is false.
+    """Sends every record to one wandb run, on rank 0. ``logging.wandb: false`` leaves this callback out.
 
-    Online where WANDB_API_KEY is set, offline elsewhere; WANDB_MODE, if set, wins. Where no server answers within five
-    seconds, the run is logged offline and says so. Files go to ``output_dir/wandb``. All curves are drawn over
-    ``step``, the optimizer step: what a resumed run repeats falls onto what was there. The run's id is kept in
-    ``output_dir/wandb_id``, so that a resumed run goes on in the same curves; offline pieces of it become one run when
-    uploaded (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
+    Online if WANDB_API_KEY is set, else offline; WANDB_MODE takes precedence. If no server answers within five seconds,
+    the run is logged offline, with a warning. Files go to ``output_dir/wandb``. All curves are drawn over ``step``, the
+    optimizer step, so that steps repeated after a resume overwrite the earlier ones. The run's id is kept in
+    ``output_dir/wandb_id``: a resumed run continues the same curves, and the offline parts become one run when uploaded
+    (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
 
-    Whatever fails in here (no network, a full disk, wandb not installed) is told in one warning and ends the logging,
-    not the training.
+    A failure in here (no network, a full disk, wandb not installed) is logged as one warning and ends the logging to
+    wandb, not the training.
     """
 
     def __init__(self, project: str = "eve-ds") -> None:
@@ -68,8 +69,7 @@ class WandbLog(Callback):
 
     def _offline(self, trainer: Trainer, reason: str) -> str:
         folder = trainer.output_dir / "wandb"
-        told = f"Weights & Biases: {reason}; logged offline, `wandb sync {folder}/offline-run-*` uploads it"
-        warnings.warn(told, stacklevel=4)
+        _log.warning("Weights & Biases: %s; logged offline, `wandb sync %s/offline-run-*` uploads it", reason, folder)
         return "offline"
 
     def _begin(self, trainer: Trainer, mode: Any) -> Any:
@@ -121,21 +121,21 @@ class WandbLog(Callback):
     def _give_up(self, error: Exception) -> None:
         self._run = None
         reason = " ".join(str(error).split()) or type(error).__name__
-        warnings.warn(f"Weights & Biases logs no more of this run: {reason}", stacklevel=3)
+        _log.warning("Weights & Biases logs no more of this run: %s", reason)
 
 
 def mode() -> Any:
-    """WANDB_MODE if it is set, else online or offline by whether there is a key."""
+    """WANDB_MODE if it is set, else "online" with a key and "offline" without."""
     return os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
 
 
 def base_url() -> str:
-    """The server's address."""
+    """The server's URL."""
     return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
 def reachable(url: str) -> bool:
-    """Whether a server answers within `REACH_TIMEOUT_S`, whatever it says. Heeds the usual variables for proxies."""
+    """Whether a server answers within `REACH_TIMEOUT_S`, with any status. Respects the proxy variables."""
     found = threading.Event()
 
     def ask() -> None:
@@ -144,12 +144,12 @@ def reachable(url: str) -> bool:
         except urllib.error.HTTPError:
             found.set()
         except (OSError, ValueError) as error:
-            if isinstance(getattr(error, "reason", None), ssl.SSLError):  # wandb may know the authority
+            if isinstance(getattr(error, "reason", None), ssl.SSLError):  # wandb may trust its certificate
                 found.set()
         else:
             found.set()
 
-    # In a thread: the search for an address has no limit of its own.
+    # In a thread, because name resolution has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(REACH_TIMEOUT_S)
@@ -157,7 +157,7 @@ def reachable(url: str) -> bool:
 
 
 def run_id(output_dir: Path) -> str:
-    """The id kept in ``output_dir``, a new random one if there is none (or a damaged one)."""
+    """The id kept in ``output_dir``, or a new random one if there is none or it is damaged."""
     path = output_dir / ID_FILE
     stored = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     if re.fullmatch(r"[0-9a-z]{8}", stored):

@@ -113,7 +113,8 @@ def main() -> None:
             if key is not None:
                 record.write(json.dumps({"file": path, "key": key}) + "\n")
                 record.flush()
-            print(json.dumps({"file": path, "state": state, "fault": fault}), flush=True)
+            sys.stdout.write(json.dumps({"file": path, "state": state, "fault": fault}) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,36 +1,142 @@
-"""The hooks by which everything that cuts across training (logging, progress, samples) joins the loop."""
+"""Callbacks: the hooks through which logging, progress, profiling and the like join the training loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from eve_ds.errors import UserError
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
+HOOKS = (
+    "fit_start",
+    "step_start",
+    "backward_end",
+    "step_end",
+    "evaluation_end",
+    "checkpoint_saved",
+    "fit_end",
+    "close",
+)
+
 
 class Callback:
-    """Does nothing; override what is needed. Hooks run on every rank, in the order in which callbacks are listed.
+    """Base class: every hook does nothing. Override those that are needed; the others cost nothing.
 
-    A hook that talks or writes does so only where ``trainer.is_main``. Callbacks read the trainer (``output_dir``,
-    ``total_steps``, ``start_step``, ``step``, ``config``, ``task_name``, ``world_size``, ...) and change nothing in it.
+    Hooks run on every rank, in the order in which the callbacks are listed. A hook that prints or writes files does so
+    only where ``trainer.is_main``. A hook that communicates does so on every rank.
+
+    Hooks read the trainer: ``config``, ``task`` (the module), ``engine`` (DeepSpeed's), ``device``, ``output_dir``,
+    ``step`` (optimizer steps done), ``start_step``, ``total_steps``, ``rank``, ``world_size``, ``is_main``, and
+    ``whole_weights()``. They change nothing in it, except through ``trainer.set_lr_factor``.
     """
 
     def fit_start(self, trainer: Trainer) -> None:
-        """Before the first step, ``start_step`` known."""
+        """Before the first step of this process. ``start_step`` is set, weights and callback states are loaded."""
+
+    def step_start(self, trainer: Trainer) -> None:
+        """Before an optimizer step, after the configured schedule has set its learning rate.
+
+        ``trainer.step`` counts the steps done, so it is 0 here in the first step of a run. ``trainer.set_lr_factor``
+        replaces the learning rate of this step.
+        """
+
+    def backward_end(self, trainer: Trainer) -> None:
+        """After the backward pass of each micro-batch, before DeepSpeed's ``step``."""
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
-        """After an optimizer step. ``record``: step, samples, loss, the task's metrics, lr, grad_norm,
-        samples_per_second, step_seconds, ...; the same on every rank but for the times."""
+        """After an optimizer step, with the weights updated.
+
+        ``record`` holds step, samples, loss, the task's metrics, lr, grad_norm, samples_per_second, step_seconds and
+        more. It is the same on every rank, except for the times.
+        """
 
     def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
-        """After an evaluation. ``record``: step, and metrics named by their split (``val/loss``); whole on rank 0."""
+        """After an evaluation. ``record`` holds step and the metrics by split (``val/loss``); complete on rank 0."""
 
     def checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
-        """After a checkpoint is whole on disk at ``path``."""
+        """After a checkpoint is complete on disk at ``path``."""
 
     def fit_end(self, trainer: Trainer) -> None:
-        """After the last step, or after the one at which a request to stop was met. Not after an exception."""
+        """After the last step, or after the step in which a stop request was served. Not called after an exception."""
 
     def close(self, trainer: Trainer) -> None:
-        """Always the last call, also after an exception and where ``fit_start`` was not reached. Must not raise."""
+        """The last call, also after an exception and if ``fit_start`` was never reached. Must not raise."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback: tensors, numbers, strings, None, and lists and dicts of these.
+
+        Called on every rank; the state of rank 0 is stored. An empty dict stores nothing.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned on rank 0, with tensors on the CPU and tuples as lists.
+
+        Called on every rank before ``fit_start``, when a run resumes or branches from a checkpoint that has a state of
+        this callback.
+        """
+
+
+def overridden(callbacks: Sequence[Callback], method: str) -> list[Callable[..., Any]]:
+    """The bound ``method`` of each callback that does not just inherit it from `Callback`."""
+    methods = [getattr(callback, method) for callback in callbacks]
+    return [found for found in methods if getattr(found, "__func__", None) is not getattr(Callback, method)]
+
+
+def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Callbacks by the name under which a checkpoint keeps their state: their class's import path, and for the second
+    callback of a class ``#2``, and so on."""
+    found: dict[str, Callback] = {}
+    for callback in callbacks:
+        kind = type(callback)
+        name, count = f"{kind.__module__}:{kind.__qualname__}", 1
+        while (key := name if count == 1 else f"{name}#{count}") in found:
+            count += 1
+        found[key] = callback
+    return found
+
+
+def collect_states(callbacks: Sequence[Callback]) -> dict[str, Any]:
+    """{name: state} of the callbacks that have a state, ready to be saved. Called by all ranks.
+
+    Raises:
+        UserError: a state holds what ``torch.load(weights_only=True)`` would refuse.
+    """
+    states = {}
+    for name, callback in named(callbacks).items():
+        if state := callback.state_dict():
+            states[name] = _storable(state, f"callback {name}: state_dict()")
+    return states
+
+
+def restore_states(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> list[str]:
+    """Give each callback its state. Returns the names of the states that belong to none of them."""
+    known = named(callbacks)
+    for name, state in states.items():
+        if name in known:
+            known[name].load_state_dict(state)
+    return [name for name in states if name not in known]
+
+
+def _storable(value: Any, place: str) -> Any:
+    """A copy of ``value`` that consists of plain Python types and CPU tensors."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    for kind in (bool, int, float, str):  # subclasses, such as NumPy's float64, become the plain type
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, list | tuple):
+        return [_storable(item, f"{place}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {_storable(key, place): _storable(item, f"{place}[{key!r}]") for key, item in value.items()}
+    raise UserError(
+        f"{place} is a {type(value).__name__}; return tensors, numbers, strings, None, and lists and dicts of these"
+    )

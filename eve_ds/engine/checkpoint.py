@@ -12,10 +12,10 @@ DeepSpeed's universal format, in a folder beside it that is deleted once it is l
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,11 @@ from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
 from eve_ds.weights.model_folder import is_there, tagged, whole
-from preprocessing.shards.schema import DataError, printable, shortened, sync_path
+from preprocessing.shards.schema import DataError, shortened, sync_path
 
+_log = logging.getLogger(__name__)
 UNIVERSAL = ".universal"
+CALLBACKS = "callbacks.pt"  # the states of callbacks, in a checkpoint whose run has any
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
 MISLEADING = (
     "zero_to_fp32.py",
@@ -53,17 +55,30 @@ MISLEADING = (
 )  # DeepSpeed copies these in; with experts they lose weights in silence
 
 
-def save(engine: Any, folder: Path, step: int, topology: Topology, state: dict[str, Any]) -> Path:
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    topology: Topology,
+    state: dict[str, Any],
+    callback_states: Mapping[str, Any] | None = None,
+) -> Path:
     """Save ``engine`` as ``folder/step_NNNNNNNN`` and mark it whole. Called by all ranks; returns the folder.
 
     On return the checkpoint is on disk, and so is what the run had written of its metrics.
+
+    Args:
+        state: the trainer's own, as JSON holds it.
+        callback_states: {name: state}; those of rank 0 are stored, in a file of their own.
     """
     tag = tag_of(step)
     target = folder / tag
     agreement.decide(lambda: _make_way(target))
-    with _told_if_full(target):
+    with disk_full_as_rank_error(target):
         with _syncing(engine) as written:
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+            if callback_states and dist.get_rank() == 0:
+                engine.checkpoint_engine.save(dict(callback_states), str(target / CALLBACKS))
             mine = hash_share(target, _shares_by_host(target, written))
     hashes = joined(mine)  # and all ranks' files are on disk
     manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
@@ -132,7 +147,7 @@ def _complete(target: Path, manifest: Manifest) -> None:
     sizes: Sizes = {name: size for name, (size, _) in manifest.files.items()}
     agreement.await_view(lambda: file_sizes(target, sizes), sizes, str(target))
     inside = {target / name for name in manifest.files}
-    with _told_if_full(target):
+    with disk_full_as_rank_error(target):
         for script in MISLEADING:
             (folder / script).unlink(missing_ok=True)
         for path in (*run.glob("*.jsonl"), *{file.parent for file in inside}, target, folder, run):
@@ -141,7 +156,7 @@ def _complete(target: Path, manifest: Manifest) -> None:
 
 
 @contextlib.contextmanager
-def _told_if_full(target: Path) -> Iterator[None]:
+def disk_full_as_rank_error(target: Path) -> Iterator[None]:
     """Turn what says that the disk is full into a RankError, and remove ``target``: it would keep the disk full."""
     try:
         yield
@@ -200,6 +215,14 @@ def load(
     _set_steps(engine, manifest.step - manifest.skipped_steps)
 
 
+def load_callback_states(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """{name: state} as ``save`` was given on rank 0; empty if no callback had a state. For any topology.
+
+    The tensors are read, not mapped: a callback may keep them until after the checkpoint is deleted.
+    """
+    return load_file(path / CALLBACKS, mmap=False) if CALLBACKS in manifest.files else {}
+
+
 def _same_groups(engine: Any, path: Path, topology: Topology) -> bool:
     """Whether a checkpoint was cut like the engine: another learning rate or decay may group parameters otherwise."""
     saved = load_file(model_file(path, topology.zero_stage, dist.get_rank()))
@@ -230,8 +253,7 @@ def prune(folder: Path, keep: int) -> None:
             (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
             shutil.rmtree(path)
         except OSError as error:  # some file systems need room to delete; the new checkpoint is whole
-            told = f"{path}: cannot be removed now ({error.strerror}); it is tried again after the next save"
-            print(printable(told), file=sys.stderr, flush=True)
+            _log.warning("%s: cannot be removed now (%s); it is tried again after the next save", path, error.strerror)
 
 
 def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) -> None:
@@ -244,7 +266,7 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) 
     dist.barrier()
     state = ShardedState(path, manifest)
     mark(f"the conversion of {path}")
-    with _told_if_full(folder):
+    with disk_full_as_rank_error(folder):
         write_parameters(state, folder, state.split(world_size)[rank])
         if rank == 0:
             write_common(state, folder)

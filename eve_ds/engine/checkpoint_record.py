@@ -226,10 +226,11 @@ def optimizer_files(path: Path, world_size: int) -> list[Path]:
 _OPTIMIZER = "mp_rank_00_optim_states.pt"
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """One of DeepSpeed's files: tensors are mapped from the disk, no code is run. Raises UserError if unreadable."""
+def load_file(path: Path, mmap: bool = True) -> dict[str, Any]:
+    """One of a checkpoint's files: tensors are mapped from the disk unless ``mmap`` is false, no code is run. Raises
+    UserError if unreadable."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = shortened(" ".join(str(error).split()), 200)
         raise UserError(

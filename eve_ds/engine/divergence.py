@@ -1,11 +1,11 @@
-"""Whether the loss has left its recent range by far: remarked at once, while it is still finite.
+"""Detects a loss that has left its recent range by far, while it is still finite.
 
-The recent range is that of the losses of the last `RECENT` steps: their median, their spread (1.4826 times the median
-distance from it, the standard deviation of a normal distribution; at least 1 % of the median) and their largest. Every
-rank has the same losses, so every rank finds the same, without a word between them.
+The recent range is described by the losses of the last `RECENT` steps: their median, their spread (1.4826 times the
+median absolute deviation, which is the standard deviation for a normal distribution; at least 1 % of the median) and
+their largest. Every rank has the same losses, so every rank comes to the same result without communication.
 
-The bounds are far from what healthy runs do: of 83 runs of the demo's and other recipes (44,846 steps) no loss above
-1.5 times the way from the median to the largest had a z-score beyond 4.3, and no level was above the largest.
+The thresholds are far from what healthy runs do: in 83 runs of the demo's and other recipes (44,846 steps), no loss
+above median + 1.5 * (largest - median) had a z-score beyond 4.3, and no level exceeded the largest loss.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-SUSPECTS = "suspects.jsonl"  # steps whose loss was far out of its range, with the numbers of their samples
-RECENT = 100  # steps whose losses are the range
-LEAST = 30  # steps before anything is said
+SUSPECTS = "suspects.jsonl"  # steps whose loss was far out of its range, with the indices of their samples
+RECENT = 100  # steps that form the range
+LEAST = 30  # steps needed before anything is reported
 LEVEL = 10  # steps whose median is the level
-SPIKE_Z, SPIKE_REACH = 8.0, 2.0  # z-score, and times the way from the median to the largest, of one loss
+SPIKE_Z, SPIKE_REACH = 8.0, 2.0  # least z-score, and least (loss - median) / (largest - median), of a spike
 LEVEL_Z = 5.0
 
 
@@ -31,10 +31,10 @@ class Departure:
     """A loss, or the level of the losses, that is far above its range.
 
     Attributes:
-        loss: of the step; of a lasting departure, the median of the last ``LEVEL`` steps.
+        loss: of the step; for a lasting departure, the median of the last ``LEVEL`` steps.
         median, largest: of the range.
-        z: (loss - median) / spread.
-        lasting: it is the level.
+        z: robust z-score, (loss - median) / spread.
+        lasting: whether it is the level rather than a single loss.
     """
 
     loss: float
@@ -53,20 +53,20 @@ class LossRange:
     """The losses of the last steps.
 
     Args:
-        stored: what ``state`` gave, of the run that is gone on with: then nothing is found twice, or missed.
+        stored: what ``state`` returned in the run that is resumed, so that nothing is reported twice or missed.
     """
 
     def __init__(self, stored: Mapping[str, Any] | None = None) -> None:
         stored = stored or {}
         self._losses: deque[float] = deque(stored.get("losses", ()), maxlen=RECENT + LEVEL)
-        self._silent = int(stored.get("silent", 0))  # steps for which a lasting departure is not told again
+        self._silent = int(stored.get("silent", 0))  # steps until a lasting departure may be reported again
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {"losses": list(self._losses), "silent": self._silent}
 
     def add(self, loss: float) -> Departure | None:
-        """Take a step's loss; returns what is to be said of it. Losses that are not finite are told elsewhere."""
+        """Add a step's loss. Returns its departure from the range, if any. Non-finite losses are ignored here."""
         if not math.isfinite(loss):
             return None
         before = list(islice(self._losses, max(0, len(self._losses) - RECENT), None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
@@ -11,10 +12,12 @@ from eve_ds.engine.agreement import decide, rank_and_world
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.trainer import Trainer
+from eve_ds.logs import OUTPUT
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import checkpoints, step_of
 
 Config = PretrainConfig | FinetuneConfig
+_output = logging.getLogger(OUTPUT)
 
 
 def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
@@ -80,4 +83,5 @@ def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
 
 def _say(*lines: str) -> None:
     if launched_world()[0] == 0:
-        print("dry run: all is in order, nothing was written", *lines, sep="\n  ", flush=True)
+        for line in ("dry run: all is in order, nothing was written", *(f"  {line}" for line in lines)):
+            _output.info("%s", line)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
 from eve_ds.kernels.extensions import extensions_folder, version
+
+_log = logging.getLogger(__name__)
 
 
 def prepare_environment() -> None:
@@ -25,7 +28,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", ""):
-        print("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: weights are loaded without running code", file=sys.stderr)
+        _log.warning("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored: weights are loaded without running code")
     if version("torch").endswith("+cpu"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
+_log = logging.getLogger(__name__)
 
 
 def stop_agreed(stop: StopRequest, device: torch.device) -> bool:
@@ -55,11 +56,11 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
     dist.all_reduce(packed)
     means = {name: total / count for name, (total, count) in zip(names, packed.tolist(), strict=True) if count > 0}
     if (vanished := sorted(set(names) - means.keys())) and trainer.is_main:
-        print(
-            f"step {trainer.step}: {', '.join(f'{prefix}/{name}' for name in vanished)} cannot be told: no micro-batch "
-            "held what it compares (for *_shuffled: two images or more); raise engine.micro_batch_size",
-            file=sys.stderr,
-            flush=True,
+        _log.info(
+            "step %d: %s cannot be told: no micro-batch held what it compares (for *_shuffled: two images or more); "
+            "raise engine.micro_batch_size",
+            trainer.step,
+            ", ".join(f"{prefix}/{name}" for name in vanished),
         )
     losses = [value for name, value in means.items() if name.endswith("_loss") and name != "aux_loss"]
     if losses:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from eve_ds.engine.run_folder import holds_run
 from eve_ds.weights.model_folder import run_of, stored_setting
 
 Precision = Literal["bf16", "fp32"]
+_log = logging.getLogger(__name__)
 
 
 def multiplies_bf16(device: str) -> bool:
@@ -53,11 +54,9 @@ def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None
         stored: Precision | None = decide(lambda: next(filter(None, map(_stored, folders)), None))
         config.engine.precision = stored or _best_of_all_ranks()
     if rank == 0 and config.engine.precision == "bf16" and best_precision() == "fp32":
-        print(
+        _log.warning(
             "engine.precision=bf16: this device has no products of bf16 matrices, which run many times slower than "
-            "those of fp32; --engine.precision auto takes what is quick",
-            file=sys.stderr,
-            flush=True,
+            "those of fp32; --engine.precision auto takes what is quick"
         )
 
 

@@ -7,8 +7,8 @@ and nothing is renamed.
 from __future__ import annotations
 
 import functools
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from eve_ds.weights.model_folder import entries, is_there, newest
 from preprocessing.shards.schema import sync_path
 
 DAMAGED = ".damaged"
+_log = logging.getLogger(__name__)
 
 
 def tag_of(step: int) -> str:
@@ -68,11 +69,7 @@ def _set_aside(damage: DamagedError) -> None:
     sync_path(path.parent)
     before = newest(path.parent)
     goes_on = f"the run goes on from {before.name}, if that is sound" if before else "there is none before it"
-    print(
-        f"WARNING: {path} is damaged: {damage.what}; it is called {aside.name} now, and {goes_on}",
-        file=sys.stderr,
-        flush=True,
-    )
+    _log.warning("%s is damaged: %s; it is called %s now, and %s", path, damage.what, aside.name, goes_on)
 
 
 def check(path: Path) -> Manifest:

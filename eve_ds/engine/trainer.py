@@ -1,11 +1,11 @@
-"""The training loop. What cuts across it (logging, progress, samples) is a callback; what is learned is a task."""
+"""The training loop. The task defines the loss; logging, progress and the like are callbacks."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import checkpoint, first_weights, soundness
 from eve_ds.engine.batches import TrainingBatches, to_device
-from eve_ds.engine.callback import Callback
+from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.divergence import SUSPECTS, LossRange
@@ -35,8 +35,9 @@ from eve_ds.weights.model_folder import newest
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
-MOST_UNSOUND = 10  # steps in a row without a finite loss and gradient, before the run counts as diverged
-_OUTSIDE = -1  # no module's number in ZeRO 3's book of parameters in use
+MAX_NONFINITE_STREAK = 10  # consecutive steps without a finite loss and gradient before the run counts as diverged
+_NO_MODULE = -1  # an id that no module has, for ZeRO 3's record of the modules that use a parameter
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -50,10 +51,10 @@ class Trainer:
         task: the module to train, in fp32; DeepSpeed casts it.
         total_steps: optimizer steps of the whole run.
         device: this rank's.
-        identity: of the run and of what it reads; a checkpoint of another one is refused.
-        callbacks: told of steps, evaluations, checkpoints.
+        identity: of the run and its inputs; a checkpoint with another identity is refused.
+        callbacks: their hooks are called in this order.
         evaluate: called every ``logging.eval_every`` steps and at the end; returns scalars for the log.
-        stop: looked at between steps and between batches of an evaluation.
+        stop: checked between steps and between the batches of an evaluation.
     """
 
     def __init__(
@@ -69,20 +70,22 @@ class Trainer:
     ) -> None:
         self.config, self.task, self.device, self.evaluate = config, task, device, evaluate
         self.callbacks, self.total_steps = list(callbacks), total_steps
+        self._hooks = {hook: overridden(self.callbacks, hook) for hook in HOOKS}
         self.stop = stop or StopRequest()
         self.task_name = config.task
         self.output_dir = Path(config.output_dir)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.step = self.start_step = 0
-        self.stopped_early = False  # on request, and saved: something is left to do
-        self.evaluation_due = False  # a request to stop came before it, or in it
-        self.skipped_steps = 0  # whose gradients were not finite: DeepSpeed lets them move no weight
-        self._unsound = 0  # steps in a row, up to now, whose loss or gradient was not finite
+        self.lr = 0.0  # of the current step
+        self.stopped_early = False  # stopped on request and saved, with steps or an evaluation left to do
+        self.evaluation_due = False  # also after a resume, if a stop request prevented the evaluation
+        self.skipped_steps = 0  # steps with non-finite gradients, in which DeepSpeed left the weights unchanged
+        self._nonfinite_streak = 0  # consecutive steps, up to the last one, with a non-finite loss or gradient
         self._range = LossRange()
         self.identity = identity
-        self._counts: dict[str, float] = {}  # of all ranks, since the run began
-        self._counts_before: dict[str, float] = {}  # before this process
+        self._counts: dict[str, float] = {}  # the loader's counts, summed over ranks, since the run began
+        self._counts_before: dict[str, float] = {}  # the part of them from before this process
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.micro_batch_of_all_ranks = settings["train_micro_batch_size_per_gpu"] * self.world_size  # samples
@@ -98,9 +101,9 @@ class Trainer:
         return self.output_dir / "checkpoints"
 
     def resume(self) -> int:
-        """Load the newest sound checkpoint of this run, or that which it branches from; returns the step to go on from.
+        """Load the newest sound checkpoint of this run, or else the one it branches from. Returns the step reached.
 
-        The ranks, the expert-parallel size and the ZeRO stage may be others than those that wrote it.
+        World size, expert-parallel size and ZeRO stage may differ from those of the run that wrote it.
         """
         found = soundness.sound(self.checkpoint_dir)
         branch = None if found else first_weights.branch_point(self.config, self.identity, self.total_steps)
@@ -114,67 +117,109 @@ class Trainer:
                 self.evaluation_due = manifest.state.get("evaluation_due", False)
                 self._counts_before = manifest.state.get("counts", {})
                 self._range = LossRange(manifest.state.get("loss_range"))
-            self._tell_changes(path, manifest)
+            for name in restore_states(self.callbacks, checkpoint.load_callback_states(path, manifest)):
+                _log.info("%s: holds a state of callback %s, which this run does not have; dropped", path, name)
+            self._log_changes(path, manifest)
         return self.start_step
 
-    def _tell_changes(self, path: Path, manifest: Manifest) -> None:
-        if not self.is_main:
-            return
+    def _log_changes(self, path: Path, manifest: Manifest) -> None:
         if differences := manifest.topology.differences(self.topology):
-            print(f"{path}: written with {differences}; converted", file=sys.stderr, flush=True)
+            _log.info("%s: written with %s; converted", path, differences)
         before, now = manifest.state.get("micro_batch_of_all_ranks"), self.micro_batch_of_all_ranks
         if before not in (None, now):
-            print(
-                f"a micro-batch of all ranks had {before} samples and has {now} now: each step sees the same samples, "
-                f"but means are taken over other sets of them; engine.micro_batch_size x ranks = {before} keeps them",
-                file=sys.stderr,
-                flush=True,
+            _log.info(
+                "a micro-batch of all ranks had %s samples and has %s now: each step sees the same samples, but means "
+                "are taken over other sets of them; engine.micro_batch_size x ranks = %s keeps them",
+                before,
+                now,
+                before,
             )
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """In it the task's weights are whole on this rank (but for other ranks' experts), for calls past the engine."""
+        """While open, this rank holds the full weights (of the experts, its own), for use without the engine.
+
+        A collective under ZeRO 3; does nothing below it.
+        """
         if self.topology.zero_stage < 3:
             yield
             return
         parameters: list[Any] = list(self.task.parameters())
         with deepspeed.zero.GatheredParameters(parameters):
-            for parameter in parameters:  # in use by a module that never ends: else the next one to end lets them go
-                parameter.ds_active_sub_modules.add(_OUTSIDE)
+            for parameter in parameters:  # marked as in use: else the first module to finish releases its parameters
+                parameter.ds_active_sub_modules.add(_NO_MODULE)
             try:
                 yield
             finally:
                 for parameter in parameters:
-                    parameter.ds_active_sub_modules.discard(_OUTSIDE)
+                    parameter.ds_active_sub_modules.discard(_NO_MODULE)
 
     def fit(self, batches: TrainingBatches) -> None:
-        """Train from ``start_step`` to ``total_steps`` on micro-batches that begin with the next sample to be seen."""
+        """Train from ``start_step`` to ``total_steps``. ``batches`` starts with the first sample not yet seen."""
         try:
             with self.stop.deferred():
-                self._tell("fit_start")
+                self._call_hooks("fit_start")
                 self._evaluate()
                 while self.step < self.total_steps and not self.stopped_early:
                     record = self._train_step(batches)
-                    self._tell("step_end", record)
-                    self._check_sound()
+                    self._call_hooks("step_end", record)
+                    self._raise_if_diverged()
                     self._check_range(record["loss"], batches)
                     self._between_steps()
                 if self.stopped_early:
                     self.stop.acted_on()
                 mark(f"the end, after step {self.step}")
-                self._tell("fit_end")
+                self._call_hooks("fit_end")
         finally:
             batches.close()
-            for callback in self.callbacks:
-                callback.close(self)
+            self._call_hooks("close")
+
+    def set_lr_factor(self, factor: float) -> None:
+        """Set the learning rate of the next step to ``factor * optimizer.lr``, and likewise that of the head.
+
+        For a callback's ``step_start``. The configured schedule sets it again before each step.
+        """
+        self.lr = self.config.optimizer.lr * factor
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
 
     def _train_step(self, batches: TrainingBatches) -> dict[str, float]:
-        """One optimizer step; returns its record: means over the global batch."""
+        """One optimizer step. Returns its record: means over the global batch."""
         began = time.perf_counter()
+        self.set_lr_factor(lr_factor(self.step, self.total_steps, self.config.optimizer))
+        self._call_hooks("step_start")
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
-        torch.manual_seed(seed % 2**63)  # dropout (of NLVR's head alone): a resumed run on as many ranks repeats it
-        lr = self._set_lr()
+        torch.manual_seed(seed % 2**63)  # dropout (only NLVR's head has it) repeats in a run resumed on as many ranks
         self.engine.train()
+        totals, waited = self._accumulate(batches)
+        counts = batches.counts()
+        # The mean over ranks: one rank's slow disk shows on the others as a slow collective only.
+        for name, number in {"waited": waited / self.world_size, **counts}.items():
+            totals[name] = torch.tensor([number, 1 / self.world_size], dtype=torch.float64, device=self.device)
+        means, self.stopped_early = self._reduce(totals)
+        waited = means.pop("waited")
+        self._counts = {name: self._counts_before.get(name, 0.0) + means.pop(name) for name in counts}
+        self.step += 1
+        seconds = time.perf_counter() - began
+        samples = self.config.engine.global_batch_size
+        norm = self._record_finiteness(means["loss"])
+        self.stopped_early = self.stopped_early and not self._nonfinite_streak  # the next finite step saves and stops
+        return {
+            "step": self.step,
+            "samples": self.step * samples,
+            **means,
+            "lr": self.lr,
+            "grad_norm": norm,
+            "samples_per_second": samples / seconds,
+            "step_seconds": seconds,
+            "data/wait_fraction": waited / seconds,
+            **self._counts,
+            **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
+        }
+
+    def _accumulate(self, batches: TrainingBatches) -> tuple[dict[str, Tensor], float]:
+        """Forward and backward passes of one step. Returns {metric: [sum, count] of this rank, float64}, and the
+        seconds spent waiting for data."""
         totals: dict[str, Tensor] = {}
         waited = 0.0
         for _ in range(self.accumulation_steps):
@@ -185,6 +230,7 @@ class Trainer:
             mark(f"step {self.step + 1}, computing")
             output = self.engine(batch)
             self.engine.backward(output.loss * self.world_size)
+            self._call_hooks("backward_end")
             self.engine.step()
             share = torch.stack(
                 [output.loss.detach().double(), torch.ones((), dtype=torch.float64, device=self.device)]
@@ -195,89 +241,58 @@ class Trainer:
                     [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair]
                 )
                 totals[name] = totals[name] + value if name in totals else value
-        counts = batches.counts()
-        # The ranks' mean: of one rank's slow disk, the others see nothing but a slow collective.
-        for name, number in {"waited": waited / self.world_size, **counts}.items():
-            totals[name] = torch.tensor([number, 1 / self.world_size], dtype=torch.float64, device=self.device)
-        means, self.stopped_early = self._reduce(totals)
-        waited = means.pop("waited")
-        self._counts = {name: self._counts_before.get(name, 0.0) + means.pop(name) for name in counts}
-        self.step += 1
-        seconds = time.perf_counter() - began
-        samples = self.config.engine.global_batch_size
-        norm = self._judge(means["loss"])
-        self.stopped_early = self.stopped_early and not self._unsound  # the next sound step saves, and stops
-        return {
-            "step": self.step,
-            "samples": self.step * samples,
-            **means,
-            "lr": lr,
-            "grad_norm": norm,
-            "samples_per_second": samples / seconds,
-            "step_seconds": seconds,
-            "data/wait_fraction": waited / seconds,
-            **self._counts,
-            **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
-        }
+        return totals, waited
 
-    def _judge(self, loss: float) -> float:
-        """Count a step whose loss or gradient is not finite; returns the gradient's norm. The same on every rank."""
+    def _record_finiteness(self, loss: float) -> float:
+        """Update ``skipped_steps`` and ``_nonfinite_streak``. Returns the gradient norm. The same on every rank."""
         found = self.engine.get_global_grad_norm()
         norm = float(found) if found is not None else 0.0
         applied = self.engine.was_step_applied()
         self.skipped_steps += not applied
-        sound = applied and math.isfinite(loss) and math.isfinite(norm)
-        self._unsound = 0 if sound else self._unsound + 1
-        if not sound and self.is_main:
-            print(f"step {self.step}: the loss or its gradient is not finite; left out", file=sys.stderr, flush=True)
+        finite = applied and math.isfinite(loss) and math.isfinite(norm)
+        self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
+        if not finite and self.is_main:
+            _log.warning("step %d: the loss or its gradient is not finite; left out", self.step)
         return norm
 
-    def _check_sound(self) -> None:
-        """Raise UserError when the run has diverged: before it is saved over what was still sound."""
-        if self._unsound < (MOST_UNSOUND if self.step < self.total_steps else 1):
+    def _raise_if_diverged(self) -> None:
+        """Raise UserError after too many non-finite steps, before a checkpoint of them replaces a finite one."""
+        if self._nonfinite_streak < (MAX_NONFINITE_STREAK if self.step < self.total_steps else 1):
             return
         raise UserError(
-            f"the run has diverged: since step {self.step - self._unsound + 1} no loss or gradient was finite; nothing "
-            f"was saved since, {self._what_to_do()}"
+            f"the run has diverged: since step {self.step - self._nonfinite_streak + 1} no loss or gradient was "
+            f"finite; nothing was saved since, {self._advice()}"
         )
 
     def _check_range(self, loss: float, batches: TrainingBatches) -> None:
-        """Tell, or raise UserError if that is wished, when the loss is finite but far out of its recent range."""
+        """Log a loss that is finite but far out of its recent range; raise UserError if it stays there and
+        ``optimizer.stop_on_divergence`` is set."""
         found = self._range.add(loss)
         if found is None:
             return
         if self.is_main:
             samples = batches.samples_of(self.step)
-            with open(self.output_dir / SUSPECTS, "a", encoding="utf-8") as file:
+            suspects = self.output_dir / SUSPECTS
+            with open(suspects, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **vars(found), "samples": samples}) + "\n")
             shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-            print(
-                f"WARNING: step {self.step}: {found}; its samples are {shown} (all {len(samples)}: "
-                f"{self.output_dir / SUSPECTS})",
-                file=sys.stderr,
-                flush=True,
-            )
+            count = len(samples)
+            _log.warning("step %d: %s; its samples are %s (all %d: %s)", self.step, found, shown, count, suspects)
         if found.lasting and self.config.optimizer.stop_on_divergence:
             raise UserError(
-                f"the run has diverged: step {self.step}: {found}; {self._what_to_do()} (it ends by "
+                f"the run has diverged: step {self.step}: {found}; {self._advice()} (it ends by "
                 "optimizer.stop_on_divergence)"
             )
 
-    def _what_to_do(self) -> str:
+    def _advice(self) -> str:
         last = newest(self.checkpoint_dir)
         return (
             f"the last checkpoint is {last.name if last else 'none'}; lower optimizer.lr or "
             "optimizer.gradient_clipping, or lengthen optimizer.warmup, in another output_dir"
         )
 
-    def _set_lr(self) -> float:
-        factor = lr_factor(self.step, self.total_steps, self.config.optimizer)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        return self.config.optimizer.lr * factor
-
     def _reduce(self, totals: dict[str, Tensor]) -> tuple[dict[str, float], bool]:
-        """Sum the (sum, count) pairs over ranks in one collective; any rank's wish to stop stops all."""
+        """Sum the (sum, count) pairs over ranks in one collective. Returns the means, and whether to stop."""
         names = sorted(totals)
         flag = torch.tensor([float(self.stop.requested), 0.0], dtype=torch.float64, device=self.device)
         packed = torch.stack([totals[name] for name in names] + [flag])
@@ -287,18 +302,18 @@ class Trainer:
         return means, values[-1][0] > 0
 
     def _between_steps(self) -> None:
-        """Evaluate and save when it is time, at the end, and on a request to stop."""
+        """Evaluate and save: at their intervals, at the end, and on a stop request."""
         last = self.step == self.total_steps
         every = self.config.logging.eval_every
         self.evaluation_due = last or (every > 0 and self.step % every == 0)
         self._evaluate()
         every = self.config.checkpoint.every
-        if not self._unsound and (last or self.stopped_early or (every and self.step % every == 0)):
+        if not self._nonfinite_streak and (last or self.stopped_early or (every and self.step % every == 0)):
             self._save()
             self.stopped_early = self.stopped_early or stop_agreed(self.stop, self.device)
 
     def _evaluate(self) -> None:
-        """Evaluate, if it is due; a run that is to stop leaves it to the one that goes on."""
+        """Evaluate if it is due. A run that stops leaves it to the process that resumes."""
         if self.evaluate is None or not self.evaluation_due or self.stopped_early:
             return
         self.engine.eval()
@@ -306,21 +321,22 @@ class Trainer:
         try:
             found = self.evaluate(self)
         except StopError:
-            self.stopped_early = not self._unsound
+            self.stopped_early = not self._nonfinite_streak
             return
         self.evaluation_due = False
-        self._tell("evaluation_end", {"step": self.step, **found})
+        self._call_hooks("evaluation_end", {"step": self.step, **found})
 
     def _save(self) -> None:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
         state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self.identity.tree()}
         state |= {"evaluation_due": self.evaluation_due, "loss_range": self._range.state()}
         mark(f"saving step {self.step}")
-        path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state)
+        states = collect_states(self.callbacks)
+        path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state, states)
         if self.is_main:
             checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
-        self._tell("checkpoint_saved", path)
+        self._call_hooks("checkpoint_saved", path)
 
-    def _tell(self, event: str, *details: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(self, *details)
+    def _call_hooks(self, hook: str, *details: Any) -> None:
+        for method in self._hooks[hook]:
+            method(self, *details)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import subprocess
@@ -27,12 +28,12 @@ from eve_ds.engine.agreement import gather, host
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import UserError
-from preprocessing.shards.schema import printable
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 RATE = 64 << 20  # bytes a second that the process reads, at most: a tenth of a core, a part of any file system
+_log = logging.getLogger(__name__)
 VERIFIED = ".verified"  # below the run's folder
 END_SECONDS = 30.0  # that a finished run waits for it
 _MEND = (
@@ -152,11 +153,11 @@ class VerifyShards(Callback):
         if fault := next(filter(None, gather(self._fault)), ""):
             raise UserError(f"data.verify: {fault}; the run is saved at step {trainer.step}; {_MEND}")
         if self._process is not None and trainer.is_main and self._seen < len(self._shards):
-            print(
-                f"data.verify: {self._seen} of {len(self._shards)} shards were compared with their hashes so far; "
-                "`python -m preprocessing verify` does the rest",
-                file=sys.stderr,
-                flush=True,
+            _log.info(
+                "data.verify: %d of %d shards were compared with their hashes so far; `python -m preprocessing verify` "
+                "does the rest",
+                self._seen,
+                len(self._shards),
             )
 
     def close(self, trainer: Trainer) -> None:
@@ -192,4 +193,4 @@ class VerifyShards(Callback):
                 self._fault = f"{found['file']}: {found['fault']}"
                 return
             if found["state"] == "unread":
-                print(printable(f"data.verify: {found['file']}: {found['fault']}"), file=sys.stderr, flush=True)
+                _log.warning("data.verify: %s: %s", found["file"], found["fault"])

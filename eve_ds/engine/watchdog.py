@@ -128,7 +128,8 @@ class Watchdog:
 
     def _write_stacks(self) -> None:
         with contextlib.suppress(OSError), open(self.folder / f"rank_{self.rank}.stacks", "w") as file:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), self.doing, file=file, flush=True)
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.doing}\n")
+            file.flush()  # faulthandler writes past its buffer
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _find_culprit(self) -> str:

@@ -119,7 +119,9 @@ def evaluate_single_images() -> None:
 
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.signals import StopRequest
+    from eve_ds.logs import setup_logging
 
+    setup_logging(rank=0)
     task = tiny_task().eval()
     state = {"engine": task, "task": task, "device": torch.device("cpu"), "stop": StopRequest()}
     trainer: Any = SimpleNamespace(**state, step=7, is_main=True)

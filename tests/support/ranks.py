@@ -21,7 +21,8 @@ def start(module: str, arguments: list[str], world_size: int, last: Sequence[str
     """
     port = free_ports(1)[0]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    shared |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
     return [
         subprocess.Popen(
             [*(last if rank == world_size - 1 else ()), sys.executable, "-m", module, *arguments],

@@ -23,6 +23,7 @@ LAYERS = {
     "eve_ds.model": 1,
     "eve_ds.data": 1,
     "eve_ds.weights": 2,
+    "eve_ds.logs": 2,
     "eve_ds.errors": 3,
     "eve_ds.files": 3,
     "eve_ds.import_path": 4,

@@ -55,7 +55,7 @@ run_command(main)
 """
 
 
-@pytest.mark.parametrize(("rank", "name"), [("0", ""), ("3", "rank 3: ")])
+@pytest.mark.parametrize(("rank", "name"), [("0", ""), ("3", "[rank 3] ")])
 def test_our_warnings_are_a_line_each_and_those_of_libraries_stay(rank: str, name: str, tmp_path: Path) -> None:
     script = WARNS.replace("FOLDER", str(tmp_path))
     environment = os.environ | {"RANK": rank}

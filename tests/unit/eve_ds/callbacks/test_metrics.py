@@ -54,10 +54,10 @@ def test_a_run_from_the_start_keeps_nothing(tmp_path: Path) -> None:
     assert [r["step"] for r in read(tmp_path)] == [1, 2, 2]
 
 
-def test_a_half_written_line_is_dropped_with_a_warning(tmp_path: Path) -> None:
+def test_a_half_written_line_is_dropped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2 is not a record"):
-        train(trainer(tmp_path, start_step=2), range(3, 4))
+    train(trainer(tmp_path, start_step=2), range(3, 4))
+    assert "metrics.jsonl: line 2 is not a record" in caplog.text
     assert [r["step"] for r in read(tmp_path)] == [1, 3]
 
 

@@ -32,12 +32,12 @@ def test_pickles_are_refused_whatever_was_set(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_pickles_are_refused_where_they_were_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With both variables set torch reads nothing, and a sound checkpoint would look damaged."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     environment.prepare_environment()
-    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored" in capsys.readouterr().err
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is ignored" in caplog.text
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=False)["a"] == 1
 

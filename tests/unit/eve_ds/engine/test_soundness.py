@@ -40,17 +40,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_the_one_before_is_taken(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_one_before_is_taken(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     damage, words = DAMAGES[name]
     two, three = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 3)
     damage(three)
     found = soundness.sound(tmp_path)
     assert found is not None and found[0] == two and found[1].step == 2 and found[1].state == {"step": 2}
-    told = capsys.readouterr().err
-    assert told.startswith(f"WARNING: {three} is damaged: {words}") and told.count("\n") == 1
+    (told,) = caplog.messages
+    assert told.startswith(f"{three} is damaged: {words}")
     assert "is called step_00000003.damaged now, and the run goes on from step_00000002" in told
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000002", "step_00000003.damaged"}
-    assert soundness.sound(tmp_path) == found and capsys.readouterr().err == ""
+    assert soundness.sound(tmp_path) == found and caplog.messages == [told]
 
 
 def test_no_bit_of_the_manifest_can_change_unseen(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_second_damage_gets_another_name_and_nothing_of_it_is_pruned(tmp_path:
 
 
 def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some file systems need room to delete, and a full one has none."""
     for step in (2, 3, 4):
@@ -105,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", full)
         prune(tmp_path, keep=1)
-    told = capsys.readouterr().err.splitlines()
+    told = caplog.messages
     assert [f"step_0000000{n}: cannot be removed now (No space left on device)" in told[n - 2] for n in (2, 3)] == [
         True,
         True,

@@ -83,7 +83,7 @@ def test_the_process_beside_a_run_asks_it_to_stop_and_names_the_shard(shards: li
 
 
 def test_a_run_that_ends_first_waits_for_what_little_is_left(
-    shards: list[Shard], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: list[Shard], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At a rate at which the process would take hours; and no file is read again by the next start."""
     for expected in (3, 0):
@@ -93,7 +93,7 @@ def test_a_run_that_ends_first_waits_for_what_little_is_left(
             callback.fit_end(trainer)
         finally:
             callback.close(trainer)
-        assert capsys.readouterr().err == ""
+        assert caplog.messages == []
         lines = [line for path in (tmp_path / "run" / VERIFIED).iterdir() for line in path.read_text().splitlines()]
         assert len(lines) == 3, expected
     found = shards[0].path.stat()
@@ -128,15 +128,16 @@ def test_hosts_that_share_the_shards_begin_at_different_ones(tmp_path: Path) -> 
 
 
 def test_a_run_that_is_stopped_does_not_wait_and_says_what_is_left(
-    shards: list[Shard], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: list[Shard], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     callback, trainer = VerifyShards(shards, rate=1.0), a_trainer(tmp_path / "run", stopped_early=True)
     callback.fit_start(trainer)
     process = callback._process
     assert process is not None
     callback.fit_end(trainer)
     callback.close(trainer)
-    assert "of 3 shards were compared with their hashes so far" in capsys.readouterr().err
+    assert "of 3 shards were compared with their hashes so far" in caplog.text
     assert process.poll() is not None
 
 

@@ -1,0 +1,56 @@
+"""Callbacks named by import path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eve_ds.callbacks import MetricsFile, Progress, own_callbacks, standard_callbacks
+from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.engine.callback import Callback
+from eve_ds.errors import UserError
+
+MODULE = """
+from eve_ds.engine.callback import Callback
+
+class Plain(Callback):
+    pass
+
+class Needy(Callback):
+    def __init__(self, steps):
+        self.steps = steps
+
+named = Needy(3)
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_callbacks_of_a_test.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_classes_and_instances_follow_the_built_in_ones() -> None:
+    paths = "[own_callbacks_of_a_test:Plain, own_callbacks_of_a_test:named]"
+    options = ["--logging.callbacks", paths, "--logging.wandb=false"]
+    for root in (PretrainConfig, FinetuneConfig):
+        config = parse(root, options, "test")  # type: ignore[type-var]
+        metrics, progress, plain, named = standard_callbacks(config)
+        assert isinstance(metrics, MetricsFile) and isinstance(progress, Progress)
+        assert isinstance(plain, Callback) and named.steps == 3  # type: ignore[attr-defined]
+    assert own_callbacks([]) == [] == PretrainConfig().logging.callbacks
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("absent", "own_callbacks_of_a_test has no absent"),
+        ("number", "is no callback; name a subclass of"),
+        ("Needy", "missing 1 required positional argument: 'steps'; give its arguments defaults, or name"),
+    ],
+)
+def test_what_is_no_callback_is_refused(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"^--logging.callbacks own_callbacks_of_a_test:{name}: .*{words}"):
+        own_callbacks([f"own_callbacks_of_a_test:{name}"])

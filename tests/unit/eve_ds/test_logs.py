@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from eve_ds import logs
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    logger = logging.getLogger("eve_ds")
+    before = logger.level, logger.propagate, list(logger.handlers), warnings.formatwarning
+    yield
+    logger.level, logger.propagate, logger.handlers, warnings.formatwarning = before
+    logger.manager._clear_cache()  # type: ignore[attr-defined]  # of which levels are enabled
+
+
+@pytest.mark.parametrize(
+    ("rank", "err", "out"),
+    [
+        (0, ["a step", "WARNING: a\\x1b[2J row", "ERROR: a fault"], ["a result"]),
+        (3, ["WARNING: [rank 3] a\\x1b[2J row", "ERROR: [rank 3] a fault"], []),
+    ],
+)
+def test_rank_0_speaks_and_others_name_themselves(
+    rank: int, err: list[str], out: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # set up twice, told once
+        logs.setup_logging(rank)
+    log = logging.getLogger("eve_ds.engine.trainer")
+    log.debug("a detail")
+    log.info("a %s", "step")
+    log.warning("a\x1b[2J row")
+    log.error("a fault")
+    logging.getLogger(logs.OUTPUT).info("a result")
+    told = capsys.readouterr()
+    assert (told.err.splitlines(), told.out.splitlines()) == (err, out)
+
+
+def test_a_traceback_follows_its_message(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.setup_logging(0)
+    try:
+        raise ValueError("why")
+    except ValueError:
+        logging.getLogger("eve_ds.mine").exception("what")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ERROR: what" and lines[-1] == "ValueError: why"
+
+
+def test_other_loggers_stay_as_they_are() -> None:
+    before = [list(logging.getLogger(name).handlers) for name in (None, "DeepSpeed")]
+    logs.setup_logging(0)
+    assert [list(logging.getLogger(name).handlers) for name in (None, "DeepSpeed")] == before
