@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The trials of docs/pretraining.md, "What was wrong in the demo", an hour a seed on two cores:
+# The trials of docs/pretraining_study.md, "What was wrong in the demo", an hour a seed on two cores:
 #
 #     python -m eve_ds.demo --seed 0 --out runs/demo0
 #     bash docs/demo_trials.sh 0 2>&1 | tee trials.log

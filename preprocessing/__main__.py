@@ -1,7 +1,11 @@
-"""`python -m preprocessing COMMAND`: raw data sets -> Arrow shards, and tools to look at them."""
+"""`python -m preprocessing COMMAND`: raw data sets -> Arrow shards, and tools to look at them.
+
+A COMMAND with a dot in it is the import path of a converter of one's own: docs/extending.md.
+"""
 
 import argparse
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -71,7 +75,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     _check_text(words)
     parser = _Parser(prog="python -m preprocessing", description="Raw data sets -> Arrow shards. README.md has more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, summary) in COMMANDS.items():
+    known = COMMANDS | {name: (_own_source(name), "") for name in words[:1] if "." in name}
+    for name, (module, summary) in known.items():
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Raw)
         if name in words:  # to declare those of all commands takes as long as to convert a hundred images
             module.add_arguments(command)
@@ -80,7 +85,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         for option in ("out", "images"):
             if getattr(args, option, None) == "":  # would be the folder in which one is
                 raise DataError(f"--{option}: is empty; name a folder")
-        return COMMANDS[args.command][0].run(args) or 0
+        return known[args.command][0].run(args) or 0
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -90,6 +95,21 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _own_source(name: str) -> ModuleType:
+    """The module of that import path. Raises DataError when it cannot be imported, or is no converter."""
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, SyntaxError, TypeError) as error:  # TypeError: a path that begins with a dot
+        raise DataError(
+            f"{name}: cannot be imported ({error}); name a module below this folder or on PYTHONPATH as Python imports "
+            "it, as in my_package.my_source"
+        ) from None
+    missing = [function for function in ("add_arguments", "run") if not callable(getattr(module, function, None))]
+    if missing:
+        raise DataError(f"{name}: has no function {' and no '.join(missing)}; docs/extending.md says what a source has")
+    return module
 
 
 def _line_of(error: OSError) -> str:

@@ -2,7 +2,7 @@
 
 Lists name them in reading order: row by row, from left to right. The other wordings group them by quarter, shape or
 color. In random order an image does not tell which object a masked word belongs to, so fewer of them can be predicted
-(docs/pretraining.md has the comparison).
+(docs/pretraining_study.md has the comparison).
 """
 
 import random

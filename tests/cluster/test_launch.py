@@ -1,4 +1,4 @@
-"""Every road of launch/README.md, run for real: two ranks, and the losses of the local run."""
+"""Every way of docs/launching.md, run for real: two ranks, and the losses of the local run."""
 
 from __future__ import annotations
 
