@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from preprocessing.running.storage import Place, put_file
+from preprocessing.running.storage import StoragePath, upload_file
 
 _CHUNK = 8 << 20
 _BLOCK = 4096  # of which O_DIRECT wants length and place to be multiples, in the file and in memory
@@ -35,7 +35,7 @@ class HashedFile:
 
     closed = False  # pyarrow asks
 
-    def __init__(self, target: Place) -> None:
+    def __init__(self, target: StoragePath) -> None:
         self._target = target
         self._hash = hashlib.sha256()
         self._size = 0
@@ -91,7 +91,7 @@ class HashedFile:
             self._file.close()
             os.replace(self._hidden, self._target)
         elif not isinstance(self._target, Path):
-            put_file(self._file, self._target)
+            upload_file(self._file, self._target)
             self._file.close()
         self._disk.shutdown()
         _CHUNKS.extend((self._chunk, self._other))

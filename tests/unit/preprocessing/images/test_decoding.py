@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from eve_ds.data.transforms import decode_image as trained_on
-from preprocessing.images.decoding import BadImage, decode_image, read_image
-from preprocessing.images.locations import FileImage
-from preprocessing.images.pixels import open_image
+from preprocessing.images.decoding import BadImage, decode_image, open_image, read_image
+from preprocessing.images.image_refs import FileImage
 from tests.unit.preprocessing.helpers import ROOT, image_of, png_with
 
 

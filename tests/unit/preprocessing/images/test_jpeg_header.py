@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from preprocessing.images.decoding import BadImage
+from preprocessing.images.decoding import BadImage, open_image, size_of_image
 from preprocessing.images.jpeg_header import jpeg_size
-from preprocessing.images.pixels import open_image, size_of_image
 from tests.unit.preprocessing.helpers import image_of
 
 _SIZE = (48, 32)
