@@ -28,7 +28,7 @@ from eve_ds.recipes import (
     split_options,
 )
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 TaskName = Literal["itr_coco", "itr_flickr", "vqa", "nlvr"]
 

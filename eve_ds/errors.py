@@ -21,7 +21,8 @@ from evaluation.common import InputError
 from eve_ds.data.loader_faults import explain_worker_death
 from eve_ds.model.model_config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
-from preprocessing.shards.schema import DataError, printable
+from preprocessing.errors import DataError
+from preprocessing.redaction import printable
 
 
 class UserError(ValueError):

@@ -17,7 +17,10 @@ import numpy as np
 from eve_ds.data.shards import Row, RowError, Split
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
-from preprocessing.shards.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN, DataError, check_regular, load_json
+from preprocessing.errors import DataError
+from preprocessing.json_text import load_json
+from preprocessing.local_files import check_regular
+from preprocessing.shards.schema import ANSWER_LIST, IMAGE_COLUMNS, SAMPLE_COLUMN
 from preprocessing.text.tokenizer import Tokenizer
 
 DECODED_BYTES = 128 << 20  # of decoded images kept by a process; filled once, since all rows come equally often

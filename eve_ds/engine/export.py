@@ -17,7 +17,8 @@ from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import HASHED, metadata
-from preprocessing.shards.schema import ANSWER_LIST, make_folder, write_atomic
+from preprocessing.local_files import make_folder, write_atomic
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import Tokenizer
 
 

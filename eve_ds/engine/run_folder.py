@@ -20,7 +20,8 @@ from eve_ds.engine.identity import Identity, told
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.weights.model_folder import CHECKPOINTS, FILES, MODEL, checkpoints, newer_checkpoint, run_of, step_of
-from preprocessing.shards.schema import ANSWER_LIST, make_folder
+from preprocessing.local_files import make_folder
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 CONFIG, LOCK, IDENTITY = "config.yaml", ".lock", "identity.json"

@@ -28,7 +28,10 @@ from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shards.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, printable
+from preprocessing.errors import DataError
+from preprocessing.redaction import printable
+from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
@@ -87,7 +90,7 @@ def samples(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Sa
                     f"--answer-list {data.home}/{ANSWER_LIST}"
                 )
         for opened in splits:
-            if opened.manifest.get(ANSWERS, answers_sha256(answers)) != answers_sha256(answers):
+            if opened.manifest.get(ANSWER_LIST_HASH, answers_sha256(answers)) != answers_sha256(answers):
                 raise UserError(
                     f"{data.home}/{ANSWER_LIST}: is not the list that {opened.name} was labeled by; put that one "
                     "back, or prepare the split again"

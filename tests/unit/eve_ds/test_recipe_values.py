@@ -21,7 +21,7 @@ from eve_ds.model.model_config import ModelConfig, ModelConfigError
 from eve_ds.recipes import DEEPEST, MOST_NODES, section_of
 from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
-from preprocessing.shards.schema import read_manifest
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.text.tokenizer import Tokenizer
 
 DEEP = 100_000

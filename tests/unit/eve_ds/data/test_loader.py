@@ -18,7 +18,7 @@ from eve_ds.data.samples import CaptionSamples, NlvrSamples, Sample, VqaSamples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import (
     ANSWERS,
     image_of,
