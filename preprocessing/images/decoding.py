@@ -8,7 +8,6 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from preprocessing.errors import DataError
 from preprocessing.images.image_refs import FileImage, ImageRef
-from preprocessing.images.jpeg_header import jpeg_size
 from preprocessing.images.limits import MAX_PIXELS, MAX_PNG_TEXT
 
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_PNG_TEXT
@@ -38,14 +37,6 @@ def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memor
         raise
     except ValueError as error:
         raise BadImage(str(error)) from None
-
-
-def size_of_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) by the header, as `open_image` gives it but faster. Raises BadImage exactly where that does."""
-    size = jpeg_size(data) or open_image(data, max_pixels).size
-    if size[0] * size[1] > max_pixels:
-        raise BadImage("has too many pixels")
-    return size
 
 
 def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:

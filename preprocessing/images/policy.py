@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from preprocessing.errors import DataError
-from preprocessing.images.decoding import BadImage, decode_image, open_image, size_of_image, upright_rgb
+from preprocessing.images.decoding import BadImage, decode_image, open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList, content_key, perceptual_hashes
 from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
 from preprocessing.running.storage import storage_path
@@ -46,10 +46,6 @@ class ImagePolicy:
         Raises BadImage when the image is broken or too large, ExcludedImage when it is to stay out.
         """
         self._refuse_listed(data)
-        if self.check == "header" and not len(self.near):  # most images are stored as they are: their size is enough
-            size = size_of_image(data, self.max_pixels)
-            if self.max_side is None or max(size) <= self.max_side:
-                return data
         image = decode_image(data, self.max_pixels) if self.check == "full" else open_image(data, self.max_pixels)
         if self.max_side is not None and max(image.size) > self.max_side:
             data = _shrunk(image, self.max_side, self.quality)
