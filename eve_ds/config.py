@@ -31,7 +31,7 @@ from eve_ds.recipes import (
 from eve_ds.tasks.masked import ObjectiveConfig
 from eve_ds.tasks.registry import finetune_spec, pretrain_spec
 from eve_ds.tasks.spec import FinetuneObjective, FinetuneSpec, PretrainSpec
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 
 def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:

@@ -21,7 +21,8 @@ from eve_ds.launched import launched_rank
 from eve_ds.logs import setup_logging
 from eve_ds.model.model_config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
-from preprocessing.shards.schema import DataError, printable
+from preprocessing.errors import DataError
+from preprocessing.redaction import printable
 
 
 class UserError(ValueError):

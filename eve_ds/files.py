@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from preprocessing.shards.schema import write_atomic
+from preprocessing.local_files import write_atomic
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from eve_ds.model.model_config import ModelConfig
 from eve_ds.option_errors import joined, plain
 from eve_ds.recipes import fits, hint_of, misfits, parse_value, read_yaml, split_options
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 VALUE_OPTIONS = {
     "checkpoint": ("init_from", "weights to start from: a run folder, a model folder or a file"),

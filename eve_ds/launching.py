@@ -23,7 +23,7 @@ from pathlib import Path
 
 from eve_ds.engine.signals import SIGNALS
 from eve_ds.errors import RANKS, STOPPED, UserError, run_command
-from preprocessing.shards.schema import without_secrets
+from preprocessing.redaction import without_secrets
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_SECONDS = 0.2

@@ -13,7 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from preprocessing.shards.schema import printable
+from preprocessing.redaction import printable
 
 OUTPUT = "eve_ds.output"  # the logger of what a command reports as its result: it goes to stdout
 

@@ -28,7 +28,7 @@ from eve_ds.recipes import (
     read_yaml,
     shown,
 )
-from preprocessing.shards.schema import shortened, without_secrets
+from preprocessing.redaction import shortened, without_secrets
 
 # What the parser calls a type, and what we call it; the first that stands in its message counts.
 _TYPES = {

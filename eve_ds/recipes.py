@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import yaml
 
 from eve_ds.errors import UserError
-from preprocessing.shards.schema import check_regular, shortened
+from preprocessing.local_files import check_regular
+from preprocessing.redaction import shortened
 
 Section = TypeVar("Section")
 HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages

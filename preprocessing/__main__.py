@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from preprocessing.commands import duplicates, inspect_shards, tokenizer_command, verify
-from preprocessing.formats.json_text import whole_characters
+from preprocessing.commands import duplicates, inspect, tokenizer_command, verify
+from preprocessing.errors import DataError
+from preprocessing.json_text import replace_surrogates
+from preprocessing.redaction import printable
 from preprocessing.running.pool import run_under_mpi, started_by_mpi
 from preprocessing.shapes import generate
-from preprocessing.shards.schema import DataError, printable
 from preprocessing.sources import (
     captioned_urls,
     coco,
@@ -46,7 +47,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "easy-vqa": (easy_vqa, "the PyPI package easy-vqa -> VQA shards"),
     "verify": (verify, "check a prepared data set: hashes, schema, every row"),
     "duplicates": (duplicates, "find images of one prepared data set in another"),
-    "inspect": (inspect_shards, "show schema, counts and rows of a prepared data set"),
+    "inspect": (inspect, "show schema, counts and rows of a prepared data set"),
     "tokenizer": (tokenizer_command, "train or inspect a tokenizer"),
 }
 
@@ -121,7 +122,7 @@ def _line_of(error: OSError) -> str:
 def _check_text(words: Sequence[str]) -> None:
     """Raise DataError for a word with bytes that are no UTF-8: the provenance has the command, and is UTF-8."""
     for word in words:
-        if whole_characters(word) != word:
+        if replace_surrogates(word) != word:
             raise DataError(f"{word!r}: is not UTF-8 text; write it in UTF-8, or give the file another name")
 
 

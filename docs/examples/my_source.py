@@ -5,8 +5,9 @@ CATALOG holds a JSON object a line: {"number": 17, "photo": "17.jpg", "titles": 
 
 import argparse
 
-from preprocessing.formats.annotations import field, read_json_lines
 from preprocessing.images.finding import EXCLUDED, ImageFolder, add_exclude_argument, excluded_images
+
+from preprocessing.formats.annotations import field, read_json_lines
 from preprocessing.running.storage import place
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Row, Source

@@ -24,7 +24,8 @@ from eve_ds.bench.loader_rivals import train_transform, window_rate
 from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.shards import Split
-from preprocessing.shards.schema import CAPTION_SCHEMA, MANIFEST, SCHEMA_VERSION, dump_json
+from preprocessing.json_text import dump_json
+from preprocessing.shards.schema import CAPTION_SCHEMA, MANIFEST, SCHEMA_VERSION
 from preprocessing.text.tokenizer import train_tokenizer
 
 _TEXT_LENGTH, _VOCABULARY = 40, 300

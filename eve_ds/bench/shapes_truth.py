@@ -10,9 +10,10 @@ from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import CONFIG, ModelFolder
+from preprocessing.errors import DataError
+from preprocessing.redaction import shortened
 from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.scenes import Scene, read_scenes
-from preprocessing.shards.schema import DataError, shortened
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer
 

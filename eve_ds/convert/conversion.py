@@ -27,7 +27,7 @@ from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, ch
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
-from preprocessing.shards.schema import printable
+from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.sampler import Block
 from eve_ds.data.samples import Key, Sample, Samples
 from eve_ds.data.shards import RowError
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 # So many samples that follow a corrupt one are tried; a run of more is a broken shard, not a broken row.
 NEIGHBORS = 100

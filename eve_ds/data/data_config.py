@@ -8,7 +8,8 @@ from pathlib import Path
 
 from eve_ds.data.sampler import WINDOW_BLOCKS
 from eve_ds.data.transforms import Augmentation
-from preprocessing.shards.schema import MAX_PIXELS, PILLOW_PIXELS, DataError
+from preprocessing.errors import DataError
+from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
 
 VERIFY = ("background", "full", "off")
 MOST_SECONDS = 30 * 24 * 3600  # of patience: the clocks of torch and of the system overflow far beyond it

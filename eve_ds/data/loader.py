@@ -24,7 +24,8 @@ from eve_ds.data.loader_faults import OF_JOBS, explain_silence, explain_worker_d
 from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
-from preprocessing.shards.schema import DataError, printable
+from preprocessing.errors import DataError
+from preprocessing.redaction import printable
 
 # So many different corrupt rows stop no run, unless none is allowed: a share of few samples says little.
 FEW_CORRUPT = 3

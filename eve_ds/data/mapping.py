@@ -20,7 +20,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.shards.schema import DataError, check_regular
+from preprocessing.errors import DataError
+from preprocessing.local_files import check_regular
 
 _BATCHES = 64  # of a file, whose descriptions are kept
 

@@ -17,17 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.data.shards import Split
-from preprocessing.shards.schema import (
-    ID_COLUMNS,
-    IDS,
-    IMAGE_COLUMNS,
-    SAMPLE_COLUMN,
-    DataError,
-    check_regular,
-    ids_of_batch,
-    is_leak,
-    listed_ids,
-)
+from preprocessing.errors import DataError
+from preprocessing.local_files import check_regular
+from preprocessing.shards.id_keys import ids_of_batch, is_leak, parse_ids
+from preprocessing.shards.schema import ID_COLUMNS, IDS, IMAGE_COLUMNS, SAMPLE_COLUMN
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
@@ -163,7 +156,7 @@ class SplitIds:
         """By the split's file; None where it has none, or another one than the manifest says."""
         check_regular(self.split.directory / IDS)
         try:
-            parts = listed_ids(self.split.manifest, (self.split.directory / IDS).read_bytes())
+            parts = parse_ids(self.split.manifest, (self.split.directory / IDS).read_bytes())
         except (OSError, KeyError):
             return None
         return None if parts is None else {column: np.frombuffer(part, "<u8") for column, part in parts.items()}

@@ -17,7 +17,8 @@ import numpy as np
 from eve_ds.data.shards import Row, RowError, Split
 from eve_ds.data.sources import AnySplit, JoinedSplit
 from eve_ds.data.transforms import Transform, may_mirror
-from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN, DataError
+from preprocessing.errors import DataError
+from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN
 from preprocessing.text.tokenizer import Tokenizer
 
 DECODED_BYTES = 128 << 20  # of decoded images kept by a process; filled once, since all rows come equally often

@@ -21,7 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, DataError, read_manifest
+from preprocessing.errors import DataError
+from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
 
 # Every mapped shard holds two file descriptors, and 1,024 of them is a common limit for a process.
 OPEN_SHARDS = 128

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, shard_kind, split_inside
-from preprocessing.shards.schema import MANIFEST, DataError
+from preprocessing.errors import DataError
+from preprocessing.shards.schema import MANIFEST
 
 # The first of these words in a file's name says its split, together with a word of _PARTS before it. Of these splits
 # a run's train, val and test are made: Karpathy's restval is what COCO trains on, too.

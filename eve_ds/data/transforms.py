@@ -20,7 +20,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from preprocessing.shards.schema import MAX_PIXELS, DataError
+from preprocessing.errors import DataError
+from preprocessing.images.limits import MAX_PIXELS
 
 Augmentation = Literal["none", "color", "rand"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels

@@ -15,7 +15,7 @@ from eve_ds.data.samples import Samples
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import RankError, UserError
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 Config = PretrainConfig | FinetuneConfig
 Batch = dict[str, torch.Tensor]

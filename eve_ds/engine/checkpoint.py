@@ -43,7 +43,9 @@ from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
 from eve_ds.weights.model_folder import is_there, tagged, whole
-from preprocessing.shards.schema import DataError, shortened, sync_path
+from preprocessing.errors import DataError
+from preprocessing.local_files import sync_path
+from preprocessing.redaction import shortened
 
 _log = logging.getLogger(__name__)
 UNIVERSAL = ".universal"

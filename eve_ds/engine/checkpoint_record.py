@@ -31,7 +31,9 @@ from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.weights.model_folder import COMPLETE
-from preprocessing.shards.schema import DataError, check_regular, shortened
+from preprocessing.errors import DataError
+from preprocessing.local_files import check_regular
+from preprocessing.redaction import shortened
 
 ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"

@@ -11,7 +11,9 @@ from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
 from eve_ds.recipes import DEEPEST, meant, nearest, shipped
-from preprocessing.shards.schema import check_regular, load_json, shortened
+from preprocessing.json_text import load_json
+from preprocessing.local_files import check_regular
+from preprocessing.redaction import shortened
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
 SECTIONS = (

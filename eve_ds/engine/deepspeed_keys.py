@@ -13,7 +13,7 @@ from typing import Any
 
 from eve_ds.errors import UserError
 from eve_ds.recipes import nearest
-from preprocessing.shards.schema import shortened
+from preprocessing.redaction import shortened
 
 Accepts = Callable[[Any], bool]
 Rule = tuple[Accepts, str]

@@ -18,7 +18,7 @@ from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import HASHED, metadata
-from preprocessing.shards.schema import make_folder, write_atomic
+from preprocessing.local_files import make_folder, write_atomic
 from preprocessing.text.tokenizer import Tokenizer
 
 

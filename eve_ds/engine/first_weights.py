@@ -18,7 +18,7 @@ from eve_ds.errors import UserError
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.initial import copy_initial, load_initial, wanted
 from eve_ds.weights.model_folder import COMPLETE, ModelFolder, checkpoints, exported_step, run_of, step_of
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 Config = PretrainConfig | FinetuneConfig
 BLOCKS, BLOCK_BYTES = 64, 1 << 14  # of a file of weights that its hash looks at

@@ -28,7 +28,8 @@ from eve_ds.weights.model_folder import (
     run_of,
     step_of,
 )
-from preprocessing.shards.schema import ANSWER_LIST, make_folder
+from preprocessing.local_files import make_folder
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 LOCK, IDENTITY = ".lock", "identity.json"

@@ -24,7 +24,7 @@ from eve_ds.engine.watchdog import mark
 from eve_ds.files import write_json
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.examples import Thumbnails
-from preprocessing.shards.schema import write_atomic
+from preprocessing.local_files import write_atomic
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

@@ -27,7 +27,8 @@ from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shards.schema import DataError, printable
+from preprocessing.errors import DataError
+from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig

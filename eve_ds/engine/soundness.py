@@ -18,7 +18,7 @@ from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Hashes, Mani
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import entries, is_there, newest
-from preprocessing.shards.schema import sync_path
+from preprocessing.local_files import sync_path
 
 DAMAGED = ".damaged"
 _log = logging.getLogger(__name__)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from preprocessing.shards.schema import check_regular, load_json, shortened
+from preprocessing.json_text import load_json
+from preprocessing.local_files import check_regular
+from preprocessing.redaction import shortened
 
 Activation = Literal["gelu", "quick_gelu"]
 MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...

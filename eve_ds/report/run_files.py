@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.common import InputError, read_json, read_text
-from preprocessing.shards.schema import load_json, without_secrets
+from preprocessing.json_text import load_json
+from preprocessing.redaction import without_secrets
 
 STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "VQA", "nlvr": "NLVR"}
 SINGLE = "run"

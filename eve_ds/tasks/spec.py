@@ -27,7 +27,7 @@ from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
 from eve_ds.tasks.examples import Thumbnails
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shards.schema import load_json
+from preprocessing.json_text import load_json
 from preprocessing.text.tokenizer import Tokenizer
 
 DEFAULT_MASK_ID = 4  # [MASK] of the tokenizers that EVE-DS trains

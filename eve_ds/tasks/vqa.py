@@ -35,7 +35,11 @@ from eve_ds.tasks.base import (
 from eve_ds.tasks.examples import Thumbnails, evenly_spaced
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shards.schema import ANSWER_LIST, ANSWERS, DataError, answers_sha256, check_regular, load_json
+from preprocessing.errors import DataError
+from preprocessing.json_text import load_json
+from preprocessing.local_files import check_regular
+from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import Tokenizer
 
 
@@ -220,7 +224,7 @@ class VqaSpec(FinetuneSpec):
                     f"--answer-list {home}/{ANSWER_LIST}"
                 )
         for opened in split.splits if isinstance(split, JoinedSplit) else [split]:
-            if opened.manifest.get(ANSWERS, answers_sha256(answers)) != answers_sha256(answers):
+            if opened.manifest.get(ANSWER_LIST_HASH, answers_sha256(answers)) != answers_sha256(answers):
                 raise UserError(
                     f"{home}/{ANSWER_LIST}: is not the list that {opened.name} was labeled by; put that one "
                     "back, or prepare the split again"

@@ -10,7 +10,8 @@ import hashlib
 from pathlib import Path
 
 from eve_ds.weights.errors import WeightsError
-from preprocessing.shards.schema import dump_json, load_json, write_atomic
+from preprocessing.json_text import dump_json, load_json
+from preprocessing.local_files import write_atomic
 
 HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 

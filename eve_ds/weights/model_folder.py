@@ -12,7 +12,9 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from eve_ds.weights.hashes import HASHES, WEIGHTS, check_hash, read_hashes
-from preprocessing.shards.schema import ANSWER_LIST, DataError, check_regular
+from preprocessing.errors import DataError
+from preprocessing.local_files import check_regular
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 CONFIG = "config.yaml"

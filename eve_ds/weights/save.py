@@ -15,7 +15,9 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.shards.schema import DataError, make_folder, shortened, sync_path, sync_tree
+from preprocessing.errors import DataError
+from preprocessing.local_files import make_folder, sync_path, sync_tree
+from preprocessing.redaction import shortened
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:

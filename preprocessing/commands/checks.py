@@ -7,24 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.images.decoding import PILLOW_PIXELS, BadImage, decode_image
+from preprocessing.images.decoding import BadImage, decode_image
+from preprocessing.images.limits import PILLOW_PIXELS
 from preprocessing.running.pool import run_tasks
 from preprocessing.running.progress import Progress
-from preprocessing.running.storage import Place, names_in, open_input, size_of
-from preprocessing.shards.ids import distinct, numbered_columns, read_ids
+from preprocessing.running.storage import StoragePath, file_sha256, names_in, open_input, size_of
+from preprocessing.shards.id_keys import distinct, id_key
+from preprocessing.shards.ids import numbered_columns, read_ids
+from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
 from preprocessing.shards.reader import batches_of
-from preprocessing.shards.schema import (
-    ANSWER_LIST,
-    ANSWERS,
-    ID_COLUMNS,
-    IDS,
-    IMAGE_COLUMNS,
-    KINDS,
-    SAMPLE_COLUMN,
-    answers_sha256,
-    id_key,
-)
-from preprocessing.shards.writer import file_sha256
+from preprocessing.shards.schema import ANSWER_LIST, ID_COLUMNS, IDS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
 from preprocessing.text.answers import read_answer_list
 
 _PER_SAMPLE = {  # list columns that run over the samples of a row, as long as SAMPLE_COLUMN's
@@ -47,7 +39,7 @@ class SplitFacts:
 class ShardReport:
     """What was found in a shard. Row numbers run over the rows that can be read, from 0."""
 
-    path: Place
+    path: StoragePath
     rows: int = 0
     samples: int = 0
     whole: bool = False  # the file is there and every record batch of it can be read
@@ -65,7 +57,7 @@ class ShardReport:
             yield from (f"{self.path} row {row}: {fault}" for fault in faults)
 
 
-def check_shard(path: Place, record: dict[str, Any] | None, facts: SplitFacts) -> ShardReport:
+def check_shard(path: StoragePath, record: dict[str, Any] | None, facts: SplitFacts) -> ShardReport:
     """Check one shard against its record in the manifest, and every row. Runs in a worker."""
     report = ShardReport(path)
     try:
@@ -202,7 +194,7 @@ def _note_duplicates(report: ShardReport, kind: str, column: str, rows: set[int]
             number += 1
 
 
-def ids_fault(folder: Place, manifest: dict[str, Any], reports: Sequence[ShardReport]) -> str:
+def ids_fault(folder: StoragePath, manifest: dict[str, Any], reports: Sequence[ShardReport]) -> str:
     """What is wrong with the split's list of ids; "" for nothing, and where older versions made the split without."""
     if "ids" not in manifest:
         return ""
@@ -218,32 +210,32 @@ def ids_fault(folder: Place, manifest: dict[str, Any], reports: Sequence[ShardRe
     return ""
 
 
-def answers_fault(folder: Place, manifest: dict[str, Any], facts: SplitFacts) -> str:
+def answers_fault(folder: StoragePath, manifest: dict[str, Any], facts: SplitFacts) -> str:
     """What is wrong with the answer list beside a VQA split; "" for nothing, and where an older version made it."""
-    if manifest.get(ANSWERS, answers_sha256(facts.answers)) == answers_sha256(facts.answers):
+    if manifest.get(ANSWER_LIST_HASH, answers_sha256(facts.answers)) == answers_sha256(facts.answers):
         return ""
     what = f"is not the list that {folder.name} was labeled by; put that one back, or convert it again"
     return f"{folder.parent / ANSWER_LIST}: {what}"
 
 
-def split_facts(folder: Place, kind: str, split: str) -> SplitFacts:
+def split_facts(folder: StoragePath, kind: str, split: str) -> SplitFacts:
     """What the rows of the split `folder` must fit. Raises DataError when a VQA set lacks its answer list."""
     return SplitFacts(kind, split, read_answer_list(folder.parent / ANSWER_LIST) if kind == "vqa" else ())
 
 
-def shard_paths(folder: Place) -> list[Place]:
+def shard_paths(folder: StoragePath) -> list[StoragePath]:
     """The shard files in `folder`, in the order of their names."""
     return [folder / name for name in names_in(folder) if name.endswith(".arrow") and not name.startswith(".")]
 
 
 def check_shards(
-    folder: Place, records: Sequence[dict[str, Any]], facts: SplitFacts, workers: int
+    folder: StoragePath, records: Sequence[dict[str, Any]], facts: SplitFacts, workers: int
 ) -> list[ShardReport]:
     """The reports of the shards that the manifest's `records` name, in their order, ids that stand twice included.
 
     A record that holds the file's name alone is compared with nothing.
     """
-    found: dict[Place, ShardReport] = {}
+    found: dict[StoragePath, ShardReport] = {}
     tasks = [(folder / record["file"], record if len(record) > 1 else None, facts) for record in records]
     with Progress(f"verify {folder.name}", len(tasks), "shard") as progress:
         with closing(run_tasks(workers, check_shard, tasks)) as results:

@@ -14,13 +14,16 @@ from typing import Any
 
 from PIL import Image
 
-from preprocessing.images.decoding import PILLOW_PIXELS
+from preprocessing.errors import DataError
+from preprocessing.images.decoding import open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList
-from preprocessing.images.pixels import open_image, upright_rgb
+from preprocessing.images.limits import PILLOW_PIXELS
+from preprocessing.json_text import dump_json
+from preprocessing.local_files import write_atomic
+from preprocessing.redaction import id_without_secrets
 from preprocessing.running.pool import check_workers
-from preprocessing.running.storage import Place, place
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.shards.reader import hashes_of, read_images
-from preprocessing.shards.schema import DataError, dump_json, id_without_secrets, write_atomic
 
 _THUMBNAIL = 200  # pixels, the longer side
 
@@ -47,17 +50,17 @@ def run(args: argparse.Namespace) -> None:
     if args.duplicates_command == "hash":
         if not args.out.endswith(".npz"):
             raise DataError(f"--out {args.out}: must end in .npz, by which such lists are known")
-        hashes = HashList.joined(hashes_of(place(name), workers=args.workers) for name in args.directory)
-        hashes.save(place(args.out))
+        hashes = HashList.joined(hashes_of(storage_path(name), workers=args.workers) for name in args.directory)
+        hashes.save(storage_path(args.out))
         print(f"{args.out}: hashes of {len(hashes)} images")
         return
     if not 0 <= args.distance <= 32:
         raise DataError(f"--distance {args.distance}: must be between 0 and 32 bits")
-    others = [place(name) for name in args.of]
-    pairs = list(find_pairs(place(args.directory), others, args.distance, args.workers))
+    others = [storage_path(name) for name in args.of]
+    pairs = list(find_pairs(storage_path(args.directory), others, args.distance, args.workers))
     write_atomic(args.out, dump_json({"duplicates": [pair.shown() for pair in pairs]}))
     if args.html:
-        write_atomic(args.html, _page(place(args.directory), pairs).encode())
+        write_atomic(args.html, _page(storage_path(args.directory), pairs).encode())
     exact = sum(pair.exact for pair in pairs)
     print(f"{args.out}: {exact} exact and {len(pairs) - exact} near duplicates of {', '.join(args.of)}")
 
@@ -77,7 +80,7 @@ class Pair:
         return {name: id_without_secrets(one) if isinstance(one, str) else one for name, one in asdict(self).items()}
 
 
-def find_pairs(directory: Place, others: list[Place], distance: int, workers: int = 1) -> Iterator[Pair]:
+def find_pairs(directory: StoragePath, others: list[StoragePath], distance: int, workers: int = 1) -> Iterator[Pair]:
     """Each image of `directory` that is in one of `others`, or within `distance` bits of one. Raises DataError."""
     lists = [hashes_of(path, workers=workers) for path in others]
     hashes = HashList.joined(lists)
@@ -91,14 +94,14 @@ def find_pairs(directory: Place, others: list[Place], distance: int, workers: in
             yield Pair(str(name), set_of[index], str(hashes.names[index]), int(key) in exact, bits)
 
 
-def _page(directory: Place, pairs: list[Pair]) -> str:
+def _page(directory: StoragePath, pairs: list[Pair]) -> str:
     """A page with both images of each pair; those of sets given as hashes alone are not shown."""
     folders = {str(directory)} | {pair.of for pair in pairs if not pair.of.endswith(".npz")}
     wanted = {(str(directory), pair.image_id) for pair in pairs} | {(pair.of, pair.of_image) for pair in pairs}
     thumbnails = {
         (folder, name): _thumbnail(data)
         for folder in sorted(folders)
-        for name, data in read_images(place(folder))
+        for name, data in read_images(storage_path(folder))
         if (folder, name) in wanted
     }
     rows = "".join(

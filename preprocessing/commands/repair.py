@@ -22,12 +22,15 @@ from preprocessing.commands.checks import (
     shard_paths,
     split_facts,
 )
-from preprocessing.formats.annotations import check_replaceable, locked, new_folder
-from preprocessing.running.storage import Place
-from preprocessing.shards.ids import numbered_columns, scanned, write_ids
+from preprocessing.errors import DataError
+from preprocessing.local_files import sync_tree
+from preprocessing.running.output_folder import check_replaceable, locked, new_folder
+from preprocessing.running.storage import StoragePath, file_sha256
+from preprocessing.shards.ids import keys_of_shards, numbered_columns, write_ids
+from preprocessing.shards.manifest import ANSWER_LIST_HASH, read_manifest
 from preprocessing.shards.reader import batches_of
-from preprocessing.shards.schema import ANSWERS, IDS, KINDS, MANIFEST, PROVENANCE, DataError, read_manifest, sync_tree
-from preprocessing.shards.writer import DROPPED, OURS, ShardWriter, file_sha256, write_manifest
+from preprocessing.shards.schema import IDS, KINDS, MANIFEST, PROVENANCE
+from preprocessing.shards.writer import DROPPED, SPLIT_FILES, ShardWriter, write_manifest
 
 
 class _Repair:
@@ -49,7 +52,7 @@ class _Repair:
             self.items.append({"item": item, "reason": f"repair: {reason}"})
 
 
-def repair_split(folder: Place, workers: int = 1, accept_changed: bool = False) -> list[str]:
+def repair_split(folder: StoragePath, workers: int = 1, accept_changed: bool = False) -> list[str]:
     """Mend the split in `folder`, or where it is a link, in what it leads to. Returns what was done, a line each.
 
     Raises DataError when it cannot be mended: another process is writing it, there is no shard to be read, a VQA set
@@ -89,7 +92,7 @@ def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) 
     if not said and _sound(manifest, settled):
         return lines
     repair = _Repair(folder, manifest, facts, said, accept_changed)
-    check_replaceable(target, OURS, overwrite=True)
+    check_replaceable(target, SPLIT_FILES, overwrite=True)
     with new_folder(target) as new:
         for record, report in zip(manifest["shards"], reports, strict=True):
             _mend_shard(repair, new, record, report)
@@ -127,7 +130,7 @@ def _manifest_of(folder: Path, said: list[str]) -> dict[str, Any]:
         raise error from None
 
 
-def _kind_and_split(path: Place) -> tuple[str, str] | None:
+def _kind_and_split(path: StoragePath) -> tuple[str, str] | None:
     """What a shard says of itself, if it can be read at all."""
     for kind, schema in KINDS.items():
         for batch in batches_of(path, schema, []):
@@ -207,7 +210,7 @@ def _finish(repair: _Repair, new: Path) -> None:
     for total in ("rows", "samples"):
         if total in old and old[total] != sum(shard.get(total, 0) for shard in old["shards"]):
             repair.said.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
-    kept = {name: old[name] for name in ("source", "dropped_list", ANSWERS) if name in old}
+    kept = {name: old[name] for name in ("source", "dropped_list", ANSWER_LIST_HASH) if name in old}
     numbered = numbered_columns({"ids": old.get("ids"), "kind": repair.facts.kind})
     found = {"kind": repair.facts.kind, "shards": repair.shards, "ids": {"numbered": numbered}}
     write_manifest(
@@ -215,7 +218,7 @@ def _finish(repair: _Repair, new: Path) -> None:
         repair.facts.kind,
         repair.facts.split,
         repair.shards,
-        ids=write_ids(new, scanned(new, found), numbered),
+        ids=write_ids(new, keys_of_shards(new, found), numbered),
         dropped=dict(repair.dropped),
         dropped_items=repair.items,
         repairs=[*old.get("repairs", []), *repair.said],

@@ -4,10 +4,11 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from preprocessing.errors import DataError
 from preprocessing.formats.lines import MAX_LINE, CutFile, open_text, read_lines
-from preprocessing.running.storage import place
+from preprocessing.redaction import printable
+from preprocessing.running.storage import storage_path
 from preprocessing.shards.reader import read_texts
-from preprocessing.shards.schema import DataError, printable
 from preprocessing.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
 
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _texts(args: argparse.Namespace) -> Iterator[str]:
     for directory in args.data:
-        yield from read_texts(place(directory))
+        yield from read_texts(storage_path(directory))
     for name in args.text:
         yield from _lines(Path(name))
 

@@ -14,13 +14,15 @@ from typing import Any
 
 from preprocessing.commands.checks import answers_fault, check_shards, ids_fault, shard_paths, split_facts
 from preprocessing.commands.repair import repair_split
-from preprocessing.formats.annotations import recover
+from preprocessing.errors import DataError
+from preprocessing.redaction import printable
+from preprocessing.running.output_folder import recover
 from preprocessing.running.pool import check_workers
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.ids import shared
+from preprocessing.running.storage import StoragePath, file_sha256, storage_path
+from preprocessing.shards.ids import shared_ids
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import split_folders
-from preprocessing.shards.schema import SPLITS, DataError, printable, read_manifest
-from preprocessing.shards.writer import file_sha256
+from preprocessing.shards.schema import SPLITS
 
 _SHOWN = 20
 
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     check_workers(args.workers)
     if args.accept_changed and not args.repair:
         raise DataError("--accept-changed: goes with --repair")
-    directory = place(args.directory)
+    directory = storage_path(args.directory)
     if args.repair and isinstance(directory, Path):
         for path in (directory, *(directory / split for split in SPLITS)):
             recover(path)
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if count else 0
 
 
-def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
+def find_faults(folder: StoragePath, workers: int = 1) -> Iterator[str]:
     """Each fault of a split folder as one line that names the shard, and the row where one is to blame."""
     try:
         manifest = read_manifest(folder)
@@ -92,17 +94,17 @@ def find_faults(folder: Place, workers: int = 1) -> Iterator[str]:
         yield fault
 
 
-def _shared_faults(folders: Sequence[Place]) -> Iterator[str]:
+def _shared_faults(folders: Sequence[StoragePath]) -> Iterator[str]:
     """What stands in the training split and in another one, too."""
     try:
-        for split, other, which, is_fault in shared(folders):
+        for split, other, which, is_fault in shared_ids(folders):
             if is_fault and "train" in (split.name, other.name):
                 yield f"{split} and {other}: hold the same {which}; prepare one of them with --exclude"
     except DataError:
         return  # what is wrong with a split is told of it already
 
 
-def _dropped_list_faults(folder: Place, record: Any) -> Iterator[str]:
+def _dropped_list_faults(folder: StoragePath, record: Any) -> Iterator[str]:
     if record is None:
         return
     if not isinstance(record, dict) or not isinstance(record.get("file"), str):

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from preprocessing.formats.json_text import parse_json
-from preprocessing.images.finding import coco_key
+from preprocessing.images.image_folder import coco_key
+from preprocessing.json_text import parse_json
 from preprocessing.text.cleaning import lines_of
 
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT", "captions", "sentences", "sentences_raw", "sentence")

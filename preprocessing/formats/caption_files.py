@@ -15,14 +15,14 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.formats.annotations import BadRecord, copies, read_json, text_lines
-from preprocessing.formats.json_text import shown
+from preprocessing.errors import DataError
+from preprocessing.formats.annotations import BadRecord, find_copies, read_json, text_lines
 from preprocessing.formats.line_records import BadLine, Form, Record, caption_texts, find_form, parse_line, record_of
 from preprocessing.formats.lines import TOO_LONG, CutFile, first_bytes, is_compressed, open_text, read_lines
-from preprocessing.images.finding import EXCLUDED, ImageList
-from preprocessing.images.locations import Base64Cell, FileImage, ImageRef, image_in
-from preprocessing.running.storage import exists, place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import EXCLUDED, ImageList
+from preprocessing.images.image_refs import Base64Cell, FileImage, ImageRef, image_in
+from preprocessing.json_text import json_excerpt
+from preprocessing.running.storage import exists, storage_path
 from preprocessing.sources.lazy_rows import LazyRows
 from preprocessing.sources.source import Row, Source
 from preprocessing.sources.split_names import RecordSplits
@@ -95,12 +95,12 @@ def read_captions(
 
     Raises DataError naming what is at fault.
     """
-    for first, other in copies(files):
+    for first, other in find_copies(files):
         raise DataError(f"{first} and {other}: are one file under two names; give it once")
     stems = [_stem(name) for name in files]
     if again := [stem for stem, count in Counter(stems).items() if count > 1]:
         raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
-    source = Source("caption", [], [place(name) for name in files], {}, numbered=("image_id",))
+    source = Source("caption", [], [storage_path(name) for name in files], {}, numbered=("image_id",))
     keeper = _Keeper(source, finder, cleaning, excluded, splits)
     listed = _entries(files)
     if listed is None:
@@ -344,7 +344,7 @@ def _paired(entry: tuple[Any, Any]) -> Record:
     if bad is not None:
         raise BadLine(str(bad), bad.reason)
     if not isinstance(url, str):
-        raise BadLine(f"its address is {shown(url)}, not text; mend the file", "address is no text")
+        raise BadLine(f"its address is {json_excerpt(url)}, not text; mend the file", "address is no text")
     return Record(caption_texts(caption, "its caption"), url=url.strip())
 
 

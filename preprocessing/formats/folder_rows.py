@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from preprocessing.errors import DataError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
 from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, unreadable
-from preprocessing.images.locations import FileImage, ImageRef, join
-from preprocessing.running.storage import names_in, open_input, place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.image_refs import FileImage, ImageRef, join
+from preprocessing.running.storage import names_in, open_input, storage_path
 
 _TEXTS = ("txt", "json")
 
@@ -20,7 +20,7 @@ class FolderRows(ShardRows):
     fields = np.dtype([("ending", "S4"), ("json", "?")])
 
     def look_through(self, shard: str) -> Iterator[Found]:
-        names = names_in(place(shard))
+        names = names_in(storage_path(shard))
         known = set(names)
         kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
         for name in names:

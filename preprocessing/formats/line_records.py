@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.formats.json_text import parse_json, shown
+from preprocessing.json_text import json_excerpt, parse_json
 
 ROLES: dict[str, tuple[str, ...]] = {
     "caption": ("caption", "desc", "text", "title", "txt"),
@@ -203,7 +203,7 @@ def caption_texts(value: Any, what: str) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     wrong = [text for text in texts if text is not None and not isinstance(text, str)]
     if wrong:
-        raise BadLine(f"{what} is {shown(wrong[0])}, not text; mend the file", "caption is no text")
+        raise BadLine(f"{what} is {json_excerpt(wrong[0])}, not text; mend the file", "caption is no text")
     return tuple(text or "" for text in texts)
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.formats.caption_columns import (
     CAPTION_COLUMNS,
@@ -19,9 +20,8 @@ from preprocessing.formats.caption_columns import (
     image_names,
 )
 from preprocessing.formats.shard_rows import Found, Shard, ShardRows, Wanted
-from preprocessing.images.locations import ImageRef, ParquetCell
+from preprocessing.images.image_refs import ImageRef, ParquetCell
 from preprocessing.running.storage import open_input
-from preprocessing.shards.schema import DataError
 from preprocessing.sources.source import Source
 from preprocessing.sources.split_names import split_field
 

@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
-from preprocessing.formats.json_text import parse_json, whole_characters
-from preprocessing.images.finding import EXCLUDED, ImageList
-from preprocessing.images.locations import ImageRef
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import EXCLUDED, ImageList
+from preprocessing.images.image_refs import ImageRef
+from preprocessing.json_text import parse_json, replace_surrogates
 from preprocessing.sources.lazy_rows import LazyRows
 from preprocessing.sources.source import Row, Source
-from preprocessing.sources.split_names import SPLIT, RecordSplits, split_of
+from preprocessing.sources.split_names import SPLIT_FIELD, RecordSplits, split_of
 from preprocessing.text.cleaning import EMPTY, TextCleaning
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_TEXT = 16 << 20  # bytes of an image's .txt or .json
-_NAMED = json.dumps(SPLIT).encode()
+_NAMED = json.dumps(SPLIT_FIELD).encode()
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class ShardRows(LazyRows):
         entry = self._parts[number][index - int(self._starts[number])]
         key, shard = os.fsdecode(entry["key"]), self._shards[number]
         captions, image = self.at(shard.path, key, entry)
-        image_id = whole_characters(key if self._unique or not shard.name else f"{shard.name}/{key}")
+        image_id = replace_surrogates(key if self._unique or not shard.name else f"{shard.name}/{key}")
         kept = self._wanted.cleaning.captions(captions)
         if not kept:
             where = f"{shard.path}: image {image_id}"
@@ -172,9 +172,9 @@ def _split_in(record: bytes) -> Any:
 
 def unreadable(where: str, why: object) -> BadRecord:
     """What to say of an image's text that cannot be read for what it is."""
-    return BadRecord(whole_characters(where), f"{why}; mend it, or take it out", "text of an image is unreadable")
+    return BadRecord(replace_surrogates(where), f"{why}; mend it, or take it out", "text of an image is unreadable")
 
 
 def twice(shard: str, key: str) -> DataError:
     """What to say of a key that two images or two texts of a shard have."""
-    return DataError(f"{shard}: key {whole_characters(key)} stands twice; make keys unique")
+    return DataError(f"{shard}: key {replace_surrogates(key)} stands twice; make keys unique")

@@ -7,12 +7,12 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
+from preprocessing.errors import DataError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
-from preprocessing.formats.json_text import whole_characters
 from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, twice, unreadable
-from preprocessing.images.locations import ImageRef, TarMember
+from preprocessing.images.image_refs import ImageRef, TarMember
+from preprocessing.json_text import replace_surrogates
 from preprocessing.running.storage import open_input
-from preprocessing.shards.schema import DataError
 
 _DOTTED = tuple(f".{ending}" for ending in ENDINGS)
 _TEXTS = ("txt", "json")
@@ -70,7 +70,7 @@ class TarRows(ShardRows):
             elif "." in ending and ending.endswith(_DOTTED):
                 self.leave_out("image name has a second dot")
             elif ending.endswith(_PACKED):
-                name = whole_characters(f"{key}.{ending}")
+                name = replace_surrogates(f"{key}.{ending}")
                 raise DataError(f"{shard}: holds {name}, which is compressed; unpack it and put its files in a tar")
         for key, ending, link in links:
             source, source_ending = _key(link)
@@ -155,13 +155,13 @@ def _files(
             if member.size < 0:  # where some versions of Python go round for ever
                 raise tarfile.TarError(f"a negative size at byte {member.offset}")
             if end is not None and member.offset_data + member.size > end:
-                raise tarfile.TarError(f"the tar {whole_characters(inside)} in it is cut")
+                raise tarfile.TarError(f"the tar {replace_surrogates(inside)} in it is cut")
             name = posixpath.join(inside, member.name) if inside else member.name
             if name[name.rfind("/") + 1 :].startswith("."):
                 continue
             key, ending = _key(name)
             if member.issparse():
-                what = f"holds {whole_characters(name)} in pieces (sparse); pack it anew without --sparse"
+                what = f"holds {replace_surrogates(name)} in pieces (sparse); pack it anew without --sparse"
                 raise DataError(f"{shard}: {what}")
             if member.isreg():
                 if ending.endswith("tar") and name.lower().endswith(".tar"):
@@ -176,7 +176,7 @@ def _files(
         _check_end(file, tar.offset, end)
     for name, first, last in nested:
         if depth == _DEEPEST:
-            raise DataError(f"{shard}: holds tars in tars, {_DEEPEST + 1} deep; unpack {whole_characters(name)}.tar")
+            raise DataError(f"{shard}: holds tars in tars, {_DEEPEST + 1} deep; unpack {replace_surrogates(name)}.tar")
         yield from _files(shard, file, first, last, name, depth + 1)
 
 

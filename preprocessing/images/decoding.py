@@ -1,26 +1,24 @@
-"""Reads image files and decodes them: what both `ImagePolicy` and the tools that look at shards need."""
+"""Reads, opens and decodes image files. `upright_rgb` follows the rules of training (eve_ds/data/transforms.py)."""
 
 import io
 import warnings
 
-from PIL import Image, PngImagePlugin
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin
 
-from preprocessing.images.locations import FileImage, ImageRef
-from preprocessing.shards.schema import MAX_PIXELS, PILLOW_PIXELS, DataError
+from preprocessing.errors import DataError
+from preprocessing.images.image_refs import FileImage, ImageRef
+from preprocessing.images.limits import MAX_PIXELS, MAX_PNG_TEXT
 
-__all__ = ["MAX_PIXELS", "PILLOW_PIXELS", "BadImage", "decode_image", "read_image"]
-
-# What a text or a color profile in a PNG may unpack to: Pillow's own bound of 1 MiB refuses sound images of many
-# programs. All texts of a file together are held to the same 64 MiB by Pillow. Training has this bound, too.
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PNG_TEXT
 
 
 class BadImage(Exception):
-    """An image that no training run could use. `str(error)` is the reason, in words that can be counted."""
+    """An image that cannot be trained on. `str(error)` is the reason; the manifest counts images by it."""
 
 
 def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memoryview:
-    """The bytes that `image` refers to, unchecked: those of a file that fits in `room` there, as a part of it.
+    """The bytes that `image` refers to, unchecked. A file that fits in `room` is read into it: a slice of it returns.
 
     Raises BadImage when they are missing or cannot be read, and DataError when a remote file system fails: that is no
     fault of the image.
@@ -41,18 +39,26 @@ def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memor
         raise BadImage(str(error)) from None
 
 
-def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The decoded image, in the mode of its file. Raises BadImage unless all of it decodes and it is not too large."""
+def open_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image with its header read and no pixel decoded. Raises BadImage when that fails or it is too large."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF data; the bound below decides
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF data
         try:
             image = Image.open(io.BytesIO(data))
         except Image.DecompressionBombError:
             raise BadImage("has too many pixels") from None
-        except Exception as error:  # decoders raise whatever they like on broken files
+        except Exception as error:  # decoders raise errors of all kinds on broken files
             raise BadImage("is of no known format") from error
-        if image.width * image.height > max_pixels:
-            raise BadImage("has too many pixels")
+    if image.width * image.height > max_pixels:
+        raise BadImage("has too many pixels")
+    return image
+
+
+def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded image, in the mode of its file. Raises BadImage unless all of it decodes and it is not too large."""
+    image = open_image(data, max_pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             if image.format == "PNG":  # load() skips the checksums of PNG's pixel data
                 image.verify()
@@ -61,3 +67,14 @@ def decode_image(data: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Imag
         except Exception as error:
             raise BadImage("does not decode") from error
     return image
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """RGB, turned by the EXIF orientation, white behind transparency; the upper eight of sixteen bits of gray."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip to 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from preprocessing.images.pixels import upright_rgb
-from preprocessing.running.storage import Place, open_input, write_whole
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
+from preprocessing.images.decoding import upright_rgb
+from preprocessing.running.storage import StoragePath, open_input, write_whole
 
 NEAR_DISTANCE = 6  # bits of 64
 _SIDE, _LOW = 32, 8
@@ -73,7 +73,7 @@ class HashList:
         return cls(*(np.concatenate([getattr(one, name) for one in lists]) for name in _ARRAYS))
 
     @classmethod
-    def load(cls, path: Place) -> "HashList":
+    def load(cls, path: StoragePath) -> "HashList":
         """Read what `save` wrote. Raises DataError naming the file."""
         try:
             with open_input(path) as file, np.load(file, allow_pickle=False) as arrays:
@@ -94,7 +94,7 @@ class HashList:
             raise ValueError("its names are no text")
         return self
 
-    def save(self, path: Place) -> None:
+    def save(self, path: StoragePath) -> None:
         """Write a .npz file, atomically."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{name: getattr(self, name) for name in _ARRAYS})

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from preprocessing.images.decoding import MAX_PIXELS, PILLOW_PIXELS, BadImage, decode_image
+from preprocessing.errors import DataError
+from preprocessing.images.decoding import BadImage, decode_image, open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList, content_key, perceptual_hashes
-from preprocessing.images.pixels import open_image, size_of_image, upright_rgb
-from preprocessing.running.storage import place
+from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
+from preprocessing.running.storage import storage_path
 from preprocessing.shards.reader import hashes_of
-from preprocessing.shards.schema import DataError
 
 CHECKS = ("full", "header")
 IN_OTHER_SET = "is in a set of --exclude-images-of"
@@ -46,10 +46,6 @@ class ImagePolicy:
         Raises BadImage when the image is broken or too large, ExcludedImage when it is to stay out.
         """
         self._refuse_listed(data)
-        if self.check == "header" and not len(self.near):  # most images are stored as they are: their size is enough
-            size = size_of_image(data, self.max_pixels)
-            if self.max_side is None or max(size) <= self.max_side:
-                return data
         image = decode_image(data, self.max_pixels) if self.check == "full" else open_image(data, self.max_pixels)
         if self.max_side is not None and max(image.size) > self.max_side:
             data = _shrunk(image, self.max_side, self.quality)
@@ -118,8 +114,8 @@ def image_policy(args: argparse.Namespace) -> ImagePolicy:
     if not 0 <= args.near_distance <= 32:
         raise DataError(f"--near-distance {args.near_distance}: must be between 0 and 32 bits")
     workers = getattr(args, "workers", 1)
-    near = HashList.joined(hashes_of(place(name), workers=workers) for name in args.near_duplicates_of)
-    exact = [hashes_of(place(name), False, workers).keys for name in args.exclude_images_of]
+    near = HashList.joined(hashes_of(storage_path(name), workers=workers) for name in args.near_duplicates_of)
+    exact = [hashes_of(storage_path(name), False, workers).keys for name in args.exclude_images_of]
     for name, keys in zip(args.exclude_images_of, exact, strict=True):
         if not len(keys):
             raise DataError(f"--exclude-images-of {name}: holds no image; name the set that is to be kept out")

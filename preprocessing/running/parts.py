@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
+from preprocessing.errors import DataError
 from preprocessing.images.decoding import BadImage, read_image
 from preprocessing.images.policy import ExcludedImage, ImagePolicy
-from preprocessing.running.storage import Place, write_whole
+from preprocessing.json_text import dump_json
+from preprocessing.redaction import without_secrets
+from preprocessing.running.storage import StoragePath, write_whole
 from preprocessing.shards.ids import IdKeys, ids_without_secrets
-from preprocessing.shards.schema import IMAGE_COLUMNS, DataError, dump_json, without_secrets
+from preprocessing.shards.schema import IMAGE_COLUMNS
 from preprocessing.shards.writer import SHARD_BYTES, ShardWriter
 from preprocessing.sources.source import Row
 
@@ -31,8 +34,8 @@ class PartJob:
 
     kind: str
     split: str
-    shards: Place  # the folder for the shards
-    records: Place  # the folder for the records
+    shards: StoragePath  # the folder for the shards
+    records: StoragePath  # the folder for the records
     policy: ImagePolicy
     allowed: float  # rows of the whole run that may be dropped
     shard_bytes: int = SHARD_BYTES

@@ -14,14 +14,17 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
+from preprocessing.errors import DataError
+from preprocessing.json_text import dump_json
 from preprocessing.running.parts import SHOWN, PartJob, PartResult, begin_part, default_part_rows, parts_of, write_part
 from preprocessing.running.pool import processes, run_tasks
 from preprocessing.running.progress import Progress
-from preprocessing.running.storage import place, write_whole
+from preprocessing.running.storage import storage_path, write_whole
 from preprocessing.running.work_folder import Work, open_work
 from preprocessing.shards.hashed_file import HashedFile
-from preprocessing.shards.ids import joined, write_ids
-from preprocessing.shards.schema import ANSWER_LIST, ANSWERS, ID_COLUMNS, DataError, answers_sha256, dump_json
+from preprocessing.shards.ids import join_keys, write_ids
+from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
+from preprocessing.shards.schema import ANSWER_LIST, ID_COLUMNS
 from preprocessing.shards.writer import DROPPED, write_manifest, write_provenance
 from preprocessing.sources.source import LISTED, Source
 
@@ -34,7 +37,7 @@ def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     `args.max_dropped` of the rows must be dropped, when the output cannot be written, and when another process is at
     it.
     """
-    target = place(args.out) / args.split
+    target = storage_path(args.out) / args.split
     part_rows = args.shard_rows or default_part_rows(len(source.rows))
     job = {
         "kind of data": source.kind,
@@ -140,11 +143,11 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
     fields: dict[str, Any] = {"dropped": dict(dropped), "dropped_items": items, "source": source.counts}
     if listed > LISTED:
         fields["dropped_list"] = _write_dropped(source, work, parts)
-    fields["ids"] = write_ids(work.shards, joined(source.kind, keys), source.numbered)
+    fields["ids"] = write_ids(work.shards, join_keys(source.kind, keys), source.numbered)
     write_provenance(work.shards, source.inputs, processes(args.workers))
     if source.answer_list is not None:
-        write_whole(place(args.out) / ANSWER_LIST, dump_json(source.answer_list))
-        fields[ANSWERS] = answers_sha256(source.answer_list)
+        write_whole(storage_path(args.out) / ANSWER_LIST, dump_json(source.answer_list))
+        fields[ANSWER_LIST_HASH] = answers_sha256(source.answer_list)
     manifest = write_manifest(work.shards, source.kind, args.split, shards, **fields)
     work.publish()
     return manifest

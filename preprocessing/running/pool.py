@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 _T = TypeVar("_T")
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI, MPICH and Intel MPI

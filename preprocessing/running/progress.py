@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from preprocessing.shards.schema import printable
+from preprocessing.redaction import printable
 
 _SECONDS = 10.0
 

@@ -1,13 +1,14 @@
 """Where files lie: on a local path, or behind a URI (s3://, gs://, hdfs://) that pyarrow.fs opens.
 
-`place(text)` gives a pathlib.Path or a RemotePath; the functions here take either. What a URI's file system says goes
-by the name of the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) a DataError,
-since it says nothing of the file. S3 takes its credentials and its address from the environment (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), gs:// from Google's default credentials, hdfs:// needs libhdfs
-(HADOOP_HOME, CLASSPATH) and is not verified here. A URI with a password or a key in it is refused: it would stand in
-the provenance, in logs and in the list of processes.
+`storage_path(text)` returns a pathlib.Path or a RemotePath; the functions here take either. The errors of a remote file
+system name the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) is a DataError,
+since it says nothing about the file. S3 takes its credentials and its address from the environment (AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), and gs:// takes Google's default credentials. hdfs:// needs
+libhdfs (HADOOP_HOME, CLASSPATH) and is not verified here. A URI with a password or a key in it is refused: it would be
+visible in the provenance, in logs and in the list of processes.
 """
 
+import hashlib
 import os
 import posixpath
 import shutil
@@ -21,7 +22,9 @@ from typing import IO, Any, cast
 import pyarrow as pa
 from pyarrow import fs
 
-from preprocessing.shards.schema import DataError, check_regular, without_secrets, write_atomic
+from preprocessing.errors import DataError
+from preprocessing.local_files import check_regular, write_atomic
+from preprocessing.redaction import without_secrets
 
 SCHEMES = ("s3", "gs", "hdfs")
 
@@ -58,16 +61,16 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         """All of the file's bytes."""
-        with _told(self.uri), open_input(self) as file:
+        with _wrap_io_errors(self.uri), open_input(self) as file:
             return bytes(file.read())
 
     def _info(self) -> Any:
-        with _told(self.uri):
-            system, path = _opened(self.uri)
+        with _wrap_io_errors(self.uri):
+            system, path = _open_uri(self.uri)
             return system.get_file_info(path)
 
 
-Place = Path | RemotePath
+StoragePath = Path | RemotePath
 
 
 def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
@@ -78,7 +81,7 @@ def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
     return bool(mark) and scheme in SCHEMES
 
 
-def place(path: str | os.PathLike[str] | RemotePath) -> Place:
+def storage_path(path: str | os.PathLike[str] | RemotePath) -> StoragePath:
     """The path or URI as an object. Raises DataError for a URI of a scheme that is not known, or without a bucket."""
     if isinstance(path, RemotePath):
         return path
@@ -106,7 +109,7 @@ def _check_secrets(uri: str) -> None:
 
 def exists(path: str) -> bool:
     """Whether there is a file or a folder; there is none of a name that is too long for one."""
-    return place(path).exists() if is_remote(path) else os.path.exists(path)
+    return storage_path(path).exists() if is_remote(path) else os.path.exists(path)
 
 
 def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
@@ -118,12 +121,21 @@ def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
     if not is_remote(path):
         check_regular(cast("str | os.PathLike[str]", path))
         return open(cast("str | os.PathLike[str]", path), "rb")
-    with _told(str(path)):
-        system, inner = _opened(str(path))
+    with _wrap_io_errors(str(path)):
+        system, inner = _open_uri(str(path))
         return cast(IO[bytes], system.open_input_file(inner))
 
 
-def size_of(path: Place) -> int:
+def file_sha256(path: str | os.PathLike[str] | RemotePath) -> str:
+    """Hexadecimal SHA-256 of a file's bytes. Raises as `open_input`."""
+    digest = hashlib.sha256()
+    with open_input(path) as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def size_of(path: StoragePath) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     if isinstance(path, Path):
         return path.stat().st_size
@@ -133,20 +145,20 @@ def size_of(path: Place) -> int:
     return int(size)
 
 
-def names_in(folder: Place) -> list[str]:
+def names_in(folder: StoragePath) -> list[str]:
     """Sorted names of what a folder holds; none for no such folder. Raises DataError when it cannot be read."""
     if isinstance(folder, Path):
         try:
             return sorted(os.listdir(folder)) if folder.is_dir() else []
         except PermissionError as error:
             raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
-    with _told(str(folder)):
-        system, path = _opened(str(folder))
+    with _wrap_io_errors(str(folder)):
+        system, path = _open_uri(str(folder))
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return sorted(posixpath.basename(info.path) for info in found)
 
 
-def walk(folder: Place) -> Iterator[tuple[str, list[str]]]:
+def walk(folder: StoragePath) -> Iterator[tuple[str, list[str]]]:
     """(path below `folder`, sorted names of its files) of `folder` and of each folder below it, sorted by path.
 
     Hidden files and folders are passed over; links are followed, but into no folder twice. Raises DataError when one
@@ -155,8 +167,8 @@ def walk(folder: Place) -> Iterator[tuple[str, list[str]]]:
     if isinstance(folder, Path):
         yield from _walk_local(folder, "", set())
         return
-    with _told(str(folder)):
-        system, path = _opened(str(folder))
+    with _wrap_io_errors(str(folder)):
+        system, path = _open_uri(str(folder))
         found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     names: dict[str, list[str]] = {"": []}
     for info in found:
@@ -185,7 +197,7 @@ def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterato
         yield from _walk_local(folder / name, posixpath.join(below, name), seen)
 
 
-def write_whole(path: Place, content: bytes, sync: bool = True) -> None:
+def write_whole(path: StoragePath, content: bytes, sync: bool = True) -> None:
     """Write a file that holds its old bytes or all of the new ones, never a part. Raises DataError.
 
     `sync`: also if the machine loses its power at once, as `write_atomic` has it.
@@ -193,22 +205,22 @@ def write_whole(path: Place, content: bytes, sync: bool = True) -> None:
     if isinstance(path, Path):
         write_atomic(path, content, sync)
     else:
-        with _told(str(path)):
-            system, inner = _opened(str(path))
+        with _wrap_io_errors(str(path)):
+            system, inner = _open_uri(str(path))
             with system.open_output_stream(inner) as stream:  # an object appears when the stream is closed
                 stream.write(content)
 
 
-def put_file(file: IO[bytes], path: RemotePath) -> None:
+def upload_file(file: IO[bytes], path: RemotePath) -> None:
     """Copy an open local file from its start to `path`. Raises DataError."""
     file.seek(0)
-    with _told(str(path)):
-        system, inner = _opened(str(path))
+    with _wrap_io_errors(str(path)):
+        system, inner = _open_uri(str(path))
         with system.open_output_stream(inner) as stream:
             shutil.copyfileobj(file, stream, 8 << 20)
 
 
-def remove(path: Place) -> None:
+def remove(path: StoragePath) -> None:
     """Remove a file or a folder with all that is in it, if it is there."""
     if isinstance(path, Path):
         if path.is_dir():
@@ -216,8 +228,8 @@ def remove(path: Place) -> None:
         else:
             path.unlink(missing_ok=True)
         return
-    with _told(str(path)):
-        system, inner = _opened(str(path))
+    with _wrap_io_errors(str(path)):
+        system, inner = _open_uri(str(path))
         kind = system.get_file_info(inner).type
         if kind == fs.FileType.Directory:
             system.delete_dir(inner)
@@ -226,8 +238,8 @@ def remove(path: Place) -> None:
 
 
 @contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Turns what a file system's client says into a DataError of one line; a missing file stays FileNotFoundError."""
+def _wrap_io_errors(uri: str) -> Iterator[None]:
+    """Turn the errors of a remote file system's client into a DataError of one line. FileNotFoundError stays one."""
     try:
         yield
     except FileNotFoundError:
@@ -239,7 +251,7 @@ def _told(uri: str) -> Iterator[None]:
         raise DataError(f"{uri}: {what}; check the address, the credentials and the network") from error
 
 
-def _opened(uri: str) -> tuple[Any, str]:
+def _open_uri(uri: str) -> tuple[Any, str]:
     """The file system of a URI and the path in it."""
     _check_secrets(uri)
     scheme, _, rest = uri.partition("://")

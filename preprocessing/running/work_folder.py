@@ -19,12 +19,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from preprocessing.formats.annotations import LOCK, check_replaceable, locked
-from preprocessing.formats.json_text import parse_json
+from preprocessing.errors import DataError
+from preprocessing.json_text import dump_json, parse_json
+from preprocessing.local_files import make_folder, sync_path, sync_tree
+from preprocessing.running.output_folder import LOCK, check_replaceable, locked
 from preprocessing.running.parts import record_name
-from preprocessing.running.storage import Place, names_in, remove, size_of, write_whole
-from preprocessing.shards.schema import MANIFEST, DataError, dump_json, make_folder, sync_path, sync_tree
-from preprocessing.shards.writer import OURS
+from preprocessing.running.storage import StoragePath, names_in, remove, size_of, write_whole
+from preprocessing.shards.schema import MANIFEST
+from preprocessing.shards.writer import SPLIT_FILES
 
 _JOB = "job.json"
 
@@ -33,18 +35,18 @@ _JOB = "job.json"
 class Work:
     """A split being made. `shards` and `records` are folders; `restarted` says why earlier work was thrown away."""
 
-    target: Place
-    root: Place
+    target: StoragePath
+    root: StoragePath
     run: str
     restarted: str
 
     @property
-    def shards(self) -> Place:
+    def shards(self) -> StoragePath:
         """Where shards go."""
         return self.root / "split" if isinstance(self.root, Path) else self.target
 
     @property
-    def records(self) -> Place:
+    def records(self) -> StoragePath:
         """Where the records of parts go."""
         return self.root / "records"
 
@@ -71,7 +73,7 @@ class Work:
     def clean(self, keep: Collection[str]) -> None:
         """Remove from `shards` what an earlier run or a killed worker left there: all of ours that is not in `keep`."""
         for name in names_in(self.shards):
-            ours = isinstance(self.root, Path) or any(fnmatch(name, pattern) for pattern in OURS)
+            ours = isinstance(self.root, Path) or any(fnmatch(name, pattern) for pattern in SPLIT_FILES)
             if ours and name not in keep:
                 remove(self.shards / name)
 
@@ -88,7 +90,7 @@ class Work:
 
 
 @contextmanager
-def open_work(target: Place, job: dict[str, Any], overwrite: bool) -> Iterator[Work]:
+def open_work(target: StoragePath, job: dict[str, Any], overwrite: bool) -> Iterator[Work]:
     """The work folder of `target`, with what an earlier run of the same `job` left in it, locked against other runs.
 
     Raises DataError when another process is at work on `target`, or when `target` may not be replaced. When the block
@@ -97,7 +99,7 @@ def open_work(target: Place, job: dict[str, Any], overwrite: bool) -> Iterator[W
     try:
         with locked(target) as root:
             if isinstance(target, Path):
-                check_replaceable(target, OURS, overwrite)
+                check_replaceable(target, SPLIT_FILES, overwrite)
             work = _begin(target, root, job, overwrite)
             try:
                 yield work
@@ -110,7 +112,7 @@ def open_work(target: Place, job: dict[str, Any], overwrite: bool) -> Iterator[W
         raise DataError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
 
 
-def tidy(target: Place) -> None:
+def remove_leftover(target: StoragePath) -> None:
     """Remove the work folder of a split that is finished, should a kill in the last instant have left it."""
     root = target.parent / f".{target.name}.work"
     if isinstance(root, Path) and root.is_dir() and not (root / "split").exists() and (target / MANIFEST).exists():
@@ -118,7 +120,7 @@ def tidy(target: Place) -> None:
             _clear(root)
 
 
-def _clear(root: Place) -> None:
+def _clear(root: StoragePath) -> None:
     """Remove what a work folder holds, but for the lock: with that the folder goes when the lock is let go of."""
     if isinstance(root, Path):
         for name in names_in(root):
@@ -128,7 +130,7 @@ def _clear(root: Place) -> None:
         remove(root)
 
 
-def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> Work:
+def _begin(target: StoragePath, root: StoragePath, job: dict[str, Any], overwrite: bool) -> Work:
     run = uuid.uuid4().hex
     earlier = _read_job(root)
     changed = sorted(name for name in job if earlier.get("job", {}).get(name) != job[name]) if earlier else []
@@ -150,7 +152,7 @@ def _begin(target: Place, root: Place, job: dict[str, Any], overwrite: bool) -> 
     return work
 
 
-def _read_job(root: Place) -> dict[str, Any]:
+def _read_job(root: StoragePath) -> dict[str, Any]:
     try:
         content = (root / _JOB).read_bytes()
     except FileNotFoundError:

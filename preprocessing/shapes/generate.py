@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.formats.annotations import output_folder
+from preprocessing.errors import DataError
+from preprocessing.running.output_folder import output_folder
 from preprocessing.shapes.captions import captions
 from preprocessing.shapes.drawing import SIDE, draw, to_png
 from preprocessing.shapes.questions import KINDS, Question, questions, ten_answers
 from preprocessing.shapes.scenes import ORDERS, Scene, SceneSampler
 from preprocessing.shapes.statements import PAIRS, STATEMENTS, pair_set
-from preprocessing.shards.schema import DataError
 
 _DRAWN_AT_ONCE = 512
 _OURS = ("images", "annotations", "vqa", "nlvr2")

@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preprocessing.formats.json_text import shown
-from preprocessing.shards.schema import DataError, check_regular
+from preprocessing.errors import DataError
+from preprocessing.json_text import json_excerpt
+from preprocessing.local_files import check_regular
 
 SHAPES = ("ring", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -108,7 +109,7 @@ def read_scenes(path: str | os.PathLike[str]) -> SceneFile:
     content = _content(Path(path))
     order = content.get("order")
     if order not in ORDERS:
-        raise DataError(f"{path}: order is {shown(order)}, none of {', '.join(ORDERS)}; {_MEND}")
+        raise DataError(f"{path}: order is {json_excerpt(order)}, none of {', '.join(ORDERS)}; {_MEND}")
     scenes: dict[int, Scene] = {}
     for index, entry in enumerate(content["scenes"]):
         where = f"{path}: scenes[{index}]"
@@ -146,5 +147,5 @@ def _thing(record: Any, where: str) -> Thing:
         value = record.get(name) if isinstance(record, dict) else None
         if isinstance(value, bool | float) or value not in values:  # True and 1.0 equal 1
             allowed = f"0 to {GRID**2 - 1}" if name == "cell" else ", ".join(map(str, values))
-            raise DataError(f"{where}: {name} is {shown(value)}, none of {allowed}; {_MEND}")
+            raise DataError(f"{where}: {name} is {json_excerpt(value)}, none of {allowed}; {_MEND}")
     return Thing(**{name: record[name] for name in known})

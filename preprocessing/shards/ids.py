@@ -14,21 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.running.storage import Place, open_input
+from preprocessing.redaction import id_without_secrets
+from preprocessing.running.storage import StoragePath, open_input
 from preprocessing.shards.hashed_file import HashedFile
+from preprocessing.shards.id_keys import distinct, id_key, ids_of_batch, image_mark, is_leak
+from preprocessing.shards.id_keys import parse_ids as parse_ids
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import sound_batches
-from preprocessing.shards.schema import (
-    ID_COLUMNS,
-    IDS,
-    IDS_VERSION,
-    id_key,
-    id_without_secrets,
-    ids_of_batch,
-    image_mark,
-    is_leak,
-    listed_ids,
-    read_manifest,
-)
+from preprocessing.shards.schema import ID_COLUMNS, IDS, IDS_VERSION
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _NAMED = 3  # ids that a message names
@@ -69,7 +62,7 @@ class IdKeys:
                 self._marks[column] += [mark] * len(ids)
 
     def record(self) -> dict[str, str]:
-        """As JSON has it, for `joined`."""
+        """As JSON has it, for `join_keys`."""
         keys = {}
         for column, ids in self._ids.items():
             marks = self._marks[column]
@@ -78,13 +71,7 @@ class IdKeys:
         return {column: base64.b64encode(b"".join(made)).decode() for column, made in keys.items()}
 
 
-def distinct(keys: np.ndarray) -> np.ndarray:
-    """Without what comes again, rising: np.unique, which takes many times as long (NumPy 2.4 hashes them)."""
-    rising = np.sort(keys)
-    return rising[np.append(True, rising[1:] != rising[:-1])[: len(rising)]]
-
-
-def joined(kind: str, records: Iterable[dict[str, str]]) -> Keys:
+def join_keys(kind: str, records: Iterable[dict[str, str]]) -> Keys:
     """The distinct keys of many parts, rising."""
     parts: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[kind]}
     for record in records:
@@ -93,7 +80,7 @@ def joined(kind: str, records: Iterable[dict[str, str]]) -> Keys:
     return {column: distinct(np.frombuffer(b"".join(found), "<u8")) for column, found in parts.items()}
 
 
-def write_ids(folder: Place, keys: Keys, numbered: Sequence[str]) -> dict[str, Any]:
+def write_ids(folder: StoragePath, keys: Keys, numbered: Sequence[str]) -> dict[str, Any]:
     """Write `folder/ids.bin`. Returns the manifest's record of it."""
     with HashedFile(folder / IDS) as file:
         for column in keys:
@@ -112,20 +99,20 @@ def numbered_columns(manifest: Mapping[str, Any]) -> list[str]:
     return [column for column in ID_COLUMNS[manifest["kind"]] if column in found]
 
 
-def read_ids(folder: Place, manifest: Mapping[str, Any]) -> Keys | None:
+def read_ids(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys | None:
     """The keys that `folder/ids.bin` holds; None where the split has none, or it is not the manifest's."""
     try:
         with open_input(folder / IDS) as file:
             content = bytes(file.read())
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         return None
-    parts = listed_ids(manifest, content)
+    parts = parse_ids(manifest, content)
     return None if parts is None else {column: np.frombuffer(part, "<u8") for column, part in parts.items()}
 
 
 def shard_ids(
-    folder: Place, manifest: Mapping[str, Any]
-) -> Iterator[tuple[Place, str, tuple[list[bytes], list[bytes]]]]:
+    folder: StoragePath, manifest: Mapping[str, Any]
+) -> Iterator[tuple[StoragePath, str, tuple[list[bytes], list[bytes]]]]:
     """(shard, column, (ids, keys)) of every record batch. Raises DataError when a shard is not sound."""
     numbered = numbered_columns(manifest)
     for shard in manifest["shards"]:
@@ -134,7 +121,7 @@ def shard_ids(
                 yield folder / shard["file"], column, ids_of_batch(batch, column, column in numbered)
 
 
-def scanned(folder: Place, manifest: Mapping[str, Any]) -> Keys:
+def keys_of_shards(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys:
     """The keys of a split by its shards."""
     found: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[manifest["kind"]]}
     for _, column, (_, keys) in shard_ids(folder, manifest):
@@ -142,17 +129,19 @@ def scanned(folder: Place, manifest: Mapping[str, Any]) -> Keys:
     return {column: distinct(np.frombuffer(b"".join(one), "<u8")) for column, one in found.items()}
 
 
-def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[Place, Place, str, bool]]:
+def shared_ids(
+    folders: Sequence[StoragePath], by_shards: bool = True
+) -> Iterator[tuple[StoragePath, StoragePath, str, bool]]:
     """(split, other split, what stands in both, whether it is a fault) of the splits of a data set. Raises DataError.
 
     A split without a list of ids is read `by_shards`, or passed over.
     """
-    known: list[tuple[Place, Keys, list[str]]] = []
+    known: list[tuple[StoragePath, Keys, list[str]]] = []
     for folder in folders:
         manifest = read_manifest(folder)
         keys = read_ids(folder, manifest)
         if keys is None and by_shards:
-            keys = scanned(folder, manifest)
+            keys = keys_of_shards(folder, manifest)
         if keys is None:
             continue
         numbered = numbered_columns(manifest)
@@ -166,7 +155,7 @@ def shared(folders: Sequence[Place], by_shards: bool = True) -> Iterator[tuple[P
         known.append((folder, keys, numbered))
 
 
-def _named(folder: Place, column: str, keys: np.ndarray) -> str:
+def _named(folder: StoragePath, column: str, keys: np.ndarray) -> str:
     """The first ids of a split that have one of these keys, for a message."""
     wanted = {key.tobytes() for key in keys.astype("<u8")}
     found: dict[str, None] = {}

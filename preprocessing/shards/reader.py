@@ -7,32 +7,26 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.images.decoding import PILLOW_PIXELS, BadImage
+from preprocessing.errors import DataError
+from preprocessing.images.decoding import BadImage, open_image
 from preprocessing.images.fingerprints import HashList, content_key, perceptual_hashes
-from preprocessing.images.pixels import open_image
+from preprocessing.images.limits import PILLOW_PIXELS
+from preprocessing.local_files import check_regular
+from preprocessing.redaction import id_without_secrets
 from preprocessing.running.pool import run_tasks
-from preprocessing.running.storage import Place, open_input
-from preprocessing.shards.schema import (
-    IMAGE_COLUMNS,
-    KINDS,
-    MANIFEST,
-    SAMPLE_COLUMN,
-    SPLITS,
-    DataError,
-    check_regular,
-    id_without_secrets,
-    read_manifest,
-)
+from preprocessing.running.storage import StoragePath, open_input
+from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, MANIFEST, SAMPLE_COLUMN, SPLITS
 
 _UNREADABLE = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)  # what a damaged file may raise
 _START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
 
 
-def split_folders(directory: Place) -> list[Place]:
+def split_folders(directory: StoragePath) -> list[StoragePath]:
     """The split folders of a data set folder, or a split folder alone. Raises DataError when there is none."""
     if (directory / MANIFEST).exists():
         return [directory]
-    folders: list[Place] = [directory / split for split in SPLITS if (directory / split).is_dir()]
+    folders: list[StoragePath] = [directory / split for split in SPLITS if (directory / split).is_dir()]
     if not folders:
         raise DataError(
             f"{directory}: holds neither {MANIFEST} nor a folder {', '.join(SPLITS)}; name a prepared data set"
@@ -40,7 +34,7 @@ def split_folders(directory: Place) -> list[Place]:
     return folders
 
 
-def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa.RecordBatch]:
+def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Iterator[pa.RecordBatch]:
     """The record batches that can be read and are sound; what is wrong with the others goes to `faults`.
 
     A file without its end, which holds the index, is read from its start as far as it goes.
@@ -69,7 +63,7 @@ def batches_of(path: Place, schema: pa.Schema, faults: list[str]) -> Iterator[pa
         yield batch
 
 
-def _stream(path: Place, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _stream(path: StoragePath, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Batches from the start of a cut file to the first that is not whole."""
     try:
         with open_input(path) as file:
@@ -90,7 +84,7 @@ def _told(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def sound_batches(path: Place, kind: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+def sound_batches(path: StoragePath, kind: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(number of its first row, record batch) of a whole shard. Raises DataError at the first batch that is not sound.
 
     Null values are the caller's to look for.
@@ -106,18 +100,18 @@ def sound_batches(path: Place, kind: str) -> Iterator[tuple[int, pa.RecordBatch]
         raise DataError(f"{path}: {faults[0]}, or see `python -m preprocessing verify {path.parent}`")
 
 
-def _bad_row(path: Place, row: int, what: str) -> DataError:
+def _bad_row(path: StoragePath, row: int, what: str) -> DataError:
     """What to say of a row that readers cannot use."""
     return DataError(f"{path} row {row}: {what}; see `python -m preprocessing verify {path.parent}`")
 
 
-def read_rows(path: Place, kind: str) -> Iterator[dict[str, Any]]:
+def read_rows(path: StoragePath, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of one shard as plain Python values, null where one is. Raises DataError when it is not sound."""
     for _, batch in sound_batches(path, kind):
         yield from batch.to_pylist()
 
 
-def read_texts(directory: Place) -> Iterator[str]:
+def read_texts(directory: StoragePath) -> Iterator[str]:
     """All captions or questions of a split folder, or of a data set folder's training split. Raises DataError."""
     folder = directory if (directory / MANIFEST).exists() else directory / "train"
     manifest = read_manifest(folder)
@@ -131,7 +125,7 @@ def read_texts(directory: Place) -> Iterator[str]:
                 yield from texts
 
 
-def read_images(directory: Place) -> Iterator[tuple[str, bytes]]:
+def read_images(directory: StoragePath) -> Iterator[tuple[str, bytes]]:
     """(name, file) of every image of a prepared data set folder, or of one of its splits.
 
     The name is the image's id; for NLVR the first identifier of the pair, with :left or :right.
@@ -140,14 +134,14 @@ def read_images(directory: Place) -> Iterator[tuple[str, bytes]]:
         yield from _shard_images(shard, kind)
 
 
-def _shards_of(directory: Place) -> Iterator[tuple[Place, str]]:
+def _shards_of(directory: StoragePath) -> Iterator[tuple[StoragePath, str]]:
     """(file, kind of data) of every shard."""
     for folder in split_folders(directory):
         manifest = read_manifest(folder)
         yield from ((folder / shard["file"], manifest["kind"]) for shard in manifest["shards"])
 
 
-def _shard_images(shard: Place, kind: str) -> Iterator[tuple[str, bytes]]:
+def _shard_images(shard: StoragePath, kind: str) -> Iterator[tuple[str, bytes]]:
     columns = IMAGE_COLUMNS[kind]
     sides = ("",) if len(columns) == 1 else (":left", ":right")
     for first, batch in sound_batches(shard, kind):
@@ -160,7 +154,7 @@ def _shard_images(shard: Place, kind: str) -> Iterator[tuple[str, bytes]]:
                 yield id_without_secrets(name) + side, data
 
 
-def hashes_of(path: Place, perceptual: bool = True, workers: int = 1) -> HashList:
+def hashes_of(path: StoragePath, perceptual: bool = True, workers: int = 1) -> HashList:
     """The fingerprints of a prepared data set's images, or those that a .npz file holds.
 
     Without `perceptual` no image is decoded, and the two perceptual hashes are 0. Raises DataError naming the folder or
@@ -173,7 +167,7 @@ def hashes_of(path: Place, perceptual: bool = True, workers: int = 1) -> HashLis
     return HashList.joined(hashes for _, hashes in parts)
 
 
-def _hash_shard(number: int, shard: Place, kind: str, perceptual: bool) -> tuple[int, HashList]:
+def _hash_shard(number: int, shard: StoragePath, kind: str, perceptual: bool) -> tuple[int, HashList]:
     """`number`, which tells in what order the shards are, and the fingerprints. Runs in a worker."""
     entries = []
     for name, data in _shard_images(shard, kind):

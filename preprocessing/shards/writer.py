@@ -1,6 +1,5 @@
 """Writes shards, and the manifest and the provenance that go with them."""
 
-import hashlib
 import os
 import platform
 import shlex
@@ -16,8 +15,12 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
-from preprocessing.running.storage import Place, open_input, place, size_of, write_whole
+from preprocessing.errors import DataError
+from preprocessing.json_text import dump_json
+from preprocessing.redaction import without_secrets
+from preprocessing.running.storage import StoragePath, file_sha256, size_of, storage_path, write_whole
 from preprocessing.shards.hashed_file import HashedFile
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.schema import (
     IDS,
     IMAGE_COLUMNS,
@@ -27,14 +30,10 @@ from preprocessing.shards.schema import (
     SAMPLE_COLUMN,
     SCHEMA_VERSION,
     SPLITS,
-    DataError,
-    dump_json,
-    read_manifest,
-    without_secrets,
 )
 
 DROPPED = "dropped.jsonl"  # beside the manifest, when more was dropped than a manifest should list
-OURS = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED, IDS)  # what a split folder may hold
+SPLIT_FILES = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED, IDS)  # what a split folder may hold
 _BATCH_ROWS = 256
 _BATCH_BYTES = 16 << 20  # of a shard two batches are in memory at a time: one being filled, one being written
 _FIRST_BYTES = 32 << 20  # of address space: what is not written to takes no memory
@@ -59,7 +58,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        folder: Place,
+        folder: StoragePath,
         kind: str,
         split: str,
         shard_bytes: int = SHARD_BYTES,
@@ -240,7 +239,9 @@ class _Images:
         self._ends = [0]
 
 
-def write_manifest(folder: Place, kind: str, split: str, shards: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+def write_manifest(
+    folder: StoragePath, kind: str, split: str, shards: list[dict[str, Any]], **fields: Any
+) -> dict[str, Any]:
     """Write `folder/manifest.json` with the shards, their totals and `fields` (dropped, dropped_items, source)."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -255,12 +256,14 @@ def write_manifest(folder: Place, kind: str, split: str, shards: list[dict[str, 
     return manifest
 
 
-def write_provenance(folder: Place, inputs: Iterable[str | os.PathLike[str] | Place], processes: int = 1) -> None:
+def write_provenance(
+    folder: StoragePath, inputs: Iterable[str | os.PathLike[str] | StoragePath], processes: int = 1
+) -> None:
     """Write `folder/provenance.json`: by whom, when, where and from which annotation files the split was made.
 
     Inputs have their SHA-256 there, unless they hold more than 8 GiB in all (tar files with the images in them).
     """
-    places = [place(path) for path in inputs]
+    places = [storage_path(path) for path in inputs]
     try:
         sizes = [size_of(path) for path in places]
         hashed = sum(sizes) <= _HASHED_INPUTS
@@ -287,21 +290,12 @@ def write_provenance(folder: Place, inputs: Iterable[str | os.PathLike[str] | Pl
     write_whole(folder / PROVENANCE, dump_json(provenance))
 
 
-def file_sha256(path: str | os.PathLike[str] | Place) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open_input(path) as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def prepared_splits(out: Place) -> list[str]:
+def prepared_splits(out: StoragePath) -> list[str]:
     """Names of the splits that `out` holds already."""
     return [split for split in SPLITS if (out / split / MANIFEST).exists()]
 
 
-def check_output(out: Place, kind: str, split: str, overwrite: bool) -> None:
+def check_output(out: StoragePath, kind: str, split: str, overwrite: bool) -> None:
     """Raise DataError when `out` holds this split already (unless `overwrite`) or splits of another kind."""
     for name in prepared_splits(out):
         if name == split and overwrite:
@@ -316,7 +310,7 @@ def check_output(out: Place, kind: str, split: str, overwrite: bool) -> None:
             raise DataError(f"{out}: holds a {manifest['kind']} data set ({name}), not {kind}; choose another --out")
 
 
-def _manifest_beside(folder: Place) -> dict[str, Any]:
+def _manifest_beside(folder: StoragePath) -> dict[str, Any]:
     """The manifest of a split that is there already."""
     try:
         return read_manifest(folder)

@@ -9,11 +9,11 @@ addresses themselves are never fetched.
 import argparse
 from string import Formatter
 
+from preprocessing.errors import DataError
 from preprocessing.formats.caption_columns import add_caption_column_argument
 from preprocessing.formats.caption_files import NAME_FIELDS, ImageFinder, read_captions
 from preprocessing.formats.line_records import IGNORED, ROLES
-from preprocessing.images.finding import add_exclude_argument, excluded_images
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import add_exclude_argument, excluded_images
 from preprocessing.sources import img2dataset
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.split_names import RecordSplits

@@ -7,10 +7,11 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord, field, read_json
-from preprocessing.images.finding import EXCLUDED, ImageFolder, ImageList, add_exclude_argument, excluded_images
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images
+from preprocessing.images.image_folder import ImageFolder
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.karpathy import is_karpathy, read_karpathy
 from preprocessing.sources.source import Faults, Row, Source
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "caption")
-    files = [place(name) for name in args.annotations]
+    files = [storage_path(name) for name in args.annotations]
     content = read_json(files[0])
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images)
     if is_karpathy(content):
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_coco(
-    files: Sequence[tuple[Place, Any]],
+    files: Sequence[tuple[StoragePath, Any]],
     images: ImageFolder,
     cleaning: TextCleaning,
     excluded: ImageList,
@@ -95,7 +96,7 @@ def read_coco(
 
 
 def _read_images(
-    path: Place, content: Any, seen: set[int], splits: RecordSplits, faults: Faults
+    path: StoragePath, content: Any, seen: set[int], splits: RecordSplits, faults: Faults
 ) -> tuple[dict[int, str], dict[int, str]]:
     """image id -> file name, of the images, and of those that are of other splits or at fault.
 

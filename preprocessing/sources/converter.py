@@ -6,14 +6,16 @@ import os
 import random
 from typing import Any
 
-from preprocessing.images.finding import report_excluded
+from preprocessing.errors import DataError
+from preprocessing.images.exclusion import EXCLUDED
 from preprocessing.images.policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_arguments, image_policy
+from preprocessing.redaction import printable
 from preprocessing.running.pipeline import build_split
 from preprocessing.running.pool import check_workers
-from preprocessing.running.storage import Place, place
-from preprocessing.running.work_folder import tidy
-from preprocessing.shards.ids import shared
-from preprocessing.shards.schema import SPLITS, DataError, printable
+from preprocessing.running.storage import StoragePath, storage_path
+from preprocessing.running.work_folder import remove_leftover
+from preprocessing.shards.ids import shared_ids
+from preprocessing.shards.schema import SPLITS
 from preprocessing.shards.writer import check_output, prepared_splits
 from preprocessing.sources.source import Row, Rows, Source
 
@@ -65,9 +67,9 @@ def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
     args.policy = image_policy(args)
     if getattr(args, "images", None) is not None:
         _check_images(args.images)
-    out = place(args.out)
+    out = storage_path(args.out)
     try:
-        tidy(out / args.split)
+        remove_leftover(out / args.split)
         check_output(out, kind, args.split, args.overwrite)
     except OSError as error:
         raise DataError(f"--out {args.out}: cannot be used ({error.strerror}); choose another folder") from None
@@ -75,7 +77,7 @@ def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
 
 def _check_images(folder: str) -> None:
     try:
-        if not place(folder).is_dir():
+        if not storage_path(folder).is_dir():
             raise DataError(f"--images {folder}: no such folder; name the one that holds the image files")
     except OSError as error:
         raise DataError(f"--images {folder}: cannot be read ({error.strerror}); name another folder") from None
@@ -94,7 +96,7 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
     if args.split == "test":
         _check_whole(source, args.max_dropped)
-    report_excluded(args, source)
+    _report_excluded(args, source)
     for note in source.notes:
         print(printable(note))
     _tell_repeated(source)
@@ -102,7 +104,7 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lost = "".join(f", {count} dropped: {reason}" for reason, count in sorted(manifest["dropped"].items()))
-    target = place(args.out) / args.split
+    target = storage_path(args.out) / args.split
     if args.exclude_images_of or args.near_duplicates_of:
         same, near = (manifest["dropped"].get(f"image {reason}", 0) for reason in (IN_OTHER_SET, NEAR_OTHER_SET))
         sets = " ".join([*args.exclude_images_of, *args.near_duplicates_of])
@@ -111,8 +113,29 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
             why = "a set prepared with another --max-side has no file in common; --near-duplicates-of finds its images"
             print(f"warning: --exclude-images-of found no file: {why}")
     print(printable(f"{target}: {manifest['rows']} rows, {manifest['samples']} samples, {size:.1f} MB{lost}"))
-    _warn_of_shared(place(args.out), args.split)
+    _warn_of_shared(storage_path(args.out), args.split)
     return manifest
+
+
+def _report_excluded(args: argparse.Namespace, source: Source) -> None:
+    """Print how many images of each `--exclude` list are in `source` and what was left out; add that to its counts.
+
+    Raises DataError for a list of which no image was found, unless `args.allow_unmatched`.
+    """
+    lists = list(args.excluded.found()) if "excluded" in args else []
+    more = "--image-data, by which COCO's names are known, " if getattr(args, "image_data", "") is None else ""
+    for file, names, found in lists:
+        if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
+            raise DataError(
+                f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
+                f", the data set like {source.rows[0].name}; give the right list, {more}or --allow-unmatched"
+            )
+        print(printable(f"--exclude {file}: {found} of {names} images found"))
+    if lists:
+        gone = [f"{count} left out: {reason}" for reason, count in source.left_out.items() if EXCLUDED in reason]
+        print(f"--exclude: {'; '.join(gone) or 'nothing left out'}")
+        source.counts["images named by --exclude"] = sum(names for _, names, _ in lists)
+        source.counts["images named by --exclude and found"] = sum(found for _, _, found in lists)
 
 
 def _tell_repeated(source: Source) -> None:
@@ -128,9 +151,9 @@ def _tell_repeated(source: Source) -> None:
         print(printable(f"{source.where}: {repeated} of {total} captions are the same as another one of their image"))
 
 
-def _warn_of_shared(out: Place, split: str) -> None:
+def _warn_of_shared(out: StoragePath, split: str) -> None:
     """Print what `split` has in common with the other splits of its data set, by their lists of ids."""
-    for one, other, which, is_fault in shared([out / name for name in prepared_splits(out)], by_shards=False):
+    for one, other, which, is_fault in shared_ids([out / name for name in prepared_splits(out)], by_shards=False):
         if split in (one.name, other.name):
             mend = "training refuses that; prepare one of them with --exclude"
             if not is_fault:

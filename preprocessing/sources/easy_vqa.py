@@ -9,12 +9,12 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import read_json, read_text
-from preprocessing.images.locations import FileImage
-from preprocessing.shards.schema import DataError
+from preprocessing.images.image_refs import FileImage
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Faults
-from preprocessing.sources.vqa_rows import Asked, vqa_source
+from preprocessing.sources.vqa_grouping import RawQuestion, vqa_source
 
 _VAL_SHARE = 10  # one image in so many
 
@@ -46,7 +46,7 @@ def _questions(data: Path, split: str) -> Path:
     return data / ("test" if split == "test" else "train") / "questions.json"
 
 
-def read_easy_vqa(data: Path, split: str) -> list[Asked]:
+def read_easy_vqa(data: Path, split: str) -> list[RawQuestion]:
     """Questions of `split` in the order of the file; ids are positions in it."""
     path = _questions(data, split)
     asked = []
@@ -57,7 +57,7 @@ def read_easy_vqa(data: Path, split: str) -> list[Asked]:
             wanted[file] = split == "test" or _is_val(file) == (split == "val")
         if wanted[file]:
             asked.append(
-                Asked(
+                RawQuestion(
                     FileImage(f"{file}"),
                     f"{path.parent.name}-{image}",
                     text,

@@ -16,22 +16,23 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord, read_json, text_lines
-from preprocessing.images.finding import (
+from preprocessing.images.exclusion import (
     EXCLUDED,
-    ImageFolder,
     ImageList,
     add_exclude_argument,
     excluded_images,
     read_image_names,
 )
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import DataError, printable, shortened
+from preprocessing.images.image_folder import ImageFolder
+from preprocessing.redaction import printable, shortened
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.karpathy import is_karpathy, read_karpathy
 from preprocessing.sources.source import Faults, Row, Source
-from preprocessing.sources.split_names import SPLIT, RecordSplits
-from preprocessing.text.cleaning import MOST_CHARACTERS, TextCleaning, add_text_argument, text_cleaning
+from preprocessing.sources.split_names import SPLIT_FIELD, RecordSplits
+from preprocessing.text.cleaning import MAX_CHARACTERS, TextCleaning, add_text_argument, text_cleaning
 
 _FOLDERS = (
     *("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images"),
@@ -63,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "caption")
-    path = place(args.annotations)
+    path = storage_path(args.annotations)
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images, _FOLDERS)
     if not path.name.endswith(".json"):
-        only = None if args.only is None else ImageList(read_image_names(place(args.only)), args.only)
+        only = None if args.only is None else ImageList(read_image_names(storage_path(args.only)), args.only)
         source = read_tokens(path, images, cleaning, excluded, only, RecordSplits(args.split))
         for file, names, found in only.found() if only is not None else ():
             print(printable(f"--only {file}: {found} of {names} images found"))
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_tokens(
-    path: Place,
+    path: StoragePath,
     images: ImageFolder,
     cleaning: TextCleaning,
     excluded: ImageList,
@@ -120,7 +121,7 @@ def read_tokens(
     return source
 
 
-def _captions_in(path: Place, faults: Faults) -> Iterator[tuple[str, Captioned]]:
+def _captions_in(path: StoragePath, faults: Faults) -> Iterator[tuple[str, Captioned]]:
     """(where, what it says) of each line, or few lines with one quoted caption, that is not blank and not at fault."""
     lines: list[tuple[int, str]] = []
     for number, line in text_lines(path):
@@ -159,7 +160,7 @@ def _table(header: str) -> "_Table | None":
         image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
         caption = next((names.index(name) for name in _CAPTION_COLUMNS if name in names), None)
         if image is not None and caption is not None:
-            split = names.index(SPLIT) if SPLIT in names else None
+            split = names.index(SPLIT_FIELD) if SPLIT_FIELD in names else None
             return _Table(separator, image, caption, split, len(names))
     return None
 
@@ -189,7 +190,7 @@ class _Table:
         for next_number, line in following:
             record.append(line)
             lost = next_number != number + len(record) - 1  # a line between them is at fault
-            if lost or self._begins_record(line, name) or sum(map(len, record)) > MOST_CHARACTERS:
+            if lost or self._begins_record(line, name) or sum(map(len, record)) > MAX_CHARACTERS:
                 break
             if sum(one.count('"') for one in record) % 2 == 0:
                 found = self._cells(record)

@@ -13,20 +13,20 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preprocessing.formats.annotations import copies, read_json
+from preprocessing.errors import DataError
+from preprocessing.formats.annotations import find_copies, read_json
 from preprocessing.formats.caption_columns import add_caption_column_argument
 from preprocessing.formats.folder_rows import FolderRows, is_image
-from preprocessing.formats.json_text import whole_characters
 from preprocessing.formats.parquet_rows import ParquetRows
 from preprocessing.formats.shard_rows import Shard, ShardRows, Wanted
 from preprocessing.formats.tar_rows import TarRows
-from preprocessing.images.finding import add_exclude_argument, excluded_images
-from preprocessing.images.locations import join
-from preprocessing.running.storage import place, walk
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import add_exclude_argument, excluded_images
+from preprocessing.images.image_refs import join
+from preprocessing.json_text import replace_surrogates
+from preprocessing.running.storage import storage_path, walk
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Source
-from preprocessing.sources.split_names import of_split
+from preprocessing.sources.split_names import names_of_split
 from preprocessing.text.cleaning import add_text_argument, text_cleaning
 
 FORMATS = ("auto", "webdataset", "parquet", "files")
@@ -72,7 +72,7 @@ def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
     ending = _ENDINGS.get(kind, "")
     shards = [
         Shard(join(folder, name) if name else folder, name.removesuffix(ending))
-        for name in of_split(folder, names, wanted.split)
+        for name in names_of_split(folder, names, wanted.split)
     ]
     others = {name.removesuffix(ending) for name in names} - {shard.name for shard in shards}  # of other splits
     told = [name for name in found.statistics if name.removesuffix(_STATISTICS) not in others]
@@ -113,7 +113,7 @@ class _Contents:
 
 def _find(folder: str) -> _Contents:
     found = _Contents({"webdataset": [], "parquet": [], "files": []}, False, [], [])
-    for below, names in walk(place(folder)):
+    for below, names in walk(storage_path(folder)):
         paths = [posixpath.join(below, name) for name in names]
         for kind, ending in _ENDINGS.items():
             found.shards[kind] += [path for path in paths if path.endswith(ending)]
@@ -129,7 +129,7 @@ def _find(folder: str) -> _Contents:
 
 def _tell_copies(shards: Sequence[str], source: Source) -> None:
     """Count shards that are there under two names (those without images may well be equal)."""
-    if twice := list(copies(shards)):
+    if twice := list(find_copies(shards)):
         source.counts["shards that are there twice"] = len(twice)
         more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
         what = f"{twice[0][0]} and {twice[0][1]}{more}: are one file under two names; its images are there twice"
@@ -140,7 +140,7 @@ def _add_statistics(files: Sequence[str], source: Source) -> None:
     """Count the addresses, and those of them that gave no image. Raises DataError naming the file at fault."""
     lost = 0
     for path in files:
-        if whole_characters(path) != path:  # the provenance, which is UTF-8, names it
+        if replace_surrogates(path) != path:  # the provenance, which is UTF-8, names it
             raise DataError(f"{path!r}: has no UTF-8 name; rename it and its shard")
         record = read_json(path)
         count, got = (record.get(name) if isinstance(record, dict) else None for name in ("count", "successes"))

@@ -8,10 +8,11 @@ restval (usually trained on as well), val and test.
 import posixpath
 from typing import Any
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord, field
-from preprocessing.images.finding import EXCLUDED, ImageFolder, ImageList
-from preprocessing.running.storage import Place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import EXCLUDED, ImageList
+from preprocessing.images.image_folder import ImageFolder
+from preprocessing.running.storage import StoragePath
 from preprocessing.sources.source import Row, Source
 from preprocessing.text.cleaning import TextCleaning
 
@@ -26,7 +27,7 @@ def is_karpathy(content: Any) -> bool:
 
 def read_karpathy(
     content: Any,
-    path: Place,
+    path: StoragePath,
     images: ImageFolder,
     split: str,
     cleaning: TextCleaning,

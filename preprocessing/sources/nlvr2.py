@@ -4,11 +4,11 @@ import argparse
 import re
 
 from preprocessing.formats.annotations import BadRecord, field, read_json_lines
-from preprocessing.images.finding import ImageList, add_exclude_argument, excluded_images
-from preprocessing.images.locations import FileImage, leads_out
-from preprocessing.running.storage import Place, place
+from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
+from preprocessing.images.image_refs import FileImage, leads_out
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
-from preprocessing.sources.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
+from preprocessing.sources.nlvr_grouping import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.sources.source import Faults
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
@@ -26,18 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "nlvr")
-    annotations = place(args.annotations)
+    annotations = storage_path(args.annotations)
     faults = Faults()
-    statements = read_nlvr2(annotations, place(args.images), excluded_images(args), text_cleaning(args), faults)
+    statements = read_nlvr2(annotations, storage_path(args.images), excluded_images(args), text_cleaning(args), faults)
     write_split(nlvr_source(statements, [annotations], faults, args.split), args)
 
 
 def read_nlvr2(
-    annotations: Place, images: Place, excluded: ImageList, cleaning: TextCleaning, faults: Faults
+    annotations: StoragePath, images: StoragePath, excluded: ImageList, cleaning: TextCleaning, faults: Faults
 ) -> list[Statement]:
     """The statements in the order of the file, but for those at fault. Raises DataError naming the file."""
     statements = []
-    folders: dict[str, Place] = {}
+    folders: dict[str, StoragePath] = {}
     for line, record in read_json_lines(annotations, faults.add):
         where = f"{annotations}: line {line}"
         with faults:
@@ -59,7 +59,7 @@ def read_nlvr2(
     return statements
 
 
-def _folder(images: Place, split: str, directory: str, pair: str, known: dict[str, Place]) -> Place:
+def _folder(images: StoragePath, split: str, directory: str, pair: str, known: dict[str, StoragePath]) -> StoragePath:
     """Where this record's images are. The archives hold train/DIRECTORY/, dev/ and test1/; some copies are flat."""
     key = f"{split}/{directory}"
     if key not in known:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
-from preprocessing.images.locations import ImageRef
-from preprocessing.running.storage import Place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.image_refs import ImageRef
+from preprocessing.running.storage import StoragePath
 
 LISTED = 10_000  # dropped rows and records at fault that a manifest lists
 
@@ -88,7 +88,7 @@ class Source:
 
     kind: str
     rows: Rows
-    inputs: Sequence[Place | str]  # the annotation files
+    inputs: Sequence[StoragePath | str]  # the annotation files
     counts: dict[str, int]  # what the raw files hold
     left_out: Counter[str] = field(default_factory=Counter)  # by intent, by reason: no fault of the data
     answer_list: list[str] | None = None  # VQA: what the labels index

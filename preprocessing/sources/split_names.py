@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
-from preprocessing.formats.json_text import shown
 from preprocessing.formats.line_records import BadLine
-from preprocessing.shards.schema import DataError
+from preprocessing.json_text import json_excerpt
 from preprocessing.sources.source import Source
 
 _SPLITS = {
@@ -16,7 +16,7 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SPLIT = "split"  # the field or column in which records name theirs
+SPLIT_FIELD = "split"  # the field or column in which records name theirs
 _WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./]|\d|$)", re.IGNORECASE)
 
 
@@ -25,7 +25,7 @@ def split_named(word: str) -> str | None:
     return _SPLITS.get(word.strip().lower().rstrip("0123456789"))
 
 
-def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
+def names_of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
     """Of the files or folders `names` in `folder`, those of the split, where their names tell two splits apart.
 
     Where they do not, all: a set of one split may be called anything. Says on stdout what it chose. Raises DataError
@@ -50,7 +50,7 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
 
 def split_field(names: Collection[str]) -> str | None:
     """Which of these fields or columns names splits: `split`, in any case."""
-    return SPLIT if SPLIT in names else next((name for name in names if name.lower() == SPLIT), None)
+    return SPLIT_FIELD if SPLIT_FIELD in names else next((name for name in names if name.lower() == SPLIT_FIELD), None)
 
 
 def split_of(record: Mapping[str, Any]) -> Any:
@@ -89,9 +89,9 @@ class RecordSplits:
         split = split_named(name) if isinstance(name, str) else None
         if split is None:
             raise BadLine(
-                f"its {SPLIT} is {shown(name)}, none of train, restval, val, dev and test; mend the file, or call the "
-                "field otherwise if it means something else",
-                f"{SPLIT} of the record is none",
+                f"its {SPLIT_FIELD} is {json_excerpt(name)}, none of train, restval, val, dev and test; mend the file, "
+                "or call the field otherwise if it means something else",
+                f"{SPLIT_FIELD} of the record is none",
             )
         self.named[split] += 1
         return split != self._wanted
@@ -117,9 +117,9 @@ class RecordSplits:
         others = ", ".join(f"{count} of {name}" for name, count in sorted(self.named.items()) if name != self._wanted)
         if others and not chosen:
             raise DataError(
-                f"{where}: holds no record of split {self._wanted} by their {SPLIT}, but {others}; give another"
+                f"{where}: holds no record of split {self._wanted} by their {SPLIT_FIELD}, but {others}; give another"
             )
         if others:
             source.notes.append(
-                f"{where}: {chosen} records are of {self._wanted} by their {SPLIT}, passed over are {others}"
+                f"{where}: {chosen} records are of {self._wanted} by their {SPLIT_FIELD}, passed over are {others}"
             )

@@ -10,17 +10,11 @@ images are COCO's (`coco_id`): with `--image-data`, `--exclude` knows them by th
 import argparse
 from typing import Any, cast
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import field, read_json
-from preprocessing.images.finding import (
-    EXCLUDED,
-    ImageFolder,
-    ImageList,
-    add_exclude_argument,
-    coco_key,
-    excluded_images,
-)
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images
+from preprocessing.images.image_folder import ImageFolder, coco_key
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Row, Source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
@@ -49,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     check_common_arguments(args, "caption")
     images = ImageFolder(args.images, FOLDERS)
     coco = read_coco_numbers(args.image_data)
-    source = read_regions(place(args.regions), images, coco, text_cleaning(args), excluded_images(args))
+    source = read_regions(storage_path(args.regions), images, coco, text_cleaning(args), excluded_images(args))
     write_split(source, args)
 
 
@@ -87,7 +81,7 @@ def beside_vqav2(image_id: int | str) -> str:
 
 
 def read_regions(
-    path: Place, images: ImageFolder, coco: dict[int, int], cleaning: TextCleaning, excluded: ImageList
+    path: StoragePath, images: ImageFolder, coco: dict[int, int], cleaning: TextCleaning, excluded: ImageList
 ) -> Source:
     """One row an image, in the order of the file. Raises DataError naming the record at fault."""
     records = read_json(path)

@@ -7,10 +7,11 @@ answer, which scores 1. To train on VQA v2 and these together, see `vqav2 --visu
 import argparse
 from typing import Any
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import field, read_json
-from preprocessing.images.finding import ImageFolder, ImageList, add_exclude_argument, excluded_images
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
+from preprocessing.images.image_folder import ImageFolder
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources import visual_genome
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Faults
@@ -21,7 +22,7 @@ from preprocessing.sources.visual_genome import (
     names_of,
     read_coco_numbers,
 )
-from preprocessing.sources.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
+from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, given_answers, vqa_source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
 BEYOND_VQAV2 = 10**9  # VQA v2's ids are 1,000 times an image's number, so below 6 x 10^8
@@ -40,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "vqa")
-    path, coco = place(args.questions), read_coco_numbers(args.image_data)
+    path, coco = storage_path(args.questions), read_coco_numbers(args.image_data)
     images, faults = ImageFolder(args.images, FOLDERS), Faults()
     asked = read_questions(path, images, coco, excluded_images(args), text_cleaning(args), args.split, faults)
     write_split(vqa_source(asked, [path], args, given_answers(args), args.min_answers, faults), args)
 
 
 def read_questions(
-    path: Place,
+    path: StoragePath,
     images: ImageFolder,
     coco: dict[int, int],
     excluded: ImageList,
@@ -55,7 +56,7 @@ def read_questions(
     split: str,
     faults: Faults,
     beside_vqav2: bool = False,
-) -> list[Asked]:
+) -> list[RawQuestion]:
     """The questions in the order of the file, but for those at fault. Raises DataError naming the file.
 
     `beside_vqav2` gives images and questions ids of their own, which clash with none of COCO's and VQA v2's, and keeps
@@ -74,7 +75,7 @@ def read_questions(
             with faults:
                 image_id = image_number(qa if isinstance(qa, dict) and "image_id" in qa else record, where)
                 asked.append(
-                    Asked(
+                    RawQuestion(
                         image=images.find(f"{image_id}.jpg"),
                         image_id=visual_genome.beside_vqav2(image_id) if beside_vqav2 else str(image_id),
                         text=cleaning.question(field(qa, "question", str, where), split),

@@ -7,22 +7,17 @@ import argparse
 from itertools import zip_longest
 from typing import Any
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord, field, read_json
-from preprocessing.images.finding import (
-    ImageFolder,
-    ImageList,
-    add_exclude_argument,
-    coco_key,
-    excluded_images,
-)
-from preprocessing.images.locations import ImageRef
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
+from preprocessing.images.image_folder import ImageFolder, coco_key
+from preprocessing.images.image_refs import ImageRef
+from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Faults
 from preprocessing.sources.visual_genome import FOLDERS, add_image_data_argument, read_coco_numbers
 from preprocessing.sources.visual_genome_qa import read_questions
-from preprocessing.sources.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
+from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, given_answers, vqa_source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
 
@@ -49,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, "vqa")
     _check_options(args)
-    questions = [place(name) for name in args.questions]
-    annotations = [place(name) for name in args.annotations or ()]
+    questions = [storage_path(name) for name in args.questions]
+    annotations = [storage_path(name) for name in args.annotations or ()]
     excluded, cleaning = excluded_images(args), text_cleaning(args)
     images = ImageFolder(args.images)
     asked, faults = [], Faults()
@@ -58,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         asked += read_vqav2(path, answers, images, excluded, cleaning, args.split, faults)
     inputs = [*questions, *annotations]
     if args.visual_genome is not None:
-        inputs.append(place(args.visual_genome))
+        inputs.append(storage_path(args.visual_genome))
         coco = read_coco_numbers(args.image_data)
         folder = ImageFolder(args.visual_genome_images, FOLDERS)
         asked += read_questions(inputs[-1], folder, coco, excluded, cleaning, args.split, faults, beside_vqav2=True)
@@ -77,14 +72,14 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def read_vqav2(
-    questions: Place,
-    annotations: Place | None,
+    questions: StoragePath,
+    annotations: StoragePath | None,
     images: ImageFolder,
     excluded: ImageList,
     cleaning: TextCleaning,
     split: str,
     faults: Faults,
-) -> list[Asked]:
+) -> list[RawQuestion]:
     """Questions in the order of their file, with the ten answers each, but for those at fault. Raises DataError."""
     answered = {} if annotations is None else _read_annotations(annotations, faults)
     content = read_json(questions)
@@ -107,7 +102,7 @@ def read_vqav2(
             text = cleaning.question(field(record, "question", str, where), split)
             image = _find(images, subset, image_id)
             out = excluded.holds(coco_key(image_id), str(image_id))
-            asked.append(Asked(image, str(image_id), text, question_id, people, main, where, excluded=out))
+            asked.append(RawQuestion(image, str(image_id), text, question_id, people, main, where, excluded=out))
     return asked
 
 
@@ -117,7 +112,7 @@ def _find(images: ImageFolder, subset: str, number: int) -> ImageRef:
     return images.find(f"{subset}/{name}" if images.holds(subset) else name, coco_key(number))
 
 
-def _read_annotations(path: Place, faults: Faults) -> dict[int, tuple[str, tuple[str, ...], int | None]]:
+def _read_annotations(path: StoragePath, faults: Faults) -> dict[int, tuple[str, tuple[str, ...], int | None]]:
     """question id -> (multiple choice answer, the ten answers, image id if it is there)."""
     result: dict[int, tuple[str, tuple[str, ...], int | None]] = {}
     records: list[Any] = field(read_json(path), "annotations", list, f"{path}")

@@ -13,18 +13,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from preprocessing.formats.annotations import BadRecord, copies, field, open_input, read_json, read_json_lines
-from preprocessing.images.finding import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_of
-from preprocessing.images.locations import image_in
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
+from preprocessing.formats.annotations import BadRecord, field, find_copies, read_json, read_json_lines
+from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_of
+from preprocessing.images.image_refs import image_in
+from preprocessing.running.storage import StoragePath, open_input, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
-from preprocessing.sources.nlvr_rows import Statement, names_in_shards, nlvr_source, parse_label
+from preprocessing.sources.nlvr_grouping import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.sources.source import Faults, Row, Source
 from preprocessing.sources.split_names import RecordSplits, split_of
 from preprocessing.sources.visual_genome import beside_vqav2
 from preprocessing.sources.visual_genome_qa import BEYOND_VQAV2
-from preprocessing.sources.vqa_rows import Asked, add_answer_arguments, given_answers, vqa_source
+from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, given_answers, vqa_source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
 _FIRST = 1 << 16  # bytes, in which the first line tells what it is
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises DataError on bad input."""
     check_common_arguments(args, _KINDS[args.task])
-    files = [place(name) for name in args.annotations]
-    for first, other in copies(files):
+    files = [storage_path(name) for name in args.annotations]
+    for first, other in find_copies(files):
         raise DataError(f"{first} and {other}: are one file under two names; give it once")
     excluded, cleaning, faults, splits = excluded_images(args), text_cleaning(args), Faults(), RecordSplits(args.split)
     records = _records(files, excluded, splits, faults)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 Records = Iterable[tuple[str, Any]]  # (where, record)
 
 
-def _records(files: Sequence[Place], excluded: ImageList, splits: RecordSplits, faults: Faults) -> Records:
+def _records(files: Sequence[StoragePath], excluded: ImageList, splits: RecordSplits, faults: Faults) -> Records:
     """Every record of every file but those that name another split."""
     for where, record in _all_records(files, faults):
         skipped = True
@@ -78,7 +78,7 @@ def _records(files: Sequence[Place], excluded: ImageList, splits: RecordSplits, 
             yield where, record
 
 
-def _all_records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, Any]]:
+def _all_records(files: Sequence[StoragePath], faults: Faults) -> Iterator[tuple[str, Any]]:
     for path in files:
         if _is_lines(path):
             yield from ((f"{path}: line {number}", record) for number, record in read_json_lines(path, faults.add))
@@ -89,7 +89,7 @@ def _all_records(files: Sequence[Place], faults: Faults) -> Iterator[tuple[str, 
         yield from ((f"{path}: record {index}", record) for index, record in enumerate(records))
 
 
-def _is_lines(path: Place) -> bool:
+def _is_lines(path: StoragePath) -> bool:
     """Whether the file holds a record a line, not a list of them; false for one that cannot be read."""
     try:
         with open_input(path) as file:
@@ -116,7 +116,7 @@ def _image_id(record: dict[str, Any], name: str, where: str) -> str:
 
 def read_retrieval(
     records: Records,
-    files: Sequence[Place],
+    files: Sequence[StoragePath],
     images: str,
     excluded: ImageList,
     cleaning: TextCleaning,
@@ -156,13 +156,13 @@ def read_vqa(
     cleaning: TextCleaning,
     split: str,
     faults: Faults,
-) -> list[Asked]:
+) -> list[RawQuestion]:
     """The questions in the order of the files, but for those at fault. Raises DataError naming the file.
 
     The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given. Where an id of theirs is
     also one of the others', all of them get ids of their own, as `vqav2 --visual-genome` gives them.
     """
-    asked: list[Asked] = []
+    asked: list[RawQuestion] = []
     of_visual_genome: list[bool] = []
     for where, record in records:
         with faults:
@@ -176,12 +176,14 @@ def read_vqa(
             out = excluded.holds(name, image_id)
             votes = dataset == "vqa" and isinstance(record.get("answer"), list)
             image = image_in(folder, name)
-            asked.append(Asked(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes))
+            asked.append(
+                RawQuestion(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes)
+            )
             of_visual_genome.append(dataset == "vg")
     return _told_apart(asked, of_visual_genome)
 
 
-def _told_apart(asked: list[Asked], of_visual_genome: Sequence[bool]) -> list[Asked]:
+def _told_apart(asked: list[RawQuestion], of_visual_genome: Sequence[bool]) -> list[RawQuestion]:
     """The questions, those of Visual Genome with other ids where ids of theirs are taken."""
     others = [question for question, own in zip(asked, of_visual_genome, strict=True) if not own]
     questions = {question.question_id for question in others}

@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import read_json
-from preprocessing.running.storage import Place
-from preprocessing.shards.schema import ANSWER_LIST, DataError
+from preprocessing.running.storage import StoragePath
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.shards.writer import prepared_splits
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -100,7 +101,7 @@ def build_answer_list(counts: Mapping[str, int], min_answers: int) -> list[str]:
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
-def read_answer_list(path: Place) -> list[str]:
+def read_answer_list(path: StoragePath) -> list[str]:
     """A JSON list of distinct answers. Raises DataError naming the file and the entry at fault."""
     answers = read_json(path)
     if not isinstance(answers, list) or not answers:
@@ -114,7 +115,7 @@ def read_answer_list(path: Place) -> list[str]:
 
 
 def resolve_answer_list(
-    out: Place, split: str, given: Sequence[str] | None, counts: Counter[str], min_answers: int, overwrite: bool
+    out: StoragePath, split: str, given: Sequence[str] | None, counts: Counter[str], min_answers: int, overwrite: bool
 ) -> list[str]:
     """The answer list that data set folder `out` is to use. Writes nothing.
 

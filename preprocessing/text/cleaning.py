@@ -19,7 +19,7 @@ _EVE_SPACES = re.compile(r"\s+")
 CAPTION_WORDS, QUESTION_WORDS, TEST_QUESTION_WORDS = 30, 30, 50
 STATEMENT_WORDS = {"xvlm": 30, "eve": 40}
 EMPTY = "caption is empty"
-MOST_CHARACTERS = 10_000  # of a text: ten times the longest that people write of an image
+MAX_CHARACTERS = 10_000  # of a text: ten times the longest that people write of an image
 _WORD = re.compile(r"[^\W_]")
 _LINES = re.compile(r"\r\n|\n|\r")
 
@@ -40,12 +40,12 @@ def _is_mark(character: str) -> bool:
     return kind[0] in "PZC" or kind in ("Sm", "Sc", "Sk") or character == "\ufffd"
 
 
-def fault_of(text: str) -> str:
+def text_fault(text: str) -> str:
     """Why nobody could learn from a text, such as "holds a NUL byte"; "" for a sound one, and for an empty one."""
     if "\0" in text:
         return "holds a NUL byte"
-    if len(text) > MOST_CHARACTERS:
-        return f"has more than {MOST_CHARACTERS} characters"
+    if len(text) > MAX_CHARACTERS:
+        return f"has more than {MAX_CHARACTERS} characters"
     if _WORD.search(text) or not text.strip():
         return ""
     return "has only punctuation" if all(map(_is_mark, text)) else ""
@@ -106,7 +106,7 @@ class TextCleaning:
 
     def _fault(self, text: str) -> str:
         """Why a caption is of no use, as it is counted; "" where it is of use or nothing is in it."""
-        fault = "" if self.lenient else fault_of(text)
+        fault = "" if self.lenient else text_fault(text)
         return f"caption {fault}" if fault else ""
 
     def _clean(self, text: str, max_words: int) -> str:

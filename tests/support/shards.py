@@ -13,15 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from eve_ds.data.sources import AnySplit
-from preprocessing.shards.schema import (
-    ANSWER_LIST,
-    KINDS,
-    MANIFEST,
-    SAMPLE_COLUMN,
-    SCHEMA_VERSION,
-    dump_json,
-    write_atomic,
-)
+from preprocessing.json_text import dump_json
+from preprocessing.local_files import write_atomic
+from preprocessing.shards.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION
 from preprocessing.text.tokenizer import Tokenizer, train_tokenizer
 
 COLORS = ("red", "green", "blue", "yellow")

@@ -16,7 +16,7 @@ import torch
 from evaluation import common as evaluation_files
 from eve_ds.weights.save import replacing, write_weights
 from preprocessing.commands.repair import repair_split
-from preprocessing.shards.schema import sync_tree
+from preprocessing.local_files import sync_tree
 from tests.unit.preprocessing.helpers import convert, image_of
 
 Events = list[tuple[str, ...]]

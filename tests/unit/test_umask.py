@@ -13,7 +13,7 @@ from evaluation.common import write_text
 from eve_ds.doctor import __main__ as doctor
 from eve_ds.engine.run_folder import _lock
 from eve_ds.weights.save import write_weights
-from preprocessing.shards.schema import write_atomic
+from preprocessing.local_files import write_atomic
 
 
 @pytest.fixture(params=[(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)], ids=["private", "group", "usual"])

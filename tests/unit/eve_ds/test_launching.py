@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.shards.schema import without_secrets
+from preprocessing.redaction import without_secrets
 
 RANK = """
 import os, sys, time

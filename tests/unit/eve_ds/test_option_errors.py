@@ -20,8 +20,8 @@ from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import fits, hint_of, known_keys, section_of, shown, told
-from preprocessing.formats import json_text
-from preprocessing.shards.schema import printable, shortened
+from preprocessing import json_text
+from preprocessing.redaction import printable, shortened
 
 NOISE = ("<class", "Parser", "typing.", "Union", "Subtypes", "NoneType", "class_path", "\n")
 
@@ -243,7 +243,7 @@ def test_passwords_are_refused_before_print_config_shows_them(
 
 def test_values_are_hidden_first_and_then_cut() -> None:
     for value in (ADDRESS, [ADDRESS], {"a": ADDRESS}):
-        for text in (shown(value), json_text.shown(value), shortened(repr(value)), shortened(repr(value), 15)):
+        for text in (shown(value), json_text.json_excerpt(value), shortened(repr(value)), shortened(repr(value), 15)):
             assert "AKIA" not in text and "wJal" not in text, text
     assert shown("a" * 80) == f"'{'a' * 59} …" and shown("a" * 58) == f"'{'a' * 58}'"
 

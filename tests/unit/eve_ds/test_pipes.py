@@ -19,7 +19,7 @@ from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_yaml
 from eve_ds.tasks.vqa import read_answer_list
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 READERS: dict[str, Callable[[Path], object]] = {
     "recipe.yaml": read_yaml,

@@ -21,7 +21,7 @@ from eve_ds.recipes import DEEPEST, MOST_NODES, section_of
 from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
 from eve_ds.tasks.vqa import read_answer_list
-from preprocessing.shards.schema import read_manifest
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.text.tokenizer import Tokenizer
 
 DEEP = 100_000

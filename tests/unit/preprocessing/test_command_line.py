@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from preprocessing.sources.converter import _check_whole
 
 LONG = "n" * 300  # longer than a name may be

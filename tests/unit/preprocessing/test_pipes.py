@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.shards.schema import DataError, check_regular, read_manifest
+from preprocessing.errors import DataError
+from preprocessing.local_files import check_regular
+from preprocessing.shards.manifest import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 SAID = "is a pipe, a socket or a device; write its content to a file, and name that"

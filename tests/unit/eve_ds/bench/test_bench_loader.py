@@ -20,7 +20,7 @@ from eve_ds.bench import __main__ as bench
 from eve_ds.bench import loader, loader_images, loader_ours, loader_rivals
 from eve_ds.bench.loader_process import JobError, JobProcess, Settings
 from eve_ds.errors import UserError
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 HERE = Path(sys.executable)
 

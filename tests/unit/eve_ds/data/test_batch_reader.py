@@ -26,7 +26,7 @@ from eve_ds.data.sampler import Block
 from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.vqa import VqaSamples
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.limits import few_descriptors
 from tests.support.shards import image_of, make_vqa_set, tiny_tokenizer, write_split
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eve_ds.data.transforms import build_transform, crop_box, decode_image
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 BICUBIC = Image.Resampling.BICUBIC
 LEVELS = 3  # of 255; half a pixel to the side would be five to ten

@@ -12,7 +12,7 @@ import pytest
 
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support import foreign_shards
 from tests.support.shards import image_of, shard_record, texts, write_manifest
 

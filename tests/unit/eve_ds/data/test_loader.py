@@ -20,7 +20,7 @@ from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.nlvr import NlvrSamples
 from eve_ds.tasks.vqa import VqaSamples
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import (
     ANSWERS,
     image_of,

@@ -12,7 +12,7 @@ import pytest
 
 from eve_ds.data.mapping import MappedFile, binary_cell
 from eve_ds.data.shards import RowError, Split
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.limits import few_descriptors
 from tests.support.ranks import REPOSITORY
 from tests.support.shards import image_of, make_caption_set, shard_record, write_manifest
@@ -126,7 +126,7 @@ CUT_OFF = """
 import os, sys
 from eve_ds.data.mapping import binary_cell
 from eve_ds.data.shards import Split
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 split = Split(sys.argv[1])
 number, row, item = split.sample(split.samples - 1)
 path, view = row.path, binary_cell(row.batch.column("image"), row.index)
@@ -159,7 +159,7 @@ def test_a_file_cut_off_while_it_is_mapped_is_an_error_and_no_bus_error(tmp_path
 WRONG_OFFSETS = """
 import sys
 from eve_ds.data.shards import Split
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 for folder in sys.argv[1:]:
     split = Split(folder)
     try:

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from eve_ds.data.transforms import build_transform, decode_image
+from preprocessing.errors import DataError
+from preprocessing.images.limits import MAX_PIXELS
 from preprocessing.images.policy import ImagePolicy
-from preprocessing.shards.schema import MAX_PIXELS, DataError
 from tests.unit.preprocessing.images.test_policy import odd_images
 
 

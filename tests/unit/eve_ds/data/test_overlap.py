@@ -18,7 +18,8 @@ from eve_ds.data.samples import Samples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
 from eve_ds.engine import setup
-from preprocessing.shards.schema import IDS, DataError
+from preprocessing.errors import DataError
+from preprocessing.shards.schema import IDS
 from preprocessing.text.tokenizer import Tokenizer
 from tests.support import foreign_shards
 from tests.support.foreign_shards import table_of

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eve_ds.data.samples import CaptionImages, CaptionSamples
 from eve_ds.data.transforms import build_transform
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import (
     image_of,
     make_caption_set,

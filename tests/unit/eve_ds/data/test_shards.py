@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from eve_ds.data.shards import Split
-from preprocessing.shards.schema import CAPTION_SCHEMA, DataError
+from preprocessing.errors import DataError
+from preprocessing.shards.schema import CAPTION_SCHEMA
 from preprocessing.shards.writer import ShardWriter
 from preprocessing.shards.writer import write_manifest as write_converted
 from tests.support.shards import (

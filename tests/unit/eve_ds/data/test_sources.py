@@ -9,7 +9,7 @@ import pytest
 
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.tasks.vqa import read_answer_list
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support import foreign_shards
 from tests.support.shards import image_of, make_caption_set, make_vqa_set, texts
 

@@ -23,7 +23,7 @@ from eve_ds.data.transforms import (
     normalize,
     rand_augment,
 )
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import image_of
 
 

@@ -23,7 +23,7 @@ from eve_ds.engine import first_weights, run_folder, setup
 from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, told
 from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import metadata
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.shards import make_caption_set
 

@@ -16,7 +16,7 @@ from eve_ds.engine.signals import StopRequest
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from preprocessing.__main__ import main
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import image_of, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_config
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from eve_ds.errors import UserError
 from eve_ds.tasks import NLVR, MaskedModeling, Retrieval, Task, load_task_model
 from eve_ds.weights.errors import WeightsError
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.tiny_tasks import OBJECTIVE, tiny_batch, tiny_config, tiny_task
 
 ASSETS = Path("tests/assets")

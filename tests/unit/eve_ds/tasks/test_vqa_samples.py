@@ -12,7 +12,7 @@ from PIL import Image
 
 from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.vqa import VqaSamples, read_answer_list
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import (
     ANSWERS,
     image_of,

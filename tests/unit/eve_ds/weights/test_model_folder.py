@@ -23,7 +23,7 @@ from eve_ds.weights.model_folder import (
     run_of,
     step_of,
 )
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from tests.support.shards import tiny_tokenizer
 from tests.support.tiny_tasks import OBJECTIVE, tiny_config, tiny_task
 

@@ -12,7 +12,7 @@ import torch
 
 from eve_ds.weights.load import load_weights
 from eve_ds.weights.save import check_out, replacing, write_weights
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 
 WHOLE = torch.arange(1000.0)
 STATE = {

@@ -2,16 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.formats.annotations import (
-    BadRecord,
-    field,
-    locked,
-    output_folder,
-    read_json,
-    read_json_lines,
-    recover,
-)
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
+from preprocessing.formats.annotations import BadRecord, field, read_json, read_json_lines
+from preprocessing.running.output_folder import locked, output_folder, recover
 
 
 def test_invalid_json_is_told_by_line_and_column(tmp_path: Path) -> None:

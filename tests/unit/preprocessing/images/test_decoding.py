@@ -2,15 +2,18 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from eve_ds.data.transforms import decode_image as trained_on
-from preprocessing.images.decoding import BadImage, decode_image, read_image
-from preprocessing.images.locations import FileImage
-from preprocessing.images.pixels import open_image
+from preprocessing.images.decoding import BadImage, decode_image, open_image, read_image
+from preprocessing.images.image_refs import FileImage
 from tests.unit.preprocessing.helpers import ROOT, image_of, png_with
 
 
@@ -62,11 +65,33 @@ def test_what_is_no_image_is_bad(data: bytes) -> None:
         decode_image(data)
 
 
-def test_pixel_bound() -> None:
+@pytest.mark.parametrize("read", [decode_image, open_image])
+def test_pixel_bound(read: Callable[..., Image.Image]) -> None:
     data = image_of(4, side=40)
-    assert decode_image(data, max_pixels=1600).size == (40, 40)
+    assert read(data, max_pixels=1600).size == read(memoryview(data), max_pixels=1600).size == (40, 40)
     with pytest.raises(BadImage, match="too many pixels"):
-        decode_image(data, max_pixels=1599)
+        read(data, max_pixels=1599)
+
+
+@pytest.mark.parametrize("side", [9_000, 60_000])
+@pytest.mark.parametrize("read", [decode_image, open_image])
+def test_the_size_in_the_header_is_refused_before_a_pixel_is_decoded(
+    read: Callable[..., Image.Image], side: int
+) -> None:
+    frame = struct.pack(">BHH", 8, 40, 40)
+    data = image_of(4, side=40)
+    assert data.count(frame) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadImage, match="too many pixels"):
+            read(data.replace(frame, struct.pack(">BHH", 8, side, side)))
+
+
+def test_a_header_cut_anywhere_is_refused_or_has_the_size() -> None:
+    data = image_of(4, side=40)
+    for end in range(min(len(data), 720)):
+        with suppress(BadImage):
+            assert open_image(data[:end]).size == (40, 40)
 
 
 def test_a_decompression_bomb_is_never_decoded() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from preprocessing.errors import DataError
 from preprocessing.images.decoding import BadImage
 from preprocessing.images.policy import ExcludedImage, ImagePolicy, add_image_arguments, image_policy
-from preprocessing.shards.schema import DataError, read_manifest
+from preprocessing.shards.manifest import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from preprocessing.images.locations import FileImage
+from preprocessing.errors import DataError
+from preprocessing.images.image_refs import FileImage
 from preprocessing.images.policy import ImagePolicy
 from preprocessing.running import pipeline
 from preprocessing.running.parts import PartJob, default_part_rows, write_part
 from preprocessing.running.pipeline import build_split
-from preprocessing.running.work_folder import tidy
-from preprocessing.shards.schema import DataError, read_manifest
+from preprocessing.running.work_folder import remove_leftover
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.sources.source import Row, Source
 from tests.unit.preprocessing.helpers import image_of, rows_of
 
@@ -215,7 +216,7 @@ def test_a_kill_while_the_old_split_is_replaced(
 def test_what_a_kill_at_the_very_end_leaves_is_tidied(images: Path, tmp_path: Path) -> None:
     build_split(source(images), options(tmp_path))
     (tmp_path / ".train.work/records").mkdir(parents=True)
-    tidy(tmp_path / "train")
+    remove_leftover(tmp_path / "train")
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.errors import DataError
 from preprocessing.running.pool import check_workers, run_tasks, started_by_mpi
-from preprocessing.shards.schema import DataError
 from tests.unit.preprocessing.helpers import ROOT
 
 

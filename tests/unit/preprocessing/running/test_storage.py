@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.errors import DataError
 from preprocessing.images.decoding import BadImage, read_image
-from preprocessing.images.locations import FileImage, TarMember
+from preprocessing.images.image_refs import FileImage, TarMember
 from preprocessing.running import storage as places
 from preprocessing.running.storage import (
     RemotePath,
@@ -13,13 +14,12 @@ from preprocessing.running.storage import (
     is_remote,
     names_in,
     open_input,
-    place,
-    put_file,
     remove,
     size_of,
+    storage_path,
+    upload_file,
     write_whole,
 )
-from preprocessing.shards.schema import DataError
 from tests.support.s3 import BUCKET, S3, s3_server
 
 
@@ -30,28 +30,28 @@ def s3() -> Iterator[S3]:
 
 
 def test_a_path_stays_a_path() -> None:
-    assert place("a/b") == Path("a/b") == place(Path("a/b"))
+    assert storage_path("a/b") == Path("a/b") == storage_path(Path("a/b"))
     assert is_remote("s3://bucket") and not is_remote("s3") and not is_remote("gs/a")  # folders of these names
-    assert place("s3://bucket/a/") == RemotePath("s3://bucket/a") == place(RemotePath("s3://bucket/a"))
-    assert str(place("s3://bucket/a") / "b") == "s3://bucket/a/b"
-    assert (place("s3://bucket/a/b").name, str(place("s3://bucket/a/b").parent)) == ("b", "s3://bucket/a")
+    assert storage_path("s3://bucket/a/") == RemotePath("s3://bucket/a") == storage_path(RemotePath("s3://bucket/a"))
+    assert str(storage_path("s3://bucket/a") / "b") == "s3://bucket/a/b"
+    assert (storage_path("s3://bucket/a/b").name, str(storage_path("s3://bucket/a/b").parent)) == ("b", "s3://bucket/a")
 
 
 @pytest.mark.parametrize(("uri", "said"), [("ftp://host/a", "ftp:// is not known"), ("s3:///", "names no bucket")])
 def test_addresses_that_cannot_be_are_refused(uri: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        place(uri)
+        storage_path(uri)
 
 
 def test_objects_are_written_read_listed_and_removed(s3: S3, tmp_path: Path) -> None:
-    folder = place(f"s3://{BUCKET}/set")
+    folder = storage_path(f"s3://{BUCKET}/set")
     assert isinstance(folder, RemotePath) and not folder.exists() and names_in(folder) == []
     write_whole(folder / "b.json", b"one")
     write_whole(folder / "b.json", b"second")
     (tmp_path / "a").write_bytes(bytes(9_000_000))
     with open(tmp_path / "a", "rb") as file:
         file.read(7)
-        put_file(file, folder / "a")
+        upload_file(file, folder / "a")
     assert exists(f"{folder}/a") and not exists(f"{folder}/c")
     assert names_in(folder) == ["a", "b.json"] and folder.is_dir() and not (folder / "a").is_dir()
     assert (size_of(folder / "a"), (folder / "b.json").read_bytes()) == (9_000_000, b"second")
@@ -70,13 +70,13 @@ def test_a_missing_object_is_a_missing_file(s3: S3) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.jpg"):
         open_input(missing)
     with pytest.raises(FileNotFoundError):
-        size_of(place(missing))
+        size_of(storage_path(missing))
     with pytest.raises(BadImage, match="is missing"):
         read_image(FileImage(missing))
 
 
 def test_a_part_of_an_object_is_read_alone(s3: S3) -> None:
-    write_whole(place(f"s3://{BUCKET}/x.tar"), b"0123456789")
+    write_whole(storage_path(f"s3://{BUCKET}/x.tar"), b"0123456789")
     assert read_image(TarMember(f"s3://{BUCKET}/x.tar", 3, 4, "x")) == b"3456"
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from preprocessing.errors import DataError
 from preprocessing.shapes.scenes import Thing, read_scenes
-from preprocessing.shards.schema import DataError
 from tests.unit.preprocessing.helpers import write_json
 
 RED = {"cell": 3, "shape": "ring", "color": "red", "size": "small"}

@@ -1,8 +1,6 @@
 import errno
-import fcntl
 import hashlib
 import os
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,13 @@ import pytest
 from preprocessing.shards import hashed_file
 from preprocessing.shards.hashed_file import HashedFile
 
-BLOCK, CHUNK = 4096, 4 * 4096
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashed_file, "_CHUNK", CHUNK)
-    monkeypatch.setattr(hashed_file, "_CHUNKS", deque(maxlen=8))
-
 
 def content(size: int) -> bytes:
     return np.random.default_rng(size).bytes(size)
 
 
 def written(path: Path, data: bytes, step: int) -> tuple[str, int]:
-    """Write `data` in pieces, each from memory that is used again at once."""
+    """Write `data` in pieces, each from memory that is reused at once."""
     memory = np.empty(step, dtype=np.uint8)
     with HashedFile(path) as file:
         for start in range(0, len(data), step):
@@ -37,47 +27,58 @@ def written(path: Path, data: bytes, step: int) -> tuple[str, int]:
         return file.finish()
 
 
-@pytest.mark.parametrize(
-    "size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + BLOCK + 7]
-)
-@pytest.mark.parametrize("step", [1000, 3 * CHUNK + 1])
-def test_all_bytes_are_there_and_hashed(tmp_path: Path, size: int, step: int) -> None:
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_007])
+@pytest.mark.parametrize("step", [1000, 50_001])
+def test_the_hash_is_that_of_the_file(tmp_path: Path, size: int, step: int) -> None:
     data = content(size)
     assert written(tmp_path / "a", data, step) == (hashlib.sha256(data).hexdigest(), size)
     assert (tmp_path / "a").read_bytes() == data
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_file_system_that_refuses_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some do that take the flag: they say EINVAL at the first write."""
-    refused = 0
-    real = os.write
-
-    def write(handle: int, data: Any) -> int:
-        nonlocal refused
-        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
-            refused += 1
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(handle, data[:5000])  # and is interrupted after a part
-
-    monkeypatch.setattr("preprocessing.shards.hashed_file.os.write", write)
-    data = content(3 * CHUNK + 7)
-    assert written(tmp_path / "a", data, 999) == (hashlib.sha256(data).hexdigest(), len(data))
-    assert (tmp_path / "a").read_bytes() == data and refused <= 1
+def test_buffers_of_several_bytes_an_item_are_counted_in_bytes(tmp_path: Path) -> None:
+    keys = np.arange(7, dtype="<u8")
+    with HashedFile(tmp_path / "a") as file:
+        assert file.write(keys) == file.tell() == 56
+        assert file.finish() == (hashlib.sha256(keys.tobytes()).hexdigest(), 56)
 
 
-def test_an_error_of_the_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(handle: int, data: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
 
-    monkeypatch.setattr("preprocessing.shards.hashed_file.os.write", write)
+    def note_fsync(handle: int) -> None:
+        assert not (tmp_path / "a").exists()
+        fsync(handle)
+        synced.append(os.fstat(handle).st_size)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    written(tmp_path / "a", content(5000), 999)
+    assert synced == [5000]
+
+
+def test_a_full_disk_raises_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A file on a full disk."""
+
+        def __init__(self, path: Path, mode: str) -> None:
+            self._file = open(path, mode)
+
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def close(self) -> None:
+            self._file.close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hashed_file, "open", Full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        written(tmp_path / "a", content(3 * CHUNK), CHUNK)
+        written(tmp_path / "a", content(5000), 999)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     with HashedFile(tmp_path / "a") as file:
-        file.write(content(2 * CHUNK))
+        file.write(content(50_000))
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []

@@ -15,9 +15,12 @@ from eve_ds.data.overlap import SplitIds
 from eve_ds.data.shards import Split
 from eve_ds.engine import setup
 from preprocessing.__main__ import main
-from preprocessing.shards.ids import IdKeys, joined, read_ids, scanned, shared
-from preprocessing.shards.schema import ID_COLUMNS, IDS, DataError, id_key, image_mark, is_leak, read_manifest
-from preprocessing.shards.writer import file_sha256
+from preprocessing.errors import DataError
+from preprocessing.running.storage import file_sha256
+from preprocessing.shards.id_keys import id_key, image_mark, is_leak
+from preprocessing.shards.ids import IdKeys, join_keys, keys_of_shards, read_ids, shared_ids
+from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import ID_COLUMNS, IDS
 from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import convert, image_of, write_json
 
@@ -64,7 +67,7 @@ def test_the_list_holds_every_id_once(images: Path) -> None:
     assert found is not None and list(found) == list(ID_COLUMNS["vqa"])
     assert found["image_id"].tolist() == keys_of([0, 1, 2])
     assert found["question_id"].tolist() == keys_of(list(range(100, 106)))
-    assert all(np.array_equal(found[column], keys) for column, keys in scanned(folder, manifest).items())
+    assert all(np.array_equal(found[column], keys) for column, keys in keys_of_shards(folder, manifest).items())
     convert("verify", images / "out")
 
 
@@ -95,7 +98,7 @@ def test_an_image_in_two_splits_is_told_by_all(
     printed = capsys.readouterr().out
     assert f"warning: {train} and {val}: hold the same 2 images, such as image_id 2, 3; training refuses" in printed
     assert f"warning: {val} and {test}: hold the same 1 images, such as image_id 4; a model chosen" in printed
-    assert list(shared([train, test])) == []
+    assert list(shared_ids([train, test])) == []
     assert main(["verify", str(images / "out")]) == 1
     error = capsys.readouterr().err
     assert (
@@ -103,8 +106,8 @@ def test_an_image_in_two_splits_is_told_by_all(
         == f"{train} and {val}: hold the same 2 images, such as image_id 2, 3; prepare one of them with --exclude\n"
     )
     (val / IDS).unlink()  # then the shards tell
-    assert [which for _, _, which, _ in shared([train, val])] == ["2 images, such as image_id 2, 3"]
-    assert list(shared([train, val], by_shards=False)) == []
+    assert [which for _, _, which, _ in shared_ids([train, val])] == ["2 images, such as image_id 2, 3"]
+    assert list(shared_ids([train, val], by_shards=False)) == []
 
 
 def test_a_number_of_our_own_in_two_splits_is_another_image(images: Path) -> None:
@@ -116,10 +119,10 @@ def test_a_number_of_our_own_in_two_splits_is_another_image(images: Path) -> Non
     train = split(images, "nlvr", "train", pairs(0, 1, 2))
     assert read_manifest(train)["ids"]["numbered"] == ["identifier"]
     other = split(images, "nlvr", "val", pairs(1, 3, 4))
-    assert list(shared([train, other])) == []
+    assert list(shared_ids([train, other])) == []
     assert SplitIds(Split(train)).shared(SplitIds(Split(other))) == ("", False)
     same = split(images, "nlvr", "test", pairs(3, 1))
-    assert [which for _, _, which, _ in shared([train, same])] == ["1 statements, such as identifier record-1-0-0"]
+    assert [which for _, _, which, _ in shared_ids([train, same])] == ["1 statements, such as identifier record-1-0-0"]
     for listed in (True, False):
         if not listed:
             (train / IDS).unlink()
@@ -141,7 +144,7 @@ def test_each_of_several_numbered_ids_of_a_row_has_a_key() -> None:
     for first in (0, 2):
         keys.add({"identifier": [str(first), str(first + 1)]}, [b"left", b"right"])
     mark = image_mark([b"left", b"right"])
-    assert joined("nlvr", [keys.record()])["identifier"].tolist() == sorted(
+    assert join_keys("nlvr", [keys.record()])["identifier"].tolist() == sorted(
         int.from_bytes(id_key(str(number), mark), "little") for number in range(4)
     )
 
@@ -159,12 +162,14 @@ def test_two_downloads_with_the_same_keys_are_two_sets(tmp_path: Path) -> None:
         return tmp_path / "out" / name
 
     train, val, test = download("train", 0), download("val", 10), download("test", 2)
-    assert list(shared([train, val])) == []
-    assert [which for _, _, which, _ in shared([train, test])] == ["1 images, such as image_id 000000000"]  # image 2
+    assert list(shared_ids([train, val])) == []
+    assert [which for _, _, which, _ in shared_ids([train, test])] == [
+        "1 images, such as image_id 000000000"
+    ]  # image 2
     assert SplitIds(Split(train)).shared(SplitIds(Split(val))) == ("", False)
     (tmp_path / "val").rename(tmp_path / "gone")
     val = download("val", 0, "--overwrite")
-    assert [which for _, _, which, _ in shared([train, val])] == [
+    assert [which for _, _, which, _ in shared_ids([train, val])] == [
         "3 images, such as image_id 000000000, 000000001, 000000002"
     ]
 

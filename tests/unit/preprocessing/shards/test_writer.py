@@ -5,17 +5,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from preprocessing.errors import DataError
+from preprocessing.running.storage import file_sha256
 from preprocessing.shards import writer as writer_module
 from preprocessing.shards.reader import read_rows
-from preprocessing.shards.schema import CAPTION_SCHEMA, DataError
-from preprocessing.shards.writer import (
-    ShardWriter,
-    check_output,
-    file_sha256,
-    prepared_splits,
-    write_manifest,
-    write_provenance,
-)
+from preprocessing.shards.schema import CAPTION_SCHEMA
+from preprocessing.shards.writer import ShardWriter, check_output, prepared_splits, write_manifest, write_provenance
 from tests.unit.preprocessing.helpers import image_of, rows_of
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from preprocessing.formats.caption_files import ImageFinder, LineRows, read_captions
-from preprocessing.images.finding import ImageList
-from preprocessing.shards.schema import read_manifest
+from preprocessing.images.exclusion import ImageList
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.sources.split_names import RecordSplits
 from preprocessing.text.cleaning import TextCleaning
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from preprocessing.errors import DataError
 from preprocessing.formats.shard_rows import Wanted
-from preprocessing.shards.schema import DataError, read_manifest
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.sources.img2dataset import read_folder
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 

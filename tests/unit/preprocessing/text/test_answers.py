@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation import vqa
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from preprocessing.text.answers import (
     build_answer_list,
     labels_of,

@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from preprocessing.text.tokenizer import SPECIAL, Tokenizer, train_tokenizer
 from tests.unit.preprocessing.helpers import command, convert
 

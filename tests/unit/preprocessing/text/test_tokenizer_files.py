@@ -11,7 +11,7 @@ import sentencepiece
 import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
 from preprocessing.text.tokenizer import SPECIAL, Tokenizer, train_tokenizer
 from tests.unit.preprocessing.helpers import command
 

@@ -9,21 +9,16 @@ from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Any
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import read_json
-from preprocessing.images.decoding import PILLOW_PIXELS, BadImage, decode_image
-from preprocessing.running.storage import Place, place
+from preprocessing.images.decoding import BadImage, decode_image
+from preprocessing.images.limits import PILLOW_PIXELS
+from preprocessing.local_files import write_atomic
+from preprocessing.redaction import printable, without_secrets
+from preprocessing.running.storage import StoragePath, storage_path
+from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import read_rows, split_folders
-from preprocessing.shards.schema import (
-    IMAGE_COLUMNS,
-    KINDS,
-    PROVENANCE,
-    SAMPLE_COLUMN,
-    DataError,
-    printable,
-    read_manifest,
-    without_secrets,
-    write_atomic,
-)
+from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, SAMPLE_COLUMN
 
 _ROWS, _PAGE_ROWS = 3, 48
 _THUMBNAIL = 160  # pixels, the longer side
@@ -48,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     """Print what the splits hold, and write the page. Raises DataError when there is no prepared data set."""
     if args.rows is not None and args.rows < 0:
         raise DataError(f"--rows {args.rows}: must be 0 or more")
-    folders = split_folders(place(args.directory))
+    folders = split_folders(storage_path(args.directory))
     sections = []
     for folder in folders:
         manifest = read_manifest(folder)
@@ -65,12 +60,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.html}: page written")
 
 
-def _rows(folder: Place, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(folder: StoragePath, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for shard in manifest["shards"]:
         yield from read_rows(folder / shard["file"], manifest["kind"])
 
 
-def _summary(folder: Place, manifest: dict[str, Any]) -> list[str]:
+def _summary(folder: StoragePath, manifest: dict[str, Any]) -> list[str]:
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lines = [
         f"{folder}: {manifest['kind']}, split {manifest['split']}",
@@ -83,7 +78,7 @@ def _summary(folder: Place, manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _made_by(path: Place) -> str:
+def _made_by(path: StoragePath) -> str:
     try:
         made = read_json(path)
     except DataError:
@@ -106,7 +101,7 @@ def _describe(data: bytes) -> str:
     return f"{image.width}x{image.height} {image.mode}, {len(data)} bytes"
 
 
-def _section(folder: Place, manifest: dict[str, Any], cards: list[str]) -> str:
+def _section(folder: StoragePath, manifest: dict[str, Any], cards: list[str]) -> str:
     facts = [
         ("kind", manifest["kind"]),
         ("rows", manifest["rows"]),

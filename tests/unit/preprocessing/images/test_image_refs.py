@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.images.locations import (
+from preprocessing.images.image_refs import (
     Base64Cell,
     FileImage,
     ImageRef,

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from preprocessing.images.finding import ImageFolder, ImageList, image_key, read_image_names
-from preprocessing.shards.schema import DataError
+from preprocessing.errors import DataError
+from preprocessing.images.exclusion import ImageList, read_image_names
+from preprocessing.images.image_folder import ImageFolder, image_key
 from tests.unit.preprocessing.helpers import write_json
 
 

@@ -1,69 +1,22 @@
-"""Which image a name means: finding files in a folder, and lists of images to keep out or to keep."""
+"""Lists of images: to leave out of a data set (`--exclude`), or to keep (`--only`)."""
 
 import argparse
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from preprocessing.formats.annotations import BadRecord, open_input, read_json, read_json_lines, text_lines
-from preprocessing.formats.json_text import parse_json
-from preprocessing.images.locations import ImageRef, image_in, join
-from preprocessing.running.storage import Place, names_in, place
-from preprocessing.shards.schema import DataError, id_without_secrets, printable
-from preprocessing.sources.source import Source
+from preprocessing.errors import DataError
+from preprocessing.formats.annotations import BadRecord, read_json, read_json_lines, text_lines
+from preprocessing.images.image_folder import coco_key, image_key
+from preprocessing.json_text import parse_json
+from preprocessing.redaction import id_without_secrets
+from preprocessing.running.storage import StoragePath, open_input, storage_path
 from preprocessing.sources.split_names import split_named
 
-_ENDINGS = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff")
-_COCO = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
 _FIRST = 1 << 20  # bytes: a first line of JSON that is longer is the whole file
 _LINES = (".jsonl", ".ndjson")
 _NUMBER = re.compile(r"[0-9]{1,11}")
-_FOLDER = re.compile(r"[/\\]")
-_COCO_SUBSETS = ("train2014", "val2014", "test2014", "test2015", "train2017", "val2017", "test2017")
-COCO_FOLDERS = (*_COCO_SUBSETS, "images", "image", *(f"images/{name}" for name in _COCO_SUBSETS))
-
-
-def image_key(name: str) -> str:
-    """A name that one image has in any release: without folder and ending, and for COCO its number alone.
-
-    So train2014/COCO_train2014_000000000009.jpg and 000000000009.jpg (2017) are both "coco:9".
-    """
-    base = _FOLDER.split(name)[-1]
-    stem, dot, ending = base.rpartition(".")
-    if not dot or ending.lower() not in _ENDINGS:
-        stem = base
-    match = _COCO.fullmatch(stem)
-    return coco_key(int(match[1])) if match else stem
-
-
-def coco_key(number: int) -> str:
-    """The key of a COCO image by its number."""
-    return f"coco:{number}"
-
-
-class ImageFolder:
-    """Finds image files by name, by key, or by COCO number, in `folder` and in those of `below` that it holds."""
-
-    def __init__(self, folder: str, below: Sequence[str] = COCO_FOLDERS) -> None:
-        self._folder = folder
-        self._names: set[str] = set()
-        self._by_key: dict[str, str] = {}
-        top = names_in(place(folder))
-        for sub in ("", *(name for name in below if name.split("/")[0] in top)):
-            for entry in names_in(place(join(folder, sub))) if sub else top:
-                name = f"{sub}/{entry}" if sub else entry
-                self._names.add(name)
-                self._by_key.setdefault(image_key(entry), name)
-
-    def holds(self, name: str) -> bool:
-        """Whether a file or folder of this name is there."""
-        return name in self._names
-
-    def find(self, name: str, key: str | None = None) -> ImageRef:
-        """The file of that name, else the one with its key; where there is none, where `name` would be."""
-        found = name if name in self._names else self._by_key.get(key or image_key(name), name)
-        return image_in(self._folder, found)
 
 
 def _forms(name: str) -> list[str]:
@@ -153,35 +106,14 @@ def excluded_images(args: argparse.Namespace) -> ImageList:
     return cast(ImageList, args.excluded)
 
 
-def _list_file(path: str) -> Place:
-    found = place(path)
+def _list_file(path: str) -> StoragePath:
+    found = storage_path(path)
     if found.is_dir() or path.endswith(".npz"):
         raise DataError(f"{path}: is no list of names; prepared data sets and hashes go to --exclude-images-of")
     return found
 
 
-def report_excluded(args: argparse.Namespace, source: Source) -> None:
-    """Print how many images of each `--exclude` list `source` knows and what it left out; adds that to its counts.
-
-    Raises DataError for a list of which no image was met, unless `args.allow_unmatched`.
-    """
-    lists = list(args.excluded.found()) if "excluded" in args else []
-    more = "--image-data, by which COCO's names are known, " if getattr(args, "image_data", "") is None else ""
-    for file, names, found in lists:
-        if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
-            raise DataError(
-                f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
-                f", the data set like {source.rows[0].name}; give the right list, {more}or --allow-unmatched"
-            )
-        print(printable(f"--exclude {file}: {found} of {names} images found"))
-    if lists:
-        gone = [f"{count} left out: {reason}" for reason, count in source.left_out.items() if EXCLUDED in reason]
-        print(f"--exclude: {'; '.join(gone) or 'nothing left out'}")
-        source.counts["images named by --exclude"] = sum(names for _, names, _ in lists)
-        source.counts["images named by --exclude and found"] = sum(found for _, _, found in lists)
-
-
-def read_image_names(path: Place) -> Iterator[str]:
+def read_image_names(path: StoragePath) -> Iterator[str]:
     """The images that a list file names; see `add_exclude_argument`. Raises DataError when it is none of those."""
     first = _first_character(path) if path.name.endswith(_LINES) else ""
     lines = first == "{" or _is_lines(path)
@@ -207,7 +139,7 @@ def read_image_names(path: Place) -> Iterator[str]:
         yield from names
 
 
-def _first_character(path: Place) -> str:
+def _first_character(path: StoragePath) -> str:
     """The first one that is no blank; "" in a file that cannot be read."""
     try:
         with open_input(path) as file:
@@ -220,7 +152,7 @@ def _refuse(error: BadRecord) -> None:
     raise error  # the image that it names would stay
 
 
-def _is_lines(path: Place) -> bool:
+def _is_lines(path: StoragePath) -> bool:
     """Whether the first line is a whole record, as in X-VLM's and NLVR2's lines; a file in one line is no such."""
     try:
         with open_input(path) as file:

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.images.finding import EXCLUDED
-from preprocessing.images.locations import ImageRef
-from preprocessing.running.storage import Place, place
-from preprocessing.shards.schema import ANSWER_LIST, DataError
+from preprocessing.errors import DataError
+from preprocessing.images.exclusion import EXCLUDED
+from preprocessing.images.image_refs import ImageRef
+from preprocessing.running.storage import StoragePath, storage_path
+from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.sources.source import Faults, Row, Source
 from preprocessing.text.answers import labels_of, normalize_answer, read_answer_list, resolve_answer_list, soft_score
-from preprocessing.text.cleaning import fault_of
+from preprocessing.text.cleaning import text_fault
 
 _SHOWN = 10  # entries of an answer list that a message names
 
 
 @dataclass(frozen=True)
-class Asked:
+class RawQuestion:
     """One question as a raw data set has it."""
 
     image: ImageRef
@@ -51,12 +52,12 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_answers(args: argparse.Namespace) -> list[str] | None:
     """The list that --answer-list names, if any. Raises DataError when it is none."""
-    return None if args.answer_list is None else read_answer_list(place(args.answer_list))
+    return None if args.answer_list is None else read_answer_list(storage_path(args.answer_list))
 
 
 def vqa_source(
-    asked: Sequence[Asked],
-    inputs: Sequence[Place],
+    asked: Sequence[RawQuestion],
+    inputs: Sequence[StoragePath],
     args: argparse.Namespace,
     given: Sequence[str] | None,
     min_answers: int,
@@ -81,7 +82,7 @@ def vqa_source(
     source.left_out[f"question: {EXCLUDED}"] = len(asked) - len(allowed)
     kept = []
     for question in allowed:
-        fault = fault_of(question.text) if args.split == "train" else ""
+        fault = text_fault(question.text) if args.split == "train" else ""
         if question.text.strip() and not fault:
             kept.append(question)
         else:
@@ -93,20 +94,22 @@ def vqa_source(
         for question, answers in zip(kept, said, strict=True)
         if answers and question.counts
     )
-    source.answer_list = resolve_answer_list(place(args.out), args.split, given, main, min_answers, args.overwrite)
+    source.answer_list = resolve_answer_list(
+        storage_path(args.out), args.split, given, main, min_answers, args.overwrite
+    )
     labels, spellings = labels_of(source.answer_list)
     if spellings:
         shown = ", ".join(spellings[:_SHOWN]) + (", …" if len(spellings) > _SHOWN else "")
         source.notes.append(
-            f"{args.answer_list or place(args.out) / ANSWER_LIST}: {len(spellings)} of {len(source.answer_list)} "
-            f"entries are spelled as no normalized answer is: {shown}"
+            f"{args.answer_list or storage_path(args.out) / ANSWER_LIST}: {len(spellings)} of "
+            f"{len(source.answer_list)} entries are spelled as no normalized answer is: {shown}"
         )
     source.rows = _label(kept, said, labels, source, args.split == "train")
     return source
 
 
 def _label(
-    asked: Sequence[Asked], said: Sequence[Counter[str]], labels: dict[str, int], source: Source, training: bool
+    asked: Sequence[RawQuestion], said: Sequence[Counter[str]], labels: dict[str, int], source: Source, training: bool
 ) -> list[Row]:
     """One row an image: its questions with those of their answers, in `said`, that have a label."""
     listed = source.answer_list or []
@@ -134,13 +137,13 @@ def _why_unanswered(answers: Counter[str]) -> str:
     return "question without a listed answer" if any(answers) else "question whose answers have no word"
 
 
-def _empty_row(question: Asked) -> Row:
+def _empty_row(question: RawQuestion) -> Row:
     lists = ("questions", "question_id", "answers", "answer_labels", "answer_scores")
     columns: dict[str, Any] = {name: [] for name in lists}
     return Row(question.image_id, (question.image,), {**columns, "image_id": question.image_id})
 
 
-def _check_unique(asked: Sequence[Asked]) -> None:
+def _check_unique(asked: Sequence[RawQuestion]) -> None:
     questions: set[int] = set()
     images: dict[str, ImageRef] = {}
     for question in asked:

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
-from preprocessing.formats.json_text import shown
-from preprocessing.images.finding import EXCLUDED
-from preprocessing.images.locations import ImageRef
-from preprocessing.running.storage import Place
-from preprocessing.shards.schema import DataError
+from preprocessing.images.exclusion import EXCLUDED
+from preprocessing.images.image_refs import ImageRef
+from preprocessing.json_text import json_excerpt
+from preprocessing.running.storage import StoragePath
 from preprocessing.sources.source import Faults, Row, Source
-from preprocessing.text.cleaning import fault_of
+from preprocessing.text.cleaning import text_fault
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def parse_label(label: object, where: str) -> str:
     """ "True" or "False", from the official strings in any case or a JSON truth value. Raises BadRecord."""
     text = str(label).capitalize() if isinstance(label, str | bool) else ""
     if text not in ("True", "False"):
-        what = f"label {shown(label)} is neither True nor False; mend the file"
+        what = f"label {json_excerpt(label)} is neither True nor False; mend the file"
         raise BadRecord(where, what, "label is neither True nor False")
     return text
 
@@ -41,7 +41,7 @@ def names_in_shards(identifier: str) -> tuple[str, ...]:
     return identifier, f"{identifier}:left", f"{identifier}:right"
 
 
-def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults: Faults, split: str) -> Source:
+def nlvr_source(statements: Sequence[Statement], inputs: Sequence[StoragePath], faults: Faults, split: str) -> Source:
     """Group statements by pair of images, in the order of first mention; those without a word are left out.
 
     So are those of the training split of which `fault_of` finds fault.
@@ -60,7 +60,7 @@ def nlvr_source(statements: Sequence[Statement], inputs: Sequence[Place], faults
         if statement.images in excluded:
             source.left_out[f"statement: {EXCLUDED}"] += 1
             continue
-        fault = fault_of(statement.sentence) if split == "train" else ""
+        fault = text_fault(statement.sentence) if split == "train" else ""
         if fault or not statement.sentence.strip():
             source.left_out[f"statement {fault or 'without a word'}"] += 1
             continue
