@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
     check_common_arguments(args, "caption")
     catalog = place(args.catalog)  # a local path or a URI
     images, excluded, cleaning = ImageFolder(args.images), excluded_images(args), text_cleaning(args)
-    source = Source("caption", rows := [], [catalog], {"images": 0, "captions": 0})
+    rows: list[Row] = []
+    source = Source("caption", rows, [catalog], {"images": 0, "captions": 0})
     for line, record in read_json_lines(catalog, source.faults.add):
         where = f"{catalog}: line {line}"
         with source.faults:  # a record at fault is counted under --max-dropped, with its line
