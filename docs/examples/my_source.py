@@ -1,6 +1,6 @@
 """A catalog of photos -> caption shards: the worked example of docs/extending.md.
 
-CATALOG holds a JSON object a line: {"number": 17, "photo": "17.jpg", "titles": ["a red ring", "a ring"]}.
+CATALOG holds one JSON object per line: {"number": 17, "photo": "17.jpg", "titles": ["a red ring", "a ring"]}.
 """
 
 import argparse
