@@ -1,4 +1,4 @@
-"""Draws label_curve.svg from label_curve.csv: VQA accuracy by the number of labeled images (pretraining.md)."""
+"""Draws label_curve.svg from label_curve.csv: VQA accuracy by the number of labeled images (pretraining_study.md)."""
 
 import csv
 from collections import defaultdict

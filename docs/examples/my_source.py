@@ -1,6 +1,6 @@
 """A catalog of photos -> caption shards: the worked example of docs/extending.md.
 
-CATALOG holds a JSON object a line: {"number": 17, "photo": "17.jpg", "titles": ["a red ring", "a ring"]}.
+CATALOG holds one JSON object per line: {"number": 17, "photo": "17.jpg", "titles": ["a red ring", "a ring"]}.
 """
 
 import argparse
@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     check_common_arguments(args, "caption")
     catalog = place(args.catalog)  # a local path or a URI
     images, excluded, cleaning = ImageFolder(args.images), excluded_images(args), text_cleaning(args)
-    source = Source("caption", rows := [], [catalog], {"images": 0, "captions": 0})
+    rows: list[Row] = []
+    source = Source("caption", rows, [catalog], {"images": 0, "captions": 0})
     for line, record in read_json_lines(catalog, source.faults.add):
         where = f"{catalog}: line {line}"
         with source.faults:  # a record at fault is counted under --max-dropped, with its line
