@@ -127,14 +127,22 @@ class ColorSpec(FinetuneSpec):
     # The rest is optional: examples for samples/samples.json, and what `python -m eve_ds.plan` needs.
 
     def examples(self, arrays: Arrays, dataset: ColorSamples, count: int, thumbnails: Thumbnails) -> dict[str, Any]:
+        """In the layout of VQA's examples, which the report shows."""
         rows = []
         for place in evenly_spaced(len(arrays["sample"]), count):
             sample = int(arrays["sample"][place])
             image = thumbnails.add(f"sample_{sample}", dataset.image_bytes(sample))
+            color, predicted = arrays["color"][place], arrays["prediction"][place]
             rows.append(
-                {"image": image, "caption": dataset.text(sample), "predicted": COLORS[arrays["prediction"][place]]}
+                {
+                    "image": image,
+                    "question": COLOR.sub("…", dataset.text(sample)),
+                    "predicted": COLORS[predicted],
+                    "answers": [COLORS[color]] if color != NO_COLOR else [],
+                    "score": float(predicted == color),
+                }
             )
-        return {"colors": rows}
+        return {"examples": rows}
 
     def meta_batch(self, model: ModelConfig, rows: int, text_length: int, num_classes: int) -> Batch:
         color = torch.empty(rows, dtype=torch.int64, device="meta")

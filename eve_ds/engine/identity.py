@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.tasks.registry import find_spec
+from eve_ds.tasks.spec import PretrainSpec
 
 Config = PretrainConfig | FinetuneConfig
 MUTABLE_ON_RESUME = (  # sections and keys that change nothing that is learned, and the length of the run
@@ -98,7 +100,7 @@ class Identity:
 
     def differences(self, now: Identity) -> list[str]:
         """What differs between this run, that of a folder or a checkpoint, and ``now``; a clause each, keys named."""
-        defaults = _defaults(now.settings.get("task") == PRETRAIN)  # of what an older version did not know
+        defaults = _defaults(str(now.settings.get("task", PRETRAIN)))  # of what an older version did not know
         old = {key: self.settings.get(key, defaults.get(key)) for key in now.settings} if self.settings else {}
         found = [
             f"{key} is {value!r} there and {now.settings[key]!r} here"
@@ -168,8 +170,10 @@ def identity_of(config: Config, inputs: Mapping[str, Input | None]) -> Identity:
 
 
 @functools.cache
-def _defaults(pretraining: bool) -> dict[str, Any]:
-    return _bound(dataclasses.asdict(PretrainConfig() if pretraining else FinetuneConfig()))
+def _defaults(task: str) -> dict[str, Any]:
+    spec = find_spec(task)
+    kind = PretrainConfig if isinstance(spec, PretrainSpec) else FinetuneConfig
+    return _bound(dataclasses.asdict(kind()) | {"objective": dataclasses.asdict(spec.objective())})
 
 
 def _bound(tree: dict[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evaluation.common import InputError, read_json, read_text
+from eve_ds.errors import UserError
+from eve_ds.tasks.registry import FINETUNE, PRETRAIN, finetune_spec
+from eve_ds.tasks.spec import FinetuneSpec
 from preprocessing.json_text import load_json
 from preprocessing.redaction import without_secrets
 
 STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "VQA", "nlvr": "NLVR"}
 SINGLE = "run"
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Run:
     Args:
         folder: the run's.
         metrics: metrics.json of the whole run, or a single run's scores under the name of their task.
+        tasks: by their section of ``metrics``; of a single run its own task, which may be a user's.
         commands: commands.json.
         versions: versions.json, None if there is none.
         stages: by name.
@@ -64,6 +71,7 @@ class Run:
 
     folder: Path
     metrics: dict[str, Any]
+    tasks: dict[str, FinetuneSpec]
     commands: list[dict[str, Any]]
     versions: dict[str, Any] | None
     stages: dict[str, Stage]
@@ -89,14 +97,18 @@ def read_run(folder: Path) -> Run:
         found = [name for name in STAGES if (folder / name).is_dir()]
         stages = {name: _read_stage(name, STAGES[name], folder / name) for name in found}
     metrics = _optional(folder / "metrics.json", dict) or {}
+    tasks = {spec.name: spec for spec in FINETUNE.values()}
     if not stages and not metrics:
         wanted = ", ".join(f"{name}/" for name in STAGES)
         raise InputError(f"--run {folder}: holds no run: neither metrics.jsonl nor metrics.json nor any of {wanted}")
     if single and not metrics:
-        metrics = _scores(folder)
+        spec, scores = _task_of(stages[SINGLE]), _scores(folder)
+        if spec is not None and scores:
+            tasks, metrics = {spec.name: spec}, {spec.name: scores}
     return Run(
         folder=folder,
         metrics=metrics,
+        tasks=tasks,
         commands=_rows(_optional(folder / "commands.json", list) or [], folder / "commands.json"),
         versions=_optional(folder / "versions.json", dict),
         stages=stages,
@@ -148,15 +160,23 @@ def number(value: Any) -> float | None:
         return None
 
 
+def _task_of(stage: Stage) -> FinetuneSpec | None:
+    """Of a fine-tuning run, as its config says; None if there is no config, or its task cannot be imported here."""
+    named = re.search(r"^task: (\S+)$", stage.config or "", re.MULTILINE)
+    if named is None or named[1] in PRETRAIN:
+        return None
+    try:
+        return finetune_spec(named[1])
+    except UserError as error:
+        log.warning("%s: its scores are not shown: %s", stage.folder, error)
+        return None
+
+
 def _scores(folder: Path) -> dict[str, Any]:
-    """A fine-tuning run's scores_<split>.json (the test split's, if there are several) under its task's name."""
+    """A fine-tuning run's scores_<split>.json: the test split's, if there are several."""
     paths = sorted(folder.glob("scores_*.json"), key=lambda path: (path.stem != "scores_test", path.name))
-    if not paths:
-        return {}
-    scores = _optional(paths[0], dict)
-    if "txt_r1" in scores:
-        return {"retrieval": scores}
-    return {"nlvr": scores} if "accuracy" in scores else {"vqa": scores}
+    scores: dict[str, Any] = _optional(paths[0], dict) if paths else {}
+    return scores
 
 
 def _optional(path: Path, kind: type) -> Any:

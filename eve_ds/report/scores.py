@@ -44,30 +44,17 @@ class Score:
         return self.value - max(self.baselines.values()) if self.baselines else None
 
 
-# section of metrics.json: (task, factor to percent, main measure, [(key, measure)])
-TASKS: dict[str, tuple[str, float, str, list[tuple[str, str]]]] = {
-    "retrieval": (
-        "Retrieval",
-        1.0,
-        "",
-        [(f"{query}_r{k}", f"{what} R@{k}") for query, what in (("txt", "text"), ("img", "image")) for k in (1, 5, 10)],
-    ),
-    "vqa": ("VQA", 1.0, "overall", [("overall", "accuracy"), ("soft_accuracy", "accuracy over the answer list")]),
-    "nlvr": ("NLVR", 100.0, "accuracy", [("accuracy", "accuracy"), ("consistency", "consistency")]),
-}  # fmt: skip
-
-
-def find_scores(metrics: dict[str, Any]) -> list[Score]:
+def find_scores(run: Run) -> list[Score]:
     """The scores that metrics.json holds, with the baselines recorded beside them."""
     scores = []
-    for name, (task, factor, main, measures) in TASKS.items():
-        part = metrics.get(name)
+    for name, spec in run.tasks.items():
+        part, factor = run.metrics.get(name), spec.to_percent
         if not isinstance(part, dict):
             continue
-        found = [(key, label) for key, label in measures if number(part.get(key)) is not None]
+        found = [(key, label) for key, label in spec.measures if number(part.get(key)) is not None]
         for place, (key, label) in enumerate(found):
-            baselines = _baselines(part, key, key == main, factor)
-            scores.append(Score(task if place == 0 else "", label, part[key] * factor, baselines))
+            baselines = _baselines(part, key, key == spec.main_measure, factor)
+            scores.append(Score(spec.title if place == 0 else "", label, part[key] * factor, baselines))
             kinds = _section(part, "per_answer_type") if key == "overall" else {}
             rivals = _section(_section(part, "from_first_values"), "per_answer_type")
             for kind, value in kinds.items():
@@ -121,7 +108,7 @@ def summary(run: Run) -> Html:
     if words := _masked_words(metrics):
         beside = ", ".join(f"{percent(value)} {who}" for who, value in words[1:])
         sentences.append(f"It predicts {percent(words[0][1])} of held-out masked words{beside and f' ({beside})'}.")
-    by_name = {(score.task, score.measure): score for score in find_scores(metrics)}
+    by_name = {(score.task, score.measure): score for score in find_scores(run)}
     for key, text in (
         (("Retrieval", "text R@1"), "finds a caption of an image at the first try in {} of cases"),
         (("VQA", "accuracy"), "answers questions about images with {} accuracy"),
@@ -160,7 +147,7 @@ def tiles(run: Run) -> Html | None:
     if words := _masked_words(run.metrics):
         beside = ", ".join(f"{percent(value)} {who.removesuffix(' that knows the scene')}" for who, value in words[1:])
         shown.append(("Masked words: accuracy", percent(words[0][1]), beside or "no baseline recorded"))
-    for score in find_scores(run.metrics):
+    for score in find_scores(run):
         if score.task:
             best = max(score.baselines, key=lambda name: score.baselines[name], default=None)
             beside = f"{BASELINES[best]} {percent(score.baselines[best])}" if best else "no baseline recorded"
@@ -175,15 +162,16 @@ def tiles(run: Run) -> Html | None:
 
 def scores_section(run: Run) -> Html:
     """The table of scores beside the same without pre-training, chance, the majority answer and the text alone."""
-    scores = find_scores(run.metrics)
-    absent = [] if run.single else [task for task, *_ in TASKS.values() if not any(s.task == task for s in scores)]
-    gaps = [missing(f"scores of {task} (metrics.json has none)") for task in absent]
+    scores = find_scores(run)
+    titles = [] if run.single else [spec.title for spec in run.tasks.values()]
+    absent = [title for title in titles if not any(score.task == title for score in scores)]
+    gaps = [missing(f"scores of {title} (metrics.json has none)") for title in absent]
     if not scores:
         gaps = gaps or [missing("scores (neither metrics.json nor scores_*.json has any)")]
         return section("scores", "Scores", gaps)
     columns = [(name.capitalize(), "n") for name in ("score", *BASELINES.values(), "above the best")]
-    titles = [("Task", ""), ("Measure", ""), columns[0], ("", ""), *columns[1:]]
-    head = tag("tr", [tag("th", title, class_=kind or None) for title, kind in titles])
+    heads = [("Task", ""), ("Measure", ""), columns[0], ("", ""), *columns[1:]]
+    head = tag("tr", [tag("th", title, class_=kind or None) for title, kind in heads])
     table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
     note = (
         "All on held-out images. Text R@k: share of images that have one of their captions among the k ranked highest; "
@@ -191,7 +179,7 @@ def scores_section(run: Run) -> Html:
         "fine-tuning from first values, that is, without pre-training; drawing at random (chance); always the most "
         "frequent answer (majority); the best model without images (text only). A dash: not defined or not recorded."
     )
-    lacking = [tag("p", f"{TASKS[task][0]}: {text}.", class_="note") for task, text in _incomplete(run.metrics)]
+    lacking = [tag("p", f"{title}: {text}.", class_="note") for title, text in _incomplete(run)]
     whole = tag(
         "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))
     )
@@ -200,15 +188,15 @@ def scores_section(run: Run) -> Html:
     )
 
 
-def _incomplete(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(task, what its split lacks) of the scores that say so."""
-    for task in TASKS:
-        lack = _section(_section(metrics, task), "incomplete")
+def _incomplete(run: Run) -> Iterator[tuple[str, str]]:
+    """(title of a task, what its split lacks) of the scores that say so."""
+    for task, spec in run.tasks.items():
+        lack = _section(_section(run.metrics, task), "incomplete")
         parts = {name: _section(lack, name) for name in lack if name != "dropped"}
         whole = [f"{part.get('scored')} of {part.get('of')} {name}" for name, part in parts.items()]
         why = [f"{count} {reason}" for reason, count in sorted(_section(lack, "dropped").items())]
         if whole:
-            yield task, f"over {', '.join(whole)}; dropped in preparation: {', '.join(why)}"
+            yield spec.title, f"over {', '.join(whole)}; dropped in preparation: {', '.join(why)}"
 
 
 def _row(score: Score) -> Html:

@@ -64,7 +64,7 @@ def test_an_own_task_trains_and_is_scored(data: Path, pretrained: Path, tmp_path
     assert [int(line.split(",")[0]) for line in lines] == list(range(2 * ROWS))
     records = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "val/color_accuracy" in record] == [2, 4]
-    assert len(json.loads((first / "samples" / "samples.json").read_text())["colors"]) == 8
+    assert len(json.loads((first / "samples" / "samples.json").read_text())["examples"]) == 8
     ranks.run("eve_ds.finetune", [*common, "--evaluate", f"--checkpoint={first}", f"--output_dir={again}"])
     assert json.loads((again / "scores_test.json").read_text()).keys() == scores.keys()
 

@@ -201,11 +201,23 @@ def test_a_single_training_run_works_too(run_folder: Path, stage: str, titles: l
 
 
 def test_a_single_run_shows_its_own_scores(run_folder: Path) -> None:
+    (run_folder / "nlvr" / "config.yaml").write_text("task: nlvr\n")
     (run_folder / "nlvr" / "scores_val.json").write_text(json.dumps({"accuracy": 0.5, "consistency": 0.1}))
     (run_folder / "nlvr" / "scores_test.json").write_text(json.dumps({"accuracy": 0.75, "consistency": 0.25}))
     text = Page(build(run_folder / "nlvr")).text
     assert "75.0\xa0%" in text
     assert "no baseline recorded" in text
+
+
+def test_a_single_run_of_a_users_own_task(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = run_folder / "vqa"
+    (folder / "scores_test.json").write_text(json.dumps({"color_accuracy": 81.25}))
+    (folder / "config.yaml").write_text("task: docs.examples.my_task:SPEC\n")
+    text = Page(build(folder)).text
+    assert "Color" in text and "81.2\xa0%" in text
+    (folder / "config.yaml").write_text("task: gone.task:SPEC\n")
+    assert "Missing: scores" in Page(build(folder)).text
+    assert "its scores are not shown: --task gone.task:SPEC: there is no module gone" in caplog.text
 
 
 def test_scores_of_a_run_that_has_gone_on_since_are_told_as_such(run_folder: Path) -> None:
@@ -223,6 +235,7 @@ def test_scores_of_a_run_that_has_gone_on_since_are_told_as_such(run_folder: Pat
 
 def test_a_score_over_a_part_of_the_split_says_so(run_folder: Path) -> None:
     lack = {"statements": {"scored": 998, "of": 1000}, "dropped": {"image is missing": 1}}
+    (run_folder / "nlvr" / "config.yaml").write_text("task: nlvr\n")
     (run_folder / "nlvr" / "scores_test.json").write_text(json.dumps({"accuracy": 0.75, "incomplete": lack}))
     text = Page(build(run_folder / "nlvr")).text
     assert "NLVR: over 998 of 1000 statements; dropped in preparation: 1 image is missing." in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,14 @@ def test_a_model_folder_comes_back_as_it_was(kind: str, name: str, tmp_path: Pat
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     if isinstance(loaded, MaskedModeling):
         assert loaded.objective == OBJECTIVE
+
+
+def test_a_published_file_of_another_model_is_named(tmp_path: Path) -> None:
+    narrower = json.loads(CONFIG.read_text())
+    narrower["moe_param"]["num_experts"] = 4
+    (tmp_path / "vlmo.json").write_text(json.dumps(narrower))
+    with pytest.raises(WeightsError, match=r"vqa\.safetensors: .* unknown: .*experts\.4\.fc1\.bias"):
+        load_task_model("vqa", ASSETS / "vqa.safetensors", tmp_path / "vlmo.json")
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections import OrderedDict
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,13 +115,6 @@ def test_published_file_at_another_image_size() -> None:
     published = load_weights(ASSETS / "vqa.safetensors")["backbone.pos_embed_vision"]
     assert torch.equal(model.backbone.image_embedding.positions, interpolate_positions(published, 36))
     assert model.backbone(torch.zeros(1, 3, 48, 48)).hidden.isfinite().all()
-
-
-def test_a_file_of_another_model_is_named() -> None:
-    config = ModelConfig.from_vlmo(ASSETS / "vlmo_config.json", image_size=32)
-    wider = replace(config, dim=32, num_experts=4)
-    with pytest.raises(WeightsError, match=r"unknown: .*experts\.4\.fc1\.bias"):
-        load_published(Model(wider), ASSETS / "vqa.safetensors", wider)
 
 
 def test_an_expert_parallel_rank_takes_its_part() -> None:
