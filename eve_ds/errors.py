@@ -1,4 +1,4 @@
-"""A user's mistake, told in one line; never a traceback."""
+"""Errors of a command: a user's mistake is one line on stderr and exit code 2, never a traceback."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from preprocessing.redaction import printable
 
 
 class UserError(ValueError):
-    """Bad usage or bad input. The message is one line that names the file, row or option, and the mend."""
+    """Bad usage or bad input. The message is one line that names the file, row or option, and what to do."""
 
 
 class RankError(UserError):
-    """A fault that this rank alone may have met, so this rank tells it."""
+    """An error that may have occurred on this rank only, so this rank reports it."""
 
 
 class StopError(BaseException):
-    """The process is to end now, on request; what is to be saved is saved. No Exception: nobody else is to catch it.
+    """The process ends now, on request, with everything saved. Not an Exception, so that no handler swallows it.
 
     Args:
-        number: the signal that asked this rank, where it did not train or score; None where the ranks agreed on it.
+        number: the signal that this rank received outside training and scoring; None if the ranks agreed to stop.
     """
 
     def __init__(self, number: int | None = None) -> None:
@@ -46,36 +46,36 @@ class StopError(BaseException):
         super().__init__(f"{name}stopped on request; the same command goes on from the last checkpoint")
 
 
-# How gloo tells, in the midst of a collective, that a rank has left (gloo/transport/tcp/pair.cc).
+# What gloo raises in a collective when a rank has left (gloo/transport/tcp/pair.cc).
 _LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
-# Launchers end all ranks as soon as one leaves, so who has the least to say leaves last.
-RANK_0_SECONDS = 30.0  # other ranks than 0, with a mistake of all: a large job's import torch at different speeds
-# How gloo and the meeting place tell that a collective has waited too long.
+# Launchers end all ranks as soon as one exits, so ranks with less to report exit later.
+RANK_0_SECONDS = 30.0  # for rank 0 to report a mistake of all ranks: it may import torch later than others
+# What gloo and the rendezvous store raise when a collective times out.
 _LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
-# How torch, CUDA and the system tell that memory does not suffice; and a size that is beyond any.
+# What torch, CUDA and the system raise when memory runs out, or for an impossible size.
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
     r"Cannot allocate memory|Storage size calculation overflowed"
 )
 _LESS_MEMORY = "of a run, make the model, the batch or a rank's share smaller (python -m eve_ds.plan tells what fits)"
-LOST_RANK_SECONDS = 3.0  # a rank that found another one gone
-RANKS = "EVE_DS_RANKS"  # variable: the folder in which ranks make themselves known to eve_ds.launching
+LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
+RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-finish_together: list[Callable[[], object]] = []  # what waits for all ranks at the exit; left out where one has failed
+finish_together: list[Callable[[], object]] = []  # calls at exit that wait for all ranks; skipped after a failure
 USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point and end the process with its `exit_code`.
+    """Set up logging, run an entry point, and end the process with its `exit_code`.
 
-    What is registered for the exit is done, but the interpreter is not taken down: a thread of gloo that lets go of a
-    tensor meanwhile aborts the process (pytorch issue 190489), after a run that went well as after one that did not.
+    ``atexit`` functions run, but the interpreter is not finalized: a gloo thread that frees a tensor during that aborts
+    the process (pytorch issue 190489), whether the run succeeded or not.
     """
     setup_logging(launched_rank())
     code = exit_code(main)
     tell_launching(str(code if code >= 0 else 128 - code))
-    if code < 0:  # before anything else: what is at the exit may wait for others
+    if code < 0:  # before the exit functions, which may wait for other ranks
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
         code = 128 - code  # the first process of a container does not die of signals
@@ -91,67 +91,74 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 def exit_code(main: Callable[[], int | None]) -> int:
     """Run an entry point. Returns what it returns (None is 0), or 2 after one line on stderr on a user's mistake.
 
-    ``STOPPED`` (75) after a request to stop, or -n where signal n ended it before there was anything to save.
+    Returns ``STOPPED`` (75) after a stop request, and -n if signal n arrived before there was anything to save.
 
-    All ranks meet the same mistakes in set-up, so rank 0 prints them; another one waits to be ended by its launcher,
-    and prints if that never comes: it alone met the mistake. A rank that finds another one gone returns 3: launchers
-    then report the one that knows why.
+    A mistake in the set-up occurs on all ranks, so rank 0 prints it. The others wait for their launcher to end them.
+    If it does not, they alone have made the mistake, and print it. A rank that finds another one gone returns 3:
+    launchers then report the rank that knows the reason.
     """
     try:
         code = main()
-        sys.stdout.flush()  # here, where it may find that nobody reads
+        sys.stdout.flush()  # here, where a BrokenPipeError is handled
     except StopError as stop:
-        print(f"rank {launched_rank()}: {stop}", file=sys.stderr, flush=True)
+        _report(f"rank {launched_rank()}: {stop}")
         return stop.code
     except USER_ERRORS as error:
         line = printable(" ".join(str(error).split()))
         if launched_rank() != 0 and not isinstance(error, RankError):
-            # The launcher's: and srun reports the highest exit code, so it should be that of rank 0.
+            # SIGTERM of the launcher. srun reports the highest exit code, which should be that of rank 0.
             signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
             time.sleep(RANK_0_SECONDS)
             line = f"rank {launched_rank()}: {line}"
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        _report(f"error: {line}")
         return 2
     except BrokenPipeError:
         if not _is_unread(1):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader, as in `... | head`, has left
         return 0
     except OSError as error:
         full = error.errno in STORAGE_ERRORS
-        if not full and error.filename is None:  # no file of the user's: a defect of ours
+        if not full and error.filename is None:  # not about a file of the user: a bug
             raise
         where = printable(f"{error.filename}: ") if error.filename is not None else ""
-        mend = "make room or choose another folder" if full else "see that it can be read and written"
-        print(f"error: {where}{error.strerror}; {mend}", file=sys.stderr, flush=True)
+        advice = "make room or choose another folder" if full else "see that it can be read and written"
+        _report(f"error: {where}{error.strerror}; {advice}")
         return 2
     except (RuntimeError, MemoryError) as error:
-        if told := _memory_error(error):
-            print(f"error: rank {launched_rank()}: {told}; {_LESS_MEMORY}", file=sys.stderr, flush=True)
+        if message := _memory_error(error):
+            _report(f"error: rank {launched_rank()}: {message}; {_LESS_MEMORY}")
             return 2
         if death := explain_worker_death(error):
-            print(f"error: rank {launched_rank()}: {death}", file=sys.stderr, flush=True)
+            _report(f"error: rank {launched_rank()}: {death}")
             return 2
         if _LATE_RANK.search(str(error)):
-            print(f"rank {launched_rank()}: another rank does not answer, and nobody knew which", file=sys.stderr)
+            _report(f"rank {launched_rank()}: another rank does not answer, and nobody knew which")
             return 3
         if not _LOST_RANK.search(str(error)):
             raise
-        told = "another rank has ended; its message says why (without one it was killed, as for want of memory: dmesg)"
-        print(f"rank {launched_rank()}: {told}", file=sys.stderr, flush=True)
+        _report(
+            f"rank {launched_rank()}: another rank has ended; its message says why (without one it was killed, as for "
+            "want of memory: dmesg)"
+        )
         time.sleep(LOST_RANK_SECONDS)
         return 3
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:  # argparse's, after --help
         if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr, flush=True)
+            _report(ended.code)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return code or 0
 
 
+def _report(line: str) -> None:
+    """Write the last line of a command to stderr, even if logging is not set up."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def _memory_error(error: Exception) -> str:
-    """What an error says of memory that does not suffice; "" where it says nothing of it."""
+    """The part of an error's message that says that memory ran out; "" for other errors."""
     if isinstance(error, MemoryError):
         return printable(" ".join(str(error).split())) or "no memory is left"
     line = next((line for line in str(error).splitlines() if _NO_MEMORY.search(line)), "")
@@ -159,9 +166,9 @@ def _memory_error(error: Exception) -> str:
 
 
 def _is_unread(descriptor: int) -> bool:
-    """Whether it is a pipe that nobody reads any more."""
+    """Whether a file descriptor is a pipe whose reader has left."""
     poll = select.poll()
-    poll.register(descriptor, 0)  # what is wrong is told unasked
+    poll.register(descriptor, 0)  # errors are reported without being asked for
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
