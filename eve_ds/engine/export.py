@@ -1,4 +1,4 @@
-"""The trained model as a folder that loads without DeepSpeed: safetensors (fp32 master weights), config, tokenizer."""
+"""Export of the trained model as a folder that loads without DeepSpeed: fp32 master weights, config, tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from preprocessing.text.tokenizer import Tokenizer
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """{name: fp32 CPU tensor} of all weights, all ranks' experts included. Called by all ranks; empty but on rank 0."""
+    """{name: fp32 CPU tensor} of all weights with all ranks' experts; {} but on rank 0. Called by all ranks."""
     groups = {}
     for prefix, layer in module.named_modules():
         if isinstance(layer, MoE) and layer.ep_size > 1:
@@ -43,10 +43,17 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 def export_model(
     module: nn.Module, config: Any, tokenizer: Tokenizer, folder: Path, step: int, answers: list[str] | None = None
 ) -> None:
-    """Write ``folder`` (model.safetensors, config.yaml, tokenizer.json, for VQA answer_list.json, hashes.json), each
-    atomically.
+    """Write model.safetensors, config.yaml, tokenizer.json, hashes.json and, for VQA, answer_list.json.
 
-    Called by all ranks. ``step``: optimizer steps that the weights have taken, told in the file.
+    Each file is written atomically. Called by all ranks.
+
+    Args:
+        module: the trained module.
+        config: the resolved tree.
+        tokenizer: of the run.
+        folder: is made if it does not exist.
+        step: optimizer steps so far; stored in the metadata of the weights.
+        answers: VQA's answer list.
     """
     mark(f"the export into {folder}")
     state = full_state(module)
