@@ -24,7 +24,7 @@ help: ## this list
 
 setup: $(RUN_READY) ## make .venv
 
-demo: setup ## the whole road on a small embedded data set; ends with runs/demo/report.html
+demo: setup ## the whole pipeline on a small embedded data set; ends with runs/demo/report.html
 	@.venv/bin/python -m eve_ds.demo --seed $(SEED)
 
 test: $(DEV_READY) test-packages ## what CI runs

@@ -1,9 +1,9 @@
-"""The whole road on an embedded data set: raw files, shards, pre-training, fine-tuning, scores.
+"""The whole pipeline on an embedded data set: raw files, shards, pre-training, fine-tuning, scores.
 
     make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
 
-Every stage is a command that a user could type (they are listed in the report); this file runs them in order on two CPU
-ranks, or on the GPUs it finds, and tells how long is left.
+Each stage consists of commands that a user could type; the report lists them. They run in order, on two CPU ranks or on
+the GPUs of this machine, with an estimate of the time left.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ PRETRAIN = CONFIGS / "tiny_shapes.yaml"
 MARKER = "demo.json"
 LOSS_WINDOW = 20  # steps over which the first and last pre-training loss are averaged
 ASKED = 600  # of the 6,000 training images: pre-training sees all captions, fine-tuning few labels
-FIRST = "first_values"  # below the folder of a fine-tuning: the same without pre-training
+FIRST = "first_values"  # in the folder of a fine-tuning: the same fine-tuning without pre-training
 TASK_FOLDERS = {"retrieval": "itr", "vqa": "vqa", "nlvr": "nlvr"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands run one after the other.
+    """Commands that run one after the other.
 
     Args:
-        title: what the user reads.
-        expected: seconds on two cores of 2024, for the estimate of what is left.
+        title: printed.
+        expected: seconds on two cores of 2024, for the estimate of the time left.
         commands: arguments after ``python``, or after the deepspeed launcher's own options if ``ranks`` is set.
         ranks: start through the deepspeed launcher.
     """
@@ -55,7 +55,7 @@ class Stage:
 
 
 def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
-    """The road, as commands."""
+    """All stages of the demo."""
     return [*data_stages(root, seed), *training_stages(root, seed, world_size), scoring_stage(root)]
 
 
@@ -82,7 +82,7 @@ def data_stages(root: Path, seed: int) -> list[Stage]:
 
 
 def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
-    """Pre-training; then three fine-tunings, each from the pre-trained weights and from first values."""
+    """Pre-training, then three fine-tunings, each with and without the pre-trained weights."""
     common = ["--engine.expert_parallel_size", str(2 if world_size % 2 == 0 else 1)]
     common += ["--deepspeed_config", "ds_configs/zero2.json"]
     pretrain = ["eve_ds.pretrain", "--config", str(PRETRAIN), "--data.path", f"{root}/data/captions"]
@@ -110,7 +110,7 @@ def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
 
 
 def scoring_stage(root: Path) -> Stage:
-    """The evaluation commands on the predictions, and what is had without a model or without an image."""
+    """The evaluation commands on the predictions, and the baselines without a model or without an image."""
     raw = root / "raw"
     tested = ["--questions", vqa_file(raw, "test", "questions"), "--annotations", vqa_file(raw, "test", "annotations")]
     learned = ["--train-questions", vqa_file(raw, "train", "questions")]
@@ -134,7 +134,7 @@ def scoring_stage(root: Path) -> Stage:
 
 
 def scores_file(root: Path, task: str, run: str) -> Path:
-    """What the evaluation command writes; ``run`` is "" or FIRST."""
+    """The file that the evaluation command writes; ``run`` is "" or FIRST."""
     return root / f"scores_{task}{run and f'_{run}'}.json"
 
 
@@ -145,17 +145,17 @@ def vqa_file(raw: Path, split: str, kind: str) -> str:
 
 
 class Road:
-    """Runs stages, tells the time left, remembers the commands.
+    """Runs stages, prints the time left and records the commands.
 
     Args:
         plan: the stages.
-        world_size: ranks of those that train.
+        world_size: ranks of the training stages.
     """
 
     def __init__(self, plan: list[Stage], world_size: int) -> None:
         self.plan, self.world_size = plan, world_size
         self.done: list[dict[str, Any]] = []
-        self.pace = 1.0  # this machine's time over the expected one
+        self.pace = 1.0  # this machine's time divided by the expected time
 
     def run(self) -> None:
         began = time.monotonic()
@@ -175,7 +175,7 @@ class Road:
     def _command(self, stage: Stage, arguments: list[str]) -> None:
         launcher = [sys.executable]
         if stage.ranks:
-            # Not the deepspeed script: it need not lie beside the interpreter.
+            # Not the deepspeed script, which may be missing beside the interpreter.
             launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(self.world_size)]
             launcher += ["--master_port", str(free_port()), "--log_level", "warning", "--module"]
         start = time.monotonic()
@@ -189,7 +189,7 @@ class Road:
 
 
 def metrics(root: Path, world_size: int) -> dict[str, Any]:
-    """The demo's summary, from the files that its stages wrote. Percent, but for NLVR's and the words' fractions."""
+    """The demo's summary, from the files of its stages. In percent; NLVR and the masked words are fractions."""
 
     def read(name: str) -> Any:
         return json.loads((root / name).read_text(encoding="utf-8"))
@@ -232,7 +232,7 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The scores beside those of the same road without pre-training, and what is had by chance."""
+    """The scores beside those without pre-training and by chance, as text."""
     pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
     rows = [
         ("", "pre-trained", "from first values", "for comparison"),
@@ -264,7 +264,7 @@ def clock(seconds: float) -> str:
 
 
 def ranks() -> int:
-    """One a GPU, or two on the CPU."""
+    """One rank per GPU, or two on the CPU."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -272,7 +272,7 @@ def ranks() -> int:
 
 
 def claim(root: Path, seed: int) -> None:
-    """Empty ``root`` if an earlier demo made it; refuse to touch anything else."""
+    """Empty ``root`` if an earlier demo made it. Raises UserError for any other folder with files."""
     if root.is_file():
         raise UserError(f"--out {root}: is a file; name a folder")
     if root.exists():
@@ -283,7 +283,7 @@ def claim(root: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m eve_ds.demo", description="The whole road on an embedded data set.")
+    parser = Parser(prog="python -m eve_ds.demo", description="The whole pipeline on an embedded data set.")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another world and another model (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default runs/demo)")
     options = parser.parse_args()

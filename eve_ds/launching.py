@@ -1,12 +1,12 @@
-"""A launcher's guard: hands requests to stop to the ranks, waits for all that it knows of, and tells their exit code.
+"""Runs a launcher, passes signals on to its ranks, waits for all of them and returns their exit code.
 
     python -m eve_ds.launching deepspeed --num_gpus 8 --module eve_ds.pretrain ARGS
     python -m eve_ds.launching torchrun --nproc_per_node 8 --module eve_ds.pretrain ARGS
 
-Launchers have ways of their own with signals: the deepspeed command dies of TERM and leaves its ranks, its part below
-kills them after 30 s, torchrun too, mpirun after one. In here none of them is signalled: TERM, INT, HUP and USR1 go to
-the ranks of this host, which save and end, however long that takes; the launcher ends with them. It may be the first
-process of a container, which the kernel lets no signal end without a handler. Standard library only.
+Launchers handle signals differently: the deepspeed command dies of TERM and leaves its ranks behind; its per-node
+launcher and torchrun kill them after 30 s, mpirun after one. Under this command the launcher gets no signal. TERM, INT,
+HUP and USR1 go to the ranks of this host, which save and end, however long that takes, and the launcher ends after
+them. It may run as process 1 of a container, which no signal without a handler ends. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,28 +27,26 @@ from preprocessing.redaction import without_secrets
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_SECONDS = 0.2
-TOLD = (2, STOPPED, 3)  # exit codes of ranks, the most telling first; then come those of signals
+TOLD = (2, STOPPED, 3)  # exit codes of ranks, the most informative first; those of signals come after them
 
 
 class Guard:
     """One launcher and the ranks that it started on this host.
 
     Args:
-        command: the launcher's.
-        folder: where ranks make themselves known: a file named by the process, in the end with its exit code.
+        command: the launcher's command line.
+        folder: in which each rank writes a file named by its process id; at its end, the file holds its exit code.
     """
 
     def __init__(self, command: list[str], folder: Path) -> None:
         self.command, self.folder = command, folder
-        self._asked: list[int] = []  # signals, in the order in which they came
-        self._passed: dict[str, int] = {}  # of each rank (and of the launcher, ""), how many of them it was sent
+        self._asked: list[int] = []  # signals received, in order
+        self._passed: dict[str, int] = {}  # how many of them each rank was sent ("": the launcher)
 
     def run(self) -> int:
         """Start the launcher; returns the exit code when it and all ranks have ended."""
         for number in SIGNALS:
-            if (
-                signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP
-            ):  # nohup's holds for the ranks, too
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is for the ranks, too
                 signal.signal(number, lambda number, _: self._asked.append(number))
         try:
             launcher = subprocess.Popen(
@@ -69,19 +67,20 @@ class Guard:
         return self._result(code)
 
     def _living(self) -> list[str]:
-        """Ranks that have made themselves known and have not ended."""
+        """Process ids of the ranks that have registered and not ended."""
         return [each.name for each in self.folder.iterdir() if not each.read_text() and self._is_ours(each.name)]
 
     def _is_ours(self, process: str) -> bool:
-        """Whether it runs, and was started from here: in a container inside of us, numbers are others."""
+        """Whether the process runs and was started from here. Ids from a container inside of this one mean others."""
         try:
             return os.fsencode(f"{RANKS}={self.folder}") in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
         except OSError:
             return False
 
     def _pass_on(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Give each rank the signals that it has not had, those of a start-up included; what comes while no rank lives
-        is the launcher's, whose own part in a start or an end may hang.
+        """Send each rank the signals that it has not got yet, also those from before it registered.
+
+        If there is no rank, end the launcher instead: it may hang in its own start or end.
         """
         asked, ranks = len(self._asked), self._living()
         for rank in ranks:
@@ -95,28 +94,30 @@ class Guard:
         self._passed[""] = asked
 
     def _reap(self, launcher: subprocess.Popen[bytes]) -> None:
-        """Take the exit codes of orphans, which have become ours."""
+        """Collect the exit codes of orphans, which have become children of this process."""
         ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
         with contextlib.suppress(ChildProcessError):  # none is left
             while (child := os.waitid(os.P_ALL, 0, ended)) and child.si_pid != launcher.pid:
                 os.waitpid(child.si_pid, 0)
 
     def _result(self, code: int) -> int:
-        """The exit code that the ranks have told; where none told of a fault, the launcher's, which may be any."""
+        """The exit code of the ranks; if none failed, that of the launcher."""
         told = [each.read_text() for each in self.folder.iterdir()]
-        if not told and signal.SIGUSR1 in self._asked:  # a scheduler's notice, in start-up: queued again
+        if (
+            not told and signal.SIGUSR1 in self._asked
+        ):  # a scheduler's notice during start-up: it may queue the job again
             return STOPPED
         codes = {int(text) for text in told if text}
         code = 128 - code if code < 0 else code
-        died = int("" in told)  # without a word
+        died = int("" in told)  # without writing an exit code
         return next((each for each in TOLD if each in codes), max(codes, default=0) or code or died)
 
 
 def _end_with_guard() -> None:
-    """In the launcher, before it is one: have the kernel send it USR1 when the guard dies.
+    """Runs in the child before exec: the kernel is to send the launcher USR1 when the guard dies.
 
-    Each launcher passes that on to its ranks or dies of it. Ranks on this host notice by themselves that the guard is
-    gone; those of srun are no descendants of it.
+    Launchers pass USR1 on to their ranks or die of it. Ranks on this host notice by themselves that the guard is gone,
+    but those of srun are no descendants of it.
     """
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGUSR1, 0, 0, 0)
 
@@ -128,7 +129,7 @@ def main() -> int:
     if command[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    for word in command:  # the launcher would log it, and the list of processes shows it
+    for word in command:  # the launcher would log it, and process lists show it
         if (shown := without_secrets(word)) != word:
             raise UserError(
                 f"{shown}: holds a user, a password or a key; leave them out, and give them in the environment "

@@ -1,4 +1,4 @@
-"""What ``python -m eve_ds.bench`` measures: a benchmark a file, each with a ``BENCHMARK`` that bench.py lists.
+"""What ``python -m eve_ds.bench`` measures: a benchmark a file, each with a ``BENCHMARK`` that __main__.py lists.
 
 To add one: write a module with such a value (``benchmark.Benchmark``), and enter it in ``eve_ds.bench.BENCHMARKS``.
 """

@@ -11,24 +11,24 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-OF_JOBS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # what ends or warns a whole job
+OF_JOBS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # signals that end or warn a whole job
 
 
 def ignore_sigterm_except_from_parent(worker: int) -> None:
-    """In a loader's process, from its start on: let no SIGTERM end it but its parent's, and none of `OF_JOBS` else.
+    """Make this loader process ignore the signals of ``OF_JOBS``, except a SIGTERM from its parent. A worker_init_fn.
 
-    Schedulers, launchers and terminals send a signal to all processes of a job. The training process then ends its step
-    and saves, for which it needs its readers: it ends them itself. (torch's own handler passes over no signal but its
-    parent's.) The parent's handlers and wakeup descriptor, which a fork hands on, are its own affair.
+    Schedulers, launchers and terminals send a signal to all processes of a job. The training process then finishes its
+    step and saves, for which it needs its loader processes; it ends them itself. The parent's handlers and wakeup
+    descriptor, which a fork copies, are removed.
 
     Args:
-        worker: its number; torch's DataLoader gives it.
+        worker: its index, from torch's DataLoader.
     """
     signal.set_wakeup_fd(-1)
     for number in OF_JOBS[1:]:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_JOBS[1:])
-    # Blocked here, it is blocked in the threads that this one starts, too, and left to the one that waits for it.
+    # Threads inherit the block, so the signal stays pending for the thread that waits for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_await_parents_signal, name=f"reader-{worker}-signals", daemon=True).start()
 

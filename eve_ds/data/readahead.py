@@ -1,6 +1,6 @@
 """Sequential reading under a windowed shuffle: the kernel reads a window's runs before its samples are asked for.
 
-Under `data.shuffle: window` the next thousands of samples lie in a few runs of the shards (sampler.py). A network file
+With `data.shuffle_window` the next thousands of samples lie in a few runs of the shards (sampler.py). A network file
 system is fast at reading these from end to end and slow at fetching them one by one in random order. So each process
 asks the kernel, in the order of the file, to read what it and its siblings will want in the window to come; when the
 samples are read, in the order of training, they come out of the page cache. A rank asks for its own samples alone, and

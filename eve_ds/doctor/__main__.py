@@ -1,7 +1,7 @@
-"""What this machine has, what EVE-DS makes of it, and what is known to go wrong: ``python -m eve_ds.doctor``.
+"""Hardware, versions and kernels of this machine, and known problems: ``python -m eve_ds.doctor``.
 
-It runs whatever is missing or broken, so it needs the standard library alone; torch and the other libraries are tried
-in child processes. Exit code 0: no known-bad combination; 1: at least one, each printed with its mend; 2: bad usage.
+It works with packages missing or broken: it imports the standard library only, and tries torch and the other libraries
+in child processes. Exit codes: 0 no known problem; 1 at least one, each printed with its remedy; 2 bad usage.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def main() -> None:
 
 
 def examine(ranks: int | None = None) -> dict[str, Any]:
-    """All findings, as they go to JSON. Sizes in bytes, speeds per second.
+    """All findings, as written to JSON. Sizes are in bytes, speeds per second.
 
     Args:
-        ranks: that will run on this machine; None: as the launcher's variables say, else one a GPU, else one.
+        ranks: how many will run on this machine. None: as the launcher's variables say, else one per GPU, else one.
     """
-    environ = dict(os.environ)  # as the user has set it; our commands change it
+    environ = dict(os.environ)  # as the user set it: prepare_environment changes it
     prepare_environment()
     packages = software.packages()
     side, torch_problem = software.torch_side(measure=True)
@@ -102,14 +102,14 @@ def named_versions(facts: Facts) -> dict[str, str | None]:
 
 
 def ranks_here(environ: dict[str, str], gpus: int) -> int:
-    """Ranks on this machine, from the launcher's variables, else one a GPU, else one."""
+    """Ranks on this machine, from the launcher's variables, else one per GPU, else one."""
     set_by_launcher = next((environ[name] for name in RANKS_PER_NODE if name in environ), "")
     number = set_by_launcher.split("(")[0]  # Slurm writes 8(x2)
     return int(number) if number.isdigit() and int(number) else max(gpus, 1)
 
 
 def notes(facts: Facts) -> list[str]:
-    """What is worth knowing and breaks nothing."""
+    """Remarks that are no faults."""
     found = []
     mpi = facts.packages["mpi4py"]
     if mpi.problem:
@@ -122,7 +122,7 @@ def notes(facts: Facts) -> list[str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes all or nothing. preprocessing.shards.schema.write_atomic imports pyarrow, which may be missing here."""
+    """Write a file atomically. preprocessing.shards.schema.write_atomic would import pyarrow, which may be missing."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file; name another one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def toolkit() -> str | None:
 
 
 def read(path: Path) -> str:
-    """A file's text; "" where it is not there or may not be read."""
+    """A file's text; "" if it does not exist or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -79,9 +79,9 @@ def read(path: Path) -> str:
 
 
 def held_open(path: Path) -> bool:
-    """Whether a process of this host has a file open, as far as /proc lets this user see.
+    """Whether a process of this host has a file open, as far as this user may see in /proc.
 
-    The living builder of a torch extension keeps its ``lock`` open (torch.utils.file_baton); those who wait do not.
+    The process that builds a torch extension keeps its ``lock`` open (torch.utils.file_baton); those that wait do not.
     """
     wanted = str(path.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):

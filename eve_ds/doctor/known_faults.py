@@ -1,7 +1,4 @@
-"""Combinations known to break a run, to hang it, or to make it slow without a word; each with its mend.
-
-Where a fault is not obvious, the source is the facts measured for this project or the library's own code.
-"""
+"""Settings and versions that are known to make a run fail, hang or slow down, each with its remedy."""
 
 from __future__ import annotations
 
@@ -38,9 +35,11 @@ HURTFUL = {
 
 @dataclass(frozen=True)
 class Fault:
-    """Attributes:
-    found: what is wrong, with the values seen.
-    mend: what to do.
+    """A known problem that this machine has.
+
+    Attributes:
+        found: what is wrong, with the values seen.
+        mend: what to do.
     """
 
     found: str
@@ -49,7 +48,7 @@ class Fault:
 
 @dataclass
 class Facts:
-    """What the probes found, and what the user means to do with the machine."""
+    """What the probes found, and how many ranks the user wants to run here."""
 
     environ: Mapping[str, str]
     pins: dict[str, str] = field(default_factory=dict)
@@ -69,7 +68,7 @@ class Facts:
 
 
 def find_faults(facts: Facts) -> list[Fault]:
-    """All that was found, the gravest kinds first."""
+    """All faults, the most serious kinds first."""
     return [fault for check in CHECKS for fault in check(facts)]
 
 
@@ -126,9 +125,9 @@ def gpu_without_torch(facts: Facts) -> list[Fault]:
 
 
 def two_ninjas(facts: Facts) -> list[Fault]:
-    """Compiled operations are rebuilt whenever another ninja comes first on PATH.
+    """A compiled operation is rebuilt whenever the first ninja on PATH is another version.
 
-    Harmless where this environment's own comes first: our commands put it there in any shell (engine/environment.py).
+    No fault if this environment's own comes first: EVE-DS puts it there itself (engine/environment.py).
     """
     found: dict[str, str] = {}  # version: first place
     for folder in facts.environ.get("PATH", os.defpath).split(os.pathsep):
@@ -144,7 +143,7 @@ def two_ninjas(facts: Facts) -> list[Fault]:
 
 
 def left_locks(facts: Facts) -> list[Fault]:
-    """A killed build leaves its lock, and every later run waits for it in silence."""
+    """Locks of killed builds: every later run waits for such a lock, without a message."""
     return [
         Fault(f"{lock} was left by a killed build; runs that need it hang", f"rm {lock}")
         for lock in sorted(facts.extensions.glob("*/lock"))
@@ -198,7 +197,7 @@ def small_limits(facts: Facts) -> list[Fault]:
 
 
 def wandb_without_login(facts: Facts) -> list[Fault]:
-    """Online and without a key, wandb gives up after a minute and the run's curves are lost."""
+    """Online mode without a key: wandb gives up after a minute, and the curves of the run are lost."""
     if facts.environ.get("WANDB_MODE") != "online" or facts.environ.get("WANDB_API_KEY"):
         return []
     path = Path(facts.environ.get("NETRC") or Path(facts.environ.get("HOME", "~")).expanduser() / ".netrc")

@@ -14,9 +14,9 @@ def screen(found: dict[str, Any]) -> str:
         ("Versions", versions(found)),
         ("Machine", machine(found)),
         ("Speeds", speeds(found)),
-        ("Operations: what runs, and what would be quicker", operations(found)),
+        ("Operations: the implementation in use, and faster ones", operations(found)),
         ("Notes", iter(found["notes"])),
-        ("Known-bad combinations", faults(found)),
+        ("Known problems", faults(found)),
     ]
     blocks = [(title, [f"  {line}" for line in lines]) for title, lines in parts]
     return "\n".join("\n".join([title, *lines]) for title, lines in blocks if lines)
@@ -70,7 +70,7 @@ def operations(found: dict[str, Any]) -> Iterator[str]:
 def faults(found: dict[str, Any]) -> Iterator[str]:
     for fault in found["faults"]:
         yield fault["found"]
-        yield f"  mend: {fault['mend']}"
+        yield f"  fix: {fault['mend']}"
     if not found["faults"]:
         yield "none found"
 

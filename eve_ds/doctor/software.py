@@ -1,4 +1,4 @@
-"""Versions, and whether each library loads: asked in child processes, which a broken one cannot bring down with us."""
+"""Versions of the libraries, and whether they load. Each is loaded in a child process, since a broken one may crash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from evaluation.common import without_secrets
 IMPORT_TIMEOUT_S = 180
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
-# What a child prints last is the detail. mpi4py must not start MPI: that can hang outside of mpirun.
+# The last line that a child prints is ``Package.detail``. mpi4py must not start MPI, which can hang without mpirun.
 SNIPPETS = {
     "deepspeed": "import deepspeed",
     "triton": "import triton",
@@ -31,10 +31,12 @@ SNIPPETS = {
 
 @dataclass(frozen=True)
 class Package:
-    """Attributes:
-    version: None if it is not installed.
-    problem: why it does not load; "" if it does, or was not tried.
-    detail: what else there is to say (the MPI library behind mpi4py).
+    """A library.
+
+    Attributes:
+        version: None if it is not installed.
+        problem: why it does not load; "" if it loads or was not tried.
+        detail: for mpi4py, the MPI library that it uses.
     """
 
     version: str | None
@@ -51,7 +53,7 @@ def version(package: str) -> str | None:
 
 
 def pins() -> dict[str, str]:
-    """Exact versions that this project asks for, from requirements.txt or, where installed, its metadata."""
+    """Exact versions that EVE-DS requires: from requirements.txt, or from the metadata of the installed package."""
     if REQUIREMENTS.is_file():
         lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     else:
@@ -61,14 +63,14 @@ def pins() -> dict[str, str]:
 
 
 def triton_wanted() -> str | None:
-    """The Triton that the installed torch asks for; None for a CPU build, which asks for none."""
+    """The version of Triton that the installed torch requires; None for a CPU build, which requires none."""
     required = metadata.requires("torch") or [] if version("torch") else []
     found = (re.match(r"triton\s*==\s*([\d.]+)", line) for line in required)
     return next((match[1] for match in found if match), None)
 
 
 def packages() -> dict[str, Package]:
-    """The libraries that can break a run, each loaded once."""
+    """The libraries that can make a run fail, each loaded once."""
     installed = {name: version(name) for name in SNIPPETS}
     present = [name for name in SNIPPETS if installed[name] is not None]
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
@@ -85,7 +87,7 @@ def _load(name: str) -> tuple[str, str]:
 
 
 def torch_side(*, measure: bool) -> tuple[dict[str, Any], str]:
-    """(what ``torch_side`` found, "" or why it did not finish). What it had found before a failure is kept."""
+    """(what ``torch_side`` found, why it failed or ""). What it found before a failure is kept."""
     command = [sys.executable, "-m", "eve_ds.doctor.torch_side", *(["--measure"] if measure else [])]
     code, output, errors = run(command, IMPORT_TIMEOUT_S)
     found: dict[str, Any] = {}
@@ -96,7 +98,7 @@ def torch_side(*, measure: bool) -> tuple[dict[str, Any], str]:
 
 
 def run(command: list[str], timeout: float) -> tuple[int, str, str]:
-    """(exit code, output, errors) of a command; 127 if it cannot be started, 124 if it outlasts ``timeout`` seconds."""
+    """(exit code, output, errors) of a command; 127 if it cannot be started, 124 after ``timeout`` seconds."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=timeout, stdin=subprocess.DEVNULL
@@ -109,7 +111,7 @@ def run(command: list[str], timeout: float) -> tuple[int, str, str]:
 
 
 def last_line(text: str) -> str:
-    """The line that says what went wrong in a traceback: its last one that has no indent, in at most 200 characters."""
+    """The error line of a traceback, at most 200 characters: the last line without indent, of an exception if any."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line[0].isspace()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Warning)\b", line)]
     return without_secrets((errors or lines or [""])[-1])[:200]

@@ -1,7 +1,7 @@
 """What needs torch: devices, live kernels, speeds. ``python -m eve_ds.doctor.torch_side`` prints JSON lines.
 
-Run as a child of the doctor. A line is printed as soon as its part is known, so a crash loses only what follows.
-The GPU parts could not be run here (no GPU).
+The doctor runs it as a child process. Each part is printed as soon as it is known, so a crash loses only what follows.
+The GPU parts have not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tell(**part: Any) -> None:
 
 
 def build() -> dict[str, Any]:
-    """Torch's version and what it was built for, the devices that it sees, and the precision to train in."""
+    """torch's version and build, the devices that it sees, and the precision that ``auto`` chooses."""
     from eve_ds.engine.precision import best_precision
 
     on_gpu = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def build() -> dict[str, Any]:
 
 
 def operations(device: torch.device) -> Iterator[dict[str, Any]]:
-    """One entry an operation of ``eve_ds.kernels``: {name: its alternatives, the live one first marked}."""
+    """For each operation of ``eve_ds.kernels`` {"operations.NAME": its alternatives and which one is used}."""
     from eve_ds.kernels import adam, grouped_mm, layer_norm, permute
 
     asked: dict[str, Callable[[], Any]] = {
@@ -70,7 +70,7 @@ def operations(device: torch.device) -> Iterator[dict[str, Any]]:
     for name, ask in asked.items():
         try:
             choice = ask()
-        except Exception as error:  # noqa: BLE001  # a broken library is what the doctor is asked to find: it tells it
+        except Exception as error:  # noqa: BLE001  # a broken library is a finding, too
             yield {"operations." + name: {"error": without_secrets(f"{type(error).__name__}: {error}")[:200]}}
             continue
         alternatives = [dataclasses.asdict(alternative) for alternative in choice.alternatives]
@@ -103,7 +103,7 @@ def copy_speed(source: torch.device, target: torch.device) -> float:
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of one square product, the best of those that fit into the time."""
+    """FLOP per second of a square matrix product: the fastest of those that fit into SECONDS."""
     side = SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty(side, side, device=device, dtype=dtype)
@@ -111,7 +111,7 @@ def matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def quickest(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the quickest call of those that fit into SECONDS, after one call to warm up."""
+    """Seconds of the fastest of the calls that fit into SECONDS, after one warm-up call."""
     best = float("inf")
     end = time.perf_counter() + SECONDS
     for turn in range(1000):

@@ -1,7 +1,7 @@
 """One decision for all ranks, and one view of the folder that they share.
 
-What a rank finds in a folder of a network file system may lag behind what another one wrote there, and a folder of the
-same name may be another one on each host. So rank 0 decides, tells the others, and they wait until they see the same.
+On a network file system, a rank may see later what another rank has written. A path may also be a different folder on
+each host. So rank 0 decides and broadcasts, and the other ranks wait until they see the same files.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from eve_ds.files import write_text
 
 T = TypeVar("T")
 _ONE_FOLDER = "all ranks need one folder, on a file system that their hosts share"
-PATIENCE_SECONDS = 75.0  # NFS clients keep what they know of a folder for up to 60 s (acdirmax)
+PATIENCE_SECONDS = 75.0  # NFS clients cache a folder's attributes for up to 60 s (acdirmax)
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank, ranks); (0, 1) without a process group."""
+    """(rank, world size); (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def place() -> str:
-    """This rank in words, as in "rank 1 on host node7"."""
+    """This rank, for messages, as in "rank 1 on host node7"."""
     return f"rank {rank_and_world()[0]} on host {socket.gethostname()}"
 
 
 def host() -> str:
-    """The same for ranks on one host alone: hosts may share a name, containers of a host may differ in it."""
+    """An identifier of the host. Hosts may share a name, and containers on one host may have different names."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -60,7 +60,7 @@ def tell(value: T) -> T:
 
 
 def decide(decision: Callable[[], T]) -> T:
-    """What ``decision`` returns on rank 0, on every rank; a mistake of the user that it raises is raised on all."""
+    """What ``decision`` returns on rank 0, on every rank. A user's error that it raises is raised on all ranks."""
     value: T | None = None
     mistake: Exception | None = None
     if rank_and_world()[0] == 0:
@@ -76,7 +76,7 @@ def decide(decision: Callable[[], T]) -> T:
 
 
 def agree(mistake: str | None) -> None:
-    """Raise UserError on all ranks if one has found a mistake: that of the first such rank. Called by all ranks."""
+    """Raise UserError on all ranks if ``mistake`` is set on any: that of the first such rank. Called by all ranks."""
     found = [told for told in gather(mistake) if told]
     if found:
         raise UserError(found[0])
@@ -86,8 +86,8 @@ def same_view(look: Callable[[], T], what: str) -> T:
     """What ``look`` returns on rank 0, once it returns the same on every rank. Called by all ranks.
 
     Args:
-        look: what this rank sees of the shared folder now.
-        what: names it in the error.
+        look: returns what this rank sees in the shared folder now.
+        what: names the folder in the error.
     Raises:
         UserError: some rank still sees something else after ``PATIENCE_SECONDS``.
     """
@@ -116,7 +116,7 @@ def await_view(look: Callable[[], T], expected: T, what: str) -> None:
 
 
 def _waiting() -> Iterator[None]:
-    """At growing intervals until patience ends: as often on every rank."""
+    """Yield at growing intervals for ``PATIENCE_SECONDS``, equally often on every rank."""
     pause, waited = 0.1, 0.0
     yield
     while waited < PATIENCE_SECONDS:
@@ -127,16 +127,16 @@ def _waiting() -> Iterator[None]:
 
 
 def prove_shared(folder: Path, option: str) -> None:
-    """Raise UserError unless all ranks see one folder: what rank 0 writes into it, all others read. Called by all.
+    """Raise UserError unless all ranks read from ``folder`` what rank 0 writes into it. Called by all ranks.
 
     Args:
-        folder: is there on rank 0.
+        folder: exists on rank 0.
         option: names the folder in the error.
     """
     if rank_and_world()[1] == 1:
         return
     token = tell(secrets.token_hex(8))
-    file = folder / f".seen-{token}"  # of a name that no host can remember as absent
+    file = folder / f".seen-{token}"  # a new name, which no host can have cached as missing
     is_first = rank_and_world()[0] == 0
     try:
         decide(lambda: _leave(file, token))
@@ -147,7 +147,7 @@ def prove_shared(folder: Path, option: str) -> None:
 
 
 def _leave(file: Path, token: str) -> None:
-    for old in file.parent.glob(".seen-*"):  # of starts that were killed
+    for old in file.parent.glob(".seen-*"):  # from starts that were killed
         old.unlink(missing_ok=True)
     write_text(file, token)
 

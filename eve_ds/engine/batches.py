@@ -1,4 +1,4 @@
-"""This rank's micro-batches, in training without end, in evaluation each sample once."""
+"""This rank's micro-batches: an endless stream for training, each sample once for evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_batch(config: Config, rows: int) -> None:
     world_size = launched_world()[1]
     batch_shape(config.engine, world_size)
     if world_size > 1 and loader_seconds(config) > config.engine.timeout_seconds:
-        raise UserError(  # who waits for the rank that reads ends the run first, and knows nothing of its loader
+        raise UserError(  # the ranks that wait would end the run first, without knowing of the loader
             f"data.timeout_seconds={config.data.timeout_seconds} is above engine.timeout_seconds="
             f"{config.engine.timeout_seconds}, after which the other ranks end the run; lower the former or raise the "
             "latter"
@@ -48,14 +48,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class TrainingBatches(Iterator[Batch]):
-    """What a run is trained on, from optimizer step `start_step` on.
+    """Training batches from optimizer step `start_step` on.
 
     Args:
         config: the resolved tree.
-        samples: of the training split, of all sources.
-        start_step: optimizer steps that were taken before.
+        samples: of the training split of all sources.
+        start_step: optimizer steps done before.
     Raises:
-        RankError: while iterating, for a fault that this rank alone may have met.
+        RankError: while iterating, for data that perhaps only this rank cannot read.
     """
 
     def __init__(self, config: Config, samples: Samples, start_step: int) -> None:
@@ -77,15 +77,15 @@ class TrainingBatches(Iterator[Batch]):
         return next(self._batches)
 
     def close(self) -> None:
-        """End the loader's workers at once."""
+        """Stop the loader's workers at once."""
         self._batches.close()
 
     def samples_of(self, step: int) -> list[int]:
-        """The numbers, in the training split, of the samples of all ranks in an optimizer step, from 1 on."""
+        """Indices, in the training split, of the samples of all ranks in an optimizer step. Steps count from 1."""
         return self._loader.samples_at((step - 1) * self._per_step, self._per_step)
 
     def counts(self) -> dict[str, float]:
-        """What this rank has read since the start: samples of each of several sources, and corrupt ones replaced."""
+        """What this rank has read so far: replaced corrupt samples and, with several sources, the samples of each."""
         counts = {"data/replaced": float(self._loader.replaced)}
         if len(self._names) > 1:
             drawn = zip(self._names, self._loader.drawn.tolist(), strict=True)
@@ -94,12 +94,12 @@ class TrainingBatches(Iterator[Batch]):
 
 
 def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Iterator[Batch]:
-    """This rank's part of a split in order, each sample once (repeats that make ranks even have ``valid`` False)."""
+    """This rank's part of a split in order, each sample once. Samples repeated as a filler have ``valid`` False."""
     return _told_by_rank(_loader(config, samples, train=False, limit=limit))
 
 
 def source_names(data: DataConfig) -> list[str]:
-    """What the sources are called in the log: the last part of their paths, or all of it where that is not unique."""
+    """Names of the sources in the log: the last part of each path, or the whole paths if those are not unique."""
     paths = [source.path for source in data.sources or ()] or [data.path]
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else paths
@@ -111,7 +111,7 @@ def _weights(data: DataConfig) -> tuple[float, ...] | None:
 
 
 def loader_seconds(config: Config) -> int:
-    """How long a rank waits for a batch: as ``data.timeout_seconds`` says, or less than others wait for the rank."""
+    """Seconds that a rank waits for a batch: ``data.timeout_seconds``, or half of ``engine.timeout_seconds``."""
     return config.data.timeout_seconds or max(config.engine.timeout_seconds // 2, 1)
 
 
@@ -124,7 +124,7 @@ def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
 
 
 def _told_by_rank(loader: Loader) -> Any:
-    """A row that this rank alone reads is this rank's to complain of."""
+    """Turn DataError into RankError: perhaps only this rank reads that row, so it must report it itself."""
     try:
         yield from loader
     except DataError as error:

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there, and resume into the same topology or another.
+"""Saving and loading of checkpoints: each is complete or ignored, and loads into any topology.
 
-DeepSpeed writes a folder per tag, not atomically. A tag is never used twice, and ``complete.json`` (manifest.py) is
-renamed into the folder after everything else is on disk: a folder without it is a killed run's, and is not read. What
-is older goes only when that is on disk, too, so a power loss at any instant leaves a whole checkpoint. Which one a run
-goes on from says soundness.py.
+DeepSpeed writes a folder per tag, not atomically. So a tag is never used twice, and ``complete.json``
+(checkpoint_record.py) is renamed into the folder after everything else is on disk: a folder without it was left by a
+killed run, and is not read. Older checkpoints are deleted only when the new one is on disk, so a power loss at any time
+leaves a complete one. soundness.py chooses the checkpoint that a run resumes from.
 
-The same topology is loaded as it is, bit for bit. Into any other the ranks convert the checkpoint together to
-DeepSpeed's universal format, in a folder beside it that is deleted once it is loaded.
+A checkpoint of the same topology is loaded bit for bit. For another topology, all ranks together convert it to
+DeepSpeed's universal format, in a folder beside it that is deleted after the load.
 """
 
 from __future__ import annotations
@@ -50,11 +50,8 @@ from preprocessing.redaction import shortened
 _log = logging.getLogger(__name__)
 UNIVERSAL = ".universal"
 CALLBACKS = "callbacks.pt"  # the states of callbacks, in a checkpoint whose run has any
-_UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # how torch.save tells that the disk is full
-MISLEADING = (
-    "zero_to_fp32.py",
-    "zero_to_torch.py",
-)  # DeepSpeed copies these in; with experts they lose weights in silence
+_UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # in torch.save's error when the disk is full
+MISLEADING = ("zero_to_fp32.py", "zero_to_torch.py")  # copied in by DeepSpeed; they lose expert weights silently
 
 
 def save(
@@ -65,9 +62,9 @@ def save(
     state: dict[str, Any],
     callback_states: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Save ``engine`` as ``folder/step_NNNNNNNN`` and mark it whole. Called by all ranks; returns the folder.
+    """Save ``engine`` as ``folder/step_NNNNNNNN``, mark it complete and return that folder. Called by all ranks.
 
-    On return the checkpoint is on disk, and so is what the run had written of its metrics.
+    On return the checkpoint and the metrics written so far are on disk.
 
     Args:
         state: the trainer's own, as JSON holds it.
@@ -82,14 +79,14 @@ def save(
             if callback_states and dist.get_rank() == 0:
                 engine.checkpoint_engine.save(dict(callback_states), str(target / CALLBACKS))
             mine = hash_share(target, _shares_by_host(target, written))
-    hashes = joined(mine)  # and all ranks' files are on disk
+    hashes = joined(mine)  # after this, the files of all ranks are on disk
     manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
     agreement.decide(lambda: _complete(target, manifest))
     return target
 
 
 def _make_way(target: Path) -> None:
-    """Remove what a save that was killed has left under the name of a new one. Raises RankError if it is whole."""
+    """Remove what a killed save left at ``target``. Raises RankError if it is a complete checkpoint."""
     if is_there(target / COMPLETE):
         raise RankError(
             f"rank 0: {target} is whole, though it was not seen when the run began; start the same command again"
@@ -100,10 +97,10 @@ def _make_way(target: Path) -> None:
 
 @contextlib.contextmanager
 def _syncing(engine: Any) -> Iterator[list[Path]]:
-    """The files that this rank's ``engine`` writes meanwhile. Another thread has each on disk; the block ends after it.
+    """Context that lists the files that ``engine`` writes in it. A thread syncs them; the context ends after the last.
 
-    The rank that wrote a file syncs it: its host holds what is not on disk yet. Its parts have no CRC-32, which takes
-    as long as writing them: complete.json holds the SHA-256 of each file.
+    The rank that wrote a file syncs it, because the unwritten pages are in its host's memory. torch.save computes no
+    CRC-32, which takes as long as the write: complete.json holds the SHA-256 of each file.
     """
     written: list[Path] = []
     save, checksums = engine.checkpoint_engine.save, torch.serialization.get_crc32_options()
@@ -127,13 +124,13 @@ def _syncing(engine: Any) -> Iterator[list[Path]]:
 
 
 def _shares_by_host(target: Path, written: list[Path]) -> list[list[str]]:
-    """Which files of ``target`` each rank hashes: such as its host has written, and so has at hand. Called by all."""
+    """The files of ``target`` that each rank hashes: some of those that its own host wrote. Called by all ranks."""
     mine = {str(path.relative_to(target)): path.stat().st_size for path in written}
     seen = file_names(target) if dist.get_rank() == 0 else []
     told = agreement.gather((agreement.host(), mine, seen))
     hosts, files = [host for host, _, _ in told], [each for _, each, _ in told]
     known = {name for each in files for name in each}
-    files[0].update({name: 0 for name in told[0][2] if name not in known})  # what DeepSpeed has copied there
+    files[0].update({name: 0 for name in told[0][2] if name not in known})  # scripts that DeepSpeed copied there
     shares: list[list[str]] = [[] for _ in told]
     for host in set(hosts):
         ranks = [rank for rank, its in enumerate(hosts) if its == host]
@@ -144,7 +141,7 @@ def _shares_by_host(target: Path, written: list[Path]) -> list[list[str]]:
 
 
 def _complete(target: Path, manifest: Manifest) -> None:
-    """Mark a checkpoint whole, which all ranks have on disk. Called by rank 0, which must see all of it."""
+    """Mark a checkpoint complete after all ranks synced their files. Called by rank 0, which waits to see them."""
     folder, run = target.parent, target.parent.parent
     sizes: Sizes = {name: size for name, (size, _) in manifest.files.items()}
     agreement.await_view(lambda: file_sizes(target, sizes), sizes, str(target))
@@ -159,7 +156,7 @@ def _complete(target: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def disk_full_as_rank_error(target: Path) -> Iterator[None]:
-    """Turn what says that the disk is full into a RankError, and remove ``target``: it would keep the disk full."""
+    """Turn the errors of a full disk into RankError, and remove ``target`` to free the space."""
     try:
         yield
     except (RuntimeError, OSError, DataError) as error:
@@ -181,15 +178,15 @@ def load(
     identity: Identity | None,
     scratch: Path | None = None,
 ) -> None:
-    """Load ``path``, which was checked, into a fresh ``engine``. Called by all ranks.
+    """Load the checked checkpoint ``path`` into a new ``engine``. Called by all ranks.
 
-    Hyper-parameters stay the engine's own; weights, Adam's moments and its step count are the checkpoint's.
+    Weights, Adam's moments and its step count are the checkpoint's. Hyper-parameters stay the engine's own.
 
     Args:
-        manifest: of ``path``, as ``check`` or ``sound`` returned it.
-        identity: of the run and of what it reads; the checkpoint's must be the same. None: of another run, a branch of
-            which this one is (``initial.branch_point``).
-        scratch: where a conversion may write; by default beside ``path``.
+        manifest: of ``path``, as ``soundness.check`` or ``soundness.sound`` returned it.
+        identity: of this run; the checkpoint's must be equal. None for a checkpoint that this run branches from
+            (``first_weights.branch_point``).
+        scratch: folder for a conversion; by default that of ``path``.
     Raises:
         UserError: the checkpoint is another run's, or has other MoE layers or numbers of experts.
     """
@@ -226,7 +223,7 @@ def load_callback_states(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _same_groups(engine: Any, path: Path, topology: Topology) -> bool:
-    """Whether a checkpoint was cut like the engine: another learning rate or decay may group parameters otherwise."""
+    """Whether the checkpoint has the engine's parameter groups, which depend on learning rates and weight decay."""
     saved = load_file(model_file(path, topology.zero_stage, dist.get_rank()))
     groups = [list(group) for group in engine._get_zero_param_shapes()]
     bf16 = saved["ds_config"].get("bf16", {}).get("enabled", False)
@@ -234,7 +231,7 @@ def _same_groups(engine: Any, path: Path, topology: Topology) -> bool:
 
 
 def identity_in(path: Path, manifest: Manifest) -> Identity:
-    """Of the run that wrote the checkpoint ``path``. Raises UserError if what it holds is none."""
+    """The identity of the run that wrote the checkpoint ``path``. Raises UserError if it cannot be read."""
     try:
         return Identity.from_tree(manifest.state.get("identity", {}))
     except ValueError as error:
@@ -242,28 +239,28 @@ def identity_in(path: Path, manifest: Manifest) -> Identity:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and what killed runs left. Called by rank 0 alone."""
+    """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left. Called by rank 0 only."""
     try:
         kept, found = whole(folder)[-keep:], tagged(folder)
-    except OSError:  # it is looked at again after the next save
+    except OSError:  # tried again after the next save
         return
     if not kept:
         return
     older = [path for path in found[: found.index(kept[-1])] if path not in kept]
     for path in [*older, *folder.glob(f"{UNIVERSAL}_*")]:
         try:
-            (path / COMPLETE).unlink(missing_ok=True)  # first, so that a killed deletion leaves no "whole" folder
+            (path / COMPLETE).unlink(missing_ok=True)  # first: a killed deletion leaves no folder that looks complete
             shutil.rmtree(path)
-        except OSError as error:  # some file systems need room to delete; the new checkpoint is whole
+        except OSError as error:  # some file systems need free space to delete; the new checkpoint is complete
             _log.warning("%s: cannot be removed now (%s); it is tried again after the next save", path, error.strerror)
 
 
 def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) -> None:
-    """Convert ``path`` with all ranks into a folder below ``scratch``, load it, and delete the converted folder."""
+    """Convert ``path`` into a folder below ``scratch``, on all ranks together, load that and delete it."""
     folder = scratch / f"{UNIVERSAL}_{path.name}"
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a resume that was killed: perhaps half-written
+        shutil.rmtree(folder, ignore_errors=True)  # from a killed resume: perhaps incomplete
         folder.mkdir(parents=True)
     dist.barrier()
     state = ShardedState(path, manifest)
@@ -290,14 +287,14 @@ def _hyper_parameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set_steps(engine: Any, step: int) -> None:
-    """Give each parameter group a step count of its own, in the form and on the device that its optimizer needs.
+    """Give each parameter group its own step count, in the type and on the device that its optimizer needs.
 
-    DeepSpeed's ZeRO 3 loads a universal checkpoint with one step tensor shared by all groups, so that each of them
-    counts for all (losses drift by 2e-3). It also leaves the tensor on the host, and torch's fused Adam wants it beside
-    the weights. DeepSpeed's own Adams count in plain integers.
+    When DeepSpeed's ZeRO 3 loads a universal checkpoint, all groups share one step tensor, so that each group's step
+    increments the count of all (losses drift by 2e-3). It also leaves the tensor on the host; torch's fused Adam needs
+    it on the device of the weights. DeepSpeed's own Adam optimizers count in integers.
 
     Raises:
-        UserError: a group was left out by the load.
+        UserError: the load left a group out.
     """
     optimizer = engine.optimizer.optimizer
     for parameter, state in optimizer.state.items():

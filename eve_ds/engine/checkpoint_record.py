@@ -1,8 +1,8 @@
-"""What a checkpoint says of itself (``complete.json``), compared with its files. No process group is needed here.
+"""The manifest of a checkpoint (``complete.json``) and the comparison with its files. No process group is needed.
 
-DeepSpeed loads a checkpoint into another placement of the experts without a word, and wrongly. The manifest therefore
-records how the files were cut (ranks, expert placement, ZeRO stage, DeepSpeed's version) beside their hashes, and what
-the files say inside must agree with it.
+DeepSpeed loads a checkpoint into another expert placement without an error, and wrongly. So the manifest records how
+the files were split (world size, expert placement, ZeRO stage, DeepSpeed's version) beside their hashes, and the
+contents of the files must agree with it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,20 @@ from preprocessing.redaction import shortened
 ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"
 _OWN_FILES = "its files are not all of one save: put back those that are, or go on from an older checkpoint"
-torch.serialization.add_safe_globals(
-    [LossScaler, ZeroStageEnum, fragment_address]
-)  # all that DeepSpeed's files need beyond tensors
+# The only classes in DeepSpeed's files that torch.load does not allow by itself.
+torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
-Sizes = dict[str, int | str]  # file below the checkpoint: bytes, or why there are none to be seen
+Sizes = dict[str, int | str]  # file below the checkpoint: bytes, or why it cannot be opened
 Hashes = dict[str, tuple[int, str]]  # file below the checkpoint: bytes, SHA-256
-Experts = dict[str, Any]  # module path of an MoE layer: DeepSpeed's placement descriptor, which expert is on which rank
+Experts = dict[str, Any]  # module path of an MoE layer: DeepSpeed's descriptor of which rank has which expert
 
 
 class DamagedError(UserError):
-    """A checkpoint is not as it was saved: found by reading it, not by a read that failed.
+    """A checkpoint that was read differs from what was saved. (A read that failed is another error.)
 
     Args:
         path: its folder.
-        what: of it is damaged.
+        what: what is damaged, for the message.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -65,14 +64,14 @@ class DamagedError(UserError):
 
 @dataclass(frozen=True)
 class Topology:
-    """How a checkpoint's files were cut. A plain load needs the same; any other goes through the universal format."""
+    """How a checkpoint's files were split. Loading into another topology goes through the universal format."""
 
     world_size: int
     expert_parallel_size: int
     zero_stage: int
 
     def differences(self, now: Topology) -> str:
-        """What differs, as in "world_size 2 (now 1), expert_parallel_size 2 (now 1)"; empty if nothing does."""
+        """The differences, as in "world_size 2 (now 1), expert_parallel_size 2 (now 1)"; "" if there are none."""
         changed = [key for key in vars(self) if getattr(self, key) != getattr(now, key)]
         return ", ".join(f"{key} {getattr(self, key)} (now {getattr(now, key)})" for key in changed)
 
@@ -85,8 +84,8 @@ class Manifest:
         step: optimizer steps done.
         topology: of the run that wrote the checkpoint.
         experts: where each expert of each MoE layer was; empty for a model without experts.
-        deepspeed_version: that wrote the files.
-        state: the trainer's own.
+        deepspeed_version: the version that wrote the files.
+        state: the trainer's own state.
         files: size and hash of each file.
     """
 
@@ -99,11 +98,11 @@ class Manifest:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps among ``step`` that moved no weight; Adam did not count them."""
+        """Steps among ``step`` that changed no weight; Adam did not count them."""
         return int(self.state.get("skipped_steps", 0))
 
     def write(self, path: Path) -> None:
-        """Write ``path/complete.json`` atomically, to be on disk on return."""
+        """Write ``path/complete.json`` atomically. It is on disk on return."""
         record = {**vars(self), "topology": vars(self.topology)}
         write_json(path / COMPLETE, {**record, "digest": _digest(record)})
 
@@ -127,7 +126,7 @@ class Manifest:
             raise _unreadable(path / COMPLETE, error) from error
         try:
             record = json.loads(content)
-            sound = record.pop("digest", None) in (None, _digest(record))  # older ones have none
+            sound = record.pop("digest", None) in (None, _digest(record))  # older versions wrote none
             missing = {"experts", "deepspeed_version"} - record.keys()
             if not missing:
                 topology = Topology(**{key: int(value) for key, value in record["topology"].items()})
@@ -153,7 +152,7 @@ class Manifest:
         return found
 
     def check_sizes(self, path: Path, found: Mapping[str, int | str]) -> None:
-        """Raise DamagedError unless every file was ``found`` in its recorded size, UserError if one cannot be read."""
+        """Raise DamagedError if a file is missing or not ``found`` in its recorded size, UserError if unreadable."""
         for name, (size, _) in self.files.items():
             seen = found[name]
             if seen == ABSENT:
@@ -164,7 +163,7 @@ class Manifest:
                 raise DamagedError(path, f"{name} has {seen} bytes, not {size}")
 
     def differing(self, found: Hashes) -> list[str]:
-        """The files that are not ``found`` with their recorded hashes."""
+        """The files whose hashes ``found`` are not the recorded ones."""
         return [name for name, entry in self.files.items() if found.get(name) != entry]
 
     def check_contents(self, path: Path) -> None:
@@ -191,7 +190,7 @@ class Manifest:
         optimizer_files(path, topology.world_size)
 
     def check(self, path: Path) -> None:
-        """Everything above by one process: sizes, hashes, contents. Raises UserError."""
+        """Check sizes, hashes and contents, by one process. Raises UserError or DamagedError."""
         self.check_sizes(path, file_sizes(path, self.files))
         if broken := self.differing(hash_files(path, self.files)):
             raise DamagedError(path, f"{broken[0]} is damaged (its hash differs)")
@@ -205,13 +204,13 @@ def experts_of(module: nn.Module) -> Experts:
 
 
 def model_file(path: Path, zero_stage: int, rank: int = 0) -> Path:
-    """The file with DeepSpeed's own records and the 16-bit weights: one for all ranks, at stage 3 one a rank."""
+    """The file with DeepSpeed's own records and the 16-bit weights: one file, or one per rank at stage 3."""
     prefix = f"zero_pp_rank_{rank}_" if zero_stage == 3 else ""
     return path / f"{prefix}mp_rank_00_model_states.pt"
 
 
 def optimizer_files(path: Path, world_size: int) -> list[Path]:
-    """The files with each rank's part of master weights and moments, in rank order. Raises UserError if one lacks."""
+    """The files with each rank's master weights and moments, in rank order. Raises UserError if one is missing."""
     found = [
         [file for prefix in ("", "bf16_") if (file := path / f"{prefix}zero_pp_rank_{rank}_{_OPTIMIZER}").is_file()]
         for rank in range(world_size)
@@ -229,8 +228,10 @@ _OPTIMIZER = "mp_rank_00_optim_states.pt"
 
 
 def load_file(path: Path, mmap: bool = True) -> dict[str, Any]:
-    """One of a checkpoint's files: tensors are mapped from the disk unless ``mmap`` is false, no code is run. Raises
-    UserError if unreadable."""
+    """Load one of a checkpoint's files without running code from it; tensors are memory-mapped if ``mmap`` is true.
+
+    Raises UserError if the file is unreadable.
+    """
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -246,12 +247,12 @@ def file_names(path: Path) -> list[str]:
 
 
 def file_sizes(path: Path, names: Iterable[str]) -> Sizes:
-    """{name: bytes of this file below ``path``, or the system's word for why it cannot be opened}."""
+    """{name: bytes of the file ``path/name``, or the system's message why it cannot be opened}."""
     found: Sizes = {}
     for name in names:
         try:
-            check_regular(path / name)  # a pipe would be waited at
-            with open(path / name, "rb") as stream:  # opened, since a network file system then asks its server
+            check_regular(path / name)  # opening a pipe would wait
+            with open(path / name, "rb") as stream:  # an open makes a network file system ask its server
                 found[name] = os.fstat(stream.fileno()).st_size
         except DataError:
             found[name] = "it is no regular file"
@@ -261,7 +262,7 @@ def file_sizes(path: Path, names: Iterable[str]) -> Sizes:
 
 
 def hash_files(path: Path, names: Iterable[str], threads: int = 4) -> Hashes:
-    """{name: (bytes, SHA-256)} of these files below ``path``; hashing releases the Python lock.
+    """{name: (bytes, SHA-256)} of these files below ``path``, in threads, as hashing releases the GIL.
 
     Raises:
         UserError: one cannot be read.
@@ -277,7 +278,7 @@ def hash_files(path: Path, names: Iterable[str], threads: int = 4) -> Hashes:
             except OSError as error:
                 if last or error.errno != errno.ESTALE:
                     raise _unreadable(path / name, error) from error
-                time.sleep(1)  # a server that came back: to open the file once more mends it
+                time.sleep(1)  # after a restart of the server; opening the file again helps
         raise AssertionError
 
     with ThreadPoolExecutor(threads) as pool:
@@ -289,6 +290,6 @@ def _unreadable(file: Path, error: OSError) -> UserError:
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """Of what a record says, however it is laid out in a file."""
+    """SHA-256 of a record's values, whatever its layout in the file."""
     plain = json.loads(json.dumps(record))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

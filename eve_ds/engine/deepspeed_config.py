@@ -1,4 +1,4 @@
-"""DeepSpeed JSON file -> the dict for ``deepspeed.initialize``: "auto" filled in, known-wrong settings refused."""
+"""Reads a DeepSpeed JSON file for ``deepspeed.initialize``: fills in "auto" and refuses settings known to be wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from preprocessing.json_text import load_json
 from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened
 
-# What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
+# Keys that DeepSpeed 0.19.8 reads as JSON objects. It fails without a clear message on other values.
 SECTIONS = (
     "bf16", "fp16", "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
     "activation_checkpointing", "aio", "autotuning", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
@@ -46,13 +46,13 @@ def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
 def load_deepspeed_config(
     path: str, engine: EngineConfig, optimizer: OptimizerConfig, world_size: int
 ) -> dict[str, Any]:
-    """Read ``path`` and fill in its "auto" values from our tree.
+    """Read ``path`` and fill in its "auto" values from the config.
 
-    A value that stands there in full must agree with the tree: one place decides, and a difference is an error.
+    A value other than "auto" must equal that of the config.
 
     Raises:
-        UserError: unreadable file, a value that disagrees, a setting that trains wrongly in silence (``refuse``),
-            or one that DeepSpeed does not take.
+        UserError: the file is unreadable, a value differs from the config, or a setting trains silently wrong
+            (``refuse``) or is not accepted by DeepSpeed.
     """
     file = shipped(path, "ds_configs", ".json")
     check_regular(file, streams=True)
@@ -79,16 +79,16 @@ def load_deepspeed_config(
             f'--deepspeed_config {path}: nothing fills in "auto" for {left[0]}; write a value or leave it out'
         )
     filled.setdefault("zero_allow_untested_optimizer", True)
-    filled.setdefault("zero_force_ds_cpu_optimizer", False)  # ours takes host memory, too, and needs no compiler
+    filled.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW works in host memory, too
     filled.setdefault("steps_per_print", 10**9)
     refuse(filled, path)
     _try(filled, path)
-    refuse_unknown(filled, path)  # after DeepSpeed's own word on keys that it had once
+    refuse_unknown(filled, path)  # after DeepSpeed's own messages on keys of older versions
     return filled
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the file; ValueError if a key stands twice (Python would take the last and say nothing)."""
+    """A JSON object; ValueError for a duplicate key, of which json would silently take the last."""
     tree: dict[str, Any] = {}
     for key, value in pairs:
         if key in tree:
@@ -98,7 +98,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper(value: Any, most: int) -> bool:
-    """Whether lists and objects lie in one another beyond ``most``: what is below them may be walked without care."""
+    """Whether lists and objects are nested deeper than ``most`` levels, too deep for recursion."""
     level = [value]
     for _ in range(most):
         level = [
@@ -111,7 +111,7 @@ def _deeper(value: Any, most: int) -> bool:
 
 
 def _check_sections(raw: Any, path: str) -> None:
-    """Raise UserError if the file or one of its sections is no JSON object ("auto" is told of later)."""
+    """Raise UserError if the file or one of its sections is no JSON object ("auto" is refused later)."""
     if not isinstance(raw, dict):
         raise UserError(f"--deepspeed_config {path}: must be a JSON object, {{...}}")
     for section in SECTIONS:
@@ -152,7 +152,7 @@ def _unfilled(tree: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def refuse(config: dict[str, Any], path: str) -> None:
-    """Raise UserError for what DeepSpeed 0.19.8 accepts and gets wrong, or asserts on (FACTS.md, deepspeed_keys.py)."""
+    """Raise UserError for settings that DeepSpeed 0.19.8 accepts but handles wrongly, or fails on with an assertion."""
     zero = config.get("zero_optimization", {})
     stage, accumulates = zero.get("stage", 0), config["gradient_accumulation_steps"] > 1
     stage = stage if isinstance(stage, int) else -1  # refuse_keys names it
@@ -182,12 +182,12 @@ def refuse(config: dict[str, Any], path: str) -> None:
 
 
 def _try(config: dict[str, Any], path: str) -> None:
-    """Raise UserError for what DeepSpeed itself does not take, in its own words."""
+    """Raise UserError, with DeepSpeed's own reason, for a setting that it does not accept."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
-        # It works out the whole batch, for whatever world is joined by now.
+        # It computes train_batch_size itself, for the world size of the process group.
         DeepSpeedConfig({key: value for key, value in config.items() if key != "train_batch_size"})
     except ValidationError as error:
         raise UserError(f"--deepspeed_config {path}: {_invalid(config, error.errors(include_url=False)[0])}") from error
@@ -197,11 +197,11 @@ def _try(config: dict[str, Any], path: str) -> None:
 
 
 def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
-    """What pydantic finds wrong, in words; it names the key within its section alone."""
+    """The message for a fault found by pydantic, which names the key only within its section."""
     name, value = ".".join(map(str, fault["loc"])), fault["input"]
     key = next((key for key, given in _entries(config) if f".{key}".endswith(f".{name}") and given == value), name)
     if fault["type"] == "extra_forbidden":
-        if key in RULES:  # one of those that have two names: it stands under the other one, too
+        if key in RULES:  # a key with two names, given under both
             return f"{key!r} and its other name, with stage3_, both stand there; leave one of them out"
         return f"unknown key {key!r}{nearest(key, list(RULES)) or '; leave it out'}"
     told = fault["msg"]

@@ -1,8 +1,8 @@
-"""Which keys of a DeepSpeed file a run takes, and why not the others.
+"""The keys of a DeepSpeed file that a run accepts, and the reasons against the others.
 
-DeepSpeed 0.19.8 reads some eighty keys. Those that are taken here train as the plain loop does at every stage for which
-they are taken (tests/multirank/test_deepspeed_keys.py); all else is refused with what it does. A key that stands at
-the value it would have anyway is no fault, and neither is a section that is switched off.
+DeepSpeed 0.19.8 reads some eighty keys. With the accepted ones, training equals a plain loop at every stage
+(tests/multirank/test_deepspeed_keys.py). The others are refused with a reason, except at their default values and in
+sections that are switched off.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Rule = tuple[Accepts, str]
 
 
 def anything(value: Any) -> bool:
-    """Whatever DeepSpeed itself takes."""
+    """Any value: DeepSpeed checks it."""
     return True
 
 
 def only(*values: Any) -> Accepts:
-    """One of ``values``, as JSON has them: neither "false" nor 0 is false."""
+    """One of ``values``, compared as in JSON: "false" and 0 are not false."""
     return lambda value: any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
 def steps(value: Any) -> bool:
-    """None, or a whole number of at least 1; 1e9 is one, by which DeepSpeed is often kept silent."""
+    """None, or an integer of at least 1, also written as a float: 1e9 is often used to keep DeepSpeed silent."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return value is None or (whole and not isinstance(value, bool) and value > 0)
 
@@ -53,7 +53,7 @@ _QUANTIZED = "values are rounded to few bits on their way between ranks, so the 
 _MOMENTS = "checkpoints would be loaded otherwise than they were saved; resume would no longer be exact"
 
 _TOP: dict[str, Rule] = {
-    "train_batch_size": (anything, ""),  # these five are compared with the config
+    "train_batch_size": (anything, ""),  # these five must equal the config
     "train_micro_batch_size_per_gpu": (anything, ""),
     "gradient_accumulation_steps": (anything, ""),
     "gradient_clipping": (anything, ""),
@@ -182,7 +182,7 @@ _SECTIONS = {key.rpartition(".")[0] for key in RULES if "." in key}
 
 
 def refuse_keys(config: dict[str, Any], path: str) -> None:
-    """Raise UserError for the first key whose value is not taken, with the reason."""
+    """Raise UserError for the first key whose value is not accepted, with the reason."""
     for key, value in _entries(config):
         accepts, reason = RULES.get(key, (anything, ""))
         if not accepts(value):
@@ -194,7 +194,7 @@ def refuse_keys(config: dict[str, Any], path: str) -> None:
 
 
 def refuse_unknown(config: dict[str, Any], path: str) -> None:
-    """Raise UserError for the first key that neither DeepSpeed nor this file knows: DeepSpeed would say nothing."""
+    """Raise UserError for the first unknown key, which DeepSpeed would silently ignore."""
     for key, _ in _entries(config):
         if key not in RULES:
             near = nearest(key, list(RULES))
@@ -207,7 +207,7 @@ def _entries(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key not in RULES and key.startswith("zero_optimization.stage3_"):
-            key = key.replace(".stage3_", ".")  # DeepSpeed takes both names
+            key = key.replace(".stage3_", ".")  # DeepSpeed accepts both names
         found += _entries(value, f"{key}.") if key in _SECTIONS and isinstance(value, dict) else [(key, value)]
     return found
 

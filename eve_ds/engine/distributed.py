@@ -1,4 +1,4 @@
-"""Start and end of the process group, whatever launched the ranks."""
+"""Start and end of the process group, for every launcher."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import RankError, UserError, finish_together
 from eve_ds.launched import launched_rank, launcher_values
 
-LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # set by `start` where DeepSpeed's LOCAL_RANK has to say which GPU, and no more
+LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # the true local rank, since LOCAL_RANK has to hold the GPU's index for DeepSpeed
 # torchrun's and deepspeed's, mpirun's, srun's. mpirun's come first: within a Slurm job its daemons have SLURM_* set.
 WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 LOCAL_RANKS = (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
-BACKSTOP_SECONDS = 60.0  # by which collectives outwait the watchdog, which knows more, at least
+BACKSTOP_SECONDS = 60.0  # collectives time out at least so long after the watchdog, whose message says more
 
 
 def launched_world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) for a process started by hand."""
+    """(rank, world size, local rank) as the launcher set them; (0, 1, 0) without a launcher."""
     world_size = next(iter(launcher_values(WORLD_SIZES, os.environ)), 1)
     local_rank = next(iter(launcher_values(LOCAL_RANKS, os.environ)), 0)
     return launched_rank(), int(world_size), int(local_rank)
@@ -50,7 +50,7 @@ def check_world(expert_parallel_size: int, num_experts: int, world_size: int | N
 
 
 def collective_seconds(timeout_seconds: float) -> float:
-    """How long a collective waits: longer than the watchdog takes to tell (``watchdog.PATIENCE``)."""
+    """Timeout of collectives: longer than the watchdog needs to report (``watchdog.PATIENCE``)."""
     return max(1.5 * timeout_seconds, timeout_seconds + BACKSTOP_SECONDS)
 
 
@@ -138,7 +138,7 @@ def _unreachable(error: Exception) -> str:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if "EADDRINUSE" in str(error):
         return (
-            f"{where}, where the ranks are to meet, is taken, by another run perhaps; give the launcher another port "
+            f"{where}, where the ranks are to meet, is taken, perhaps by another run; give the launcher another port "
             "(deepspeed and torchrun: --master_port N; srun: export MASTER_PORT=N)"
         )
     return f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); check MASTER_ADDR and MASTER_PORT"
@@ -146,17 +146,17 @@ def _unreachable(error: Exception) -> str:
 
 def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, not ours
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # caused by DeepSpeed
 
 
 def _meet_by_mpi() -> None:
-    """mpirun sets ranks but no meeting place: rank 0 tells its address through MPI itself."""
+    """Set MASTER_ADDR and MASTER_PORT, which mpirun does not: rank 0 broadcasts its address through MPI."""
     import mpi4py
 
-    mpi4py.rc.finalize = False  # it waits for the other ranks: one that has failed must not
+    mpi4py.rc.finalize = False  # it waits for the other ranks, which a failed rank must not do
     from mpi4py import MPI
 
-    finish_together.append(MPI.Finalize)  # mpirun ends the others when a rank leaves without it
+    finish_together.append(MPI.Finalize)  # mpirun kills the other ranks if one ends without it
     communicator = MPI.COMM_WORLD
     place = (_own_address(), placement.free_port()) if communicator.Get_rank() == 0 else None
     address, port = communicator.bcast(place, root=0)

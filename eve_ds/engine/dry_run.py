@@ -1,4 +1,4 @@
-"""What ``--dry_run`` says: the run as it would begin. All is built and checked by then; nothing was written."""
+"""Output of ``--dry_run``, which builds and checks everything that a run does, and writes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _output = logging.getLogger(OUTPUT)
 
 
 def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
-    """Read one micro-batch and check what a branch leaves from, then say what would run. Called by all ranks.
+    """Read one micro-batch, check the checkpoint of a branch, and print what would run. Called by all ranks.
 
     Returns:
         the exit code, 0.
@@ -51,7 +51,7 @@ def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
 
 
 def tell_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int:
-    """Say what ``--evaluate`` would score. Returns the exit code, 0."""
+    """Print what ``--evaluate`` would score. Returns the exit code, 0."""
     _say(
         f"score {config.task} on {rank_and_world()[1]} rank(s), {config.engine.precision}",
         f"data    {scored.split.name}: {scored.rows} rows, {len(scored)} samples",
@@ -62,7 +62,7 @@ def tell_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int:
 
 
 def parameters(task: Task) -> int:
-    """Of the whole model, all ranks' experts included."""
+    """Number of parameters of the whole model, with the experts of all ranks."""
     local = {name: int(getattr(value, "ds_numel", value.numel())) for name, value in task.named_parameters()}
     spread = {f"{name}.experts.": layer.ep_size for name, layer in task.named_modules() if hasattr(layer, "ep_size")}
     return sum(
@@ -72,7 +72,7 @@ def parameters(task: Task) -> int:
 
 
 def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
-    """The step to go on from, and where the weights come from, in words."""
+    """(first step, source of the weights in words)."""
     if first_weights.goes_on(config):
         newest = checkpoints(Path(config.output_dir))[-1]
         return step_of(newest), f"going on from {newest}"

@@ -1,4 +1,4 @@
-"""The trained model as a folder that loads without DeepSpeed: safetensors (fp32 master weights), config, tokenizer."""
+"""Export of the trained model as a folder that loads without DeepSpeed: fp32 master weights, config, tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from preprocessing.text.tokenizer import Tokenizer
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """{name: fp32 CPU tensor} of all weights, all ranks' experts included. Called by all ranks; empty but on rank 0."""
+    """{name: fp32 CPU tensor} of all weights with all ranks' experts; {} but on rank 0. Called by all ranks."""
     groups = {}
     for prefix, layer in module.named_modules():
         if isinstance(layer, MoE) and layer.ep_size > 1:
@@ -49,15 +49,17 @@ def export_model(
     step: int,
     companions: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``folder``, each file atomically. Called by all ranks.
+    """Write model.safetensors, config.yaml, tokenizer.json, hashes.json and ``companions``.
+
+    Each file is written atomically. Called by all ranks.
 
     Args:
-        module: the task.
-        config: the resolved tree, for config.yaml.
-        tokenizer: for tokenizer.json.
-        folder: to write to; model.safetensors and hashes.json come on top.
-        step: optimizer steps that the weights have taken, told in the file.
-        companions: JSON files that the head is of no use without: {name: content}.
+        module: the trained module.
+        config: the resolved tree.
+        tokenizer: of the run.
+        folder: is made if it does not exist.
+        step: optimizer steps so far; stored in the metadata of the weights.
+        companions: {name: content} of the JSON files that the task's head needs, such as VQA's answer list.
     """
     mark(f"the export into {folder}")
     state = full_state(module)

@@ -1,8 +1,8 @@
-"""What decides whether a run may go on: all that changes its result, and nothing else.
+"""The identity of a run: everything that changes its result. A run resumes only with an equal identity.
 
-The settings that change what is learned count by value, one that an older version did not know by its default; what the
-config names (data, tokenizer, first weights) counts by content, wherever it lies and however its path is spelled.
-``identity.json`` in a run's folder and ``complete.json`` of each of its checkpoints hold it.
+Settings are compared by value; one that an older version did not store has its default. Inputs that the config names
+(data, tokenizer, first weights) are compared by content, not by path. ``identity.json`` in the run folder and
+``complete.json`` of each checkpoint hold the identity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from eve_ds.tasks.registry import find_spec
 from eve_ds.tasks.spec import PretrainSpec
 
 Config = PretrainConfig | FinetuneConfig
-MUTABLE_ON_RESUME = (  # sections and keys that change nothing that is learned, and the length of the run
+MUTABLE_ON_RESUME = (  # sections and keys that do not change what is learned, and the length of the run
     "logging",
     "checkpoint",
     "output_dir",
@@ -41,10 +41,11 @@ MUTABLE_ON_RESUME = (  # sections and keys that change nothing that is learned, 
     "data.max_pixels",
     "data.val_split",
 )
-PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from", "resume_from")  # what lies there counts
-WEIGHTS = ("init_from", "resume_from")  # inputs that are read once, when the run begins: the same place will do, too
-PRETRAIN = "pretrain"  # its task
-FREE_IN_A_BRANCH = (  # beside what lies elsewhere: what needs no other tensors
+# Paths; compared by the content of what lies there.
+PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from", "resume_from")
+WEIGHTS = ("init_from", "resume_from")  # read once, when the run begins: the same path is enough, too
+PRETRAIN = "pretrain"  # name of its task
+FREE_IN_A_BRANCH = (  # beside MUTABLE_ON_RESUME: settings that do not change names or shapes of tensors
     "optimizer",
     "data",
     "engine.global_batch_size",
@@ -63,18 +64,18 @@ FREE_IN_A_BRANCH = (  # beside what lies elsewhere: what needs no other tensors
     "objective.seed",
     "objective.temperature",
 )
-FREE_INPUTS = ("training data", "data of split", *WEIGHTS)  # the tensors go with all other inputs
-SHOWN = 4  # differences that a message tells
+FREE_INPUTS = ("training data", "data of split", *WEIGHTS)  # a branch must keep all other inputs
+SHOWN = 4  # differences in a message, at most
 
 
 @dataclass(frozen=True)
 class Input:
-    """What a run reads.
+    """An input of a run.
 
     Attributes:
-        place: where it lies, absolute; "" if unknown.
-        hash: SHA-256 of what decides.
-        size: for people, as in "400 rows".
+        place: its absolute path; "" if unknown.
+        hash: SHA-256 of its content.
+        size: for messages, as in "400 rows".
     """
 
     place: str
@@ -88,19 +89,21 @@ class Input:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be equal.
+    """Settings and inputs that must be equal.
 
     Attributes:
         settings: by dotted key.
-        inputs: by name; None where the run has no such input. One that is missing is unknown and goes with all.
+        inputs: by name; None if the run has no such input. A missing one is unknown and equals any other.
     """
 
     settings: Mapping[str, Any]
     inputs: Mapping[str, Input | None]
 
     def differences(self, now: Identity) -> list[str]:
-        """What differs between this run, that of a folder or a checkpoint, and ``now``; a clause each, keys named."""
-        defaults = _defaults(str(now.settings.get("task", PRETRAIN)))  # of what an older version did not know
+        """The differences of this stored identity from that of the run ``now``, as in "KEY is 1 there and 2 here"."""
+        defaults = _defaults(
+            str(now.settings.get("task", PRETRAIN))
+        )  # for settings that an older version did not store
         old = {key: self.settings.get(key, defaults.get(key)) for key in now.settings} if self.settings else {}
         found = [
             f"{key} is {value!r} there and {now.settings[key]!r} here"
@@ -114,26 +117,26 @@ class Identity:
         return found
 
     def for_a_branch(self) -> Identity:
-        """Of it, what a branch must have in common with the run that it leaves."""
+        """The part that a branch must have in common with the run that it starts from."""
         kept = {key: value for key, value in self.settings.items() if not _within(key, FREE_IN_A_BRANCH)}
         kept.pop("weights of data.sources", None)
         return Identity(kept, {name: value for name, value in self.inputs.items() if not name.startswith(FREE_INPUTS)})
 
     def merged(self, now: Identity) -> Identity:
-        """``now``, and of the inputs that it does not know what this one knows."""
+        """``now``, with the inputs that only this identity knows."""
         return Identity(now.settings, {**self.inputs, **now.inputs})
 
     def tree(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The tree for JSON."""
         inputs = {name: value and vars(value) for name, value in self.inputs.items()}
         return {"settings": dict(self.settings), "inputs": inputs}
 
     @classmethod
     def from_tree(cls, tree: Any) -> Identity:
-        """Of ``tree``, or of what checkpoints held before: {"tokenizer": hash, "training data": hash}.
+        """The identity in ``tree``, or in the tree of older checkpoints: {"tokenizer": hash, "training data": hash}.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: ``tree`` is neither.
         """
         try:
             if "settings" not in tree:
@@ -148,10 +151,10 @@ class Identity:
 
     @classmethod
     def from_config(cls, tree: Any) -> Identity:
-        """The settings of a resolved config, stored or just parsed; its inputs stay unknown.
+        """The settings of a resolved config. Its inputs are unknown.
 
         Raises:
-            ValueError: ``tree`` is no config.
+            ValueError: ``tree`` is not the config of a run.
         """
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
             raise ValueError("no config of a run")
@@ -159,13 +162,13 @@ class Identity:
 
 
 def told(differences: list[str]) -> str:
-    """Some differences for a message."""
+    """The first ``SHOWN`` differences, for a message."""
     more = len(differences) - SHOWN
     return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def identity_of(config: Config, inputs: Mapping[str, Input | None]) -> Identity:
-    """Of a run that is about to begin."""
+    """The identity of a run with these inputs."""
     return Identity(Identity.from_config(dataclasses.asdict(config)).settings, inputs)
 
 
@@ -184,7 +187,7 @@ def _bound(tree: dict[str, Any]) -> dict[str, Any]:
     weights = [source.get("weight") for source in listed if isinstance(source, dict)]
     flat["weights of data.sources"] = weights if any(weight is not None for weight in weights) else None
     if flat.get("objective.head_hidden", 0) is None and isinstance(flat.get("model.dim"), int):
-        flat["objective.head_hidden"] = 2 * flat["model.dim"]  # as the heads take it
+        flat["objective.head_hidden"] = 2 * flat["model.dim"]  # the default of the heads
     return flat
 
 
@@ -214,5 +217,5 @@ def _told(value: Input | None) -> str:
 
 
 def place(path: str | Path) -> str:
-    """A path as ``Input`` has it."""
+    """A path in the form of ``Input.place``."""
     return str(Path(path).resolve())

@@ -1,4 +1,4 @@
-"""What a rank takes of its host: compute threads, a GPU, a port, and the network interface that gloo listens on."""
+"""What a rank uses of its host: compute threads, a GPU, a port, and the network interface that gloo listens on."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ LOCAL_WORLD_SIZE = (
     "SLURM_STEP_TASKS_PER_NODE",
     "SLURM_NTASKS_PER_NODE",
 )
-# Below the ports of launchers and launch/slurm, and those that the kernel gives to connections: one of these could have
-# it before the ranks meet.
+# Below the ports of launchers and launch/slurm, and below those that the kernel gives to connections: a connection
+# could take one of these before the ranks meet.
 PORTS = range(12000, 20000)
 
 
 def compute_threads(cores: int, world_size: int, environment: Mapping[str, str]) -> int:
-    """Threads that torch may compute with on this rank: OMP_NUM_THREADS, or the rank's share of ``cores``; never more
-    than ``cores``, those that the process may run on."""
+    """Compute threads of torch on this rank: OMP_NUM_THREADS, or the rank's share of the host's cores.
+
+    Never more than ``cores``, the number that the process may run on.
+    """
     if asked := re.match(r"\d+", environment.get("OMP_NUM_THREADS", "")):
         return max(1, min(int(asked[0]), cores))
     return max(1, cores // max(1, local_world_size(environment) or world_size))
 
 
 def device_ordinal(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
-    """The number of this rank's GPU among the ``visible`` ones.
+    """The index of this rank's GPU among the ``visible`` ones.
 
-    Where a scheduler gives each task its own (``--gpus-per-task=1``), every rank sees one, as number 0.
+    If the scheduler gives each task its own GPU (``--gpus-per-task=1``), every rank sees one, with index 0.
 
     Raises:
         UserError: the host has more ranks than GPUs.
@@ -53,23 +55,26 @@ def device_ordinal(local_rank: int, visible: int, environment: Mapping[str, str]
 
 
 def local_world_size(environment: Mapping[str, str]) -> int | None:
-    """How many ranks run on this host, as far as the launcher says."""
+    """Ranks on this host; None if the launcher does not say."""
     told = (re.match(r"\d+", value) for value in launcher_values(LOCAL_WORLD_SIZE, environment))  # Slurm: "8(x2)"
     return next((int(found[0]) for found in told if found), None)
 
 
 def listen_where_others_reach(master_address: str) -> str | None:
-    """Have gloo listen on the interface that leads to the other hosts; returns its name where one had to be chosen.
+    """Make gloo listen on the interface that leads to the other hosts. Call it if ranks run on several hosts.
 
-    gloo listens at the address that the host's own name has. By Debian's defaults that is 127.0.1.1, where no other
-    host gets through. Call it when ranks run on several hosts. Nothing is changed where GLOO_SOCKET_IFNAME is set, the
-    host's name has an address that others reach, or the ranks meet at a loopback address.
+    gloo listens at the address of the host's own name. By Debian's defaults that is 127.0.1.1, which no other host can
+    reach. Nothing changes if GLOO_SOCKET_IFNAME is set, if the host's name has an address that others reach, or if
+    MASTER_ADDR is a loopback address.
+
+    Returns:
+        the interface, if one had to be chosen.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or not _is_loopback(socket.gethostname(), unknown=True):
         return None
     if _is_address(master_address) and _is_loopback(master_address):
         return None  # several "hosts" on one machine
-    # On rank 0's own host its name may be 127.0.1.1, too; then the default route tells which interface.
+    # On rank 0's own host, MASTER_ADDR may resolve to 127.0.1.1, too. Then take the interface of the default route.
     meets_here = _is_loopback(master_address)
     name = _default_interface() if meets_here else _interface_towards(master_address)
     if name:
@@ -86,7 +91,7 @@ def _is_address(text: str) -> bool:
 
 
 def _is_loopback(host: str, unknown: bool = False) -> bool:
-    """Whether ``host`` is this machine's loopback; ``unknown`` for a name without an address, which gloo takes so."""
+    """Whether ``host`` has a loopback address; ``unknown`` if it has no address (gloo then listens on loopback)."""
     try:
         return ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0]).is_loopback
     except OSError:
@@ -94,7 +99,7 @@ def _is_loopback(host: str, unknown: bool = False) -> bool:
 
 
 def _interface_towards(host: str) -> str | None:
-    """The interface whose address packets to ``host`` carry; nothing is sent."""
+    """The interface that packets to ``host`` leave by. Nothing is sent."""
     try:
         family, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -118,7 +123,7 @@ def _default_interface() -> str | None:
 
 
 def free_port() -> int:
-    """A port of ``PORTS`` on which nobody listens. Raises UserError if there is none."""
+    """A free port of ``PORTS``. Raises UserError if there is none."""
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("", port))

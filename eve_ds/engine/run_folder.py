@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run: the same config goes on in it, another is refused."""
+"""The folder of a run: the same config resumes in it, and another one is refused."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 LOCK, IDENTITY = ".lock", "identity.json"
 OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST, watchdog.FOLDER}  # what a failed start leaves
-_held: list[int] = []  # descriptors of locks: closed, they would be given up
+_held: list[int] = []  # descriptors of locks: closing one releases its lock
 
 
 def claim(config: PretrainConfig | FinetuneConfig, identity: Identity, total_steps: int | None = None) -> Identity:
-    """Make ``config.output_dir`` this run's and store the resolved config and the identity in it.
+    """Lock ``config.output_dir`` for this run and store the resolved config and the identity in it.
 
-    Settings that do not change what is learned may differ from the stored ones, and so may the length of the run: to
-    raise it trains on, along the longer schedule. Called by all ranks; rank 0 alone looks and writes.
+    Settings that do not change what is learned may differ from the stored ones. So may the length of the run: a longer
+    one continues along the longer schedule. Called by all ranks; only rank 0 reads and writes the folder.
 
     Args:
-        config: the resolved tree. With ``dry_run`` the folder is looked at and left as it is.
+        config: the resolved tree. With ``dry_run`` the folder is checked and not changed.
         identity: of the run.
-        total_steps: that it shall have in all; None if it does not train.
+        total_steps: optimizer steps of the whole run; None if it does not train.
     Returns:
-        the identity, completed by what the folder knew of the run.
+        the identity, with the inputs that only the folder knew.
     Raises:
-        UserError: no folder named, it holds another run (the differences are named) or files that are no run, a run is
-            going on in it, it is beyond ``total_steps``, or it is not one folder for all ranks; or the ranks read
-            different things.
+        UserError: no folder is named; it holds another run (the message lists the differences) or files of no run;
+            another process uses it; its run is beyond ``total_steps``; the ranks see different folders; or they read
+            different inputs.
     """
     _check_same_on_all_ranks(identity)
     identity = decide(lambda: _look(config, identity, total_steps))
@@ -103,7 +103,7 @@ def _look(config: PretrainConfig | FinetuneConfig, identity: Identity, total_ste
 
 
 def _another(config: PretrainConfig | FinetuneConfig, before: Identity, found: list[str]) -> str:
-    """Of a run in ``output_dir`` that differs from this one in what was found: what it is, and what to do."""
+    """For a message: which run ``output_dir`` holds, the differences ``found``, and what to do."""
     folder = Path(config.output_dir)
     newest = next(reversed(checkpoints(folder)), None)
     if isinstance(config, FinetuneConfig) and config.evaluate and not before.settings.get("evaluate", False):
@@ -133,7 +133,7 @@ def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
     folder = Path(config.output_dir)
     names = rf"\.({'|'.join(map(re.escape, FILES))}|predictions_[\w-]+\.(npz|json|csv))\.[0-9a-f]{{8}}"
     for left in (*folder.glob(".predictions_*"), *(folder / MODEL).glob(".*")):
-        if re.fullmatch(names, left.name):  # write_atomic's, of an export or a scoring that was killed
+        if re.fullmatch(names, left.name):  # of write_atomic, from an export or a scoring that was killed
             with contextlib.suppress(OSError):
                 left.unlink()
     watchdog.forget(folder)
@@ -142,13 +142,13 @@ def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
 
 
 def _check_same_on_all_ranks(identity: Identity) -> None:
-    """Raise UserError on all ranks if one has other settings, or finds other things where its host has them."""
+    """Raise UserError on all ranks if a rank has other settings than rank 0, or reads other inputs on its host."""
     found = tell(identity).differences(identity)
     agree(f"{place()} reads other things than rank 0: {told(found)} (there: rank 0)" if found else None)
 
 
 def stored_identity(folder: Path) -> Identity:
-    """Of the run in ``folder``; where there is none that can be read (older versions stored none), by its config.
+    """The identity of the run in ``folder``. If it cannot be read (older versions stored none), that of its config.
 
     Raises:
         UserError: neither can be read.
@@ -164,20 +164,20 @@ def stored_identity(folder: Path) -> Identity:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun in the folder. A config alone is what a start that failed has left."""
+    """Whether a run has begun in the folder. A failed start leaves only what ``OF_A_START`` lists."""
     return (folder / CONFIG).is_file() and bool(_contents(folder))
 
 
 def _contents(folder: Path) -> set[str]:
-    """What a run has made in the folder: hidden files are those of starts that were killed, and of file systems."""
+    """Names of what a run wrote. Hidden files do not count: killed starts and file systems leave them."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return {name for name in names - OF_A_START if not name.startswith(".")}
 
 
 def _lock(folder: Path) -> bool:
-    """Keep other runs out of the folder until this process ends, however it does; False if one is in it.
+    """Lock the folder until this process ends. False if another process holds the lock.
 
-    A file system without locks keeps nobody out.
+    On a file system without locks this always succeeds.
     """
     make_folder(folder)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

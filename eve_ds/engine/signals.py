@@ -1,11 +1,11 @@
 """Requests to stop: signals to this rank, and the death of the launcher that started it.
 
 SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask a run to save and end. While it trains or scores (``StopRequest.deferred``), the
-loop looks for the request between batches; at any other time, where nothing would be lost, the process ends at once.
+loop checks for the request between batches. At any other time nothing would be lost, and the process ends at once.
 
-Launchers send a signal to a process and again to its group, or INT and TERM together, so what follows within
-``SECOND_AFTER`` seconds is the same request; a later signal ends the process at once. SIGUSR1 is a scheduler's notice
-of what is to come: the SIGTERM after it is a first one. Standard library only: this is what an entry point does first.
+Launchers send a signal to a process and again to its group, or INT and TERM together. So signals within
+``SECOND_AFTER`` seconds are one request; a later signal ends the process at once. SIGUSR1 is a scheduler's advance
+notice: the first SIGTERM after it is no second signal. Standard library only, because entry points import this first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from eve_ds.launched import launched_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECOND_AFTER = 5.0  # seconds
-UNWIND_SECONDS = 5.0  # for a main thread that is to end at once and may be held up in a collective
+UNWIND_SECONDS = 5.0  # given to the main thread to end by itself; it may hang in a collective
 LAUNCHERS = (
     *("deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"),
     *("eve-launching", "eve-demo"),
@@ -41,14 +41,14 @@ LAUNCHER_MODULES = (
     "eve_ds.launching",
     "eve_ds.demo",
 )
-SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # deepspeed's and torchrun's, in their ranks alone
+SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # by deepspeed and torchrun, only for their ranks
 
 
 class StopRequest:
-    """A process's one place for requests to stop.
+    """Receives the requests to stop of this process.
 
     Attributes:
-        requested: whether this rank was asked; the ranks have to agree on it before one acts (evaluation.py).
+        requested: whether this rank was asked to stop. A rank acts on it only after all ranks agree (evaluation.py).
     """
 
     def __init__(self) -> None:
@@ -62,13 +62,13 @@ class StopRequest:
 
     @contextlib.contextmanager
     def heeded(self) -> Iterator[StopRequest]:
-        """Until it is left, a signal makes the main thread raise StopError; ``deferred`` puts that off."""
+        """Context in which a signal makes the main thread raise StopError: at once, or at the end of ``deferred``."""
         self._heeding = True
         pipe, self._told = os.pipe()
         os.set_blocking(self._told, False)
         signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._on_signal)
         tell_launching("")
         outlive_readers()
@@ -76,11 +76,11 @@ class StopRequest:
         try:
             yield self
         finally:
-            self._heeding = False  # the handlers stay: a launcher sends TERM to those left as soon as one has ended
+            self._heeding = False  # the handlers stay: when one rank ends, a launcher sends TERM to the others
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In it a signal does no more than set ``requested``. Raises StopError at its end if nobody has acted on it."""
+        """Context in which a signal only sets ``requested``. Raises StopError at its end unless it was acted on."""
         self._deferred += 1
         try:
             yield
@@ -92,21 +92,21 @@ class StopRequest:
         self._raise_if_due()
 
     def acted_on(self) -> None:
-        """The ranks have agreed, and what is to be saved is saved: nothing is left to be asked for."""
+        """Say that the ranks agreed to stop and everything is saved, so that further requests need no action."""
         self._heeding, self._acted_on = False, True
 
     def _raise_if_due(self) -> None:
         if self.requested and self._heeding and not self._deferred:
-            self._heeding = False  # what runs on the way out is not interrupted again
+            self._heeding = False  # cleanup is not interrupted again
             raise StopError(self._number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """In the main thread, when it comes back from whatever it does."""
+        """Runs in the main thread, as soon as that is back in Python code."""
         self.requested, self._number = True, number
         self._raise_if_due()
 
     def _watch(self, pipe: int) -> None:
-        """In a thread, which hears of a signal at once."""
+        """Runs in a thread, which learns of a signal at once."""
         while True:
             if select.select([pipe], [], [], 1.0)[0]:
                 for number in os.read(pipe, 64):
@@ -114,7 +114,7 @@ class StopRequest:
             if not all(alive(*each) for each in self._launchers):
                 self._launchers = []
                 say("the launcher was killed; this rank saves what there is and ends")
-                if not self.requested:  # else it is about to, and SIGTERM would be a second signal
+                if not self.requested:  # else SIGTERM would count as a second signal
                     os.kill(os.getpid(), signal.SIGTERM)
             if self._end_at is not None and time.monotonic() > self._end_at[0]:
                 end(self._end_at[1])
@@ -138,19 +138,19 @@ class StopRequest:
 
 
 def end(code: int) -> None:
-    """End the process from any thread, whatever the others do."""
+    """End the process, from any thread."""
     tell_launching(str(code))
     os._exit(code)
 
 
 def say(text: str) -> None:
-    """One line on stderr, past its buffer and its lock: the main thread may hold that."""
+    """Write one line to stderr without its lock, which the main thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"rank {launched_rank()}: {text}\n".encode())
 
 
 def launchers_above() -> list[tuple[int, str]]:
-    """(process, time of its start) of the launchers among the processes above this one, on this host."""
+    """(process id, start time) of the launchers among this process's ancestors on this host."""
     found, process = [], os.getppid()
     for _ in range(8):
         if process < 1:
@@ -164,7 +164,7 @@ def launchers_above() -> list[tuple[int, str]]:
 
 
 def alive(process: int, start: str) -> bool:
-    """Whether the process is still there, and not another one with its number."""
+    """Whether that process still runs (and not another one with its id)."""
     return bool(start) and _stat(process)[1] == start
 
 
@@ -179,7 +179,7 @@ def _is_launcher(process: int) -> bool:
 
 
 def _stat(process: int) -> tuple[str, str]:
-    """(parent, time of start) of a process; ("0", "") of one that has ended."""
+    """(parent, start time) of a process; ("0", "") if it has ended."""
     try:
         state, parent, *rest = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -188,13 +188,13 @@ def _stat(process: int) -> tuple[str, str]:
 
 
 def outlive_readers() -> None:
-    """Print to nobody once who reads it is gone: `| tee log` ends at the Ctrl-C that asks for a save."""
+    """Discard output once its reader has ended: with `| tee log`, the Ctrl-C that asks for a save ends tee, too."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is getattr(sys, f"__{name}__") and getattr(sys, name) is not None:
             old = getattr(sys, name)
             old.flush()
             raw: Any = _Forgiving(number, "w", closefd=False)
-            out = raw if old.write_through else io.BufferedWriter(raw)  # the former for python -u
+            out = raw if old.write_through else io.BufferedWriter(raw)  # unbuffered under python -u
             setattr(sys, name, io.TextIOWrapper(out, old.encoding, old.errors, None, True, old.write_through))
 
 

@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from: the newest one that is whole and sound, found by rank 0 for all.
+"""The choice of the checkpoint that a run resumes from: the newest one that is complete and undamaged.
 
-Damaged is what was read and is not as it was saved. A read that fails says nothing of that: the run ends with a word,
-and nothing is renamed.
+A checkpoint is damaged if it was read and differs from what was saved. If a read fails, it may still be undamaged: the
+run then ends with an error, and nothing is renamed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def tag_of(step: int) -> str:
 
 
 def sound(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint under ``folder`` that is whole and sound, for all ranks the same; None before the first.
+    """The newest complete and undamaged checkpoint in ``folder``, the same on all ranks; None before the first save.
 
-    A damaged one is renamed, with a word, and the one before it is taken. Called by all ranks.
+    A damaged one is renamed, with a warning, and the one before it is checked. Called by all ranks.
 
     Raises:
         UserError: all are damaged, or one cannot be read or used for another reason.
@@ -59,7 +59,7 @@ def _newest_or_none_yet(folder: Path) -> Path | None:
 
 
 def _set_aside(damage: DamagedError) -> None:
-    """Rename a damaged checkpoint, unless it is another run's doing, which has removed it meanwhile."""
+    """Rename a damaged checkpoint, unless another run has removed it meanwhile."""
     path = damage.path
     if not is_there(path / COMPLETE):
         return
@@ -73,7 +73,7 @@ def _set_aside(damage: DamagedError) -> None:
 
 
 def check(path: Path) -> Manifest:
-    """Read ``complete.json`` and compare files, hashes and contents with it. Called by all ranks; all find the same.
+    """Read ``complete.json`` and compare files, hashes and contents with it. Called by all ranks, with one result.
 
     Raises:
         DamagedError: a file is missing, cut or altered.
@@ -93,7 +93,7 @@ def check(path: Path) -> Manifest:
 
 
 def _look_again(path: Path, name: str, manifest: Manifest) -> None:
-    """Raise DamagedError if a file is found altered once more, by rank 0 and from the disk; else UserError."""
+    """Read again, on rank 0 and from disk, a file that seemed altered. DamagedError if it is, else UserError."""
     with open(path / name, "rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if hash_files(path, [name])[name] != manifest.files[name]:
@@ -116,7 +116,7 @@ def split_by_size(sizes: Mapping[str, Any], parts: int) -> list[list[str]]:
 
 
 def hash_together(path: Path, shares: list[list[str]]) -> Hashes:
-    """Hashes of the files below ``path`` that the ``shares`` of all ranks name. Called by all ranks.
+    """Hashes of files below ``path``; rank i hashes those of ``shares[i]``. Called by all ranks.
 
     Raises:
         UserError: some rank cannot read a file.
@@ -125,7 +125,7 @@ def hash_together(path: Path, shares: list[list[str]]) -> Hashes:
 
 
 def hash_share(path: Path, shares: list[list[str]]) -> tuple[Hashes, str | None]:
-    """Those of this rank's share; and a mistake, if it cannot read a file."""
+    """(hashes of this rank's share, None), or ({}, message) if a file cannot be read."""
     try:
         return hash_files(path, shares[agreement.rank_and_world()[0]], threads=1), None
     except UserError as error:
@@ -133,7 +133,7 @@ def hash_share(path: Path, shares: list[list[str]]) -> tuple[Hashes, str | None]
 
 
 def joined(mine: tuple[Hashes, str | None]) -> Hashes:
-    """What ``hash_share`` returned on all ranks. Called by all; raises UserError as ``hash_together``."""
+    """The results of ``hash_share`` of all ranks as one. Called by all ranks. Raises UserError as ``hash_together``."""
     parts = agreement.gather(mine)
     if mistakes := [told for _, told in parts if told]:
         raise UserError(mistakes[0])

@@ -1,11 +1,11 @@
-"""Checkpoints read whole, whatever ranks, expert placement and ZeRO stage wrote them.
+"""Reading of checkpoints of any world size, expert placement and ZeRO stage, and conversion to the universal format.
 
-DeepSpeed 0.19.8 cuts fp32 master weights and Adam's moments into one flat tensor per parameter group and rank:
+DeepSpeed 0.19.8 splits fp32 master weights and Adam's moments into one flat tensor per parameter group and rank:
 
-- stages 1 and 2: the group's parameters lie one after the other and the whole is cut into as many equal parts as ranks
-  share it; ``param_slice_mappings`` names the fragments that a rank holds;
-- stage 3: every parameter is cut by itself into equal parts, the last one padded;
-- experts are shared by the ranks of equal place in their expert-parallel group alone (ranks e, e + EP, e + 2 EP, ...).
+- stages 1 and 2: the parameters of a group are concatenated, and the tensor is split into equal parts, one for each
+  rank that shares the group; ``param_slice_mappings`` lists the fragments that a rank holds;
+- stage 3: each parameter is split into equal parts, the last one padded;
+- an expert is shared only by ranks with the same place in their expert-parallel groups (e, e + EP, e + 2 EP, ...).
 
 ``write_parameters`` and ``write_common`` write the universal format, which DeepSpeed's ``load_universal`` reads.
 DeepSpeed's own converter is not used: it first writes every fragment to a file of its own, and its folders can only be
@@ -41,7 +41,7 @@ STATES = (MASTER, "exp_avg", "exp_avg_sq")
 
 
 class ShardedState:
-    """The master weights and Adam moments of a checkpoint by parameter name; files are mapped, not read, until asked.
+    """Master weights and Adam moments of a checkpoint by parameter name. Files are memory-mapped.
 
     Args:
         path: the checkpoint's folder, checked by the caller (``Manifest.check``).
@@ -68,7 +68,7 @@ class ShardedState:
 
     @property
     def step(self) -> float:
-        """Optimizer steps, as Adam counts them; the same for all parameters, or UserError."""
+        """Adam's step count. Raises UserError unless it is the same for all parameters."""
         steps = {float(state["step"]) for shard in self._shards for state in self._adam(shard).values()}
         if len(steps) != 1:
             raise UserError(f"{self.path}: its parameters have Adam step counts {sorted(steps)}, not one")
@@ -76,17 +76,17 @@ class ShardedState:
 
     @property
     def common(self) -> dict[str, Any]:
-        """What rank 0's optimizer file records apart from the parameters."""
+        """The entries of rank 0's optimizer file that belong to no parameter."""
         kept = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
         return {key: self._shards[0][key] for key in kept if key in self._shards[0]}
 
     def split(self, parts: int) -> list[list[str]]:
-        """The parameters' names in ``parts`` lists of about equal bytes."""
+        """The names of the parameters in ``parts`` lists of about equal size in bytes."""
         names = sorted(self.names, key=lambda name: -math.prod(self._local_shape[name]))
         return [names[part::parts] for part in range(parts)]
 
     def num_experts(self, name: str) -> int | None:
-        """Experts over all ranks if ``name`` is an expert weight [E, ...], else None."""
+        """The number of experts of all ranks if ``name`` is an expert weight [E, ...], else None."""
         return self._experts.get(name)
 
     def whole(self, name: str, state: str = MASTER) -> Tensor:
@@ -139,7 +139,7 @@ class ShardedState:
 
 
 def consolidated_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The fp32 master weights of a checkpoint that training left, by one process and without a process group.
+    """The fp32 master weights of a checkpoint, read by one process without a process group.
 
     Args:
         checkpoint: a folder ``step_NNNNNNNN`` with ``complete.json``; any ZeRO stage, ranks, expert-parallel size.
@@ -166,9 +166,9 @@ def write_parameters(state: ShardedState, folder: Path, names: Iterable[str]) ->
 
 
 def write_common(state: ShardedState, folder: Path) -> None:
-    """Write what DeepSpeed wants to know apart from the parameters, in the forms of all three stages."""
-    # Stages 1 and 2 walk these beside the run's own groups, whose number depends on the experts that a rank holds, and
-    # stop at the shorter list; stage 3 copies the first one's values into every group. So: many, and empty.
+    """Write what DeepSpeed loads apart from the parameters, in the layouts of all three stages."""
+    # Stages 1 and 2 zip these with the run's own groups, whose number depends on the experts that a rank holds, and
+    # stop at the shorter list; stage 3 copies the values of the first one into every group. Hence many empty groups.
     groups: list[dict[str, Any]] = [{"params": []} for _ in state.names]
     common = {**state.common, "ds_version": state.model_state["ds_version"], PARAM_GROUPS: groups}
     common[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": torch.tensor(state.step)}}, PARAM_GROUPS: groups}

@@ -1,11 +1,11 @@
-"""Shards compared with the hashes in their manifests: before a run, or beside it.
+"""Comparison of the shards with the hashes in their manifests, before a run or during it.
 
-A flipped bit in an image or a text changes no size, and most decoders take it. `data.verify` says when the SHA-256 of
-each shard is computed: `full`, by all ranks before the first step; `background`, by one process a host that gives way
-to all others, while the run trains; `off`, never. Sizes are compared whenever a split is opened.
+A flipped bit in an image or a text changes no size, and most decoders accept it. `data.verify` says when the SHA-256 of
+each shard is computed: `full`, by all ranks before the first step; `background`, during training by one process of the
+lowest priority per host; `off`, never. Sizes are compared whenever a split is opened.
 
-Where the process finds a damaged shard, the run saves and ends with exit code 2: what it has learned so far owes
-next to nothing to the one shard, and the same command goes on once that is mended.
+If the background process finds a damaged shard, the run saves and ends with exit code 2: one shard has hardly changed
+what the run learned, and the same command resumes it once the shard is repaired.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from eve_ds.errors import UserError
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
-RATE = 64 << 20  # bytes a second that the process reads, at most: a tenth of a core, a part of any file system
+RATE = 64 << 20  # bytes per second that the process reads, at most; takes a tenth of a core
+VERIFIED = ".verified"  # file in the run folder
+END_SECONDS = 30.0  # that a finished run waits for the process
 _log = logging.getLogger(__name__)
-VERIFIED = ".verified"  # below the run's folder
-END_SECONDS = 30.0  # that a finished run waits for it
 _MEND = (
     "copy or prepare it again (python -m preprocessing verify names the rows), then start the same command: it goes on"
 )
 
 
 def before_and_while(verify: str | bool, shards: Sequence[Shard], trains: bool = True) -> list[Callback]:
-    """Do what `data.verify` asks for before a run, and give the callback for what it asks for during it.
+    """Verify now what `data.verify` wants before the run, and return the callback for what it wants during it.
 
-    A run that trains nothing is over before a process beside it is: what it scores is verified first. Called by all
-    ranks; raises as `verify_now`.
+    With `trains` False, `background` verifies now, since such a run is too short. Called by all ranks; raises as
+    `verify_now`.
     """
     if verify == "off":
         return []
@@ -56,9 +56,9 @@ def before_and_while(verify: str | bool, shards: Sequence[Shard], trains: bool =
 
 
 def verify_now(shards: Sequence[Shard]) -> None:
-    """Compare all shards with their hashes, the work shared among the ranks. Called by all ranks.
+    """Compare all shards with their hashes, shared among the ranks. Called by all ranks.
 
-    First each file is read by one rank. What another host then has as a file of its own, one of its ranks reads.
+    First each file is read by one rank. Then the ranks of each host read its own copies of files, if any.
 
     Raises:
         UserError: on all ranks, naming the first damaged shard.
@@ -75,9 +75,9 @@ def verify_now(shards: Sequence[Shard]) -> None:
 
 
 def _in_rounds(mine: Sequence[Shard]) -> tuple[set[hashing_process.Key], list[str]]:
-    """What all ranks find in their shards: keys of sound files, and faults.
+    """(keys of undamaged files, faults) found by all ranks in their shards ``mine``.
 
-    They meet after each shard, so that none waits for another longer than one takes.
+    The ranks synchronize after each shard, so that a collective waits at most for one shard.
     """
     sound: set[hashing_process.Key] = set()
     faults: list[str] = []
@@ -104,24 +104,25 @@ def _is_known(shard: Shard, known: set[hashing_process.Key]) -> bool:
 
 
 class VerifyShards(Callback):
-    """Has a process on each host compare the shards with their hashes while the run trains (`data.verify: background`).
+    """Starts a process on each host that verifies the shards while the run trains (`data.verify: background`).
 
     Args:
         shards: of all splits that the run reads.
+        rate: bytes per second that each process reads, at most.
     """
 
     def __init__(self, shards: Sequence[Shard], rate: float = RATE) -> None:
         self._shards, self._rate = list(shards), rate
-        random.Random(host()).shuffle(self._shards)  # hosts that see the same files share them: each begins elsewhere
+        random.Random(host()).shuffle(self._shards)  # hosts share results for the same files
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = b""  # what the process has said, up to a line that is not whole yet
-        self._seen = 0  # shards of which it has told
+        self._told = b""  # output of the process that is not a complete line yet
+        self._seen = 0  # shards that the process has reported
         self._fault = ""
 
     def fit_start(self, trainer: Trainer) -> None:
         if launched_world()[2] != 0 or not self._shards:
             return
-        # By its path, out of reach of the launcher's signals to the group: it ends with this process in any case.
+        # In a session of its own, where a launcher's signals to the group do not reach it. It ends with this process.
         self._process = subprocess.Popen(
             [sys.executable, "-P", hashing_process.__file__],
             stdin=subprocess.PIPE,
@@ -136,7 +137,7 @@ class VerifyShards(Callback):
             "parent": os.getpid(),
         }
         assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(BrokenPipeError):  # it has said why it is gone; how far it came is told at the end
+        with contextlib.suppress(BrokenPipeError):  # it printed why it ended; `fit_end` says how far it came
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -170,7 +171,7 @@ class VerifyShards(Callback):
             self._process = None
 
     def _wait(self) -> None:
-        """Let the process read as fast as it can, for a while."""
+        """Let the process read at full speed for up to END_SECONDS."""
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.close()
         deadline = time.monotonic() + END_SECONDS
@@ -182,7 +183,7 @@ class VerifyShards(Callback):
             time.sleep(0.02)
 
     def _look(self) -> None:
-        """Take in what the process has said meanwhile."""
+        """Read the output of the process."""
         assert self._process is not None and self._process.stdout is not None
         self._told += self._process.stdout.read() or b""
         *whole, self._told = self._told.split(b"\n")

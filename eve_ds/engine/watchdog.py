@@ -1,10 +1,9 @@
-"""A rank that gets no further says so: who waits, where, for whom, and the stacks of all ranks in the run folder.
+"""Reports of ranks that make no progress: who waits, where, for which rank, and the stacks of all ranks.
 
-Each rank writes what it does into RUN/ranks/rank_N.json, from a thread: each minute, and often once it waits. When a
-rank has come no further for ``engine.timeout_seconds``, it writes its stacks beside that (rank_N.stacks) and asks the
-others for theirs, looks twice at what the others wrote, names those that are stopped or behind, and ends with exit
-code 3 (one without others tells, and waits on). A collective by itself waits for half an hour, or for ever, and names
-nobody.
+A thread of each rank writes its state into RUN/ranks/rank_N.json: each minute, and more often once it waits. A rank
+without progress for ``engine.timeout_seconds`` writes its stacks (rank_N.stacks), asks the other ranks for theirs,
+compares two states of each, names those that are stopped or behind, and ends with exit code 3. (A single rank reports,
+and continues to wait.) A collective alone would wait for half an hour or for ever, and would name no rank.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from typing import Any
 from eve_ds.engine.signals import end, say
 
 FOLDER = "ranks"  # of the run folder
-ASKED = "stacks_wanted"  # in it: all ranks are to write their stacks
-SLOWEST_LOOK = 8.0  # seconds between two looks at the clock, at most
-PATIENCE = 6  # such intervals are given to the run folder; to find whom a rank waits for takes four
-HEALTHY_BEAT = 60.0  # seconds between two signs of life of a rank that gets on
+ASKED = "stacks_wanted"  # a file in it; touched to ask all ranks for their stacks
+SLOWEST_LOOK = 8.0  # seconds between two checks, at most
+PATIENCE = 6  # intervals to wait for the run folder's file system; _find_culprit takes four
+HEALTHY_BEAT = 60.0  # seconds between two writes of a rank that makes progress
 
 
 class Watchdog:
-    """Watches over one rank.
+    """Watches the progress of this rank.
 
     Args:
         folder: RUN/ranks, which all ranks see.
@@ -42,26 +41,26 @@ class Watchdog:
         self.folder, self.rank, self.world_size, self.seconds = folder, rank, world_size, seconds
         self.interval = min(SLOWEST_LOOK, seconds / 10)
         self.doing, self._since, self._marks, self._beats = "the set-up", time.monotonic(), 0, 0
-        self._asked_at: float | None = None  # when stacks were last wanted
-        self._wanted = False  # since this start
+        self._asked_at: float | None = None  # when stacks were last asked for
+        self._wanted = False  # whether they were, since this start
         self._beaten = -HEALTHY_BEAT  # when it last wrote
         self._ended = threading.Event()
-        self._files: threading.Thread | None = None  # at work on the run folder
+        self._files: threading.Thread | None = None  # works on the run folder
 
     def start(self) -> None:
-        """Begin to watch; an earlier request for stacks is not heeded."""
+        """Start to watch. Requests for stacks from an earlier start are ignored."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def mark(self, doing: str) -> None:
-        """The rank has come further: what it does now."""
+        """Report progress, and what the rank does from now on."""
         self.doing, self._since, self._marks = doing, time.monotonic(), self._marks + 1
 
     def go_on(self) -> None:
-        """The rank gets on with what it does; not counted, for ranks may do so unequally often."""
+        """Report progress within what the rank does. Not counted in marks, since ranks may do so unequally often."""
         self._since = time.monotonic()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._ended.set()
 
     def _watch(self) -> None:
@@ -81,11 +80,11 @@ class Watchdog:
                     say(f"error: {line}")
                     if self.world_size > 1:
                         end(3)
-                    self._since = time.monotonic()  # alone, it has nobody to wait for: tell, and tell again
-            looked = time.monotonic()  # what the storage took is no stop of this process
+                    self._since = time.monotonic()  # a single rank reports again after the next timeout
+            looked = time.monotonic()  # time that the storage took does not count as a stop of this process
 
     def _in_folder(self, work: Callable[[], None]) -> None:
-        """Do what reads and writes the run folder in a thread of its own: storage that hangs must not silence us."""
+        """Do work on the run folder in a thread of its own, so that the watchdog still reports if the storage hangs."""
         if self._files is not None and self._files.is_alive():
             return
         self._files = threading.Thread(target=work, name="watchdog-files", daemon=True)
@@ -95,9 +94,8 @@ class Watchdog:
     def _begin(self) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-            os.close(
-                os.open(self.folder / ASKED, os.O_CREAT, 0o666)
-            )  # NFS keeps in mind for a minute what is not there
+            # Made now, because NFS clients remember for a minute that a file is missing.
+            os.close(os.open(self.folder / ASKED, os.O_CREAT, 0o666))
         self._others_ask()
         self._wanted = False
         self._beat()
@@ -119,7 +117,7 @@ class Watchdog:
 
     def _others_ask(self) -> bool:
         with contextlib.suppress(OSError):
-            with open(self.folder / ASKED) as file:  # NFS asks its server when a file is opened, and not for stat
+            with open(self.folder / ASKED) as file:  # an NFS client asks the server at open, not at stat
                 asked_at = os.fstat(file.fileno()).st_mtime
             if asked_at != self._asked_at:
                 self._asked_at, self._wanted = asked_at, True
@@ -133,7 +131,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _find_culprit(self) -> str:
-        """Write and ask for stacks, and find out whom this rank waits for; takes four beats."""
+        """Write stacks, ask the other ranks for theirs, and find out for whom this rank waits. Takes four intervals."""
         self._write_stacks()
         with contextlib.suppress(OSError):
             (self.folder / ASKED).touch()
@@ -154,7 +152,7 @@ class Watchdog:
         return who
 
     def _line(self, who: str) -> str:
-        """``who``: empty where the run folder did not answer."""
+        """The message; ``who`` is empty if the run folder's file system did not answer."""
         host, waited = socket.gethostname(), time.monotonic() - self._since
         found = f"{who}; the stacks are in {self.folder}/*.stacks" if who else f"and {self.folder} does not answer"
         return (
@@ -188,33 +186,33 @@ _watchdog: Watchdog | None = None
 
 
 def forget(run_folder: Path) -> None:
-    """Remove what the ranks of an earlier start have written of themselves. Called by rank 0 before any ``start``."""
+    """Remove the states that ranks of an earlier start wrote. Called by rank 0 before any ``start``."""
     for left in (run_folder / FOLDER).glob("rank_*.json"):
         with contextlib.suppress(OSError):
             left.unlink()
 
 
 def start(run_folder: Path, rank: int, world_size: int, seconds: float) -> None:
-    """Watch over this process from now on; ``mark`` tells what it does."""
+    """Watch this process from now on; it reports progress by ``mark``."""
     global _watchdog
     _watchdog = Watchdog(run_folder / FOLDER, rank, world_size, seconds)
     _watchdog.start()
 
 
 def mark(doing: str) -> None:
-    """This rank has come further. Cheap: a step may do it often."""
+    """Report progress, and what this rank does from now on. Cheap enough for several calls a step."""
     if _watchdog is not None:
         _watchdog.mark(doing)
 
 
 def mark_again() -> None:
-    """This rank gets on with what it does, as by a batch of an evaluation or a part of a file."""
+    """Report progress within what this rank does, such as a batch of an evaluation or a part of a file."""
     if _watchdog is not None:
         _watchdog.go_on()
 
 
 def stop() -> None:
-    """Watch no longer; nothing was started, perhaps."""
+    """Stop watching, if ``start`` was called."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.close()

@@ -22,7 +22,7 @@ def expert_seed(seed: int, expert: int) -> int:
 class Experts(nn.Module):
     """Feed-forward experts ``first .. first + count - 1`` of a layer: fc2(activation(fc1(x))), both with bias.
 
-    DeepSpeed saves exactly the three tensors w1, w2, w3 per expert (FACTS.md), hence both biases in w3.
+    DeepSpeed saves exactly the three tensors w1, w2, w3 per expert, hence both biases in w3.
 
     Args:
         dim: D.

@@ -24,7 +24,7 @@ run_ranks() {
     if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
     echo "job $SLURM_JOB_ID: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
 
-    # In the background, since a shell that waits for a program in front of it heeds no signal. scancel and preemption
+    # In the background, since a shell that waits for a foreground program handles no signal. scancel and preemption
     # send SIGTERM to this shell, to srun and to the ranks; the shell only has to outlive them.
     trap : TERM USR1
     local code=0

@@ -1,6 +1,6 @@
 """Training under DeepSpeed, case by case, beside one plain PyTorch process on the same global batches.
 
-What makes the two comparable is in DESIGN.md ("What parallel equals single means"): AdamW with eps 1e-4, no dropout.
+The two are comparable with AdamW at eps 1e-4 (else gradients near zero change signs) and without dropout.
 What makes it hard: the auxiliary loss is on; texts differ in length by row, so that the ranks hold different numbers of
 tokens; in one layer half of the experts, so whole ranks of them, get no token, and in the other one expert.
 """

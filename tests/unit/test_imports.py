@@ -87,7 +87,7 @@ def layer(name: str) -> tuple[str, int]:
 
 
 def violations(module: str, source: str) -> list[str]:
-    """The rules of DESIGN.md ("Who may import whom") that ``source``, as the module of that name, breaks."""
+    """The import rules, by the tables above, that ``source`` breaks as the module of that name."""
     broken = []
     for name, top_level in imports(source):
         outside = not within(name, *PACKAGES) and name.split(".")[0] not in sys.stdlib_module_names
