@@ -18,7 +18,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.data_config import MOST_SECONDS, DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.model_config import MOST, ModelConfig
-from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, wrong_value
+from eve_ds.option_errors import (
+    as_one_line,
+    check_options,
+    check_secrets,
+    explain_parse_error,
+    inline_section_files,
+    join_negative_numbers,
+)
 from eve_ds.recipes import (
     check_keys,
     check_values,
@@ -288,10 +295,10 @@ def parse(
     parser.set_defaults(defaults or {})
     try:
         # The last one wins: recipes come first, wherever they stood.
-        parsed = parser.parse_args([*map(_as_option, recipes), *for_parser(root, options)])
+        parsed = parser.parse_args([*map(_as_option, recipes), *inline_section_files(root, options)])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise UserError(wrong_value(root, recipes, options, error)) from error
+        raise UserError(explain_parse_error(root, recipes, options, error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
     check_values(config)
@@ -325,7 +332,7 @@ def load_model_config(path: Path) -> ModelConfig:
 
 def _checked(root: type, argv: list[str]) -> tuple[list[str], list[str]]:
     """The recipes and the other options of a command line, all keys known ones, as the parser needs them."""
-    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(joined(argv))))
+    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(join_negative_numbers(argv))))
     for path in recipes:
         tree = read_yaml(path, "--config")
         check_secrets(tree, source=path)  # before --print_config shows it

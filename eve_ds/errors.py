@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from evaluation.common import InputError
-from eve_ds.data.loader_faults import explain_worker_death
+from eve_ds.data.worker import explain_worker_death
 from eve_ds.model.model_config import ModelConfigError
 from eve_ds.weights.errors import WeightsError
 from preprocessing.shards.schema import DataError, printable

@@ -10,7 +10,7 @@ from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
-from eve_ds.recipes import DEEPEST, meant, nearest, shipped
+from eve_ds.recipes import MAX_DEPTH, find_shipped, suggest_file, suggest_key
 from preprocessing.shards.schema import check_regular, load_json, shortened
 
 # What DeepSpeed 0.19.8 reads as a JSON object, and stumbles over if it is something else.
@@ -52,16 +52,18 @@ def load_deepspeed_config(
         UserError: unreadable file, a value that disagrees, a setting that trains wrongly in silence (``refuse``),
             or one that DeepSpeed does not take.
     """
-    file = shipped(path, "ds_configs", ".json")
+    file = find_shipped(path, "ds_configs", ".json")
     check_regular(file, streams=True)
     try:
         raw = load_json(file.read_text(encoding="utf-8"), pairs=_unique)
     except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: {error.strerror}{meant(path, 'ds_configs', '.json')}") from error
+        raise UserError(
+            f"--deepspeed_config {path}: {error.strerror}{suggest_file(path, 'ds_configs', '.json')}"
+        ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
-    if _deeper(raw, DEEPEST):
-        raise UserError(f"--deepspeed_config {path}: is nested deeper than {DEEPEST} levels")
+    if _deeper(raw, MAX_DEPTH):
+        raise UserError(f"--deepspeed_config {path}: is nested deeper than {MAX_DEPTH} levels")
     _check_sections(raw, path)
     micro, accumulation = batch_shape(engine, world_size)
     ours = {
@@ -201,7 +203,7 @@ def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         if key in RULES:  # one of those that have two names: it stands under the other one, too
             return f"{key!r} and its other name, with stage3_, both stand there; leave one of them out"
-        return f"unknown key {key!r}{nearest(key, list(RULES)) or '; leave it out'}"
+        return f"unknown key {key!r}{suggest_key(key, list(RULES)) or '; leave it out'}"
     told = fault["msg"]
     if told.startswith("Input should be "):
         told = f"must be {told.removeprefix('Input should be ').partition(',')[0]}"

@@ -32,7 +32,7 @@ from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import USER_ERRORS, run_command
 from eve_ds.files import write_json
 from eve_ds.finetune_options import expand_options
-from eve_ds.recipes import read_yaml, recipe
+from eve_ds.recipes import find_recipe, read_yaml
 
 PROGRAM = "python -m eve_ds.plan"
 
@@ -106,7 +106,7 @@ def _root(argv: list[str]) -> Any:
         path = after if here == "--config" else here.removeprefix("--config=")
         if here == "--config" or here.startswith("--config="):
             try:
-                tree = read_yaml(recipe(path))
+                tree = read_yaml(find_recipe(path))
             except USER_ERRORS:
                 return PretrainPlan  # told properly when it is parsed
             if isinstance(tree, dict) and "task" in tree:

@@ -100,7 +100,7 @@ def test_nlvr_unknown_label(tmp_path: Path) -> None:
     assert data[0, 0]["label"] == -1
 
 
-def test_texts_that_say_a_side_are_not_mirrored(tmp_path: Path) -> None:
+def test_images_with_left_or_right_in_the_text_are_not_mirrored(tmp_path: Path) -> None:
     texts = ["a red square on the left", "a red square"]
     rows = [{"image": image_of(0, 32), "caption": texts, "image_id": "0", "split": "train"}]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, FLIP, 16)
@@ -108,7 +108,7 @@ def test_texts_that_say_a_side_are_not_mirrored(tmp_path: Path) -> None:
     assert any(np.array_equal(data[1, epoch]["images"], _pixels(0)[:, ::-1]) for epoch in range(20))
 
 
-def test_vqa_answers_that_say_a_side_count_too(tmp_path: Path) -> None:
+def test_vqa_answers_with_left_or_right_prevent_mirroring(tmp_path: Path) -> None:
     row = {"image": image_of(0, 32), "questions": ["which way", "which color"], "answers": [["Left"], ["red"]]}
     row |= {"answer_labels": [[0], [1]], "answer_scores": [[1.0], [1.0]], "question_id": [1, 2], "image_id": "0"}
     folder = write_split(tmp_path / "train", "vqa", [row | {"split": "train"}])
@@ -117,7 +117,7 @@ def test_vqa_answers_that_say_a_side_count_too(tmp_path: Path) -> None:
     assert any(np.array_equal(data[1, epoch]["images"], _pixels(0)[:, ::-1]) for epoch in range(20))
 
 
-def test_nlvr_statement_that_says_a_side(tmp_path: Path) -> None:
+def test_nlvr_statements_with_left_or_right(tmp_path: Path) -> None:
     row = {"image_0": image_of(0, 32), "image_1": image_of(1, 32), "questions": ["right has red", "both have red"]}
     row |= {"answers": ["True", "True"], "identifier": ["a", "b"], "split": "train"}
     data = NlvrSamples(write_split(tmp_path / "train", "nlvr", [row]), TOKENIZER, FLIP, 16)
