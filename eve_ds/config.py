@@ -18,11 +18,19 @@ from jsonargparse import ArgumentError, ArgumentParser
 from eve_ds.data.data_config import MOST_SECONDS, DataConfig
 from eve_ds.errors import UserError
 from eve_ds.model.model_config import MOST, ModelConfig
-from eve_ds.option_errors import as_one_line, check_options, check_secrets, for_parser, joined, values_of, wrong_value
+from eve_ds.option_errors import (
+    as_one_line,
+    check_options,
+    check_secrets,
+    explain_parse_error,
+    inline_section_files,
+    join_negative_numbers,
+    values_of,
+)
 from eve_ds.recipes import (
-    at,
     check_keys,
     check_values,
+    format_location,
     read_run_config,
     read_yaml,
     section_of,
@@ -279,10 +287,10 @@ def parse(
     parser.set_defaults(defaults or {})
     try:
         # The last one wins: recipes come first, wherever they stood.
-        parsed = parser.parse_args([*map(_as_option, recipes), *for_parser(root, options)])
+        parsed = parser.parse_args([*map(_as_option, recipes), *inline_section_files(root, options)])
         built = parser.instantiate(parsed)
     except ArgumentError as error:
-        raise UserError(wrong_value(root, recipes, options, error)) from error
+        raise UserError(explain_parse_error(root, recipes, options, error)) from error
     values = {key: value for key, value in vars(built).items() if key in {f.name for f in dataclasses.fields(root)}}
     config = root(**values)
     check_values(config)
@@ -316,7 +324,7 @@ def load_model_config(path: Path) -> ModelConfig:
 
 def _checked(root: type[ConfigType], argv: list[str]) -> tuple[type[ConfigType], list[str], list[str]]:
     """The tree of the task that a command line names, its recipes and its other options, all keys known ones."""
-    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(joined(argv))))
+    recipes, options = split_options(_as_flag("--dry_run", _without_local_rank(join_negative_numbers(argv))))
     trees = [(path, read_yaml(path, "--config")) for path in recipes]
     for path, tree in trees:
         check_secrets(tree, source=path)  # before --print_config shows it
@@ -333,7 +341,11 @@ def _for_task(root: type[ConfigType], trees: list[tuple[str, Any]], options: lis
     Raises:
         UserError: there is no such task; the message names the option or the file that asks for it.
     """
-    named = [(at(path, "task"), tree["task"]) for path, tree in trees if isinstance(tree, dict) and "task" in tree]
+    named = [
+        (format_location(path, "task"), tree["task"])
+        for path, tree in trees
+        if isinstance(tree, dict) and "task" in tree
+    ]
     named += [(f"--{name}", typed) for name, typed in values_of(options) if name == "task"]
     where, task = named[-1] if named else ("task", root().task)
     if not isinstance(task, str):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from evaluation.common import InputError
-from eve_ds.data.loader_faults import explain_worker_death
+from eve_ds.data.worker import explain_worker_death
 from eve_ds.launched import launched_rank
 from eve_ds.logs import setup_logging
 from eve_ds.model.model_config import ModelConfigError

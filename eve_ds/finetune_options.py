@@ -10,8 +10,8 @@ from typing import Any
 from eve_ds import config as config_tree
 from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.option_errors import joined, plain
-from eve_ds.recipes import fits, hint_of, misfits, parse_value, read_yaml, split_options
+from eve_ds.option_errors import join_negative_numbers, one_line
+from eve_ds.recipes import has_type, hint_of, parse_value, read_yaml, split_options, type_errors
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
 from preprocessing.errors import DataError
 
@@ -52,13 +52,13 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for name in PLACES:
         short.add_argument(f"--{name}")
     try:
-        given, rest = short.parse_known_args(joined(argv))
+        given, rest = short.parse_known_args(join_negative_numbers(argv))
     except argparse.ArgumentError as error:
-        raise UserError(plain(error)) from error
+        raise UserError(one_line(error)) from error
     for name, (key, _) in VALUE_OPTIONS.items():
         if (value := getattr(given, name)) is not None:
             hint = hint_of(config_tree.FinetuneConfig, key)
-            for _, what in misfits(parse_value(value), hint, key) if not fits("", hint) else ():
+            for _, what in type_errors(parse_value(value), hint, key) if not has_type("", hint) else ():
                 raise UserError(f"--{name}: {what}")  # by the name that was typed
             rest += [f"--{key}", value]
     for name, (key, _) in FLAGS.items():

@@ -1,6 +1,6 @@
-"""What a parser of the command line does not take, in words: which option or file, what is expected, what was given.
+"""One-line messages for errors on the command line: the option or file, the expected type, and the given value.
 
-jsonargparse tells it over several lines, in terms of Python's types and of its own insides.
+The messages of jsonargparse take several lines, and refer to Python types and to its own implementation.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import yaml
 
 from eve_ds.errors import UserError
 from eve_ds.recipes import (
-    DEEPEST,
-    at,
+    MAX_DEPTH,
     check_keys,
+    contains_mapping,
+    format_location,
+    format_value,
     hint_of,
-    holds_mappings,
     known_keys,
-    misfits,
-    nearest,
     parse_value,
     read_yaml,
-    shown,
+    suggest_key,
+    type_errors,
 )
 from preprocessing.redaction import shortened, without_secrets
 
-# What the parser calls a type, and what we call it; the first that stands in its message counts.
+# Type in a message of jsonargparse -> description; the first match is used.
 _TYPES = {
     "PositiveInt": "an integer above 0",
     "NonNegativeInt": "an integer, 0 or more",
@@ -43,7 +43,7 @@ _GIVEN = (r"Given value: (.*)", r"Got value: (.*)", r" (\S+) does not conform", 
 
 
 def values_of(argv: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(name, value as typed) of ``--name value`` and ``--name=value``; None where no value follows."""
+    """(name, value as typed) of ``--name value`` and ``--name=value``; the value is None if it is missing."""
     for place, option in enumerate(argv):
         name, equals, value = option.partition("=")
         following = argv[place + 1] if place + 1 < len(argv) else "--"
@@ -51,8 +51,8 @@ def values_of(argv: list[str]) -> Iterator[tuple[str, str | None]]:
             yield name[2:], value if equals else None if following.startswith("--") else following
 
 
-def joined(argv: list[str]) -> list[str]:
-    """``--name -1e-3`` as ``--name=-1e-3``: but for -1 and -.5, the parser takes a dash for the start of an option."""
+def join_negative_numbers(argv: list[str]) -> list[str]:
+    """``--name -1e-3`` -> ``--name=-1e-3``: argparse takes a leading dash for an option, except in -1 and -.5."""
     words: list[str] = []
     for word in argv:
         if words and re.fullmatch(r"--[^=]+", words[-1]) and re.match(r"-[\d.]", word):
@@ -63,7 +63,7 @@ def joined(argv: list[str]) -> list[str]:
 
 
 def check_options(root: type, options: list[str]) -> None:
-    """Raise UserError for the first option of a config tree that is unknown or has no value, or one of wrong keys."""
+    """Raise UserError for the first option that is unknown, has no value, or holds a mapping with invalid keys."""
     known = known_keys(root)
     for option in options:
         _check_depth(option)
@@ -73,18 +73,18 @@ def check_options(root: type, options: list[str]) -> None:
         if key in ("help", "print_config"):
             continue
         if key not in known:
-            raise UserError(f"unknown option --{key}{nearest(key, known, '--')}")
+            raise UserError(f"unknown option --{key}{suggest_key(key, known, '--')}")
         if typed is None:
             raise UserError(f"--{name}: no value follows")
-        if holds_mappings(hint_of(root, key)):
+        if contains_mapping(hint_of(root, key)):
             _check_mapping(root, name, typed)
 
 
 def check_secrets(value: Any, key: str = "", source: str = "") -> None:
-    """Refuse passwords and keys in addresses: config.yaml, logs, the report and wandb would have them.
+    """Refuse passwords and keys in URLs, which would appear in config.yaml, logs, the report and wandb.
 
     Raises:
-        UserError: naming the file, or what else is the ``source``, and the setting.
+        UserError: names the ``source`` (a file or an option) and the setting.
     """
     if isinstance(value, str) and (hidden := without_secrets(value)) != value:
         where = f"{source}: {key}={hidden}" if source and key else f"{source or key}={hidden}"
@@ -95,13 +95,15 @@ def check_secrets(value: Any, key: str = "", source: str = "") -> None:
 
 
 def _check_mapping(root: type, name: str, typed: str) -> None:
-    """Raise UserError for an unknown key, or a wrong type, in ``--SECTION {...}`` or ``--data.sources [...]``."""
+    """Raise UserError for an unknown key or a wrong type in ``--SECTION {...}`` or ``--data.sources [...]``."""
     key, (source, value) = name.rstrip("+"), _given(root, name, typed)
     if dataclasses.is_dataclass(hint_of(root, key)) and not isinstance(value, dict):
         if source != f"--{name}":
-            raise UserError(f"{source}: expected a mapping with the keys of {name}, this is {shown(value)}")
-        raise UserError(f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {shown(value)}")
-    check_secrets(value, key, source)  # of what stands in a file, too
+            raise UserError(f"{source}: expected a mapping with the keys of {name}, this is {format_value(value)}")
+        raise UserError(
+            f"--{name}: is a section; give a key of it and a value, as in --{name}.KEY {format_value(value)}"
+        )
+    check_secrets(value, key, source)  # also of values in a file
     tree = [value] if name.endswith("+") and not isinstance(value, list) else value
     for part in reversed(key.split(".")):
         tree = {part: tree}
@@ -109,22 +111,20 @@ def _check_mapping(root: type, name: str, typed: str) -> None:
 
 
 def _given(root: type, name: str, typed: str) -> tuple[str, Any]:
-    """(where it stands, value) of an option: a section may be given by the name of a file that holds it."""
+    """(source, value) of an option; the value of a section may be the name of a file that holds it."""
     if is_section_file(root, name, typed):
         return f"--{name} {typed}", read_yaml(typed, f"--{name}")
     return f"--{name}", parse_value(typed, f"--{name}")
 
 
 def is_section_file(root: type, name: str, typed: str) -> bool:
-    """Whether an option names a section, and its value a file."""
+    """Whether an option is a section and its value names a file."""
     section = name in known_keys(root) and dataclasses.is_dataclass(hint_of(root, name))
     return section and os.path.exists(typed) and not os.path.isdir(typed)
 
 
-def for_parser(root: type, options: list[str]) -> list[str]:
-    """The options as the parser takes them: what a section's file holds, where that can be read once, as
-    ``<(command)``.
-    """
+def inline_section_files(root: type, options: list[str]) -> list[str]:
+    """Replace section files that can be read only once, such as ``<(command)``, by their content."""
     words = []
     for before, word in zip(["", *options], options, strict=False):
         name, equals, typed = word.partition("=") if word.startswith("--") else (before, "", word)
@@ -135,54 +135,55 @@ def for_parser(root: type, options: list[str]) -> list[str]:
 
 
 def as_one_line(tree: Any) -> str:
-    """YAML for a command line."""
+    """YAML in one line."""
     return yaml.safe_dump(tree, default_flow_style=True, width=10**9)
 
 
 def _check_depth(option: str) -> None:
-    """Raise UserError for brackets that lie too deep in one another: the parser would take minutes, then fail."""
+    """Raise UserError for brackets nested too deeply: the parser would take minutes, then fail."""
     depth = 0
     for char in option:
         depth += (char in "[{") - (char in "]}")
-        if depth > DEEPEST:
-            raise UserError(f"the command line: {shortened(option, 40)} is nested deeper than {DEEPEST} levels")
+        if depth > MAX_DEPTH:
+            raise UserError(f"the command line: {shortened(option, 40)} is nested deeper than {MAX_DEPTH} levels")
 
 
-def wrong_value(root: type, recipes: list[str], options: list[str], error: Exception) -> str:
-    """The message for what the parser of a config tree does not take, with the file or option that gives it.
+def explain_parse_error(root: type, recipes: list[str], options: list[str], error: Exception) -> str:
+    """Message for an error of the parser of a config tree, with the file or option at fault.
 
     Args:
         root: the dataclass of the tree.
-        recipes: YAML files that were read.
+        recipes: the YAML files.
         options: the rest of the command line.
-        error: the parser's.
+        error: raised by the parser.
     """
-    found = [(path, place, what) for path in recipes for place, what in misfits(read_yaml(path), root, "")]
+    found = [(path, place, what) for path in recipes for place, what in type_errors(read_yaml(path), root, "")]
     for name, typed in values_of(options):
         if typed is not None and name not in ("help", "print_config"):
             (source, value), key = _given(root, name, typed), name.rstrip("+")
             added = name.endswith("+") and not isinstance(value, list)
             found += [
-                (source, place, what) for place, what in misfits([value] if added else value, hint_of(root, key), key)
+                (source, place, what)
+                for place, what in type_errors([value] if added else value, hint_of(root, key), key)
             ]
     named = re.findall(r'Parser key "([^"]+)"', str(error))[-1:]  # the innermost
-    meant = [each for each in found if {each[0].strip("-+"), each[1]} & set(named)]
-    for where, place, what in meant or found[: len(named)]:
-        return f"{at(where, place)}: {what}"
-    return f"{plain(error)}; see --help"
+    matching = [each for each in found if {each[0].strip("-+"), each[1]} & set(named)]
+    for where, place, what in matching or found[: len(named)]:
+        return f"{format_location(where, place)}: {what}"
+    return f"{one_line(error)}; see --help"
 
 
-def plain(error: Exception) -> str:
-    """The message of a parser that does not take a command line, in one line."""
+def one_line(error: Exception) -> str:
+    """Message for an error of a command-line parser, in one line."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     if found := re.fullmatch(r"argument (--\S+): expected (?:one|at least one) argument", text):
         return f"{found[1]}: no value follows"
     if found := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", text):
         return f"{shortened(found[1], 200)}: no option takes this"
     if found := re.match(r'Parser key "(?:[^"]*\.)?([^".]+)"', text):
-        kinds = [told for kind, told in _TYPES.items() if kind in text]
+        kinds = [described for kind, described in _TYPES.items() if kind in text]
         given = [match for pattern in _GIVEN if (match := re.search(pattern, text))]
         if kinds and given:
             null = " or null" if "NoneType" in text else ""
-            return f"--{found[1]}: expected {kinds[0]}{null}, got {shown(given[0][1])}"
+            return f"--{found[1]}: expected {kinds[0]}{null}, got {format_value(given[0][1])}"
     return shortened(text, 400)

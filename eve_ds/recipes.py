@@ -1,7 +1,7 @@
-"""YAML recipes: which of them a command line names, reading them, and every key checked.
+"""YAML recipes: find and read the files of a command line, and check every key.
 
-Python's YAML reader takes the last of two equal keys and says nothing; here that is an error, as the standard has it.
-So is a key with nothing behind it, which YAML takes for null, and what is neither text, number, list nor mapping.
+PyYAML silently uses the last of two equal keys; here they are an error, as in the YAML standard. Keys without a value
+(null in YAML) and values other than strings, numbers, booleans, lists and mappings are errors, too.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened
 
 Section = TypeVar("Section")
-HOME = Path(__file__).resolve().parents[1]  # of eve_ds and ds_configs: the checkout, or site-packages
-RECIPES = ("eve_ds/configs", ".yaml")  # folder of those that come with EVE-DS, and suffix
-_UNFIT = (KeyError, IndexError, AttributeError)  # PyYAML, of "!!bool x", "!!int ''" and "!!timestamp x"
-DEEPEST, MOST_NODES = 20, 10_000  # a recipe has four levels and a hundred nodes
+HOME = Path(__file__).resolve().parents[1]  # holds eve_ds and ds_configs: the checkout, or site-packages
+RECIPES = ("eve_ds/configs", ".yaml")  # folder and suffix of the recipes of EVE-DS
+_TAG_ERRORS = (KeyError, IndexError, AttributeError)  # raised by PyYAML on "!!bool x", "!!int ''" and "!!timestamp x"
+MAX_DEPTH, MAX_NODES = 20, 10_000  # a recipe has four levels and a hundred nodes
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
-class _TwiceError(yaml.MarkedYAMLError):
-    """A key stands twice in a mapping."""
+class _DuplicateKeyError(yaml.MarkedYAMLError):
+    """A key occurs twice in a mapping."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data; a key that stands twice in a mapping is an error, and 1e-6 is a number, as jsonargparse reads it."""
+    """SafeLoader in which duplicate keys are errors, and 1e-6 is a number, as in jsonargparse."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in first:
                 problem = f"{key.value!r} stands in line {first[key.value]} already; put all of it in one place"
-                raise _TwiceError(problem=problem, problem_mark=key.start_mark)
+                raise _DuplicateKeyError(problem=problem, problem_mark=key.start_mark)
             first[key.value] = key.start_mark.line + 1
         return node
 
@@ -56,29 +56,29 @@ _Loader.add_implicit_resolver(
 )
 
 
-def shipped(path: str, folder: str, suffix: str) -> Path:
-    """The file of that name; where there is none, the one that comes with EVE-DS, by its path there or its name."""
+def find_shipped(path: str, folder: str, suffix: str) -> Path:
+    """The file ``path``; if it does not exist, the file of EVE-DS with that path or name."""
     name = path if path.endswith(suffix) else path + suffix
     places = [Path(path), HOME / path, HOME / folder / name]
     return next((place for place in places if place.is_file()), Path(path))
 
 
-def meant(path: str | Path, folder: str, suffix: str) -> str:
-    """The end of a message about a file that is not there: one of nearly that name, or all that come with EVE-DS."""
-    shipped_ones = {file.stem: file.stem for file in sorted((HOME / folder).glob(f"*{suffix}"))}
+def suggest_file(path: str | Path, folder: str, suffix: str) -> str:
+    """End of a message about a missing file: a similar name, or the names of all files of EVE-DS."""
+    shipped = {file.stem: file.stem for file in sorted((HOME / folder).glob(f"*{suffix}"))}
     beside = {file.stem: str(file) for file in sorted(Path(path).parent.glob(f"*{suffix}"))}
-    known = {**shipped_ones, **beside}
+    known = {**shipped, **beside}
     near = difflib.get_close_matches(Path(path).name.removesuffix(suffix), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {known[near[0]]}?" if near else f"; EVE-DS comes with {', '.join(shipped_ones)}"
+    return f"; did you mean {known[near[0]]}?" if near else f"; EVE-DS comes with {', '.join(shipped)}"
 
 
-def recipe(path: str) -> Path:
-    """The recipe that ``--config`` names."""
-    return shipped(path, *RECIPES)
+def find_recipe(path: str) -> Path:
+    """The file of a value of ``--config``."""
+    return find_shipped(path, *RECIPES)
 
 
 def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The files that ``--config`` names (``shipped`` ones by name), in order, and the rest of the command line.
+    """(files of ``--config`` in order, rest of the command line); recipes of EVE-DS may be given by name.
 
     Raises:
         UserError: ``--config`` without a file.
@@ -93,18 +93,18 @@ def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
         file = value if equals else next(options, "")
         if not file or file.startswith("--"):
             raise UserError("--config: no file follows; name a YAML recipe, as in eve_ds/configs/tiny_shapes.yaml")
-        files.append(str(recipe(file)))
+        files.append(str(find_recipe(file)))
     return files, rest
 
 
 def read_yaml(path: str | Path, option: str = "") -> Any:
-    """The tree in a YAML file.
+    """Read a YAML file.
 
     Args:
         path: the file.
-        option: that named it, for messages.
+        option: option that names it, for messages.
     Raises:
-        UserError: unreadable, not YAML, or a key stands twice; the message names file and line.
+        UserError: unreadable, not YAML, or a duplicate key; the message names file and line.
     """
     source = f"{option} {path}".strip()
     check_regular(path, streams=True)
@@ -112,19 +112,19 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         loader = _Loader(_content(path))
         node = loader.get_single_node()
         for number, _ in enumerate(_plain_nodes(node)):
-            if number > MOST_NODES:
-                raise _NodeError(f"its aliases (*name) stand for more than {MOST_NODES} values; write fewer")
+            if number > MAX_NODES:
+                raise _NodeError(f"its aliases (*name) stand for more than {MAX_NODES} values; write fewer")
         return loader.construct_document(node) if node is not None else None
     except RecursionError as error:
-        raise UserError(f"{source}: is nested deeper than {DEEPEST} levels") from error
+        raise UserError(f"{source}: is nested deeper than {MAX_DEPTH} levels") from error
     except OSError as error:
-        others = meant(path, *RECIPES) if option and isinstance(error, FileNotFoundError) else ""
+        others = suggest_file(path, *RECIPES) if option and isinstance(error, FileNotFoundError) else ""
         raise UserError(f"{source}: {error.strerror or error}{others}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 text") from error
-    except ValueError as error:  # ours; Python's, of a number of thousands of digits or a day beyond its month
+    except ValueError as error:  # also from Python, for a number with thousands of digits or an invalid date
         raise UserError(f"{source}: {error}") from error
-    except _UNFIT as error:
+    except _TAG_ERRORS as error:
         raise UserError(f"{source}: not valid YAML: a value does not fit the tag (!!...) before it") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -132,47 +132,47 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
         raise UserError(f"{source}: not valid YAML{place}: {getattr(error, 'problem', error)}") from error
 
 
-_of_streams: dict[tuple[int, int], str] = {}  # by device and inode: what the shell has opened can be read once
+_stream_texts: dict[tuple[int, int], str] = {}  # by device and inode: a pipe can be read only once
 
 
 def _content(path: str | Path) -> str:
-    """The text of a file; that of a stream is kept for whoever asks next."""
+    """The text of a file; that of a pipe is cached."""
     found = os.stat(path)
     key = found.st_dev, found.st_ino
-    if key in _of_streams:
-        return _of_streams[key]
+    if key in _stream_texts:
+        return _stream_texts[key]
     text = Path(path).read_text(encoding="utf-8")
     if stat.S_ISFIFO(found.st_mode):
-        _of_streams[key] = text
+        _stream_texts[key] = text
     return text
 
 
 def parse_value(typed: str, where: str = "") -> Any:
-    """What an option's value stands for; the text itself where that is no YAML.
+    """Parse an option's value as YAML; returns the text itself if it is not valid YAML.
 
     Raises:
-        UserError: a key stands twice, and it is said ``where``.
+        UserError: a duplicate key; only if ``where`` is given, which the message names.
     """
     try:
-        found = yaml.load(typed, _Loader)  # plain data, as SafeLoader has it
-    except (yaml.YAMLError, ValueError, RecursionError, *_UNFIT) as error:
-        if where and isinstance(error, _TwiceError):
+        found = yaml.load(typed, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError, *_TAG_ERRORS) as error:
+        if where and isinstance(error, _DuplicateKeyError):
             raise UserError(f"{where}: {error.problem}") from error
         return typed
     return "" if not typed else found
 
 
 class _NodeError(ValueError):
-    """What YAML takes and a recipe does not; says key, line and mend."""
+    """Valid YAML that is not allowed in a recipe; the message names key and line."""
 
 
 def _plain_nodes(node: Any, key: str = "", depth: int = 0) -> Iterator[Any]:
-    """All nodes below ``node``, those behind aliases each time. Raises _NodeError at one that is not plain data."""
+    """All nodes below ``node``, with aliases expanded. Raises _NodeError for one that is not plain data."""
     if node is None:
         return
     where = f"{key or 'the file'} in line {node.start_mark.line + 1}"
-    if depth > DEEPEST:
-        raise _NodeError(f"{key.split('.')[0]!r} is nested deeper than {DEEPEST} levels (or holds itself)")
+    if depth > MAX_DEPTH:
+        raise _NodeError(f"{key.split('.')[0]!r} is nested deeper than {MAX_DEPTH} levels (or holds itself)")
     if node.tag == "tag:yaml.org,2002:timestamp":
         raise _NodeError(f"{where}: {node.value} is a date to YAML; put it in quotes")
     if node.tag not in _PLAIN:
@@ -188,7 +188,7 @@ def _plain_nodes(node: Any, key: str = "", depth: int = 0) -> Iterator[Any]:
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             label = name.value if isinstance(name, yaml.ScalarNode) else "?"
-            merged = name.tag.endswith(":merge")  # what is merged stands here
+            merged = name.tag.endswith(":merge")  # merged values belong to this mapping
             yield from _plain_nodes(value, key if merged else f"{key}.{label}" if key else label, depth + 1)
 
 
@@ -221,9 +221,9 @@ def hint_of(root: type, key: str) -> Any:
 
 
 def check_keys(raw: Any, root: type, source: str) -> None:
-    """Raise UserError naming the first unknown key in a YAML tree, and the nearest known one."""
+    """Raise UserError for the first unknown key in a YAML tree; the message suggests a similar key."""
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: a config is a YAML mapping of sections, this is {shown(raw)}")
+        raise UserError(f"{source}: a config is a YAML mapping of sections, this is {format_value(raw)}")
     known = known_keys(root)
     sections = {key for key in known if any(other.startswith(key + ".") for other in known)}
 
@@ -231,23 +231,23 @@ def check_keys(raw: Any, root: type, source: str) -> None:
         for key, value in node.items():
             path = f"{prefix}{key}"
             if path not in known:
-                raise UserError(f"{source}: unknown key {path!r}{nearest(path, known)}")
+                raise UserError(f"{source}: unknown key {path!r}{suggest_key(path, known)}")
             if "." in str(key):
                 section, name = str(key).rsplit(".", 1)
                 raise UserError(f"{source}: {path!r} is a key with a dot; write {section}: {{{name}: {value}}}")
             if path in sections:
                 if not isinstance(value, dict):
-                    raise UserError(f"{source}: {path!r} is a section, give a mapping in place of {shown(value)}")
+                    raise UserError(f"{source}: {path!r} is a section, give a mapping, not {format_value(value)}")
                 visit(value, path + ".")
-            elif holds_mappings(hint := hint_of(root, path)):  # the parser would import what a `class_path` names
-                for place, what in misfits(unquoted(value, hint, f"{source}: {path}"), hint, path):
-                    raise UserError(f"{at(source, place)}: {what}")
+            elif contains_mapping(hint := hint_of(root, path)):  # jsonargparse would import a ``class_path``
+                for place, what in type_errors(parse_quoted(value, hint, f"{source}: {path}"), hint, path):
+                    raise UserError(f"{format_location(source, place)}: {what}")
 
     visit(raw, "")
 
 
 def check_values(settings: Any, prefix: str = "") -> None:
-    """Raise UserError for null where a setting needs a value, and for control characters, in a tree of dataclasses."""
+    """Raise UserError for settings (a tree of dataclasses) that lack a value or hold control characters."""
     hints = typing.get_type_hints(type(settings))
     for item in dataclasses.fields(settings):
         key, value = f"{prefix}{item.name}", getattr(settings, item.name)
@@ -255,7 +255,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
             check_values(value, f"{key}.")
         elif isinstance(value, str) and (bad := next((char for char in value if ord(char) < 32), None)):
             raise UserError(f"{key} holds the control character {bad!r}; leave it out")
-        elif value is None and not fits(None, hints[item.name]):
+        elif value is None and not has_type(None, hints[item.name]):
             default = "" if isinstance(item.default, _MISSING) else f" ({item.default!r})"
             raise UserError(
                 f"{key} is null, but needs a value; write one, or leave the key out for its default{default}"
@@ -263,82 +263,82 @@ def check_values(settings: Any, prefix: str = "") -> None:
 
 
 def section_of(kind: type[Section], values: Any, source: str) -> Section:
-    """The dataclass with the values of a stored section.
+    """Build a dataclass from a stored section.
 
     Raises:
-        UserError: a value of the wrong type, an unknown key; the message names ``source`` and the key.
+        UserError: a value of the wrong type, or an unknown key; the message names ``source`` and the key.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{source}: expected a mapping, this is {shown(values)}")
+        raise UserError(f"{source}: expected a mapping, this is {format_value(values)}")
     hints = typing.get_type_hints(kind)
     for key, value in values.items():
         if key not in hints:
-            raise UserError(f"{source}: unknown key {key!r}{nearest(str(key), list(hints))}")
-        for place, what in misfits(value, hints[key], key):
+            raise UserError(f"{source}: unknown key {key!r}{suggest_key(str(key), list(hints))}")
+        for place, what in type_errors(value, hints[key], key):
             raise UserError(f"{source}: {place}: {what}")
     return kind(**values)
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type: bool, int, float, str, None, lists, mappings, literals and unions of them."""
-    return next(misfits(value, hint, ""), None) is None
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a YAML value has a type: bool, int, float, str, None, lists, mappings, literals and unions of these."""
+    return next(type_errors(value, hint, ""), None) is None
 
 
-def misfits(value: Any, hint: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong there) wherever a plain value is not of a type; ``key`` is the value's own.
+def type_errors(value: Any, hint: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, fault) for each part of a YAML value with the wrong type; ``key``: that of the value.
 
-    A mapping stands for a dataclass.
+    Dataclasses are represented by mappings.
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
-        if any(fits(value, choice) for choice in inner):
+        if any(has_type(value, choice) for choice in inner):
             return
         if isinstance(value, list) and (lists := [each for each in inner if typing.get_origin(each) is list]):
-            yield from misfits(value, lists[0], key)
+            yield from type_errors(value, lists[0], key)
             return
     elif origin is list and isinstance(value, list):
         for place, item in enumerate(value):
-            yield from misfits(item, inner[0], f"{key}[{place}]")
+            yield from type_errors(item, inner[0], f"{key}[{place}]")
         return
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        yield from _misfits_within(value, typing.cast(type, hint), key)
+        yield from _type_errors_in_mapping(value, typing.cast(type, hint), key)
         return
-    elif _is(value, hint):
+    elif _matches(value, hint):
         return
-    yield key, f"expected {told(hint)}, got {shown(value)}"
+    yield key, f"expected {describe_type(hint)}, got {format_value(value)}"
 
 
-def unquoted(value: Any, hint: Any, where: str) -> Any:
-    """A plain value as the parser takes it: what stands in quotes where its type has no text is what is in them.
+def parse_quoted(value: Any, hint: Any, where: str) -> Any:
+    """Parse quoted values whose type is not a string, as jsonargparse does.
 
     Raises:
-        UserError: a key stands twice in such a text; the message says ``where``.
+        UserError: a duplicate key in a quoted value; the message names ``where``.
     """
-    if isinstance(value, str) and not fits(value, hint):
+    if isinstance(value, str) and not has_type(value, hint):
         value = parse_value(value, where)
     for kind in typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,):
         if isinstance(value, list) and typing.get_origin(kind) is list:
-            return [unquoted(item, typing.get_args(kind)[0], where) for item in value]
+            return [parse_quoted(item, typing.get_args(kind)[0], where) for item in value]
         if isinstance(value, dict) and dataclasses.is_dataclass(kind):
             hints = typing.get_type_hints(kind)
-            return {key: unquoted(item, hints[key], where) if key in hints else item for key, item in value.items()}
+            return {key: parse_quoted(item, hints[key], where) if key in hints else item for key, item in value.items()}
     return value
 
 
-def _misfits_within(values: dict[Any, Any], kind: type, key: str) -> Iterator[tuple[str, str]]:
+def _type_errors_in_mapping(values: dict[Any, Any], kind: type, key: str) -> Iterator[tuple[str, str]]:
     hints = typing.get_type_hints(kind)
     for name, item in values.items():
         if name in hints:
-            yield from misfits(item, hints[name], f"{key}.{name}" if key else name)
+            yield from type_errors(item, hints[name], f"{key}.{name}" if key else name)
         else:
-            yield key, f"unknown key {name!r}{nearest(str(name), list(hints))}"
+            yield key, f"unknown key {name!r}{suggest_key(str(name), list(hints))}"
     for item in dataclasses.fields(kind):
         needed = isinstance(item.default, _MISSING) and isinstance(item.default_factory, _MISSING)
         if needed and item.name not in values:
             yield key, f"has no key {item.name!r}"
 
 
-def _is(value: Any, hint: Any) -> bool:
+def _matches(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if hint in (int, float):
@@ -346,51 +346,51 @@ def _is(value: Any, hint: Any) -> bool:
     return value is None if hint is type(None) else isinstance(value, typing.get_origin(hint) or hint)
 
 
-def holds_mappings(hint: Any) -> bool:
-    """Whether a setting of this type has mappings in it, as ``data.sources`` does."""
-    return dataclasses.is_dataclass(hint) or any(holds_mappings(each) for each in typing.get_args(hint))
+def contains_mapping(hint: Any) -> bool:
+    """Whether values of this type contain mappings, as in ``data.sources``."""
+    return dataclasses.is_dataclass(hint) or any(contains_mapping(each) for each in typing.get_args(hint))
 
 
 _UNIONS = (typing.Union, types.UnionType)
 _MISSING = type(dataclasses.MISSING)
-_TOLD = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
-_LISTED = {int: "integers", float: "numbers", str: "texts"}
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+_ITEM_NAMES = {int: "integers", float: "numbers", str: "texts"}
 
 
-def told(hint: Any) -> str:
-    """A type in words."""
+def describe_type(hint: Any) -> str:
+    """Description of a type for messages."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in _UNIONS:
-        return " or ".join(told(choice) for choice in inner)
+        return " or ".join(describe_type(choice) for choice in inner)
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, inner))}"
     if origin is list:
-        return f"a list of {_LISTED.get(inner[0]) or f'mappings ({_fields(inner[0])})'}"
-    return _TOLD.get(hint) or f"a mapping ({_fields(hint)})"
+        return f"a list of {_ITEM_NAMES.get(inner[0]) or f'mappings ({_fields(inner[0])})'}"
+    return _TYPE_NAMES.get(hint) or f"a mapping ({_fields(hint)})"
 
 
 def _fields(kind: type) -> str:
     return ", ".join(item.name for item in dataclasses.fields(kind))
 
 
-def shown(value: Any) -> str:
-    """A plain value as a recipe has it, without secrets, cut where it is long."""
+def format_value(value: Any) -> str:
+    """A YAML value for messages: as in a recipe, without secrets, shortened."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
     return shortened(repr(value) if isinstance(value, str | int | float | list | dict) else str(value))
 
 
-def at(source: str, key: str) -> str:
-    """Where a value stands: a file and a key in it; an option, and a key in its value if it is another one."""
+def format_location(source: str, key: str) -> str:
+    """Location of a value for messages: file and key; or option, and key unless it is that of the option."""
     return source if source.rstrip("+") == f"--{key}" else f"{source}: {key}"
 
 
-def nearest(key: str, known: list[str], dashes: str = "") -> str:
-    """The end of a message about an unknown key: the known one that is most like it, if any is."""
+def suggest_key(key: str, known: list[str], dashes: str = "") -> str:
+    """End of a message about an unknown key: a similar known key, or ""."""
     tails = {item.rsplit(".", 1)[-1]: item for item in known}
     tail = key.rsplit(".", 1)[-1]
-    like = difflib.get_close_matches(tail, list(tails), n=len(tails), cutoff=0.5)  # a long section alone is no likeness
+    like = difflib.get_close_matches(tail, list(tails), n=len(tails), cutoff=0.5)  # a common section name is not enough
     near = [item for item in difflib.get_close_matches(key, known, n=5, cutoff=0.5) if item.rsplit(".", 1)[-1] in like]
     if not near:
         near = [tails[t] for t in difflib.get_close_matches(tail, list(tails), n=1, cutoff=0.6)]

@@ -1,10 +1,10 @@
-"""Speed and memory of the parts, measured on this machine beside what they are compared with; and what is learned.
+"""Benchmark the parts of EVE-DS on this machine against baselines, or test what a pre-trained model has learned.
 
     python -m eve_ds.bench moe|attention|step|gemm|loader|probe|words [--json FILE] ...
 
-Prints a table; the file is a list of rows with all figures, of `loader` one dictionary: milliseconds are medians,
-shares are fractions. On a machine that does other work the figures say little: every row holds the load average that
-the run began with. `probe` and `words` take no times: they test what a pre-trained model has learned of the shapes.
+Prints a table. The JSON file holds a list of rows with all figures (for loader: one dictionary). Milliseconds are
+medians, shares are fractions. Other load on the machine distorts the figures: every row holds the load average at the
+start of the run. probe and words measure no times: they test what a pre-trained model has learned of the shapes world.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eve_ds.bench.benchmark import Benchmark, print_table
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import UserError, run_command
 from eve_ds.files import write_json
-from eve_ds.option_errors import plain
+from eve_ds.option_errors import one_line
 
 BENCHMARKS: dict[str, Benchmark] = {
     "moe": moe.BENCHMARK,
@@ -36,23 +36,23 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def parse(argv: list[str]) -> tuple[Benchmark, Namespace]:
-    """The benchmark that is asked for, and its options.
+    """The chosen benchmark and its options.
 
     Raises:
-        UserError: unknown benchmark, unknown option, or a value that it does not take.
+        UserError: unknown benchmark or option, or an invalid value.
     """
     parser = _parser("python -m eve_ds.bench", __doc__ or "")
     commands = parser.add_subcommands(required=True, dest="benchmark")
     for name, benchmark in BENCHMARKS.items():
         command = _parser(f"python -m eve_ds.bench {name}", benchmark.description)
-        command.add_argument("--json", help="write all figures to this file")
-        command.add_argument("--threads", type=PositiveInt | None, help="of torch; all cores unless given")
+        command.add_argument("--json", help="JSON file for all figures")
+        command.add_argument("--threads", type=PositiveInt | None, help="number of torch threads (default: all cores)")
         benchmark.add_options(command)
         commands.add_subcommand(name, command, help=benchmark.description.split("\n")[0])
     try:
         options = parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(f"{plain(error)} (--help lists the options)") from error
+        raise UserError(f"{one_line(error)} (--help lists the options)") from error
     return BENCHMARKS[options.benchmark], options[options.benchmark]
 
 
@@ -64,18 +64,18 @@ def _parser(program: str, description: str) -> ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; it means nothing here
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by launchers and ignored
     return parser
 
 
 def _check_writable(path: Path) -> None:
-    """Raises UserError before anything is measured, not after minutes. Makes no folder: more may be wrong yet."""
+    """Raise UserError before measuring, not minutes later. Creates no folder, since other checks may still fail."""
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"--json {path}: is no regular file; name another one")
+            raise UserError(f"--json {path}: is not a regular file; name another one")
         above = next(folder for folder in path.absolute().parents if folder.exists())
-        for name in (*path.parts[1:-1], f".{path.name}.{'0' * 8}"):  # as it is first called
-            (above / name).exists()  # raises where it is too long
+        for name in (*path.parts[1:-1], f".{path.name}.{'0' * 8}"):  # the name of the temporary file
+            (above / name).exists()  # raises if the name is too long
         with tempfile.NamedTemporaryFile(prefix=".eve-ds-", dir=above):
             pass
     except OSError as error:

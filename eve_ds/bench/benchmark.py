@@ -1,4 +1,4 @@
-"""What a benchmark is, the options that several share, and its table."""
+"""Benchmarks, their tables, and how figures are printed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the printed table; the JSON file holds all of a row.
+    """A column of the printed table; the JSON file holds complete rows.
 
     Args:
         key: of the row.
-        heading: what stands above it.
-        show: value -> text; a value of None (not measured) is shown as a dash.
-        width: at least so many characters.
+        heading: of the column.
+        show: value -> text; None (not measured) is printed as a dash.
+        width: minimum width, characters.
     """
 
     key: str
@@ -36,8 +36,8 @@ class Benchmark:
         description: what it measures, for ``--help``.
         columns: of its table.
         add_options: adds its options to the sub-command's parser.
-        rows: measures; yields a row as soon as it is known.
-        document: what the JSON file holds, of the rows; the list of them unless told.
+        rows: run the benchmark; yields each row when it is measured.
+        document: rows -> content of the JSON file; by default the list of rows.
     """
 
     description: str
@@ -68,7 +68,7 @@ def times(value: float) -> str:
 
 
 def print_table(columns: Sequence[Column], rows: Iterator[Row]) -> list[Row]:
-    """Print rows as they come, below their headings, and return them."""
+    """Print the headings, then each row as it arrives; return all rows."""
     texts, done = [column.heading for column in columns], []
     widths = [max(len(column.heading), column.width) for column in columns]
     print(_line(texts, widths), flush=True)

@@ -1,4 +1,4 @@
-"""Batches a second of this project's loader beside those of others, and the speed of packing and of opening shards."""
+"""Throughput of the EVE-DS loader and of other loaders, and the speed of packing and of opening shards."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from eve_ds.bench.benchmark import Benchmark, Column, Row
+from eve_ds.bench.loader_baselines import RATE, Images
 from eve_ds.bench.loader_images import ABOUT, SIZE
 from eve_ds.bench.loader_process import ROOT, JobError, JobProcess, Settings
-from eve_ds.bench.loader_rivals import RATE, Images
 from eve_ds.errors import UserError
 
-RIVALS = {"webdataset": "WebDataset", "streaming": "Streaming", "datasets": "Datasets"}
-CONTROL = "bare_in_bench_environment"  # the same loop there: the two environments decode equally fast
-_OURS, _THEIRS = "eve_ds.bench.loader_ours", "eve_ds.bench.loader_rivals"
+BASELINES = {"webdataset": "WebDataset", "streaming": "Streaming", "datasets": "Datasets"}
+CONTROL = "bare_in_bench_environment"  # the bare loop in that environment: a control that both decode equally fast
+_OURS_MODULE, _BASELINES_MODULE = "eve_ds.bench.loader_ours", "eve_ds.bench.loader_baselines"
 _MIB = 2**20
-Rounds = dict[str, dict[str, list[float]]]  # job -> figure -> one a round
+Rounds = dict[str, dict[str, list[float]]]  # {job: {figure: its value in each round}}
 
 
 def _add_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--images", type=PositiveInt, default=512, help=f"JPEGs of {SIZE[0]} x {SIZE[1]}; a round is a pass over them")
-    add("--batch_size", type=PositiveInt, default=16, help="images")
-    add("--processes", type=PositiveInt | None, help="that decode, for every contestant; all cores unless given")
-    add("--repeats", type=PositiveInt, default=9, help="timed rounds, the contestants in turn; medians are reported")
-    add("--warmup", type=NonNegativeInt, default=1, help="rounds before them that are not timed")
-    add("--packing_copies", type=PositiveInt, default=8, help="how often each JPEG is packed, under another name")
-    add("--shards", type=PositiveInt, default=1000, help="of 16,000 rows each, of the split whose opening is timed")
-    add("--work", default=str(ROOT / "runs" / "bench_loader"), help="folder for images, shards and logs, kept")
-    add(
-        "--bench_python", default=str(ROOT / ".venv-bench/bin/python"), help="interpreter of the rivals: make bench-env"
-    )
-    add("--timeout", type=PositiveFloat, default=600.0, help="seconds that a round of one contestant may take")
+    add("--images", type=PositiveInt, default=512, help=f"JPEGs of {SIZE[0]} x {SIZE[1]} pixels; a round is one pass")
+    add("--batch_size", type=PositiveInt, default=16, help="images per batch")
+    add("--processes", type=PositiveInt | None, help="number of decoding processes of each loader (default: all cores)")
+    add("--repeats", type=PositiveInt, default=9, help="timed rounds, alternating between the loaders (medians)")
+    add("--warmup", type=NonNegativeInt, default=1, help="untimed rounds before them")
+    add("--packing_copies", type=PositiveInt, default=8, help="number of names under which each JPEG is packed")
+    add("--shards", type=PositiveInt, default=1000, help="shards, of 16,000 rows each, of the split that is opened")
+    add("--work", default=str(ROOT / "runs" / "bench_loader"), help="folder for images, shards and logs; reused")
+    bench_python = str(ROOT / ".venv-bench/bin/python")
+    add("--bench_python", default=bench_python, help="interpreter for the other loaders (make bench-env)")
+    add("--timeout", type=PositiveFloat, default=600.0, help="maximum seconds for one round of a loader")
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
@@ -48,11 +47,11 @@ def _rows(options: Namespace) -> Iterator[Row]:
     bench_python = Path(options.bench_python)
     missing: dict[str, str] = {}
     photos = _make_images(settings, bench_python, options.timeout)
-    contestants = _start_contestants(settings, bench_python, options.timeout, missing)
-    versions = {name: job.versions for name, job in contestants.items()}
-    rates = {name: found[RATE] for name, found in _in_turn(contestants, options, missing).items()}
+    candidates = _start_candidates(settings, bench_python, options.timeout, missing)
+    versions = {name: job.versions for name, job in candidates.items()}
+    rates = {name: found[RATE] for name, found in _in_turn(candidates, options, missing).items()}
     bare = statistics.median(rates["bare"])
-    for name in ("bare", "ours", *RIVALS, CONTROL):
+    for name in ("bare", "ours", *BASELINES, CONTROL):
         figure = statistics.median(rates[name]) if name in rates else None
         yield {
             "name": name,
@@ -87,41 +86,41 @@ def _settings(options: Namespace) -> Settings:
         least = (2 * settings.lead + 2 * processes) * options.batch_size
         raise UserError(
             f"--images {options.images}: too few for {processes} processes that read batches of {options.batch_size}; "
-            f"take {least} or more, or a smaller --batch_size"
+            f"give {least} or more, or a smaller --batch_size"
         )
     return settings
 
 
 def _make_images(settings: Settings, bench_python: Path, timeout: float) -> str:
-    """Where the images come from. scikit-image is in the rivals' environment, or else in this one, or nowhere."""
+    """Create the images; returns their source. Uses scikit-image from either environment, if installed."""
     if importlib.util.find_spec("skimage") is not None or not bench_python.exists():
         Images(settings)
     else:
-        _must(settings, f"{_THEIRS}:Images", "images", bench_python, timeout, 0)
+        _run_job(settings, f"{_BASELINES_MODULE}:Images", "images", bench_python, timeout, 0)
     about = json.loads((Path(settings.image_folder) / ABOUT).read_text(encoding="utf-8"))
     return str(about["photos"])
 
 
-def _start_contestants(
+def _start_candidates(
     settings: Settings, bench_python: Path, timeout: float, missing: dict[str, str]
 ) -> dict[str, JobProcess]:
-    """Those that could be prepared; `missing` tells why the others could not."""
+    """Start all candidates; those that fail are added to ``missing`` with the reason."""
     here = Path(sys.executable)
-    wanted = {"bare": (f"{_THEIRS}:Bare", here), "ours": (f"{_OURS}:Ours", here)}
-    wanted |= {name: (f"{_THEIRS}:{job}", bench_python) for name, job in RIVALS.items()}
-    wanted[CONTROL] = (f"{_THEIRS}:Bare", bench_python)
+    wanted = {"bare": (f"{_BASELINES_MODULE}:Bare", here), "ours": (f"{_OURS_MODULE}:Ours", here)}
+    wanted |= {name: (f"{_BASELINES_MODULE}:{job}", bench_python) for name, job in BASELINES.items()}
+    wanted[CONTROL] = (f"{_BASELINES_MODULE}:Bare", bench_python)
     started: dict[str, JobProcess] = {}
     try:
         for name, (job, python) in wanted.items():
             if python == bench_python and not python.exists():
-                missing[name] = f"{python} is not there; make bench-env makes it"
+                missing[name] = f"{python} does not exist; create it with make bench-env"
                 continue
             started[name] = JobProcess(name, job, settings, python, timeout)
             try:
                 started[name].start()
             except JobError as error:
                 started.pop(name).close()
-                _give_up(name, error, missing)
+                _record_failure(name, error, missing)
     except BaseException:
         for process in started.values():
             process.close()
@@ -129,15 +128,15 @@ def _start_contestants(
     return started
 
 
-def _give_up(name: str, error: JobError, missing: dict[str, str]) -> None:
-    """A rival may fail; without these two there is nothing to compare."""
+def _record_failure(name: str, error: JobError, missing: dict[str, str]) -> None:
+    """Add a failed baseline to ``missing``. Raises UserError for the two candidates that are always required."""
     if name in ("bare", "ours"):
         raise UserError(f"bench loader, {name}: {error}") from error
     missing[name] = str(error)
 
 
 def _in_turn(jobs: dict[str, JobProcess], options: Namespace, missing: dict[str, str]) -> Rounds:
-    """One round each, again and again, so that what slows the machine for a while slows all of them. Ends the jobs."""
+    """Run alternating rounds, so that a slowdown of the machine affects all jobs; then end the jobs."""
     found: Rounds = {name: {} for name in jobs}
     try:
         for turn in range(options.warmup + options.repeats):
@@ -146,7 +145,7 @@ def _in_turn(jobs: dict[str, JobProcess], options: Namespace, missing: dict[str,
                     figures = jobs[name].round()
                 except JobError as error:
                     del found[name]
-                    _give_up(name, error, missing)
+                    _record_failure(name, error, missing)
                     continue
                 if turn >= options.warmup:
                     for key, value in figures.items():
@@ -157,8 +156,10 @@ def _in_turn(jobs: dict[str, JobProcess], options: Namespace, missing: dict[str,
     return found
 
 
-def _must(settings: Settings, job: str, name: str, python: Path, timeout: float, rounds: int) -> dict[str, list[float]]:
-    """A job by itself. Raises UserError when it fails."""
+def _run_job(
+    settings: Settings, job: str, name: str, python: Path, timeout: float, rounds: int
+) -> dict[str, list[float]]:
+    """Run ``rounds`` rounds of one job: {figure: values}. Raises UserError if it fails."""
     try:
         process = JobProcess(name, job, settings, python, timeout)
         try:
@@ -173,7 +174,7 @@ def _must(settings: Settings, job: str, name: str, python: Path, timeout: float,
 
 def _packing(settings: Settings, options: Namespace) -> Row:
     rounds = options.warmup + options.repeats
-    found = _must(settings, f"{_OURS}:Packing", "packing", Path(sys.executable), options.timeout, rounds)
+    found = _run_job(settings, f"{_OURS_MODULE}:Packing", "packing", Path(sys.executable), options.timeout, rounds)
     packed, hashed, written = (
         statistics.median(found[f"{what}_{RATE}"][options.warmup :]) for what in ("packing", "hashing", "writing")
     )
@@ -189,7 +190,9 @@ def _packing(settings: Settings, options: Namespace) -> Row:
 
 
 def _opening(settings: Settings, options: Namespace) -> Row:
-    found = _must(settings, f"{_OURS}:Opening", "opening", Path(sys.executable), options.timeout, options.repeats)
+    found = _run_job(
+        settings, f"{_OURS_MODULE}:Opening", "opening", Path(sys.executable), options.timeout, options.repeats
+    )
     # Seconds are medians; memory is that of the first time, in a process that has opened nothing yet.
     figures = {key: statistics.median(all_) if "seconds" in key else all_[0] for key, all_ in found.items()}
     opened, every = figures["open_resident_bytes"] / _MIB, figures["open_every_shard_resident_bytes"] / _MIB
@@ -205,10 +208,10 @@ def _opening(settings: Settings, options: Namespace) -> Row:
 
 
 def document(rows: list[Row]) -> dict[str, Any]:
-    """The file: a dictionary, `images_per_second` by contestant (null where one could not be measured) first."""
+    """Content of the JSON file: a dictionary; ``images_per_second`` of each loader is null if not measured."""
     by_name = {row["name"]: row for row in rows}
     control, packing, opening = (by_name.pop(name) for name in (CONTROL, "packing", "opening"))
-    rates = {name: by_name[name]["figure"] for name in ("ours", "bare", *RIVALS)}
+    rates = {name: by_name[name]["figure"] for name in ("ours", "bare", *BASELINES)}
     measured = [row for row in [*by_name.values(), control] if row["figure"] is not None]
     open_keys = [key for key in opening if key.startswith("open_")]
     return {
@@ -231,10 +234,10 @@ def document(rows: list[Row]) -> dict[str, Any]:
 
 
 BENCHMARK = Benchmark(
-    "The loader, in images a second, beside a bare decode and transform loop and three other loaders.\n\n"
-    "The same JPEGs, transform, decoder and number of processes for all, taken in turn; the others run in an\n"
-    "environment of their own (make bench-env). A rival that cannot be run is named with its reason. Also packing\n"
-    "against reading and hashing, and the opening of many shards. The file holds one dictionary, not a list of rows.",
+    "Throughput of the loader, compared with a bare decode and transform loop and three other loaders.\n\n"
+    "All use the same JPEGs, transform, decoder and number of processes, and are timed alternately. The other loaders\n"
+    "run in their own environment (make bench-env); one that fails is listed with the reason. Also measures packing\n"
+    "against reading and hashing, and opening many shards. The JSON file holds one dictionary, not a list of rows.",
     [
         Column("what", "", width=34),
         Column("figure", "figure", lambda value: f"{value:.3g}" if value < 10 else f"{value:.0f}"),

@@ -1,4 +1,4 @@
-"""The JPEG files that `bench loader` loads: 640 x 480 views of scikit-image's sample photos, made once."""
+"""The JPEG files that ``bench loader`` loads: 640 x 480 crops of scikit-image's sample photos, created once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIZE = (640, 480)
 QUALITY = 90
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina", "immunohistochemistry")
 CAPTIONS, ABOUT = "captions.json", "about.json"
-_GRAINS = (8, 40, 160)  # pixels of the coarser side of a drawn image's textures
+_GRAINS = (8, 40, 160)  # side of the noise grids of a synthetic photo, pixels
 
 
-def made_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """`target`, a folder; `write` fills it the first time. It stands under its name only once it is whole."""
+def create_once(target: Path, write: Callable[[Path], None]) -> Path:
+    """Return the folder ``target``; the first call creates it with ``write``. It appears only when it is complete."""
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -34,10 +34,10 @@ def made_once(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Write `count` JPEGs, captions.json ([file, caption] each) and about.json (where the photos come from).
+    """Write ``count`` JPEGs, captions.json ([file, caption] each) and about.json (where the photos come from).
 
-    A view is a random box of a photo, of the shape of the image and half to all of the photo's height, mirrored or
-    not. Where scikit-image is not installed the photos are drawn, and about.json says so.
+    An image is a random crop of a photo with the aspect ratio of ``SIZE``, between half and all of the largest such
+    crop, and possibly mirrored. Without scikit-image the photos are synthetic, which about.json records.
     """
     photos, source = _photos()
     captions = []
@@ -53,7 +53,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def view(photo: Image.Image, draw: random.Random) -> Image.Image:
-    """A random box of the photo as an image of `SIZE`."""
+    """A random crop of the photo, resized to ``SIZE``."""
     whole = min(photo.width / SIZE[0], photo.height / SIZE[1])
     scale = whole * (0.5 + 0.5 * draw.random())
     width, height = int(SIZE[0] * scale), int(SIZE[1] * scale)
@@ -64,12 +64,12 @@ def view(photo: Image.Image, draw: random.Random) -> Image.Image:
 
 
 def read_files(folder: Path) -> list[bytes]:
-    """The JPEG files' bytes, in the order of their numbers."""
+    """The bytes of the JPEG files, in the order of their numbers."""
     return [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
 
 
 def copy_names(source: Path, target: Path, copies: int) -> None:
-    """Every JPEG of `source` in `target` under `copies` names, which share its bytes, with captions.json."""
+    """Link every JPEG of ``source`` into ``target`` under ``copies`` names, and write captions.json."""
     captions = json.loads((source / CAPTIONS).read_text(encoding="utf-8"))
     named = []
     for copy in range(copies):
@@ -88,7 +88,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _photos() -> tuple[list[tuple[str, Image.Image]], str]:
-    """(name, photo) of each, and where they come from."""
+    """[(name, photo)], and their source."""
     if importlib.util.find_spec("skimage") is None:
         drawn = [(f"drawing {index}", _drawing(index)) for index in range(len(PHOTOS))]
         return drawn, "drawn, since scikit-image is not installed"
@@ -99,7 +99,7 @@ def _photos() -> tuple[list[tuple[str, Image.Image]], str]:
 
 
 def _drawing(seed: int) -> Image.Image:
-    """Soft color noise of three grains, whose JPEG files are about as large as those of photos."""
+    """Smooth color noise at three scales; its JPEG files are about as large as those of photos."""
     noise = np.random.default_rng(seed)
     total = np.zeros((SIZE[1], SIZE[0], 3))
     for grain in _GRAINS:

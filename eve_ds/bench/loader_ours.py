@@ -1,4 +1,4 @@
-"""What `bench loader` measures of this project: its loader, the opening of many shards, and packing."""
+"""The parts of EVE-DS that ``bench loader`` measures: the loader, opening many shards, and packing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor
 
-from eve_ds.bench.loader_images import CAPTIONS, copy_names, made_once
+from eve_ds.bench.loader_baselines import train_transform, window_rate
+from eve_ds.bench.loader_images import CAPTIONS, copy_names, create_once
 from eve_ds.bench.loader_process import Settings
-from eve_ds.bench.loader_rivals import train_transform, window_rate
 from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.shards import Split
@@ -33,9 +33,10 @@ _OPEN_BATCH_ROWS = 256  # rows to a record batch, as preprocessing writes them
 
 
 def pack(image_folder: Path, out: Path) -> None:
-    """Convert a folder that loader_images.py wrote to `out`/train, as the command does, in this process.
+    """Convert a folder of loader_images.py to ``out``/train with the preprocessing command, in this process.
 
-    Raises RuntimeError when it fails.
+    Raises:
+        RuntimeError: the command failed.
     """
     arguments = ["cc3m", "--annotations", str(image_folder / CAPTIONS), "--images", str(image_folder)]
     before = sys.argv
@@ -50,12 +51,12 @@ def pack(image_folder: Path, out: Path) -> None:
 
 
 class Ours:
-    """Shards as `python -m preprocessing` writes them, through training's loader; captions are made tokens too."""
+    """The training loader on shards of ``python -m preprocessing``; it also tokenizes the captions."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         image_folder = Path(settings.image_folder)
-        folder = made_once(Path(settings.work) / f"ours-{image_folder.name}", lambda path: pack(image_folder, path))
+        folder = create_once(Path(settings.work) / f"ours-{image_folder.name}", lambda path: pack(image_folder, path))
         captions = json.loads((image_folder / CAPTIONS).read_text(encoding="utf-8"))
         tokenizer = train_tokenizer([caption for _, caption in captions], _VOCABULARY)
         self._dataset = CaptionSamples(folder / "train", tokenizer, train_transform(settings), _TEXT_LENGTH)
@@ -68,29 +69,29 @@ class Ours:
             prefetch=self._settings.prefetch,
         )
         batches: Any = iter(loader)
-        with closing(batches):  # it has no end
+        with closing(batches):  # it is endless
             return window_rate(self._images(batches), self._settings)
 
     def _images(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[Tensor]:
-        wanted = self._settings.images // self._settings.batch_size  # one pass, as the others make
+        wanted = self._settings.images // self._settings.batch_size  # one pass, as with the other loaders
         return (batch["images"] for batch in itertools.islice(batches, wanted))
 
 
 class Packing:
-    """`python -m preprocessing … --check header` against reading and hashing the same files, one process each.
+    """``python -m preprocessing … --check header``, compared with reading and hashing the same files in one process.
 
-    And against just writing the shards' bytes and waiting for the disk, which no packing can be quicker than.
+    It is also compared with writing the bytes of the shards and syncing them to disk, a lower bound for packing.
     """
 
     def __init__(self, settings: Settings) -> None:
         source, copies = Path(settings.image_folder), settings.packing_copies
         folder = Path(settings.work) / f"packing-{source.name}-{copies}"
-        self._image_folder = made_once(folder, lambda path: copy_names(source, path, copies))
+        self._image_folder = create_once(folder, lambda path: copy_names(source, path, copies))
         self._files = sorted(self._image_folder.glob("*.jpg"))
         self._out = Path(settings.work) / "packed"
 
     def round(self) -> dict[str, float]:
-        # What was read or written last must not decide on who waits for the disk.
+        # Pending writes of an earlier step must not slow down the next one.
         shutil.rmtree(self._out, ignore_errors=True)
         os.sync()
         began = time.perf_counter()
@@ -115,7 +116,7 @@ class Packing:
 
 
 def write_durably(path: Path, parts: Sequence[bytes]) -> None:
-    """Write a file, and wait until it is on disk."""
+    """Write a file and sync it to disk."""
     with path.open("wb", buffering=0) as file:
         for part in parts:
             file.write(part)
@@ -123,12 +124,12 @@ def write_durably(path: Path, parts: Sequence[bytes]) -> None:
 
 
 class Opening:
-    """Opens a split of many shards (one file under many names), and then reads a row of each shard."""
+    """Open a split of many shards (one file under many names), then read a row of each shard."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         folder = Path(settings.work) / f"shards-{settings.shards}-{settings.shard_rows}"
-        self._split = made_once(folder, self._write)
+        self._split = create_once(folder, self._write)
 
     def _write(self, folder: Path) -> None:
         count, rows = self._settings.shards, self._settings.shard_rows
@@ -171,6 +172,6 @@ class Opening:
 
 
 def _resident_bytes() -> int:
-    """Of this process, pages of mapped files included, though these are the page cache's and can be dropped."""
+    """Resident memory of this process, bytes, including pages of mapped files, which the kernel can drop."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

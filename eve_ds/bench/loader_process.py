@@ -1,9 +1,9 @@
-"""A job of `bench loader` in a process, and perhaps an environment, of its own: told to do a round, it answers figures.
+"""A job of ``bench loader`` in its own process and, if needed, its own environment.
 
     python -m eve_ds.bench.loader_process MODULE:CLASS SETTINGS
 
-A line in from the parent asks for a round; a line out answers, as JSON: first {"ready": versions}, then {"figures":
-{name: number}} a round, or {"error": line} and the end. Whatever else the job's libraries print goes to stderr, a log.
+The job answers with one line of JSON: first {"ready": versions}, then {"figures": {name: number}} for each line on
+stdin, or {"error": line}, after which it ends. Other output of the job's libraries goes to stderr, a log file.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from evaluation.common import without_secrets  # a leaf: rivals' environments lack much
+from evaluation.common import without_secrets  # needs no packages, which other environments may lack
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "pillow", "numpy", "pyarrow", "webdataset", "mosaicml-streaming", "datasets")
-# No rival looks for anything on a network, and none takes this for a rank of a distributed run.
+# Other loaders must not use the network, nor take this process for a rank of a distributed run.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a job must know. Window: the batches that are timed, of those of one pass over the images.
+    """Settings of the jobs.
 
     Args:
-        work: folder for what the jobs write.
-        images: folder of the JPEGs.
-        images: how many there are.
-        batch_size: images.
-        processes: that decode.
-        prefetch: batches read ahead by each.
+        work: folder for the output of the jobs.
+        image_folder: folder of the JPEGs.
+        images: number of JPEGs.
+        batch_size: images per batch.
+        processes: number of decoding processes.
+        prefetch: batches read ahead by each process.
         image_size: side of the training image, pixels.
-        packing_copies: how often each JPEG is packed, under another name.
-        shards: of the split whose opening is timed.
-        shard_rows: in each of these.
+        packing_copies: number of times that each JPEG is packed, under different names.
+        shards: number of shards of the split whose opening is timed.
+        shard_rows: rows per shard.
     """
 
     work: str
@@ -60,35 +60,36 @@ class Settings:
 
     @property
     def lead(self) -> int:
-        """Batches before the window and after it: until every process has read ahead as far as it may."""
+        """Batches before and after the timed window, in which the processes fill and empty their prefetch buffers."""
         return self.processes * self.prefetch
 
     @property
     def window(self) -> int:
+        """Number of timed batches in one pass over the images."""
         return self.images // self.batch_size - 2 * self.lead
 
 
 class Job(Protocol):
-    """Built once, which prepares its data; each round measures."""
+    """The constructor prepares the data; each round measures once."""
 
     def round(self) -> dict[str, float]: ...
 
 
 class JobError(Exception):
-    """A job cannot be done; the message, one line, says why."""
+    """A job failed; the message is one line."""
 
 
 class JobProcess:
-    """The parent's end.
+    """A job in a subprocess.
 
     Args:
-        name: of the log file in the work folder.
+        name: name of the log file in the work folder.
         job: "module:class", called with the settings.
         settings: of the run.
-        python: interpreter of the environment that the job runs in.
-        timeout: seconds that an answer may take.
+        python: interpreter of the job's environment.
+        timeout: maximum seconds to wait for an answer.
     Raises:
-        JobError: the interpreter is missing; `start` and `round`: the job failed, died or hangs.
+        JobError: the interpreter is missing; in ``start`` and ``round``: the job failed, died or timed out.
     """
 
     def __init__(self, name: str, job: str, settings: Settings, python: Path, timeout: float) -> None:
@@ -116,7 +117,7 @@ class JobProcess:
         self.versions = self._answer("ready")
 
     def round(self) -> dict[str, float]:
-        """Have it measure once."""
+        """Measure once; returns {name: figure}."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"round\n")
@@ -126,7 +127,7 @@ class JobProcess:
         return self._answer("figures")
 
     def close(self) -> None:
-        """End it: by the end of its input, and if it does not heed that, by force."""
+        """End the process: close its stdin; kill it if it does not end within 10 s."""
         assert self._process.stdin is not None and self._process.stdout is not None
         if self._process.poll() is None:
             self._process.stdin.close()
@@ -157,7 +158,7 @@ class JobProcess:
 
 def _serve(job: str, settings: Settings) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
 
     def answer(value: dict[str, Any]) -> None:
         print(json.dumps(value), file=answers, flush=True)
@@ -168,7 +169,7 @@ def _serve(job: str, settings: Settings) -> None:
         answer({"ready": _versions()})
         for _ in sys.stdin:
             answer({"figures": prepared.round()})
-    except Exception as error:  # noqa: BLE001 - a rival may raise anything, and the parent tells what
+    except Exception as error:  # noqa: BLE001 - a library may raise any exception; the parent reports it
         traceback.print_exc()
         text = " ".join(str(error).split())
         answer({"error": without_secrets(f"{type(error).__name__}: {text}")[:300]})

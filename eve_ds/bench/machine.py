@@ -1,4 +1,4 @@
-"""The machine: which it is, its threads, and how fast it copies memory."""
+"""The machine: its description, threads, and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from eve_ds.errors import UserError
 
 
 def use_all_cores(threads: int | None) -> None:
-    """Let torch use ``threads`` threads, or every core that this process may run on, whatever OMP_NUM_THREADS says."""
+    """Set the number of torch threads; None: all cores available to this process, regardless of OMP_NUM_THREADS."""
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+    """The torch device; ``auto`` is the GPU if there is one.
 
     Raises:
-        UserError: torch knows no such device, or cannot reach it.
+        UserError: torch does not know this device, or cannot use it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What figures depend on, for a row: processor, cores, threads, instruction set, GPU, versions, load average."""
+    """Description for the JSON rows: processor, cores, threads, instruction set, GPU, versions, load average."""
     found = {
         "device": str(device),
         "processor": _processor(),
@@ -59,10 +59,10 @@ def _processor() -> str:
 
 
 def copy_candidate(device: torch.device, size: int) -> tuple[Candidate, int]:
-    """A copy between two arrays of ``size`` bytes, to be timed, and the bytes that it moves: read once, written once.
+    """A copy of ``size`` bytes between two arrays, and the number of bytes that it reads and writes.
 
-    Counted as STREAM does (McCalpin, https://www.cs.virginia.edu/stream): that a cache reads a line before it is
-    written is not counted. Work in place, as an optimizer's, reads those lines anyway, so it can exceed this figure.
+    Counted as in STREAM (McCalpin, https://www.cs.virginia.edu/stream), without the reads of cache lines before they
+    are written. In-place operations, such as an optimizer step, read these lines anyway and can exceed this bandwidth.
     """
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.ones_like(source)

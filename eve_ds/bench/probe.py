@@ -1,4 +1,4 @@
-"""What a pre-trained model's features hold, read out by linear classifiers: the shapes world, whose truth is known.
+"""Linear probes of a pre-trained model's features on the shapes world, whose ground truth is known.
 
 Legend: n images, D width of the model, p side of a patch.
 """
@@ -37,43 +37,43 @@ from preprocessing.shapes.scenes import GRID, Scene
 from preprocessing.text.tokenizer import Tokenizer
 
 QUESTION = "what color is in the top left"
-FITTED = "train"
-TRAINED, FIRST, PIXELS = "trained", "first_values", "pixels"  # where features come from
+FITTED = "train"  # split that the probes are fitted to
+TRAINED, FIRST, PIXELS = "trained", "first_values", "pixels"  # sources of features
 
-Scenes = tuple[Sequence[Scene], Sequence[Scene]]  # of the fitted images and of the tested ones
+Scenes = tuple[Sequence[Scene], Sequence[Scene]]  # (fitted, tested)
 
 
 class Features(NamedTuple):
-    """What a model makes of n images, after its final norm; float32.
+    """Outputs of a model for n images, after its final norm; float32.
 
     Attributes:
-        patches: [n, GRID * GRID, D] of the image alone.
-        class_token: [n, D] of the image alone.
-        question: [n, D] first text token of the image with QUESTION.
+        patches: [n, GRID * GRID, D], from the image only.
+        class_token: [n, D], from the image only.
+        question: [n, D], first text token, from the image with QUESTION.
     """
 
     patches: Tensor
     class_token: Tensor
     question: Tensor
 
-    def at(self, place: str, labels: Labels) -> Tensor:
-        """[m, D]: the features that the m labels are about."""
-        values: Tensor = getattr(self, place)
-        return values[labels.image, labels.cell] if place == "patches" else values[labels.image]
+    def select(self, field: str, labels: Labels) -> Tensor:
+        """[m, D]: the features of ``field`` for m labels."""
+        values: Tensor = getattr(self, field)
+        return values[labels.image, labels.cell] if field == "patches" else values[labels.image]
 
 
 class Probe(NamedTuple):
     """A row of the table.
 
     Attributes:
-        name: what is read out of what.
-        place: the field of Features that it reads.
-        labels: the truth, of the fitted images and of the tested ones.
-        balanced: classes weigh the same in the fit and in the accuracy.
+        name: heading of the row.
+        field: the field of Features that it classifies.
+        labels: scenes -> ground truth of the fitted and of the tested images.
+        balanced: all classes have equal weight in the fit and in the accuracy.
     """
 
     name: str
-    place: str
+    field: str
     labels: Callable[[Scenes], tuple[Labels, Labels]]
     balanced: bool = False
 
@@ -103,16 +103,20 @@ PROBES = (
 
 def _add_options(parser: ArgumentParser) -> None:
     add_shapes_options(parser)
-    parser.add_argument("--images", type=PositiveInt, default=2000, help="of the train split to fit to; all if fewer")
-    parser.add_argument("--seed", type=NonNegativeInt, default=0, help="of the model with first values beside it")
-    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="images encoded at once")
+    parser.add_argument(
+        "--images", type=PositiveInt, default=2000, help="maximum number of images of the train split to fit to"
+    )
+    parser.add_argument(
+        "--seed", type=NonNegativeInt, default=0, help="of the randomly initialized model for comparison"
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="images per batch")
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
     if options.seed >= 2**63:
         raise UserError(f"--seed {options.seed}: must be below 2**63")
     if options.split == FITTED:
-        raise UserError(f"--split {FITTED}: is what the probes are fitted to; test on val or test")
+        raise UserError(f"--split {FITTED}: the probes are fitted to this split; test on val or test")
     tokenizer, trained = _model(options.checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -133,14 +137,14 @@ def _rows(options: Namespace) -> Iterator[Row]:
 
 
 def _model(checkpoint: str) -> tuple[Tokenizer, Backbone]:
-    """Raises UserError where there is no tokenizer, or where patches are not the cells of the shapes world."""
+    """Load the model. Raises UserError without tokenizer, or if its patches are not the cells of the world."""
     _, tokenizer = model_files(checkpoint)
     backbone = load_task_model("pretrain", checkpoint=checkpoint).backbone
     side = backbone.config.image_size // backbone.config.patch_size
     if side != GRID:
         raise UserError(
-            f"--checkpoint {checkpoint}: its images are {side}x{side} patches, the shapes world is {GRID}x{GRID} cells;"
-            " name a model that has a patch for each cell, such as the demo's"
+            f"--checkpoint {checkpoint}: its images are {side}x{side} patches, the shapes world has {GRID}x{GRID} "
+            "cells; name a model with a patch for each cell, such as the demo's"
         )
     return tokenizer, backbone
 
@@ -154,30 +158,30 @@ def _dataset(data: str, split: str, tokenizer: Tokenizer, backbone: Backbone) ->
 
 @torch.no_grad()
 def encode(backbone: Backbone, images: Tensor, question: Tensor) -> Features:
-    """Two passes: images [n, 3, H, W] alone, and with ``question`` [1, L] int64, the same for all."""
-    alone = backbone(images).hidden
+    """Encode images [n, 3, H, W] twice: without text, and with ``question`` [1, L] int64, the same for all."""
+    image_only = backbone(images).hidden
     joint = backbone(images, question.expand(len(images), -1))
-    return Features(alone[:, 1:], alone[:, 0], joint_first_text(joint))
+    return Features(image_only[:, 1:], image_only[:, 0], joint_first_text(joint))
 
 
 def _encode_all(
     backbones: dict[str, Backbone], dataset: CaptionImages, count: int, question: Tensor, batch_size: int
 ) -> dict[str, Features]:
-    """The features of the first ``count`` images by each backbone; PIXELS has patches [count, 16, 3 p p] alone."""
+    """Features of the first ``count`` images from each backbone; PIXELS has only patches [count, 16, 3 p p]."""
     parts: dict[str, list[Features]] = {name: [] for name in (*backbones, PIXELS)}
     for start in range(0, count, batch_size):
         samples = [dataset[index, 0] for index in range(start, min(start + batch_size, count))]
         images = collate(samples, dataset.pad_id, dataset.max_text_length)["images"]
         for name, backbone in backbones.items():
             parts[name].append(encode(backbone, images, question))
-        nothing = images.new_empty(len(images), 0)
+        empty = images.new_empty(len(images), 0)
         size = images.shape[-1] // GRID
-        parts[PIXELS].append(Features(patches(images, size), nothing, nothing))
+        parts[PIXELS].append(Features(patches(images, size), empty, empty))
     return {name: Features(*map(torch.cat, zip(*found, strict=True))) for name, found in parts.items()}
 
 
 def _row(probe: Probe, options: Namespace, scenes: Scenes, encoded: Sequence[dict[str, Features]]) -> Row:
-    """Raises UserError where too few images have what the probe asks for."""
+    """Fit and test one probe. Raises UserError if too few images have labels."""
     labels = probe.labels(scenes)
     images = [len(set(part.image)) if any(part.answers) else 0 for part in labels]
     if images[0] < 2 or not images[1]:
@@ -187,17 +191,17 @@ def _row(probe: Probe, options: Namespace, scenes: Scenes, encoded: Sequence[dic
         )
     numbers = class_numbers(*labels)
     found: dict[str, Result] = {}
-    for source in (TRAINED, FIRST, *([PIXELS] if probe.place == "patches" else [])):
+    for source in (TRAINED, FIRST, *([PIXELS] if probe.field == "patches" else [])):
         fitted, tested = (
-            Examples(features[source].at(probe.place, part), classes, torch.tensor(part.image))
+            Examples(features[source].select(probe.field, part), classes, torch.tensor(part.image))
             for features, part, classes in zip(encoded, labels, numbers, strict=True)
         )
         found[source] = linear_probe(fitted, tested, probe.balanced)
-    commonest = numbers[1].flatten().bincount().max() / numbers[1].numel()
+    majority = numbers[1].flatten().bincount().max() / numbers[1].numel()
     return {
         "probe": probe.name,
         "accuracy": found[TRAINED].accuracy,
-        "chance": 0.5 if probe.balanced else float(commonest),
+        "chance": 0.5 if probe.balanced else float(majority),
         FIRST: found[FIRST].accuracy,
         PIXELS: found[PIXELS].accuracy if PIXELS in found else None,
         "questions": numbers[1].shape[1],
@@ -219,17 +223,17 @@ def _show(value: Any) -> str:
 
 
 BENCHMARK = Benchmark(
-    "What frozen features of a pre-trained model hold, by linear probes on the shapes world.\n\n"
-    "Ridge regression to one-hot targets is fitted to images of the train split, its ridge chosen on a tenth of them,\n"
-    "and tested on another split. The same is done with the features of a model with first values and, where an\n"
-    "object's patch is read, with its pixels: what the model has over these it has learned. 'presence of kinds' is\n"
-    "the mean over up to 18 kinds (color and shape) of the balanced accuracy of 'is there one?'. Chance is the share\n"
-    "of the commonest answer. Accuracies are fractions. Runs without DeepSpeed, in fp32 on the CPU.",
+    "Linear probes of a pre-trained model's frozen features on the shapes world.\n\n"
+    "Ridge regression to one-hot targets is fitted to images of the train split, with the ridge chosen on a tenth of\n"
+    "them, and tested on another split. The same is done with the features of a randomly initialized model and, for\n"
+    "probes of a patch, with its pixels: the difference is what the model has learned. 'presence of kinds' is the\n"
+    "mean balanced accuracy of 'is there one?' over up to 18 kinds (color and shape). Chance is the fraction of the\n"
+    "most frequent answer. Accuracies are fractions. Runs without DeepSpeed, in fp32 on the CPU.",
     [
         Column("probe", "probe", width=max(len(probe.name) for probe in PROBES)),
         Column("accuracy", "accuracy", _show),
         Column("chance", "chance", _show),
-        Column(FIRST, "first values", _show),
+        Column(FIRST, "untrained", _show),
         Column(PIXELS, "pixels", _show),
         Column("tested", "tested"),
     ],

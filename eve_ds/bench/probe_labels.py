@@ -1,4 +1,4 @@
-"""What linear probes are asked of the shapes world: the labels of each image."""
+"""Labels of the shapes world for linear probes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from preprocessing.shapes.scenes import QUADRANTS, Scene
 
 
 class Labels(NamedTuple):
-    """n labeled places, each with the answers to T questions.
+    """n labeled images or cells, each with the answers to T questions.
 
     Attributes:
-        image: [n] numbers of the images.
-        cell: [n] cells of the objects; 0 where the whole image is meant.
+        image: [n] image indices.
+        cell: [n] cells of the objects; 0 for labels of a whole image.
         answers: [n][T].
     """
 
@@ -27,13 +27,13 @@ class Labels(NamedTuple):
 
 
 def object_labels(scenes: Sequence[Scene], attribute: str) -> Labels:
-    """Each object of each image: its ``attribute``, one of shape, color and size."""
+    """``attribute`` (shape, color or size) of each object of each image."""
     found = [(number, item.cell, (getattr(item, attribute),)) for number, scene in enumerate(scenes) for item in scene]
     return Labels(*map(list, zip(*found, strict=True))) if found else Labels([], [], [])
 
 
 def top_left_labels(scenes: Sequence[Scene]) -> Labels:
-    """The images with exactly one object in the top left quarter: its color."""
+    """Color of the object in the top left quarter, for images with exactly one object there."""
     labels = Labels([], [], [])
     for number, scene in enumerate(scenes):
         inside = [item for item in scene if item.quadrant == QUADRANTS[0]]
@@ -45,21 +45,21 @@ def top_left_labels(scenes: Sequence[Scene]) -> Labels:
 
 
 def presence_labels(scenes: Sequence[Scene], kinds: Sequence[tuple[str, str]]) -> Labels:
-    """Every image: whether it holds an object of each (color, shape) of ``kinds``."""
+    """For every image: whether it contains an object of each (color, shape) in ``kinds``."""
     inside = [{item.kind for item in scene} for scene in scenes]
     answers: list[tuple[str | bool, ...]] = [tuple(kind in found for kind in kinds) for found in inside]
     return Labels(list(range(len(scenes))), [0] * len(scenes), answers)
 
 
 def kinds_to_ask(*parts: Sequence[Scene]) -> list[tuple[str, str]]:
-    """The (color, shape) that some images of every part hold and some do not."""
+    """The (color, shape) pairs that some images of every part contain and others do not."""
     counts = [Counter(kind for scene in scenes for kind in {item.kind for item in scene}) for scenes in parts]
     sizes = [len(scenes) for scenes in parts]
     return sorted(kind for kind in counts[0] if all(0 < c[kind] < n for c, n in zip(counts, sizes, strict=True)))
 
 
 def class_numbers(*parts: Labels) -> list[Tensor]:
-    """The answers of each part as [n, T] int64: their place among all different ones, sorted."""
+    """Answers of each part as class indices [n, T] int64, numbered over the sorted answers of all parts."""
     names = sorted({answer for labels in parts for answers in labels.answers for answer in answers})
     place = {name: number for number, name in enumerate(names)}
     return [torch.tensor([[place[answer] for answer in answers] for answers in labels.answers]) for labels in parts]

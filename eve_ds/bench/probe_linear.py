@@ -12,20 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shares of the mean variance of a feature. From the weakest that keeps float64 well conditioned to one that leaves
-# little but the shares of the classes.
+# Fractions of the mean variance of a feature: from the weakest that keeps float64 well conditioned, to one that
+# predicts little more than the class frequencies.
 RIDGES = tuple(10.0**power for power in range(-6, 2))
-HELD_OUT = 10  # one image in so many of the fitted ones chooses the ridge
-_ROUNDING = 1e-10  # deviation of a feature, as a share of its greatest value, that means nothing in float64
+HELD_OUT = 10  # every tenth fitted image is held out to choose the ridge
+_ROUNDING = 1e-10  # relative deviation of a feature that is rounding error in float64
 
 
 class Examples(NamedTuple):
-    """What a probe is fitted to, or tested on.
+    """Examples to fit a probe to, or to test it on.
 
     Attributes:
         features: [n, D] float.
         labels: [n, T] int64, the class of each answer, from 0.
-        image: [n] int64, the image that the example is of; those of one image are held out together.
+        image: [n] int64, image of each example; the examples of an image are held out together.
     """
 
     features: Tensor
@@ -34,20 +34,20 @@ class Examples(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Accuracy on the tested examples, mean over the T questions, as a fraction; and the ridge that was chosen."""
+    """Accuracy on the tested examples (fraction, mean over the T questions), and the chosen ridge."""
 
     accuracy: float
     ridge: float
 
 
 class Linear(NamedTuple):
-    """Scores ``x @ weight + bias``: weight [D, C], bias [C], float64."""
+    """Linear classifier ``x @ weight + bias``: weight [D, C], bias [C], float64."""
 
     weight: Tensor
     bias: Tensor
 
     def classes(self, features: Tensor) -> Tensor:
-        """[n] int64: the class of the highest score for features [n, D]."""
+        """[n] int64: class with the highest score for features [n, D]."""
         return (features.double() @ self.weight + self.bias).argmax(dim=1)
 
 
@@ -56,13 +56,13 @@ def fit_ridges(
 ) -> list[Linear]:
     """Minimize ``sum_i w_i |y_i - x_i W - b|^2 + ridge v |W|^2`` for each ridge, y one-hot.
 
-    v is the mean variance of a feature: so a ridge means the same for features of any scale. One eigendecomposition of
-    their covariance serves all ridges.
+    v is the mean variance of a feature, so that the ridge does not depend on their scale. One eigendecomposition of the
+    covariance is used for all ridges.
 
     Args:
         features: [n, D] float, n at least 1.
         labels: [n] int64 from 0 to ``num_classes`` - 1.
-        balanced: weights w with the same sum for every class that occurs, else 1 / n for every example.
+        balanced: weights w have the same sum for every class that occurs; otherwise each is 1 / n.
     """
     x, y = features.double(), F.one_hot(labels, num_classes).double()
     weights = (y / y.sum(dim=0).clamp(min=1)).sum(dim=1) if balanced else torch.ones_like(x[:, 0])
@@ -72,7 +72,7 @@ def fit_ridges(
     x, y = (x - mean_x) * root, (y - mean_y) * root
     values, vectors = torch.linalg.eigh(x.t() @ x)
     values = values.clamp(min=0)
-    # Where features are constant, what rounding left of them must not count.
+    # Rounding errors of constant features must not count as variance.
     floor = (_ROUNDING * features.abs().max().double()).square().clamp(min=torch.finfo(torch.float64).tiny)
     variance = values.mean().maximum(floor)
     projected = vectors.t() @ (x.t() @ y)
@@ -84,7 +84,7 @@ def fit_ridges(
 
 
 def accuracy(truth: Tensor, predicted: Tensor, balanced: bool = False) -> float:
-    """Share of right answers; ``balanced``: the mean over the classes in ``truth`` of the share of each.
+    """Accuracy; ``balanced``: the mean over the classes in ``truth`` of the accuracy of each.
 
     Args:
         truth: [n] int64, n at least 1.
@@ -97,21 +97,21 @@ def accuracy(truth: Tensor, predicted: Tensor, balanced: bool = False) -> float:
 
 
 def held_out(image: Tensor) -> Tensor:
-    """[n] bool: the examples of every tenth image, counted in the order of their numbers, the first one included."""
+    """[n] bool: the examples of every tenth image, in the order of their numbers, starting with the first."""
     _, place = image.unique(return_inverse=True)
     return place % HELD_OUT == 0
 
 
 def linear_probe(fitted: Examples, tested: Examples, balanced: bool = False) -> Result:
-    """Fit a classifier for each question and count its right answers on ``tested``.
+    """Fit a classifier for each question and measure its accuracy on ``tested``.
 
-    The ridge, one for all questions, is the best on the held-out tenth of the fitted images, the strongest of equals;
-    the classifiers are then fitted to all of ``fitted``. ``tested`` decides on nothing.
+    The ridge, one for all questions, is the best on the held-out tenth of the fitted images (of equals, the strongest).
+    The classifiers are then fitted to all of ``fitted``. ``tested`` does not influence any choice.
 
     Args:
-        fitted: of two images at least.
-        tested: one example at least.
-        balanced: classes weigh the same in the fit and in the accuracy.
+        fitted: examples of at least two images.
+        tested: at least one example.
+        balanced: all classes have equal weight in the fit and in the accuracy.
     """
     held = held_out(fitted.image)
     num_classes = int(max(fitted.labels.max(), tested.labels.max())) + 1
@@ -121,8 +121,8 @@ def linear_probe(fitted: Examples, tested: Examples, balanced: bool = False) -> 
         guesses = (model.classes(fitted.features[held]) for model in models)
         scores += torch.tensor([accuracy(labels[held], guess, balanced) for guess in guesses], dtype=torch.float64)
     best = max(range(len(RIDGES)), key=lambda index: (float(scores[index]), RIDGES[index]))
-    reached = []
+    accuracies = []
     for labels, truth in zip(fitted.labels.t(), tested.labels.t(), strict=True):
         (model,) = fit_ridges(fitted.features, labels, num_classes, RIDGES[best : best + 1], balanced)
-        reached.append(accuracy(truth, model.classes(tested.features), balanced))
-    return Result(sum(reached) / len(reached), RIDGES[best])
+        accuracies.append(accuracy(truth, model.classes(tested.features), balanced))
+    return Result(sum(accuracies) / len(accuracies), RIDGES[best])

@@ -1,4 +1,4 @@
-"""How long something takes, and how much memory it needs on top of what is there."""
+"""Measure time and additional memory of a function."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something to be timed.
+    """A function to be timed.
 
     Args:
-        run: what is timed.
-        prepare: called before every run, outside the time.
+        run: the timed function.
+        prepare: called before every run, not timed.
     """
 
     run: Callable[[], object]
@@ -32,19 +32,19 @@ class Candidate:
 
 def add_timing_options(parser: ArgumentParser, repeats: int = 7, warmup: int = 2) -> None:
     parser.add_argument("--repeats", type=PositiveInt, default=repeats, help="timed runs; the median is reported")
-    parser.add_argument("--warmup", type=NonNegativeInt, default=warmup, help="runs before them that are not timed")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
+    parser.add_argument("--warmup", type=NonNegativeInt, default=warmup, help="untimed runs before them")
+    parser.add_argument("--device", default="auto", help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")
 
 
 def in_turn(
     candidates: Mapping[str, Candidate], device: torch.device, repeats: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Time the candidates in turn, one run each a round, so that what slows the machine for a while slows all of them.
+    """Time the candidates alternately, one run each per round, so that a slowdown of the machine affects all of them.
 
-    On a GPU between two events on its stream, after it has finished what came before; else by the wall clock.
+    GPU times are taken between two CUDA events, after a synchronization; CPU times by the wall clock.
 
     Returns:
-        milliseconds of each timed run, by name.
+        {name: milliseconds of each timed run}.
     """
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + repeats):
@@ -61,7 +61,7 @@ def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one run."""
+    """Milliseconds of one run."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
@@ -77,17 +77,17 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def extra_bytes(candidate: Candidate, gradients: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
-    """Peak memory of one run, in bytes, beyond what was there before it and the gradients that it leaves.
+    """Peak memory of one run, bytes, beyond the memory in use before it and without the resulting gradients.
 
-    On the CPU every allocation and release of torch's allocator is recorded by its profiler, those inside an operation
-    too, and the largest sum of what lives at once is taken; blocks that end up as gradients never count. The process's
-    resident memory would not do: what an earlier run has freed and the C library keeps is used again unseen, so the
-    figure would depend on what ran before. Not seen is the scratch space that oneDNN takes by itself inside a product
-    (little: with every block returned to the system at once, the resident peak was within 4 % for our layer).
-    On a GPU it is the allocator's own peak, less what was there and the gradients.
+    On the CPU, torch's profiler records every allocation and release of torch's allocator, including those inside of an
+    operation; the result is the largest sum of live blocks, without blocks that become gradients. Resident memory is
+    not usable: the C library reuses blocks that earlier runs have freed, so the figure would depend on these runs. The
+    scratch memory that oneDNN allocates itself inside of a product is not included (it is small: the resident peak,
+    with every block returned to the system at once, was within 4 % for our layer). On a GPU it is the peak of the
+    allocator, minus the memory in use before and the gradients.
 
     Args:
-        gradients: the gradients after the run; they must be None before it (``candidate.prepare``).
+        gradients: returns the gradients after the run; ``candidate.prepare`` must set them to None.
     """
     candidate.prepare()
     if device.type == "cuda":
@@ -96,16 +96,16 @@ def extra_bytes(candidate: Candidate, gradients: Callable[[], Iterable[Tensor]],
         before = torch.cuda.memory_allocated(device)
         candidate.run()
         torch.cuda.synchronize(device)
-        kept = sum(tensor.untyped_storage().nbytes() for tensor in gradients())
-        return torch.cuda.max_memory_allocated(device) - before - kept
+        gradient_bytes = sum(tensor.untyped_storage().nbytes() for tensor in gradients())
+        return torch.cuda.max_memory_allocated(device) - before - gradient_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         candidate.run()
-    kept_blocks = {tensor.untyped_storage().data_ptr() for tensor in gradients()}
-    return _peak(_allocations(profiler), kept_blocks)
+    gradient_blocks = {tensor.untyped_storage().data_ptr() for tensor in gradients()}
+    return _peak(_allocations(profiler), gradient_blocks)
 
 
 def _allocations(profiler: profile) -> list[tuple[int, int]]:
-    """(address, bytes) of each allocation on the CPU in order of time; negative bytes are a release."""
+    """(address, bytes) of each allocation on the CPU, in order of time; a release has negative bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -115,15 +115,15 @@ def _allocations(profiler: profile) -> list[tuple[int, int]]:
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in memory]
 
 
-def _peak(allocations: list[tuple[int, int]], kept_blocks: set[int]) -> int:
-    """Largest sum of live blocks. The last block at an address in ``kept_blocks`` never counts."""
-    kept = {address: place for place, (address, size) in enumerate(allocations) if size > 0 and address in kept_blocks}
+def _peak(allocations: list[tuple[int, int]], excluded: set[int]) -> int:
+    """Largest sum of live blocks, bytes, without the last block at each address in ``excluded``."""
+    last = {address: index for index, (address, size) in enumerate(allocations) if size > 0 and address in excluded}
     live: dict[int, int] = {}
     total = peak = 0
-    for place, (address, size) in enumerate(allocations):
+    for index, (address, size) in enumerate(allocations):
         if size < 0:
             total -= live.pop(address, 0)
-        elif kept.get(address) != place:
+        elif last.get(address) != index:
             live[address] = size
             total += size
             peak = max(peak, total)

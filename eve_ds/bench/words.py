@@ -1,4 +1,4 @@
-"""How well masked words of the shapes world are predicted, by kind of word, beside an oracle that knows the scene."""
+"""Accuracy on masked words of the shapes world by kind of word, compared with an oracle that knows the scene."""
 
 from __future__ import annotations
 
@@ -33,26 +33,31 @@ OTHER = "other"
 
 
 class Word(NamedTuple):
-    """A masked word: what it is, and who is right about it."""
+    """A masked word: its kind, and whether each predictor is correct."""
 
     kind: str
     model: bool
-    shuffled: bool | None  # None where no other image was at hand
+    shuffled: bool | None  # None if the batch has no other image
     oracle: bool
 
 
 def _add_options(parser: ArgumentParser) -> None:
     add_shapes_options(parser)
-    parser.add_argument("--captions", type=PositiveInt, default=1000, help="of the split, from its start")
     parser.add_argument(
-        "--batch_size", type=PositiveInt, default=64, help="captions at once; 'other image' is one of the same batch"
+        "--captions", type=PositiveInt, default=1000, help="number of captions, from the start of the split"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=PositiveInt,
+        default=64,
+        help="captions per batch; 'other image' is taken from the same batch",
     )
 
 
 def _rows(options: Namespace) -> Iterator[Row]:
     folder, tokenizer = model_files(options.checkpoint)
     if not any(name.startswith("word_decoder.") for name in load_weights(folder.weights)):
-        raise UserError(f"--checkpoint {options.checkpoint}: holds no word decoder; name a pre-training run")
+        raise UserError(f"--checkpoint {options.checkpoint}: has no word decoder; name a pre-training run")
     task = load_task_model("pretrain", checkpoint=options.checkpoint)
     assert isinstance(task, MaskedModeling)
     config = task.config
@@ -76,22 +81,22 @@ def _rows(options: Namespace) -> Iterator[Row]:
 def _judge(
     task: MaskedModeling, samples: CaptionSamples, chosen: range, scenes: list[Scene], order: str
 ) -> Iterator[Word]:
-    """Masked words of the chosen captions. As many are masked as in the run, by its ``objective.seed``."""
+    """Masked words of the chosen captions, masked at the rate of the run with its ``objective.seed``."""
     tokenizer, longest = samples.tokenizer, samples.max_text_length
     batch = collate([samples[number, 0] for number in chosen], samples.pad_id, longest)
     other_row, has_other = another_image(batch["image_index"])
     own = task.predict_words(batch)
     shuffled = task.predict_words(batch | {"images": batch["images"][other_row]})
     rows = zip(own, shuffled, batch["image_index"].tolist(), has_other.tolist(), strict=True)
-    texts: dict[int, list[list[int]]] = {}  # by row: an image has several captions
+    texts: dict[int, list[list[int]]] = {}  # {row: all wordings}: an image has several captions
     for entry, beside, row, counted in rows:
         if row not in texts:
             texts[row] = [tokenizer.encode(text, longest) for text in wordings(scenes[row], order)]
         guesses = best_guesses(texts[row], entry["text_ids"], entry["positions"])
         if guesses is None:
             raise UserError(
-                f"{samples.split.row(row).where}: caption {entry['sample_id']} is none that its scene may have; name "
-                "its own scenes with --scenes"
+                f"{samples.split.row(row).where}: caption {entry['sample_id']} does not fit its scene; name "
+                "the scene files of this dataset with --scenes"
             )
         for place, truth in enumerate(entry["truth"]):
             kind = next((name for name, known in KINDS.items() if tokenizer.decode([truth]).strip() in known), OTHER)
@@ -123,10 +128,10 @@ def _show(value: Any) -> str:
 
 
 BENCHMARK = Benchmark(
-    "How well a pre-trained model predicts masked words of the shapes world, by kind of word.\n\n"
-    "Beside it the same model with another pair's image, and an oracle that knows the scene, all wordings and the\n"
-    "visible words. As many words are masked as in the run. Accuracies and shares are fractions. Runs without\n"
-    "DeepSpeed, in fp32 on the CPU.",
+    "Accuracy of a pre-trained model on masked words of the shapes world, by kind of word.\n\n"
+    "Compared with the same model given the image of another pair, and with an oracle that knows the scene, all\n"
+    "wordings and the visible words. Words are masked at the rate of the run. Accuracies and shares are fractions.\n"
+    "Runs without DeepSpeed, in fp32 on the CPU.",
     [
         Column("words", "words"),
         Column("share", "of words", _show),

@@ -1,1 +1,1 @@
-"""Weights of other formats to EVE-DS model folders, and back: ``python -m eve_ds.convert``."""
+"""The command ``python -m eve_ds.convert``: weights of other formats to EVE-DS model folders, and back."""

@@ -1,4 +1,4 @@
-"""Weights of other formats to EVE-DS's model folders, and back.
+"""Convert weights of other formats to EVE-DS model folders, and back.
 
 A model folder holds model.safetensors, config.yaml and, if known, tokenizer.json; it loads without DeepSpeed.
 """
@@ -14,9 +14,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from eve_ds.convert.conversion import beit_to_folder, deepspeed_to_folder, folder_to_published, published_to_folder
 from eve_ds.errors import UserError, run_command
-from eve_ds.option_errors import plain
+from eve_ds.option_errors import one_line
 
-_START = "python -m eve_ds.convert"
+_PROGRAM = "python -m eve_ds.convert"
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "from-published": (published_to_folder, "--checkpoint EVE.th --vlmo_config config_vlmo.json --out MODEL"),
     "to-published": (folder_to_published, "--checkpoint RUN --out EVE.th"),
@@ -26,11 +26,11 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 
 
 class _Parser(ArgumentParser):
-    """Raises ArgumentError on bad usage; shows examples as they are typed."""
+    """Raises ArgumentError on bad usage; the help ends with examples."""
 
     def __init__(self, examples: list[str], **options: Any) -> None:
         super().__init__(exit_on_error=False, allow_abbrev=False, **options)
-        self.examples = "".join(f"  {_START} {example}\n" for example in examples)
+        self.examples = "".join(f"  {_PROGRAM} {example}\n" for example in examples)
 
     def format_help(self, formatter: HelpFormatter | None = None) -> str:
         return f"{super().format_help(formatter)}\nexamples:\n{self.examples}"
@@ -38,7 +38,7 @@ class _Parser(ArgumentParser):
 
 def _parser() -> ArgumentParser:
     examples = [f"{name} {example}" for name, (_, example) in COMMANDS.items()]
-    parser = _Parser(examples, prog=_START, description=(__doc__ or "").split("\n")[0])
+    parser = _Parser(examples, prog=_PROGRAM, description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subcommands(dest="command", title="commands", metavar="COMMAND")
     for name, (function, example) in COMMANDS.items():
         summary = (function.__doc__ or "").split("\n")[0]
@@ -53,10 +53,10 @@ def main() -> None:
     try:
         parsed = _parser().parse_args(sys.argv[1:])
     except ArgumentError as error:
-        line = plain(error)
+        line = one_line(error)
         for name in COMMANDS:
             line = line.replace(f"{name}.", "--")
-        raise UserError(f"{line}; see {_START} --help") from error
+        raise UserError(f"{line}; see {_PROGRAM} --help") from error
     COMMANDS[parsed.command][0](**vars(parsed[parsed.command]))
 
 

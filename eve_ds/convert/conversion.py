@@ -1,4 +1,4 @@
-"""What ``eve_ds.convert`` does: weights of other formats to EVE-DS's model folders, and back."""
+"""The conversions of ``eve_ds.convert``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.recipes import RECIPES, meant, read_run_config, read_yaml, recipe
+from eve_ds.recipes import RECIPES, find_recipe, read_run_config, read_yaml, suggest_file
 from eve_ds.tasks.load_task import build_for
 from eve_ds.tasks.registry import BY_NAME, find_spec
 from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import write_hashes
 from eve_ds.weights.load import check_fit, load_weights
-from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder, checkpoint_at, metadata, newest, step_of
+from eve_ds.weights.model_folder import (
+    CONFIG,
+    HASHED,
+    WEIGHTS,
+    ModelFolder,
+    checkpoint_at,
+    metadata,
+    newest_checkpoint,
+    step_of,
+)
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
@@ -44,32 +53,34 @@ def published_to_folder(
     drop: str = "",
     overwrite: bool = False,
 ) -> None:
-    """A file in EVE's published naming to a model folder, for finetune --checkpoint and load_task_model.
+    """Convert a file in EVE's published naming to a model folder, for finetune --checkpoint and load_task_model.
 
     Args:
         checkpoint: .th, .pt, .pth, .bin (``{"model": ...}`` or bare) or .safetensors.
         out: model folder to write.
-        vlmo_config: EVE's config_vlmo*.json that the file belongs to.
-        config: in its place, a YAML file with a ``model`` section: a recipe or a run's config.yaml.
-        tokenizer: folder with the tokenizer.json to lay beside; finetune asks for one.
-        drop: names to leave out, all that start so; several with commas.
-        overwrite: replace the model folder at --out.
+        vlmo_config: EVE's config_vlmo*.json of the file.
+        config: instead of vlmo_config, a YAML file with a model section: a recipe or a run's config.yaml.
+        tokenizer: folder with the tokenizer.json to copy into the model folder; finetune needs one.
+        drop: comma-separated prefixes of names to leave out.
+        overwrite: replace an existing model folder at --out.
     """
     target, source = Path(out), Path(checkpoint)
     check_out(target, overwrite, folder=True)
     state = _without(load_weights(source), drop)
     if not is_published(state):
-        raise UserError(f"--checkpoint {source}: holds no {PREFIX}encoder.layers.*; not in EVE's published naming")
-    model = _named_config(state, vlmo_config, config)
+        raise UserError(
+            f"--checkpoint {source}: holds no {PREFIX}encoder.layers.*, so it is not in EVE's published naming"
+        )
+    model = _given_config(state, vlmo_config, config)
     try:
         ours = from_published(state, model)
     except WeightsError as error:
         raise WeightsError(f"--checkpoint {source}: {error}") from error
-    files = ModelFolder(source, recipe(config) if config else None, None)
+    files = ModelFolder(source, find_recipe(config) if config else None, None)
     tree: dict[str, Any] = {"model": dataclasses.asdict(model)}
     tasks = _tasks_of(ours, model, files)
     if "pretrain" in tasks:
-        tree["objective"] = read_yaml(recipe(str(config)))["objective"]
+        tree["objective"] = read_yaml(find_recipe(str(config)))["objective"]
     _write_folder(target, ours, yaml.safe_dump(tree, sort_keys=False), tokenizer)
     heads = f"with the head of {' and '.join(tasks)}" if tasks else "a backbone without a task's head"
     print(f"{target}: {len(state)} tensors as {len(ours)} of EVE-DS, {heads}")
@@ -83,26 +94,26 @@ def folder_to_published(
     drop: str = "",
     overwrite: bool = False,
 ) -> None:
-    """EVE-DS weights to one file in EVE's published naming. Heads keep their names; EVE has none for our decoders.
+    """Convert EVE-DS weights to one file in EVE's published naming; names of heads and decoders do not change.
 
     Args:
         checkpoint: a run folder, a model folder, or a file in EVE-DS naming.
         out: file to write: .safetensors, or .th (.pt, .pth, .bin) for ``{"model": ...}``.
-        vlmo_config: EVE's config_vlmo*.json, for a file that has no config.yaml beside it.
-        config: in its place, a YAML file with a ``model`` section.
-        drop: names to leave out, all that start so; several with commas (as in pixel_decoder.,word_decoder.).
-        overwrite: replace the file at --out.
+        vlmo_config: EVE's config_vlmo*.json, for a file without a config.yaml beside it.
+        config: instead of vlmo_config, a YAML file with a model section.
+        drop: comma-separated prefixes of names to leave out, as in pixel_decoder.,word_decoder.
+        overwrite: replace an existing file at --out.
     """
     target = Path(out)
     check_out(target, overwrite, folder=False)
     files = ModelFolder.find(checkpoint)
     if target.exists() and target.samefile(files.weights):
-        raise UserError(f"--out {target}: is the very file to convert; choose another place")
+        raise UserError(f"--out {target}: is the file to convert; choose another place")
     state = _without(load_weights(files.weights), drop)
     if is_published(state):
         raise UserError(f"--checkpoint {files.weights}: is in EVE's published naming already")
-    beside = None if vlmo_config or config or files.config is None else str(files.config)
-    model = _named_config(state, vlmo_config, config or beside)
+    stored = None if vlmo_config or config or files.config is None else str(files.config)
+    model = _given_config(state, vlmo_config, config or stored)
     _check_backbone(state, model, files.weights)
     theirs = to_published(state, model)
     with replacing(target) as new:
@@ -117,21 +128,21 @@ def deepspeed_to_folder(
     answer_list: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """A DeepSpeed checkpoint of a run, of any ZeRO stage and expert-parallel size, to the folder that the run exports.
+    """Convert a DeepSpeed checkpoint, of any ZeRO stage and expert-parallel size, to the model that its run exports.
 
     Args:
-        checkpoint: a run folder (its newest whole checkpoint), or one checkpoint: RUN/checkpoints/step_N.
+        checkpoint: a run folder (its newest complete checkpoint), or one checkpoint: RUN/checkpoints/step_N.
         out: model folder to write.
         tokenizer: folder with tokenizer.json; by default that of the run.
-        answer_list: VQA: folder with answer_list.json; by default that of the run.
-        overwrite: replace the model folder at --out.
+        answer_list: VQA only: folder with answer_list.json; by default that of the run.
+        overwrite: replace an existing model folder at --out.
     """
     target = Path(out)
     check_out(target, overwrite, folder=True)
-    step = _step(Path(checkpoint))
+    step = _find_checkpoint(Path(checkpoint))
     run = step.absolute().parents[1]
     tree = read_run_config(run / CONFIG, "data")
-    words = _run_tokenizer(run, tree, tokenizer)
+    tokenizer_folder = _run_tokenizer(run, tree, tokenizer)
     spec, companions = find_spec(str(tree.get("task", "pretrain"))), {}
     for name in spec.companion_files:
         folder = _first_with(name, Path(name).stem, answer_list, run, run / "model", tree["data"].get("path"))
@@ -140,7 +151,7 @@ def deepspeed_to_folder(
     model = _stored_model(run / CONFIG)
     _check_backbone(state, model, step)
     config = (run / CONFIG).read_text(encoding="utf-8")
-    _write_folder(target, state, config, str(words), companions, step_of(step))
+    _write_folder(target, state, config, str(tokenizer_folder), companions, step_of(step))
     print(f"{target}: {len(state)} tensors of {step}")
 
 
@@ -153,21 +164,21 @@ def beit_to_folder(
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """A BEiT v2 checkpoint (microsoft/unilm beit2) to first weights for pretrain --init_from; lists what became of all.
+    """Convert a BEiT v2 checkpoint (microsoft/unilm beit2) to initial weights for pretrain --init_from.
 
     Args:
         checkpoint: .pth, .pt (``{"model": ...}``, ``{"module": ...}`` or bare) or .safetensors.
         out: model folder to write.
-        vlmo_config: EVE's config_vlmo*.json: the model to fill.
-        config: in its place, a YAML file with a ``model`` section: the recipe of the pre-training run.
-        tokenizer: folder with the tokenizer.json to lay beside.
-        seed: of the values that BEiT does not have.
-        overwrite: replace the model folder at --out.
+        vlmo_config: EVE's config_vlmo*.json of the model to initialize.
+        config: instead of vlmo_config, a YAML file with a model section: the recipe of the pre-training run.
+        tokenizer: folder with the tokenizer.json to copy into the model folder.
+        seed: of the random values that BEiT does not provide.
+        overwrite: replace an existing model folder at --out.
     """
     target, source = Path(out), Path(checkpoint)
     check_out(target, overwrite, folder=True)
     state = load_weights(source)
-    model = _named_config({}, vlmo_config, config)
+    model = _given_config({}, vlmo_config, config)
     torch.manual_seed(seed)
     backbone = Backbone(model)
     try:
@@ -185,19 +196,19 @@ def _without(state: State, drop: str) -> State:
     prefixes = tuple(name for name in drop.split(",") if name)
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
     if prefixes and len(kept) == len(state):
-        raise UserError(f"--drop {drop}: no name in the file starts so")
+        raise UserError(f"--drop {drop}: no name in the file has this prefix")
     return kept
 
 
-def _named_config(state: State, vlmo_config: str | None, config: str | None) -> ModelConfig:
-    """The model's shape as an option names it, positions as the tensors have them."""
+def _given_config(state: State, vlmo_config: str | None, config: str | None) -> ModelConfig:
+    """The config given by an option, with the sizes of the tensors."""
     if (vlmo_config is None) == (config is None):
         raise UserError("name the model's shape: give one of --vlmo_config (EVE's JSON) and --config (a YAML file)")
     if vlmo_config is not None:
         return published_config(vlmo_config, state)
-    file = recipe(str(config))
+    file = find_recipe(str(config))
     if not file.exists():
-        raise UserError(f"--config {config}: no such file{meant(file, *RECIPES)}")
+        raise UserError(f"--config {config}: no such file{suggest_file(file, *RECIPES)}")
     return sized_as(_stored_model(file), state)
 
 
@@ -217,17 +228,17 @@ def _check_backbone(state: State, model: ModelConfig, source: Path) -> None:
 
 
 def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]:
-    """The tasks whose heads a state with EVE-DS names holds, each whole.
+    """The tasks whose complete heads are in a state with EVE-DS names.
 
     Raises:
-        WeightsError: the backbone does not fit the model, or there are names that no such head has (all are listed).
+        WeightsError: the backbone does not fit the model, or names belong to no such head (all are listed).
     """
     _check_backbone(state, model, files.weights)
     unplaced = {name for name in state if not name.startswith(PREFIX)}
     tasks = []
     for task, spec in BY_NAME.items():
         if task == "pretrain" and files.config is None:
-            continue  # nothing tells the shape of decoders but the config of their run
+            continue  # the shape of decoders is only in the config of their run
         with torch.device("meta"):
             try:
                 own = build_for(spec, Backbone(model), state, files).state_dict()
@@ -239,31 +250,33 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
             unplaced -= heads.keys()
     if unplaced:
         raise WeightsError(
-            f"--checkpoint {files.weights}: of no part of the model nor of a whole head for {', '.join(BY_NAME)}:"
-            f" {listed(unplaced)}; leave them out with --drop, or give the --config of the run that they come from"
+            f"--checkpoint {files.weights}: not part of the model or of a complete head for {', '.join(BY_NAME)}:"
+            f" {listed(unplaced)}; leave them out with --drop, or give the --config of their run"
         )
     return tasks
 
 
-def _step(path: Path) -> Path:
-    """The checkpoint that the user means."""
+def _find_checkpoint(path: Path) -> Path:
+    """The DeepSpeed checkpoint at ``path``, or the newest one of the run there."""
     if named := checkpoint_at(path):
         return named
     if path.name.startswith("step_") and path.is_dir():
-        return path  # whose reader tells what it lacks
+        return path  # reading it reports what is missing
     if not path.is_dir():
         raise UserError(f"--checkpoint {path}: no such folder; give a run folder or RUN/checkpoints/step_N")
     _engine()
 
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    step = newest(folder)
+    step = newest_checkpoint(folder)
     if step is None:
-        raise UserError(f"--checkpoint {path}: no whole checkpoint in {folder}; give a run folder that has saved one")
+        raise UserError(
+            f"--checkpoint {path}: no complete checkpoint in {folder}; give a run folder that has saved one"
+        )
     return step
 
 
 def _engine() -> Any:
-    """eve_ds.engine.universal, imported where a DeepSpeed checkpoint is read and nowhere else."""
+    """The module eve_ds.engine.universal, which needs DeepSpeed and is imported only to read its checkpoints."""
     from eve_ds.engine.environment import prepare_environment
 
     prepare_environment()
@@ -272,19 +285,21 @@ def _engine() -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "deepspeed":
             raise
-        raise UserError("reading a DeepSpeed checkpoint needs DeepSpeed; pip install -r requirements.txt") from error
+        raise UserError(
+            "reading a DeepSpeed checkpoint needs DeepSpeed; run pip install -r requirements.txt"
+        ) from error
     return universal
 
 
 def _run_tokenizer(run: Path, tree: dict[str, Any], named: str | None) -> Path:
-    """The folder of the run's tokenizer: the named one, its own copy, the exported one, that it was started with."""
+    """Folder of the run's tokenizer: as given, or of the run, its export, its config or its initial model."""
     start = tree.get("init_from") or ""
-    inherited = [Path(start), Path(start) / "model", Path(start).parent] if start else []
-    return _first_with(TOKENIZER, "tokenizer", named, run, run / "model", tree["data"].get("tokenizer"), *inherited)
+    initial = [Path(start), Path(start) / "model", Path(start).parent] if start else []
+    return _first_with(TOKENIZER, "tokenizer", named, run, run / "model", tree["data"].get("tokenizer"), *initial)
 
 
 def _first_with(file: str, option: str, named: str | None, *folders: str | Path | None) -> Path:
-    """The first folder that holds ``file`` (or is it); the one that an option names, if it does, and no other."""
+    """The first of ``folders`` with ``file``; if an option names a folder or file, only that."""
     places = [Path(place) for place in ([named] if named else folders) if place]
     for place in places:
         if place.name == file and place.is_file():

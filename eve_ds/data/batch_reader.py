@@ -1,4 +1,4 @@
-"""What a loader's process does: the samples of a block read, a corrupt one replaced, all put together."""
+"""What a loader process does for one micro-batch: read its samples, replace corrupt ones, stack the rest."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 from eve_ds.data.collate import Arrays, stack
 from eve_ds.data.readahead import ReadAhead
-from eve_ds.data.sampler import Block
+from eve_ds.data.sampler import MicroBatchIndices
 from eve_ds.data.samples import Key, Sample, Samples
 from eve_ds.data.shards import RowError
 from preprocessing.errors import DataError
 
-# So many samples that follow a corrupt one are tried; a run of more is a broken shard, not a broken row.
-NEIGHBORS = 100
+# The number of following samples that are tried after a corrupt one; more corrupt rows than this mean a broken shard.
+MAX_NEIGHBORS = 100
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """A corrupt sample that another one stands in for.
+class ReplacedSample:
+    """A corrupt sample whose place another sample has taken.
 
     Args:
         where: shard and row.
-        message: the line that names the fault, too.
+        message: one line with shard, row, fault and replacement.
     """
 
     where: str
@@ -32,39 +32,39 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A block that was read, as it goes from a worker process to its parent.
+class LoadedBatch:
+    """A micro-batch on its way from a worker process to the parent.
 
     Args:
-        block: what was to be read.
-        arrays: as collate.stack gives them, but for the images that lie in a slot.
-        slot: of SharedImages; None where the images are among the arrays.
-        replaced: samples that were corrupt.
-        failure: a user's mistake, in one line, in place of all these; torch would wrap the exception itself into a page
-            of traceback.
+        indices: the samples that were requested.
+        arrays: the output of ``collate.stack``, without the images that lie in a slot.
+        slot: slot of ``SharedImages`` with the images; None if they are in ``arrays``.
+        replaced: the corrupt samples.
+        failure: message of a DataError, which takes the place of the data. It travels as text because torch would
+            wrap the exception into a page of traceback.
     """
 
-    block: Block
+    indices: MicroBatchIndices
     arrays: Arrays
     slot: int | None = None
-    replaced: tuple[Replaced, ...] = ()
+    replaced: tuple[ReplacedSample, ...] = ()
     failure: str | None = None
 
 
 class SharedImages:
-    """Room for the images of some micro-batches, shared with worker processes that are forked off afterwards.
+    """Memory for the images of several micro-batches, shared with worker processes that are forked afterwards.
 
-    A worker writes a micro-batch's images into a slot, and the parent makes its tensor out of them: nothing is
-    allotted, sent or unpacked per batch. The memory is anonymous, so that /dev/shm (64 MB in a container by default)
-    need not hold it.
+    A worker writes the images of a micro-batch into a slot and the parent makes the tensor from there: nothing is
+    allocated, sent or unpickled per batch. The memory is anonymous, so it takes no space in /dev/shm (64 MB in a
+    container by default).
 
     Args:
-        slots: micro-batches.
-        names: of a sample's images.
-        batch_size: samples of a micro-batch, at most.
+        slots: number of micro-batches.
+        names: names of a sample's images.
+        batch_size: maximum number of samples in a micro-batch.
         image_size: side of an image, pixels.
     Raises:
-        DataError: there is no such memory.
+        DataError: the memory cannot be allocated.
     """
 
     def __init__(self, slots: int, names: tuple[str, ...], batch_size: int, image_size: int) -> None:
@@ -81,27 +81,27 @@ class SharedImages:
         self._pixels = np.frombuffer(memory, dtype=np.uint8, count=size).reshape(shape)
         self._names = names
 
-    def take_in(self, slot: int, place: int, sample: Sample) -> Sample:
-        """Move a sample's images to its place in a slot; returns the rest of the sample."""
+    def write(self, slot: int, index: int, sample: Sample) -> Sample:
+        """Write the images of sample ``index`` of a micro-batch into a slot; returns the sample without them."""
         for number, name in enumerate(self._names):
-            self._pixels[slot, number, place] = sample[name]
+            self._pixels[slot, number, index] = sample[name]
         return {name: value for name, value in sample.items() if name not in self._names}
 
-    def look_at(self, slot: int, count: int) -> Arrays:
-        """The images of a slot, [count, H, W, 3] uint8 each, not copied: they are written over later."""
+    def view(self, slot: int, count: int) -> Arrays:
+        """Views of the first ``count`` images of a slot, [count, H, W, 3] uint8 each; a later batch overwrites them."""
         return {name: self._pixels[slot, number, :count] for number, name in enumerate(self._names)}
 
 
 @dataclass(frozen=True)
-class Reader:
-    """(number, block) -> Reading, in the shape of a map-style data set, as torch's DataLoader wants it.
+class BatchReader:
+    """Map-style dataset of micro-batches for torch's DataLoader: (number, indices) -> LoadedBatch.
 
     Args:
-        dataset: of samples.py.
-        pad_to_multiple: of the text length.
-        replace: put a neighbor in a corrupt sample's place; else it is a failure.
-        images: where to leave the images; None leaves them among the arrays.
-        read_ahead: told of each block first.
+        dataset: one of samples.py.
+        pad_to_multiple: the padded text length is a multiple of this.
+        replace: put a neighbor in the place of a corrupt sample; otherwise it is a failure.
+        images: shared memory for the images; None returns them in ``LoadedBatch.arrays``.
+        read_ahead: called with the indices of each micro-batch before it is read.
     """
 
     dataset: Samples
@@ -113,26 +113,26 @@ class Reader:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, item: tuple[int, Block]) -> Reading:
-        number, block = item
+    def __getitem__(self, item: tuple[int, MicroBatchIndices]) -> LoadedBatch:
+        number, indices = item
         slot = number % self.images.slots if self.images is not None else None
-        replaced: list[Replaced] = []
+        replaced: list[ReplacedSample] = []
         try:
             if self.read_ahead is not None:
-                self.read_ahead(block)
-            keys = list(zip(block.samples.tolist(), block.epochs.tolist(), strict=True))
+                self.read_ahead(indices)
+            keys = list(zip(indices.samples.tolist(), indices.epochs.tolist(), strict=True))
             samples = []
-            for place, described in enumerate([self._describe(key) for key in keys]):
-                sample = self._complete(keys[place], described, replaced)
+            for index, described in enumerate([self._describe(key) for key in keys]):
+                sample = self._complete(keys[index], described, replaced)
                 if self.images is not None and slot is not None:
-                    sample = self.images.take_in(slot, place, sample)
+                    sample = self.images.write(slot, index, sample)
                 samples.append(sample)
         except DataError as error:
-            return Reading(block, {}, failure=str(error))
+            return LoadedBatch(indices, {}, failure=str(error))
         arrays = stack(samples, self.dataset.pad_id, self.dataset.max_text_length, self.pad_to_multiple)
-        if block.valid is not None:
-            arrays["valid"] = block.valid
-        return Reading(block, arrays, slot, tuple(replaced))
+        if indices.valid is not None:
+            arrays["valid"] = indices.valid
+        return LoadedBatch(indices, arrays, slot, tuple(replaced))
 
     def _describe(self, key: Key) -> Sample | RowError:
         try:
@@ -140,8 +140,8 @@ class Reader:
         except RowError as fault:
             return fault
 
-    def _complete(self, key: Key, described: Sample | RowError, replaced: list[Replaced]) -> Sample:
-        """The sample; or, if its row is corrupt, the next one that is not, just as it is when its own turn comes."""
+    def _complete(self, key: Key, described: Sample | RowError, replaced: list[ReplacedSample]) -> Sample:
+        """The sample. If its row is corrupt: the next sample that is not, with the same draws as in its own turn."""
         sample, epoch = key
         try:
             if isinstance(described, RowError):
@@ -151,12 +151,12 @@ class Reader:
             if not self.replace:
                 raise
             fault = error
-        for step in range(1, NEIGHBORS + 1):
+        for step in range(1, MAX_NEIGHBORS + 1):
             neighbor = (sample + step) % len(self.dataset)
             try:
                 found = self.dataset[neighbor, epoch]
             except RowError:
                 continue
-            replaced.append(Replaced(fault.where, f"{fault}; sample {neighbor} stands in for sample {sample}"))
+            replaced.append(ReplacedSample(fault.where, f"{fault}; sample {neighbor} replaces sample {sample}"))
             return found
-        raise DataError(f"{fault}; and the {NEIGHBORS} samples after it are no better") from fault
+        raise DataError(f"{fault}; the next {MAX_NEIGHBORS} samples are corrupt, too") from fault

@@ -12,17 +12,17 @@ from preprocessing.errors import DataError
 from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
 
 VERIFY = ("background", "full", "off")
-MOST_SECONDS = 30 * 24 * 3600  # of patience: the clocks of torch and of the system overflow far beyond it
-_MOST_WINDOW = 2**40  # samples, more than there are
+MOST_SECONDS = 30 * 24 * 3600  # longest timeout; timers of torch and of the system overflow far beyond it
+_MAX_WINDOW = 2**40  # samples
 
 
 @dataclass
 class DataSource:
-    """One of several data sets that a run is trained on.
+    """One of several datasets that a run is trained on.
 
     Args:
-        path: prepared data set, as ``data.path``.
-        weight: it is drawn in proportion to this; null in all sources draws every sample equally often.
+        path: prepared dataset, as ``data.path``.
+        weight: relative sampling weight; null in all sources draws every sample equally often.
     """
 
     path: str
@@ -31,31 +31,32 @@ class DataSource:
 
 @dataclass
 class DataConfig:
-    """Where the samples come from and how images are varied.
+    """The dataset, its augmentation and its loader.
 
     Args:
-        path: prepared data set: a folder with a shard folder per split (train, val, test), see preprocessing/README.md;
-            or a folder of Arrow files by ViLT's or EVE's scripts.
-        sources: train on several data sets, as in ``[{path: data/coco, weight: 2}, {path: data/cc12m, weight: 3}]``;
-            null takes ``path`` alone. Held-out data and answer lists are those of ``path``, or of the first source.
-        tokenizer: folder with tokenizer.json; a fine-tuning run takes the one beside its checkpoint if this is null.
+        path: prepared dataset: a folder with a shard folder per split (train, val, test), see preprocessing/README.md;
+            or a folder of Arrow files written by ViLT's or EVE's scripts.
+        sources: train on several datasets, as in ``[{path: data/coco, weight: 2}, {path: data/cc12m, weight: 3}]``;
+            null uses ``path`` only. Held-out splits and the answer list come from ``path``, or from the first source.
+        tokenizer: folder with tokenizer.json; null: fine-tuning uses the one next to its checkpoint.
         train_split: folder under ``path`` to train on.
         val_split: folder under ``path`` for held-out losses and scores; null for none.
         augmentation: none, color (jitter 0.4) or rand (RandAugment 2, 7).
-        crop_scale: RandomResizedCrop's range of areas, as in [0.5, 1.0]; null keeps whole images.
-        flip: mirror half the images, but not where the text says left or right.
+        crop_scale: RandomResizedCrop's range of area fractions, as in [0.5, 1.0]; null does not crop.
+        flip: mirror half of the images, except where the text says left or right.
         num_workers: loader processes per rank; 0 decodes in a thread of the training process.
-        shuffle_window: shuffle within windows of so many samples, such as 16384, for network file systems: reads stay
+        shuffle_window: shuffle within windows of this many samples, such as 16384, for network file systems: reads stay
             sequential (eve_ds/data/sampler.py); 0 shuffles the whole epoch, best for local disks.
-        max_corrupt: share of corrupt rows, of those seen, at which the run stops; until then a neighbor stands in for
-            each. 0 stops at the first one.
-        timeout_seconds: a batch that takes longer to read ends the run: a reader was stopped, or storage hangs. None:
-            half of ``engine.timeout_seconds``. With several ranks at most all of it.
-        allow_overlap: train and score although images, questions or statements of the training split stand in a split
-            that is scored, too, or in two of its Arrow files without a manifest; they are logged.
-        verify: when shards are compared with their SHA-256: background (while the run trains, by a process a host that
-            gives way to it; damage saves and ends the run), full (before the first step), off. Sizes always are.
-        max_pixels: images of more are corrupt rows; what ``--max-pixels`` was in preparation.
+        max_corrupt: fraction of corrupt rows, of the rows seen, above which the run stops; up to it the next sample
+            replaces a corrupt one. 0 stops at the first corrupt row.
+        timeout_seconds: maximum time to read a batch; after it the run ends (a loader process is stopped, or storage
+            hangs). None: half of ``engine.timeout_seconds``. With several ranks at most all of it.
+        allow_overlap: continue with a log message, not an error, if images, questions or statements of the training
+            split also occur in a scored split, or occur in two of its Arrow files without a manifest.
+        verify: when shards are compared with their SHA-256: background (during training, by one low-priority process
+            per host; a damaged shard saves and ends the run), full (before the first step), off. Their sizes are always
+            checked.
+        max_pixels: images with more pixels are corrupt rows; set it to the ``--max-pixels`` of the preparation.
     """
 
     path: str = ""
@@ -71,7 +72,7 @@ class DataConfig:
     max_corrupt: float = 0.001
     timeout_seconds: int | None = None
     allow_overlap: bool = False
-    verify: str | bool = "background"  # YAML reads an unquoted `off` as false
+    verify: str | bool = "background"  # YAML reads an unquoted ``off`` as false
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -79,32 +80,34 @@ class DataConfig:
 
     @property
     def home(self) -> str:
-        """The data set whose held-out splits and answer list count."""
+        """The dataset with the held-out splits and the answer list."""
         return self.path or (self.sources[0].path if self.sources else "")
 
     def check(self) -> None:
-        """Raise DataError naming the first setting that no loader takes."""
+        """Raise DataError that names the first invalid setting."""
         if self.num_workers < 0:
             raise DataError(f"data.num_workers={self.num_workers} must be 0 or more")
         if self.timeout_seconds is not None and not 1 <= self.timeout_seconds <= MOST_SECONDS:
             raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be from 1 to {MOST_SECONDS} (30 days)")
-        if self.shuffle_window and not WINDOW_BLOCKS <= self.shuffle_window <= _MOST_WINDOW:
-            told = f"must be 0, or at least {WINDOW_BLOCKS} and at most 2**40"
-            raise DataError(f"data.shuffle_window={self.shuffle_window} {told}")
+        if self.shuffle_window and not WINDOW_BLOCKS <= self.shuffle_window <= _MAX_WINDOW:
+            bounds = f"must be 0, or at least {WINDOW_BLOCKS} and at most 2**40"
+            raise DataError(f"data.shuffle_window={self.shuffle_window} {bounds}")
         if self.verify not in VERIFY:
             raise DataError(f"data.verify={self.verify}: must be one of {', '.join(VERIFY)}")
         if not 1 <= self.max_pixels <= PILLOW_PIXELS:
-            raise DataError(f"data.max_pixels={self.max_pixels} must be between 1 and Pillow's bound, {PILLOW_PIXELS}")
+            raise DataError(f"data.max_pixels={self.max_pixels} must be between 1 and Pillow's limit, {PILLOW_PIXELS}")
         if not 0 <= self.max_corrupt < 1:
-            raise DataError(f"data.max_corrupt={self.max_corrupt} is a share of the rows: from 0 to below 1")
+            raise DataError(
+                f"data.max_corrupt={self.max_corrupt} is a fraction of the rows: it must be at least 0 and below 1"
+            )
         if self.sources is None:
             return
         if not self.sources:
-            raise DataError("data.sources is empty; name a data set, or leave it null and give data.path")
+            raise DataError("data.sources is empty; name a dataset, or leave it null and give data.path")
         paths = [Path(source.path).resolve() for source in self.sources]
         if len(set(paths)) < len(paths):
             twice = next(path for path in paths if paths.count(path) > 1)
-            raise DataError(f"data.sources names {twice} more than once; name it once, with a greater weight")
+            raise DataError(f"data.sources names {twice} more than once; name it once, with a larger weight")
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise DataError(f"data.sources: weights are {weights}; give one to every source, or to none")

@@ -1,14 +1,14 @@
-"""A process that compares shards with their SHA-256 while a run trains; eve_ds.engine.verification starts it.
+"""A process that compares shards with their SHA-256 during training; eve_ds.engine.verification starts it.
 
-Run by its path, with the standard library alone: it is up in 50 ms and takes 10 MB. It gives way to everything else
-(nice 19, by which its reads come last, too), reads no faster than it is told to, and ends with its parent.
+It is run by its path and imports the standard library only: it starts in 50 ms and takes 10 MB. It has the lowest
+priority for processor and disk (nice 19), reads at a limited rate, and ends with its parent.
 
-On stdin one JSON object: `shards` ([path, bytes, sha256] each), `record` (a folder), `host`, `rate` (bytes a second).
-When stdin ends, the run has no more steps, and the rate holds no longer. On stdout a JSON object a shard: `file`,
-`state` (sound, damaged, unread) and `fault`.
+stdin holds one JSON object: ``shards`` (a list of [path, bytes, sha256]), ``record`` (a folder), ``host``, ``parent``
+(a process id) and ``rate`` (bytes per second). When stdin ends, training is over and the rate no longer applies. stdout
+gets one JSON object per shard: ``file``, ``state`` (sound, damaged, unread) and ``fault``.
 
-What was found sound is appended to `record/HOST.jsonl`, and whatever a file there lists is not read again: by a resumed
-run, nor by another host that sees the same file. A file is known by its inode, time of change, size and hash: a copy on
+Verified files are appended to ``record/HOST.jsonl``. Files listed there are not read again, neither by a resumed run
+nor by another host that sees the same file. A file is identified by its inode, time of change, size and hash: a copy on
 a node's own disk is another file.
 """
 
@@ -32,12 +32,12 @@ Key = tuple[str, int, int, int]  # SHA-256, bytes, inode, time of change in ns
 
 
 def key_of(found: os.stat_result, sha256: str) -> Key:
-    """What a verified file is known by."""
+    """Identity of a verified file."""
     return sha256, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def recorded(folder: Path) -> set[Key]:
-    """What all hosts have verified; a line that is damaged or half written is none."""
+    """Keys of the files that all hosts have verified; damaged or incomplete lines are skipped."""
     keys: set[Key] = set()
     for path in folder.glob("*.jsonl") if folder.is_dir() else ():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -50,10 +50,10 @@ def recorded(folder: Path) -> set[Key]:
 
 
 def check(path: str, size: int, sha256: str, pace: Any = None) -> tuple[str, str, Key | None]:
-    """Compare a file with its size and hash. Returns its state, what is wrong with it, and its key where it is sound.
+    """Compare a file with its size and hash. Returns its state, the fault, and its key if it is sound.
 
     Args:
-        pace: called with the number of bytes of each chunk that was read.
+        pace: called with the number of bytes after each chunk.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -74,7 +74,7 @@ def check(path: str, size: int, sha256: str, pace: Any = None) -> tuple[str, str
 
 
 class _Pace:
-    """Sleeps as long as reading is ahead of the rate; until stdin ends."""
+    """Limits the read rate by sleeping, until stdin ends."""
 
     def __init__(self, rate: float) -> None:
         self._rate, self._due = rate, time.monotonic()  # when the next chunk may be read
@@ -87,7 +87,7 @@ class _Pace:
             self._rate = float("inf")
 
 
-def _give_way(parent: int) -> None:
+def _set_low_priority(parent: int) -> None:
     os.nice(19)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -95,9 +95,9 @@ def _give_way(parent: int) -> None:
 
 
 def main() -> None:
-    """Check the shards that stdin names."""
+    """Check the shards given on stdin."""
     job = json.loads(sys.stdin.buffer.readline())
-    _give_way(job["parent"])
+    _set_low_priority(job["parent"])
     folder = Path(job["record"])
     folder.mkdir(parents=True, exist_ok=True)
     pace = _Pace(float(job["rate"]))
@@ -107,7 +107,7 @@ def main() -> None:
             try:
                 known = key_of(os.stat(path), sha256) in recorded(folder)
             except OSError:
-                known = False  # `check` says why
+                known = False  # ``check`` reports the error
             if not known:
                 state, fault, key = check(path, size, sha256, pace)
             if key is not None:
@@ -120,5 +120,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except OSError as problem:  # no room for the record, or the run has gone
+    except OSError as problem:  # no space for the record, or the run has ended
         sys.exit(f"data.verify: {problem}")

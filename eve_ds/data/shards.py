@@ -1,9 +1,9 @@
-"""Prepared shards, read in place: memory-mapped Arrow IPC files, one row touched at a time, exact random access.
+"""Prepared shards: memory-mapped Arrow IPC files with random access to rows and samples.
 
-Nothing is opened before it is asked for: counts come from the manifest, a shard is mapped when a row of it is wanted,
-and a sample's row is found by bisection in the list offsets that Arrow stores anyway. So a split of any size opens in
-the time of one JSON file and one `stat` a shard, and holds no index in memory beyond a few numbers a shard.
-Shards without a manifest, as ViLT's and EVE's own scripts leave them, are counted when the split is opened.
+Nothing is opened before it is needed: counts come from the manifest, a shard is mapped when one of its rows is read,
+and a sample's row is found by bisection in the list offsets that Arrow stores. So opening a split of any size reads one
+JSON file and calls ``stat`` once per shard, and the index in memory is a few numbers per shard. Shards without a
+manifest, as ViLT's and EVE's own scripts write them, are counted when the split is opened.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
-from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow
+from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow_error
 from preprocessing.errors import DataError
 from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
 
-# Every mapped shard holds two file descriptors, and 1,024 of them is a common limit for a process.
+# Maximum number of mapped shards: each holds two file descriptors, and a common limit per process is 1,024.
 OPEN_SHARDS = 128
-# Columns that training does not need and that EVE's own shards lack.
+# Not needed for training, and missing in EVE's own shards.
 _OPTIONAL_COLUMNS = ("image_id", "split")
-# Stretches of a file closer together than this are read ahead as one.
+# Byte ranges closer together than this are read ahead as one.
 _READ_AHEAD_GAP = 64 << 10
 
 
 class RowError(DataError):
-    """A fault of one row; the others of its shard are none the worse for it.
+    """One row is corrupt; the other rows of its shard are unaffected.
 
     Args:
-        where: the row, as Row.where has it.
-        fault: what is wrong, and the mend.
+        where: shard and row, as in ``Row.where``.
+        fault: what is wrong; what to do.
     """
 
     def __init__(self, where: str, fault: str) -> None:
@@ -48,9 +48,9 @@ class RowError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a shard: keeps the shard mapped as long as it lives, and copies only the cells that are asked for.
+    """One row of a shard. It keeps the shard mapped, and copies only the cells that are read.
 
-    Its methods raise DataError where the shard has gone or been cut off since it was mapped.
+    Its methods raise DataError if the shard was deleted or truncated after it was mapped.
     """
 
     batch: pa.RecordBatch
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def where(self) -> str:
-        """The shard and the row in it (from 0), for messages."""
+        """Shard and row number in it (from 0), for messages."""
         return f"{self.path}: row {self.number}"
 
     def value(self, column: str) -> Any:
@@ -73,7 +73,7 @@ class Row:
         return self._python(self.batch.column(column)[self.index], column)
 
     def item(self, column: str, item: int) -> Any:
-        """Entry `item` of a list cell as a Python object; a cell that is no list is its own entry 0."""
+        """Entry ``item`` of a list cell as a Python object; a cell that is not a list is its own entry 0."""
         self.file.check()
         cell = self.batch.column(column)[self.index]
         if not isinstance(cell, pa.ListScalar):  # LargeListScalar is one, too
@@ -91,7 +91,7 @@ class Row:
             ) from None
 
     def entries(self, column: str) -> int:
-        """How many entries a list cell has: none where it is null; a cell that is no list has one."""
+        """Number of entries of a list cell: 0 if it is null; 1 if the cell is not a list."""
         self.file.check()
         cell = self.batch.column(column)[self.index]
         if not isinstance(cell, pa.ListScalar):
@@ -99,16 +99,16 @@ class Row:
         return 0 if cell.values is None else len(cell.values)
 
     def blob(self, column: str) -> bytes:
-        """A binary cell. Raises RowError when it is null."""
+        """The bytes of a binary cell. Raises RowError if it is null."""
         view = self._view(column)
         if view is None:
             raise RowError(self.where, f"column {column!r} is null; prepare the split again")
         return self.file.read(view)
 
-    def place(self, column: str) -> tuple[int, int] | None:
-        """Where a binary cell lies in the file, as MappedFile.place has it; None for null."""
+    def byte_range(self, column: str) -> tuple[int, int] | None:
+        """Range of a binary cell in the file, as in ``MappedFile.byte_range``; None for null."""
         view = self._view(column)
-        return None if view is None else self.file.place(view)
+        return None if view is None else self.file.byte_range(view)
 
     def _view(self, column: str) -> pa.Buffer | None:
         self.file.check()
@@ -116,22 +116,24 @@ class Row:
             return binary_cell(self.batch.column(column), self.index)
         except IndexError:
             raise RowError(
-                self.where, f"column {column!r} has no such bytes; copy or prepare the shard again"
+                self.where, f"column {column!r} points outside of its shard; copy or prepare the shard again"
             ) from None
 
 
 @dataclass(frozen=True)
 class Shard:
+    """A shard file and its counts; ``sha256`` is empty without a manifest."""
+
     path: Path
     bytes: int
     rows: int
     samples: int
-    sha256: str = ""  # where there is a manifest
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class _Bounds:
-    """Batch b of a shard holds its rows `first_row[b]` to `first_row[b + 1]`, and samples likewise."""
+    """Record batch b of a shard holds the rows ``first_row[b]`` to ``first_row[b + 1] - 1``; samples likewise."""
 
     first_row: np.ndarray  # [batches + 1] int64
     first_sample: np.ndarray  # [batches + 1] int64
@@ -141,19 +143,19 @@ class Split:
     """The shards of one split folder.
 
     Args:
-        directory: folder with `manifest.json` and the files that it lists.
-        files: take these files, in this order, and ask for no manifest: sources.py chooses them.
-        open_shards: so many stay mapped.
+        directory: folder with ``manifest.json`` and the files that it lists.
+        files: read these files, in this order, without a manifest; chosen by sources.py.
+        open_shards: maximum number of mapped shards.
     Attributes:
         kind: "caption", "vqa" or "nlvr".
         name: the folder, for messages.
-        rows: images (pairs of images for NLVR).
-        samples: captions, questions or statements: what one epoch visits.
-        parts: (name, samples) of the sources; a split has one.
-        manifest: as it was read; {} where there is none.
+        rows: number of images (pairs of images for NLVR).
+        samples: number of captions, questions or statements; an epoch visits each once.
+        parts: (name, samples) of each source; a split has one.
+        manifest: content of the manifest; {} without one.
     Raises:
-        DataError: a shard is missing or has another size than the manifest says, or the split is empty; when a row is
-            read, also: a shard is not Arrow, lacks a column or holds other counts than the manifest says.
+        DataError: a shard is missing or its size differs from the manifest, or the split is empty. When a row is read,
+            also: a shard is not Arrow, lacks a column, or its counts differ from the manifest.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class Split:
         self.name = str(self.directory)
         self._arguments = (directory, files, open_shards)
         self.manifest: dict[str, Any] = {}
-        # Kept when a shard is unmapped: a few numbers, which take longer to find than the file takes to map.
+        # Kept after a shard is unmapped: measuring takes longer than mapping.
         self._bounds: dict[int, _Bounds] = {}
         if files is None:
             self._read_manifest()
@@ -178,11 +180,11 @@ class Split:
         self.samples = int(self._first_sample[-1])
         if not self.samples:
             raise DataError(f"{self.directory}: the split holds no samples; prepare it from data that has some")
-        # functools' cache is safe to use from the prefetching thread and from the main one at once.
+        # lru_cache is thread-safe: the prefetching thread and the main thread share it.
         self._open: Callable[[int], MappedFile] = functools.lru_cache(maxsize=open_shards)(self._map)
 
     def __reduce__(self) -> tuple[type[Split], tuple[Any, ...]]:
-        # A spawned worker maps the files itself.
+        # A spawned worker maps the files again.
         return (Split, self._arguments)
 
     @property
@@ -191,17 +193,17 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the shards hold, as the manifest has it; without one, of their names, sizes and counts."""
+        """SHA-256 over the shards' names, sizes and counts and, with a manifest, their hashes."""
         shards = [(shard.path.name, shard.bytes, shard.rows, shard.samples, shard.sha256) for shard in self._shards]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
     @property
     def hashed_shards(self) -> list[Shard]:
-        """Those shards of which a manifest has the hash."""
+        """The shards whose hash is in the manifest."""
         return [shard for shard in self._shards if shard.sha256]
 
     def row(self, index: int) -> Row:
-        """Row `index` of the split, from 0. Raises IndexError beyond the last one."""
+        """Row ``index`` of the split, from 0. Raises IndexError if it is out of range."""
         if not 0 <= index < self.rows:
             raise IndexError(f"row {index} of {self.rows}")
         number = _bisect(self._first_row, index)
@@ -211,7 +213,7 @@ class Split:
         return Row(file.batch(b), local - int(bounds.first_row[b]), file, local)
 
     def sample(self, index: int) -> tuple[int, Row, int]:
-        """Sample `index` of the split: its row's number, the row, and its place among the row's samples."""
+        """Sample ``index`` of the split: the row number, the row, and the sample's index within the row."""
         if not 0 <= index < self.samples:
             raise IndexError(f"sample {index} of {self.samples}")
         number = _bisect(self._first_sample, index)
@@ -227,41 +229,41 @@ class Split:
         return int(self._first_row[number]) + local_row, row, target - int(starts[place])
 
     def sample_rows(self) -> np.ndarray:
-        """[samples] int64: the row of every sample. Reads every shard's list offsets, and nothing else of it."""
+        """[samples] int64: the row of every sample. Reads only the list offsets of every shard."""
         column = SAMPLE_COLUMN[self.kind]
         counts = [np.diff(_sample_starts(batch.column(column))) for _, batch in self.batches()]
         return np.repeat(np.arange(self.rows), np.concatenate([np.zeros(0, dtype=np.int64), *counts]))
 
     def batches(self) -> Iterator[tuple[Path, pa.RecordBatch]]:
-        """(shard, record batch) of all of them, in order; what is not looked at is not read."""
+        """(shard, record batch) of all record batches, in order; cells are read lazily."""
         for number in range(len(self._shards)):
             file = self._shard(number)[0]
             for b in range(file.reader.num_record_batches):
                 yield file.path, file.reader.get_batch(b)
 
     def answers(self) -> Iterator[dict[int, str]]:
-        """Label -> answer of every question that has some; nothing but their columns is read. For "vqa" alone."""
+        """{label: answer} of every question; only for "vqa". Reads no other columns."""
         for _, batch in self.batches() if self.kind == "vqa" else ():
             pairs = zip(batch.column("answer_labels").to_pylist(), batch.column("answers").to_pylist(), strict=True)
             for labels, answers in pairs:
-                for of_question in zip(labels or (), answers or (), strict=True):
-                    yield dict(zip(*(part or () for part in of_question), strict=True))
+                for question in zip(labels or (), answers or (), strict=True):
+                    yield dict(zip(*(part or () for part in question), strict=True))
 
     def read_ahead(self, samples: Iterable[int]) -> None:
-        """Have the kernel read the images of these samples (in rising order) into its cache; does not wait for it."""
+        """Ask the kernel to read the images of ``samples`` (in ascending order) into the page cache; does not wait."""
         file, start, end = None, 0, 0
         for sample in samples:
             _, row, _ = self.sample(sample)
             for column in IMAGE_COLUMNS[self.kind]:
-                place = row.place(column)
-                if place is None:
+                found = row.byte_range(column)
+                if found is None:
                     continue
-                if file is row.file and start <= place[0] <= end + _READ_AHEAD_GAP:
-                    end = max(end, place[1])
+                if file is row.file and start <= found[0] <= end + _READ_AHEAD_GAP:
+                    end = max(end, found[1])
                     continue
                 if file is not None:
                     file.will_need(start, end)
-                file, (start, end) = row.file, place
+                file, (start, end) = row.file, found
         if file is not None:
             file.will_need(start, end)
 
@@ -287,13 +289,15 @@ class Split:
             )
 
     def _count(self, files: Sequence[Path]) -> None:
-        """Take shards without a manifest: look into each of them for its kind and its counts."""
+        """Open shards without a manifest: read the kind and the counts of each."""
         self._shards = []
         for number, path in enumerate(files):
             file = _open_without_manifest(path)
             kind = _kind(path, file.reader.schema)
             if number and kind != self.kind:
-                raise DataError(f"{path}: is a {kind} shard, {files[0]} a {self.kind} shard; keep them in two folders")
+                raise DataError(
+                    f"{path}: is a {kind} shard, {files[0]} a {self.kind} shard; keep them in separate folders"
+                )
             self.kind = kind
             bounds = self._bounds[number] = self._measure(file)
             self._shards.append(Shard(path, file.size, int(bounds.first_row[-1]), int(bounds.first_sample[-1])))
@@ -303,7 +307,7 @@ class Split:
         shard = self._shards[number]
         file = MappedFile(shard.path, shard.bytes)
         if number not in self._bounds:
-            # Through a map of its own: measuring touches pages all over the file, and they would stay resident.
+            # Uses a separate map: measuring touches pages all over the file, which would stay resident.
             self._bounds[number] = self._measure(MappedFile(shard.path, shard.bytes))
         bounds = self._bounds[number]
         found = int(bounds.first_row[-1]), int(bounds.first_sample[-1])
@@ -326,17 +330,17 @@ class Split:
                 rows.append(batch.num_rows)
                 samples.append(int(starts[-1]) - int(starts[0]))
         except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-            raise not_arrow(file.path, error) from error
+            raise not_arrow_error(file.path, error) from error
         return _Bounds(_starts(rows), _starts(samples))
 
 
 def shard_kind(path: Path) -> str:
-    """What a shard without a manifest holds: "caption", "vqa" or "nlvr". Raises DataError where it is none of these."""
+    """Kind of a shard without a manifest: "caption", "vqa" or "nlvr". Raises DataError if it is none of these."""
     return _kind(path, _open_without_manifest(path).reader.schema)
 
 
-def split_inside(path: Path) -> str | None:
-    """What the column ``split`` of a shard without a manifest says of its first row; None without such a column."""
+def first_row_split(path: Path) -> str | None:
+    """Column ``split`` in the first row of a shard without a manifest; None without that column."""
     reader = _open_without_manifest(path).reader
     if "split" not in reader.schema.names or not reader.num_record_batches:
         return None
@@ -357,7 +361,7 @@ def _kind(path: Path, schema: pa.Schema) -> str:
         if column in schema.names:
             return kind
     raise DataError(
-        f"{path}: has none of the columns caption, questions and image_0, so it is no shard of ours; move it"
+        f"{path}: has none of the columns caption, questions and image_0, so it is not a shard of EVE-DS; move it away"
     )
 
 
@@ -375,9 +379,9 @@ def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
 
 
 def _sample_starts(column: pa.Array) -> np.ndarray:
-    """[rows + 1] where each row's samples start, counted from an arbitrary origin: Arrow's own offsets, not copied.
+    """[rows + 1] int: start of each row's samples, from an arbitrary origin. These are Arrow's offsets, not a copy.
 
-    A plain string column (as EVE's scripts write it) has one sample a row.
+    A plain string column (as EVE's scripts write it) has one sample per row.
     """
     if isinstance(column, pa.ListArray | pa.LargeListArray):
         return cast(np.ndarray, column.offsets.to_numpy())
@@ -385,10 +389,10 @@ def _sample_starts(column: pa.Array) -> np.ndarray:
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
-    """[n + 1] int64 cumulative counts, from 0."""
+    """[n + 1] int64: cumulative counts, starting at 0."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
 
 
 def _bisect(starts: np.ndarray, index: int) -> int:
-    """The range that holds `index`; empty ranges hold nothing."""
+    """Number of the range that holds ``index``; empty ranges are skipped."""
     return int(np.searchsorted(starts, index, side="right")) - 1

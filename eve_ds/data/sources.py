@@ -1,13 +1,13 @@
-"""Where samples come from: a prepared split, Arrow files as ViLT and EVE write them, or several of these as one.
+"""Open splits: a prepared split, Arrow files as ViLT and EVE write them, or several splits joined into one.
 
-ViLT's `vilt/utils/write_*.py` and EVE's `data_utils/dataset_*.py` leave one folder of Arrow files for all splits and no
-manifest: `coco_caption_karpathy_restval.arrow`, `nlvr2_dev.arrow`, `sbu_3.arrow`. They are taken as they are; there is
-then no hash to check them by. A file belongs to the split that its name says, or to train where the name says none;
-where the rows of such a file say another one, its name may be mistyped, and it is refused.
+ViLT's ``vilt/utils/write_*.py`` and EVE's ``data_utils/dataset_*.py`` write one folder of Arrow files for all splits,
+without a manifest: ``coco_caption_karpathy_restval.arrow``, ``nlvr2_dev.arrow``, ``sbu_3.arrow``. These are read as
+they are, without hashes to check them. A file belongs to the split in its name, or to train if the name has none. If
+the rows of such a file name another split, its name may be mistyped, and it is refused.
 
-Of ViLT's questions `vqav2_val` is the whole of val2014, and `trainable_val` and `rest_val` are its two parts: train is
-train and trainable_val, val is rest_val where there is one. `nlvr2_balanced_dev`, `unbalanced_dev` and their like
-repeat pairs of dev and test1: they are read by their own names alone.
+For VQA, ViLT's ``vqav2_val`` is the whole of val2014, and ``trainable_val`` and ``rest_val`` are its two parts: train
+consists of train and trainable_val, and val is rest_val if there is one. ``nlvr2_balanced_dev``, ``unbalanced_dev`` and
+similar files repeat pairs of dev and test1: they are read only if a split has exactly that name.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, shard_kind, split_inside
+from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, first_row_split, shard_kind
 from preprocessing.errors import DataError
 from preprocessing.shards.schema import MANIFEST
 
-# The first of these words in a file's name says its split, together with a word of _PARTS before it. Of these splits
-# a run's train, val and test are made: Karpathy's restval is what COCO trains on, too.
-_MEANING = {
+# Split in a file's name -> split of a run. The name of a split is the first of _SPLIT_WORDS in the file's name,
+# together with a word of _PARTS before it. Karpathy's restval belongs to the training data of COCO.
+_RUN_SPLIT = {
     "train": "train",
     "restval": "train",
     "trainable_val": "train",
@@ -41,23 +41,23 @@ _MEANING = {
 }
 _SPLIT_WORDS = ("train", "restval", "val", "dev", "test", "test1")
 _PARTS = ("trainable", "rest", "balanced", "unbalanced")
-_NAMED = 12  # of a folder's files in a message
+_MAX_NAMES = 12  # in a message
 _OURS = re.compile(r"shard-\d+\.arrow")
 
 
 def open_split(
     root: str | os.PathLike[str], split: str, kind: str | None = None, open_shards: int = OPEN_SHARDS
 ) -> Split:
-    """A split of a data set: `root/split` with its manifest, or Arrow files without one in there or in `root`.
+    """Open a split of a dataset: ``root/split`` with its manifest, or Arrow files without one, there or in ``root``.
 
-    Files that bear our converters' names are never taken without their manifest: they may be the rest of a run that
-    was killed.
+    Files named like those of our converters are never read without their manifest: they may be left over from a
+    conversion that was killed.
 
     Args:
-        root: the data set's folder.
-        split: train, val, test or another split's name; of files without a manifest also a file's, without its ending.
-        kind: of files without a manifest, take those that hold this kind of data alone: ViLT keeps all in one folder.
-        open_shards: so many stay mapped.
+        root: folder of the dataset.
+        split: train, val, test or another split. Without a manifest also the name of a file, without .arrow.
+        kind: without a manifest, read only files of this kind: ViLT keeps all kinds in one folder.
+        open_shards: maximum number of mapped shards.
     Raises:
         DataError: there is no such split, or it is broken (see Split).
     """
@@ -65,29 +65,29 @@ def open_split(
     if (folder / MANIFEST).is_file():
         return Split(folder, open_shards=open_shards)
     inside = folder.is_dir()
-    there = _natural(folder.glob("*.arrow") if inside else Path(root).glob("*.arrow"))
-    files = there if inside else _files_of(there, split)
-    if there and not files and not any(_OURS.fullmatch(path.name) for path in there):
+    found = _natural(folder.glob("*.arrow") if inside else Path(root).glob("*.arrow"))
+    files = found if inside else _files_of(found, split)
+    if found and not files and not any(_OURS.fullmatch(path.name) for path in found):
         raise DataError(
-            f"{folder / MANIFEST}: no such file, and no Arrow file in {root} is of split {split}: it holds "
-            f"{_listed(path.name for path in there)}; to read one of these, give its name without .arrow as the split"
+            f"{folder / MANIFEST}: no such file, and no Arrow file in {root} belongs to split {split}: it holds "
+            f"{_listed(path.name for path in found)}; to read one of these, give its name without .arrow as the split"
         )
     if not files or any(_OURS.fullmatch(path.name) for path in files):
-        if hint := _where_it_is(Path(root), split):
+        if hint := _suggest_folder(Path(root), split):
             raise DataError(f"{folder / MANIFEST}: no such file; {hint}")
-        return Split(folder, open_shards=open_shards)  # which says what is missing
+        return Split(folder, open_shards=open_shards)  # raises the error for the missing manifest
     files = [path for path in files if kind is None or shard_kind(path) == kind] or files
     if split == "train" and not inside:
-        _check_untold(files)
+        _check_train_files(files)
     return Split(folder if inside else root, files, open_shards)
 
 
-def _where_it_is(root: Path, split: str) -> str:
-    """What to give in the place of a folder without that split: its parent, a folder below it, another split; or ""."""
+def _suggest_folder(root: Path, split: str) -> str:
+    """A hint for a folder without that split: name its parent, a folder below it, or another split; "" for none."""
     for place, what in ((root, "is one split"), (root.parent, "is a file of a split")):
         if (place / MANIFEST).is_file() and (place == root or root.is_file()):
             home = place.parent if place.name else place.resolve().parent
-            return f"{root} {what}; give the folder of the data set, {home}"
+            return f"{root} {what}; give the folder of the dataset, {home}"
     if root.is_file():
         return f"{root} is a file; give its folder, {root.parent}" if root.suffix == ".arrow" else f"{root} is a file"
     if not root.is_dir():
@@ -95,12 +95,12 @@ def _where_it_is(root: Path, split: str) -> str:
     if splits := sorted(manifest.parent.name for manifest in root.glob(f"*/{MANIFEST}")):
         return f"{root} holds no split {split} but {_listed(splits)}; name one of these, or run a converter for {split}"
     if below := sorted({manifest.parent.parent for manifest in root.glob(f"*/*/{MANIFEST}")}):
-        return f"{root} is no data set; did you mean {_listed(map(str, below))}?"
+        return f"{root} is not a dataset; did you mean {_listed(map(str, below))}?"
     return ""
 
 
 def _natural(paths: Iterable[Path]) -> list[Path]:
-    """By name, numbers in it by their value: sbu_2 before sbu_10."""
+    """Sort by name, with numbers by value: sbu_2 before sbu_10."""
 
     def parts(path: Path) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
@@ -109,21 +109,21 @@ def _natural(paths: Iterable[Path]) -> list[Path]:
 
 
 def _files_of(files: Sequence[Path], split: str) -> list[Path]:
-    """Those whose names say that they belong to the split."""
+    """The files that belong to the split by their names."""
     named = [(path, *_data_and_split(path.stem)) for path in files]
     parted = {data for _, data, name in named if name == "rest_val"}
     return [
         path
         for path, data, name in named
-        if split in (name, path.stem) or _MEANING.get(name) == split or _is_word(split, path.stem)
-        if not (split == name == "val" and data in parted and path.stem != split)  # it holds the trainable part as well
+        if split in (name, path.stem) or _RUN_SPLIT.get(name) == split or _is_word(split, path.stem)
+        if not (split == name == "val" and data in parted and path.stem != split)  # it contains the trainable part, too
     ]
 
 
 def _data_and_split(stem: str) -> tuple[str, str]:
-    """What a file's name says of its data set and of its split: coco_caption_karpathy and restval, vqav2 and rest_val.
+    """(dataset, split) in a file's name, such as (coco_caption_karpathy, restval) or (vqav2, rest_val).
 
-    The split is train where no word says one, and none of ours where it is a variant, such as test-dev.
+    The split is train if no word names one; a variant, such as test-dev, is a split of its own.
     """
     words = stem.split("_")
     at = next((i for i, word in enumerate(words) if word.split("-")[0] in _SPLIT_WORDS), None)
@@ -133,33 +133,33 @@ def _data_and_split(stem: str) -> tuple[str, str]:
     return "_".join(words[:start]), "_".join(words[start : at + 1])
 
 
-def _check_untold(files: Sequence[Path]) -> None:
-    """Raise DataError where a name says no split, so that it would be trained on, but its rows are of another one."""
+def _check_train_files(files: Sequence[Path]) -> None:
+    """Raise DataError for a file without a split in its name, so in train, whose rows name another split."""
     for path in files:
-        told = split_inside(path) if _data_and_split(path.stem)[0] == path.stem else None
-        if _MEANING.get(told or "train", "train") != "train":
+        stored = first_row_split(path) if _data_and_split(path.stem)[0] == path.stem else None
+        if _RUN_SPLIT.get(stored or "train", "train") != "train":
             raise DataError(
-                f"{path}: its name says no split, so it would be trained on, but its rows are of split {told}; call it "
-                f"{path.stem}_{told}.arrow, or move it away"
+                f"{path}: its name has no split, so it would be trained on, but its rows are of split {stored}; rename "
+                f"it to {path.stem}_{stored}.arrow, or move it away"
             )
 
 
 def _is_word(split: str, stem: str) -> bool:
-    """Whether a split that is none of the usual ones, such as minival, stands in a file's name."""
-    return split not in _MEANING and split in stem.split("_")
+    """Whether a split other than the usual ones, such as minival, is a word of a file's name."""
+    return split not in _RUN_SPLIT and split in stem.split("_")
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The first few of many names."""
-    first = list(itertools.islice(names, _NAMED + 1))
-    return ", ".join(first[:_NAMED]) + (", …" if len(first) > _NAMED else "")
+    """The first names, separated by commas."""
+    first = list(itertools.islice(names, _MAX_NAMES + 1))
+    return ", ".join(first[:_MAX_NAMES]) + (", …" if len(first) > _MAX_NAMES else "")
 
 
 @functools.lru_cache(maxsize=4)
 def answers_in_shards(root: Path) -> list[str]:
-    """The answers that Arrow files in `root` without a manifest name, by label; [] where there are no such files.
+    """The answers in the Arrow files of ``root`` without a manifest, in label order; [] without such files.
 
-    A label that no question has gets a name that no answer can have.
+    A label that no question uses gets a placeholder, "<label>", that is not a possible answer.
     """
     answers: dict[int, str] = {}
     for path in _natural(root.glob("*.arrow")):
@@ -170,11 +170,11 @@ def answers_in_shards(root: Path) -> list[str]:
 
 
 class JoinedSplit:
-    """Several splits of one kind as one: the rows and samples of the first, then those of the second, and so on.
+    """Concatenation of several splits of one kind: rows and samples of the first, then of the second, and so on.
 
     Args:
         splits: at least one.
-    Attributes: as Split's; `parts` tells the sources apart.
+    Attributes: as in Split; ``parts`` has an entry per source.
     Raises:
         DataError: they are of different kinds.
     """
@@ -197,23 +197,23 @@ class JoinedSplit:
 
     @property
     def fingerprint(self) -> str:
-        """As Split's."""
+        """As in Split."""
         return hashlib.sha256(json.dumps([split.fingerprint for split in self.splits]).encode()).hexdigest()
 
     @property
     def hashed_shards(self) -> list[Shard]:
-        """As Split's."""
+        """As in Split."""
         return [shard for split in self.splits for shard in split.hashed_shards]
 
     def row(self, index: int) -> Row:
-        """As Split.row."""
+        """As in Split."""
         if not 0 <= index < self.rows:
             raise IndexError(f"row {index} of {self.rows}")
         source = self._source(self._first_row, index)
         return self.splits[source].row(index - int(self._first_row[source]))
 
     def sample(self, index: int) -> tuple[int, Row, int]:
-        """As Split.sample."""
+        """As in Split."""
         if not 0 <= index < self.samples:
             raise IndexError(f"sample {index} of {self.samples}")
         source = self._source(self._first_sample, index)
@@ -221,12 +221,12 @@ class JoinedSplit:
         return int(self._first_row[source]) + number, row, item
 
     def sample_rows(self) -> np.ndarray:
-        """As Split.sample_rows."""
+        """As in Split."""
         pairs = zip(self._first_row, self.splits, strict=False)
         return np.concatenate([first + split.sample_rows() for first, split in pairs])
 
     def read_ahead(self, samples: Iterable[int]) -> None:
-        """As Split.read_ahead."""
+        """As in Split."""
         ordered = np.fromiter(samples, dtype=np.int64)
         for source, split in enumerate(self.splits):
             low, high = np.searchsorted(ordered, self._first_sample[source : source + 2])

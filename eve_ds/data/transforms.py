@@ -1,8 +1,8 @@
-"""Images: from a file's bytes to an upright RGB square, augmented by draws that depend on the sample alone.
+"""Image transforms: from a file's bytes to an upright RGB square, with augmentation seeded by the sample.
 
-EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, mirror image, then nothing, color jitter
-or RandAugment in training; a straight bicubic resize to a square in evaluation; mean = std = 0.5. Pillow and numpy
-alone do the work: torchvision, whose formulae these are, cannot be installed beside this version of torch.
+EVE's recipe (github.com/ssyze/EVE, dataset/__init__.py): RandomResizedCrop, horizontal flip, then nothing, color
+jitter or RandAugment in training; a plain bicubic resize to a square in evaluation; mean = std = 0.5. The formulas are
+torchvision's, which cannot be installed with this version of torch; this module needs Pillow and numpy only.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from preprocessing.images.limits import MAX_PIXELS
 Augmentation = Literal["none", "color", "rand"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels
 
-PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # as preprocessing/images/decoding.py has it: what was packed is trained on
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # as in preprocessing/images/decoding.py: every packed image can be read
 
 _BICUBIC = Image.Resampling.BICUBIC
 _BILINEAR = Image.Resampling.BILINEAR
 _ORIENTATION = 0x0112
-# EXIF orientation -> what makes the image upright (EXIF 2.32, tag 0x0112; 1 is upright already).
+# EXIF orientation -> transposition that makes the image upright (EXIF 2.32, tag 0x0112; 1 is upright).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,97 +41,97 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LYING = (5, 6, 7, 8)  # stored with width and height exchanged
-_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # what is stored first comes out last
+_TRANSPOSED = (5, 6, 7, 8)  # stored with width and height exchanged
+_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # mirrored when made upright
 _EXIF_CARRIERS = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 _JITTER = 0.4
 _CROP_ASPECTS = (3 / 4, 4 / 3)
-# RandAugment(2, 7) on a scale of 10, as X-VLM's code has it, on which EVE's builds (its own file was not published).
+# RandAugment(2, 7) on a scale of 10, as in X-VLM's code, on which EVE's is based (EVE's own file was not published).
 _RAND_OPS = 2
 _RAND_LEVEL = 0.7
 _RAND_PROBABILITY = 0.5
 _RAND_FILL = (128, 128, 128)
 _ENHANCE = _RAND_LEVEL * 1.8 + 0.1
 _SHEAR = _RAND_LEVEL * 0.3
-_TRANSLATE = _RAND_LEVEL * 10  # pixels, whatever the image's size
+_TRANSLATE = _RAND_LEVEL * 10  # pixels, at every image size
 _ROTATE = _RAND_LEVEL * 30  # degrees
 
-# "leftmost" and "bottomright" say a side; "bright" and "cleft" do not.
-_SAYS_A_SIDE = re.compile(r"(?<![a-z])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
+# Matches "leftmost" and "bottomright", but not "bright" and "cleft".
+_LEFT_OR_RIGHT = re.compile(r"(?<![a-z])(?:top|bottom|upper|lower)?(?:left|right)", re.IGNORECASE)
 
 
 def may_mirror(texts: Sequence[str]) -> bool:
-    """Whether a mirrored image still fits the texts: none of them says left or right."""
-    return not any(_SAYS_A_SIDE.search(text) for text in texts)
+    """Whether the image may be mirrored: no text contains left or right."""
+    return not any(_LEFT_OR_RIGHT.search(text) for text in texts)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file: RGB, upright by its EXIF orientation, white behind transparency.
+    """Decode an image file to RGB: upright by its EXIF orientation, with transparency on white.
 
-    Of an animation the first frame is taken; of sixteen bits a channel, the upper eight.
+    Takes the first frame of an animation, and the upper eight of sixteen bits per channel.
 
     Raises:
-        DataError: the bytes are no whole image that Pillow knows, or one of more than `max_pixels`.
+        DataError: the image is incomplete, of a format unknown to Pillow, or larger than ``max_pixels``.
     """
     return _LazyImage(data, max_pixels).decode()
 
 
 class _LazyImage:
-    """An image file whose header has been read, and no pixel yet. Raises DataError like decode_image."""
+    """An image file of which only the header has been read. Raises DataError as ``decode_image`` does."""
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
         try:
             self._image: Image.Image = Image.open(io.BytesIO(data))
             if self._image.width * self._image.height > max_pixels:
                 raise DataError(f"{self._image.width} x {self._image.height} pixels, data.max_pixels={max_pixels}")
-            # A JPEG's EXIF data stand in its header; other formats keep them behind the pixels, too.
+            # Only JPEG always has its EXIF data in the header; other formats may store them after the pixels.
             self._orientation = _orientation(self._image) if self._image.format == "JPEG" else None
-            self._whole = self._image.size
-            self.shrunk = 1  # times; by `decode`
-        except Exception as error:  # on corrupt bytes, decoders raise whatever they stumble over
+            self._full_size = self._image.size
+            self.scale = 1  # factor by which ``decode`` reduces the sides
+        except Exception as error:  # decoders raise any exception on corrupt bytes
             raise _not_decoded(error) from error
 
     @property
     def jpeg_size(self) -> tuple[int, int] | None:
-        """Width and height when upright, pixels, of a JPEG; None for other formats."""
+        """Width and height of a JPEG, upright, pixels; None for other formats."""
         if self._orientation is None:
             return None
-        return self._whole[::-1] if self._orientation in _LYING else self._whole
+        return self._full_size[::-1] if self._orientation in _TRANSPOSED else self._full_size
 
-    def decode(self, least: tuple[int, int] | None = None) -> Image.Image:
-        """The image as decode_image gives it; of a JPEG, with `least` (width, height), perhaps a smaller one.
+    def decode(self, min_size: tuple[int, int] | None = None) -> Image.Image:
+        """Decode as ``decode_image`` does; with ``min_size`` (width, height), a JPEG may come out smaller.
 
-        libjpeg can compute a JPEG at a half, a quarter or an eighth of its sides from the low frequencies of each block
-        of pixels, in less time. Asked for `least`, the smallest of these sizes is made that is not below it.
+        libjpeg can decode a JPEG at 1/2, 1/4 or 1/8 of its sides from the low frequencies of each block, in less time.
+        The smallest of these sizes that is at least ``min_size`` is chosen.
         """
         try:
-            if least is not None and self._orientation is not None:
-                drafted = self._image.draft(None, least[::-1] if self._orientation in _LYING else least)
-                self.shrunk = round(self._whole[0] / drafted[1][2]) if drafted else 1
+            if min_size is not None and self._orientation is not None:
+                drafted = self._image.draft(None, min_size[::-1] if self._orientation in _TRANSPOSED else min_size)
+                self.scale = round(self._full_size[0] / drafted[1][2]) if drafted else 1
             self._image.load()
-            turn = _UPRIGHT.get(_orientation(self._image) if self._orientation is None else self._orientation)
+            transposition = _UPRIGHT.get(_orientation(self._image) if self._orientation is None else self._orientation)
             image = _to_rgb(self._image)
         except Exception as error:  # as above
             raise _not_decoded(error) from error
-        return image if turn is None else image.transpose(turn)
+        return image if transposition is None else image.transpose(transposition)
 
-    def shrunk_box(self, box: Box) -> tuple[float, float, float, float]:
-        """Where a box of the whole upright JPEG lies in what `decode` made of it.
+    def scaled_box(self, box: Box) -> tuple[float, float, float, float]:
+        """Coordinates of a box of the full-size upright JPEG in the image that ``decode`` returned.
 
-        A pixel is `shrunk` x `shrunk` of the file's, to the last fraction: where these do not fit in, the last stored
-        column or row holds fewer of them and some filling, and turned upright it may be the first.
+        A decoded pixel covers exactly ``scale`` x ``scale`` pixels of the file. If the size is not divisible by
+        ``scale``, the last stored column or row covers fewer of them and is padded; made upright, it may be the first.
         """
         assert self.jpeg_size is not None
-        slack = [-side % self.shrunk / self.shrunk for side in self.jpeg_size]
-        left = slack[0] if self._orientation in _RIGHT_TO_LEFT else 0.0
-        top = slack[1] if self._orientation in _BOTTOM_TO_TOP else 0.0
+        padding = [-side % self.scale / self.scale for side in self.jpeg_size]
+        left = padding[0] if self._orientation in _RIGHT_TO_LEFT else 0.0
+        top = padding[1] if self._orientation in _BOTTOM_TO_TOP else 0.0
         return (
-            left + box[0] / self.shrunk,
-            top + box[1] / self.shrunk,
-            left + box[2] / self.shrunk,
-            top + box[3] / self.shrunk,
+            left + box[0] / self.scale,
+            top + box[1] / self.scale,
+            left + box[2] / self.scale,
+            top + box[3] / self.scale,
         )
 
 
@@ -143,10 +143,10 @@ def _not_decoded(error: Exception) -> DataError:
 
 def _orientation(image: Image.Image) -> int:
     if not (_EXIF_CARRIERS & image.info.keys() or image.format == "TIFF"):
-        return 1  # parsing costs as much as decoding a small image
+        return 1  # parsing EXIF data takes as long as decoding a small image
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  # the parser raises whatever; a broken EXIF block does not spoil the image
+    except Exception:  # noqa: BLE001  # a damaged EXIF block, on which the parser raises any exception, is ignored
         return 1
 
 
@@ -158,29 +158,29 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         image = image.convert("RGBA")
-        ground = Image.new("RGB", image.size, (255, 255, 255))
-        ground.paste(image, mask=image.getchannel("A"))
-        return ground
+        background = Image.new("RGB", image.size, (255, 255, 255))
+        background.paste(image, mask=image.getchannel("A"))
+        return background
     return image.convert("RGB")
 
 
-def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, float]) -> Box:
-    """RandomResizedCrop's box (left, top, right, bottom), pixels, as torchvision's `get_params` draws it.
+def crop_box(rng: random.Random, width: int, height: int, scale: tuple[float, float]) -> Box:
+    """RandomResizedCrop's box (left, top, right, bottom), pixels, as in torchvision's ``get_params``.
 
     Args:
-        draw: source of randomness.
+        rng: random number generator.
         width, height: of the image, pixels.
-        scale: range of the share of the area that is kept. The aspect ratio is log-uniform from 3/4 to 4/3; when ten
-            draws do not fit into the image, the greatest middle part whose aspect is in that range is taken.
+        scale: range of the fraction of the area that is kept. The aspect ratio is log-uniform from 3/4 to 4/3; if ten
+            draws do not fit into the image, the largest center crop with an aspect ratio in that range is returned.
     """
     low, high = math.log(_CROP_ASPECTS[0]), math.log(_CROP_ASPECTS[1])
     for _ in range(10):
-        area = width * height * _uniform(draw, *scale)
-        aspect = math.exp(_uniform(draw, low, high))
+        area = width * height * _uniform(rng, *scale)
+        aspect = math.exp(_uniform(rng, low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top = int(draw.random() * (height - h + 1))
-            left = int(draw.random() * (width - w + 1))
+            top = int(rng.random() * (height - h + 1))
+            left = int(rng.random() * (width - w + 1))
             return left, top, left + w, top + h
     w, h = width, height
     if width / height < _CROP_ASPECTS[0]:
@@ -191,12 +191,12 @@ def crop_box(draw: random.Random, width: int, height: int, scale: tuple[float, f
     return left, top, left + w, top + h
 
 
-def color_jitter(image: Image.Image, draw: random.Random) -> Image.Image:
-    """Brightness, contrast and saturation by factors from 0.6 to 1.4, in random order (torchvision's ColorJitter)."""
+def color_jitter(image: Image.Image, rng: random.Random) -> Image.Image:
+    """ColorJitter of torchvision: brightness, contrast, saturation by factors from 0.6 to 1.4, in random order."""
     enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     while enhancers:
-        enhancer = enhancers.pop(int(draw.random() * len(enhancers)))
-        image = enhancer(image).enhance(_uniform(draw, 1 - _JITTER, 1 + _JITTER))
+        enhancer = enhancers.pop(int(rng.random() * len(enhancers)))
+        image = enhancer(image).enhance(_uniform(rng, 1 - _JITTER, 1 + _JITTER))
     return image
 
 
@@ -204,7 +204,7 @@ def _affine(image: Image.Image, *inverse: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, inverse, _BILINEAR, fillcolor=_RAND_FILL)
 
 
-# EVE's ten operations; `sign`, +1 or -1, turns the geometric ones round. An affine map is given by its inverse.
+# EVE's ten operations; ``sign``, +1 or -1, is the direction of the geometric ones. Affine maps are inverse matrices.
 RAND_OPERATIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "Identity": lambda image, sign: image,
     "AutoContrast": lambda image, sign: ImageOps.autocontrast(image),
@@ -219,20 +219,20 @@ RAND_OPERATIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 }
 
 
-def rand_augment(image: Image.Image, draw: random.Random) -> Image.Image:
+def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
     """RandAugment(2, 7): two of the ten operations, drawn with replacement, each applied with probability 0.5."""
     operations = list(RAND_OPERATIONS.values())
     for _ in range(_RAND_OPS):
-        operation = operations[int(draw.random() * len(operations))]
-        sign = 1 if draw.random() < 0.5 else -1
-        if draw.random() < _RAND_PROBABILITY:
+        operation = operations[int(rng.random() * len(operations))]
+        sign = 1 if rng.random() < 0.5 else -1
+        if rng.random() < _RAND_PROBABILITY:
             image = operation(image, sign)
     return image
 
 
 @dataclass(frozen=True)
 class Transform:
-    """See `build_transform`, which checks the arguments."""
+    """See ``build_transform``, which checks the arguments."""
 
     image_size: int
     train: bool
@@ -245,17 +245,17 @@ class Transform:
 
     @property
     def is_random(self) -> bool:
-        """Whether an image comes out different for another sample id."""
+        """Whether the output depends on the sample id."""
         return self.train and (self.crop_scale is not None or self.flip or self.augmentation != "none")
 
     def __call__(self, data: bytes, sample_id: int, mirror: bool = True, image_number: int = 0) -> np.ndarray:
-        """One image, ready for `normalize`.
+        """Transform one image.
 
         Args:
-            data: the image file's bytes.
-            sample_id: what the random draws depend on, with the seed and `image`, and on nothing else.
-            mirror: False where the text says left or right; the other draws stay the same.
-            image: its number among the sample's images.
+            data: bytes of the image file.
+            sample_id: together with ``seed`` and ``image_number`` the only seed of the random draws.
+            mirror: False forbids mirroring; the other draws do not change.
+            image_number: index among the images of the sample.
         Returns:
             [image_size, image_size, 3] uint8, RGB.
         Raises:
@@ -263,35 +263,35 @@ class Transform:
         """
         if not self.train:
             return np.asarray(self._square(decode_image(data, self.max_pixels)))
-        draw = random.Random((self.seed << 72) | (image_number << 64) | sample_id)
-        image = self._cropped(_LazyImage(data, self.max_pixels), draw)
-        if self.flip and draw.random() < 0.5 and mirror:
+        rng = random.Random((self.seed << 72) | (image_number << 64) | sample_id)
+        image = self._cropped(_LazyImage(data, self.max_pixels), rng)
+        if self.flip and rng.random() < 0.5 and mirror:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augmentation == "color":
-            image = color_jitter(image, draw)
+            image = color_jitter(image, rng)
         elif self.augmentation == "rand":
-            image = rand_augment(image, draw)
+            image = rand_augment(image, rng)
         return np.asarray(image)
 
-    def _cropped(self, file: _LazyImage, draw: random.Random) -> Image.Image:
-        """The square that is trained on, neither mirrored nor colored yet."""
+    def _cropped(self, file: _LazyImage, rng: random.Random) -> Image.Image:
+        """Decode, crop and resize to the square."""
         size = file.jpeg_size if self.draft else None
         if size is None:
             image = file.decode()
-            # Cropped first: resize(box=...) would let the filter see pixels outside the box.
-            return self._square(image if self.crop_scale is None else image.crop(self._box(draw, image.size)))
-        box = self._box(draw, size)
-        # The whole image's size at which the cut is as large as the square.
+            # Not resize(box=...): its filter would see pixels outside of the box.
+            return self._square(image if self.crop_scale is None else image.crop(self._box(rng, image.size)))
+        box = self._box(rng, size)
+        # Size of the full image at which the crop is as large as the square.
         width = -(-size[0] * self.image_size // (box[2] - box[0]))
         height = -(-size[1] * self.image_size // (box[3] - box[1]))
         image = file.decode((width, height))
-        return self._square(image.crop(box)) if file.shrunk == 1 else self._cut(image, file.shrunk_box(box))
+        return self._square(image.crop(box)) if file.scale == 1 else self._resize_box(image, file.scaled_box(box))
 
-    def _box(self, draw: random.Random, size: tuple[int, int]) -> Box:
-        return (0, 0, *size) if self.crop_scale is None else crop_box(draw, *size, self.crop_scale)
+    def _box(self, rng: random.Random, size: tuple[int, int]) -> Box:
+        return (0, 0, *size) if self.crop_scale is None else crop_box(rng, *size, self.crop_scale)
 
-    def _cut(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-        """The square out of a box that falls between pixels; rounded, it would shift what is seen by half a pixel."""
+    def _resize_box(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+        """Crop and resize a box with fractional coordinates, which rounding would shift by up to half a pixel."""
         left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
         around = image.crop((left, top, right, bottom))
         inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
@@ -312,20 +312,19 @@ def build_transform(
     draft: bool = True,
     max_pixels: int = MAX_PIXELS,
 ) -> Transform:
-    """What turns an image file into a training or evaluation image.
+    """Build the transform from an image file to a training or evaluation image.
 
     Args:
         image_size: side of the square, pixels.
-        train: False for evaluation, which resizes straight to the square and ignores all that follows.
+        train: False for evaluation, which only resizes to the square and ignores the following arguments.
         augmentation: none, color (jitter 0.4) or rand (RandAugment(2, 7) with EVE's ten operations).
-        crop_scale: RandomResizedCrop's range of areas; None keeps whole images.
-        flip: mirror half the images, but not those whose text says left or right.
-        seed: of the draws, at least 0.
-        draft: let libjpeg decode a large JPEG at a half, a quarter or an eighth of its sides where what is cut out of
-            it stays at least as large as the square; the bicubic resize then does the rest. On COCO's photos this
-            changes pixels by one to two levels of 255 on average, in the sharpest image by four, and never the draws
-            or what evaluation sees.
-        max_pixels: an image of more is not decoded, as in preparation.
+        crop_scale: RandomResizedCrop's range of area fractions; None does not crop.
+        flip: mirror half of the images, except those whose text says left or right.
+        seed: of the random draws, at least 0.
+        draft: let libjpeg decode a large JPEG at 1/2, 1/4 or 1/8 of its sides if the crop stays at least as large as
+            the square, to which it is then resized. On COCO's photos this changes pixels by one to two levels of 255 on
+            average, by four in the sharpest image. It never changes the draws or the evaluation.
+        max_pixels: larger images are not decoded, as in the preparation.
     Raises:
         DataError: an argument is outside its range.
     """
@@ -344,15 +343,17 @@ def build_transform(
 
 
 def normalize(images: np.ndarray) -> Tensor:
-    """[B, H, W, 3] uint8 to [B, 3, H, W] float32 from -1 to 1: (value / 255 - 0.5) / 0.5, EVE's mean and deviation."""
-    # By numpy, in one thread: torch's threads would spin in the way of the loader's processes.
-    planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # moved as bytes: a quarter of the traffic
+    """Normalize [B, H, W, 3] uint8 to [B, 3, H, W] float32 in [-1, 1], EVE's mean and std: (x / 255 - 0.5) / 0.5."""
+    # In numpy, with one thread: torch's threads would compete with the loader processes.
+    planes = np.ascontiguousarray(
+        images.transpose(0, 3, 1, 2)
+    )  # before the conversion: a quarter of the memory traffic
     values = planes.astype(np.float32)
-    values /= 127.5  # doubling is exact, so these are the formula's very bits
+    values /= 127.5  # doubling is exact, so the result is bitwise that of the formula
     values -= 1
     return torch.from_numpy(values)
 
 
-def _uniform(draw: random.Random, low: float, high: float) -> float:
-    # Python promises that random() stays the same from version to version, but not its other methods.
-    return low + (high - low) * draw.random()
+def _uniform(rng: random.Random, low: float, high: float) -> float:
+    # Of random.Random's methods, only random() is guaranteed to be reproducible across Python versions.
+    return low + (high - low) * rng.random()

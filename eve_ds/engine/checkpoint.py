@@ -42,7 +42,7 @@ from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError, UserError
-from eve_ds.weights.model_folder import is_there, tagged, whole
+from eve_ds.weights.model_folder import all_checkpoints, complete_checkpoints, path_exists
 from preprocessing.errors import DataError
 from preprocessing.local_files import sync_path
 from preprocessing.redaction import shortened
@@ -87,7 +87,7 @@ def save(
 
 def _make_way(target: Path) -> None:
     """Remove what a killed save left at ``target``. Raises RankError if it is a complete checkpoint."""
-    if is_there(target / COMPLETE):
+    if path_exists(target / COMPLETE):
         raise RankError(
             f"rank 0: {target} is whole, though it was not seen when the run began; start the same command again"
         )
@@ -241,7 +241,7 @@ def identity_in(path: Path, manifest: Manifest) -> Identity:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left. Called by rank 0 only."""
     try:
-        kept, found = whole(folder)[-keep:], tagged(folder)
+        kept, found = complete_checkpoints(folder)[-keep:], all_checkpoints(folder)
     except OSError:  # tried again after the next save
         return
     if not kept:

@@ -10,7 +10,7 @@ from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
 from eve_ds.errors import UserError
-from eve_ds.recipes import DEEPEST, meant, nearest, shipped
+from eve_ds.recipes import MAX_DEPTH, find_shipped, suggest_file, suggest_key
 from preprocessing.json_text import load_json
 from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened
@@ -54,16 +54,18 @@ def load_deepspeed_config(
         UserError: the file is unreadable, a value differs from the config, or a setting trains silently wrong
             (``refuse``) or is not accepted by DeepSpeed.
     """
-    file = shipped(path, "ds_configs", ".json")
+    file = find_shipped(path, "ds_configs", ".json")
     check_regular(file, streams=True)
     try:
         raw = load_json(file.read_text(encoding="utf-8"), pairs=_unique)
     except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: {error.strerror}{meant(path, 'ds_configs', '.json')}") from error
+        raise UserError(
+            f"--deepspeed_config {path}: {error.strerror}{suggest_file(path, 'ds_configs', '.json')}"
+        ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from error
-    if _deeper(raw, DEEPEST):
-        raise UserError(f"--deepspeed_config {path}: is nested deeper than {DEEPEST} levels")
+    if _deeper(raw, MAX_DEPTH):
+        raise UserError(f"--deepspeed_config {path}: is nested deeper than {MAX_DEPTH} levels")
     _check_sections(raw, path)
     micro, accumulation = batch_shape(engine, world_size)
     ours = {
@@ -203,7 +205,7 @@ def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
         if key in RULES:  # a key with two names, given under both
             return f"{key!r} and its other name, with stage3_, both stand there; leave one of them out"
-        return f"unknown key {key!r}{nearest(key, list(RULES)) or '; leave it out'}"
+        return f"unknown key {key!r}{suggest_key(key, list(RULES)) or '; leave it out'}"
     told = fault["msg"]
     if told.startswith("Input should be "):
         told = f"must be {told.removeprefix('Input should be ').partition(',')[0]}"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eve_ds.errors import UserError
-from eve_ds.recipes import nearest
+from eve_ds.recipes import suggest_key
 from preprocessing.redaction import shortened
 
 Accepts = Callable[[Any], bool]
@@ -197,7 +197,7 @@ def refuse_unknown(config: dict[str, Any], path: str) -> None:
     """Raise UserError for the first unknown key, which DeepSpeed would silently ignore."""
     for key, _ in _entries(config):
         if key not in RULES:
-            near = nearest(key, list(RULES))
+            near = suggest_key(key, list(RULES))
             raise UserError(f"--deepspeed_config {path}: unknown key {key!r}{near or '; leave it out'}")
 
 

@@ -17,7 +17,7 @@ from eve_ds.engine import agreement
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import UserError
-from eve_ds.weights.model_folder import entries, is_there, newest
+from eve_ds.weights.model_folder import list_folder, newest_checkpoint, path_exists
 from preprocessing.local_files import sync_path
 
 DAMAGED = ".damaged"
@@ -48,8 +48,10 @@ def sound(folder: Path) -> tuple[Path, Manifest] | None:
 
 
 def _newest_or_none_yet(folder: Path) -> Path | None:
-    path = newest(folder)
-    damaged = sorted(path.name for path in entries(folder) if path.name.startswith("step_") and DAMAGED in path.name)
+    path = newest_checkpoint(folder)
+    damaged = sorted(
+        path.name for path in list_folder(folder) if path.name.startswith("step_") and DAMAGED in path.name
+    )
     if path is None and damaged:
         raise UserError(
             f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); put a sound copy there under its name "
@@ -61,13 +63,13 @@ def _newest_or_none_yet(folder: Path) -> Path | None:
 def _set_aside(damage: DamagedError) -> None:
     """Rename a damaged checkpoint, unless another run has removed it meanwhile."""
     path = damage.path
-    if not is_there(path / COMPLETE):
+    if not path_exists(path / COMPLETE):
         return
     names = (path.with_name(f"{path.name}{DAMAGED}{suffix}") for suffix in ("", *(f".{n}" for n in range(2, 1000))))
     aside = next(name for name in names if not name.exists())
     path.rename(aside)
     sync_path(path.parent)
-    before = newest(path.parent)
+    before = newest_checkpoint(path.parent)
     goes_on = f"the run goes on from {before.name}, if that is sound" if before else "there is none before it"
     _log.warning("%s is damaged: %s; it is called %s now, and %s", path, damage.what, aside.name, goes_on)
 

@@ -31,7 +31,7 @@ from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import StopError, UserError
 from eve_ds.tasks.base import Task
-from eve_ds.weights.model_folder import newest
+from eve_ds.weights.model_folder import newest_checkpoint
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]
@@ -285,7 +285,7 @@ class Trainer:
             )
 
     def _advice(self) -> str:
-        last = newest(self.checkpoint_dir)
+        last = newest_checkpoint(self.checkpoint_dir)
         return (
             f"the last checkpoint is {last.name if last else 'none'}; lower optimizer.lr or "
             "optimizer.gradient_clipping, or lengthen optimizer.warmup, in another output_dir"

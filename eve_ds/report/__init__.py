@@ -1,1 +1,1 @@
-"""The parts of ``python -m eve_ds.report``: reading a run's folder, charts, and the sections of the page."""
+"""The command ``python -m eve_ds.report``: reading a run folder, charts, and the sections of the page."""

@@ -1,9 +1,9 @@
-"""Everything that a run left behind, on one page that needs no network.
+"""Write the report of a run as one HTML page that needs no network.
 
     python -m eve_ds.report --run runs/demo --out report.html
 
-Takes the demo's folder (metrics.json, commands.json and the stages pretrain/ itr/ vqa/ nlvr/) or the folder of one
-training run. What is missing there is said to be missing.
+Takes the folder of the demo (metrics.json, commands.json and the stages pretrain/ itr/ vqa/ nlvr/) or of one training
+run. The page lists missing parts as missing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from eve_ds.weights.model_folder import MODEL, exported_step, newer_checkpoint, 
 
 
 def build(folder: Path) -> Html:
-    """The page about the run in ``folder``.
+    """Build the page about the run in ``folder``.
 
     Raises:
-        InputError: no such folder, no run in it, or a damaged file, which the message names.
+        InputError: no such folder, no run in it, or a damaged file; named in the message.
     """
     found = read_run(folder)
     sections = [scores_section(found), curves_section(found)]
@@ -45,25 +45,27 @@ def _head(found: Run, name: str, sections: list[Html]) -> Html:
         tag("p", f"EVE-DS · {kind}", class_="kicker"),
         tag("h1", f"Report of {name}"),
         summary(found),
-        *_left_behind(found),
+        *_newer_checkpoints(found),
         tiles(found),
         tag("nav", links, aria_label="Contents"),
     )
 
 
-def _left_behind(found: Run) -> list[Html]:
-    """A word for each run that has gone on since its model was exported, and its scores and samples were written."""
-    told = []
+def _newer_checkpoints(found: Run) -> list[Html]:
+    """A note for each stage that has continued after its model was exported and its scores and samples were written."""
+    notes = []
     for stage in found.stages.values():
         exported, newest = exported_step(stage.folder / MODEL), newer_checkpoint(stage.folder)
         if exported is not None and newest is not None:
-            step = f"{stage.title}: scores, samples and the exported model are of step {exported}"
-            told.append(tag("p", f"{step}; the run has gone on to step {step_of(newest)} since, and is not finished."))
-    return told
+            stale = f"{stage.title}: scores, samples and the exported model are from step {exported}"
+            notes.append(
+                tag("p", f"{stale}; the run has since continued to step {step_of(newest)} and is not finished.")
+            )
+    return notes
 
 
 def _titles(sections: list[Html]) -> list[tuple[str, str]]:
-    """Anchor and title (markup) of each section."""
+    """(anchor, title as markup) of each section."""
     pattern = re.compile(r'<section id="([a-z-]+)"><h2>(.*?)</h2>')
     return [match.groups() for part in sections if (match := pattern.match(part))]  # type: ignore[misc]
 
@@ -74,7 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--run", required=True, type=Path, metavar="DIR", help="folder of the demo or of a training run"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page, as in report.html")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="HTML file to write, such as report.html"
+    )
     options = parser.parse_args(arguments)
     content = build(options.run)
     write_text(options.out, content)

@@ -1,7 +1,7 @@
-"""Line charts as SVG inside the page, drawn by matplotlib and colored by the page's own variables.
+"""Line charts as inline SVG, drawn by matplotlib and colored by CSS variables of the page.
 
-Matplotlib is given placeholder colors, which are replaced by CSS variables afterwards: one chart suits light and dark.
-Text stays text (``svg.fonttype: none``), so it takes the font of the page and can be found and copied.
+Matplotlib draws with placeholder colors, which are then replaced by CSS variables, so one chart fits light and dark
+themes. Text stays text (``svg.fonttype: none``): it has the font of the page, and can be searched and copied.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ COLORS = {
 }
 SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
 WIDTH, HEIGHT = 4.1, 2.25  # inches of 72 points
-POINTS = 240  # drawn at most; longer curves are averaged over equal stretches
-SMOOTHED_FROM = 40  # points, from which a running mean is drawn
-WINDOW = 0.05  # its width, as a share of the curve
+POINTS = 240  # maximum number drawn; longer curves are averaged over equal intervals
+SMOOTHED_FROM = 40  # minimum number of points for a running mean
+WINDOW = 0.05  # width of the running mean, as a fraction of the curve
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Line:
     """A curve in a chart.
 
     Args:
-        label: for readers who cannot see colors.
-        curve: what is drawn.
+        label: for the text description of the chart.
+        curve: its values.
         color: index in the page's colors.
-        dots: show each point, as for the few evaluations of a run.
-        smooth: draw a running mean on top if it is long.
+        dots: mark each point, as for the few evaluations of a run.
+        smooth: draw a running mean on top of a long curve.
     """
 
     label: str
@@ -57,19 +57,19 @@ class Line:
 
 
 def line_chart(name: str, lines: list[Line], zero: bool = False) -> Html:
-    """A chart of numbers over steps; each curve thin, and its running mean on top where it is long.
+    """A chart of values over steps: a long curve is thin, with its running mean on top.
 
     Args:
-        name: unique in the page; also what a screen reader says.
+        name: unique in the page; also read by screen readers.
         lines: at least one.
-        zero: the axis starts at zero.
+        zero: start the value axis at zero.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "path.simplify": True}):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         drawn = [_draw(axes, line) for line in lines]
-        _dress(axes, drawn, zero)
+        _style_axes(axes, drawn, zero)
         figure.subplots_adjust(left=0.13, right=0.985, top=0.96, bottom=0.13)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -77,7 +77,7 @@ def line_chart(name: str, lines: list[Line], zero: bool = False) -> Html:
 
 
 def _draw(axes: Any, line: Line) -> NDArray[np.float64]:
-    """Draws a curve; returns the values that must be in view."""
+    """Draw a curve; return the values that the axis must show."""
     steps, values = condense(line.curve)
     color = SERIES[line.color]
     if line.dots or not line.smooth or len(values) < SMOOTHED_FROM:
@@ -91,8 +91,8 @@ def _draw(axes: Any, line: Line) -> NDArray[np.float64]:
     return np.concatenate([smooth, np.percentile(finite, [1, 98])]) if len(finite) else smooth
 
 
-def _dress(axes: Any, drawn: list[NDArray[np.float64]], zero: bool) -> None:
-    """Limits, grid and ticks, quiet ones."""
+def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool) -> None:
+    """Set limits, grid and ticks."""
     values = np.concatenate(drawn)
     values = values[np.isfinite(values)]
     if len(values):
@@ -117,32 +117,32 @@ def _thousands(value: float) -> str:
 
 
 def condense(curve: Curve, points: int = POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means over at most ``points`` equal stretches of steps and values; NaN where none of a stretch is finite."""
+    """Means of steps and finite values over at most ``points`` equal intervals; NaN if no value of one is finite."""
     steps, values = np.asarray(curve.steps), np.asarray(curve.values)
     if len(steps) <= points:
         return steps, values
-    stretch = np.arange(len(steps)) * points // len(steps)
+    interval = np.arange(len(steps)) * points // len(steps)
     finite = np.isfinite(values)
-    counts = np.bincount(stretch, weights=finite, minlength=points)
-    sums = np.bincount(stretch, weights=np.where(finite, values, 0), minlength=points)
+    counts = np.bincount(interval, weights=finite, minlength=points)
+    sums = np.bincount(interval, weights=np.where(finite, values, 0), minlength=points)
     means = np.divide(sums, counts, out=np.full(points, np.nan), where=counts > 0)
-    return np.bincount(stretch, weights=steps) / np.bincount(stretch), means
+    return np.bincount(interval, weights=steps) / np.bincount(interval), means
 
 
 def running_mean(values: NDArray[np.float64], window: float = WINDOW) -> NDArray[np.float64]:
-    """Mean over a centered window, a share of the length wide and cut off at the ends; ignores NaN."""
+    """Centered running mean; ``window`` is a fraction of the length, truncated at the ends. Ignores NaN."""
     half = max(1, round(len(values) * window / 2))
     finite = np.isfinite(values)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    place = np.arange(len(values))
-    first, last = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
+    index = np.arange(len(values))
+    first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     number = counts[last] - counts[first]
     return np.divide(sums[last] - sums[first], number, out=np.full(len(values), np.nan), where=number > 0)
 
 
 def _inline(svg: str, description: str) -> Html:
-    """Matplotlib's file as an element of an HTML page: no prologue, metadata, style sheet, fixed size, group names."""
+    """Strip matplotlib's SVG to an inline element: no prologue, metadata, style sheet, fixed size or group names."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<title>.*?</title>", "", svg, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""What the model made of single samples: images and words rebuilt, retrievals, answers and judgments."""
+"""Sections with the model's output on single samples: reconstructions, retrievals, answers and judgments."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from eve_ds.report.run_files import SINGLE, Run, Stage, number
 
 Rows = list[dict[str, Any]]
 MASK = "[MASK]"
-NOT_SHOWN = {"[CLS]", "[SEP]", "[PAD]"}
-SPACES = (" ", "\u0120")  # how a byte-level token says that a word begins
+HIDDEN_TOKENS = {"[CLS]", "[SEP]", "[PAD]"}
+SPACES = (" ", "\u0120")  # start of a word in byte-level tokens
 
 
 def example_sections(run: Run) -> list[Html]:
-    """All sections about single samples. In a single run those of its own task alone, else all."""
-    made = [
-        ("images", "Images rebuilt", "pretrain", "images", _rebuilt),
-        ("words", "Words predicted", "pretrain", "words", _words),
-        ("to-image", "Captions looking for their image", "itr", "text_to_image", _text_to_image),
-        ("to-text", "Images looking for their caption", "itr", "image_to_text", _image_to_text),
-        ("vqa", "Questions answered", "vqa", "question", _questions),
-        ("nlvr", "Statements judged", "nlvr", "statement", _statements),
+    """The sections about single samples: of a single run only those of its task, otherwise all."""
+    sections = [
+        ("images", "Reconstructed images", "pretrain", "images", _reconstructions),
+        ("words", "Predicted words", "pretrain", "words", _words),
+        ("to-image", "Text-to-image retrieval", "itr", "text_to_image", _text_to_image),
+        ("to-text", "Image-to-text retrieval", "itr", "image_to_text", _image_to_text),
+        ("vqa", "Visual question answering", "vqa", "question", _questions),
+        ("nlvr", "Statements about image pairs", "nlvr", "statement", _statements),
     ]
-    return [part for row in made if (part := _section(run, *row)) is not None]
+    return [part for row in sections if (part := _section(run, *row)) is not None]
 
 
 def _section(
@@ -42,7 +42,7 @@ def _section(
 
 
 def find_rows(stage: Stage, key: str) -> Rows:
-    """The list called ``key`` in the samples; or, for the two tasks with ``examples``, those that have that field."""
+    """The list ``key`` of the samples; for the two tasks with ``examples``, those that have the field ``key``."""
     rows = stage.samples.get(key)
     if rows is None:
         rows = stage.samples.get("examples")
@@ -50,10 +50,10 @@ def find_rows(stage: Stage, key: str) -> Rows:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _rebuilt(rows: Rows, images: Images) -> Html:
+def _reconstructions(rows: Rows, images: Images) -> Html:
     note = (
-        "Held-out images: as they are, with the patches that the model did not see grayed out, and with its guess in "
-        "their place. The caption was given whole."
+        "Held-out images: the original, the input with masked patches in gray, and the model's reconstruction of these "
+        "patches. The model was given the whole caption."
     )
     cards = []
     for row in rows:
@@ -67,26 +67,26 @@ def _rebuilt(rows: Rows, images: Images) -> Html:
 
 
 def _words(rows: Rows, images: Images) -> Html:
-    note = "Held-out captions, the image given whole. Where a word was masked, the model's word stands in color"
+    note = "Held-out captions, each with its whole image. The model's predictions for masked words are in color"
     texts = [_masked_text(row) for row in rows]
     right, total = sum(r for _, r, _ in texts), sum(n for _, _, n in texts)
     legend = [
-        tag("span", "right", class_="chip hit"),
+        tag("span", "correct", class_="chip hit"),
         " and ",
-        tag("span", "wrong", tag("s", " for the true one"), class_="chip miss"),
+        tag("span", "wrong", tag("s", " instead of this word"), class_="chip miss"),
     ]
-    score = f". Here {right} of {total} are right."
+    score = f". Here {right} of {total} are correct."
     return Html(tag("p", note, ": ", legend, score, class_="note") + "".join(text for text, _, _ in texts))
 
 
 def _masked_text(row: dict[str, Any]) -> tuple[Html, int, int]:
-    """A text with its masked places filled in; how many of them are right; how many there are."""
+    """(text with the masked words filled in, number of correct ones, number of masked words)."""
     tokens = row.get("text_masked", [])
     tokens = tokens.split() if isinstance(tokens, str) else [str(token) for token in tokens]
-    tokens = [token for token in tokens if token not in NOT_SHOWN]
+    tokens = [token for token in tokens if token not in HIDDEN_TOKENS]
     truths, guesses = ([str(word) for word in row.get(key, [])] for key in ("truth", "predicted"))
-    spelled = [*tokens, *truths, *guesses]
-    spaced = any(word.startswith(SPACES) for word in spelled)  # else every token is a word
+    words = [*tokens, *truths, *guesses]
+    spaced = any(word.startswith(SPACES) for word in words)  # otherwise every token is a word
     places = iter(list(zip_longest(truths, guesses, fillvalue="?")))
     parts: list[Html] = []
     right = total = 0
@@ -112,7 +112,7 @@ def _plain(token: str) -> str:
 
 
 def _text_to_image(rows: Rows, images: Images) -> Html:
-    note = "The five images of the held-out pool that the model ranks highest for a caption, best first."
+    note = "For each caption, the five held-out images that the model ranks highest, best first."
     return Html(tag("p", note, class_="note") + "".join(_image_results(row, images) for row in rows))
 
 
@@ -121,17 +121,20 @@ def _image_results(row: dict[str, Any], images: Images) -> Html:
     results = _results(row)
     for rank, result in enumerate(results, 1):
         hit = bool(result.get("correct"))
-        mark = tag("span", " ✓ its own", class_="right") if hit else None
+        mark = tag("span", " ✓ correct", class_="right") if hit else None
         caption = tag("figcaption", f"{rank} · {_score(result)}", mark, class_="num")
         shown = images.show(result.get("image"), f"rank {rank}{', correct' if hit else ''}")
         figures.append(tag("figure", shown, caption, class_="hit" if hit else None))
-    found = None if any(r.get("correct") for r in results) else tag("span", " ✗ not among these", class_="wrong")
+    found = None if any(r.get("correct") for r in results) else tag("span", " ✗ not in the top five", class_="wrong")
     query = tag("p", "“", str(row.get("query", "")), "”", found)
     return tag("div", query, tag("div", figures, class_="results"), class_="query")
 
 
 def _image_to_text(rows: Rows, images: Images) -> Html:
-    note = "The five captions that the model ranks highest for an image, best first. An image has several of its own."
+    note = (
+        "For each image, the five held-out captions that the model ranks highest, best first. "
+        "An image has several correct captions."
+    )
     cards = []
     for row in rows:
         items = []
@@ -160,14 +163,14 @@ def _score(result: dict[str, Any]) -> str:
 
 
 def _questions(rows: Rows, images: Images) -> Html:
-    right = [row for row in rows if _earned(row) > 0]
-    wrong = [row for row in rows if _earned(row) == 0]
-    note = "Right: at least one person gave that answer. The score is the share of full accuracy that it earns."
+    right = [row for row in rows if _accuracy(row) > 0]
+    wrong = [row for row in rows if _accuracy(row) == 0]
+    note = "Correct: at least one annotator gave that answer. The score is the VQA accuracy of the answer, from 0 to 1."
     return Html(tag("p", note, class_="note") + _two_groups(right, wrong, lambda row: _question(row, images)))
 
 
 def _question(row: dict[str, Any], images: Images) -> Html:
-    score = _earned(row)
+    score = _accuracy(row)
     kind, mark = ("right", "✓") if score > 0 else ("wrong", "✗")
     answers = row.get("answers")
     people = ", ".join(str(answer) for answer in answers) if isinstance(answers, list) else str(answers or "")
@@ -176,13 +179,13 @@ def _question(row: dict[str, Any], images: Images) -> Html:
         "div",
         tag("p", str(row.get("question", ""))),
         tag("p", verdict, tag("span", f" · score {score:.2g}", class_="fine")),
-        tag("p", f"people: {people or 'nothing that is in the answer list'}", class_="fine"),
+        tag("p", f"annotators: {people or 'no answer that is in the answer list'}", class_="fine"),
     )
-    shown = images.show(row.get("image"), "image asked about")
+    shown = images.show(row.get("image"), "image of the question")
     return tag("div", tag("div", shown, text, class_="side"), class_="card")
 
 
-def _earned(row: dict[str, Any]) -> float:
+def _accuracy(row: dict[str, Any]) -> float:
     score = row.get("score")
     return number(score) or 0.0
 
@@ -200,9 +203,9 @@ def _statement(row: dict[str, Any], images: Images) -> Html:
         for side, name in enumerate(("left", "right"))
     ]
     verdict = tag(
-        "span", f"{'✓' if hit else '✗'} says {_truth(row.get('predicted'))}", class_="right" if hit else "wrong"
+        "span", f"{'✓' if hit else '✗'} predicted {_truth(row.get('predicted'))}", class_="right" if hit else "wrong"
     )
-    fine = tag("span", f" · it is {_truth(row.get('label'))}", class_="fine")
+    fine = tag("span", f" · label {_truth(row.get('label'))}", class_="fine")
     return tag(
         "div",
         tag("div", strip, class_="strip two"),
@@ -218,11 +221,7 @@ def _truth(value: Any) -> str:
 
 def _two_groups(right: Rows, wrong: Rows, show: Callable[[dict[str, Any]], Html]) -> Html:
     parts = []
-    for title, rows in (("Right", right), ("Wrong", wrong)):
-        body = (
-            tag("div", [show(row) for row in rows], class_="cards")
-            if rows
-            else tag("p", "none among these", class_="note")
-        )
+    for title, rows in (("Correct", right), ("Wrong", wrong)):
+        body = tag("div", [show(row) for row in rows], class_="cards") if rows else tag("p", "none", class_="note")
         parts.append(tag("h3", title) + body)
     return Html("".join(parts))

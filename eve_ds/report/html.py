@@ -1,4 +1,4 @@
-"""HTML by construction: what is not ``Html`` already is escaped, so no text of a run can become markup."""
+"""Build HTML safely: everything that is not ``Html`` is escaped, so no text of a run can become markup."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eve_ds.report.style import CSS
 
 
 class Html(str):
-    """Text that is markup."""
+    """A string of markup."""
 
     __slots__ = ()
 
@@ -20,7 +20,7 @@ VOID = {"img", "meta", "br"}
 
 
 def render(child: Child) -> Html:
-    """A child as markup: ``Html`` as it is, None as nothing, lists joined, anything else escaped."""
+    """Convert a child to markup: ``Html`` unchanged, None empty, iterables joined, all else escaped."""
     if child is None:
         return Html("")
     if isinstance(child, Html):
@@ -31,7 +31,7 @@ def render(child: Child) -> Html:
 
 
 def tag(name: str, /, *children: Child, **attributes: str | int | float | None) -> Html:
-    """One element. Attribute ``class_`` is ``class``, ``data_x`` is ``data-x``; those that are None are left out."""
+    """An element. ``class_`` becomes ``class``, ``data_x`` becomes ``data-x``; attributes that are None are omitted."""
     shown = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
@@ -41,17 +41,17 @@ def tag(name: str, /, *children: Child, **attributes: str | int | float | None) 
 
 
 def section(anchor: str, title: str, *children: Child) -> Html:
-    """A titled part of the page that the list of contents links to."""
+    """A section of the page, linked from the list of contents."""
     return tag("section", tag("h2", title), children, id=anchor)
 
 
 def missing(what: str) -> Html:
-    """Says that something is not there, in place of leaving it out silently."""
+    """A note that something is missing."""
     return tag("p", "Missing: ", what, class_="missing")
 
 
 def page(title: str, *body: Child) -> Html:
-    """A whole document that needs nothing from outside."""
+    """A self-contained document."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -1,4 +1,4 @@
-"""How to get the same again: commands, configs, versions."""
+"""How to reproduce the run: commands, configs, versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "deepspeed", "numpy", "pyarrow", "tokenizers", "pillow", "j
 
 
 def commands_section(run: Run) -> Html:
-    """The commands as they were typed, with the time that each took."""
+    """The commands as typed, with their run times."""
     if not run.commands:
         return section("commands", "Commands", missing("commands.json"))
     parts = []
@@ -24,12 +24,12 @@ def commands_section(run: Run) -> Html:
         head = tag("div", tag("span", str(row.get("title", ""))), tag("span", took, class_="num"), class_="step")
         parts.append(head + tag("pre", row["command"]))
     times = [seconds for row in run.commands if (seconds := _seconds(row)) is not None]
-    whole = tag("p", f"{len(run.commands)} commands, {_duration(sum(times))} together.", class_="note")
-    return section("commands", "Commands", whole, Html("".join(parts)))
+    total = tag("p", f"{len(run.commands)} commands, {_duration(sum(times))} in total.", class_="note")
+    return section("commands", "Commands", total, Html("".join(parts)))
 
 
 def _seconds(row: dict[str, Any]) -> float | None:
-    """What a command took; None where that was not recorded, or is no time."""
+    """Run time of a command; None if it was not recorded or is invalid."""
     seconds = number(row.get("seconds"))
     return seconds if seconds is not None and math.isfinite(seconds) else None
 
@@ -62,9 +62,9 @@ def config_section(run: Run) -> Html:
 
 def _versions(run: Run) -> Html:
     if run.versions is not None:
-        note, versions = "Versions that the run recorded.", {str(k): str(v) for k, v in run.versions.items()}
+        note, versions = "Versions recorded by the run.", {str(k): str(v) for k, v in run.versions.items()}
     else:
-        note = "The run recorded no versions.json; these are those of the machine that wrote this report."
+        note = "The run recorded no versions.json; these are the versions on the machine that wrote this report."
         versions = {"python": platform.python_version(), "platform": platform.platform()}
         for name in PACKAGES:
             try:

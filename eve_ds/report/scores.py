@@ -1,4 +1,4 @@
-"""The first things a reader looks for: a paragraph, the key numbers, and every score beside what costs nothing."""
+"""Top of the page: a summary paragraph, the main numbers, and the table of scores with their baselines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from eve_ds.report.html import Html, missing, section, tag
 from eve_ds.report.run_files import Run, number
 
 DASH = "\N{EN DASH}"
-# name -> for people; "first_values" is the same fine-tuning without pre-training
+# key in metrics.json -> name in the page; "first_values" is the same fine-tuning without pre-training
 BASELINES = {
-    "first_values": "from first values",
+    "first_values": "no pre-training",
     "chance": "chance",
     "majority": "majority",
     "text_only": "text only",
@@ -22,14 +22,14 @@ BASELINES = {
 
 @dataclass
 class Score:
-    """One score and its baselines, all in percent.
+    """One score and its baselines, in percent.
 
     Args:
-        task: for people; empty on all rows of a task but the first.
-        measure: for people.
-        value: the model's.
-        baselines: those that the run recorded, by name in BASELINES.
-        minor: a part of the row above.
+        task: name in the page; empty except in the first row of a task.
+        measure: name in the page.
+        value: score of the model.
+        baselines: the recorded ones, by key of BASELINES.
+        minor: breakdown of the row above.
     """
 
     task: str
@@ -40,12 +40,12 @@ class Score:
 
     @property
     def margin(self) -> float | None:
-        """Points above the best baseline."""
+        """Percentage points above the best baseline."""
         return self.value - max(self.baselines.values()) if self.baselines else None
 
 
 def find_scores(run: Run) -> list[Score]:
-    """The scores that metrics.json holds, with the baselines recorded beside them."""
+    """The scores in metrics.json, with their baselines."""
     scores = []
     for name, spec in run.tasks.items():
         part, factor = run.metrics.get(name), spec.to_percent
@@ -56,11 +56,11 @@ def find_scores(run: Run) -> list[Score]:
             baselines = _baselines(part, key, key == spec.main_measure, factor)
             scores.append(Score(spec.title if place == 0 else "", label, part[key] * factor, baselines))
             kinds = _section(part, "per_answer_type") if key == "overall" else {}
-            rivals = _section(_section(part, "from_first_values"), "per_answer_type")
+            untrained = _section(_section(part, "from_first_values"), "per_answer_type")
             for kind, value in kinds.items():
                 if number(value) is not None:
-                    rival = number(rivals.get(kind))
-                    beside = {} if rival is None else {"first_values": rival * factor}
+                    baseline = number(untrained.get(kind))
+                    beside = {} if baseline is None else {"first_values": baseline * factor}
                     scores.append(Score("", str(kind), value * factor, beside, minor=True))
     return scores
 
@@ -69,8 +69,8 @@ def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dic
     """``from_first_values[KEY]`` and ``chance_KEY``; for the main measure of a task also ``chance``,
     ``majority_baseline``, ``text_only_baseline``.
     """
-    rival = number(_section(part, "from_first_values").get(key))
-    found = {} if rival is None else {"first_values": rival * factor}
+    untrained = number(_section(part, "from_first_values").get(key))
+    found = {} if untrained is None else {"first_values": untrained * factor}
     for baseline in BASELINES:
         names = [f"{baseline}_{key}", *([baseline, f"{baseline}_baseline"] if main else [])]
         values = [part[name] for name in names if number(part.get(name)) is not None]
@@ -80,7 +80,7 @@ def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dic
 
 
 def _section(part: dict[str, Any], name: str) -> dict[str, Any]:
-    """A dictionary in metrics.json, empty where there is none: older runs have no ``from_first_values``."""
+    """A dictionary in metrics.json; empty if there is none: older runs have no ``from_first_values``."""
     found = part.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -90,18 +90,19 @@ def percent(value: float) -> str:
 
 
 def summary(run: Run) -> Html:
-    """One paragraph: what was done and what came of it, of as much as the run recorded."""
+    """One paragraph: what was trained, and the main results that the run recorded."""
     metrics, sentences = run.metrics, []
     ranks, experts, stage = (metrics.get(key) for key in ("world_size", "expert_parallel_size", "zero_stage"))
     where = f" on {ranks} process{'es' if ranks != 1 else ''}" if ranks else ""
-    spread = ((stage, f"ZeRO stage {stage}"), (experts, f"experts spread over {experts}"))
-    how = ", ".join(text for value, text in spread if value is not None)
+    parallelism = ((stage, f"ZeRO stage {stage}"), (experts, f"experts distributed over {experts}"))
+    how = ", ".join(text for value, text in parallelism if value is not None)
     how = f" ({how})" if how else ""
     if (losses := _losses(metrics)) is not None:
         first, last = losses
+        share = f", {last / first:.0%} of its initial value" if first > 0 else ""
         sentences.append(
             f"A vision-language model was pre-trained by masked prediction of pixels and words{where}{how}; "
-            f"its loss went from {first:.3g} to {last:.3g}{f', {last / first:.0%} of its start' if first > 0 else ''}."
+            f"its loss went from {first:.3g} to {last:.3g}{share}."
         )
     elif where or how:
         sentences.append(f"This run trained{where}{how}.")
@@ -110,15 +111,15 @@ def summary(run: Run) -> Html:
         sentences.append(f"It predicts {percent(words[0][1])} of held-out masked words{beside and f' ({beside})'}.")
     by_name = {(score.task, score.measure): score for score in find_scores(run)}
     for key, text in (
-        (("Retrieval", "text R@1"), "finds a caption of an image at the first try in {} of cases"),
-        (("VQA", "accuracy"), "answers questions about images with {} accuracy"),
-        (("NLVR", "accuracy"), "judges statements about two images right in {} of cases"),
+        (("Retrieval", "text R@1"), "ranks a correct caption first for {} of the images"),
+        (("VQA", "accuracy"), "answers questions about images with an accuracy of {}"),
+        (("NLVR", "accuracy"), "judges {} of the statements about image pairs correctly"),
     ):
         if score := by_name.get(key):
             beside = ", ".join(f"{BASELINES[name]} {percent(value)}" for name, value in score.baselines.items())
             sentences.append(f"It {text.format(percent(score.value))}{f' ({beside})' if beside else ''}.")
     if not sentences:
-        sentences.append("The run recorded no scores; what it did leave is shown below.")
+        sentences.append("The run recorded no scores; its other results are shown below.")
     return tag("p", " ".join(sentences), class_="lead")
 
 
@@ -129,7 +130,7 @@ def _losses(metrics: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def _masked_words(metrics: dict[str, Any]) -> list[tuple[str, float]]:
-    """Who predicts how many of the masked words, in percent, the model first; empty if the run did not record it."""
+    """[(input or baseline, accuracy on masked words in percent)], the model first; empty if not recorded."""
     part = _section(metrics, "pretrain")
     names = {"": "", "_other_image": "with another image", "_oracle": "by an oracle that knows the scene"}
     found = [(who, number(part.get(f"words_accuracy{name}"))) for name, who in names.items()]
@@ -138,7 +139,7 @@ def _masked_words(metrics: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def tiles(run: Run) -> Html | None:
-    """The main number of each stage, large."""
+    """Tiles with the main number of each stage."""
     shown = []
     if (losses := _losses(run.metrics)) is not None:
         speed = number(run.metrics["pretrain"].get("samples_per_second"))
@@ -161,7 +162,7 @@ def tiles(run: Run) -> Html | None:
 
 
 def scores_section(run: Run) -> Html:
-    """The table of scores beside the same without pre-training, chance, the majority answer and the text alone."""
+    """Section with the table of scores and their baselines."""
     scores = find_scores(run)
     titles = [] if run.single else [spec.title for spec in run.tasks.values()]
     absent = [title for title in titles if not any(score.task == title for score in scores)]
@@ -169,19 +170,20 @@ def scores_section(run: Run) -> Html:
     if not scores:
         gaps = gaps or [missing("scores (neither metrics.json nor scores_*.json has any)")]
         return section("scores", "Scores", gaps)
-    columns = [(name.capitalize(), "n") for name in ("score", *BASELINES.values(), "above the best")]
+    columns = [(name.capitalize(), "n") for name in ("score", *BASELINES.values(), "above best baseline")]
     heads = [("Task", ""), ("Measure", ""), columns[0], ("", ""), *columns[1:]]
     head = tag("tr", [tag("th", title, class_=kind or None) for title, kind in heads])
     table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
     note = (
-        "All on held-out images. Text R@k: share of images that have one of their captions among the k ranked highest; "
-        "image R@k: the same for captions and their image. The marks on the bars are the baselines: the same "
-        "fine-tuning from first values, that is, without pre-training; drawing at random (chance); always the most "
-        "frequent answer (majority); the best model without images (text only). A dash: not defined or not recorded."
+        "All scores are on held-out images. Text R@k: percentage of images with a correct caption among the top k. "
+        "Image R@k: percentage of captions with their image among the top k. The marks on the bars are the "
+        "baselines: the same fine-tuning without pre-training; random guessing (chance); always the most frequent "
+        "answer (majority); the best model that does not see the images (text only). A dash: not defined or not "
+        "recorded."
     )
     lacking = [tag("p", f"{title}: {text}.", class_="note") for title, text in _incomplete(run)]
     whole = tag(
-        "details", tag("summary", "All figures"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))
+        "details", tag("summary", "All numbers"), tag("pre", json.dumps(run.metrics, indent=1, ensure_ascii=False))
     )
     return section(
         "scores", "Scores", tag("p", note, class_="note"), tag("div", table, class_="wide"), lacking, gaps, whole
@@ -189,14 +191,14 @@ def scores_section(run: Run) -> Html:
 
 
 def _incomplete(run: Run) -> Iterator[tuple[str, str]]:
-    """(title of a task, what its split lacks) of the scores that say so."""
+    """(title of the task, what is missing) for the scores of incomplete splits."""
     for task, spec in run.tasks.items():
         lack = _section(_section(run.metrics, task), "incomplete")
         parts = {name: _section(lack, name) for name in lack if name != "dropped"}
         whole = [f"{part.get('scored')} of {part.get('of')} {name}" for name, part in parts.items()]
         why = [f"{count} {reason}" for reason, count in sorted(_section(lack, "dropped").items())]
         if whole:
-            yield spec.title, f"over {', '.join(whole)}; dropped in preparation: {', '.join(why)}"
+            yield spec.title, f"scored on {', '.join(whole)}; dropped in the preparation: {', '.join(why)}"
 
 
 def _row(score: Score) -> Html:

@@ -1,4 +1,4 @@
-"""The look of the page: calm, readable at any width, on light and dark screens and on paper."""
+"""Style sheet of the page: for any width, light and dark screens, and paper."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Weights from files: other naming schemes, other image sizes, strict loading.
+"""Weights in files: other naming schemes, other image sizes, strict loading.
 
-Nothing is imported here: eve_ds.errors needs weights.errors alone, and a command that ends with a mistake, or starts
-others, need not wait for torch.
+Nothing is imported here: eve_ds.errors needs only weights.errors, and commands that fail early, or only start other
+commands, must not wait for torch.
 """

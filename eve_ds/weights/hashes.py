@@ -1,7 +1,7 @@
-"""``hashes.json`` of a model folder: the SHA-256 of its files, by name, so that a flipped bit is not loaded in silence.
+"""``hashes.json`` of a model folder: {file name: SHA-256}, so that corrupted files are not loaded silently.
 
-A folder without it, made earlier or by hand, loads as it is; so does a file that it does not name, but for the weights,
-which every writer names.
+A folder without it (from an older version, or made by hand) is loaded unchecked, and so is a file that it does not
+list. Only the weights must be listed, since every writer lists them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 
 
 def write_hashes(folder: Path, names: tuple[str, ...]) -> None:
-    """Write the hashes of those of the files ``names`` that are in ``folder``: last of all, and atomically."""
+    """Write the hashes of those files ``names`` that exist in ``folder``, atomically; call it last."""
     write_atomic(
         folder / HASHES, dump_json({name: _hash(folder / name) for name in names if (folder / name).is_file()})
     )
 
 
 def read_hashes(folder: Path) -> dict[str, str]:
-    """{name: SHA-256} of a folder's files; empty where it has no ``hashes.json``. Raises WeightsError if damaged."""
+    """{name: SHA-256} of a folder's files; empty without ``hashes.json``. Raises WeightsError if that is damaged."""
     path = folder / HASHES
     if not path.is_file():
         return {}
@@ -39,7 +39,7 @@ def read_hashes(folder: Path) -> dict[str, str]:
 
 
 def check_hash(path: Path, sha256: str) -> None:
-    """Raise WeightsError unless the file is there and has that hash."""
+    """Raise WeightsError unless the file exists and has this hash."""
     try:
         same = _hash(path) == sha256
     except OSError as error:
@@ -47,7 +47,7 @@ def check_hash(path: Path, sha256: str) -> None:
     if not same:
         raise WeightsError(
             f"{path}: its SHA-256 is not the one in {HASHES} beside it: its bytes have changed; copy the folder again "
-            f"(after an edit that is meant, delete {HASHES})"
+            f"(after an intended edit, delete {HASHES})"
         )
 
 

@@ -1,4 +1,4 @@
-"""Weights from files into modules, strictly: every tensor is accounted for, or the error lists it."""
+"""Load weights from files into modules, strictly: an error lists every tensor that does not fit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import check_hash, read_hashes
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
-WRAPPERS = ("model", "module")  # keys under which unilm's and EVE's scripts save the weights, beside much else
-# All that torch and its unpickler were seen to raise on files with changed bytes, cut off, or of another kind.
+WRAPPERS = ("model", "module")  # keys of the weights in the checkpoints of unilm's and EVE's scripts
+# All exceptions that torch and its unpickler have raised on corrupted, truncated or foreign files.
 UNREADABLE = (
     OSError, EOFError, RuntimeError, MemoryError, SafetensorError, pickle.UnpicklingError, struct.error,
     ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError, OverflowError,
@@ -28,23 +28,23 @@ UNREADABLE = (
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of tensors on the CPU, whatever its naming; nothing in it is executed (``weights_only=True``).
+    """Read a file of tensors to the CPU, in any naming scheme; no code in it is executed (``weights_only=True``).
 
     Args:
         path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}``, ``{"module": {...}}`` or the
-            tensors themselves. What else lies beside "model" (an optimizer, the script's options) is read and dropped.
+            tensors themselves. Other entries beside "model" (optimizer, options of the script) are ignored.
     Raises:
-        WeightsError: no such file, unreadable, not a dictionary of tensors, values that are not finite, or another
-            hash than ``hashes.json`` beside it has.
+        WeightsError: the file does not exist, cannot be read, is not a dictionary of tensors, has values that are not
+            finite, or its hash differs from ``hashes.json`` beside it.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
-    with ThreadPoolExecutor(1) as beside:  # hashing takes no longer than reading, then
+    with ThreadPoolExecutor(1) as pool:  # hash while reading
         sha256 = read_hashes(path.parent).get(path.name)
-        hashed = None if sha256 is None else beside.submit(check_hash, path, sha256)
+        hashed = None if sha256 is None else pool.submit(check_hash, path, sha256)
         state = _read(path)
         if hashed is not None:
             hashed.result()
@@ -55,12 +55,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a script's options, saved beside: plain data
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that a script saved: plain data
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to load it with all that it would run
-            reason = "it is damaged, or holds other things than tensors; nothing in it was run"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message advises weights_only=False
+            reason = "it is damaged, or holds other objects than tensors; nothing in it was executed"
         raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
     if isinstance(state, dict):
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
@@ -72,9 +72,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise WeightsError(
-            f"{path}: holds values that are no finite numbers ({listed(bad)}); take an earlier checkpoint"
-        )
+        raise WeightsError(f"{path}: holds values that are not finite ({listed(bad)}); take an earlier checkpoint")
     return state
 
 
@@ -88,13 +86,13 @@ def load_state(
     source: str | Path,
     may_lack: Sequence[str] = (),
 ) -> None:
-    """Copy a state with EVE-DS names into a module. An expert-parallel rank takes its part of each layer's experts.
+    """Copy a state with EVE-DS names into a module. An expert-parallel rank takes its part of the experts.
 
     Args:
-        module: its parameters take the values, in their own dtype and place.
-        state: all experts in each w1, w2, w3.
-        source: named in errors.
-        may_lack: prefixes of names that the state need not have (new heads keep their first values).
+        module: its parameters keep their dtype and device.
+        state: with all experts in each w1, w2, w3.
+        source: file name for error messages.
+        may_lack: prefixes of names that the state may lack (new heads keep their initial values).
     Raises:
         WeightsError: other names are missing or unknown, or shapes differ; all are listed.
     """
@@ -110,7 +108,7 @@ def check_fit(
     source: str | Path,
     may_lack: Sequence[str] = (),
 ) -> None:
-    """Compare names and shapes of a state with those of a model (which may be on the meta device), ``own``.
+    """Compare names and shapes of a state with those of a model, ``own`` (which may be on the meta device).
 
     Other arguments and errors as in ``load_state``.
     """
@@ -127,13 +125,13 @@ def check_fit(
     ]
     if shapes:
         faults.append(f"other sizes: {listed(shapes)}")
-    kinds = [
+    dtypes = [
         f"{name} ({tensor.dtype})"
         for name, tensor in state.items()
         if name in own and own[name].is_floating_point() != tensor.is_floating_point()
     ]
-    if kinds:
-        faults.append(f"not of floating point: {listed(kinds)}")
+    if dtypes:
+        faults.append(f"not of floating point: {listed(dtypes)}")
     if faults:
         raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
 

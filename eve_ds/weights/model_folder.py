@@ -1,4 +1,4 @@
-"""What a user may mean by "this checkpoint": a run folder, a model folder, or a single file of weights."""
+"""Resolve a ``--checkpoint`` path: a run folder, a model folder, or a single file of weights."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
-FILES = (*HASHED, HASHES)  # all that a model folder may hold
+FILES = (*HASHED, HASHES)  # every file of a model folder
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
-COMPLETE = "complete.json"  # in a checkpoint that was written to its end
-_MOST_LINKS = 42  # the system's own bound is 40
+COMPLETE = "complete.json"  # written last: marks a complete checkpoint
+_MAX_LINKS = 42  # the limit of Linux is 40
 _CHECKPOINT = re.compile(r"step_\d+")
 
 
 def metadata(step: int | None = None) -> dict[str, str]:
-    """Of a model.safetensors of EVE-DS; ``step``: of the training that it comes from.
+    """Metadata of a model.safetensors of EVE-DS; ``step``: the training step of the weights.
 
-    One entry: safetensors writes several in any order, and equal weights shall be equal files.
+    It has a single entry, because safetensors writes several in random order, and equal weights must be equal files.
     """
     return {"format": FORMAT if step is None else f"{FORMAT} step {step}"}
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return whole(run / CHECKPOINTS)
+    """The complete checkpoints of a run, oldest first."""
+    return complete_checkpoints(run / CHECKPOINTS)
 
 
-def tagged(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first, also those that a killed run left half.
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first, including incomplete ones of a killed run.
 
-    Here and below: raises OSError where the folder cannot be looked at, which says nothing of what is in it.
+    Like the functions below, it raises OSError if the folder cannot be read: its content is then unknown.
     """
-    return sorted((path for path in entries(folder) if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in list_folder(folder) if _CHECKPOINT.fullmatch(path.name)), key=step_of)
 
 
-def whole(folder: Path) -> list[Path]:
-    """Those of them that were saved to the end."""
-    return [path for path in tagged(folder) if is_there(path / COMPLETE)]
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in ``folder``, oldest first."""
+    return [path for path in all_checkpoints(folder) if path_exists(path / COMPLETE)]
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``, or None."""
-    return next(reversed(whole(folder)), None)
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``, or None."""
+    return next(reversed(complete_checkpoints(folder)), None)
 
 
-def entries(folder: Path) -> list[Path]:
-    """What is in a folder, which need not be there. Not by glob: that finds nothing in what cannot be read."""
+def list_folder(folder: Path) -> list[Path]:
+    """Content of a folder; [] if it does not exist. (glob returns nothing, without an error, if it cannot be read.)"""
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
         return []
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is such a path. Not by Path.exists: that of Python 3.14 says no where it cannot tell."""
+def path_exists(path: Path) -> bool:
+    """Whether a path exists. (Path.exists of Python 3.14 returns False if that cannot be determined.)"""
     try:
         path.stat()
         return True
@@ -76,20 +76,20 @@ def is_there(path: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Of a folder step_NNNNNNNN."""
+    """Step of a checkpoint folder ``step_NNNNNNNN``."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The run that RUN/checkpoints/step_N, a whole checkpoint, belongs to; None for another path."""
+    """RUN of a complete checkpoint RUN/checkpoints/step_N; None for any other path."""
     found = checkpoint_at(checkpoint)
     return None if found is None else found.absolute().parents[1]
 
 
 def checkpoint_at(path: Path) -> Path | None:
-    """The whole checkpoint, by its own name, that a path is or that a link there leads to; None for another path."""
+    """The complete checkpoint, with its own name, at a path or behind links; None if there is none."""
     names = [path, path.absolute()]  # "." has no name
-    while names[-1].is_symlink() and len(names) < _MOST_LINKS:
+    while names[-1].is_symlink() and len(names) < _MAX_LINKS:
         last = names[-1]
         names.append(Path(os.path.normpath(os.path.realpath(last.parent) / Path(os.readlink(last)))))
     names.append(Path(os.path.realpath(path)))
@@ -98,9 +98,9 @@ def checkpoint_at(path: Path) -> Path | None:
 
 
 def exported_step(model: Path) -> int | None:
-    """The step that a model folder was exported at; None if unknown, as for published weights.
+    """The step at which a model folder was exported; None if unknown, as for published weights.
 
-    What an older version exported does not say it; but its run ended there, and its config may say when.
+    Older versions did not store it; they exported at the end of the run, so it is ``total_steps`` of the config.
     """
     try:
         with safe_open(model / WEIGHTS, framework="numpy") as file:
@@ -124,8 +124,8 @@ def stored_setting(folder: Path, section: str, key: str) -> Any:
 
 
 def newer_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run, if the model that the run exported is older than it or there is none."""
-    last = newest(run / CHECKPOINTS)
+    """The newest checkpoint of a run, if it is newer than the exported model or there is no exported model."""
+    last = newest_checkpoint(run / CHECKPOINTS)
     if last is None or not (run / MODEL / WEIGHTS).is_file():
         return last
     exported = exported_step(run / MODEL)
@@ -134,10 +134,10 @@ def newer_checkpoint(run: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Where the parts of a model lie; config and tokenizer are None for a bare file of weights.
+    """Paths of the parts of a model; config and tokenizer are None for a bare weights file.
 
     Attributes:
-        weights: a file; or the folder of a DeepSpeed checkpoint (``is_checkpoint``).
+        weights: a file, or the folder of a DeepSpeed checkpoint (``is_checkpoint``).
     """
 
     weights: Path
@@ -150,23 +150,23 @@ class ModelFolder:
 
     @property
     def folder(self) -> Path:
-        """Where what belongs to the weights lies, such as VQA's answer list: of a checkpoint its run's folder."""
+        """Folder of the files that belong to the weights, such as VQA's answer list; of a checkpoint: its run."""
         return (run_of(self.weights) if self.is_checkpoint else None) or self.weights.parent
 
     @classmethod
     def find(cls, path: str | Path, unfinished: bool = False) -> ModelFolder:
-        """Look for weights at ``path``, in it, or in its folder ``model``.
+        """Find weights at ``path``, in it, or in its folder ``model``.
 
         Args:
             path: a file of weights, a model folder, or a run's folder.
-            unfinished: of a run that has not exported its newest state take the newest checkpoint; and take any
-                checkpoint, RUN/checkpoints/step_N, that is named.
+            unfinished: accept checkpoints, too: RUN/checkpoints/step_N, and for a run that has not exported its newest
+                state the newest checkpoint.
         Raises:
-            DataError: nothing there that holds weights; or they are a checkpoint, and the caller cannot read such.
+            DataError: no weights there; or they are a checkpoint, and ``unfinished`` is False.
         """
         path = Path(path)
         if path.is_file() and run_of(path.parent):
-            raise DataError(f"{path}: is one file of a checkpoint; name the whole of it, {path.parent}")
+            raise DataError(f"{path}: is one file of a checkpoint; name its folder, {path.parent}")
         if path.is_file():
             return cls._beside(path)
         if (path / WEIGHTS).is_file():
@@ -174,7 +174,7 @@ class ModelFolder:
         checkpoint = checkpoint_at(path) or newer_checkpoint(path)
         if checkpoint is not None:
             if not unfinished:
-                raise DataError(_unfinished(path, checkpoint))
+                raise DataError(_not_exported(path, checkpoint))
             return cls._of_checkpoint(checkpoint)
         if (path / MODEL / WEIGHTS).is_file():
             return cls._beside(path / MODEL / WEIGHTS)
@@ -183,8 +183,8 @@ class ModelFolder:
         if path.name == CHECKPOINTS and checkpoints(path.parent):
             raise DataError(f"{path}: holds all checkpoints; name one of them, or the run, {path.parent}")
         raise DataError(
-            f"{path}: no {WEIGHTS} here or in its folder {MODEL}, and no whole checkpoint; give a run that has saved "
-            "one, a model folder or a weights file"
+            f"{path}: no {WEIGHTS} here or in its folder {MODEL}, and no complete checkpoint; give a run that has "
+            "saved one, a model folder or a weights file"
         )
 
     @classmethod
@@ -192,17 +192,17 @@ class ModelFolder:
         """The checkpoint RUN/checkpoints/step_N at ``path``, or the newest one of the run there.
 
         Raises:
-            DataError: there is none, or it is not whole.
+            DataError: there is none, or it is incomplete.
         """
         path = Path(path)
         found = checkpoint_at(path) or next(reversed(checkpoints(path)), None)
         if found is None:
-            raise DataError(f"{path}: no whole checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
+            raise DataError(f"{path}: no complete checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
         return cls._of_checkpoint(found)
 
     @classmethod
     def _beside(cls, weights: Path) -> ModelFolder:
-        """The folder of ``weights``; its small files have their hashes (load.py looks at that of the weights)."""
+        """The model folder of ``weights``. Checks the hashes of the small files; load.py checks that of the weights."""
         for name, sha256 in read_hashes(weights.parent).items():
             if name in HASHED and name != WEIGHTS:
                 check_hash(weights.parent / name, sha256)
@@ -212,13 +212,13 @@ class ModelFolder:
     def _of_checkpoint(cls, checkpoint: Path) -> ModelFolder:
         check_regular(checkpoint / COMPLETE)
         run = run_of(checkpoint)
-        if run is None:  # a folder, say
-            raise DataError(f"{checkpoint / COMPLETE}: is no file; name another checkpoint")
+        if run is None:  # COMPLETE is a folder, for example
+            raise DataError(f"{checkpoint / COMPLETE}: is not a file; name another checkpoint")
         return cls(checkpoint, _if_file(run / CONFIG), _tokenizer_of(run))
 
 
 def _tokenizer_of(run: Path) -> Path | None:
-    """The run's own copy, that beside its export, or the one that its config names."""
+    """The tokenizer in the run folder, in its exported model, or named in its config."""
     found = _if_file(run / TOKENIZER) or _if_file(run / MODEL / TOKENIZER)
     if found is not None:
         return found
@@ -230,8 +230,8 @@ def _if_file(path: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def _unfinished(path: Path, checkpoint: Path) -> str:
-    """Why weights are not taken, and what to do."""
+def _not_exported(path: Path, checkpoint: Path) -> str:
+    """Error message for a checkpoint that is not an exported model."""
     state = (
         "a checkpoint of DeepSpeed"
         if checkpoint == checkpoint_at(path)
@@ -241,6 +241,6 @@ def _unfinished(path: Path, checkpoint: Path) -> str:
     if (path / MODEL / WEIGHTS).is_file():
         older = f" (its model is of step {exported_step(path / MODEL)}; name {path / MODEL} to take that)"
     return (
-        f"{path}: {state}{older}; make a model of it first: "
+        f"{path}: {state}{older}; convert it to a model first: "
         f"python -m eve_ds.convert from-deepspeed --checkpoint {path} --out MODEL"
     )

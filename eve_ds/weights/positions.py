@@ -1,4 +1,4 @@
-"""Position embeddings for images of another size."""
+"""Interpolation of position embeddings to another image size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITIONS = "backbone.image_embedding.positions"
 
 
 def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
-    """Interpolate a square grid of positions bicubically, as the published code does; the class token's stays.
+    """Interpolate a square grid of positions bicubically, as the published code does. The class token's is copied.
 
     Args:
         positions: [1 + P, D], class token first, then patches row by row; P a square.

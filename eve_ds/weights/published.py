@@ -1,4 +1,4 @@
-"""The shape of a published model: EVE's config JSON, and what that file leaves out, read off the tensors."""
+"""Config of a published model: EVE's config JSON, completed by the shapes of the tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.weights.positions import POSITIONS
 
-# In published files and here.
+# Names in published files and in EVE-DS.
 IMAGE_POSITIONS = ("backbone.pos_embed_vision", POSITIONS)
 TEXT_POSITIONS = ("backbone.pos_embed_text", "backbone.text_embedding.positions")
 
@@ -20,12 +20,12 @@ TEXT_POSITIONS = ("backbone.pos_embed_text", "backbone.text_embedding.positions"
 def published_config(
     vlmo_config: str | Path, state: Mapping[str, Tensor], image_size: int | None = None
 ) -> ModelConfig:
-    """Read EVE's ``config_vlmo*.json`` for the weights that belong to it.
+    """Read the ``config_vlmo*.json`` of published weights.
 
     Args:
         vlmo_config: the JSON file.
         state: published or EVE-DS names.
-        image_size: images' side, pixels. None: as the weights have it.
+        image_size: side of an image, pixels; None: that of the weights.
     Raises:
         ModelConfigError: as ``ModelConfig.from_vlmo``.
     """
@@ -37,11 +37,11 @@ def published_config(
 
 
 def sized_as(config: ModelConfig, state: Mapping[str, Tensor]) -> ModelConfig:
-    """The config with the image size and the number of text positions that the tensors have.
+    """Set the image size and the number of text positions of a config to those of the tensors.
 
     Args:
-        config: all else.
-        state: published or EVE-DS names; without positions, the config stays as it is.
+        config: all other values.
+        state: published or EVE-DS names; without positions, the config is returned unchanged.
     """
     image, text = (
         next((state[name].shape for name in names if name in state and state[name].ndim == 2), None)

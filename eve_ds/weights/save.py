@@ -1,4 +1,4 @@
-"""Weights to files that are whole or not there."""
+"""Write weights to files and folders atomically."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from preprocessing.redaction import shortened
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:
-    """Refuse to write over what is there, unless asked to, and then over nothing but what this program writes.
+    """Refuse to overwrite ``out``, unless ``overwrite``; and never overwrite anything that EVE-DS does not write.
 
     Args:
-        out: what will be written, a model folder if ``folder``, else a file of weights.
+        out: the output, a model folder if ``folder``, otherwise a weights file.
     Raises:
         DataError: naming ``--out``.
     """
@@ -33,22 +33,22 @@ def check_out(out: Path, overwrite: bool, folder: bool) -> None:
     if not (out.exists() or out.is_symlink()):
         return
     if folder != out.is_dir() or out.is_symlink():
-        raise DataError(f"--out {out}: is no {'folder' if folder else 'file'}; choose another place")
+        raise DataError(f"--out {out}: is not a {'folder' if folder else 'file'}; choose another place")
     others = sorted({path.name for path in out.iterdir()} - set(FILES)) if folder else []
     if others:
-        raise DataError(f"--out {out}: holds other things than a model ({others[0]}); choose another folder")
+        raise DataError(f"--out {out}: holds other files than a model's ({others[0]}); choose another folder")
     if not overwrite:
-        raise DataError(f"--out {out}: is there already; choose another place, or add --overwrite")
+        raise DataError(f"--out {out}: already exists; choose another place, or add --overwrite")
 
 
 @contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """A place beside ``out`` to build a file or a folder of files in, which becomes ``out`` when the block ends well.
+    """Yield a temporary path beside ``out`` for a file or folder, which replaces ``out`` when the block succeeds.
 
-    Where ``out`` is there it is replaced: a file in one step; a folder is first moved aside, then deleted.
+    A file is replaced atomically; an existing folder is first moved aside, then deleted.
 
     Raises:
-        DataError: no room, or not allowed to write there.
+        DataError: no space, or no permission to write there.
     """
     try:
         make_folder(out.parent)
@@ -67,19 +67,19 @@ def replacing(out: Path) -> Iterator[Path]:
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors by name: safetensors, or ``{"model": tensors}`` as torch.save writes it, by the file's suffix.
+    """Write tensors by name, by the file's suffix: safetensors, or ``{"model": tensors}`` with torch.save.
 
     Args:
         path: a new file.
         metadata: of a safetensors file.
     Raises:
-        DataError: cannot be written.
+        DataError: the file cannot be written.
     """
-    # A view would drag its whole storage into a torch file, and safetensors refuses it.
+    # torch.save would write the whole storage of a view, and safetensors refuses views.
     own = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in own.items()}
     path.touch()
-    permissions = stat.S_IMODE(path.stat().st_mode)  # the umask's
+    permissions = stat.S_IMODE(path.stat().st_mode)  # by the umask
     try:
         if path.suffix == ".safetensors":
             save_file(own, path, metadata=metadata)
@@ -88,4 +88,4 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
     except (SafetensorError, RuntimeError) as error:
         reason = shortened(" ".join(str(error).split()), 200)
         raise DataError(f"{path.name}: cannot be written ({reason}); make room or choose another place") from error
-    path.chmod(permissions)  # safetensors makes files that nobody else may read
+    path.chmod(permissions)  # safetensors writes files that only their owner may read

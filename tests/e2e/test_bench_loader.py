@@ -34,9 +34,9 @@ def test_the_whole_run_without_a_bench_environment(tmp_path: Path, capsys: pytes
     assert list(rates) == ["ours", "bare", "webdataset", "streaming", "datasets"]
     assert rates["ours"] > 0 and rates["bare"] > 0
     assert found["ours_over"] == {"bare": pytest.approx(rates["ours"] / rates["bare"])}
-    for rival in loader.RIVALS:
-        assert rates[rival] is None
-        assert "make bench-env" in found["not_measured"][rival]
+    for baseline in loader.BASELINES:
+        assert rates[baseline] is None
+        assert "make bench-env" in found["not_measured"][baseline]
     assert len(found["all_images_per_second"]["ours"]) == 2
     packed, read = found["packing_images_per_second"], found["reading_and_hashing_images_per_second"]
     assert found["packing_share"] == pytest.approx(packed / read)
@@ -47,9 +47,9 @@ def test_the_whole_run_without_a_bench_environment(tmp_path: Path, capsys: pytes
     assert "streaming: images/s" in table and "not measured" in table
 
 
-def test_a_rival_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_a_baseline_that_is_not_installed_is_named(tmp_path: Path) -> None:
     settings = Settings(str(tmp_path), str(tmp_path / "images"), images=16, batch_size=2, processes=1)
-    process = JobProcess("absent", f"{loader._THEIRS}:WebDataset", settings, _bare_python(settings), 60)
+    process = JobProcess("absent", f"{loader._BASELINES_MODULE}:WebDataset", settings, _bare_python(settings), 60)
     with pytest.raises(JobError, match=r"webdataset.*absent\.log"):
         process.start()
     process.close()
@@ -57,9 +57,9 @@ def test_a_rival_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 
 def _bare_python(settings: Settings) -> Path:
-    """An interpreter of an environment where every rival fails to import."""
+    """An interpreter of an environment where every baseline fails to import."""
     blocked = Path(settings.work) / "blocked"
-    for name in loader.RIVALS:
+    for name in loader.BASELINES:
         (blocked / name).mkdir(parents=True, exist_ok=True)
         (blocked / name / "__init__.py").write_text(f"raise ImportError('{name} is broken')")
     script = Path(settings.work) / "python"

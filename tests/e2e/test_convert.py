@@ -68,7 +68,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_a_published_file_goes_there_and_back(name: str, convert: Convert, tmp_path: Path) -> None:
+def test_a_published_file_round_trip(name: str, convert: Convert, tmp_path: Path) -> None:
     published = load_file(ASSETS / f"{name}.safetensors")
     torch.save({"model": published, "epoch": 3}, tmp_path / "eve.th")
     for source in (ASSETS / f"{name}.safetensors", tmp_path / "eve.th"):
@@ -83,7 +83,7 @@ def test_a_published_file_goes_there_and_back(name: str, convert: Convert, tmp_p
     assert load_model_config(out / "config.yaml") == direct.config  # what finetune --checkpoint reads
 
 
-def test_names_without_a_place_are_listed_and_may_be_dropped(convert: Convert, tmp_path: Path) -> None:
+def test_unknown_names_are_listed_and_can_be_dropped(convert: Convert, tmp_path: Path) -> None:
     state = load_file(ASSETS / "retrieval.safetensors")
     del state["itm_head.bias"]  # the head is not whole: its other parts have no place either
     save_file(state | {"mim_head.weight": torch.zeros(2)}, tmp_path / "eve.safetensors")
@@ -97,7 +97,7 @@ def test_names_without_a_place_are_listed_and_may_be_dropped(convert: Convert, t
     assert load_task_model("pretrain", tmp_path / "out").config.image_size == 32
 
 
-def test_a_pretrained_model_goes_there_and_back_with_its_decoders(convert: Convert, tmp_path: Path) -> None:
+def test_a_pretrained_model_with_decoders_round_trip(convert: Convert, tmp_path: Path) -> None:
     run, eve = tmp_path / "run", tmp_path / "eve.th"
     run.mkdir()
     state = tiny_task("pretrain").state_dict()
@@ -137,7 +137,7 @@ def beit_file(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / "beit.pth", state
 
 
-def test_beit_gives_first_weights_and_a_list_of_what_became_of_all(convert: Convert, tmp_path: Path) -> None:
+def test_beit_initializes_a_model_and_lists_all_tensors(convert: Convert, tmp_path: Path) -> None:
     source, state = beit_file(tmp_path)
     command = ["from-beit", "--checkpoint", source, "--config", TINY]
     told = convert(*command, "--out", tmp_path / "initial")
@@ -192,7 +192,7 @@ def assert_same_folder(found: Path, expected: Path) -> None:
         assert (found / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_deepspeed_checkpoint_becomes_what_the_run_exports(
+def test_a_deepspeed_checkpoint_converts_to_the_exported_model(
     pretrained: Path, convert: Convert, tmp_path: Path
 ) -> None:
     last, first = (pretrained / "checkpoints" / f"step_0000000{step}" for step in (4, 2))
@@ -217,7 +217,7 @@ def test_pretraining_starts_from_beit_and_zero_3_converts(data: Path, convert: C
         assert torch.allclose(trained[name], value, atol=1e-7), name
 
 
-def test_a_fine_tuned_checkpoint_brings_its_answers(
+def test_a_fine_tuned_checkpoint_keeps_its_answers(
     data: Path, pretrained: Path, convert: Convert, tmp_path: Path
 ) -> None:
     output, recipe = tmp_path / "run", tmp_path / "tiny.yaml"
@@ -283,7 +283,7 @@ MISTAKES = {
     "published already": (["to-published", "--checkpoint", VQA], "already"),
     "no suffix": (["to-published", "--checkpoint", ASSETS, "--out", "eve"], ".safetensors or"),
     "no model": (["to-published", "--checkpoint", "tests"], "no model.safetensors"),
-    "no run": (["from-deepspeed", "--checkpoint", "tests"], "no whole checkpoint"),
+    "no run": (["from-deepspeed", "--checkpoint", "tests"], "no complete checkpoint"),
     "no folder": (["from-deepspeed", "--checkpoint", "none"], "none: no such folder"),
     "ill-typed shape": (["from-beit", "--checkpoint", "{beit}", "--config", "{typo}"], "typo.yaml"),
     "nothing to drop": (
@@ -298,14 +298,14 @@ MISTAKES = {
     "existing": (["from-beit", "--checkpoint", "{beit}", "--config", TINY, "--out", "{kept}"], "--overwrite"),
     "onto itself": (
         ["to-published", "--checkpoint", "{wide}", "--out", "{kept}/../wide.safetensors", "--overwrite"],
-        "is the very file to convert",
+        "is the file to convert",
     ),
     "no room of ours": (["from-beit", "--checkpoint", "{beit}", "--config", TINY, "--out", "{beit}/x"], "beit.pth/x"),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_told_in_one_line(case: str, convert: Convert, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(case: str, convert: Convert, tmp_path: Path) -> None:
     arguments, word = MISTAKES[case]
     kept = tmp_path / "kept"
     kept.mkdir()

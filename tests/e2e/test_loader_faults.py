@@ -107,9 +107,9 @@ def test_few_corrupt_rows_are_replaced_and_a_slow_disk_shows(data: Path, tmp_pat
     settings = {"data.max_corrupt": 0.5, "optimizer.total_steps": 4}
     output = tmp_path / "run"
     text = ranks.run("eve_ds.pretrain", options(data, data / "corrupt", output, 1, **settings), 1)
-    for row in CORRUPT:  # told once each, though an epoch is three steps
+    for row in CORRUPT:  # reported once each, although an epoch has three steps
         where = rf"shard-{row // SHARD_ROWS:05d}\.arrow: row {row % SHARD_ROWS}: the image cannot be decoded"
-        assert len(re.findall(rf"{where}.*sample {row + 1} stands in for sample {row}$", text, re.MULTILINE)) == 1, text
+        assert len(re.findall(rf"{where}.*sample {row + 1} replaces sample {row}$", text, re.MULTILINE)) == 1, text
     replaced = [record["data/replaced"] for record in records(output)]
     assert replaced[2] == len(CORRUPT) <= replaced[3] and replaced == sorted(replaced)
 
@@ -153,7 +153,7 @@ def test_a_killed_reader_ends_the_run(data: Path, tmp_path: Path) -> None:
     assert lost == 3 and alone.startswith("rank 0: another rank has ended; its message says why")
 
 
-def test_a_shard_cut_off_ends_the_run(data: Path, tmp_path: Path) -> None:
+def test_a_truncated_shard_ends_the_run(data: Path, tmp_path: Path) -> None:
     run = Run(data, tmp_path, world_size=2, workers=1)
     os.truncate(run.shard(1), run.shard(1).stat().st_size // 2)
     ended = run.finish()

@@ -10,7 +10,7 @@ from tests.support.made_run import make_run
 from tests.support.page import Page
 
 
-def test_command_writes_a_page_that_needs_nothing_from_outside(tmp_path: Path, repository: Path) -> None:
+def test_the_command_writes_a_self_contained_page(tmp_path: Path, repository: Path) -> None:
     run_folder = make_run(tmp_path / "demo")
     out = tmp_path / "new" / "report.html"
     command = [sys.executable, "-m", "eve_ds.report", "--run", str(run_folder), "--out", str(out)]

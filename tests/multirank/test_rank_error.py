@@ -14,8 +14,8 @@ ROWS, MICRO, WORLD = 12, 2, 2
 
 def row_of_rank_one() -> int:
     """The first row that rank 1 reads for the second optimizer step (of two micro-batches each), and nobody before."""
-    blocks = TrainOrder(Shuffle(ROWS, seed=0), MICRO, WORLD, rank=1).blocks()
-    return int(next(islice(blocks, 2, None)).samples[0])
+    batches = TrainOrder(Shuffle(ROWS, seed=0), MICRO, WORLD, rank=1).micro_batches()
+    return int(next(islice(batches, 2, None)).samples[0])
 
 
 def test_the_rank_that_cannot_read_a_row_names_it(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from eve_ds.callbacks.metrics import lines_until
 from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, parse
-from eve_ds.data.batch_reader import Reader
-from eve_ds.data.sampler import Block
+from eve_ds.data.batch_reader import BatchReader
+from eve_ds.data.sampler import MicroBatchIndices
 from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.shards import RowError, Split
 from eve_ds.data.sources import open_split
@@ -77,10 +77,10 @@ def _samples(split: Split, root: Path, tokenizer: Tokenizer) -> Samples:
 def _read_all(split: Split, root: Path, tokenizer: Tokenizer) -> list[str]:
     """Read every sample as a loader does; returns what it reads as texts."""
     samples = _samples(split, root, tokenizer)
-    block = Block(np.arange(len(samples)), np.zeros(len(samples), dtype=np.int64), None, len(samples))
-    reading = Reader(samples, 1, replace=True)[0, block]
-    if reading.failure is not None:
-        raise UserError(reading.failure)
+    indices = MicroBatchIndices(np.arange(len(samples)), np.zeros(len(samples), dtype=np.int64), None, len(samples))
+    batch = BatchReader(samples, 1, replace=True)[0, indices]
+    if batch.failure is not None:
+        raise UserError(batch.failure)
     found = []
     for index in range(len(samples)):
         try:

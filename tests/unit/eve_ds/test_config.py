@@ -9,7 +9,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, par
 from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.recipes import known_keys, shipped
+from eve_ds.recipes import find_shipped, known_keys
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "eve_ds" / "configs").glob("*.yaml"))
 
@@ -244,7 +244,7 @@ def test_recipes_and_deepspeed_files_that_come_along_are_found_by_name(
         assert pretrain("--config", name).model.vocab_size == 512
         assert pretrain(f"--config={name}").model.vocab_size == 512
     for name in ("zero2", "zero2.json", "ds_configs/zero2.json"):
-        assert shipped(name, "ds_configs", ".json").is_file()
+        assert find_shipped(name, "ds_configs", ".json").is_file()
     (tmp_path / "tiny_shapes").write_text("model: {vocab_size: 300}")  # what lies here wins
     assert pretrain("--config", "tiny_shapes").model.vocab_size == 300
     with pytest.raises(UserError, match=r"--config tiny_shape: No such file or directory; did you mean tiny_shapes\?"):

@@ -19,7 +19,7 @@ from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.recipes import fits, hint_of, known_keys, section_of, shown, told
+from eve_ds.recipes import describe_type, format_value, has_type, hint_of, known_keys, section_of
 from preprocessing import json_text
 from preprocessing.redaction import printable, shortened
 
@@ -42,10 +42,10 @@ def written(folder: Path, text: str) -> str:
 
 def wrong(hint: Any) -> Any:
     """A value that is none of this type."""
-    return next(value for value in ("moon", 1.5, {"a": 1}) if not fits(value, hint))
+    return next(value for value in ("moon", 1.5, {"a": 1}) if not has_type(value, hint))
 
 
-def test_every_setting_tells_what_it_expects(tmp_path: Path) -> None:
+def test_every_setting_names_its_type(tmp_path: Path) -> None:
     roots = {key: root for root in (FinetuneConfig, PretrainConfig) for key in known_keys(root)}
     leaves = [key for key in roots if not any(other.startswith(key + ".") for other in roots)]
     for key in leaves:
@@ -55,10 +55,10 @@ def test_every_setting_tells_what_it_expects(tmp_path: Path) -> None:
         for section in reversed(sections):
             tree = {section: tree}
         recipe = written(tmp_path, yaml.safe_dump(tree))
-        told_of = f"{key}: expected {told(hint)}, got {wrong(hint)!r}"
+        told_of = f"{key}: expected {describe_type(hint)}, got {wrong(hint)!r}"
         assert refusal(root, [f"--config={recipe}"]) == f"{recipe}: {told_of}"
-        if not fits("moon", hint):
-            assert refusal(root, [f"--{key}=moon"]) == f"--{key}: expected {told(hint)}, got 'moon'"
+        if not has_type("moon", hint):
+            assert refusal(root, [f"--{key}=moon"]) == f"--{key}: expected {describe_type(hint)}, got 'moon'"
     assert len(leaves) > 50
 
 
@@ -85,11 +85,11 @@ def test_every_setting_tells_what_it_expects(tmp_path: Path) -> None:
         (["--data.sources", "[{weight: 2}]"], "--data.sources: data.sources[0]: has no key 'path'"),
     ],
 )
-def test_what_an_option_does_not_take(argv: list[str], message: str) -> None:
+def test_invalid_option_values(argv: list[str], message: str) -> None:
     assert refusal(PretrainConfig, argv) == message
 
 
-def test_the_value_at_fault_is_told_and_not_another(tmp_path: Path) -> None:
+def test_the_invalid_value_is_named(tmp_path: Path) -> None:
     """One in quotes is taken for the number in it; a later option does not hide an earlier recipe's fault."""
     recipe = written(tmp_path, 'optimizer: {lr: "0.5"}')
     assert parse(PretrainConfig, [f"--config={recipe}"], "program").optimizer.lr == 0.5
@@ -100,9 +100,7 @@ def test_the_value_at_fault_is_told_and_not_another(tmp_path: Path) -> None:
     assert refusal(PretrainConfig, ["--config", recipe, "stray"]) == "stray: no option takes this; see --help"
 
 
-def test_sources_in_recipes_are_looked_at_before_a_class_of_that_name_is_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sources_are_checked_before_a_class_path_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "eve_ds_test_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass A: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     listed = "[{class_path: eve_ds_test_module.A}]"
@@ -121,7 +119,7 @@ def test_sources_in_recipes_are_looked_at_before_a_class_of_that_name_is_importe
     assert not (tmp_path / "ran").exists()
 
 
-def test_short_options_and_benchmarks_speak_the_same_way() -> None:
+def test_short_options_and_benchmarks_have_the_same_messages() -> None:
     for argv, message in (
         (["moe", "--repeats", "x"], "--repeats: expected an integer above 0, got 'x'"),
         (["moe", "--warmup=-1"], "--warmup: expected an integer, 0 or more, got '-1'"),
@@ -149,9 +147,7 @@ def test_short_options_and_benchmarks_speak_the_same_way() -> None:
     assert (config.optimizer.lr, config.optimizer.head_lr_mult, config.data.path) == (6e-5, 0.5, "7")
 
 
-def test_a_mistyped_name_of_a_recipe_or_deepspeed_file_is_mended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistyped_file_names_get_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written(tmp_path, "{}")
     for name, mend in (
@@ -191,7 +187,7 @@ def opened() -> Iterator[Callable[[str], str]]:
         os.close(reader)
 
 
-def test_a_recipe_that_the_shell_has_opened_is_read_by_all_who_ask(opened: Callable[[str], str]) -> None:
+def test_a_recipe_from_a_pipe_is_read_once(opened: Callable[[str], str]) -> None:
     one = opened("optimizer: {lr: 1e-3, betas: [0.5, 0.75]}\nmodel: {dim: 96}")
     rest, defaults = expand_options(["--config", one, f"--config={opened('optimizer: {lr: 2e-3}')}", "--seed", "3"])
     config = parse(FinetuneConfig, rest, "program", defaults)
@@ -243,9 +239,10 @@ def test_passwords_are_refused_before_print_config_shows_them(
 
 def test_values_are_hidden_first_and_then_cut() -> None:
     for value in (ADDRESS, [ADDRESS], {"a": ADDRESS}):
-        for text in (shown(value), json_text.json_excerpt(value), shortened(repr(value)), shortened(repr(value), 15)):
+        texts = (format_value(value), json_text.json_excerpt(value), shortened(repr(value)), shortened(repr(value), 15))
+        for text in texts:
             assert "AKIA" not in text and "wJal" not in text, text
-    assert shown("a" * 80) == f"'{'a' * 59} …" and shown("a" * 58) == f"'{'a' * 58}'"
+    assert format_value("a" * 80) == f"'{'a' * 59} …" and format_value("a" * 58) == f"'{'a' * 58}'"
 
 
 def test_a_section_may_be_given_by_a_file(tmp_path: Path, opened: Callable[[str], str]) -> None:
@@ -267,7 +264,7 @@ def test_a_section_may_be_given_by_a_file(tmp_path: Path, opened: Callable[[str]
     assert "is a section" in refusal(PretrainConfig, ["--model", str(tmp_path)])
 
 
-def test_what_stands_in_quotes_is_taken_in_sources_as_elsewhere(tmp_path: Path) -> None:
+def test_quoted_values_in_sources(tmp_path: Path) -> None:
     for text in ("[{path: '7', weight: '2'}]", "\"[{path: '7', weight: 2}]\""):
         for argv in (["--config", written(tmp_path, f"data: {{sources: {text}}}")], [f"--data={{sources: {text}}}"]):
             (source,) = parse(PretrainConfig, argv, "program").data.sources or ()
@@ -280,7 +277,7 @@ def test_what_stands_in_quotes_is_taken_in_sources_as_elsewhere(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", ["demo --out", "finetune --checkpoint", "plan --config", "launching"])
-def test_a_path_that_is_made_of_an_address_is_hidden_in_messages(command: str, tmp_path: Path) -> None:
+def test_secrets_in_paths_are_hidden_in_messages(command: str, tmp_path: Path) -> None:
     """It has one slash of two."""
     module, *words = command.split()
     (tmp_path / f"{ADDRESS}").mkdir(parents=True)  # no file may take its place

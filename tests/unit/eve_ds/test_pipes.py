@@ -49,7 +49,7 @@ def test_pipes_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../other.pt", "/etc/hostname", "a/../../b.pt", ""])
-def test_a_checkpoint_names_files_of_its_own_alone(tmp_path: Path, name: str) -> None:
+def test_a_checkpoint_names_only_its_own_files(tmp_path: Path, name: str) -> None:
     manifest = Manifest(1, Topology(1, 1, 1), {}, deepspeed.__version__, {}, {name: (1, "0")})
     manifest.write(tmp_path)
     with pytest.raises(UserError, match=r"complete\.json names a file outside of the checkpoint"):

@@ -17,7 +17,7 @@ from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse
 from eve_ds.errors import USER_ERRORS, UserError
 from eve_ds.model.model_config import ModelConfig, ModelConfigError
-from eve_ds.recipes import DEEPEST, MOST_NODES, section_of
+from eve_ds.recipes import MAX_DEPTH, MAX_NODES, section_of
 from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
 from eve_ds.tasks.vqa import read_answer_list
@@ -87,7 +87,7 @@ def refusal(root: type, *argv: str) -> str:
     return text
 
 
-def test_there_are_as_many_settings_as_the_issue_counts() -> None:
+def test_the_number_of_settings() -> None:
     assert len(LEAVES) >= 122
 
 
@@ -140,17 +140,17 @@ def test_control_characters_are_errors_that_name_the_key(tmp_path: Path) -> None
         ("optimizer:\n  betas:\n    - 0.9\n    -\n", ["optimizer.betas[1] in line 4 has no value"]),
         ("data: {sources: [{path: }]}", ["data.sources[0].path", "no value"]),
         ("optimizer:\n", ["optimizer in line 1 has no value"]),
-        ("model: null", ["'model' is a section, give a mapping in place of null"]),
+        ("model: null", ["'model' is a section, give a mapping, not null"]),
         ("model: &a {dim: *a}", ["'model' is nested deeper than 20 levels (or holds itself)"]),
-        ("model: " + "{a: " * DEEP + "1" + "}" * DEEP, [f"nested deeper than {DEEPEST} levels"]),
-        ("model: {soft_layers: " + "[" * DEEP + "]" * DEEP + "}", [f"nested deeper than {DEEPEST} levels"]),
+        ("model: " + "{a: " * DEEP + "1" + "}" * DEEP, [f"nested deeper than {MAX_DEPTH} levels"]),
+        ("model: {soft_layers: " + "[" * DEEP + "]" * DEEP + "}", [f"nested deeper than {MAX_DEPTH} levels"]),
         ("x: " + "[" * 30 + "]" * 30, ["'x", "nested deeper"]),
         ("model: {dim: 1, dim: 2}", ["'dim' stands in line 1 already"]),
         ("--- {}\n--- {}", ["not valid YAML at line 2"]),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_yaml_takes_and_a_recipe_does_not(text: str, words: list[str], tmp_path: Path) -> None:
+def test_valid_yaml_that_recipes_refuse(text: str, words: list[str], tmp_path: Path) -> None:
     found = refusal(PretrainConfig, "--config", written(tmp_path, text))
     assert all(word in found for word in words), found
 
@@ -162,13 +162,13 @@ def test_aliases_are_taken_unless_they_multiply(tmp_path: Path) -> None:
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     found = refusal(PretrainConfig, "--config", written(tmp_path, "\n".join(lines)))
-    assert f"more than {MOST_NODES} values" in found and found.count("--config") == 1
+    assert f"more than {MAX_NODES} values" in found and found.count("--config") == 1
 
 
 def test_values_too_deep_on_the_command_line() -> None:
     for value in ("[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, "[" * 30 + "]" * 30):
         for argv in (["--model.soft_layers", value], [f"--model.soft_layers={value}"], ["--model", value]):
-            assert f"nested deeper than {DEEPEST} levels" in refusal(PretrainConfig, *argv)
+            assert f"nested deeper than {MAX_DEPTH} levels" in refusal(PretrainConfig, *argv)
     assert "model.soft_layers" in refusal(PretrainConfig, "--model.soft_layers", "[[[1]]]")
 
 

@@ -1,4 +1,4 @@
-"""`bench loader` at tiny sizes: its contestants do the same work, and one that ends does not end the run.
+"""`bench loader` at tiny sizes: its candidates do the same work, and one that ends does not end the run.
 
 tests/e2e/test_bench_loader.py has a whole run.
 """
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from eve_ds.bench import __main__ as bench
-from eve_ds.bench import loader, loader_images, loader_ours, loader_rivals
+from eve_ds.bench import loader, loader_baselines, loader_images, loader_ours
 from eve_ds.bench.loader_process import JobError, JobProcess, Settings
 from eve_ds.errors import UserError
 from preprocessing.errors import DataError
@@ -37,7 +37,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     work = tmp_path_factory.mktemp("bench")
     sizes = {"image_size": 32, "packing_copies": 2, "shards": 3, "shard_rows": 300}
     settings = Settings(str(work), str(work / "images"), images=16, batch_size=2, processes=1, **sizes)
-    loader_rivals.Images(settings)
+    loader_baselines.Images(settings)
     return settings
 
 
@@ -57,15 +57,15 @@ def test_a_folder_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        loader_images.made_once(tmp_path / "data", fail)
+        loader_images.create_once(tmp_path / "data", fail)
     assert list(tmp_path.iterdir()) == []
-    loader_images.made_once(tmp_path / "data", lambda folder: (folder / "whole").touch())
-    loader_images.made_once(tmp_path / "data", fail)  # is there: nothing is written
+    loader_images.create_once(tmp_path / "data", lambda folder: (folder / "whole").touch())
+    loader_images.create_once(tmp_path / "data", fail)  # is there: nothing is written
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["whole"]
 
 
 def test_ours_gives_the_batches_that_the_bare_loop_makes(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = loader_rivals.Bare(settings)
+    bare = loader_baselines.Bare(settings)
     expected = [bare._batch([index])[0] for index in range(settings.images)]
     seen: list[torch.Tensor] = []
 
@@ -84,7 +84,7 @@ def test_the_window_leaves_out_start_and_end(monkeypatch: pytest.MonkeyPatch) ->
     settings = Settings("", "", images=40, batch_size=2, processes=2, prefetch=1)
     assert (settings.lead, settings.window) == (2, 16)
     now = 0.0
-    monkeypatch.setattr(loader_rivals.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loader_baselines.time, "perf_counter", lambda: now)
 
     def batches() -> Iterator[torch.Tensor]:
         nonlocal now
@@ -92,9 +92,9 @@ def test_the_window_leaves_out_start_and_end(monkeypatch: pytest.MonkeyPatch) ->
             now += 0.5 if 2 < number <= 18 else 100.0
             yield torch.zeros(2, 1)
 
-    assert loader_rivals.window_rate(batches(), settings) == {"images_per_second": 32 / 8.0}
+    assert loader_baselines.window_rate(batches(), settings) == {"images_per_second": 32 / 8.0}
     with pytest.raises(RuntimeError, match="ended before number 18"):
-        loader_rivals.window_rate([torch.zeros(2, 1)] * 17, settings)
+        loader_baselines.window_rate([torch.zeros(2, 1)] * 17, settings)
 
 
 def test_opening_reads_a_row_of_every_shard(settings: Settings) -> None:
@@ -138,7 +138,7 @@ def start(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return started
 
 
-def test_rivals_do_not_take_themselves_for_ranks(start: Callable[[str], JobProcess]) -> None:
+def test_rank_variables_are_removed(start: Callable[[str], JobProcess]) -> None:
     process = start("Ranks")
     assert process.round() == {"ranks": False, "offline": True}  # streaming would wait for the other ranks
     process.close()
@@ -153,7 +153,7 @@ def test_a_job_that_hangs_is_ended(start: Callable[[str], JobProcess]) -> None:
     assert process._process.returncode == -signal.SIGKILL
 
 
-def test_a_rival_that_dies_in_a_round_does_not_end_the_run(start: Callable[[str], JobProcess]) -> None:
+def test_a_baseline_that_dies_in_a_round_does_not_end_the_run(start: Callable[[str], JobProcess]) -> None:
     options = bench.parse(["loader", "--repeats", "3", "--warmup", "1"])[1]
     missing: dict[str, str] = {}
     jobs = {"ours": start("Noisy"), "streaming": start("DiesLater")}

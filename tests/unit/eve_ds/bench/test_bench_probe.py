@@ -66,7 +66,7 @@ def test_ridge_equals_least_squares_with_the_penalty_as_rows(balanced: bool) -> 
         torch.testing.assert_close(torch.cat([model.weight, model.bias[None]]), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_constant_features_tell_the_commonest_class() -> None:
+def test_constant_features_predict_the_most_frequent_class() -> None:
     for value in (0.0, 7.1):
         features = torch.full((5, 3), value)
         for model in fit_ridges(features, torch.tensor([2, 0, 2, 1, 2]), 4):
@@ -92,7 +92,7 @@ def examples(count: int, generator: torch.Generator, noise: float = 0.1) -> Exam
     return Examples(features + noise * torch.randn(count, 8, generator=generator), labels, torch.arange(count))
 
 
-def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
+def test_a_probe_finds_only_what_the_features_hold() -> None:
     generator = torch.Generator().manual_seed(0)
     fitted, tested = examples(300, generator), examples(200, generator)
     assert linear_probe(fitted, tested).accuracy == 1
@@ -102,7 +102,7 @@ def test_a_probe_finds_what_is_there_and_nothing_else() -> None:
     assert 0.4 < linear_probe(*blind, balanced=True).accuracy < 0.6
 
 
-def test_balanced_probes_see_what_is_rare() -> None:
+def test_balanced_probes_find_rare_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     fitted, tested = (
         part._replace(labels=part.labels[:, 1:])
@@ -131,7 +131,7 @@ BLUE_RING = Thing(5, "ring", "blue", "large")
 SCENES = [(RED_RING, BLUE_SQUARE), (RED_RING, BLUE_RING), (BLUE_SQUARE,), (BLUE_RING, BLUE_SQUARE)]
 
 
-def test_objects_are_labeled_where_they_are() -> None:
+def test_objects_are_labeled_at_their_cells() -> None:
     assert object_labels(SCENES[:2], "color") == (
         [0, 0, 1, 1],
         [0, 6, 0, 5],
@@ -147,7 +147,7 @@ def test_top_left_needs_exactly_one_object_there() -> None:
     assert cells == [0, 1, 4, 5]
 
 
-def test_presence_asks_for_what_some_images_hold() -> None:
+def test_presence_labels() -> None:
     kinds = kinds_to_ask(SCENES, SCENES[1:3])
     assert kinds == [("blue", "ring"), ("blue", "square"), ("red", "ring")]
     assert kinds_to_ask(SCENES, SCENES[2:]) == [("blue", "ring")]  # all of these hold a blue square, none a red ring
@@ -197,8 +197,8 @@ def test_features_are_those_of_the_two_passes() -> None:
     assert torch.equal(found.question, joint[:, 17])
     labels = Labels([2, 0], [15, 3], [("red",), ("red",)])
     expected = torch.stack([alone[2, 16], alone[0, 4]])
-    assert torch.equal(found.at("patches", labels), expected)
-    assert torch.equal(found.at("question", labels), joint[[2, 0], 17])
+    assert torch.equal(found.select("patches", labels), expected)
+    assert torch.equal(found.select("question", labels), joint[[2, 0], 17])
 
 
 def test_rows_of_a_model_with_first_values(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +241,7 @@ def refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_folder(tmp_path / "large", world, image_size=96)
     model_folder(tmp_path / "mute", world, tokenizer=False)
     (model_folder(tmp_path / "bare", world) / "config.yaml").unlink()
@@ -280,13 +280,13 @@ def test_scenes_that_agree_with_the_captions_in_color_alone_are_noticed(
         for thing in scene["objects"]:
             thing["cell"] = 15 - thing["cell"]
     path.write_text(json.dumps(content), encoding="utf-8")
-    assert "is none that image" in refused(arguments(world, scenes=tmp_path / "scenes"), capsys)
+    assert "does not fit image" in refused(arguments(world, scenes=tmp_path / "scenes"), capsys)
 
 
 def test_scenes_of_another_world_are_noticed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes_world(tmp_path / "other", seed=1)
     told = refused(arguments(world, scenes=tmp_path / "other/raw/annotations"), capsys)
-    assert "is none that image" in told and "same world" in told
+    assert "does not fit image" in told and "same world" in told
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_the_other_image_is_the_next_one(world: Path, tmp_path: Path) -> None:
     assert any(row["shuffled"] != row["accuracy"] for row in rows.values())  # the model looks at the image
 
 
-def test_without_another_image_at_hand_there_is_no_such_figure(world: Path, tmp_path: Path) -> None:
+def test_no_other_image_in_the_batch(world: Path, tmp_path: Path) -> None:
     rows = measured(world, tmp_path, captions=5, batch_size=5)  # all of one image
     assert {row["shuffled"] for row in rows.values()} == {None}
 
@@ -171,7 +171,7 @@ def scenes_changed(world: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
-def test_who_does_not_know_the_order_predicts_less(world: Path, tmp_path: Path) -> None:
+def test_an_unknown_order_lowers_the_oracle(world: Path, tmp_path: Path) -> None:
     folders = {order: scenes_changed(world, tmp_path / order, order=order) for order in ("reading", "random")}
     reading, random = (measured(world, tmp_path, captions=60, scenes=folder) for folder in folders.values())
     assert random["color"]["oracle"] < 0.97 * reading["color"]["oracle"]
@@ -190,7 +190,7 @@ def refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_folder(tmp_path / "mute", world, tokenizer=False)
     (model_folder(tmp_path / "bare", world) / "config.yaml").unlink()
     weights = model_folder(tmp_path / "tuned", world) / "model.safetensors"
@@ -216,7 +216,7 @@ def test_mistakes_are_told_in_one_line(world: Path, tmp_path: Path, capsys: pyte
 def test_scenes_of_another_world_are_noticed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes_world(tmp_path / "other", seed=1, splits=("train",))
     told = refused(arguments(world, scenes=tmp_path / "other/raw/annotations"), capsys)
-    assert "is none that image" in told and "same world" in told
+    assert "does not fit image" in told and "same world" in told
 
 
 def test_scenes_with_the_same_colors_but_other_shapes_are_noticed(
@@ -227,7 +227,7 @@ def test_scenes_with_the_same_colors_but_other_shapes_are_noticed(
         item["shape"] = {"ring": "square", "square": "triangle", "triangle": "ring"}[item["shape"]]
     (tmp_path / "scenes_val2014.json").write_text(json.dumps(content), encoding="utf-8")
     told = refused(arguments(world, scenes=tmp_path), capsys)
-    assert re.search(r"row 3: its caption '.*' is none that image \d+ of .*scenes_val2014.json may have", told)
+    assert re.search(r"row 3: its caption '.*' does not fit image \d+ of .*scenes_val2014.json", told)
 
 
 def test_later_captions_of_another_scene_are_noticed(
@@ -241,7 +241,7 @@ def test_later_captions_of_another_scene_are_noticed(
     where = ["--images", str(world / "raw/images"), "--split", "val", "--out", str(tmp_path / "data")]
     assert main(["coco", "--annotations", str(tmp_path / path.name), *where]) == 0
     told = refused(arguments(world, data=tmp_path / "data"), capsys)
-    assert re.search(r"row 3: caption 1[5-9] is none that its scene may have", told) and "--scenes" in told
+    assert re.search(r"row 3: caption 1[5-9] does not fit its scene", told) and "--scenes" in told
 
 
 def test_captions_in_another_order_are_noticed(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +251,6 @@ def test_captions_in_another_order_are_noticed(world: Path, tmp_path: Path, caps
     where = ["--images", str(raw / "images"), "--split", "val", "--out", str(tmp_path / "data")]
     assert main(["coco", "--annotations", str(raw / "annotations/captions_val2014.json"), *where]) == 0
     told = refused(arguments(world, data=tmp_path / "data"), capsys)
-    assert "is none that" in told
+    assert "does not fit" in told
     rows = measured(world, tmp_path, data=tmp_path / "data", scenes=raw / "annotations", captions=40)
     assert rows["color"]["oracle"] < 0.98

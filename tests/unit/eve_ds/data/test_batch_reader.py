@@ -1,4 +1,4 @@
-"""Reading a block: whose place a corrupt sample gives up to which, and what is no row's fault."""
+"""Reading a micro-batch: which sample replaces a corrupt one, and which errors are never replaced."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from eve_ds.data.batch_reader import NEIGHBORS, Reader, Reading, SharedImages
+from eve_ds.data.batch_reader import MAX_NEIGHBORS, BatchReader, LoadedBatch, SharedImages
 from eve_ds.data.loader import Loader, build_loader
-from eve_ds.data.loader_faults import OF_JOBS, explain_worker_death
-from eve_ds.data.sampler import Block
+from eve_ds.data.sampler import MicroBatchIndices
 from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.transforms import build_transform
+from eve_ds.data.worker import JOB_SIGNALS, explain_worker_death
 from eve_ds.tasks.vqa import VqaSamples
 from preprocessing.errors import DataError
 from tests.support.limits import few_descriptors
@@ -48,12 +48,12 @@ def captions(root: Path, corrupt: set[int], rows: int = 12, number: int = 2) -> 
     return CaptionSamples(write_split(root / "train", "caption", table, shard_rows=5), TOKENIZER, TRAIN, 12)
 
 
-def read(data: Samples, samples: list[int], epoch: int = 0, replace: bool = True, **options: Any) -> Reading:
-    block = Block(np.array(samples), np.full(len(samples), epoch), None, 0)
-    return Reader(data, 1, replace, **options)[0, block]
+def read(data: Samples, samples: list[int], epoch: int = 0, replace: bool = True, **options: Any) -> LoadedBatch:
+    indices = MicroBatchIndices(np.array(samples), np.full(len(samples), epoch), None, 0)
+    return BatchReader(data, 1, replace, **options)[0, indices]
 
 
-def test_the_next_sound_sample_stands_in_as_in_its_own_turn(tmp_path: Path) -> None:
+def test_the_next_valid_sample_replaces_a_corrupt_one(tmp_path: Path) -> None:
     data = captions(tmp_path, corrupt={3, 4, 11})
     found = read(data, [0, 6, 9, 23, 7], epoch=2)  # 6, 7: row 3; 9: row 4; 23: the last one, so the first follows
     expected = read(data, [0, 10, 10, 0, 10], epoch=2)
@@ -66,28 +66,28 @@ def test_the_next_sound_sample_stands_in_as_in_its_own_turn(tmp_path: Path) -> N
     )
     assert [each.where[-5:] for each in found.replaced] == ["row 3", "row 4", "row 1", "row 3"]
     message = found.replaced[0].message
-    assert message.startswith(found.replaced[0].where) and message.endswith("sample 10 stands in for sample 6")
+    assert message.startswith(found.replaced[0].where) and message.endswith("sample 10 replaces sample 6")
     assert "cannot be decoded" in message and "\n" not in message
 
 
-def test_a_corrupt_row_is_a_failure_where_none_may_be_replaced(tmp_path: Path) -> None:
+def test_a_corrupt_row_is_a_failure_without_replacement(tmp_path: Path) -> None:
     found = read(captions(tmp_path, corrupt={3}), [6], replace=False)
     assert found.failure is not None and not found.arrays and not found.replaced
     assert "shard-00000.arrow: row 3: the image cannot be decoded" in found.failure
 
 
-def test_so_many_neighbors_are_tried_and_no_more(tmp_path: Path) -> None:
-    data = captions(tmp_path, corrupt=set(range(1, NEIGHBORS + 2)), rows=NEIGHBORS + 3, number=1)
+def test_the_number_of_tried_neighbors_is_limited(tmp_path: Path) -> None:
+    data = captions(tmp_path, corrupt=set(range(1, MAX_NEIGHBORS + 2)), rows=MAX_NEIGHBORS + 3, number=1)
     found = read(data, [2])
-    assert found.failure is None and found.arrays["sample_id"].tolist() == [NEIGHBORS + 2]
+    assert found.failure is None and found.arrays["sample_id"].tolist() == [MAX_NEIGHBORS + 2]
     found = read(data, [1])
-    assert found.failure is not None and found.failure.endswith(f"the {NEIGHBORS} samples after it are no better")
+    assert found.failure is not None and found.failure.endswith(f"the next {MAX_NEIGHBORS} samples are corrupt, too")
     assert "shard-00000.arrow: row 1:" in found.failure and "\n" not in found.failure
 
 
-def test_a_small_set_of_nothing_but_corrupt_rows_ends(tmp_path: Path) -> None:
+def test_a_dataset_of_corrupt_rows_only_is_a_failure(tmp_path: Path) -> None:
     found = read(captions(tmp_path, corrupt={0, 1, 2}, rows=3), [4])
-    assert found.failure is not None and "row 2" in found.failure and "no better" in found.failure
+    assert found.failure is not None and "row 2" in found.failure and "are corrupt, too" in found.failure
 
 
 def whole_batches(data: Samples, count: int, world: int, workers: int) -> tuple[list[dict[str, torch.Tensor]], int]:
@@ -113,7 +113,7 @@ def test_replacement_is_the_same_on_any_ranks_and_workers(tmp_path: Path, world:
         assert all(torch.equal(one[name], other[name]) for name in expected[0])
 
 
-def test_what_is_no_rows_fault_is_never_replaced(tmp_path: Path) -> None:
+def test_errors_beyond_one_row_are_never_replaced(tmp_path: Path) -> None:
     data = captions(tmp_path / "a", corrupt=set())
     (tmp_path / "a" / "train" / "shard-00001.arrow").unlink()
     found = read(data, [0, 12])
@@ -144,13 +144,13 @@ def test_images_travel_through_shared_memory(tmp_path: Path) -> None:
     shared = SharedImages(3, data.images, 4, 16)
     plain = [read(data, [i, i + 5]) for i in range(5)]
     for number, expected in enumerate(plain):
-        block = expected.block
-        found = pickle.loads(pickle.dumps(Reader(data, 1, True, shared)[number, block]))  # noqa: S301  as a queue does
+        indices = expected.indices
+        found = pickle.loads(pickle.dumps(BatchReader(data, 1, True, shared)[number, indices]))  # noqa: S301  as a queue does
         assert found.slot == number % 3 and "images" not in found.arrays and "text_ids" in found.arrays
-        assert np.array_equal(shared.look_at(found.slot, 2)["images"], expected.arrays["images"])
+        assert np.array_equal(shared.view(found.slot, 2)["images"], expected.arrays["images"])
 
 
-def test_shared_memory_that_there_is_not() -> None:
+def test_shared_memory_that_cannot_be_allocated() -> None:
     with pytest.raises(DataError, match=r"^data\.num_workers: no shared memory for .* lower data\.num_workers"):
         SharedImages(1 << 30, ("images",), 1 << 20, 224)
 
@@ -175,16 +175,16 @@ def test_a_killed_worker_is_one_line(one_worker: tuple[Iterator[Any], int]) -> N
     batches, process = one_worker
     with pytest.raises((DataError, RuntimeError)) as error:
         os.kill(process, signal.SIGKILL)
-        for _ in range(100):  # the signal of its death may come up anywhere in the main thread
+        for _ in range(100):  # torch raises the error anywhere in the main thread
             next(batches)
     line = str(error.value) if isinstance(error.value, DataError) else explain_worker_death(error.value)
     assert line is not None and f"data loader process {process} ended by SIGKILL" in line and "\n" not in line
 
 
-def test_a_signal_for_the_whole_job_leaves_the_workers_reading(one_worker: tuple[Iterator[Any], int]) -> None:
+def test_workers_ignore_a_signal_to_the_whole_job(one_worker: tuple[Iterator[Any], int]) -> None:
     """Schedulers and terminals signal every process; the training process saves, and needs batches until then."""
     batches, process = one_worker
-    numbers = [int(number) for number in OF_JOBS]
+    numbers = [int(number) for number in JOB_SIGNALS]
     from_elsewhere = f"import os; [os.kill({process}, number) for number in {numbers}]"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", from_elsewhere], check=True)
@@ -202,14 +202,14 @@ def test_a_parents_signal_ends_its_worker(one_worker: tuple[Iterator[Any], int])
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ("DataLoader worker (pid 71) is killed by signal: Killed. ", "71 ended by SIGKILL: most often for want of mem"),
+        ("DataLoader worker (pid 71) is killed by signal: Killed. ", "71 ended by SIGKILL: most often for lack of mem"),
         ("DataLoader worker (pid 71) is killed by signal: Bus error. It is possible that", "71 ended by a bus error"),
         ("DataLoader worker (pid 71) is killed by signal: Aborted. ", "71 ended by a signal (Aborted)"),
         ("DataLoader worker (pid(s) 71, 72) exited unexpectedly", "71, 72 ended unexpectedly"),
         ("CUDA error: out of memory", None),
     ],
 )
-def test_what_torch_says_of_a_death(message: str, words: str | None) -> None:
+def test_torchs_messages_about_a_dead_worker(message: str, words: str | None) -> None:
     line = explain_worker_death(RuntimeError(message))
     assert (line is None) == (words is None) and (words or "") in (line or "")
     assert explain_worker_death(ValueError(message)) is None
@@ -229,7 +229,7 @@ def test_too_few_descriptors_for_workers(tmp_path: Path, capfd: pytest.CaptureFi
 def test_freed_memory_is_kept() -> None:
     """Pages that are given back are zeroed anew, at a fault each, when they are taken again."""
     script = (
-        "import resource, sys; from eve_ds.data.freed_memory import keep_freed_memory\n"
+        "import resource, sys; from eve_ds.data.worker import keep_freed_memory\n"
         "if sys.argv[1] == 'keep': keep_freed_memory()\n"
         "def faults():\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

@@ -53,7 +53,7 @@ def test_pixels_change_by_few_levels_on_average(side: tuple[int, int], size: int
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_image_is_cut_out_of_the_same_place(orientation: int) -> None:
+def test_a_rotated_image_has_the_same_crop(orientation: int) -> None:
     data = jpeg(photo(489, 649), orientation)  # what does not fit into blocks of eight may come out first
     assert 0 < difference(data, 32) < LEVELS and 0 < difference(data, 32, crop_scale=None) < LEVELS
 
@@ -68,7 +68,7 @@ def test_gray_and_cmyk() -> None:
         assert 0 < difference(jpeg(photo(480, 640).convert(mode)), 64) < LEVELS
 
 
-def test_off_is_exact() -> None:
+def test_without_draft_pixels_are_exact() -> None:
     data = jpeg(photo(479, 641), orientation=6)
     whole = decode_image(data)
     box = crop_box(random.Random((3 << 72) | 5), *whole.size, (0.5, 1.0))
@@ -83,13 +83,13 @@ def test_evaluation_sees_the_whole_image() -> None:
 
 
 @pytest.mark.parametrize("crop_scale", [(0.5, 1.0), None])
-def test_what_would_come_out_smaller_than_the_square_is_decoded_whole(crop_scale: object) -> None:
+def test_no_draft_below_the_size_of_the_square(crop_scale: object) -> None:
     data = jpeg(photo(120, 160))
     assert difference(data, 96, range(8), crop_scale=crop_scale) == 0  # more than half of the whole image
     assert difference(data, 32, range(8), crop_scale=crop_scale) > 0
 
 
-def test_other_formats_are_decoded_whole() -> None:
+def test_other_formats_are_decoded_at_full_size() -> None:
     buffer = io.BytesIO()
     photo(480, 640).save(buffer, "PNG")
     assert difference(buffer.getvalue(), 32) == 0

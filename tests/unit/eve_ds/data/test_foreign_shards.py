@@ -36,7 +36,7 @@ def test_vilt_captions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["coco", "cc3m", "sbu"])
-def test_eves_captions_are_a_row_each(tmp_path: Path, name: str) -> None:
+def test_eves_shards_have_a_row_per_caption(tmp_path: Path, name: str) -> None:
     paths = foreign_shards.eve_captions(tmp_path, name)
     split = read(tmp_path, "caption", paths, [5, 5])
     assert texts(split, "caption") == [f"{name} {part} {i}" for part in range(2) for i in range(5)]
@@ -48,7 +48,7 @@ def test_visual_genome_with_boxes(tmp_path: Path) -> None:
     assert texts(split, "caption")[4:7] == ["phrase 1 1", "phrase 1 2", "phrase 2 0"]
 
 
-def test_slices_of_web_sets(tmp_path: Path) -> None:
+def test_shards_in_several_slices(tmp_path: Path) -> None:
     split = read(tmp_path, "caption", foreign_shards.vilt_web(tmp_path), [5, 5])
     assert texts(split, "caption")[-1] == "web 1 4"
 
@@ -78,7 +78,7 @@ class Bomb:
         return Path.touch, (self._mark,)
 
 
-def test_pickled_metadata_are_never_run(tmp_path: Path) -> None:
+def test_pickled_metadata_are_never_loaded(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     pickled = pickle.dumps(Bomb(mark))
     pickle.loads(pickled)  # noqa: S301  # the bomb works
@@ -90,10 +90,10 @@ def test_pickled_metadata_are_never_run(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_a_name_that_tells_no_split_is_not_taken_for_train_where_its_rows_say_another(tmp_path: Path) -> None:
+def test_a_file_without_a_split_in_its_name_is_refused_if_its_rows_name_one(tmp_path: Path) -> None:
     train, _, _, test = foreign_shards.vilt_coco(tmp_path, rows=4)
     test.rename(tmp_path / "coco_caption_karpathy_tset.arrow")
-    with pytest.raises(DataError, match=r"tset.arrow: its name says no split.*its rows are of split test; call it"):
+    with pytest.raises(DataError, match=r"tset.arrow: its name has no split.*its rows are of split test; rename it to"):
         open_split(tmp_path, "train")
     train.rename(tmp_path / "vg.arrow")  # as ViLT's Visual Genome: all of it is trained on
     (tmp_path / "coco_caption_karpathy_tset.arrow").rename(tmp_path / "coco_caption_karpathy_test.arrow")

@@ -76,7 +76,7 @@ def test_any_world_and_workers_give_the_same_samples(tmp_path: Path, world: int,
             assert torch.equal(torch.cat([rank[step][name] for rank in ranks]), whole[name])
 
 
-def test_workers_give_the_same_batches_and_leave_the_global_stream_alone(tmp_path: Path) -> None:
+def test_workers_give_the_same_batches_and_do_not_change_the_global_generator(tmp_path: Path) -> None:
     data = _captions(tmp_path)
     reference = _take(build_loader(data, micro_batch_size=3, seed=3), 6)
     torch.manual_seed(0)
@@ -186,7 +186,7 @@ def test_reads_ahead_while_the_consumer_works(tmp_path: Path) -> None:
     _wait_for(lambda: data.reads == 10)
 
 
-def test_tells_how_long_the_consumer_waited(tmp_path: Path) -> None:
+def test_wait_seconds(tmp_path: Path) -> None:
     data = _Gated(tmp_path)
     loader = build_loader(data, micro_batch_size=1, prefetch=1)
     timer = threading.Timer(0.1, data.gate.release, [100])
@@ -198,7 +198,7 @@ def test_tells_how_long_the_consumer_waited(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_readers_end_with_their_consumer(tmp_path: Path, workers: int) -> None:
+def test_workers_end_with_the_iterator(tmp_path: Path, workers: int) -> None:
     threads, children = set(threading.enumerate()), set(multiprocessing.active_children())
     batches = iter(build_loader(_captions(tmp_path), micro_batch_size=2, num_workers=workers))
     next(batches)
@@ -252,7 +252,7 @@ def test_corrupt_rows_are_replaced_until_they_are_too_many(tmp_path: Path, caplo
     assert sorted(seen) == sorted(2 * [{3: 5, 4: 5, 17: 18, 30: 31, 33: 34}.get(i, i) for i in range(40)])
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 5  # once each
-    assert sum("shard-00000.arrow: row 3" in line and "sample 5 stands in for sample 3" in line for line in told) == 1
+    assert sum("shard-00000.arrow: row 3" in line and "sample 5 replaces sample 3" in line for line in told) == 1
     with pytest.raises(DataError, match=r"4 corrupt rows among \d+ samples, more than data\.max_corrupt=0\.05"):
         _take(build_loader(data, micro_batch_size=4, max_corrupt=0.05), 20)
     with pytest.raises(DataError, match=r"row \d+: .*decoded"):

@@ -33,12 +33,12 @@ def cell(file: MappedFile, row: int, batch: int = 0) -> pa.Buffer:
     return view
 
 
-def test_reads_a_cell_from_its_place_in_the_file(tmp_path: Path) -> None:
+def test_reads_a_cell_from_its_byte_range_in_the_file(tmp_path: Path) -> None:
     path = shard(tmp_path, rows=5)
     file = mapped(path)
     for row in range(5):
         view = cell(file, row % 3, row // 3)
-        place = file.place(view)
+        place = file.byte_range(view)
         assert place is not None  # not a copy somewhere else in memory
         assert file.read(view) == path.read_bytes()[slice(*place)] == image_of(row, 8)
 
@@ -64,7 +64,7 @@ def test_compressed_batches_are_read_too(tmp_path: Path, compression: str) -> No
     with pa.ipc.new_file(str(path), table.schema, options=options) as writer:
         writer.write_table(table, max_chunksize=3)
     file = mapped(path)
-    assert file.place(cell(file, 0)) is None
+    assert file.byte_range(cell(file, 0)) is None
     split = Split(write_manifest(folder, "caption", "train", [shard_record(path, 7, 10)]))
     split.read_ahead(range(10))  # there is nothing to ask for, and nothing fails
     found = [split.sample(index) for index in range(10)]
@@ -83,18 +83,18 @@ def test_descriptors_are_closed_when_nothing_refers_to_the_file(tmp_path: Path) 
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
     for broken in (empty, Path(__file__)):
-        with pytest.raises(DataError, match="no readable Arrow file"):
+        with pytest.raises(DataError, match="not a readable Arrow file"):
             mapped(broken)
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
-def test_too_few_descriptors_are_no_fault_of_the_file(tmp_path: Path) -> None:
+def test_too_few_descriptors_are_reported_as_such(tmp_path: Path) -> None:
     path = shard(tmp_path)
     with few_descriptors(), pytest.raises(DataError, match=r"shard-00000\.arrow: .*raise `ulimit -n`$"):
         mapped(path)
 
 
-def test_a_file_that_is_gone_or_has_another_size(tmp_path: Path) -> None:
+def test_missing_file_or_wrong_size(tmp_path: Path) -> None:
     path = shard(tmp_path)
     file = mapped(path)
     whole = path.read_bytes()
@@ -132,7 +132,8 @@ number, row, item = split.sample(split.samples - 1)
 path, view = row.path, binary_cell(row.batch.column("image"), row.index)
 os.truncate(path, 100)
 looks = {
-    "pread": lambda: row.file.read(view), "blob": lambda: row.blob("image"), "place": lambda: row.place("image"),
+    "pread": lambda: row.file.read(view), "blob": lambda: row.blob("image"),
+    "byte_range": lambda: row.byte_range("image"),
     "value": lambda: row.value("image_id"), "item": lambda: row.item("caption", 0),
     "entries": lambda: row.entries("caption"), "row": lambda: split.row(0), "sample": lambda: split.sample(0),
     "ahead": lambda: split.read_ahead([0]),
@@ -145,12 +146,12 @@ for name, look in looks.items():
 """
 
 
-def test_a_file_cut_off_while_it_is_mapped_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
+def test_truncation_of_a_mapped_file_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
     path = make_caption_set(tmp_path, rows=200, image_size=32, shard_rows=200) / "shard-00000.arrow"
     assert path.stat().st_size > 20 * os.sysconf("SC_PAGESIZE")  # a page that the file ends in can be read
     lines = run(CUT_OFF, path.parent).splitlines()
     assert [line.split()[0] for line in lines] == (
-        ["pread", "blob", "place", "value", "item", "entries", "row", "sample", "ahead"]
+        ["pread", "blob", "byte_range", "value", "item", "entries", "row", "sample", "ahead"]
     )
     assert "shard-00000.arrow: ends before byte" in lines[0]
     assert all("shard-00000.arrow: 100 bytes" in line for line in lines[1:])
@@ -172,7 +173,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_offsets_that_point_anywhere_are_an_error_and_no_crash(tmp_path: Path) -> None:
+def test_invalid_offsets_are_an_error_and_no_crash(tmp_path: Path) -> None:
     """Arrow itself follows them: by a length error, a segmentation fault, or into another cell."""
     folders = []
     for column, place, wrong in [
@@ -186,22 +187,22 @@ def test_offsets_that_point_anywhere_are_an_error_and_no_crash(tmp_path: Path) -
         path = shard(tmp_path / f"{len(folders)}")
         file = mapped(path)
         offsets = file.reader.get_batch(0).column(column).buffers()[1]
-        start, _ = file.place(offsets) or (0, 0)
+        start, _ = file.byte_range(offsets) or (0, 0)
         content = bytearray(path.read_bytes())
         content[start + 4 * place : start + 4 * place + 4] = wrong.to_bytes(4, "little", signed=True)
         path.write_bytes(content)
         folders.append(path.parent)
     lines = run(WRONG_OFFSETS, *folders).splitlines()
     assert len(lines) == len(folders)
-    assert all("shard-00000.arrow: is no readable Arrow file" in line for line in lines), lines
+    assert all("shard-00000.arrow: is not a readable Arrow file" in line for line in lines), lines
 
 
-def test_offsets_that_change_later_on_are_a_fault_of_their_row(tmp_path: Path) -> None:
+def test_offsets_that_become_invalid_are_a_row_error(tmp_path: Path) -> None:
     path = shard(tmp_path)
     split = Split(path.parent)
     row = split.row(1)
     assert row.blob("image") == image_of(1, 8)
-    start, _ = row.file.place(row.batch.column("image").buffers()[1]) or (0, 0)
+    start, _ = row.file.byte_range(row.batch.column("image").buffers()[1]) or (0, 0)
     for wrong in (-1, 2**31 - 1):
         with open(path, "r+b") as file:  # in place: the map shows it
             file.seek(start + 8)

@@ -17,7 +17,7 @@ from tests.unit.preprocessing.images.test_policy import odd_images
 
 
 @pytest.mark.parametrize("kind", list(odd_images()))
-def test_odd_files_come_out_rgb_and_upright(kind: str) -> None:
+def test_unusual_files_are_decoded_to_upright_rgb(kind: str) -> None:
     data, seen = odd_images()[kind]
     stored = ImagePolicy().apply(data)
     assert stored == data
@@ -30,7 +30,7 @@ def test_odd_files_come_out_rgb_and_upright(kind: str) -> None:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_image_of_more_pixels_than_preparation_takes_is_not_decoded(train: bool) -> None:
+def test_images_above_max_pixels_are_not_decoded(train: bool) -> None:
     """Ten thousand by six thousand black pixels are a PNG of 60 kB, and would be 180 MB."""
     buffer = io.BytesIO()
     Image.new("L", (10_000, 6_000)).save(buffer, "PNG")

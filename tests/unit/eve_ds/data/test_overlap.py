@@ -87,18 +87,20 @@ def test_vilts_val_without_its_rest_is_refused(tmp_path: Path, tokenizer: Tokeni
     assert training is not None and (training.rows, scored["val"].rows) == (12, 12)
 
 
-def test_vilts_pairs_count_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_vilts_pairs_are_read_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     foreign_shards.vilt_nlvr(tmp_path, rows=6, whole=True)
     training, scored = check(config(tmp_path, "nlvr"), tokenizer, "val", "test", "unbalanced_dev")
     assert training is not None and training.rows == 6
     assert {name: samples.rows for name, samples in scored.items()} == {"val": 6, "test": 6, "unbalanced_dev": 5}
     assert scored["test"].split.row(0).value("split") == "test1"
     (tmp_path / "nlvr2_dev.arrow").unlink()
-    with pytest.raises(DataError, match=r"no Arrow file in \S+ is of split val: it holds nlvr2_balanced_dev\.arrow, "):
+    with pytest.raises(
+        DataError, match=r"no Arrow file in \S+ belongs to split val: it holds nlvr2_balanced_dev\.arrow, "
+    ):
         open_split(tmp_path, "val", "nlvr")
 
 
-def test_a_pair_that_stands_twice_in_a_split_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_duplicate_pairs_in_a_split_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     foreign_shards.vilt_nlvr(tmp_path, rows=6, whole=True)
     (tmp_path / "val").mkdir()
     for name in ("dev", "balanced_dev"):
@@ -139,7 +141,7 @@ def test_prepared_splits_that_overlap_are_refused(
     assert len(caplog.messages) == 1 and words[:-1] in caplog.messages[0]
 
 
-def test_questions_that_overlap_over_other_images(tmp_path: Path) -> None:
+def test_overlapping_questions_with_different_images(tmp_path: Path) -> None:
     make_vqa_set(tmp_path, rows=3)
     FIRST_ID["shifted"] = 2
     try:
@@ -151,7 +153,7 @@ def test_questions_that_overlap_over_other_images(tmp_path: Path) -> None:
     SplitIds(held_out).check_once()
 
 
-def test_what_may_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_allowed_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
     make_caption_set(tmp_path / "a", rows=4)
     make_caption_set(tmp_path / "a", rows=4, split="val")
     make_caption_set(tmp_path / "b", rows=4)
@@ -258,11 +260,11 @@ def test_pairs_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = [np.unique(draw.integers(0, 12, size=size)).astype(np.uint64) for size in sizes]
         every = combinations(range(len(parts)), 2)
         assert _pairs_in_common(parts) == [(a, b) for a, b in every if set(parts[a]) & set(parts[b])]
-    monkeypatch.setattr(overlap, "_PAIRS", 2)
+    monkeypatch.setattr(overlap, "_MAX_PAIRS", 2)
     assert len(_pairs_in_common([np.zeros(1, np.uint64)] * 5)) == 2
 
 
-def test_few_images_by_chance_hide_no_question_that_stands_in_both(tmp_path: Path) -> None:
+def test_chance_overlap_of_images_does_not_hide_shared_questions(tmp_path: Path) -> None:
     splits = [SplitIds(make_and_open(tmp_path, split)) for split in ("train", "val")]
     for one, questions in zip(splits, ([1, 2], [2, 3]), strict=True):
         one._numbered = ["image_id"]
@@ -282,7 +284,7 @@ def make_and_open(root: Path, split: str) -> Split:
     return found
 
 
-def test_ids_that_no_shard_has_are_told_by_their_lists(tmp_path: Path) -> None:
+def test_ids_missing_in_the_shards_are_reported_from_the_lists(tmp_path: Path) -> None:
     splits = []
     for split in ("train", "val"):
         make_caption_set(tmp_path, rows=4, split=split)
@@ -293,9 +295,7 @@ def test_ids_that_no_shard_has_are_told_by_their_lists(tmp_path: Path) -> None:
     assert f"train/{IDS} and {tmp_path / 'val' / IDS}: 1 images stand in both, and a shard lacks what its" in found
 
 
-def test_few_that_stand_twice_and_ids_that_are_all_equal(
-    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_few_duplicates_and_equal_ids(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     """One image in two files is told and trained on; a column of ids that says nothing is no fault, and not read."""
     rows = [{"image": image_of(i), "caption": f"caption {i}", "image_id": f"{i}", "split": "train"} for i in range(20)]
     for name, some in (("coco_0", rows[:11]), ("coco_1", rows[10:])):

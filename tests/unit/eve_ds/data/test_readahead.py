@@ -55,25 +55,25 @@ def watched(tmp_path: Path) -> Watched:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("start", [0, 40])
-def test_each_sample_once_in_the_files_order_in_time(watched: Watched, rank: int, start: int) -> None:
+def test_each_sample_once_in_file_order_before_it_is_read(watched: Watched, rank: int, start: int) -> None:
     world = 2
     order = TrainOrder(Shuffle(SIZE, 5, WINDOW), MICRO, world, rank)
-    blocks = WINDOW // order.step  # of a window
+    batches_per_window = WINDOW // order.global_batch_size
     ask = ReadAhead(watched, order, WINDOW)
-    for number, block in enumerate(islice(order.blocks(start), 6 * blocks)):
-        ask(block)
-        recent = watched.calls()[os.getpid()][max(0, number - 2 * blocks) :]
-        assert set(block.samples.tolist()) <= {sample for call in recent for sample in call}
+    for number, indices in enumerate(islice(order.micro_batches(start), 6 * batches_per_window)):
+        ask(indices)
+        recent = watched.calls()[os.getpid()][max(0, number - 2 * batches_per_window) :]
+        assert set(indices.samples.tolist()) <= {sample for call in recent for sample in call}
     (calls,) = watched.calls().values()
-    # Its own samples, once in a stretch as long as a window (an epoch may end in it), in order.
-    expected = [np.unique(order.samples_of(start + turn * WINDOW, blocks)).tolist() for turn in range(7)]
+    # Its own samples, once in a chunk as long as a window (an epoch may end in it), in order.
+    expected = [np.unique(order.samples_of(start + turn * WINDOW, batches_per_window)).tolist() for turn in range(7)]
     flat = [sample for call in calls for sample in call]
-    planned = [sample for stretch in expected for sample in stretch]
+    planned = [sample for chunk in expected for sample in chunk]
     assert flat == planned[: len(flat)] and len(flat) >= sum(map(len, expected[:6]))
     # The first window at once, for there is none before it; all others in small parts.
     assert calls[0] == expected[0]
     assert max(map(len, calls[1:])) <= math.ceil(1.25 * MICRO)
-    assert sum(bool(call) for call in calls[1 : 1 + blocks]) > blocks / 2
+    assert sum(bool(call) for call in calls[1 : 1 + batches_per_window]) > batches_per_window / 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -81,33 +81,33 @@ def test_processes_share_a_ranks_samples(watched: Watched, workers: int) -> None
     data = CaptionSamples(watched, tiny_tokenizer(), build_transform(8, True), 12)
     loader = build_loader(data, MICRO, world_size=2, rank=1, seed=5, num_workers=workers, window=WINDOW)
     batches = iter(loader)
-    blocks = WINDOW // (2 * MICRO)  # of a window
-    read = [int(i) for batch in islice(batches, 2 * blocks) for i in batch["image_index"]]
+    batches_per_window = WINDOW // (2 * MICRO)
+    read = [int(i) for batch in islice(batches, 2 * batches_per_window) for i in batch["image_index"]]
     batches.close()  # type: ignore[attr-defined]
     asked = Counter(sample for calls in watched.calls().values() for call in calls for sample in call)
     assert len(set(read)) == len(read) == WINDOW  # two windows' halves, of one epoch
     assert all(asked[sample] == 1 for sample in read)
     order = loader.order
-    assert isinstance(order, TrainOrder) and not asked - Counter(order.samples_of(0, 5 * blocks).tolist())
+    assert isinstance(order, TrainOrder) and not asked - Counter(order.samples_of(0, 5 * batches_per_window).tolist())
     assert len(watched.calls()) == max(workers, 1)
     # A part of the first window each, one after the other in the file, together all of it.
     parts = sorted(calls[0] for calls in watched.calls().values())
-    assert [sample for part in parts for sample in part] == sorted(order.samples_of(0, blocks).tolist())
+    assert [sample for part in parts for sample in part] == sorted(order.samples_of(0, batches_per_window).tolist())
 
 
 def test_a_window_of_more_than_an_epoch_is_read_ahead_as_one(watched: Watched) -> None:
     order = TrainOrder(Shuffle(SIZE, 5, 2**40), MICRO)
-    ReadAhead(watched, order, 2**40)(next(order.blocks()))
+    ReadAhead(watched, order, 2**40)(next(order.micro_batches()))
     assert watched.calls()[os.getpid()][0] == list(range(SIZE))
 
 
-def test_no_window_no_reading_ahead(watched: Watched) -> None:
+def test_no_read_ahead_without_a_window(watched: Watched) -> None:
     data = CaptionSamples(watched, tiny_tokenizer(), build_transform(8, True), 12)
     next(iter(build_loader(data, MICRO)))
     assert not watched.log.exists()
 
 
-def test_the_kernel_is_asked_for_the_images_in_few_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ahead_merges_neighboring_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stretches: list[bytes] = []
     will_need = MappedFile.will_need
 

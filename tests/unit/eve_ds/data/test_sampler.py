@@ -62,10 +62,10 @@ def test_small_permutations_are_all_reached_about_equally() -> None:
     assert min(counts.values()) > 20 and max(counts.values()) < 100
 
 
-def test_order_is_pinned() -> None:
+def test_order_is_reproducible_across_versions() -> None:
     # A change here would give every resumed run another order.
     assert permute(np.arange(10), 10, seed=0, epoch=0).tolist() == [0, 2, 3, 4, 7, 6, 1, 8, 9, 5]
-    samples, epochs = Shuffle(size=5, seed=7).at(np.arange(3, 8))
+    samples, epochs = Shuffle(size=5, seed=7).samples_at(np.arange(3, 8))
     assert epochs.tolist() == [0, 0, 1, 1, 1]
     assert samples.tolist() == [0, 1, 1, 3, 4]
 
@@ -83,18 +83,18 @@ def _micro_batches(
 ) -> list[list[tuple[int, int]]]:
     """Global micro-batches, put together from the ranks' shares, as (epoch, sample)."""
     stream = stream or Shuffle(size, 11)
-    ranks = [TrainOrder(stream, micro, world, rank).blocks(start) for rank in range(world)]
+    ranks = [TrainOrder(stream, micro, world, rank).micro_batches(start) for rank in range(world)]
     out = []
     for _ in range(count):
-        blocks = [next(rank) for rank in ranks]
-        assert len({block.end for block in blocks}) == 1
-        out.append([pair for b in blocks for pair in zip(b.epochs.tolist(), b.samples.tolist(), strict=True)])
+        batches = [next(rank) for rank in ranks]
+        assert len({batch.end for batch in batches}) == 1
+        out.append([pair for b in batches for pair in zip(b.epochs.tolist(), b.samples.tolist(), strict=True)])
     return out
 
 
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_any_world_and_any_start_see_the_same_of_every_stream(name: str, world: int) -> None:
+def test_any_world_size_and_start_give_the_same_samples(name: str, world: int) -> None:
     whole = _micro_batches(37, 8, 1, 12, stream=STREAMS[name])
     assert _micro_batches(37, 8 // world, world, 12, stream=STREAMS[name]) == whole
     assert _micro_batches(37, 8 // world, world, 5, start=7 * 8, stream=STREAMS[name]) == whole[7:]
@@ -114,7 +114,7 @@ def test_windows_are_a_bijection_that_reads_few_runs(size: int, window: int, see
     span = block * WINDOW_BLOCKS
     for start in range(0, size, span):
         runs = np.unique(image[start : start + span] // block)
-        assert len(runs) <= WINDOW_BLOCKS + 1  # one more: what a whole number of blocks leaves over
+        assert len(runs) <= WINDOW_BLOCKS + 1  # one more: the remainder of the division into blocks
     some = np.arange(size)[::-3].copy()
     assert np.array_equal(permute_windows(some, size, seed, epoch, window), image[some])
 
@@ -132,7 +132,7 @@ def test_windows_shuffle() -> None:
 def test_a_mixture_keeps_its_weights_and_each_source_its_epochs() -> None:
     sizes, weights = (70, 30, 400), (5.0, 3.0, 2.0)
     mixture = Mixture(sizes, weights, seed=3)
-    samples, epochs = mixture.at(np.arange(2 * MIX_ROUND))
+    samples, epochs = mixture.samples_at(np.arange(2 * MIX_ROUND))
     starts = np.cumsum([0, *sizes])
     for source, quota in enumerate((500, 300, 200)):
         mine = (samples >= starts[source]) & (samples < starts[source + 1])
@@ -144,7 +144,7 @@ def test_a_mixture_keeps_its_weights_and_each_source_its_epochs() -> None:
         assert all(np.sum(mine & (epochs == epoch)) == sizes[source] for epoch in range(whole))
     runs = np.diff(np.flatnonzero(samples < sizes[0]))
     assert runs.max() < 25  # the sources alternate
-    assert samples.tolist() != Mixture(sizes, weights, seed=4).at(np.arange(2 * MIX_ROUND))[0].tolist()
+    assert samples.tolist() != Mixture(sizes, weights, seed=4).samples_at(np.arange(2 * MIX_ROUND))[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_resume_mid_epoch_in_another_world(world: int) -> None:
     assert _micro_batches(37, 8 // world, world, 5, start=7 * 8) == whole[7:]
 
 
-def test_every_sample_once_an_epoch_across_micro_batch_borders() -> None:
+def test_every_sample_occurs_once_per_epoch() -> None:
     stream = list(chain(*_micro_batches(37, 4, 2, 14)))[: 3 * 37]
     for epoch in range(3):
         part = stream[epoch * 37 : (epoch + 1) * 37]
@@ -190,12 +190,12 @@ def test_evaluation_covers_each_sample_once(size: int, micro: int, world: int) -
     orders = [EvalOrder(size, micro, world, rank) for rank in range(world)]
     seen = []
     repeats = 0
-    for blocks in zip(*(order.blocks() for order in orders), strict=True):
-        assert len({len(block.samples) for block in blocks}) == 1 and len(blocks[0].samples) <= micro
-        for block in blocks:
-            assert block.valid is not None
-            seen += block.samples[block.valid].tolist()
-            repeats += int((~block.valid).sum())
+    for batches in zip(*(order.micro_batches() for order in orders), strict=True):
+        assert len({len(batch.samples) for batch in batches}) == 1 and len(batches[0].samples) <= micro
+        for batch in batches:
+            assert batch.valid is not None
+            seen += batch.samples[batch.valid].tolist()
+            repeats += int((~batch.valid).sum())
     assert seen == list(range(size))
     assert repeats < world
-    assert len(list(orders[0].blocks())) == len(orders[0])
+    assert len(list(orders[0].micro_batches())) == len(orders[0])

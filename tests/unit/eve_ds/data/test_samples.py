@@ -55,7 +55,7 @@ def test_images_alone(tmp_path: Path) -> None:
     assert np.array_equal(images[7, 0]["images"], _pixels(7))
 
 
-def test_texts_that_say_a_side_are_not_mirrored(tmp_path: Path) -> None:
+def test_images_with_left_or_right_in_the_text_are_not_mirrored(tmp_path: Path) -> None:
     texts = ["a red square on the left", "a red square"]
     rows = [{"image": image_of(0, 32), "caption": texts, "image_id": "0", "split": "train"}]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, FLIP, 16)

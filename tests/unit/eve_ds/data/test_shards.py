@@ -91,7 +91,7 @@ def test_plain_string_captions_as_eve_writes_them(tmp_path: Path) -> None:
     assert split.sample_rows().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_spawned_worker_can_have_it(tmp_path: Path) -> None:
+def test_a_split_can_be_pickled(tmp_path: Path) -> None:
     split = Split(make_caption_set(tmp_path, rows=4))
     split.row(0)
     copy = pickle.loads(pickle.dumps(split))  # noqa: S301  as multiprocessing sends it
@@ -171,7 +171,7 @@ def _single(folder: Path, table: pa.Table, rows: int, samples: int) -> Split:
     return Split(write_manifest(folder, "caption", "train", [shard_record(path, rows, samples)]))
 
 
-def test_counts_that_the_manifest_gets_wrong(tmp_path: Path) -> None:
+def test_wrong_counts_in_the_manifest(tmp_path: Path) -> None:
     row = {"image": b"x", "caption": ["a", "b"], "image_id": "0", "split": "train"}
     split = _single(tmp_path / "train", pa.Table.from_pylist([row], schema=CAPTION_SCHEMA), rows=1, samples=3)
     with pytest.raises(DataError, match="1 rows and 2 samples, the manifest says 1 and 3"):

@@ -59,11 +59,11 @@ def test_everything_in_one_folder(tmp_path: Path) -> None:
     foreign_shards.vilt_vqa(tmp_path)
     foreign_shards.vilt_nlvr(tmp_path)
     assert [open_split(tmp_path, "train", kind).rows for kind in ("caption", "vqa", "nlvr")] == [10, 5, 5]
-    with pytest.raises(DataError, match=r"is a nlvr shard, .* a caption shard; keep them in two folders"):
+    with pytest.raises(DataError, match=r"is a nlvr shard, .* a caption shard; keep them in separate folders"):
         open_split(tmp_path, "train")
 
 
-def test_what_is_no_split(tmp_path: Path) -> None:
+def test_missing_splits(tmp_path: Path) -> None:
     make_caption_set(tmp_path, rows=3)
     (tmp_path / "train" / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"manifest\.json: no such file"):  # our own shards, of a run that was killed
@@ -71,10 +71,10 @@ def test_what_is_no_split(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "x.arrow").write_bytes(b"no Arrow file")
-    with pytest.raises(DataError, match=r"x\.arrow: is no readable Arrow file"):
+    with pytest.raises(DataError, match=r"x\.arrow: is not a readable Arrow file"):
         open_split(other, "train")
     (other / "x.arrow").write_bytes(b"")
-    with pytest.raises(DataError, match=r"x\.arrow: is no readable Arrow file"):
+    with pytest.raises(DataError, match=r"x\.arrow: is not a readable Arrow file"):
         open_split(other, "train")
     with pytest.raises(DataError, match=r"manifest\.json: no such file"):
         open_split(tmp_path / "absent", "train")
@@ -104,7 +104,7 @@ def test_joined_splits_are_of_one_kind(tmp_path: Path) -> None:
         JoinedSplit([open_split(tmp_path / "one", "train"), open_split(tmp_path / "two", "train")])
 
 
-def test_what_was_given_in_the_place_of_a_data_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_folders_get_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "sets" / "coco"
     for split in ("train", "val"):
         make_caption_set(home, rows=4, split=split)
@@ -112,12 +112,12 @@ def test_what_was_given_in_the_place_of_a_data_set_is_told(tmp_path: Path, monke
     arrow = next((tmp_path / "vilt").glob("*_train.arrow"))
     (tmp_path / "notes.txt").touch()
     for given, hint in (
-        (home / "train", f"{home / 'train'} is one split; give the folder of the data set, {home}"),
-        (home / "train/manifest.json", f"is a file of a split; give the folder of the data set, {home}"),
-        (home / "val/shard-00000.arrow", f"is a file of a split; give the folder of the data set, {home}"),
+        (home / "train", f"{home / 'train'} is one split; give the folder of the dataset, {home}"),
+        (home / "train/manifest.json", f"is a file of a split; give the folder of the dataset, {home}"),
+        (home / "val/shard-00000.arrow", f"is a file of a split; give the folder of the dataset, {home}"),
         (arrow, f"{arrow} is a file; give its folder, {tmp_path / 'vilt'}"),
         (tmp_path / "notes.txt", "notes.txt is a file"),
-        (tmp_path / "sets", f"{tmp_path / 'sets'} is no data set; did you mean {home}?"),
+        (tmp_path / "sets", f"{tmp_path / 'sets'} is not a dataset; did you mean {home}?"),
         (home / "trian", f"there is no folder {home / 'trian'}"),
     ):
         with pytest.raises(DataError) as error:
@@ -130,4 +130,4 @@ def test_what_was_given_in_the_place_of_a_data_set_is_told(tmp_path: Path, monke
     for relative in (".", "manifest.json"):
         with pytest.raises(DataError) as error:
             open_split(relative, "train")
-        assert str(error.value).endswith(f"give the folder of the data set, {home}")
+        assert str(error.value).endswith(f"give the folder of the dataset, {home}")

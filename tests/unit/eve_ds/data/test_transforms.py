@@ -64,7 +64,7 @@ def test_exif_orientation(orientation: int, fmt: str) -> None:
         assert np.array_equal(upright, np.rot90(_noise(), k=-1))
 
 
-def test_broken_exif_is_passed_over() -> None:
+def test_damaged_exif_is_ignored() -> None:
     data = _file(Image.fromarray(_noise()), "JPEG", exif=b"Exif\x00\x00garbage that is no TIFF")
     assert decode_image(data).size == (16, 12)
 
@@ -133,7 +133,7 @@ def test_crop_box_falls_back_to_the_middle() -> None:
     assert crop_box(Fixed(draws), 10, 300, (0.9, 1.0)) == (0, 143, 10, 156)
 
 
-def test_crop_is_resized_as_a_image_of_its_own() -> None:
+def test_crop_before_resize() -> None:
     data = _file(Image.fromarray(_noise(80, 100)))
     transform = build_transform(32, True, crop_scale=(0.5, 1.0), flip=False, seed=5)
     draw = random.Random((5 << 72) | 77)
@@ -307,7 +307,7 @@ def _bicubic(lines: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [32, 120])
-def test_the_resize_is_bicubic_and_smooths_what_it_shrinks(size: int) -> None:
+def test_the_resize_is_bicubic_and_antialiased(size: int) -> None:
     image = _noise(80, 100)
     across = _bicubic(image.transpose(1, 0, 2).astype(float), size).round().clip(0, 255)  # Pillow rounds in between
     expected = _bicubic(across.transpose(1, 0, 2), size).clip(0, 255)
@@ -322,7 +322,7 @@ def test_no_resize_where_the_size_is_right() -> None:
 
 
 @pytest.mark.parametrize("augmentation", ["none", "color", "rand"])
-def test_draws_depend_on_the_sample_alone(augmentation: transforms.Augmentation) -> None:
+def test_draws_depend_only_on_the_sample(augmentation: transforms.Augmentation) -> None:
     data = image_of(1, 48)
     transform = build_transform(32, True, augmentation, seed=4)
     random.seed(0)
@@ -337,7 +337,7 @@ def test_draws_depend_on_the_sample_alone(augmentation: transforms.Augmentation)
     assert not all(np.array_equal(transform(data, i, image_number=1), first[i]) for i in range(6))
 
 
-def test_half_are_mirrored_and_none_that_must_not() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     data = image_of(2, 32)
     plain = np.asarray(Image.open(io.BytesIO(data)))
     transform = build_transform(32, True, crop_scale=None)
@@ -350,7 +350,7 @@ def test_half_are_mirrored_and_none_that_must_not() -> None:
     assert 70 < mirrored < 130
 
 
-def test_mirror_or_not_leaves_the_other_draws_alone() -> None:
+def test_mirroring_does_not_change_the_other_draws() -> None:
     data = image_of(2, 48)
     transform = build_transform(32, True, "color")
     for i in range(20):

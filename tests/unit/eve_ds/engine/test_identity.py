@@ -371,5 +371,7 @@ def test_a_branch_needs_a_folder_of_its_own(data: Path) -> None:
             run_folder.claim(within, of(within), 9)
     assert of(config).inputs["resume_from"] == Input(str(place), of(config).inputs["resume_from"].hash, "step 6")  # type: ignore[union-attr]
     config.resume_from = str(data / "nothing")
-    with pytest.raises(DataError, match=r"--resume_from .*nothing: no whole checkpoint; give RUN/checkpoints/step_N"):
+    with pytest.raises(
+        DataError, match=r"--resume_from .*nothing: no complete checkpoint; give RUN/checkpoints/step_N"
+    ):
         of(config)

@@ -110,7 +110,7 @@ def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
         True,
         True,
     ]
-    assert model_folder.newest(tmp_path) == tmp_path / "step_00000004"
+    assert model_folder.newest_checkpoint(tmp_path) == tmp_path / "step_00000004"
     prune(tmp_path, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000004"}
 
@@ -141,7 +141,7 @@ def test_a_pipe_among_the_files_is_no_damage_and_not_waited_at(tmp_path: Path) -
         soundness.sound(tmp_path)
 
 
-@pytest.mark.parametrize("look", [soundness.sound, model_folder.newest, model_folder.tagged])
+@pytest.mark.parametrize("look", [soundness.sound, model_folder.newest_checkpoint, model_folder.all_checkpoints])
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(look: Callable[[Path], object], tmp_path: Path) -> None:
     """The run would begin anew, and write over what it did not see."""
     assert not look(tmp_path / "none yet")

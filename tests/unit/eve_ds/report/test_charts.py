@@ -21,13 +21,13 @@ def test_short_curves_are_drawn_as_they_are() -> None:
     assert (steps.tolist(), values.tolist()) == ([1, 2, 3], [3, 1, 2])
 
 
-def test_long_curves_become_means_of_equal_stretches() -> None:
+def test_long_curves_are_averaged_over_equal_intervals() -> None:
     steps, values = condense(curve([float(i) for i in range(1000)]), points=10)
     assert values.tolist() == [49.5 + 100 * i for i in range(10)]
     assert steps.tolist() == [50.5 + 100 * i for i in range(10)]
 
 
-def test_not_finite_values_are_left_out_of_means_and_gaps_where_nothing_else_is() -> None:
+def test_values_that_are_not_finite_are_ignored() -> None:
     _, values = condense(curve([1, math.nan, 3, math.nan, math.nan, math.nan, math.inf, 5]), points=4)
     assert values[0] == 1
     assert values[1] == 3
@@ -79,13 +79,13 @@ def test_curves_of_one_name_share_a_chart_and_losses_come_first() -> None:
     assert list(groups["loss"]) == ["", "val"]
 
 
-def test_the_loaders_figures_are_trainings() -> None:
+def test_loader_metrics_belong_to_training() -> None:
     names = ("data/wait_fraction", "data/replaced", "data/samples/coco", "loss", "val/loss")
     groups = group_curves({name: curve([1.0]) for name in names})
     assert {name: list(group) for name, group in groups.items()} == {"loss": ["", "val"], "wait_fraction": [""]}
 
 
-def test_what_another_input_gives_shares_a_chart_with_the_true_one() -> None:
+def test_metrics_with_other_inputs_share_a_chart() -> None:
     names = [
         "mlm_loss",
         "val/mlm_loss",

@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, escaped; what is missing is said to be missing; bad folders are one line."""
+"""The page: complete, self-contained, escaped; missing parts are listed; a bad folder is a one-line error."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build(make_run(tmp_path_factory.mktemp("whole") / "demo"))
 
 
-def test_all_that_the_run_recorded_is_there(content: str) -> None:
+def test_the_page_has_all_records(content: str) -> None:
     page = Page(content)
-    how = "on 2 processes (ZeRO stage 2, experts spread over 2); its loss went from 4.1 to 1.2, 29% of its start"
+    how = "on 2 processes (ZeRO stage 2, experts distributed over 2); its loss went from 4.1 to 1.2, 29% of its initial"
     scores = ["71.5", "0.5", "78.3", "21.0", "41.7", "74.2", "50.0", "31.1", "55.0", "60.4", "58.7", "66.8", "19.3"]
     samples = ["yes/no", "a caption about 9", "both pictures have a circle", "what color is shape 1?"]
-    titles = ["Masked images: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
+    titles = ["Masked patches: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
     for text in (how, "+17.9", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s together"):
         assert text in page.text
     assert page.count("img") == 6 * 3 + 3 * 5 + 2 + 4 + 4 * 2
@@ -53,18 +53,18 @@ def rows(content: str) -> list[list[str]]:
     ]
 
 
-def test_scores_stand_beside_those_without_pre_training(content: str) -> None:
+def test_scores_are_shown_with_their_baselines(content: str) -> None:
     head, *found = rows(content)
     assert head == [
         "Task",
         "Measure",
         "Score",
         "",
-        "From first values",
+        "No pre-training",
         "Chance",
         "Majority",
         "Text only",
-        "Above the best",
+        "Above best baseline",
     ]
     assert {len(row) for row in found} == {len(head)}
     assert [[*row[:3], *row[4:]] for row in found] == [
@@ -87,55 +87,55 @@ def test_scores_stand_beside_those_without_pre_training(content: str) -> None:
     assert '<i style="width: 74.2%"></i><b style="left: 66.8%"></b><b style="left: 50.0%"></b>' in content
 
 
-def test_summary_and_tiles_tell_the_best_that_is_had_otherwise(content: str) -> None:
+def test_summary_and_tiles_show_the_best_baseline(content: str) -> None:
     text = Page(content).text.replace("\xa0", " ")
     for sentence in (
         "It predicts 92.1 % of held-out masked words (63.4 % with another image, 99.8 % by an oracle that knows",
-        "at the first try in 71.5 % of cases (from first values 55.0 %, chance 0.5 %).",
-        "with 78.3 % accuracy (from first values 60.4 %, majority 21.0 %, text only 41.7 %).",
-        "right in 74.2 % of cases (from first values 66.8 %, chance 50.0 %).",
+        "ranks a correct caption first for 71.5 % of the images (no pre-training 55.0 %, chance 0.5 %).",
+        "with an accuracy of 78.3 % (no pre-training 60.4 %, majority 21.0 %, text only 41.7 %).",
+        "judges 74.2 % of the statements about image pairs correctly (no pre-training 66.8 %, chance 50.0 %).",
     ):
         assert sentence in text
     tiles = re.findall(r'"label">(.*?)</div><div class="value">(.*?)</div><div class="beside">(.*?)</div>', content)
     assert [" | ".join(tile).replace("\xa0", " ") for tile in tiles] == [
         "Pre-training loss | 1.2 | from 4.1, 351 samples/s",
         "Masked words: accuracy | 92.1 % | 63.4 % with another image, 99.8 % by an oracle",
-        "Retrieval: text R@1 | 71.5 % | from first values 55.0 %",
-        "VQA: accuracy | 78.3 % | from first values 60.4 %",
-        "NLVR: accuracy | 74.2 % | from first values 66.8 %",
+        "Retrieval: text R@1 | 71.5 % | no pre-training 55.0 %",
+        "VQA: accuracy | 78.3 % | no pre-training 60.4 %",
+        "NLVR: accuracy | 74.2 % | no pre-training 66.8 %",
     ]
 
 
 @pytest.mark.parametrize("other", [None, 4, {}, {"accuracy": None}, {"accuracy": True}])
-def test_runs_without_a_rival_have_a_dash_for_it(run_folder: Path, other: object) -> None:
+def test_a_missing_baseline_is_a_dash(run_folder: Path, other: object) -> None:
     """As those made before there was one, or ones made by hand."""
     part = {"accuracy": 0.742, "chance": 0.5} | ({} if other is None else {"from_first_values": other})
     (run_folder / "metrics.json").write_text(json.dumps({"pretrain": {"words_accuracy": 0.5}, "nlvr": part}))
     content = build(run_folder)
     assert rows(content)[1][4:] == ["\N{EN DASH}", "50.0\xa0%", "\N{EN DASH}", "\N{EN DASH}", "+24.2"]
     text = Page(content).text.replace("\xa0", " ")
-    assert "right in 74.2 % of cases (chance 50.0 %)." in text
+    assert "judges 74.2 % of the statements about image pairs correctly (chance 50.0 %)." in text
     assert "It predicts 50.0 % of held-out masked words." in text
 
 
-def test_no_masked_words_no_sentence_about_them(run_folder: Path) -> None:
+def test_no_sentence_without_masked_words(run_folder: Path) -> None:
     (run_folder / "metrics.json").write_text(json.dumps({"pretrain": {"words_accuracy_oracle": 0.5}}))
     content = build(run_folder)
     assert "It predicts" not in content and "Masked words: accuracy" not in content
 
 
-def test_a_score_below_its_rival_is_told_as_such(run_folder: Path) -> None:
+def test_a_score_below_its_baseline_has_a_negative_margin(run_folder: Path) -> None:
     part = {"overall": 40.0, "text_only_baseline": 41.7, "from_first_values": {"overall": 60.4}}
     (run_folder / "metrics.json").write_text(json.dumps({"vqa": part}))
     content = build(run_folder)
     assert rows(content)[1][-1] == "-20.4"
-    assert "from first values 60.4\xa0%</div>" in content
+    assert "no pre-training 60.4\xa0%</div>" in content
 
 
 def test_words_join_as_they_were_written(content: str) -> None:
     text = Page(content).text
     assert "a red circle left of the a square" in text
-    assert "Here 1 of 3 are right." in text
+    assert "Here 1 of 3 are correct." in text
     assert "[CLS]" not in text
 
 
@@ -153,13 +153,13 @@ def test_the_same_folder_gives_the_same_page(run_folder: Path) -> None:
     assert build(run_folder / "vqa") == build(run_folder / "vqa")
 
 
-def test_what_is_missing_is_said_to_be_missing(run_folder: Path) -> None:
+def test_missing_parts_are_listed(run_folder: Path) -> None:
     expected = {
         "metrics.json": "Missing: scores of NLVR (metrics.json has none)",
         "commands.json": "Missing: commands.json",
         "pretrain/metrics.jsonl": "Missing: pretrain/metrics.jsonl",
         "pretrain/samples/samples.json": "Missing: expert load",
-        "itr": "Missing: this stage has no folder itr/",
+        "itr": "Missing: the folder itr/ of this stage",
         "vqa/samples": "Missing: vqa/samples/samples.json",
         "nlvr/samples/s0_0.png": "no image s0_0.png",
     }
@@ -220,11 +220,11 @@ def test_a_single_run_of_a_users_own_task(run_folder: Path, caplog: pytest.LogCa
     assert "its scores are not shown: --task gone.task:SPEC: there is no module gone" in caplog.text
 
 
-def test_scores_of_a_run_that_has_gone_on_since_are_told_as_such(run_folder: Path) -> None:
+def test_scores_older_than_the_newest_checkpoint_are_marked(run_folder: Path) -> None:
     model, checkpoints = run_folder / "nlvr" / "model", run_folder / "nlvr" / "checkpoints"
     model.mkdir()
     save_file({"weight": torch.zeros(1)}, model / "model.safetensors", metadata=metadata(4))
-    words = "NLVR: scores, samples and the exported model are of step 4; the run has gone on to step 6 since"
+    words = "NLVR: scores, samples and the exported model are from step 4; the run has since continued to step 6"
     for step in (4, 6):
         assert words not in Page(build(run_folder)).text
         (checkpoints / f"step_{step:08d}").mkdir(parents=True)
@@ -233,12 +233,12 @@ def test_scores_of_a_run_that_has_gone_on_since_are_told_as_such(run_folder: Pat
     assert words.replace("NLVR", "Training") in Page(build(run_folder / "nlvr")).text
 
 
-def test_a_score_over_a_part_of_the_split_says_so(run_folder: Path) -> None:
+def test_scores_of_incomplete_splits_are_marked(run_folder: Path) -> None:
     lack = {"statements": {"scored": 998, "of": 1000}, "dropped": {"image is missing": 1}}
     (run_folder / "nlvr" / "config.yaml").write_text("task: nlvr\n")
     (run_folder / "nlvr" / "scores_test.json").write_text(json.dumps({"accuracy": 0.75, "incomplete": lack}))
     text = Page(build(run_folder / "nlvr")).text
-    assert "NLVR: over 998 of 1000 statements; dropped in preparation: 1 image is missing." in text
+    assert "NLVR: scored on 998 of 1000 statements; dropped in the preparation: 1 image is missing." in text
 
 
 def test_a_password_in_an_address_is_not_shown(run_folder: Path) -> None:
@@ -252,24 +252,24 @@ def test_a_running_job_and_values_that_are_not_finite(run_folder: Path) -> None:
     path.write_text(path.read_text() + '{"step": 401, "loss": null, "lr": NaN}\n{"step": 402, "lo')
     text = Page(build(run_folder / "pretrain")).text
     assert "1 line(s) of metrics.jsonl could not be read" in text
-    assert "loss was not a finite number in 1 record(s)" in text
+    assert "loss was not finite in 1 record(s)" in text
 
 
 def test_held_out_losses_with_other_inputs_have_a_chart_and_its_legend(run_folder: Path) -> None:
     path = run_folder / "pretrain" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 400, "val/mlm_loss_shuffled": 2.5, "val/mlm_loss_no_image": 2.75}\n')
     content = build(run_folder / "pretrain")
-    assert "Masked words: held-out loss, by image" in Page(content).text
+    assert "Masked words: held-out loss, by image given" in Page(content).text
     figures = re.findall(r'style="background: var\(--c(\d)\)"></span>(true|shuffled 2.5|none 2.75)', content)
     # Not color 1, which the section's legend gives to training.
     assert figures == [("2", "true"), ("3", "shuffled 2.5"), ("4", "none 2.75")]
 
 
-def test_recorded_versions_win(run_folder: Path) -> None:
+def test_recorded_versions_are_preferred(run_folder: Path) -> None:
     (run_folder / "vqa" / "versions.json").write_text(json.dumps({"torch": "9.9.9+<cpu>"}))
     text = Page(build(run_folder / "vqa")).text
     assert "9.9.9+<cpu>" in text
-    assert "Versions that the run recorded" in text
+    assert "Versions recorded by the run" in text
 
 
 @pytest.mark.parametrize(
@@ -317,4 +317,4 @@ def test_odd_values_are_left_out_and_the_others_shown(run_folder: Path) -> None:
     assert re.findall(r'<th rowspan="2">(\d)</th>', content) == [str(layers[0]["layer"])]
     assert "accuracy" in page.text and "74.2\xa0%" in page.text and "78.3\xa0%" not in page.text
     assert "2 line(s) of vqa/metrics.jsonl could not be read." in page.text
-    assert "2 commands, 1 min 05 s together" in page.text
+    assert "2 commands, 1 min 05 s in total" in page.text

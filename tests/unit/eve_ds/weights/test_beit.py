@@ -148,7 +148,7 @@ def test_all_tensors_of_both_sides_are_listed() -> None:
     assert origins.left["teacher.weight"] == "not a name of BEiT v2"
 
 
-def test_what_is_new_keeps_its_first_values() -> None:
+def test_new_parameters_keep_their_initial_values() -> None:
     backbone, origins = filled(beit())
     torch.manual_seed(3)
     fresh = dict(Backbone(CONFIG).named_parameters())

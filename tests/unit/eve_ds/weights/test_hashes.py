@@ -55,14 +55,14 @@ def test_folders_and_files_without_hashes_load(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", [CONFIG, TOKENIZER, ANSWER_LIST])
-def test_a_file_that_is_named_and_not_there_is_told(folder: Path, name: str) -> None:
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(WeightsError, match=f"{name}: No such file or directory, but {HASHES} names it"):
         ModelFolder.find(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"config.yaml": "0"}', '{"model.safetensors": 1}', "[" * 100_000])
-def test_damaged_hashes_are_told(folder: Path, content: str) -> None:
+def test_damaged_hashes_are_refused(folder: Path, content: str) -> None:
     (folder / HASHES).write_text(content)
     with pytest.raises(WeightsError, match=f"{HASHES}: is damaged; copy the folder again, or delete that file"):
         load_task_model("retrieval", folder)

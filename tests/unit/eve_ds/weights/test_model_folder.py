@@ -90,9 +90,9 @@ def test_links_of_checkpoints_folders_stay_in_their_run(run: Path, tmp_path: Pat
     assert run_of(tmp_path / "loop") is None
 
 
-def test_what_stands_for_a_checkpoint_and_is_a_folder(run: Path) -> None:
+def test_a_folder_in_the_place_of_complete_json_is_refused(run: Path) -> None:
     (saved(run, 6, whole=False) / "complete.json").mkdir()
-    with pytest.raises(DataError, match=r"step_00000006/complete\.json: is no file; name another checkpoint"):
+    with pytest.raises(DataError, match=r"step_00000006/complete\.json: is not a file; name another checkpoint"):
         ModelFolder.find(run, unfinished=True)
 
 
@@ -102,7 +102,7 @@ def test_an_older_export_is_not_the_model(
     newest = saved(run, 6)
     words = (
         f"{run}: its newest state is a checkpoint, {newest} (its model is of step 4; name {run}/model to take that); "
-        f"make a model of it first: python -m eve_ds.convert from-deepspeed --checkpoint {run} --out MODEL"
+        f"convert it to a model first: python -m eve_ds.convert from-deepspeed --checkpoint {run} --out MODEL"
     )
     with pytest.raises(DataError) as error:
         load_task_model("pretrain", run)
@@ -116,7 +116,7 @@ def test_an_older_export_is_not_the_model(
     assert torch.isfinite(next(load_task_model("pretrain", run / "model").parameters())).all()  # it was named itself
 
 
-def test_what_an_older_version_exported_is_known_by_its_config(run: Path) -> None:
+def test_exports_of_older_versions_take_the_step_from_the_config(run: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in tiny_task("pretrain").state_dict().items()}
     save_file(state, run / "model" / "model.safetensors", metadata={"format": "eve-ds"})
     assert exported_step(run / "model") == 4
@@ -129,11 +129,13 @@ def test_what_an_older_version_exported_is_known_by_its_config(run: Path) -> Non
 def test_a_run_without_an_export_is_its_newest_checkpoint(run: Path) -> None:
     (run / "model" / "model.safetensors").unlink()
     last = run / "checkpoints" / "step_00000004"
-    with pytest.raises(DataError, match=r"its newest state is a checkpoint, .*step_00000004; make a model of it first"):
+    with pytest.raises(
+        DataError, match=r"its newest state is a checkpoint, .*step_00000004; convert it to a model first"
+    ):
         ModelFolder.find(run)
     assert ModelFolder.find(run, unfinished=True).weights == ModelFolder.checkpoint(run).weights == last
     first = run / "checkpoints" / "step_00000002"
-    with pytest.raises(DataError, match="step_00000002: a checkpoint of DeepSpeed; make"):
+    with pytest.raises(DataError, match="step_00000002: a checkpoint of DeepSpeed; convert"):
         ModelFolder.find(first)
     assert ModelFolder.find(first, unfinished=True).weights == first
     assert ModelFolder.find(first, unfinished=True).tokenizer is None
@@ -142,22 +144,20 @@ def test_a_run_without_an_export_is_its_newest_checkpoint(run: Path) -> None:
     for path in checkpoints(run):
         (path / "complete.json").unlink()
     for find in (ModelFolder.find, ModelFolder.checkpoint):
-        with pytest.raises(DataError, match="no whole checkpoint; give"):
+        with pytest.raises(DataError, match="no complete checkpoint; give"):
             find(run)
 
 
-def test_a_part_of_a_checkpoint_and_all_of_them_are_no_weights(run: Path) -> None:
+def test_a_file_of_a_checkpoint_and_the_checkpoints_folder_are_refused(run: Path) -> None:
     step = run / "checkpoints" / "step_00000002"
     for unfinished in (True, False):
-        with pytest.raises(
-            DataError, match=rf"complete\.json: is one file of a checkpoint; name the whole of it, {step}"
-        ):
+        with pytest.raises(DataError, match=rf"complete\.json: is one file of a checkpoint; name its folder, {step}"):
             ModelFolder.find(step / "complete.json", unfinished)
         with pytest.raises(DataError, match=f"checkpoints: holds all checkpoints; name one of them, or the run, {run}"):
             ModelFolder.find(run / "checkpoints", unfinished)
 
 
-def test_fine_tuning_knows_the_model_of_a_checkpoint_and_of_a_run_that_goes_on(run: Path, tmp_path: Path) -> None:
+def test_fine_tuning_finds_the_config_of_a_checkpoint(run: Path, tmp_path: Path) -> None:
     step = run / "checkpoints" / "step_00000002"
     for options in ([f"--checkpoint={step}"], [f"--resume_from={step}"], ["--resume_from", str(run)]):
         rest, defaults = expand_options(options)

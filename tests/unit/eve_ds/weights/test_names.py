@@ -85,7 +85,7 @@ SIZES = [
 @pytest.mark.parametrize("config", SIZES, ids=["five_layers", "no_experts", "one_expert"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_sizes_of_every_task_go_there_and_back(task: str, config: ModelConfig, dtype: torch.dtype) -> None:
+def test_other_sizes_of_every_task_round_trip(task: str, config: ModelConfig, dtype: torch.dtype) -> None:
     ours = {
         name: torch.randn_like(value).to(dtype) for name, value in TASKS[task](Backbone(config)).state_dict().items()
     }

@@ -58,7 +58,7 @@ def test_bicubic(old: int, new: int) -> None:
     assert old != new or torch.equal(out, positions)
 
 
-def test_a_constant_and_a_image_turned_on_its_side() -> None:
+def test_constant_and_transposed_positions() -> None:
     """Properties of any interpolation by rows and columns, whatever its kernel."""
     torch.manual_seed(0)
     constant = torch.full((1 + 14**2, 3), 2.5)

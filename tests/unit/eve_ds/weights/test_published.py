@@ -27,7 +27,7 @@ def test_image_size_and_text_positions_are_those_of_the_tensors() -> None:
     assert (config.image_size, config.text_positions, config.max_text_length) == (48, 30, 30)
 
 
-def test_a_image_size_may_be_asked_for() -> None:
+def test_an_image_size_can_be_given() -> None:
     state = load_file(ASSETS / "vqa.safetensors")
     assert published_config(ASSETS / "vlmo_config.json", state, image_size=64).image_size == 64
 
@@ -43,6 +43,6 @@ def test_an_ill_typed_value_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1, 17, 64), (1, 64)])
-def test_positions_of_no_such_shape_change_nothing(shape: tuple[int, ...]) -> None:
+def test_positions_of_another_shape_are_ignored(shape: tuple[int, ...]) -> None:
     state = {"backbone.pos_embed_vision": torch.zeros(shape)}
     assert sized_as(ModelConfig(), state) == ModelConfig()

@@ -47,7 +47,7 @@ def full_disk() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "th"])
-def test_where_there_is_no_room_nothing_is_left_and_nothing_lost(tmp_path: Path, suffix: str) -> None:
+def test_a_full_disk_leaves_the_old_files(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"old.{suffix}"
     out.write_text("old")
     with pytest.raises(DataError, match="cannot be written"), full_disk(), replacing(out) as new:
@@ -55,7 +55,7 @@ def test_where_there_is_no_room_nothing_is_left_and_nothing_lost(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_text() == "old"
 
 
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_atomically(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "model"
     for content in ("first", "second"):
         with replacing(out) as new:
@@ -78,7 +78,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         raise AssertionError("the block must not run")
 
 
-def test_what_is_there_is_kept(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     model, other, file = tmp_path / "m.th", tmp_path / "thesis", tmp_path / "a.th"
     for folder, name in ((model, "model.safetensors"), (other, "thesis.tex")):
         folder.mkdir()
@@ -88,11 +88,11 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
     check_out(model, overwrite=True, folder=True)
     check_out(file, overwrite=True, folder=False)
     for out, overwrite, folder, message in (
-        (model, False, True, "is there already; choose another place, or add --overwrite"),
-        (file, False, False, "is there already"),
-        (other, True, True, r"holds other things than a model \(thesis.tex\)"),
-        (file, True, True, "is no folder"),
-        (model, True, False, "is no file"),
+        (model, False, True, "already exists; choose another place, or add --overwrite"),
+        (file, False, False, "already exists"),
+        (other, True, True, r"holds other files than a model's \(thesis.tex\)"),
+        (file, True, True, "is not a folder"),
+        (model, True, False, "is not a file"),
         (tmp_path / "new.npz", False, False, "ends in .safetensors or .pt"),
     ):
         with pytest.raises(DataError, match=rf"--out {out}: .*{message}"):

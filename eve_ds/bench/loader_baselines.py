@@ -1,8 +1,8 @@
-"""The contestants of `bench loader` that need nothing of ours but the transform: three libraries, and no loader at all.
+"""The baselines of ``bench loader``: three other libraries, and a bare loop without a loader.
 
-All decode the same JPEGs with the same Transform (Pillow; RandomResizedCrop 0.5-1 to 224, mirror), and normalize whole
-batches as our loader does, in the same number of processes that read equally far ahead. Each shuffles as its own
-documentation has it. They run in .venv-bench, where our loader need not be installable.
+All decode the same JPEGs with the same Transform (Pillow; RandomResizedCrop 0.5-1 to 224, flip) and normalize whole
+batches as our loader does, with the same number of processes and the same prefetch. Each shuffles as its documentation
+recommends. They need only the transform of EVE-DS, and run in .venv-bench.
 """
 
 from __future__ import annotations
@@ -22,31 +22,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from eve_ds.bench.loader_images import ABOUT, made_once, read_files, write_images
+from eve_ds.bench.loader_images import ABOUT, create_once, read_files, write_images
 from eve_ds.bench.loader_process import Settings
 from eve_ds.data.transforms import Transform, build_transform, normalize
 
 RATE = "images_per_second"
-_TARS = 8  # of the webdataset; each process needs one
+_TARS = 8  # minimum number of tar files; each process needs one
 _MDS_BYTES = 1 << 24
 _SHUFFLE_BUFFER = 100
 
 
 def train_transform(settings: Settings) -> Transform:
-    """RandomResizedCrop 0.5-1 and mirror image: the pre-training's."""
+    """The transform of pre-training: RandomResizedCrop 0.5-1 and flip."""
     return build_transform(settings.image_size, train=True)
 
 
 def batch_of(images: Sequence[np.ndarray]) -> Tensor:
-    """[H, W, 3] uint8 each -> [B, 3, H, W] float32, normalized as `eve_ds.data.collate` does."""
+    """B arrays [H, W, 3] uint8 -> [B, 3, H, W] float32, normalized as in ``eve_ds.data.collate``."""
     return normalize(np.stack(images))
 
 
 def window_rate(batches: Iterable[Tensor], settings: Settings) -> dict[str, float]:
-    """Images a second from the arrival of batch `lead` to that of batch `lead + window`.
+    """Images per second between the arrivals of batch ``lead`` and batch ``lead + window``.
 
-    Inside the window every process decodes all the time: the start of the processes lies before it, and work goes on
-    behind it, so that none has run dry.
+    In this window all processes decode continuously: they start before it, and still have work after it.
     """
     images, began, ended = 0, 0.0, 0.0
     for number, batch in enumerate(batches, 1):
@@ -62,10 +61,10 @@ def window_rate(batches: Iterable[Tensor], settings: Settings) -> dict[str, floa
 
 
 class Images:
-    """Makes the JPEGs; measures nothing."""
+    """Create the JPEGs; measures nothing."""
 
     def __init__(self, settings: Settings) -> None:
-        folder = made_once(Path(settings.image_folder), lambda path: write_images(path, settings.images))
+        folder = create_once(Path(settings.image_folder), lambda path: write_images(path, settings.images))
         self.about = folder / ABOUT
 
     def round(self) -> dict[str, float]:
@@ -73,7 +72,7 @@ class Images:
 
 
 class Bare:
-    """No loader: each process loops over its share of the files' bytes, in memory, and throws the batches away."""
+    """No loader: each process decodes its share of the files from memory and discards the batches."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -115,7 +114,7 @@ class Bare:
 
 
 class WebDataset:
-    """webdataset: tar files in random order, a buffer shuffles, batches are made in the processes (its README)."""
+    """webdataset: tar files in random order, a shuffle buffer, batches built in the workers (as in its README)."""
 
     def __init__(self, settings: Settings) -> None:
         import webdataset
@@ -125,7 +124,7 @@ class WebDataset:
         self._transform = train_transform(settings)
         tars = max(_TARS, settings.processes)
         folder = Path(settings.work) / f"webdataset-{Path(settings.image_folder).name}-{tars}"
-        made_once(folder, lambda path: self._write(path, tars))
+        create_once(folder, lambda path: self._write(path, tars))
         self._tars = [str(path) for path in sorted(folder.glob("*.tar"))]
 
     def _write(self, folder: Path, tars: int) -> None:
@@ -154,23 +153,23 @@ class WebDataset:
 
 
 class Streaming:
-    """MosaicML streaming: MDS shards, local, shuffled by its default algorithm, through its StreamingDataLoader."""
+    """MosaicML streaming: local MDS shards, its default shuffling, and its StreamingDataLoader."""
 
     def __init__(self, settings: Settings) -> None:
         import streaming
         from streaming.base.util import clean_stale_shared_memory
 
-        clean_stale_shared_memory()  # of a run that was killed
+        clean_stale_shared_memory()  # left over from a killed run
         transform = train_transform(settings)
 
         class Dataset(streaming.StreamingDataset):  # type: ignore[misc, unused-ignore]
-            def __getitem__(self, at: Any) -> Any:
-                sample = super().__getitem__(at)
+            def __getitem__(self, index: Any) -> Any:
+                sample = super().__getitem__(index)
                 return transform(sample["image"], sample["id"])
 
         self._streaming = streaming
         self._settings = settings
-        folder = made_once(Path(settings.work) / f"streaming-{Path(settings.image_folder).name}", self._write)
+        folder = create_once(Path(settings.work) / f"streaming-{Path(settings.image_folder).name}", self._write)
         self._dataset = Dataset(local=str(folder), shuffle=True, batch_size=settings.batch_size)
 
     def _write(self, folder: Path) -> None:
@@ -191,7 +190,7 @@ class Streaming:
 
 
 class Datasets:
-    """Hugging Face datasets: memory-mapped Arrow, `with_transform`, torch's DataLoader with a random order."""
+    """Hugging Face datasets: memory-mapped Arrow, ``with_transform``, and a shuffling torch DataLoader."""
 
     def __init__(self, settings: Settings) -> None:
         os.environ["HF_HOME"] = str(Path(settings.work) / "huggingface")  # read on import
@@ -200,7 +199,7 @@ class Datasets:
         self._datasets = datasets
         self._settings = settings
         self._transform = train_transform(settings)
-        folder = made_once(Path(settings.work) / f"datasets-{Path(settings.image_folder).name}", self._write)
+        folder = create_once(Path(settings.work) / f"datasets-{Path(settings.image_folder).name}", self._write)
         self._dataset = datasets.load_from_disk(str(folder)).with_transform(self._decode)
 
     def _write(self, folder: Path) -> None:
