@@ -103,7 +103,7 @@ def fill_from_beit(backbone: Backbone, state: Mapping[str, Tensor]) -> Origins:
             part.copy_(value)
         taken[name] = [ours for ours, _ in targets[name]]
     filled = {ours for names in taken.values() for ours in names}
-    new = {name: "first values" for name, _ in backbone.named_parameters() if name not in filled}
+    new = {name: "initial values" for name, _ in backbone.named_parameters() if name not in filled}
     for theirs in ("gamma_1", "gamma_2"):
         for name in (name for name in targets if name.endswith(theirs) and name not in state):
             ours, part = targets[name][0]

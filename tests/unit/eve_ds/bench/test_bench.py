@@ -263,7 +263,7 @@ def test_a_file_that_cannot_be_written_is_noticed_before_anything_is_measured(
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     for name, told in (
-        ("pipe", "is no regular file"),
+        ("pipe", "is not a regular file"),
         ("file/x.json", "cannot be written"),
         ("x" * 250, "too long"),
         ("new/" + "x" * 250, "too long"),

@@ -166,5 +166,5 @@ def test_a_baseline_that_dies_in_a_round_does_not_end_the_run(start: Callable[[s
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
     where = ["--work", str(tmp_path), "--bench_python", str(tmp_path / "none")]
-    with pytest.raises(UserError, match=r"--images 20: too few for 2 processes.*take 48 or more"):
+    with pytest.raises(UserError, match=r"--images 20: too few for 2 processes.*give 48 or more"):
         bench.main(["loader", "--images", "20", "--batch_size", "4", "--processes", "2", "--threads", "1", *where])

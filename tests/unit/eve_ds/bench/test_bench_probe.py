@@ -201,7 +201,7 @@ def test_features_are_those_of_the_two_passes() -> None:
     assert torch.equal(found.select("question", labels), joint[[2, 0], 17])
 
 
-def test_rows_of_a_model_with_first_values(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_model_with_initial_values(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = probed(world, tmp_path)
     assert [row["probe"] for row in rows] == [one.name for one in probe.PROBES]
     for row in rows:
@@ -216,7 +216,7 @@ def test_rows_of_a_model_with_first_values(world: Path, tmp_path: Path, capsys: 
     assert class_token["tested"] == question["tested"] < COUNTS["val"] and class_token["pixels"] is None
     assert presence["chance"] == 0.5 and presence["balanced"] and 1 <= presence["questions"] <= 18
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["probe", "accuracy", "chance", "first", "values", "pixels", "tested"]
+    assert lines[1].split() == ["probe", "accuracy", "chance", "untrained", "pixels", "tested"]
     assert lines[5].split()[-2] == "-"
     other = probed(world, tmp_path, seed=1, images=40)
     assert [row["accuracy"] for row in other] != [row["first_values"] for row in other]
@@ -225,11 +225,11 @@ def test_rows_of_a_model_with_first_values(world: Path, tmp_path: Path, capsys: 
 
 def test_the_patch_of_an_object_is_the_one_that_is_read(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     def elsewhere(features: probe.Features, place: str, labels: Labels) -> Tensor:
-        return at(features, place, labels._replace(cell=[15 - cell for cell in labels.cell]))
+        return select(features, place, labels._replace(cell=[15 - cell for cell in labels.cell]))
 
     here = probed(world, tmp_path)[0]
-    at = probe.Features.at
-    monkeypatch.setattr(probe.Features, "at", elsewhere)
+    select = probe.Features.select
+    monkeypatch.setattr(probe.Features, "select", elsewhere)
     assert probed(world, tmp_path)[0]["pixels"] < here["pixels"] - 0.3
 
 

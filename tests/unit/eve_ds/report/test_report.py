@@ -35,7 +35,7 @@ def test_the_page_has_all_records(content: str) -> None:
     scores = ["71.5", "0.5", "78.3", "21.0", "41.7", "74.2", "50.0", "31.1", "55.0", "60.4", "58.7", "66.8", "19.3"]
     samples = ["yes/no", "a caption about 9", "both pictures have a circle", "what color is shape 1?"]
     titles = ["Masked patches: loss", "Masked words: loss", "Learning rate", "Samples per second", "Contrastive loss"]
-    for text in (how, "+17.9", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s together"):
+    for text in (how, "+17.9", *(f"{score}\xa0%" for score in scores), *samples, *titles, "2 min 10 s in total"):
         assert text in page.text
     assert page.count("img") == 6 * 3 + 3 * 5 + 2 + 4 + 4 * 2
     assert page.count("svg") == 7 + 8 + 5 + 6
