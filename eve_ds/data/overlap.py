@@ -19,7 +19,7 @@ import pyarrow as pa
 from eve_ds.data.shards import Split
 from preprocessing.errors import DataError
 from preprocessing.local_files import check_regular
-from preprocessing.shards.id_keys import ids_of_batch, is_leak, parse_ids
+from preprocessing.shards.id_keys import distinct, ids_of_batch, is_leak, parse_ids
 from preprocessing.shards.schema import ID_COLUMNS, IDS, IMAGE_COLUMNS, SAMPLE_COLUMN
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
@@ -100,10 +100,10 @@ class SplitIds:
         """
         column = ID_COLUMNS[self.split.kind][-1]
         keys = np.empty(0, "<u8") if self.split.manifest else self._read[column]
-        if len(_distinct(keys)) == len(keys):
+        if len(distinct(keys)) == len(keys):
             return "", False
         paths, counts = zip(*self._counts[column].items(), strict=True)
-        of_file = [_distinct(part) for part in np.split(keys, np.cumsum(counts)[:-1])]
+        of_file = [distinct(part) for part in np.split(keys, np.cumsum(counts)[:-1])]
         common = {pair: _common(of_file[pair[0]], of_file[pair[1]]) for pair in _pairs_in_common(of_file)}
         looked_at: dict[tuple[int, int], set[bytes]] = {}
         for pair, both in common.items():
@@ -149,7 +149,7 @@ class SplitIds:
 
     def _keys(self, column: str) -> np.ndarray:
         """[n] uint64, distinct and rising."""
-        return self._listed[column] if self._listed is not None else _distinct(self._read[column])
+        return self._listed[column] if self._listed is not None else distinct(self._read[column])
 
     @functools.cached_property
     def _listed(self) -> dict[str, np.ndarray] | None:
@@ -199,12 +199,6 @@ def _rows_with(batch: pa.RecordBatch, column: str, keys: set[bytes]) -> Iterator
     yield from _rows_with(batch.slice(half), column, keys)
 
 
-def _distinct(keys: np.ndarray) -> np.ndarray:
-    """Without what comes again, rising: np.unique, which takes many times as long (NumPy 2.4 hashes them)."""
-    rising = np.sort(keys)
-    return rising[np.append(True, rising[1:] != rising[:-1])[: len(rising)]]
-
-
 def _pairs_in_common(parts: list[np.ndarray]) -> list[tuple[int, int]]:
     """The pairs of ``parts``, each distinct and rising, in which an element stands in both; at most ``_PAIRS``."""
     keys, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -215,7 +209,7 @@ def _pairs_in_common(parts: list[np.ndarray]) -> list[tuple[int, int]]:
         same = np.flatnonzero(keys[apart:] == keys[:-apart])
         if not len(same) or len(found) >= _PAIRS:
             break
-        found.update(_distinct(owners[same] * len(parts) + owners[same + apart]).tolist())
+        found.update(distinct(owners[same] * len(parts) + owners[same + apart]).tolist())
     return [divmod(pair, len(parts)) for pair in sorted(found)[:_PAIRS]]
 
 
