@@ -1,11 +1,11 @@
-"""What one gets on VQA v2 without looking at the image: the number that a score must be read against.
+"""Baselines for VQA v2 that ignore the image: the numbers to compare a score with.
 
     python -m evaluation.baselines --train-questions Q.json --train-annotations A.json \\
         --questions Q.json --annotations A.json --out M.json
 
-``majority_baseline`` gives every question the training answer that scores best. ``text_only_baseline`` gives each
-question the answer that scores best over the training questions of the very same words, and the majority answer to
-words never met: no model that sees the words alone can learn more from the training set.
+``majority_baseline`` answers each question with the training answer that scores best. ``text_only_baseline`` answers
+with the one that scores best on the training questions with the same words, or the majority answer if there are none:
+no model that sees only the words can learn more from the training set.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _soft_scores(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _best(scores: Scores) -> str:
-    """The answer of the highest score; the first in the alphabet of equals."""
+    """The answer with the highest score; of equal ones the first in alphabetical order."""
     return min(scores, key=lambda answer: (-scores[answer], answer))
 
 

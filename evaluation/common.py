@@ -1,4 +1,4 @@
-"""What the three commands share: reading with errors that name the culprit, writing whole files, exit codes."""
+"""What the commands share: reading files with errors that name the fault, atomic writes, exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRETS = re.compile(
     r"|([?&]endpoint_override=)[^\s/@:&]{1,200}:[^\s/@&]{0,400}@|([?&][^=&?\s]{1,64}=)[^&\s'\"]+",
     re.IGNORECASE,
 )
-# In names of files, where most parameters are innocent: what signs an address that the file was fetched from.
+# Parameters that sign a URL, in the names of files that were downloaded from one. Others are harmless there.
 KEYS = re.compile(r"([?&](?:x-(?:amz|goog)-[a-z-]{1,40}|signature|sig|[a-z_]{0,20}token)=)[^&\s:'\"]+", re.IGNORECASE)
 
 
@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; it means nothing here
+        self.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers pass it; it is ignored
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse has it; and no output may be one of the inputs or the other output."""
+        """As in argparse; also an error if an output is one of the inputs or the other output."""
         options = super().parse_args(args, namespace)
         paths = {name: value for name, value in vars(options).items() if isinstance(value, str)}
         for output in OUTPUTS & paths.keys():
@@ -53,24 +53,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def without_secrets(text: str) -> str:
-    """``text`` with *** for users, passwords and parameters in the addresses in it."""
+    """``text`` with *** for each user, password and parameter of the URLs in it."""
     if ":/" not in text:
         return KEYS.sub(lambda found: f"{found[1]}***", text) if "?" in text else text
     return SECRETS.sub(lambda found: f"{found[1] or found[2]}***@" if found[1] or found[2] else f"{found[3]}***", text)
 
 
 def check_regular(path: str | Path) -> None:
-    """Refuse a pipe or a device, at which reading may wait, or go on, for ever.
+    """Refuse a pipe or a device: reading one may block or never end.
 
-    What the shell has opened, as in ``<(command)`` or /dev/stdin, may be read.
+    Pipes that the shell has opened, as in ``<(command)`` or /dev/stdin, are accepted.
 
     Raises:
-        InputError: it is one.
+        InputError: ``path`` is one.
     """
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
-        return  # reading it tells
+        return  # reported when the file is read
     stream = stat.S_ISFIFO(mode) and str(path).startswith(STREAMS)
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stream):
         raise InputError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
@@ -126,7 +126,7 @@ def _parse(text: str, name: str, line: int = 1) -> Any:
         raise InputError(f"{name}: invalid JSON at {where}: {error.msg}") from error
     except RecursionError as error:
         raise InputError(f"{name}: JSON nested too deeply from line {line}") from error
-    except ValueError as error:  # Python reads no number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{name}: invalid JSON from line {line}: {error}") from error
 
 
@@ -138,9 +138,9 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file in one piece: a reader sees the old content or the new, never half of it.
+    """Write a file atomically: a reader sees either the old content or the new.
 
-    A device or a pipe, such as /dev/stdout, is written to; half of an emoji becomes its escape.
+    Devices and pipes, such as /dev/stdout, are written to directly. Lone surrogates are escaped.
 
     Raises:
         InputError: the folder cannot be made or the file cannot be written.
@@ -156,7 +156,7 @@ def write_text(path: str | Path, text: str) -> None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        # Not mkstemp, which lets nobody else read: the umask says who may.
+        # Not mkstemp, whose files are private: the umask decides who may read.
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         made = True
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -178,7 +178,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_scores(path: str | Path, scores: Any, line: str) -> None:
-    """Write scores as ``write_json``, and print them in a line, all the more where they cannot be written."""
+    """Write scores as ``write_json``, and print ``line``, even if the file cannot be written."""
     try:
         write_json(path, scores)
     finally:
@@ -186,7 +186,7 @@ def write_scores(path: str | Path, scores: Any, line: str) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the names in a folder on disk, unless it cannot be read or its file system does not take the request."""
+    """Flush the names in a folder to disk, unless the folder or its file system does not allow it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -199,7 +199,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def run(command: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:
-    """Run a command; a user's mistake becomes one line on stderr. Returns the exit code: 0, or 2 for bad input."""
+    """Run a command. Prints an InputError as one line on stderr. Returns the exit code: 0, or 2 for bad input."""
     try:
         command(arguments)
     except InputError as error:
@@ -209,12 +209,12 @@ def run(command: Callable[[list[str] | None], None], arguments: list[str] | None
 
 
 def printable(text: str) -> str:
-    """``text`` for a terminal: escapes for what it would obey (control characters, turns of direction), no secrets."""
+    """``text`` for a terminal: without secrets, with escapes for control characters and marks of text direction."""
     shown = without_secrets(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
-def some(names: list[Any], limit: int = 3) -> str:
-    """``"'a', 'b', 'c' and 7 more"``: enough of a long list to find the fault by."""
+def first_few(names: list[Any], limit: int = 3) -> str:
+    """The start of a list for a message: ``"'a', 'b', 'c' and 7 more"``."""
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,7 +1,7 @@
 """The 120 contractions of the official VQA evaluation (GT-Vision-Lab/VQA, BSD licence): data, kept with its oddities.
 
 Among these: "let's" and "she's" map to themselves, "somebody'd" *loses* its apostrophe, and the entries with a capital
-never apply, since words are put in lower case before they are looked up. Scores agree with published ones only so.
+never apply, since words are lower-cased before the lookup. Without these oddities, scores differ from published ones.
 """
 
 from __future__ import annotations

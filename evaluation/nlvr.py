@@ -1,7 +1,7 @@
 """NLVR2: accuracy and consistency, as the official ``nlvr2/eval/metrics.py`` of lil-lab/nlvr (Suhr et al., ACL 2019).
 
-An example's identifier reads ``split-set-PAIR-sentence``. The examples that differ in PAIR alone share one sentence;
-consistency is the share of sentences with every one of their examples right.
+An example's identifier is ``split-set-PAIR-sentence``. Examples that differ only in PAIR have the same sentence.
+Consistency is the fraction of sentences for which all examples are right.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.common import InputError, Parser, read_json_rows, read_text, run, some, without_secrets, write_scores
+from evaluation.common import (
+    InputError,
+    Parser,
+    first_few,
+    read_json_rows,
+    read_text,
+    run,
+    without_secrets,
+    write_scores,
+)
 
 TRUTHS = ("true", "false")
 
@@ -19,8 +28,8 @@ def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]])
     """Accuracy over the examples and consistency over their sentences.
 
     Args:
-        predictions: identifier -> "True" or "False", in any case of letters. Identifiers that no example has are not
-            counted: one file serves the balanced and the unbalanced parts of a split, which are subsets of it.
+        predictions: identifier -> "True" or "False", in upper or lower case. Identifiers without an example are
+            ignored: one file can be used for the balanced and the unbalanced parts of a split, which are subsets.
         examples: the official objects; ``identifier`` and ``label`` are read.
     Returns:
         ``{"accuracy": ..., "consistency": ...}`` as fractions.
@@ -37,7 +46,7 @@ def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]])
         labels[identifier] = label
     missing = [identifier for identifier in labels if identifier not in predictions]
     if missing:
-        raise InputError(f"{len(missing)} of {len(labels)} examples have no prediction: {some(missing)}")
+        raise InputError(f"{len(missing)} of {len(labels)} examples have no prediction: {first_few(missing)}")
     consistent: dict[tuple[str, ...], bool] = {}
     right = 0
     for identifier, label in labels.items():
@@ -63,7 +72,7 @@ def _read_example(example: Any, row: int) -> tuple[str, str]:
 
 
 def read_predictions(path: str) -> dict[str, str]:
-    """Read ``identifier,prediction`` lines; a first line with just these two words is taken for a header.
+    """Read ``identifier,prediction`` lines; a first line with these two words is a header.
 
     Raises:
         InputError: unreadable, empty, a line of another form, or an identifier twice; the message has the line.

@@ -1,12 +1,12 @@
-"""Image-text retrieval: the share of queries whose right answer is among the first 1, 5 and 10.
+"""Image-text retrieval: the share of queries with a correct answer among the first 1, 5 and 10.
 
 Text retrieval (``txt_*``): the query is an image, a hit is *any* of its texts. Image retrieval (``img_*``): the query
 is a text, a hit is its image. As in Karpathy & Fei-Fei (CVPR 2015) and the evaluation code of ALBEF, X-VLM and EVE.
 
-Ties count against the model: a wrong candidate with the same score as the right one is taken to stand before it. So a
-model that gives every pair one score gets 0, where sorting would give whatever the order of the file gives.
+Ties count against the model: a wrong candidate with the same score as the right one is ranked before it. A model that
+gives each pair the same score gets 0; with sorting, its score would depend on the order of the file.
 
-I images, T texts. Ranks come from counting the better candidates of one query at a time: no sorted copy of the scores.
+I images, T texts. Ranks are counts of better candidates, one query at a time: no sorted copy of the scores is made.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _check(scores: NDArray[np.generic], index: NDArray[np.integer], name: str, i
 
 
 def _check_row(row: NDArray[np.generic], name: str, number: int) -> None:
-    bad = ~np.less(row, np.inf)  # NaN is below nothing
+    bad = ~np.less(row, np.inf)  # NaN compares false
     if bad.any():
         column = int(np.argmax(bad))
         raise InputError(
@@ -116,9 +116,9 @@ def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.g
         found = archive[name]
     except KeyError:
         raise InputError(f"array {name!r} is missing, found {sorted(archive)}; needed: {', '.join(ARRAYS)}") from None
-    except Exception as error:  # zip, its compressors and NumPy's reader of headers raise whatever they stumble over
+    except Exception as error:  # zipfile and NumPy raise errors of all kinds on damaged files
         raise InputError(f"array {name!r} cannot be read: the file is damaged or holds no plain numbers") from error
-    if not isinstance(found, np.ndarray):  # a file of another kind within the archive
+    if not isinstance(found, np.ndarray):  # another kind of file in the archive
         raise InputError(f"array {name!r} is no NumPy array; save it with numpy.savez")
     return found
 

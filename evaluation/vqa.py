@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from evaluation.common import InputError, Parser, read_json, run, some, write_json, write_scores
+from evaluation.common import InputError, Parser, first_few, read_json, run, write_json, write_scores
 from evaluation.contractions import CONTRACTIONS
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -28,17 +28,17 @@ DECIMALS = 6  # scores are rounded as the official evaluation rounds them, with 
 
 
 def clean(text: str) -> str:
-    """Newlines and tabs to spaces, none at the ends."""
+    """Replace newlines and tabs with spaces, and strip."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalize(text: str) -> str:
-    """The official normal form of an answer that ``clean`` has been through.
+    """The official normal form of an answer returned by ``clean``.
 
-    - A punctuation mark is deleted wherever it stands if it touches a space somewhere in the *original* text, or if
-      that has digit-comma-digit anywhere; otherwise it becomes a space.
-    - Of the periods with no digit behind them, the first 32 are deleted.
-    - Lower case; "none", "zero" to "ten" become digits; articles go; words lacking their apostrophe get it.
+    - A punctuation mark is deleted everywhere if it is next to a space somewhere in the *original* text, or if that
+      text has digit-comma-digit anywhere; otherwise it becomes a space.
+    - Of the periods that are not followed by a digit, the first 32 are deleted.
+    - Lower case; "none", "zero" to "ten" become digits; articles are removed; contractions without apostrophe get one.
     """
     result = text
     keep_together = DIGIT_COMMA_DIGIT.search(text) is not None
@@ -57,7 +57,7 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     if len(set(humans)) > 1:
         prediction, humans = normalize(prediction), [normalize(answer) for answer in humans]
     matches = sum(answer == prediction for answer in humans)
-    # Over leave-one-out sets: `matches` of them have one match fewer. In whole thirds, so that the result is exact.
+    # Of the leave-one-out sets, `matches` have one match fewer. Counted in thirds, so that the result is exact.
     thirds = matches * min(3, matches - 1) + (len(humans) - matches) * min(3, matches)
     return 100.0 * thirds / (3 * len(humans))
 
@@ -79,9 +79,11 @@ def per_question(
     if not humans:
         raise InputError("there are no annotations to score against")
     if unknown := [question for question in given if question not in humans]:
-        raise InputError(f"predictions with a question_id that is not in the annotations: {some(unknown)}")
+        raise InputError(f"predictions with a question_id that is not in the annotations: {first_few(unknown)}")
     if missing := [question for question in humans if question not in given]:
-        raise InputError(f"{len(missing)} of {len(humans)} questions have no prediction: question_id {some(missing)}")
+        raise InputError(
+            f"{len(missing)} of {len(humans)} questions have no prediction: question_id {first_few(missing)}"
+        )
     return {question: accuracy(given[question], answers) for question, answers in humans.items()}
 
 
@@ -158,7 +160,7 @@ def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[A
     kept = [row for row in annotations if _question_id(row) in wanted]
     found = {_question_id(row) for row in kept}
     if lacking := [question for question in wanted if question not in found]:
-        raise InputError(f"{path}: questions without annotation: question_id {some(lacking)}")
+        raise InputError(f"{path}: questions without annotation: question_id {first_few(lacking)}")
     return kept
 
 

@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a usage error in one line."""
+    """Prints a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
@@ -62,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 when `verify` found a fault, 2 on bad usage or bad input.
 
-    Under mpirun rank 0 runs it, and the other ranks work for it.
+    Under mpirun, rank 0 runs it and the other ranks are its workers.
     """
     try:
         return run_under_mpi(lambda: _run(arguments)) if started_by_mpi() else _run(arguments)
@@ -79,15 +79,15 @@ def _run(arguments: Sequence[str] | None) -> int:
     known = COMMANDS | {name: (_own_source(name), "") for name in words[:1] if "." in name}
     for name, (module, summary) in known.items():
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Raw)
-        if name in words:  # to declare those of all commands takes as long as to convert a hundred images
+        if name in words:  # declaring those of all commands takes as long as converting a hundred images
             module.add_arguments(command)
     args = parser.parse_args(words)
     try:
         for option in ("out", "images"):
-            if getattr(args, option, None) == "":  # would be the folder in which one is
+            if getattr(args, option, None) == "":  # pathlib would take it for the current folder
                 raise DataError(f"--{option}: is empty; name a folder")
         return known[args.command][0].run(args) or 0
-    except BrokenPipeError:  # `… | head` has seen enough
+    except BrokenPipeError:  # of `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DataError, OSError) as error:
@@ -114,13 +114,13 @@ def _own_source(name: str) -> ModuleType:
 
 
 def _line_of(error: OSError) -> str:
-    """What to say of a file or folder of which no part of the program knows better."""
+    """The message for an OSError that is not handled elsewhere."""
     where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror or ' '.join(str(error).split())}; mend that, or name another path"
+    return f"{where}{error.strerror or ' '.join(str(error).split())}; fix that, or name another path"
 
 
 def _check_text(words: Sequence[str]) -> None:
-    """Raise DataError for a word with bytes that are no UTF-8: the provenance has the command, and is UTF-8."""
+    """Raise DataError for a word that is not UTF-8: the provenance file, which is UTF-8, records the command."""
     for word in words:
         if replace_surrogates(word) != word:
             raise DataError(f"{word!r}: is not UTF-8 text; write it in UTF-8, or give the file another name")
@@ -129,5 +129,5 @@ def _check_text(words: Sequence[str]) -> None:
 _Raw = argparse.RawDescriptionHelpFormatter
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays: the collector need not look at all of it each time rows have come and gone
+    gc.freeze()  # the garbage collector then skips all that was imported
     sys.exit(main())

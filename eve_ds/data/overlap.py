@@ -19,7 +19,7 @@ import pyarrow as pa
 from eve_ds.data.shards import Split
 from preprocessing.errors import DataError
 from preprocessing.local_files import check_regular
-from preprocessing.shards.id_keys import ids_of_batch, is_leak, parse_ids
+from preprocessing.shards.id_keys import distinct, ids_of_batch, is_leak, parse_ids
 from preprocessing.shards.schema import ID_COLUMNS, IDS, IMAGE_COLUMNS, SAMPLE_COLUMN
 
 _NOUNS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
@@ -100,10 +100,10 @@ class SplitIds:
         """
         column = ID_COLUMNS[self.split.kind][-1]
         keys = np.empty(0, "<u8") if self.split.manifest else self._read[column]
-        if len(_unique(keys)) == len(keys):
+        if len(distinct(keys)) == len(keys):
             return "", False
         paths, counts = zip(*self._counts[column].items(), strict=True)
-        of_file = [_unique(part) for part in np.split(keys, np.cumsum(counts)[:-1])]
+        of_file = [distinct(part) for part in np.split(keys, np.cumsum(counts)[:-1])]
         common = {pair: _common(of_file[pair[0]], of_file[pair[1]]) for pair in _pairs_in_common(of_file)}
         sampled: dict[tuple[int, int], set[bytes]] = {}
         for pair, both in common.items():
@@ -149,7 +149,7 @@ class SplitIds:
 
     def _keys(self, column: str) -> np.ndarray:
         """[n] uint64, unique and sorted."""
-        return self._listed[column] if self._listed is not None else _unique(self._read[column])
+        return self._listed[column] if self._listed is not None else distinct(self._read[column])
 
     @functools.cached_property
     def _listed(self) -> dict[str, np.ndarray] | None:
@@ -199,12 +199,6 @@ def _rows_with(batch: pa.RecordBatch, column: str, keys: set[bytes]) -> Iterator
     yield from _rows_with(batch.slice(half), column, keys)
 
 
-def _unique(keys: np.ndarray) -> np.ndarray:
-    """Unique values, sorted: like np.unique, but many times faster (NumPy 2.4 hashes them)."""
-    ordered = np.sort(keys)
-    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
-
-
 def _pairs_in_common(parts: list[np.ndarray]) -> list[tuple[int, int]]:
     """Pairs of ``parts`` (each unique and sorted) with a common element; at most ``_MAX_PAIRS``."""
     keys, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -215,7 +209,7 @@ def _pairs_in_common(parts: list[np.ndarray]) -> list[tuple[int, int]]:
         same = np.flatnonzero(keys[apart:] == keys[:-apart])
         if not len(same) or len(found) >= _MAX_PAIRS:
             break
-        found.update(_unique(owners[same] * len(parts) + owners[same + apart]).tolist())
+        found.update(distinct(owners[same] * len(parts) + owners[same + apart]).tolist())
     return [divmod(pair, len(parts)) for pair in sorted(found)[:_MAX_PAIRS]]
 
 

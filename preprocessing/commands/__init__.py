@@ -1,1 +1,1 @@
-"""`verify`, `inspect`, `duplicates`, `tokenizer`."""
+"""Commands on prepared data: `verify`, `inspect`, `duplicates`, `tokenizer`."""

@@ -1,4 +1,4 @@
-"""What `verify` asks of a shard and of each of its rows, and what both `verify` and `repair` learn from it."""
+"""The checks of shards and rows, for `verify` and `repair`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -19,7 +19,7 @@ from preprocessing.shards.reader import batches_of
 from preprocessing.shards.schema import ANSWER_LIST, ID_COLUMNS, IDS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
 from preprocessing.text.answers import read_answer_list
 
-_PER_SAMPLE = {  # list columns that run over the samples of a row, as long as SAMPLE_COLUMN's
+_PER_SAMPLE = {  # list columns with an entry for each sample of a row, like SAMPLE_COLUMN
     "caption": (),
     "vqa": ("answers", "answer_labels", "answer_scores", "question_id"),
     "nlvr": ("answers", "identifier"),
@@ -28,30 +28,30 @@ _PER_SAMPLE = {  # list columns that run over the samples of a row, as long as S
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What the rows of a split must fit. It can be pickled."""
+    """What the rows of a split must conform to. Can be pickled."""
 
     kind: str
     split: str
-    answers: Sequence[str] = ()  # VQA: what the labels index
+    answers: Sequence[str] = ()  # VQA: the answers that labels index
 
 
 @dataclass
 class ShardReport:
-    """What was found in a shard. Row numbers run over the rows that can be read, from 0."""
+    """The faults of a shard. Row numbers count the readable rows, from 0."""
 
     path: StoragePath
     rows: int = 0
     samples: int = 0
-    whole: bool = False  # the file is there and every record batch of it can be read
+    whole: bool = False  # the file exists and all of its record batches can be read
     faults: list[str] = field(default_factory=list)  # of the shard
     row_faults: dict[int, list[str]] = field(default_factory=dict)
-    repeated: set[int] = field(default_factory=set)  # rows with an id that an earlier one has
-    changed: bool = False  # since its record was written
-    barred: bool = False  # the system does not let it be read: what it holds is not known
+    repeated: set[int] = field(default_factory=set)  # rows with an id of an earlier row
+    changed: bool = False  # the bytes differ from the manifest
+    access_denied: bool = False  # the file exists, but cannot be read
     ids: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # column -> hashes, rows [n]
 
     def lines(self) -> Iterator[str]:
-        """Each fault as one line that names the shard, and the row where one is to blame."""
+        """Each fault as a line that names the shard and, if it is the fault of one, the row."""
         yield from (f"{self.path}: {fault}" for fault in self.faults)
         for row, faults in sorted(self.row_faults.items()):
             yield from (f"{self.path} row {row}: {fault}" for fault in faults)
@@ -61,13 +61,13 @@ def check_shard(path: StoragePath, record: dict[str, Any] | None, facts: SplitFa
     """Check one shard against its record in the manifest, and every row. Runs in a worker."""
     report = ShardReport(path)
     try:
-        _compare(report, record)
+        _compare_with_record(report, record)
     except FileNotFoundError:
         report.faults.append("is missing")
         return report
     except OSError as error:
         report.faults.append(f"cannot be read ({error.strerror}); make it a file that can be, or move it away")
-        report.barred = True
+        report.access_denied = True
         return report
     unreadable: list[str] = []
     keys: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[facts.kind]}
@@ -92,8 +92,8 @@ def check_shard(path: StoragePath, record: dict[str, Any] | None, facts: SplitFa
     return report
 
 
-def _compare(report: ShardReport, record: dict[str, Any] | None) -> None:
-    """Note where the file's bytes are not what its record says. Raises OSError when the file cannot be read."""
+def _compare_with_record(report: ShardReport, record: dict[str, Any] | None) -> None:
+    """Compare the size and hash of the file with its record. Raises OSError when the file cannot be read."""
     open_input(report.path).close()
     size = size_of(report.path)
     if record is not None and size != record["bytes"]:
@@ -105,7 +105,7 @@ def _compare(report: ShardReport, record: dict[str, Any] | None) -> None:
 
 
 def row_faults(row: dict[str, Any], facts: SplitFacts) -> Iterator[str]:
-    """What is wrong with a row; that its ids are its own is not asked here."""
+    """The faults of a row. Duplicate ids are not checked here."""
     kind = facts.kind
     empty = [name for name, value in row.items() if value is None]
     if empty:
@@ -152,7 +152,7 @@ def _answer_faults(row: dict[str, Any], index: int, listed: Sequence[str]) -> It
 
 
 def ids_of(row: dict[str, Any], kind: str) -> Iterator[tuple[str, list[Any]]]:
-    """(column, ids) of each column of ids; those that are null are left away."""
+    """(column, ids) of each id column, without nulls."""
     for column in ID_COLUMNS[kind]:
         value = row[column]
         ids = value if isinstance(value, list) else [value]
@@ -160,9 +160,9 @@ def ids_of(row: dict[str, Any], kind: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 def add_duplicates(reports: Sequence[ShardReport], kind: str) -> None:
-    """Note in `row_faults` every row, but the first, in which an id stands that another row, or the same, has too.
+    """Add a fault to `row_faults` for each row with an id that an earlier row, or the same row, has, too.
 
-    64-bit hashes of all ids find the candidates in 16 bytes an id; the ids themselves are read for those alone.
+    Candidates are found by 64-bit keys, in 16 bytes of memory an id. The ids themselves are read for candidates only.
     """
     for column in ID_COLUMNS[kind] if reports else ():
         parts = [report.ids.get(column, (np.zeros(0, np.uint64), np.zeros(0, np.int64))) for report in reports]
@@ -195,14 +195,14 @@ def _note_duplicates(report: ShardReport, kind: str, column: str, rows: set[int]
 
 
 def ids_fault(folder: StoragePath, manifest: dict[str, Any], reports: Sequence[ShardReport]) -> str:
-    """What is wrong with the split's list of ids; "" for nothing, and where older versions made the split without."""
+    """The fault of the split's ids.bin; "" if there is none, and for splits of older versions without the file."""
     if "ids" not in manifest:
         return ""
     listed = read_ids(folder, manifest)
     if listed is None:
         return f"{folder / IDS}: is missing, or is not what the manifest says"
     if any(report.faults or report.row_faults for report in reports):
-        return ""  # the ids cannot be the same
+        return ""  # the ids differ because of these faults
     for column in set(listed) - set(numbered_columns(manifest)):
         found = [report.ids[column][0] for report in reports]
         if not np.array_equal(distinct(np.concatenate([np.zeros(0, np.uint64), *found])), listed[column]):
@@ -211,7 +211,7 @@ def ids_fault(folder: StoragePath, manifest: dict[str, Any], reports: Sequence[S
 
 
 def answers_fault(folder: StoragePath, manifest: dict[str, Any], facts: SplitFacts) -> str:
-    """What is wrong with the answer list beside a VQA split; "" for nothing, and where an older version made it."""
+    """The fault of the answer list beside a VQA split; "" if there is none, and for splits of older versions."""
     if manifest.get(ANSWER_LIST_HASH, answers_sha256(facts.answers)) == answers_sha256(facts.answers):
         return ""
     what = f"is not the list that {folder.name} was labeled by; put that one back, or convert it again"
@@ -219,21 +219,21 @@ def answers_fault(folder: StoragePath, manifest: dict[str, Any], facts: SplitFac
 
 
 def split_facts(folder: StoragePath, kind: str, split: str) -> SplitFacts:
-    """What the rows of the split `folder` must fit. Raises DataError when a VQA set lacks its answer list."""
+    """What the rows of the split in `folder` must conform to. Raises DataError when a VQA set has no answer list."""
     return SplitFacts(kind, split, read_answer_list(folder.parent / ANSWER_LIST) if kind == "vqa" else ())
 
 
 def shard_paths(folder: StoragePath) -> list[StoragePath]:
-    """The shard files in `folder`, in the order of their names."""
+    """The shard files in `folder`, sorted by name."""
     return [folder / name for name in names_in(folder) if name.endswith(".arrow") and not name.startswith(".")]
 
 
 def check_shards(
     folder: StoragePath, records: Sequence[dict[str, Any]], facts: SplitFacts, workers: int
 ) -> list[ShardReport]:
-    """The reports of the shards that the manifest's `records` name, in their order, ids that stand twice included.
+    """The reports of the shards that the manifest's `records` name, in their order, including duplicate ids.
 
-    A record that holds the file's name alone is compared with nothing.
+    A shard whose record has only the file name is not compared with it.
     """
     found: dict[StoragePath, ShardReport] = {}
     tasks = [(folder / record["file"], record if len(record) > 1 else None, facts) for record in records]

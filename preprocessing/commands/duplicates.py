@@ -1,7 +1,7 @@
 """`python -m preprocessing duplicates hash | find`: images of one prepared data set that are in another.
 
-`find` lists exact duplicates (SHA-256) and near ones (two perceptual hashes) for a person to look at. What is left in
-the list can be given to a converter as `--exclude`; without looking, `--near-duplicates-of` leaves all of them out.
+`find` lists exact duplicates (SHA-256) and near ones (two perceptual hashes) for a person to review. The reviewed list
+can be passed to a converter as `--exclude`; `--near-duplicates-of` leaves out all of them without a review.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(f"--distance {args.distance}: must be between 0 and 32 bits")
     others = [storage_path(name) for name in args.of]
     pairs = list(find_pairs(storage_path(args.directory), others, args.distance, args.workers))
-    write_atomic(args.out, dump_json({"duplicates": [pair.shown() for pair in pairs]}))
+    write_atomic(args.out, dump_json({"duplicates": [pair.as_json() for pair in pairs]}))
     if args.html:
         write_atomic(args.html, _page(storage_path(args.directory), pairs).encode())
     exact = sum(pair.exact for pair in pairs)
@@ -67,21 +67,21 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image of the set looked through, and the most similar one of the others."""
+    """An image of the set that is searched, and the most similar image of the other sets."""
 
     image_id: str
-    of: str  # the set that holds the other
+    of: str  # the set of the other image
     of_image: str
     exact: bool
-    distance: int  # bits, the greater one of the two hashes
+    distance: int  # bits, the larger one of the two hashes
 
-    def shown(self) -> dict[str, Any]:
-        """As JSON has it: an id may be an address, with a password in it."""
+    def as_json(self) -> dict[str, Any]:
+        """The pair for JSON, without secrets: an id may be a URL with a password."""
         return {name: id_without_secrets(one) if isinstance(one, str) else one for name, one in asdict(self).items()}
 
 
 def find_pairs(directory: StoragePath, others: list[StoragePath], distance: int, workers: int = 1) -> Iterator[Pair]:
-    """Each image of `directory` that is in one of `others`, or within `distance` bits of one. Raises DataError."""
+    """Each image of `directory` that is in `others`, or within `distance` bits of an image there. Raises DataError."""
     lists = [hashes_of(path, workers=workers) for path in others]
     hashes = HashList.joined(lists)
     set_of = [str(path) for path, one in zip(others, lists, strict=True) for _ in range(len(one))]
@@ -95,7 +95,7 @@ def find_pairs(directory: StoragePath, others: list[StoragePath], distance: int,
 
 
 def _page(directory: StoragePath, pairs: list[Pair]) -> str:
-    """A page with both images of each pair; those of sets given as hashes alone are not shown."""
+    """A page with both images of each pair, except images of sets that are given as hashes."""
     folders = {str(directory)} | {pair.of for pair in pairs if not pair.of.endswith(".npz")}
     wanted = {(str(directory), pair.image_id) for pair in pairs} | {(pair.of, pair.of_image) for pair in pairs}
     thumbnails = {

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what the splits hold, and write the page. Raises DataError when there is no prepared data set."""
+    """Print a summary and a few rows of each split, and write the page. Raises DataError."""
     if args.rows is not None and args.rows < 0:
         raise DataError(f"--rows {args.rows}: must be 0 or more")
     folders = split_folders(storage_path(args.directory))
@@ -89,7 +89,7 @@ def _made_by(path: StoragePath) -> str:
 
 
 def _described(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with images told by their size."""
+    """The row with a description in the place of each image."""
     return {name: _describe(value) if isinstance(value, bytes) else value for name, value in row.items()}
 
 

@@ -1,10 +1,10 @@
-"""Mends a split folder: `python -m preprocessing verify DIR --repair`.
+"""Repairs a split folder: `python -m preprocessing verify DIR --repair`.
 
-Sound shards stay as they are (hard links). Of a shard that has faults the sound rows are written anew. One that has
-changed, but whose rows pass every check, stays too, and so does its record, unless `--accept-changed` vouches for it: a
-letter may be another one. What is lost is counted in the manifest's `dropped`, and what was done is told and listed in
-its `repairs`. The mended folder takes the place of the old one by rename, so that a kill leaves the one or the other.
-The split is locked, as converters lock it, from before it is looked at until then. Never changed: a row's own content.
+Valid shards are kept (as hard links). Of a shard with faults, the valid rows are written to a new shard. A shard whose
+bytes differ from the manifest but whose rows pass every check is kept with its old record, unless `--accept-changed` is
+given: a letter of a text may have changed. Lost rows are counted in the manifest's `dropped`; each action is printed
+and listed in its `repairs`. The repaired folder replaces the old one by rename, so a kill leaves one or the other. The
+split is locked all the time, as by converters. The content of a row is never changed.
 """
 
 import os
@@ -34,43 +34,43 @@ from preprocessing.shards.writer import DROPPED, SPLIT_FILES, ShardWriter, write
 
 
 class _Repair:
-    """The state of one repair. `said`: what was done, a line each."""
+    """The state of one repair. `actions`: a line for each."""
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], facts: SplitFacts, said: list[str], accept_changed: bool
+        self, folder: Path, manifest: dict[str, Any], facts: SplitFacts, actions: list[str], accept_changed: bool
     ) -> None:
-        self.folder, self.manifest, self.facts, self.said = folder, manifest, facts, said
+        self.folder, self.manifest, self.facts, self.actions = folder, manifest, facts, actions
         self.accept_changed = accept_changed
         self.shards: list[dict[str, Any]] = []
         self.dropped = Counter[str](manifest["dropped"])
         self.items: list[dict[str, str]] = list(manifest.get("dropped_items", []))
 
-    def lose(self, item: str, reason: str, rows: int = 1) -> None:
-        """Note that `rows` are lost."""
+    def count_lost(self, item: str, reason: str, rows: int = 1) -> None:
+        """Count lost rows."""
         if rows > 0:
             self.dropped[f"repair: {reason}"] += rows
             self.items.append({"item": item, "reason": f"repair: {reason}"})
 
 
 def repair_split(folder: StoragePath, workers: int = 1, accept_changed: bool = False) -> list[str]:
-    """Mend the split in `folder`, or where it is a link, in what it leads to. Returns what was done, a line each.
+    """Repair the split in `folder` (links are resolved). Returns a line for each action.
 
-    Raises DataError when it cannot be mended: another process is writing it, there is no shard to be read, a VQA set
-    lacks its answer list, the folder is remote, or holds files that are not of this program's making.
+    Raises DataError when it cannot be repaired: another process writes it, no shard can be read, a VQA set has no
+    answer list, the folder is remote, or it has files that are not ours.
     """
     if not isinstance(folder, Path):
-        raise DataError(f"{folder}: --repair works on a local folder; copy the data set, mend it, and copy it back")
+        raise DataError(f"{folder}: --repair works on a local folder; copy the data set, repair it, and copy it back")
     target = Path(os.path.realpath(folder))
     with locked(target):
-        return _mend_split(folder, target, workers, accept_changed)
+        return _repair_split(folder, target, workers, accept_changed)
 
 
-def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) -> list[str]:
-    """`repair_split` of a locked split; `target` is `folder` without a link in it."""
-    said: list[str] = []
-    manifest = _manifest_of(folder, said)
+def _repair_split(folder: Path, target: Path, workers: int, accept_changed: bool) -> list[str]:
+    """`repair_split` of a locked split; `target` is `folder` with links resolved."""
+    actions: list[str] = []
+    manifest = _manifest_of(folder, actions)
     facts = split_facts(folder, manifest["kind"], manifest["split"])
-    if answers_fault(folder, manifest, facts):  # no row is at fault for it
+    if answers_fault(folder, manifest, facts):  # which no change of rows can repair
         raise DataError(answers_fault(folder, manifest, facts))
     reports = check_shards(folder, manifest["shards"], facts, workers)
     listed = {record["file"] for record in manifest["shards"]}
@@ -78,33 +78,33 @@ def _mend_split(folder: Path, target: Path, workers: int, accept_changed: bool) 
         if path.name not in listed:
             raise DataError(f"{path}: is not in the manifest; move it away, or remove {MANIFEST} to take it in")
     for report in reports:
-        if report.barred:  # it may hold sound rows
+        if report.access_denied:  # it may have valid rows
             raise DataError(f"{report.path}: {report.faults[0]}")
-    settled = [report for report in reports if accept_changed or not _is_doubted(report)]
+    checked = [report for report in reports if accept_changed or not _changed_but_valid(report)]
     lines = [
         f"{folder}: {report.path.name} is kept as it is, and so is its record: it has changed, and its rows pass every "
         "check; prepare it again, or give --accept-changed to vouch for it"
         for report in reports
-        if not accept_changed and _is_doubted(report)
+        if not accept_changed and _changed_but_valid(report)
     ]
     if fault := ids_fault(folder, manifest, reports):
-        said.append(f"{IDS} is written anew: it {fault.partition(': ')[2]}")
-    if not said and _sound(manifest, settled):
+        actions.append(f"{IDS} is written anew: it {fault.partition(': ')[2]}")
+    if not actions and _sound(manifest, checked):
         return lines
-    repair = _Repair(folder, manifest, facts, said, accept_changed)
+    repair = _Repair(folder, manifest, facts, actions, accept_changed)
     check_replaceable(target, SPLIT_FILES, overwrite=True)
     with new_folder(target) as new:
         for record, report in zip(manifest["shards"], reports, strict=True):
-            _mend_shard(repair, new, record, report)
+            _repair_shard(repair, new, record, report)
         if not repair.shards:
             raise DataError(f"{folder}: no row of it is sound; prepare the split again")
         _finish(repair, new)
         sync_tree(new)  # before the old shards go
-    return [*(f"{folder}: {line}" for line in said), *lines]
+    return [*(f"{folder}: {line}" for line in actions), *lines]
 
 
-def _is_doubted(report: ShardReport) -> bool:
-    """Whether a shard is not what its record says, with no row at fault."""
+def _changed_but_valid(report: ShardReport) -> bool:
+    """Whether the bytes of a shard differ from its record although all its rows are valid."""
     return report.changed and report.whole and bool(report.rows) and not report.row_faults
 
 
@@ -113,8 +113,8 @@ def _sound(manifest: dict[str, Any], reports: list[ShardReport]) -> bool:
     return totals and not any(report.faults or report.row_faults for report in reports)
 
 
-def _manifest_of(folder: Path, said: list[str]) -> dict[str, Any]:
-    """The split's manifest; where there is none to be read, one that knows the files' names alone."""
+def _manifest_of(folder: Path, actions: list[str]) -> dict[str, Any]:
+    """The split's manifest; if it cannot be read, a substitute with the names of the shards only."""
     try:
         return read_manifest(folder)
     except DataError as error:
@@ -123,7 +123,7 @@ def _manifest_of(folder: Path, said: list[str]) -> dict[str, Any]:
             found = _kind_and_split(path)
             if found is not None:
                 why = "was missing" if not (folder / MANIFEST).exists() else "could not be read"
-                said.append(f"{MANIFEST} {why}: made anew from {len(paths)} shards; what was dropped is not known")
+                actions.append(f"{MANIFEST} {why}: made anew from {len(paths)} shards; what was dropped is not known")
                 kind, split = found
                 shards = [{"file": path.name} for path in paths]
                 return {"kind": kind, "split": split, "shards": shards, "dropped": {}, "dropped_items": []}
@@ -131,7 +131,7 @@ def _manifest_of(folder: Path, said: list[str]) -> dict[str, Any]:
 
 
 def _kind_and_split(path: StoragePath) -> tuple[str, str] | None:
-    """What a shard says of itself, if it can be read at all."""
+    """Kind and split by the content of a shard; None if it cannot be read."""
     for kind, schema in KINDS.items():
         for batch in batches_of(path, schema, []):
             if batch.num_rows:
@@ -139,12 +139,12 @@ def _kind_and_split(path: StoragePath) -> tuple[str, str] | None:
     return None
 
 
-def _mend_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
-    """Put the shard of `report`, or what is sound of it, into the folder `new`."""
+def _repair_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
+    """Put the shard of `report`, or its valid rows, into the folder `new`."""
     path = repair.folder / record["file"]
     if not report.rows:
-        repair.said.append(f"{path.name} is given up: {report.faults[0] if report.faults else 'it has no rows'}")
-        repair.lose(path.name, "its shard is lost", record.get("rows", 0))
+        repair.actions.append(f"{path.name} is given up: {report.faults[0] if report.faults else 'it has no rows'}")
+        repair.count_lost(path.name, "its shard is lost", record.get("rows", 0))
     elif report.whole and not report.row_faults:
         _keep_shard(repair, new, record, report)
     else:
@@ -168,7 +168,7 @@ def _keep_shard(repair: _Repair, new: Path, record: dict[str, Any], report: Shar
     )
     if report.faults:
         why = "; ".join(report.faults)
-        repair.said.append(f"{path.name} passes row by row and is kept; its record is corrected: {why}")
+        repair.actions.append(f"{path.name} passes row by row and is kept; its record is corrected: {why}")
 
 
 def _rewrite_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
@@ -189,27 +189,27 @@ def _rewrite_shard(repair: _Repair, new: Path, record: dict[str, Any], report: S
     repair.shards += written
     for row, why in sorted(broken.items()):
         reason = "its id stands in an earlier row" if row in report.repeated else why[0]
-        repair.lose(f"{path.name} row {row}", reason)
+        repair.count_lost(f"{path.name} row {row}", reason)
     cut = record.get("rows", report.rows) - report.rows
-    repair.lose(path.name, "a part of its shard is lost", cut)
+    repair.count_lost(path.name, "a part of its shard is lost", cut)
     kept = sum(shard["rows"] for shard in written)
     what = [f"{kept} rows are kept"]
     if broken:
         row, why = min(broken.items())
         what.append(f"{len(broken)} broken rows are taken out (row {row}: {why[0]}{', …' if len(broken) > 1 else ''})")
     what += report.faults
-    repair.said.append(f"{path.name} is written anew: {'; '.join(what)}")
+    repair.actions.append(f"{path.name} is written anew: {'; '.join(what)}")
 
 
 def _finish(repair: _Repair, new: Path) -> None:
-    """Write the manifest, and take along what else the folder holds."""
+    """Write the manifest, and copy the other files of the folder."""
     old = repair.manifest
     for name in (PROVENANCE, DROPPED):
         if (repair.folder / name).exists():
             shutil.copyfile(repair.folder / name, new / name)
     for total in ("rows", "samples"):
         if total in old and old[total] != sum(shard.get(total, 0) for shard in old["shards"]):
-            repair.said.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
+            repair.actions.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
     kept = {name: old[name] for name in ("source", "dropped_list", ANSWER_LIST_HASH) if name in old}
     numbered = numbered_columns({"ids": old.get("ids"), "kind": repair.facts.kind})
     found = {"kind": repair.facts.kind, "shards": repair.shards, "ids": {"numbered": numbered}}
@@ -221,6 +221,6 @@ def _finish(repair: _Repair, new: Path) -> None:
         ids=write_ids(new, keys_of_shards(new, found), numbered),
         dropped=dict(repair.dropped),
         dropped_items=repair.items,
-        repairs=[*old.get("repairs", []), *repair.said],
+        repairs=[*old.get("repairs", []), *repair.actions],
         **({"source": {}} | kept),
     )

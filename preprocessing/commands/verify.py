@@ -1,7 +1,7 @@
-"""`python -m preprocessing verify DIR`: is a prepared data set whole, and is every row usable? --repair mends it.
+"""`python -m preprocessing verify DIR`: checks that a prepared data set is complete and each row can be used.
 
-With --repair, rows that are broken are taken out, a shard that is cut keeps the rows that are whole, and a lost
-manifest is made anew from the shards. What was done is printed, and stands in the manifest.
+With --repair, broken rows are removed, a truncated shard keeps its complete rows, and a lost manifest is rebuilt from
+the shards. All actions are printed and recorded in the manifest.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every fault, the first twenty in full. Returns 1 if there is one, else 0. DataError: nothing to verify."""
+    """Print the first twenty faults and the number of others. Returns 1 if there is any, else 0. Raises DataError."""
     check_workers(args.workers)
     if args.accept_changed and not args.repair:
         raise DataError("--accept-changed: goes with --repair")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_faults(folder: StoragePath, workers: int = 1) -> Iterator[str]:
-    """Each fault of a split folder as one line that names the shard, and the row where one is to blame."""
+    """Each fault of a split folder as a line that names the shard and, if it is the fault of one, the row."""
     try:
         manifest = read_manifest(folder)
         facts = split_facts(folder, manifest["kind"], manifest["split"])
@@ -95,13 +95,13 @@ def find_faults(folder: StoragePath, workers: int = 1) -> Iterator[str]:
 
 
 def _shared_faults(folders: Sequence[StoragePath]) -> Iterator[str]:
-    """What stands in the training split and in another one, too."""
+    """The faults of ids that are in the training split and in another one."""
     try:
         for split, other, which, is_fault in shared_ids(folders):
             if is_fault and "train" in (split.name, other.name):
                 yield f"{split} and {other}: hold the same {which}; prepare one of them with --exclude"
     except DataError:
-        return  # what is wrong with a split is told of it already
+        return  # already reported as a fault of that split
 
 
 def _dropped_list_faults(folder: StoragePath, record: Any) -> Iterator[str]:

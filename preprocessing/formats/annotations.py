@@ -15,14 +15,15 @@ from preprocessing.running.storage import StoragePath, open_input, size_of, stor
 
 
 class BadRecord(DataError):
-    """One record at fault, in a file that is else sound: `Source.faults` counts it by `reason`.
+    """One bad record in a file that is otherwise good. `Source.faults` counts it by `reason`.
 
-    `where` names the file and the record, `what` says what is wrong with it and how to mend it.
+    `where` names the file and the record; `what` says what is wrong with it and how to fix it.
     """
 
     def __init__(self, where: str, what: str, reason: str) -> None:
         super().__init__(f"{where}: {what}")
         self.where = where
+        self.what = what
         self.reason = reason
 
 
@@ -46,7 +47,7 @@ def read_text(path: AnyPath) -> str:
 
 
 def read_json(path: AnyPath) -> Any:
-    """The JSON value in `path`. Raises DataError naming the file, and line and column of what is no JSON."""
+    """The JSON value in `path`. Raises DataError naming the file, and the line and column of invalid JSON."""
     text = read_text(path)
     try:
         return parse_json(text)
@@ -56,13 +57,13 @@ def read_json(path: AnyPath) -> Any:
 
 
 def find_copies(paths: Iterable[str | StoragePath]) -> Iterator[tuple[str | StoragePath, str | StoragePath]]:
-    """(first, other) of those that are one file under two names: what they hold would be there twice.
+    """(first, other) of each two paths that are the same file under two names: its records would be read twice.
 
     Of files of equal size, start and end are compared.
     """
     alike: dict[int, list[str | StoragePath]] = defaultdict(list)
     for path in paths:
-        with suppress(OSError):  # whoever reads it says so
+        with suppress(OSError):  # reported when the file is read
             alike[size_of(storage_path(path))].append(path)
     for size, files in alike.items():
         known: dict[bytes, str | StoragePath] = {}
@@ -76,9 +77,9 @@ def find_copies(paths: Iterable[str | StoragePath]) -> Iterator[tuple[str | Stor
 
 
 def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:
-    """(number from 1, text) of each line, or what is wrong with it. The file may be gzip.
+    """(number from 1, text) of each line, or a BadRecord for a line that cannot be read. The file may be gzip.
 
-    Raises DataError naming the file when it cannot be read, or holds nothing but blanks.
+    Raises DataError naming the file when it cannot be read or is blank.
     """
     empty = True
     try:
@@ -89,7 +90,7 @@ def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:
                 try:
                     text = BadRecord(where, TOO_LONG, "line is too long") if line is None else line.decode()
                 except UnicodeDecodeError:
-                    text = BadRecord(where, "is not UTF-8 text; mend the file", "line is not UTF-8 text")
+                    text = BadRecord(where, "is not UTF-8 text; fix the file", "line is not UTF-8 text")
                 yield number, text
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
@@ -102,7 +103,7 @@ def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:
 
 
 def read_json_lines(path: AnyPath, bad: Callable[[BadRecord], None]) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of each line that is not blank and is JSON; the others are handed to `bad`.
+    """(line number from 1, value) of each JSON line. Blank lines are skipped; invalid ones are passed to `bad`.
 
     Raises DataError as `text_lines` does.
     """
@@ -120,14 +121,14 @@ def read_json_lines(path: AnyPath, bad: Callable[[BadRecord], None]) -> Iterator
 
 
 def _why_invalid(error: ValueError, line: str = "") -> str:
-    """What is wrong with text that is no JSON, or that holds a number which Python refuses to read."""
+    """What is wrong with the text: it is no JSON, or holds a number too long for Python to read."""
     if isinstance(error, json.JSONDecodeError):
         return f"invalid JSON at {line}column {error.colno} ({error.msg})"
     return f"holds a number of more than {sys.get_int_max_str_digits()} digits"
 
 
 def field(record: Any, name: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """`record[name]`, which must be of `kinds` (a bool is no int here). Raises BadRecord starting with `where`."""
+    """`record[name]`, which must be of `kinds` (a bool is not an int here). Raises BadRecord starting with `where`."""
     if not isinstance(record, dict):
         raise BadRecord(where, "is no JSON object; is this the right file?", "record is no JSON object")
     value = record.get(name)
@@ -136,5 +137,5 @@ def field(record: Any, name: str, kinds: type | tuple[type, ...], where: str) ->
     if name not in record:
         raise BadRecord(where, f"has no field '{name}'; is this the right file?", f"record has no field '{name}'")
     names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    what = f"field '{name}' is {json_excerpt(value)}, not {names}; mend the file"
+    what = f"field '{name}' is {json_excerpt(value)}, not {names}; fix the file"
     raise BadRecord(where, what, f"field '{name}' is not {names}")

@@ -1,8 +1,9 @@
-"""Which columns of a table, or fields of the .json file beside an image, hold its captions, and which its names."""
+"""Finds captions and image names in the columns of a table, and in the .json file beside an image."""
 
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -33,7 +34,7 @@ def add_caption_column_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def caption_columns(there: Iterable[str], wanted: Sequence[str]) -> list[str]:
-    """Those of the columns that are there which hold captions: the `wanted` ones; else by their names."""
+    """Which of the columns `there` hold captions: the `wanted` ones, or without those, the ones with a known name."""
     names = list(there)
     if wanted:
         return [name for name in dict.fromkeys(wanted) if name in names]
@@ -50,7 +51,7 @@ def captions_in(record: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
 
 
 def texts_in(value: Any) -> list[str]:
-    """The captions in a value: it is one, or a list of them, of which those that are null are empty."""
+    """The captions in a value, which is a text or a list of texts. A null in a list is an empty caption."""
     if not isinstance(value, list):
         text = _text(value)
         return [] if text is None else [text]
@@ -59,14 +60,20 @@ def texts_in(value: Any) -> list[str]:
 
 
 def _text(value: Any) -> str | None:
-    """A caption as it stands alone, or in the object that Karpathy's files have for it; None for anything else."""
+    """A caption: a text, or the text in an object as in Karpathy's files. None for anything else."""
     if isinstance(value, dict):
         value = value.get(_RAW)
     return value if isinstance(value, str) else None
 
 
+@lru_cache(maxsize=1)
+def parse_side_json(content: bytes) -> Any:
+    """The value of the .json file beside an image, parsed once for its captions, names and split. Raises ValueError."""
+    return parse_json(content)
+
+
 def decode_text(content: bytes) -> list[str]:
-    """The captions of a .txt file. Raises ValueError when it is no UTF-8."""
+    """The captions of a .txt file. Raises ValueError when it is not UTF-8."""
     try:
         return lines_of(content.decode())
     except UnicodeDecodeError:
@@ -74,8 +81,8 @@ def decode_text(content: bytes) -> list[str]:
 
 
 def decode_json(content: bytes, wanted: Sequence[str]) -> list[str]:
-    """The captions of a .json file; none where it has none. Raises ValueError when it is no JSON."""
-    record = parse_json(content)
+    """The captions of a .json file, if it has any. Raises ValueError when it is not JSON."""
+    record = parse_side_json(content)
     if not isinstance(record, dict):
         return []
     if wanted:
@@ -85,16 +92,16 @@ def decode_json(content: bytes, wanted: Sequence[str]) -> list[str]:
 
 
 def names_in_json(content: bytes) -> tuple[str, ...]:
-    """By what an exclusion list may call the image that a .json file belongs to."""
+    """The names that an exclusion list may use for the image that a .json file belongs to."""
     try:
-        record = parse_json(content)
+        record = parse_side_json(content)
     except ValueError:
         return ()
     return tuple(image_names(record)) if isinstance(record, dict) else ()
 
 
 def image_names(record: Mapping[str, Any]) -> Iterator[str]:
-    """By what an exclusion list may call the image of a record: its file's name, that in its address, its ids."""
+    """The names that an exclusion list may use for the image of a record: its file, the end of its address, its ids."""
     for column in NAME_COLUMNS:
         value = record.get(column)
         if isinstance(value, int) and not isinstance(value, bool):

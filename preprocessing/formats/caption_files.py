@@ -1,4 +1,4 @@
-"""Files of captions with image names, addresses or base64 -> rows: what SBU, CC3M and CC12M share."""
+"""Rows of caption files with image names, addresses or base64: what SBU, CC3M and CC12M share."""
 
 import hashlib
 import posixpath
@@ -36,42 +36,42 @@ NAME_FIELDS: dict[str, Callable[[int, str], object]] = {
     "sha1": lambda row, url: hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest(),
 }
 _SLICE = 1024  # entries
-_SNIFFED = 4096  # bytes of a file that tell whether it holds lines
+_SNIFFED = 4096  # bytes from the start of a file that decide whether it is one of lines
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 def url_name(url: str) -> str:
-    """The file name at the end of an address."""
+    """The file name at the end of a URL."""
     return unquote(posixpath.basename(urlsplit(url).path))
 
 
 class ImageFinder:
-    """Finds the image of a record: in its line, at the file it names, or at the file that its address stands for."""
+    """Finds the image of a record: base64 in its line, the file it names, or the file that its URL was saved as."""
 
     def __init__(self, images: str | None, template: str | None) -> None:
         self._images = images
         self._template = template
 
     def check(self, record: Record) -> None:
-        """Raise BadLine when no image could be found for records of this kind."""
+        """Raise BadLine when the record has nothing by which its image could be found."""
         if record.cell is not None:
             return
         if self._images is None:
             what = "holds no image itself; name the folder of the downloaded ones with --images"
             raise BadLine(what, "record holds no image")
         if record.file is None and record.url is None:
-            what = "names neither an image file nor an address; mend the file"
+            what = "names neither an image file nor an address; fix the file"
             raise BadLine(what, "record names no image")
         if record.file is None and self._template is None:
             what = "names no image file; say with --image-name how the files are called, such as '{row:07d}'"
             raise BadLine(what, "record names no image file")
 
     def find(self, record: Record, path: str, offset: int, row: int) -> ImageRef:
-        """The image of the record that stands in row `row`, from 0, of `path`, where its line starts at `offset`."""
+        """The image of the record in row `row` (from 0) of `path`, whose line starts at byte `offset`."""
         if record.cell is not None:
             first, length = record.cell
             return Base64Cell(path, offset + first, length, f"{posixpath.basename(path)} row {row}")
-        assert self._images is not None  # check() saw to it
+        assert self._images is not None  # by check()
         if record.file is not None:
             return image_in(self._images, record.file)
         assert self._template is not None and record.url is not None
@@ -91,9 +91,9 @@ def read_captions(
     excluded: ImageList,
     splits: RecordSplits,
 ) -> Source:
-    """A row for each line or entry that has a caption, is not excluded, and is of no other split by its own word.
+    """A row for each line or entry that has a caption, is not excluded, and does not name another split.
 
-    Raises DataError naming what is at fault.
+    Raises DataError naming the file and the record at fault.
     """
     for first, other in find_copies(files):
         raise DataError(f"{first} and {other}: are one file under two names; give it once")
@@ -101,18 +101,18 @@ def read_captions(
     if again := [stem for stem, count in Counter(stems).items() if count > 1]:
         raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
     source = Source("caption", [], [storage_path(name) for name in files], {}, numbered=("image_id",))
-    keeper = _Keeper(source, finder, cleaning, excluded, splits)
+    keeper = _RowFilter(source, finder, cleaning, excluded, splits)
     listed = _entries(files)
     if listed is None:
         source.rows = LineRows(files, columns, finder, cleaning, keeper)
     else:
         source.rows = EntryRows(files[0], *listed, finder, keeper)
-    splits.tell(source)
+    splits.report(source)
     return source
 
 
-class _Keeper:
-    """Decides which records become rows, and counts the others."""
+class _RowFilter:
+    """Decides which records become rows, and counts those that do not."""
 
     def __init__(
         self, source: Source, finder: ImageFinder, cleaning: TextCleaning, excluded: ImageList, splits: RecordSplits
@@ -125,19 +125,23 @@ class _Keeper:
         source.counts["captions"] = 0
 
     def fault(self, where: str, what: object, reason: str) -> None:
-        """Count a record at fault."""
+        """Count a bad record."""
         self._source.faults.add(BadRecord(where, str(what), reason))
 
     def captions(self, record: Record, image_id: str) -> list[str]:
-        """The captions of a record that becomes a row, as the row has them; none of one that does not.
+        """The cleaned captions of a record that becomes a row; an empty list if it does not become one.
 
-        Raises BadLine where its image could not be found, or its split is at fault.
+        Raises BadLine when the record has no image, or names no known split.
         """
-        out = self._excluded is not None and self._excluded.holds(record.file or url_name(record.url or ""), image_id)
-        if record.split is None and not self._splits.named and self._splits.unnamed:  # as a rule: no call a line
+        out = self._excluded is not None and self._excluded.match(record.file or url_name(record.url or ""), image_id)
+        if record.split is None and not self._splits.named and self._splits.unnamed:  # the usual case, without a call
             self._splits.unnamed += 1
-        elif self._splits.skip(record.split, image_id):
-            return []
+        else:
+            try:
+                if self._splits.is_other_split(image_id, record.split):
+                    return []
+            except BadRecord as error:
+                raise BadLine(error.what, error.reason) from None
         self._finder.check(record)
         self._source.counts["captions"] += len(record.captions)
         if out:
@@ -150,7 +154,7 @@ class _Keeper:
 
 
 class LineRows(LazyRows):
-    """The lines of TSV or JSON-lines files. Of each are kept first byte, length and number: 20 bytes, never more."""
+    """The lines of TSV or JSON-lines files. Offset, length and number of each line are in memory: 20 bytes a line."""
 
     def __init__(
         self,
@@ -158,22 +162,22 @@ class LineRows(LazyRows):
         columns: Sequence[str] | None,
         finder: ImageFinder,
         cleaning: TextCleaning,
-        keeper: _Keeper,
+        keeper: _RowFilter,
     ) -> None:
-        """Read all lines once to find those that `keeper` keeps. Raises DataError naming the file at fault."""
+        """Read all lines once to find those that become rows. Raises DataError naming the file at fault."""
         self._files = list(files)
         self._finder = finder
         self._cleaning = cleaning
         self._forms = [_form(path, columns) for path in files]
-        # Arrays that grow in place: to put parts together would take two copies of twelve million rows meanwhile.
+        # Arrays that grow in place: concatenating parts would need two copies of twelve million rows at once.
         self._offset, self._length, self._number = array("q"), array("i"), array("q")
         self._ends: list[int] = []  # of each file, in these
         for number in range(len(files)):
             self._index(number, keeper)
             self._ends.append(len(self._offset))
 
-    def _index(self, file: int, keeper: _Keeper) -> None:
-        """Add the lines of a file that `keeper` keeps; they are numbered from 0."""
+    def _index(self, file: int, keeper: _RowFilter) -> None:
+        """Add the lines of a file that become rows. Lines are numbered from 0."""
         path, form = self._files[file], self._forms[file]
         packed = is_compressed(path)
         number = 0
@@ -230,7 +234,7 @@ class LineRows(LazyRows):
 
 
 class EntryRows(LazyRows):
-    """The entries of one JSON file, or of two text files, held as Arrow strings."""
+    """The entries of one JSON file, or of two text files, in memory as Arrow strings."""
 
     def __init__(
         self,
@@ -238,9 +242,9 @@ class EntryRows(LazyRows):
         entries: Iterable[Any],
         record_of: Callable[[Any], Record],
         finder: ImageFinder,
-        keeper: _Keeper,
+        keeper: _RowFilter,
     ) -> None:
-        """Keep the records of those entries that `keeper` keeps; `record_of` raises BadLine."""
+        """Store the entries that become rows. `record_of` makes a record of an entry, or raises BadLine."""
         self._path = path
         self._stem = _stem(path)
         self._finder = finder
@@ -265,7 +269,7 @@ class EntryRows(LazyRows):
         return f"{self._stem}-{number}"
 
     def __iter__(self) -> Iterator[Row]:
-        for start in range(0, len(self), _SLICE):  # Python values one by one take three times as long
+        for start in range(0, len(self), _SLICE):  # converting values one by one takes three times as long
             columns = (
                 self._number[start : start + _SLICE].tolist(),
                 *(column[start : start + _SLICE].to_pylist() for column in self._text),
@@ -287,7 +291,7 @@ def _stem(path: str) -> str:
 
 
 def _form(path: str, columns: Sequence[str] | None) -> Form:
-    """The form of a file, by its first two lines. Raises DataError when it is none."""
+    """The form of a file, by its first two lines. Raises DataError when it has no known form."""
     first: list[bytes | None] = []
     try:
         for _, line in islice(_lines(path), 2):
@@ -319,7 +323,7 @@ Listed = tuple[Iterable[Any], Callable[[Any], Record]]  # entries, and what make
 
 
 def _entries(files: Sequence[str]) -> Listed | None:
-    """The entries of files that are one JSON value, or SBU's two text files; None for files of lines."""
+    """The entries of a JSON file, or of SBU's two text files; None for files of lines."""
     try:
         first = first_bytes(files[0], _SNIFFED)
     except OSError as error:
@@ -338,13 +342,13 @@ def _entries(files: Sequence[str]) -> Listed | None:
 
 
 def _paired(entry: tuple[Any, Any]) -> Record:
-    """The record of an address and its caption. Raises BadLine."""
+    """The record of a URL and its caption. Raises BadLine."""
     url, caption = entry
     bad = next((one for one in entry if isinstance(one, BadRecord)), None)
     if bad is not None:
         raise BadLine(str(bad), bad.reason)
     if not isinstance(url, str):
-        raise BadLine(f"its address is {json_excerpt(url)}, not text; mend the file", "address is no text")
+        raise BadLine(f"its address is {json_excerpt(url)}, not text; fix the file", "address is no text")
     return Record(caption_texts(caption, "its caption"), url=url.strip())
 
 
@@ -357,7 +361,7 @@ def _aligned(urls: str, captions: str) -> Iterable[tuple[str | BadRecord, str | 
 
 def _listed(files: Sequence[str]) -> list[Any]:
     if len(files) > 1:
-        raise DataError(f"{files[1]}: a JSON list stands alone in --annotations; convert the files one by one")
+        raise DataError(f"{files[1]}: a JSON list must be the only file in --annotations; convert the files one by one")
     entries = read_json(files[0])
     if not isinstance(entries, list):
         raise DataError(f"{files[0]}: is no JSON list; is this the right file?")

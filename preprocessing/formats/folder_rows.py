@@ -1,4 +1,4 @@
-"""Folders of images, each with its text beside it -> rows."""
+"""Rows of folders with images, each with a .txt or .json file beside it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from preprocessing.errors import DataError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
-from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, unreadable
+from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, FoundImage, ShardRows, unreadable_text
 from preprocessing.images.image_refs import FileImage, ImageRef, join
 from preprocessing.running.storage import names_in, open_input, storage_path
 
@@ -15,11 +15,11 @@ _TEXTS = ("txt", "json")
 
 
 class FolderRows(ShardRows):
-    """files: the ending of each image as it is spelled, and whether its text is JSON."""
+    """Layout "files". Kept of each image: its extension as it is spelled, and whether its text is JSON."""
 
     fields = np.dtype([("ending", "S4"), ("json", "?")])
 
-    def look_through(self, shard: str) -> Iterator[Found]:
+    def scan_shard(self, shard: str) -> Iterator[FoundImage]:
         names = names_in(storage_path(shard))
         known = set(names)
         kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
@@ -29,7 +29,7 @@ class FolderRows(ShardRows):
                 continue
             kind = next((kind for kind in kinds if f"{stem}.{kind}" in known), None)
             beside = f"{stem}.json"
-            found = Found(stem, (), (ending.encode(), kind == "json"))
+            found = FoundImage(stem, (), (ending.encode(), kind == "json"))
             record: bytes | None = b""
             if kind is not None and beside in known:
                 record = _read(join(shard, beside))
@@ -40,40 +40,40 @@ class FolderRows(ShardRows):
                 try:
                     found.captions = self._captions(content, kind == "json")
                 except ValueError as error:
-                    found.fault = unreadable(join(shard, f"{stem}.{kind}"), error)
+                    found.fault = unreadable_text(join(shard, f"{stem}.{kind}"), error)
                 self.note_split(found, record or b"", join(shard, f"{stem}.{kind}"))
             yield found
 
     def _captions(self, content: bytes | None, as_json: bool) -> Sequence[str]:
-        """The captions in a file's bytes, none in those of no file. Raises ValueError when there is no telling."""
+        """The captions in the bytes of a file (None for a missing one). Raises ValueError when they cannot be read."""
         if content is None:
             return ()
         if len(content) > MAX_TEXT:
             raise ValueError(f"has more than {MAX_TEXT >> 20} MiB")
         return decode_json(content, self._wanted.columns) if as_json else decode_text(content)
 
-    def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
+    def read_entry(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         path = join(shard, f"{key}.{'json' if entry['json'] else 'txt'}")
         try:
             captions = self._captions(_read(path), bool(entry["json"]))
         except ValueError as error:
             if isinstance(error, DataError):
                 raise
-            captions = ()  # which the caller tells
+            captions = ()  # the caller reports it
         return captions, FileImage(join(shard, f"{key}.{entry['ending'].decode()}"))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name. Hidden ones, such as macOS writes beside others (._1.jpg), are none."""
+    """Whether a file is an image, by its name. Hidden files, such as those of macOS (._1.jpg), are not."""
     return name.rpartition(".")[2].lower() in ENDINGS and not name.startswith(".") and "." in name
 
 
 def _read(path: str) -> bytes | None:
-    """A file's bytes, of one that is too long its start; None where a link leads nowhere. Raises DataError."""
+    """At most MAX_TEXT + 1 bytes of a file; None for a link that leads nowhere. Raises DataError."""
     try:
         with open_input(path) as file:
             return bytes(file.read(MAX_TEXT + 1))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); mend it, or move it away") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); fix it, or move it away") from None

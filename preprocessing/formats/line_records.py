@@ -1,9 +1,9 @@
-"""One caption and where its image is, from a line of TSV or JSON: the forms in which web sets come.
+"""Parses a line of TSV or JSON into captions and the place of the image: the forms of web data sets.
 
 TSV without a header: CC3M's `caption<tab>url`, CC12M's `url<tab>caption`, or what `--columns` says. With one: the names
 below (open_clip's script writes `title<tab>filepath`). JSON lines: objects with the same names, such as EVE's
-{"binary": base64, "desc": caption, "url"}. Where several names of one role stand side by side, in whatever form and
-order, the first of them in ROLES counts.
+{"binary": base64, "desc": caption, "url"}. If a record has several names of one role, the first of them
+in ROLES counts.
 """
 
 import json
@@ -26,12 +26,12 @@ _INLINE = "inline"
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _RANK = {name: rank for names in ROLES.values() for rank, name in enumerate(names)}
 _URL = re.compile(rb"https?://", re.IGNORECASE)
-_LONG = 1024  # no file name is longer: an `image` beyond that is base64
+_LONG = 1024  # file names are shorter: a longer `image` is base64
 _STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')  # of JSON, without its quotes
 
 
 class BadLine(ValueError):
-    """A line that is not of its file's form; `str(error)` says what is wrong, `reason` in words that can be counted."""
+    """A line that is not of its file's form. `str(error)` says what is wrong; faults are counted by `reason`."""
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(what)
@@ -40,13 +40,13 @@ class BadLine(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a line says. `cell` is (first byte in the line, bytes) of base64."""
+    """The content of a line. `cell` is (first byte in the line, bytes) of a base64 image."""
 
     captions: tuple[str, ...]
     file: str | None = None
     url: str | None = None
     cell: tuple[int, int] | None = None
-    split: object = None  # what it names, if anything
+    split: object = None  # the value of its split field, if any
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Form:
 
     columns: tuple[str, ...] | None
     header: bool = False
-    quoted: bool = False  # as pandas writes: "a ""b""" where a field holds a quote
+    quoted: bool = False  # fields with a quote are written as pandas does: "a ""b"""
 
 
 def find_form(first: bytes, second: bytes, columns: Sequence[str] | None) -> Form:
-    """The form of a file by its first line, or by the names in `columns`. Raises BadLine when it is none.
+    """The form of a file by its first line, or by the names in `columns`. Raises BadLine when it has no known form.
 
-    Where the first line is a damaged record, and surely no header, the second one tells.
+    If the first line is a damaged record and certainly no header, the second line decides.
     """
     if columns:
         return Form(_column_roles([name.lower() for name in columns]))
@@ -101,7 +101,7 @@ def _role(name: str) -> str:
 
 
 def _choose(fields: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """role -> name, of (role, name) pairs: where several names have a role, the first of them in ROLES fills it."""
+    """role -> name, of (role, name) pairs. If several names have a role, the first of them in ROLES is chosen."""
     chosen: dict[str, str] = {}
     for role, name in fields:
         if role != IGNORED and (role not in chosen or _order(name) < _order(chosen[role])):
@@ -114,7 +114,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _column_roles(names: Sequence[str]) -> tuple[str, ...]:
-    """The role of each column by its name in lower case. Raises BadLine where two columns of one name would have it."""
+    """The role of each column by its name in lower case. Raises BadLine when two columns have the chosen name."""
     chosen = _choose((_role(name), name) for name in names)
     twice = next((name for name in chosen.values() if names.count(name) > 1), None)
     if twice is not None:
@@ -130,7 +130,7 @@ def parse_line(line: bytes, form: Form) -> Record:
 def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
     fields = line.split(b"\t")
     if len(fields) != len(columns):
-        what = f"has {len(fields)} tab-separated columns, not {len(columns)}; mend the file"
+        what = f"has {len(fields)} tab-separated columns, not {len(columns)}; fix the file"
         raise BadLine(what, "line has too many columns or too few")
     found: dict[str, str] = {}
     cell = None
@@ -145,7 +145,7 @@ def _parse_tsv(line: bytes, columns: Sequence[str], quoted: bool) -> Record:
             try:
                 found[role] = value.decode()
             except UnicodeDecodeError:
-                raise BadLine("is not UTF-8 text; mend the file", "line is not UTF-8 text") from None
+                raise BadLine("is not UTF-8 text; fix the file", "line is not UTF-8 text") from None
         start += length + 1
     return Record((found.get("caption", ""),), found.get("file"), found.get("url"), cell, found.get("split"))
 
@@ -154,20 +154,20 @@ def _parse_json(line: bytes) -> Record:
     try:
         value = parse_json(line)
     except ValueError as error:
-        raise BadLine(f"invalid JSON ({error}); mend the file", "line is invalid JSON") from None
+        raise BadLine(f"invalid JSON ({error}); fix the file", "line is invalid JSON") from None
     if not isinstance(value, dict):
-        raise BadLine("is no JSON object; mend the file", "line is no JSON object")
+        raise BadLine("is no JSON object; fix the file", "line is no JSON object")
     chosen = _fields(value)
     data = chosen.get("base64") or chosen.get(_INLINE)
-    cell = None if data is None else _string_place(line, data, value[data])
+    cell = None if data is None else _string_position(line, data, value[data])
     file, url = _content(value, chosen, "file"), _content(value, chosen, "url")
     return Record(_captions(value, chosen), file, url, cell, _content(value, chosen, "split"))
 
 
 def _fields(entry: dict[str, Any]) -> dict[str, str]:
-    """role -> name of the field that fills it. Base64 in a field that should name a file has the role _INLINE.
+    """role -> name of its field. A field that should name a file but holds base64 has the role _INLINE.
 
-    What is no text counts for captions and splits alone, to be refused, unless it is null.
+    Values that are no text are considered for captions and splits only, where they are refused later; nulls are not.
     """
     found = []
     for name, content in entry.items():
@@ -184,7 +184,7 @@ def _content(entry: dict[str, Any], chosen: dict[str, str], role: str) -> Any:
 
 
 def _captions(entry: dict[str, Any], chosen: dict[str, str]) -> tuple[str, ...]:
-    """The captions of an entry: an empty one where all its fields for them are null. Raises BadLine."""
+    """The captions of an entry; one empty caption if all its caption fields are null. Raises BadLine."""
     name = chosen.get("caption")
     if name is not None:
         return caption_texts(entry[name], f"its {name}")
@@ -194,16 +194,16 @@ def _captions(entry: dict[str, Any], chosen: dict[str, str]) -> tuple[str, ...]:
 
 
 def caption_texts(value: Any, what: str) -> tuple[str, ...]:
-    """The captions that a value of JSON is or lists; null is an empty one, which is counted as such.
+    """The captions in a JSON value: a text or a list of texts. A null is an empty caption, which is counted later.
 
-    Raises BadLine for all but text.
+    Raises BadLine for other values.
     """
-    if isinstance(value, str):  # as most are
+    if isinstance(value, str):  # the usual case
         return (value,)
     texts = value if isinstance(value, list) else [value]
     wrong = [text for text in texts if text is not None and not isinstance(text, str)]
     if wrong:
-        raise BadLine(f"{what} is {json_excerpt(wrong[0])}, not text; mend the file", "caption is no text")
+        raise BadLine(f"{what} is {json_excerpt(wrong[0])}, not text; fix the file", "caption is no text")
     return tuple(text or "" for text in texts)
 
 
@@ -215,7 +215,7 @@ def record_of(entry: Any) -> Record:
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
         return Record(caption_texts(entry[1], "its caption"), entry[0])
     if not isinstance(entry, dict):
-        what = "is neither an object nor [file, caption]; mend the file"
+        what = "is neither an object nor [file, caption]; fix the file"
         raise BadLine(what, "entry is neither an object nor [file, caption]")
     chosen = _fields(entry)
     file = _content(entry, chosen, "file") or _content(entry, chosen, _INLINE)
@@ -223,10 +223,11 @@ def record_of(entry: Any) -> Record:
     return Record(_captions(entry, chosen), file, url, split=_content(entry, chosen, "split"))
 
 
-def _string_place(line: bytes, name: str, text: str) -> tuple[int, int]:
-    """(first byte, bytes) of the string that stands for `name` in a line of JSON, without its quotes.
+def _string_position(line: bytes, name: str, text: str) -> tuple[int, int]:
+    """(first byte, bytes) of the string value of field `name` in a line of JSON, without its quotes.
 
-    Its value is the base64 `text`: an object within may have a field of that name too. Raises BadLine when none fits.
+    Its value is the base64 `text`, unlike that of a field with the same name in a nested object. Raises BadLine
+    when no field matches.
     """
     plain = text.encode()
     usual = (plain, plain.replace(b"/", b"\\/"))

@@ -1,4 +1,4 @@
-"""The lines of text files, plain or gzip: one at a time, and never more of one than a bound in memory."""
+"""Reads text files line by line, plain or gzip, with a bound on the length of a line in memory."""
 
 import codecs
 import gzip
@@ -13,13 +13,13 @@ from preprocessing.running.storage import RemotePath, open_input
 
 AnyPath = str | os.PathLike[str] | RemotePath
 MAX_LINE = 64 << 20  # bytes: an image of 48 MB as base64
-TOO_LONG = f"has more than {MAX_LINE >> 20} MiB; mend the file"
+TOO_LONG = f"has more than {MAX_LINE >> 20} MiB; fix the file"
 _MAGIC = b"\x1f\x8b"
 _BUFFER = 1 << 20
 
 
 class CutFile(Exception):
-    """A gzip file that ends too early; `line` is the first line that is lost."""
+    """A truncated gzip file. `line` is the number of the first line that is lost."""
 
     def __init__(self, line: int) -> None:
         super().__init__("the file is cut, and what follows is lost; fetch it again")
@@ -33,7 +33,7 @@ def is_compressed(path: AnyPath) -> bool:
 
 
 def _is_packed(path: AnyPath, file: IO[bytes]) -> bool:
-    """`is_compressed`, of a file that is open; it stands at its start again."""
+    """`is_compressed` of an open file, which is rewound."""
     magic = bytes(file.read(len(_MAGIC)))
     file.seek(0)
     return str(path).endswith(".gz") or magic == _MAGIC
@@ -41,21 +41,20 @@ def _is_packed(path: AnyPath, file: IO[bytes]) -> bool:
 
 @contextmanager
 def open_text(path: AnyPath) -> Iterator[IO[bytes]]:
-    """Open a file of lines, unpacked if it is gzip. To go back in the latter is slow."""
+    """Open a text file, decompressed if it is gzip (seeking backwards is slow then)."""
     with open_input(path) as file:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if _is_packed(path, file) else file
 
 
 def _buffered(file: IO[bytes]) -> IO[bytes]:
-    """`file` with a buffer; GzipFile has one of its own, which gives all that stands before a cut."""
+    """`file` with a buffer. GzipFile has its own, which returns everything before the point of truncation."""
     return file if isinstance(file, gzip.GzipFile) else cast(IO[bytes], io.BufferedReader(cast(Any, file), _BUFFER))
 
 
 def read_lines(file: IO[bytes], limit: int = MAX_LINE) -> Iterator[tuple[int, bytes | None]]:
-    """(first byte, line without its end) of each line of `open_text`'s file; None for one of more than `limit` bytes.
+    """(first byte, line without its end) of each line of an `open_text` file; None for one longer than `limit` bytes.
 
-    A byte order mark is no part of the first one. Raises CutFile, and OSError, also where a gzip file is damaged (its
-    checksum stands at its end).
+    A byte order mark is removed. Raises CutFile for a truncated gzip file, and OSError, also for a damaged gzip file.
     """
     buffered = _buffered(file)
     offset = number = 0

@@ -1,4 +1,4 @@
-"""Parquet files with images and captions in their columns -> rows."""
+"""Rows of parquet files with images and captions in their columns."""
 
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from preprocessing.formats.caption_columns import (
     captions_in,
     image_names,
 )
-from preprocessing.formats.shard_rows import Found, Shard, ShardRows, Wanted
+from preprocessing.formats.shard_rows import FoundImage, Shard, ShardRows, Wanted
 from preprocessing.images.image_refs import ImageRef, ParquetCell
 from preprocessing.running.storage import open_input
 from preprocessing.sources.source import Source
@@ -29,16 +29,16 @@ _IMAGE_COLUMNS = ("jpg", "png", "webp", "image", "image_bytes", "bytes", "jpeg",
 
 
 class ParquetRows(ShardRows):
-    """parquet: the row group and the row in it; workers take rows in order, so each group is decoded once.
+    """Layout "parquet". Kept of each image: its row group and the row in it. Workers decode each group once.
 
-    Where there is a column `split`, in any case, the rows of the wanted split alone are rows here.
+    If there is a column `split` (in any case), only the rows of the wanted split are used.
     """
 
     fields = np.dtype([("group", "i4"), ("row", "i4")])
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
-        """See ShardRows. Raises DataError, too, when one file has a column `split` and another one has none."""
-        self._with: str | None = None  # a file with a column `split`, and one without
+        """See ShardRows. Also raises DataError when one file has a column `split` and another one has not."""
+        self._with: str | None = None  # a file with a column `split`
         self._without: str | None = None
         super().__init__(shards, wanted, source)
         if self._with and self._without:
@@ -46,7 +46,7 @@ class ParquetRows(ShardRows):
                 f"{self._with} has a column of splits, {self._without} has none; give them one by one, or move one away"
             )
 
-    def look_through(self, shard: str) -> Iterator[Found]:
+    def scan_shard(self, shard: str) -> Iterator[FoundImage]:
         try:
             with open_input(shard) as file:
                 table = pq.ParquetFile(file)
@@ -66,14 +66,19 @@ class ParquetRows(ShardRows):
                     data = table.read_row_group(group, columns=list(columns))
                     yield from self._group(shard, data, group, first, image, captions)
                     first += len(data)
-        except (OSError, pa.ArrowException, MemoryError, UnicodeDecodeError) as error:  # the last of a column's name
+        except (
+            OSError,
+            pa.ArrowException,
+            MemoryError,
+            UnicodeDecodeError,
+        ) as error:  # UnicodeDecodeError: of a column's name
             raise DataError(
                 f"{shard}: is no whole parquet file ({(str(error) or 'no memory').splitlines()[0]}); fetch it again"
             ) from None
 
     def _group(
         self, shard: str, data: pa.Table, group: int, first: int, image: str, captions: Sequence[str]
-    ) -> Iterator[Found]:
+    ) -> Iterator[FoundImage]:
         """The images of a row group whose first row is row `first` of the file."""
         stem = posixpath.basename(shard).removesuffix(".parquet")
         there = data.column(image).is_valid().to_pylist()
@@ -83,12 +88,12 @@ class ParquetRows(ShardRows):
             record = {name: values[index] for name, values in lists.items()}
             bad = next((name for name, value in record.items() if value is _BROKEN), None)
             if not there[index]:
-                self.leave_out("image is null")
+                self.count_left_out("image is null")
                 continue
             key = record.get("key")
-            found = Found(f"{stem}-{first + index}" if key is None else str(key), (), (group, index))
+            found = FoundImage(f"{stem}-{first + index}" if key is None else str(key), (), (group, index))
             if bad is not None:
-                what = f"column {bad} is not UTF-8 text; mend the file"
+                what = f"column {bad} is not UTF-8 text; fix the file"
                 found.fault = BadRecord(f"{shard}: row {first + index}", what, "text is not UTF-8")
             else:
                 found.captions = captions_in(record, captions)
@@ -97,14 +102,14 @@ class ParquetRows(ShardRows):
                 found.names = (*image_names(record), *filter(None, [paths[index]]))
             yield found
 
-    def _note_split(self, found: Found, record: dict[str, Any], where: str) -> None:
+    def _note_split(self, found: FoundImage, record: dict[str, Any], where: str) -> None:
         name = split_field(record.keys())
         try:
-            found.other = name is not None and self.splits.skip_at(where, record[name])
+            found.other_split = name is not None and self.splits.is_other_split(where, record[name])
         except BadRecord as error:
             found.fault = error
 
-    def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
+    def read_entry(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])
         try:
             image, names, columns = _captions(shard, group, tuple(self._wanted.columns))
@@ -116,7 +121,7 @@ class ParquetRows(ShardRows):
 
 @lru_cache(maxsize=2)
 def _captions(shard: str, group: int, wanted: tuple[str, ...]) -> tuple[str, list[str], pa.Table]:
-    """The names of the columns of images and of captions, and the latter of a row group."""
+    """The name of the image column, those of the caption columns, and the caption columns of a row group."""
     with open_input(shard) as file:
         table = pq.ParquetFile(file)
         image, captions = _columns(shard, table.schema_arrow, wanted)
@@ -124,7 +129,7 @@ def _captions(shard: str, group: int, wanted: tuple[str, ...]) -> tuple[str, lis
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Whether its values are what ParquetCell reads."""
+    """Whether ParquetCell can read values of this type."""
     if pa.types.is_dictionary(kind):
         return _is_image(kind.value_type)
     if pa.types.is_struct(kind):  # Hugging Face's image feature: {bytes, path}
@@ -138,7 +143,7 @@ _BROKEN = object()
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
-    """The column's values; _BROKEN for what is no UTF-8, which the file should not hold."""
+    """The column's values, with _BROKEN for texts that are not UTF-8."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
@@ -153,7 +158,7 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def _paths(column: pa.ChunkedArray) -> list[Any]:
-    """Hugging Face's image {bytes, path}: the names of the files that the images were."""
+    """The file names in Hugging Face's image feature {bytes, path}; None for other types."""
     kind = column.type
     if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
         return [None] * len(column)
@@ -161,7 +166,7 @@ def _paths(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str, list[str]]:
-    """The columns of images and of captions. Raises DataError when one is missing, or captions are no texts."""
+    """The image column and the caption columns. Raises DataError when one is missing or of another type."""
     image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
     if image is None:
         known = ", ".join(_IMAGE_COLUMNS)
@@ -169,7 +174,7 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
     if not _is_image(schema.field(image).type):
         raise DataError(
             f"{shard}: column {image} is of type {schema.field(image).type}, neither bytes, base64 nor a struct of it; "
-            "mend the file"
+            "fix the file"
         )
     missing = next((name for name in wanted if name not in schema.names), None)
     captions = caption_columns(schema.names, wanted)
@@ -184,7 +189,7 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
         kind = schema.field(name).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if name == split and not _is_text(kind):
-            raise DataError(f"{shard}: column {name} is of type {kind}, not text; mend the file or call it otherwise")
+            raise DataError(f"{shard}: column {name} is of type {kind}, not text; fix the file or call it otherwise")
         if not _is_text(kind.value_type if listed else kind) and not _is_sentence(kind.value_type if listed else kind):
             raise DataError(
                 f"{shard}: column {name} is of type {kind}, neither text nor lists of texts; name another with "
@@ -194,7 +199,7 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
 
 
 def _is_sentence(kind: pa.DataType) -> bool:
-    """Whether it is Karpathy's {raw, …}."""
+    """Whether it is the type of Karpathy's sentences, {raw, …}."""
     return bool(pa.types.is_struct(kind)) and kind.get_field_index("raw") >= 0 and _is_text(kind.field("raw").type)
 
 

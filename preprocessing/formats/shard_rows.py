@@ -1,4 +1,4 @@
-"""Rows of shards with images in them, whatever their layout."""
+"""Rows of img2dataset's and similar shards: the base of the three layouts."""
 
 import json
 import os
@@ -12,9 +12,10 @@ import numpy as np
 
 from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
+from preprocessing.formats.caption_columns import parse_side_json
 from preprocessing.images.exclusion import EXCLUDED, ImageList
 from preprocessing.images.image_refs import ImageRef
-from preprocessing.json_text import parse_json, replace_surrogates
+from preprocessing.json_text import replace_surrogates
 from preprocessing.sources.lazy_rows import LazyRows
 from preprocessing.sources.source import Row, Source
 from preprocessing.sources.split_names import SPLIT_FIELD, RecordSplits, split_of
@@ -22,12 +23,12 @@ from preprocessing.text.cleaning import EMPTY, TextCleaning
 
 ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_TEXT = 16 << 20  # bytes of an image's .txt or .json
-_NAMED = json.dumps(SPLIT_FIELD).encode()
+_SPLIT_NAME = json.dumps(SPLIT_FIELD).encode()
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the options say of the rows."""
+    """The options that select and clean rows."""
 
     split: str
     cleaning: TextCleaning = field(default_factory=TextCleaning)
@@ -37,30 +38,30 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file or folder of images: where it is, and its name in the set, without an ending."""
+    """A file or folder of images: its path, and its name in the data set without an extension."""
 
     path: str
     name: str
 
 
 @dataclass(slots=True)
-class Found:
-    """An image of a shard: its key, captions, values of `fields`, and by what exclusion lists may call it besides."""
+class FoundImage:
+    """An image of a shard: its key, captions, values of `fields`, and other names that exclusion lists may use."""
 
     key: str
     captions: Sequence[str]
     entry: tuple[Any, ...]
     names: tuple[str, ...] = ()
-    other: bool = False  # whether it is of another split
+    other_split: bool = False  # it is of another split
     fault: BadRecord | None = None  # what is wrong with it, if something is
 
 
 class ShardRows(LazyRows):
-    """What the three layouts share: shards with images in them, of which a number and some fields are kept.
+    """Rows of shards with images in them. In memory are the key and a few `fields` of each image.
 
     Attributes:
-        images: of each shard's name, how many it holds, with captions or without.
-        splits: what the images name as theirs; `tell` is the caller's to call.
+        images: shard name -> number of its images, with captions or without.
+        splits: the splits that the images name. The caller calls its `report`.
     """
 
     fields: ClassVar[np.dtype[Any]]
@@ -76,12 +77,14 @@ class ShardRows(LazyRows):
         for shard in self._shards:
             entries = []
             count = 0
-            for found in self.look_through(shard.path):
+            for found in self.scan_shard(shard.path):
                 count += 1
-                source.counts["images"] += not found.other
-                if found.other:
-                    self._wanted.excluded.holds(found.key, *found.names)  # a list of another split is one of this set
-                elif self._keeps(found, source):
+                source.counts["images"] += not found.other_split
+                if found.other_split:
+                    self._wanted.excluded.match(
+                        found.key, *found.names
+                    )  # counts the match: a list of another split is no mistake
+                elif self._is_kept(found, source):
                     entries.append((found.key, *found.entry))
             self.images[shard.name] = count
             width = max((len(os.fsencode(entry[0])) for entry in entries), default=1)
@@ -93,14 +96,14 @@ class ShardRows(LazyRows):
         self._parts = parts
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._unique = self._is_unique()
-        self._source = None  # it holds these rows
+        self._source = None  # it refers to these rows
 
-    def _keeps(self, found: Found, source: Source) -> bool:
-        """Whether an image becomes a row; else it is counted."""
+    def _is_kept(self, found: FoundImage, source: Source) -> bool:
+        """Whether an image becomes a row. If not, it is counted."""
         faults = Counter[str]()
         if found.fault is not None:
             source.faults.add(found.fault)
-        elif self._wanted.excluded.holds(found.key, *found.names):
+        elif self._wanted.excluded.match(found.key, *found.names):
             source.left_out[EXCLUDED] += 1
         elif self._wanted.cleaning.captions(found.captions, faults):
             source.left_out.update(faults)
@@ -111,28 +114,28 @@ class ShardRows(LazyRows):
             source.left_out.update(faults)
         return False
 
-    def leave_out(self, reason: str) -> None:
-        """Count what is no image, and still not passed over in silence."""
-        assert self._source is not None  # only while the shards are looked through
+    def count_left_out(self, reason: str) -> None:
+        """Count an entry that does not become a row, by reason."""
+        assert self._source is not None  # only during the scan
         self._source.left_out[reason] += 1
 
-    def note_split(self, found: Found, record: bytes, where: str) -> None:
-        """Note of a sound image whether its .json, b"" for none, names another split, or none where others do."""
+    def note_split(self, found: FoundImage, record: bytes, where: str) -> None:
+        """Set `other_split`, or `fault`, of a valid image by its .json (b"" for none)."""
         if found.fault is not None:
             return
         try:
-            found.other = self.splits.skip_at(where, _split_in(record))
+            found.other_split = self.splits.is_other_split(where, _split_in(record))
         except BadRecord as error:
             found.fault = error
         except ValueError as error:
-            found.fault = unreadable(where, error)
+            found.fault = unreadable_text(where, error)
 
     def _is_unique(self) -> bool:
-        """Whether no key stands in two shards: img2dataset's do not. Raises DataError when one stands twice in one."""
+        """Whether no key is in two shards: img2dataset's do not. Raises DataError when one is twice in a shard."""
         for shard, part in zip(self._shards, self._parts, strict=True):
             keys, counts = np.unique(part["key"], return_counts=True)
             if len(keys) < len(part):
-                raise twice(shard.path, os.fsdecode(keys[counts > 1][0]))
+                raise duplicate_key(shard.path, os.fsdecode(keys[counts > 1][0]))
         keys = np.concatenate([part["key"] for part in self._parts])
         keys.sort()
         return not bool((keys[1:] == keys[:-1]).any())
@@ -145,7 +148,7 @@ class ShardRows(LazyRows):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         entry = self._parts[number][index - int(self._starts[number])]
         key, shard = os.fsdecode(entry["key"]), self._shards[number]
-        captions, image = self.at(shard.path, key, entry)
+        captions, image = self.read_entry(shard.path, key, entry)
         image_id = replace_surrogates(key if self._unique or not shard.name else f"{shard.name}/{key}")
         kept = self._wanted.cleaning.captions(captions)
         if not kept:
@@ -154,27 +157,27 @@ class ShardRows(LazyRows):
         return Row(image_id, (image,), {"caption": kept, "image_id": image_id})
 
     @abstractmethod
-    def look_through(self, shard: str) -> Iterator[Found]:
-        """The images of a shard."""
+    def scan_shard(self, shard: str) -> Iterator[FoundImage]:
+        """Yield the images of a shard."""
 
     @abstractmethod
-    def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
+    def read_entry(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         """Captions and image of an entry."""
 
 
 def _split_in(record: bytes) -> Any:
-    """What a .json names as its split; None for nothing. Raises ValueError where that cannot be read."""
-    if _NAMED not in record.lower():
+    """The split that a .json names; None if it names none. Raises ValueError when it cannot be parsed."""
+    if _SPLIT_NAME not in record.lower():
         return None
-    fields = parse_json(record)
+    fields = parse_side_json(record)
     return split_of(fields) if isinstance(fields, dict) else None
 
 
-def unreadable(where: str, why: object) -> BadRecord:
-    """What to say of an image's text that cannot be read for what it is."""
-    return BadRecord(replace_surrogates(where), f"{why}; mend it, or take it out", "text of an image is unreadable")
+def unreadable_text(where: str, why: object) -> BadRecord:
+    """The fault of an image whose text cannot be read."""
+    return BadRecord(replace_surrogates(where), f"{why}; fix it, or take it out", "text of an image is unreadable")
 
 
-def twice(shard: str, key: str) -> DataError:
-    """What to say of a key that two images or two texts of a shard have."""
-    return DataError(f"{shard}: key {replace_surrogates(key)} stands twice; make keys unique")
+def duplicate_key(shard: str, key: str) -> DataError:
+    """The error for a key that two images or two texts of a shard have."""
+    return DataError(f"{shard}: key {replace_surrogates(key)} occurs twice; make keys unique")

@@ -1,4 +1,4 @@
-"""webdataset's tars -> rows. The files of one key may stand anywhere in a tar, and tars in it are part of it."""
+"""Rows of webdataset tars. The files of a key may be anywhere in a tar, and tars inside it are read, too."""
 
 import posixpath
 import tarfile
@@ -9,7 +9,7 @@ import numpy as np
 
 from preprocessing.errors import DataError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
-from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, Found, ShardRows, twice, unreadable
+from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, FoundImage, ShardRows, duplicate_key, unreadable_text
 from preprocessing.images.image_refs import ImageRef, TarMember
 from preprocessing.json_text import replace_surrogates
 from preprocessing.running.storage import open_input
@@ -21,7 +21,7 @@ _PACKED = ("tar.gz", "tgz", "tar.bz2", "tar.xz", "tar.zst", "zip")
 _CHUNK = 1 << 20
 _DEEPEST = 4  # tars in tars
 
-Members = tuple[Any, ...]  # ending, first byte, bytes, and so on of each file of a key: half the size of a dict
+Members = tuple[Any, ...]  # (ending, first byte, bytes) of each file of a key, flat: half the size of a dict
 
 
 class _File(NamedTuple):
@@ -35,13 +35,16 @@ class _File(NamedTuple):
 
 
 class TarRows(ShardRows):
-    """webdataset: the places of image and text in the tar. A key ends at the first dot of a name."""
+    """Layout "webdataset". Kept of each image: its place in the tar and that of its text.
+
+    A key ends at the first dot of a name.
+    """
 
     fields = np.dtype(
         [("image", "i8"), ("image_bytes", "i8"), ("text", "i8"), ("text_bytes", "i4"), ("json", "?"), ("ending", "i1")]
     )
 
-    def look_through(self, shard: str) -> Iterator[Found]:
+    def scan_shard(self, shard: str) -> Iterator[FoundImage]:
         try:
             with open_input(shard) as file:
                 groups = self._groups(shard, file)
@@ -55,7 +58,7 @@ class TarRows(ShardRows):
             raise DataError(f"{shard}: is no whole tar ({error}); fetch it again") from None
 
     def _groups(self, shard: str, file: IO[bytes]) -> dict[str, Members]:
-        """key -> its images and texts, in the order in which keys first stand in the tar."""
+        """key -> its images and texts, in the order of the first file of each key."""
         groups: dict[str, Members] = {}
         links = []
         for key, ending, offset, size, link in _files(shard, file):
@@ -64,11 +67,11 @@ class TarRows(ShardRows):
                 if link is not None:
                     links.append((key, ending, link))
                 elif members and ending in members[::3]:
-                    raise twice(shard, key)
+                    raise duplicate_key(shard, key)
                 else:
                     groups[key] = (*members, ending, offset, size)
             elif "." in ending and ending.endswith(_DOTTED):
-                self.leave_out("image name has a second dot")
+                self.count_left_out("image name has a second dot")
             elif ending.endswith(_PACKED):
                 name = replace_surrogates(f"{key}.{ending}")
                 raise DataError(f"{shard}: holds {name}, which is compressed; unpack it and put its files in a tar")
@@ -76,28 +79,28 @@ class TarRows(ShardRows):
             source, source_ending = _key(link)
             there = groups.get(source, ())
             if source_ending not in there[::3]:
-                self.leave_out(f"{'text' if ending in _TEXTS else 'image'} is a link that leads nowhere")
+                self.count_left_out(f"{'text' if ending in _TEXTS else 'image'} is a link that leads nowhere")
                 continue
             start = there.index(source_ending)
             if ending in groups.get(key, ())[::3]:
-                raise twice(shard, key)
+                raise duplicate_key(shard, key)
             groups[key] = (*groups.get(key, ()), ending, *there[start + 1 : start + 3])
         return groups
 
-    def _found(self, shard: str, file: IO[bytes], key: str, group: dict[str, Members]) -> Found | None:
-        """The image of a key with its captions; None where it has no image."""
+    def _found(self, shard: str, file: IO[bytes], key: str, group: dict[str, Members]) -> FoundImage | None:
+        """The image of a key with its captions; None if it has no image."""
         ending = next((ending for ending in ENDINGS if ending in group), None)
         kinds = _TEXTS[1:] if self._wanted.columns else _TEXTS
         kind = next((kind for kind in kinds if kind in group), None)
         if ending is None:
             if kind is not None:
-                self.leave_out("text without image")
+                self.count_left_out("text without image")
             return None
         image = (*group[ending], 0, 0, False, ENDINGS.index(ending))
         if kind is None:
-            return Found(key, (), image)
+            return FoundImage(key, (), image)
         offset, size = group[kind]
-        found = Found(key, (), (*group[ending], offset, size, kind == "json", ENDINGS.index(ending)))
+        found = FoundImage(key, (), (*group[ending], offset, size, kind == "json", ENDINGS.index(ending)))
         where = f"{shard}: {key}.{kind}"
         record = b""
         if group.get("json", (0, MAX_TEXT + 1))[1] <= MAX_TEXT:
@@ -109,21 +112,21 @@ class TarRows(ShardRows):
                 raise ValueError(f"has more than {MAX_TEXT >> 20} MiB")
             found.captions = self._captions(record if kind == "json" else _read(file, offset, size), kind == "json")
         except ValueError as error:
-            found.fault = unreadable(where, error)
+            found.fault = unreadable_text(where, error)
         self.note_split(found, record, where)
         return found
 
     def _captions(self, content: bytes, as_json: bool) -> Sequence[str]:
-        """Raises ValueError for what is no JSON."""
+        """The captions in the bytes of a text. Raises ValueError when they cannot be read."""
         return decode_json(content, self._wanted.columns) if as_json else decode_text(content)
 
-    def at(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
+    def read_entry(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         with open_input(shard) as file:
             content = _read(file, int(entry["text"]), int(entry["text_bytes"]))
         try:
             captions = self._captions(content, bool(entry["json"]))
         except ValueError:
-            captions = ()  # which the caller tells
+            captions = ()  # the caller reports it
         name = f"{key}.{ENDINGS[int(entry['ending'])]}"
         return captions, TarMember(shard, int(entry["image"]), int(entry["image_bytes"]), name)
 
@@ -143,16 +146,16 @@ def _key(name: str) -> tuple[str, str]:
 def _files(
     shard: str, file: IO[bytes], start: int = 0, end: int | None = None, inside: str = "", depth: int = 0
 ) -> Iterator[_File]:
-    """The files of a tar that begins at byte `start` of `file`, and of the tars in it, below the name that those have.
+    """The files of a tar that begins at byte `start` of `file`, and those of the tars inside it, as in a folder.
 
-    Hidden ones, such as macOS writes beside others (._1.txt), are passed over. Raises TarError when it is not whole.
+    Hidden files, such as those of macOS (._1.txt), are skipped. Raises TarError when the tar is truncated or damaged.
     """
     nested = []
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            cast(Any, tar).members = []  # tarfile keeps all that it has seen
-            if member.size < 0:  # where some versions of Python go round for ever
+            cast(Any, tar).members = []  # tarfile would keep every member in memory
+            if member.size < 0:  # on which some versions of Python loop forever
                 raise tarfile.TarError(f"a negative size at byte {member.offset}")
             if end is not None and member.offset_data + member.size > end:
                 raise tarfile.TarError(f"the tar {replace_surrogates(inside)} in it is cut")
@@ -161,7 +164,7 @@ def _files(
                 continue
             key, ending = _key(name)
             if member.issparse():
-                what = f"holds {replace_surrogates(name)} in pieces (sparse); pack it anew without --sparse"
+                what = f"holds {replace_surrogates(name)} in pieces (sparse); pack it again without --sparse"
                 raise DataError(f"{shard}: {what}")
             if member.isreg():
                 if ending.endswith("tar") and name.lower().endswith(".tar"):
@@ -181,9 +184,9 @@ def _files(
 
 
 def _check_end(file: IO[bytes], start: int, end: int | None) -> None:
-    """Raise TarError unless at byte `start`, where tarfile stopped, a block of zeros is, and nothing else follows.
+    """Raise TarError unless only zeros follow byte `start`, where tarfile stopped, and at least one block of them.
 
-    It takes for an archive's end what is no header, the end of the file, and a header that a disk has lost to zeros.
+    tarfile also stops at a damaged header, at the end of the file, and at a header that was overwritten with zeros.
     """
     file.seek(start)
     zeros = 0
@@ -196,9 +199,9 @@ def _check_end(file: IO[bytes], start: int, end: int | None) -> None:
 
 
 def _pair_folders(groups: dict[str, Members]) -> None:
-    """Bring together images in one folder of a tar and texts in another, where each name stands once in either.
+    """Pair images in one folder of a tar with the texts of the same names in another folder.
 
-    Only where no folder holds both: else a text without image is one.
+    Only if no key has both, and each name is unique among images and among texts.
     """
     images: dict[str, str] = {}
     texts: dict[str, str] = {}

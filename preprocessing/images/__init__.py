@@ -1,1 +1,1 @@
-"""Finds, checks, decodes and fingerprints images."""
+"""Images: references, folders, exclusion lists, decoding, checks, fingerprints."""

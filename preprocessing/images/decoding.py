@@ -18,10 +18,10 @@ class BadImage(Exception):
 
 
 def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memoryview:
-    """The bytes that `image` refers to, unchecked. A file that fits in `room` is read into it: a slice of it returns.
+    """The bytes that `image` refers to, unchecked. A file that fits in `room` is read into it, and a slice is returned.
 
-    Raises BadImage when they are missing or cannot be read, and DataError when a remote file system fails: that is no
-    fault of the image.
+    Raises BadImage when they are missing or cannot be read, and DataError when a remote file system fails, which is
+    no fault of the image.
     """
     try:
         if room is not None and isinstance(image, FileImage) and (data := image.read_into(room)) is not None:

@@ -19,20 +19,20 @@ _LINES = (".jsonl", ".ndjson")
 _NUMBER = re.compile(r"[0-9]{1,11}")
 
 
-def _forms(name: str) -> list[str]:
-    """What may stand for an image of that name: shards, and lists that are made of them, have names without secrets."""
+def _name_forms(name: str) -> list[str]:
+    """The forms in which lists have this name: as it is, without secrets (as shards have it), and the key of each."""
     return [form for one in dict.fromkeys([name, id_without_secrets(name)]) for form in (one, image_key(one))]
 
 
 class ImageList:
-    """Names of images, as list files have them; notes which of them were met."""
+    """Images named by list files. Counts which of them are matched."""
 
     def __init__(self, names: Iterable[str], file: str = "") -> None:
         self._lists = [_NameList(names, file)]
 
     @classmethod
     def joined(cls, lists: Iterable["ImageList"]) -> "ImageList":
-        """All of several lists, each of which is still counted for itself."""
+        """One list of several; the matches of each are still counted separately."""
         whole = cls(())
         whole._lists = [part for one in lists for part in one._lists]
         return whole
@@ -40,16 +40,16 @@ class ImageList:
     def __bool__(self) -> bool:
         return any(part.names for part in self._lists)
 
-    def holds(self, *names: str) -> bool:
-        """Whether the list has an image of which `names` are the file's name, its id, or its key."""
+    def match(self, *names: str) -> bool:
+        """Whether an image is in the list, and count the match. `names`: its file name, id or key."""
         if not self:
             return False
-        forms = {form for name in names for form in _forms(name)}
-        return sum(part.meets(forms) for part in self._lists) > 0  # every one of them notes what it met
+        forms = {form for name in names for form in _name_forms(name)}
+        return sum(part.match(forms) for part in self._lists) > 0  # sum, not any: each list counts its matches
 
-    def found(self) -> Iterator[tuple[str, int, int]]:
-        """(file, names in it, how many of them `holds` has met) of each list."""
-        yield from ((part.file, part.names, len(part.met)) for part in self._lists)
+    def counts(self) -> Iterator[tuple[str, int, int]]:
+        """(file, names in it, how many of them were matched) of each list."""
+        yield from ((part.file, part.names, len(part.matched)) for part in self._lists)
 
     def example(self, file: str) -> str:
         """A name of the list `file`."""
@@ -57,17 +57,17 @@ class ImageList:
 
 
 class _NameList:
-    """The names of one file: the number of the image that each form of a name means."""
+    """The names in one file. Maps each form of a name to the number of the image."""
 
     def __init__(self, names: Iterable[str], file: str) -> None:
         self.file = file
         self.first = ""
         self.names = 0
-        self.met: set[int] = set()
+        self.matched: set[int] = set()
         self._image: dict[str, int] = {}
         for name in names:
             self.first = self.first or name
-            forms = _forms(name)
+            forms = _name_forms(name)
             if _NUMBER.fullmatch(name):  # an id, which COCO's files have in their names
                 forms.append(coco_key(int(name)))
             number = next((self._image[form] for form in forms if form in self._image), self.names)
@@ -75,10 +75,10 @@ class _NameList:
             for form in forms:
                 self._image.setdefault(form, number)
 
-    def meets(self, forms: Iterable[str]) -> bool:
-        """Whether one of `forms` stands in the list; notes which image that is."""
+    def match(self, forms: Iterable[str]) -> bool:
+        """Whether one of `forms` is in the list, and count the image."""
         here = [self._image[form] for form in forms if form in self._image]
-        self.met.update(here)
+        self.matched.update(here)
         return bool(here)
 
 
@@ -123,7 +123,7 @@ def read_image_names(path: StoragePath) -> Iterator[str]:
                 raise line
             yield from (name for part in line.splitlines() if (name := part.strip()))
         return
-    content = [record for _, record in read_json_lines(path, _refuse)] if lines else read_json(path)
+    content = [record for _, record in read_json_lines(path, _raise)] if lines else read_json(path)
     records = content
     if isinstance(content, dict):
         records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)
@@ -133,27 +133,27 @@ def read_image_names(path: StoragePath) -> Iterator[str]:
     for index, record in enumerate(records):
         if "test" in splits and isinstance(record, dict) and split_named(str(record.get("split", "test"))) != "test":
             continue  # Karpathy's file holds all splits; a list of one split is taken as it is
-        names = list(names_of(record))
+        names = list(names_in_record(record))
         if not names:
             raise DataError(f"{path}: record {index}: names no image; give one image name a line in a .txt file")
         yield from names
 
 
 def _first_character(path: StoragePath) -> str:
-    """The first one that is no blank; "" in a file that cannot be read."""
+    """The first character that is no white space; "" for a file that cannot be read."""
     try:
         with open_input(path) as file:
             return bytes(file.read(_FIRST)).removeprefix(codecs.BOM_UTF8).lstrip()[:1].decode("latin-1")
     except OSError:
-        return ""  # reading all of it tells
+        return ""  # reported when the whole file is read
 
 
-def _refuse(error: BadRecord) -> None:
-    raise error  # the image that it names would stay
+def _raise(error: BadRecord) -> None:
+    raise error  # skipping it would keep the image that it names
 
 
 def _is_lines(path: StoragePath) -> bool:
-    """Whether the first line is a whole record, as in X-VLM's and NLVR2's lines; a file in one line is no such."""
+    """Whether the first of several lines is a complete record, as in X-VLM's and NLVR2's files."""
     try:
         with open_input(path) as file:
             first, end, more = bytes(file.read(_FIRST)).partition(b"\n")
@@ -161,11 +161,11 @@ def _is_lines(path: StoragePath) -> bool:
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        return False  # reading all of it tells
+        return False  # reported when the whole file is read
 
 
-def names_of(record: Any) -> Iterator[str]:
-    """The images that a record of a list, or of a data set in the forms of `add_exclude_argument`, names."""
+def names_in_record(record: Any) -> Iterator[str]:
+    """The images that a record names, in any of the forms of `add_exclude_argument`."""
     if isinstance(record, str):
         yield record
     elif isinstance(record, dict):

@@ -2,7 +2,7 @@
 
 dHash compares neighboring pixels of a 9x8 image; pHash the lowest 8x8 frequencies of a 32x32 one with their median
 (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"). Each has 64 bits. Two images are
-near duplicates when both hashes differ in few bits: either alone takes plain skies and walls for each other.
+near duplicates when both hashes differ in few bits: a single hash also matches plain skies and walls.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ def content_key(data: bytes | memoryview) -> int:
 
 
 def perceptual_hashes(image: Image.Image) -> tuple[int, int]:
-    """(dHash, pHash) of an image just opened or decoded, upright and in gray. Decoders' errors pass through."""
-    image.draft("L", _DRAFT)  # of effect on a JPEG that is not decoded yet
+    """(dHash, pHash) of an image just opened or decoded, upright and in gray. Raises what the decoder raises."""
+    image.draft("L", _DRAFT)  # only affects a JPEG that is not decoded yet
     gray = upright_rgb(image).convert("L")
     small = np.asarray(gray.resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
     square = np.asarray(gray.resize((_SIDE, _SIDE), Image.Resampling.BOX)).astype(np.float64)
-    low = (_DCT @ square @ _DCT.T).round(3)  # rounded, so that the last bit of a sum decides nothing
+    low = (_DCT @ square @ _DCT.T).round(3)  # rounded, so that rounding errors of the sums do not matter
     return _pack(small[:, 1:] > small[:, :-1]), _pack(low > np.median(low))
 
 
@@ -85,7 +85,7 @@ class HashList:
             raise DataError(f"{path}: is no list of hashes ({message}); make it again") from None
 
     def _checked(self) -> "HashList":
-        """Itself. Raises ValueError unless it is of one length and of the types that the class names."""
+        """Return self. Raises ValueError unless the arrays have one length and the documented types."""
         if {column.shape for column in (self.dhash, self.phash, self.names)} != {(len(self.keys),)}:
             raise ValueError("its columns differ in length")
         if {column.dtype for column in (self.keys, self.dhash, self.phash)} != {np.dtype(np.uint64)}:

@@ -14,7 +14,7 @@ COCO_FOLDERS = (*_COCO_SUBSETS, "images", "image", *(f"images/{name}" for name i
 
 
 def image_key(name: str) -> str:
-    """A name that one image has in any release: without folder and ending, and for COCO its number alone.
+    """The key of an image, equal in all releases: the name without folder and extension; for COCO the number.
 
     So train2014/COCO_train2014_000000000009.jpg and 000000000009.jpg (2017) are both "coco:9".
     """
@@ -32,7 +32,7 @@ def coco_key(number: int) -> str:
 
 
 class ImageFolder:
-    """Finds image files by name, by key, or by COCO number, in `folder` and in those of `below` that it holds."""
+    """Finds image files by name or key in `folder` and in its subfolders named in `below`."""
 
     def __init__(self, folder: str, below: Sequence[str] = COCO_FOLDERS) -> None:
         self._folder = folder
@@ -45,11 +45,11 @@ class ImageFolder:
                 self._names.add(name)
                 self._by_key.setdefault(image_key(entry), name)
 
-    def holds(self, name: str) -> bool:
+    def contains(self, name: str) -> bool:
         """Whether a file or folder of this name is there."""
         return name in self._names
 
     def find(self, name: str, key: str | None = None) -> ImageRef:
-        """The file of that name, else the one with its key; where there is none, where `name` would be."""
+        """The file of that name, else the one with the same key, else a reference to `name`, which does not exist."""
         found = name if name in self._names else self._by_key.get(key or image_key(name), name)
         return image_in(self._folder, found)

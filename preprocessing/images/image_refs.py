@@ -1,10 +1,9 @@
-"""Where an image's bytes lie: in a file, in a tar, in a line of base64, in a cell of a parquet file.
+"""References to images: to a file, to bytes in a tar, to a line of base64, to a cell of a parquet file.
 
-A converter only notes the places; the pipeline's workers read the bytes, so a reference is small and can be pickled.
-`path` is a local path or a URI (hdfs://, s3://, gs://); `preprocessing.formats.annotations.open_input` opens both.
-`read` raises FileNotFoundError when there is nothing at the place, be it that no file could have such a name, another
-OSError when it cannot be read, and ValueError, in words that can be counted, when what stands there is no image data
-at all.
+Converters make references and the pipeline's workers read the bytes. A reference is small and can be pickled.
+`path` is a local path or a URI (hdfs://, s3://, gs://); `running.storage.open_input` opens both.
+`read` raises FileNotFoundError when there is no image, also where the name is too long for a file; another OSError when
+it cannot be read; and ValueError, with a message that the manifest counts by, when the data cannot be an image.
 """
 
 import base64
@@ -24,11 +23,11 @@ from preprocessing.running.storage import is_remote, open_input
 
 
 class ImageRef(Protocol):
-    """What every reference offers."""
+    """The interface of a reference."""
 
     @property
     def name(self) -> str:
-        """How a message calls the image."""
+        """The name of the image in messages."""
         ...
 
     def read(self) -> bytes:
@@ -36,7 +35,7 @@ class ImageRef(Protocol):
         ...
 
     def exists(self) -> bool:
-        """Whether there is anything at the place; says nothing of what it is."""
+        """Whether the file is there; it may still hold no image."""
         ...
 
 
@@ -46,27 +45,27 @@ def join(folder: str | os.PathLike[str], name: str) -> str:
 
 
 def image_in(folder: str, name: str) -> "FileImage | OutsideImage":
-    """The image file `name` below `folder`. Links in the folder may lead anywhere, the name itself may not lead out."""
+    """The image file `name` below `folder`. Links may lead out of the folder, the name itself may not."""
     if ".." not in name and not name.startswith("/"):
         return FileImage(f"{folder}/{name}" if folder[-1:] not in ("/", "") else folder + name)  # as join, but faster
     path = join(folder, name)
     if not is_remote(folder):
-        whole = os.path.abspath(path)  # without any `..`, which after a link would lead elsewhere
+        whole = os.path.abspath(path)  # without `..`, which means another folder after a link
         if whole.startswith(os.path.join(os.path.abspath(folder), "")):
             return FileImage(whole)
-    elif not leads_out(name):
+    elif not escapes_folder(name):
         return FileImage(path)
     return OutsideImage(name)
 
 
-def leads_out(name: str) -> bool:
-    """Whether a name below some folder is absolute or has a part `..`."""
+def escapes_folder(name: str) -> bool:
+    """Whether the name of a file in a folder is absolute or has a part `..`."""
     return name.startswith("/") or ".." in name.split("/")
 
 
-def _is_there(path: str) -> bool:
+def _is_readable(path: str) -> bool:
     if not is_remote(path):
-        return os.path.isfile(path) and os.access(path, os.R_OK)  # to open a pipe would wait for ever
+        return os.path.isfile(path) and os.access(path, os.R_OK)  # opening a pipe would block
     try:
         with open_input(path):
             return True
@@ -75,7 +74,7 @@ def _is_there(path: str) -> bool:
 
 
 def _missing_if_too_long(error: OSError) -> OSError:
-    """`error`; where a name is longer than that of any file, that there is no such file."""
+    """`error`, or FileNotFoundError in its place if the name is too long for any file."""
     if error.errno != errno.ENAMETOOLONG:
         return error
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.filename)
@@ -115,7 +114,7 @@ class FileImage:
         if is_remote(self.path):
             return None
         size = 0
-        # io.open takes a third longer for a small file; without O_NONBLOCK a pipe waits for its writer.
+        # io.open takes a third longer for a small file. Without O_NONBLOCK, opening a pipe would block.
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -134,12 +133,12 @@ class FileImage:
 
     def exists(self) -> bool:
         """See ImageRef."""
-        return _is_there(self.path)
+        return _is_readable(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class OutsideImage:
-    """What a name that leads out of the folder of images stands for: it is never read."""
+    """An image whose name leads out of the folder of images. It is never read."""
 
     name: str
 
@@ -167,7 +166,7 @@ class TarMember:
 
     def exists(self) -> bool:
         """See ImageRef."""
-        return _is_there(self.path)
+        return _is_readable(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +184,14 @@ class Base64Cell:
 
     def exists(self) -> bool:
         """See ImageRef."""
-        return _is_there(self.path)
+        return _is_readable(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
     """Row `row` of row group `row_group` in `column`: bytes, a struct with a field `bytes`, or base64 text.
 
-    Workers read rows in order, so the last columns decoded are kept: a row group is decoded once, not once a row.
+    The last two columns decoded are cached: workers read rows in order, so each row group is decoded once.
     """
 
     path: str
@@ -212,7 +211,7 @@ class ParquetCell:
 
     def exists(self) -> bool:
         """See ImageRef."""
-        return _is_there(self.path)
+        return _is_readable(self.path)
 
 
 @functools.lru_cache(maxsize=2)

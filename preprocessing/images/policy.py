@@ -1,6 +1,6 @@
-"""What happens to each image's bytes on their way into a shard: checked, kept out, made smaller, or passed untouched.
+"""Checks each image before it is stored: it is refused, re-encoded smaller, or passed unchanged.
 
-The decision on one image depends on nothing but its bytes and the options, so that workers can share the rows.
+The result depends on the image's bytes and the options alone, so that workers can share the rows.
 """
 
 import argparse
@@ -25,12 +25,12 @@ _LEAST_SIDE = 32
 
 
 class ExcludedImage(BadImage):
-    """An image left out on request, since another set holds it: no fault of the data."""
+    """An image that is left out on request, because another set has it. It does not count as a fault of the data."""
 
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """See `image_policy`. `apply` is the whole of it; the object can be pickled."""
+    """How images are checked and stored; see `image_policy`. Can be pickled."""
 
     max_pixels: int = MAX_PIXELS
     check: str = "full"
@@ -43,12 +43,12 @@ class ImagePolicy:
     def apply(self, data: bytes | memoryview) -> bytes | memoryview:
         """The bytes to store: `data` itself, or a smaller JPEG where `max_side` asks for one.
 
-        Raises BadImage when the image is broken or too large, ExcludedImage when it is to stay out.
+        Raises BadImage when the image is broken or too large, ExcludedImage when it is to be left out.
         """
         self._refuse_listed(data)
         image = decode_image(data, self.max_pixels) if self.check == "full" else open_image(data, self.max_pixels)
         if self.max_side is not None and max(image.size) > self.max_side:
-            data = _shrunk(image, self.max_side, self.quality)
+            data = _downscaled(image, self.max_side, self.quality)
             self._refuse_listed(data)  # the other set may have been made smaller by the same options
         if len(self.near):
             self._refuse_near(image)
@@ -57,21 +57,21 @@ class ImagePolicy:
     def _refuse_listed(self, data: bytes | memoryview) -> None:
         if len(self.excluded):
             key = np.uint64(content_key(data))
-            place = int(np.searchsorted(self.excluded, key))
-            if place < len(self.excluded) and self.excluded[place] == key:
+            index = int(np.searchsorted(self.excluded, key))
+            if index < len(self.excluded) and self.excluded[index] == key:
                 raise ExcludedImage(IN_OTHER_SET)
 
     def _refuse_near(self, image: Image.Image) -> None:
         try:
             hashes = perceptual_hashes(image)
-        except Exception as error:  # decoders raise whatever they like on broken files
+        except Exception as error:  # decoders raise errors of all kinds on broken files
             raise BadImage("does not decode") from error
         if next(self.near.near(*hashes, self.near_distance), None) is not None:
             raise ExcludedImage(NEAR_OTHER_SET)
 
 
-def _shrunk(image: Image.Image, max_side: int, quality: int) -> bytes:
-    """A JPEG, its longer side `max_side`."""
+def _downscaled(image: Image.Image, max_side: int, quality: int) -> bytes:
+    """The image as JPEG, its longer side `max_side` pixels."""
     try:
         small = upright_rgb(image)
         small.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
@@ -83,7 +83,7 @@ def _shrunk(image: Image.Image, max_side: int, quality: int) -> bytes:
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what decides on an image."""
+    """Declare the options of `image_policy`."""
     add = parser.add_argument_group("images").add_argument
     add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=f"drop larger images (default {MAX_PIXELS})")
     add("--check", choices=CHECKS, default="full", help="decode every image, or read its header only (default full)")
@@ -104,7 +104,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def image_policy(args: argparse.Namespace) -> ImagePolicy:
-    """The policy that the options name; reads the sets of which images are to stay out. Raises DataError."""
+    """The policy of the options. Reads the sets whose images are to be left out. Raises DataError."""
     if not 1 <= args.max_pixels <= PILLOW_PIXELS:
         raise DataError(f"--max-pixels {args.max_pixels}: must be between 1 and Pillow's own bound, {PILLOW_PIXELS}")
     if args.max_side is not None and args.max_side < _LEAST_SIDE:
@@ -119,7 +119,7 @@ def image_policy(args: argparse.Namespace) -> ImagePolicy:
     for name, keys in zip(args.exclude_images_of, exact, strict=True):
         if not len(keys):
             raise DataError(f"--exclude-images-of {name}: holds no image; name the set that is to be kept out")
-    nameless = replace(near, names=np.zeros(len(near), dtype="S1"))  # it is sent to the workers, who need no names
+    nameless = replace(near, names=np.zeros(len(near), dtype="S1"))  # pickled for the workers, which need no names
     return ImagePolicy(
         args.max_pixels,
         args.check,

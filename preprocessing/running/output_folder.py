@@ -74,7 +74,7 @@ def _lock(path: Path) -> IO[bytes] | None:
 
 @contextmanager
 def output_folder(target: Path, ours: Collection[str], overwrite: bool) -> Iterator[Path]:
-    """A `new_folder` for `target`, which is locked meanwhile. A symbolic link is resolved first.
+    """A `new_folder` for `target`, which stays locked. A symbolic link is resolved first.
 
     Raises DataError when another process writes `target`, when `target` is not empty and `overwrite` is false, and when
     it holds an entry that matches none of the patterns in `ours`: such a folder is never deleted.

@@ -1,7 +1,7 @@
-"""The unit of preprocessing: a part, a fixed number of consecutive source rows, becomes shards and a record.
+"""The unit of work: a part, a fixed number of consecutive source rows, is written as shards and a JSON record.
 
-What a part holds depends on nothing but its rows, the job and its number, so any process on any machine may write it,
-once or again, and the bytes are the same. A part is done when its record stands, which is written last.
+The bytes of a part depend on its rows, the job and its number alone, so any process on any machine may write it, even
+twice. A part is done when its record exists, which is written last.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from preprocessing.shards.writer import SHARD_BYTES, ShardWriter
 from preprocessing.sources.source import Row
 
 _MOST_ROWS, _LEAST_ROWS = 4096, 256
-_PARTS = 64  # a smaller set is cut into about so many, for as many workers
-SHOWN = 3  # dropped rows that a message names
+_PARTS = 64  # about so many in a smaller data set, to keep as many workers busy
+MAX_EXAMPLES = 3  # of dropped rows, in a message
 
 
 @dataclass(frozen=True)
 class PartJob:
-    """What a worker must know to write any part of a split. It can be pickled."""
+    """What a worker needs to write any part of a split. Can be pickled."""
 
     kind: str
     split: str
@@ -44,23 +44,23 @@ class PartJob:
 
 @dataclass
 class PartResult:
-    """What became of a part."""
+    """The outcome of a part."""
 
     index: int
     rows: int  # of the source
-    faults: int  # rows dropped, but for those kept out on request
-    examples: list[dict[str, str]] = field(default_factory=list)  # the first few of them
-    recorded: bool = True  # False: more was dropped than the whole run may drop
+    faults: int  # dropped rows, except those left out on request
+    examples: list[dict[str, str]] = field(default_factory=list)  # the first few faults
+    recorded: bool = True  # False if more rows were dropped than the whole run may drop
 
 
 def default_part_rows(rows: int) -> int:
-    """Source rows to a part where the user names no number: 64 parts, but of 256 to 4,096 rows each."""
+    """The default number of source rows in a part: 64 parts, but 256 to 4,096 rows in each."""
     batches = -(-rows // (_PARTS * _LEAST_ROWS))
     return min(_MOST_ROWS, _LEAST_ROWS * max(1, batches))
 
 
 def parts_of(rows: Iterator[Row], part_rows: int) -> Iterator[tuple[int, list[Row], str]]:
-    """(number, rows, digest) of each part. The digest changes with anything in the rows but the images' bytes."""
+    """(number, rows, digest) of each part. The digest covers the rows, but not the images' bytes."""
     index = 0
     while part := list(islice(rows, part_rows)):
         yield index, part, _digest(part)
@@ -80,27 +80,30 @@ def record_name(index: int) -> str:
 def write_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> PartResult:
     """Write the shards of a part and then its record. Runs in a worker.
 
-    The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), how many of the
-    dropped are faults of the data, not kept out on request, and the ids' keys. Raises DataError when the output cannot
-    be written.
+    The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), the number of
+    dropped rows that are faults (not left out on request), and the keys of the ids. Raises DataError when the output
+    cannot be written.
     """
     return begin_part(job, index, rows, digest)()
 
 
 def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Callable[[], PartResult]:
-    """Read a part's images. Gives what is left to do of `write_part`, for any thread: to wait for the disk."""
+    """Read a part's images. Returns the rest of `write_part`, which waits for the disk.
+
+    The rest may run in any thread.
+    """
     columns = IMAGE_COLUMNS[job.kind]
     dropped: list[dict[str, str]] = []
     faults: list[dict[str, str]] = []
     ids = IdKeys(job.kind, job.numbered)
-    with ExitStack() as stack, _told(job):
+    with ExitStack() as stack, _wrap_write_errors(job):
         writer = stack.enter_context(
             ShardWriter(job.shards, job.kind, job.split, job.shard_bytes, partial(_shard_name, index))
         )
         for row in rows:
             try:
                 images = [
-                    job.policy.apply(read_image(image, writer.room(column)))
+                    job.policy.apply(read_image(image, writer.image_buffer(column)))
                     for column, image in zip(columns, row.images, strict=True)
                 ]
             except BadImage as error:
@@ -108,7 +111,7 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
                 if not isinstance(error, ExcludedImage):
                     faults.append(dropped[-1])
                 if len(faults) > job.allowed:
-                    too_many = PartResult(index, len(rows), len(faults), faults[:SHOWN], recorded=False)
+                    too_many = PartResult(index, len(rows), len(faults), faults[:MAX_EXAMPLES], recorded=False)
                     return lambda: too_many
                 continue
             named = ids_without_secrets(job.kind, row.columns)
@@ -117,28 +120,28 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
         unfinished = stack.pop_all()
 
     def finish() -> PartResult:
-        with unfinished, _told(job):
+        with unfinished, _wrap_write_errors(job):
             shards = writer.close()
         record = {"rows": len(rows), "digest": digest, "shards": shards, "dropped": dropped, "faults": len(faults)}
         record["ids"] = ids.record()
-        # The shards are on disk; a record that a power failure cuts is read as none, and the part is written again.
+        # Without sync: a record truncated by a power failure counts as missing, and the part is written again.
         write_whole(job.records / record_name(index), dump_json(record), sync=False)
-        return PartResult(index, len(rows), len(faults), faults[:SHOWN])
+        return PartResult(index, len(rows), len(faults), faults[:MAX_EXAMPLES])
 
     return finish
 
 
 @contextmanager
-def _told(job: PartJob) -> Iterator[None]:
+def _wrap_write_errors(job: PartJob) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # of writing: reading an image raises none
+    except OSError as error:  # from writing; reading an image raises no OSError
         raise DataError(
             f"{job.shards}: cannot be written ({error.strerror or error}); make room or choose another --out, and run "
-            "the same command again: it goes on where it was"
+            "the same command again: it continues"
         ) from error
 
 
 def _shard_name(part: int, number: int) -> str:
-    """shard-00007.arrow; a part of many bytes goes on in shard-00007_01.arrow, …, which sort after it."""
+    """shard-00007.arrow; a large part continues in shard-00007_01.arrow, …, which sort after it."""
     return f"shard-{part:05d}.arrow" if number == 0 else f"shard-{part:05d}_{number:02d}.arrow"

@@ -1,4 +1,4 @@
-"""From a source to a finished split: writes its parts, in any number of processes, and puts them together."""
+"""Writes a source as a finished split: all parts, in any number of processes, and then the manifest."""
 
 import argparse
 import dataclasses
@@ -16,8 +16,16 @@ import pyarrow as pa
 
 from preprocessing.errors import DataError
 from preprocessing.json_text import dump_json
-from preprocessing.running.parts import SHOWN, PartJob, PartResult, begin_part, default_part_rows, parts_of, write_part
-from preprocessing.running.pool import processes, run_tasks
+from preprocessing.running.parts import (
+    MAX_EXAMPLES,
+    PartJob,
+    PartResult,
+    begin_part,
+    default_part_rows,
+    parts_of,
+    write_part,
+)
+from preprocessing.running.pool import process_count, run_tasks
 from preprocessing.running.progress import Progress
 from preprocessing.running.storage import storage_path, write_whole
 from preprocessing.running.work_folder import Work, open_work
@@ -30,12 +38,11 @@ from preprocessing.sources.source import LISTED, Source
 
 
 def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
-    """Write `source` to `args.out/args.split`, going on where a killed run was. Returns the manifest.
+    """Write `source` to `args.out/args.split`. Continues an interrupted run. Returns the manifest.
 
-    A part is taken from the earlier run when its source rows, the image options and the versions of pyarrow and Pillow
-    are the same; image files that have changed since are not noticed. Raises DataError when more than
-    `args.max_dropped` of the rows must be dropped, when the output cannot be written, and when another process is at
-    it.
+    A part of an earlier run is reused if its source rows, the image options and the versions of pyarrow and Pillow are
+    the same; changed image files are not noticed. Raises DataError when more than `args.max_dropped` of the rows must
+    be dropped, when the output cannot be written, and when another process writes it.
     """
     target = storage_path(args.out) / args.split
     part_rows = args.shard_rows or default_part_rows(len(source.rows))
@@ -63,13 +70,13 @@ def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows
         if work.restarted:
             progress.say(f"starts over, since the run that was stopped: {work.restarted}")
         elif done:
-            progress.say(f"goes on where the last run stopped: {len(done)} of {count} parts are done")
+            progress.say(f"continues where the last run stopped: {len(done)} of {count} parts are done")
 
         def tasks() -> Iterator[tuple[Any, ...]]:
             for index, rows, digest in parts_of(iter(source.rows), part_rows):
                 record = work.record(index) if index in done else None
                 if record is not None and record["digest"] == digest:
-                    losses.add(PartResult(index, len(rows), record["faults"], record["dropped"][:SHOWN]))
+                    losses.add(PartResult(index, len(rows), record["faults"], record["dropped"][:MAX_EXAMPLES]))
                     progress.skip(len(rows))
                 else:
                     yield job, index, rows, digest
@@ -80,7 +87,7 @@ def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows
                     losses.add(result)
                     progress.add(result.rows)
         except _TooManyDropped:
-            for index in work.done():  # what is mended before the next run is to be found then
+            for index in work.done():  # so that the next run looks at repaired images again
                 record = work.record(index)
                 if record is not None and record["faults"]:
                     work.forget(index)
@@ -108,11 +115,11 @@ class _Losses:
         self._count += part.faults
         self._shown += part.examples
         if self._count > self._allowed:
-            shown = ", ".join(f"{item['item']} ({item['reason']})" for item in self._shown[:SHOWN])
-            more = ", …" if self._count > SHOWN else ""
+            shown = ", ".join(f"{item['item']} ({item['reason']})" for item in self._shown[:MAX_EXAMPLES])
+            more = ", …" if self._count > MAX_EXAMPLES else ""
             raise _TooManyDropped(
                 f"{self._source.where}: more than --max-dropped {self._share:g} of {self._source.total} rows must be "
-                f"dropped: {shown}{more}{self._faults()}; mend the images or raise --max-dropped"
+                f"dropped: {shown}{more}{self._faults()}; fix the images or raise --max-dropped"
             )
 
     def _faults(self) -> str:
@@ -121,7 +128,7 @@ class _Losses:
 
 
 def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) -> dict[str, Any]:
-    """Put the parts' records together in a manifest, in the order of the source, and publish the split."""
+    """Write the manifest from the records of the parts, in the order of the source, and publish the split."""
     shards: list[dict[str, Any]] = []
     dropped = Counter(source.left_out)
     dropped.update(source.faults.reasons)
@@ -131,20 +138,20 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
         keys.append(record["ids"])
         dropped.update(item["reason"] for item in record["dropped"])
     if not shards:
-        for index in range(parts):  # what is mended before the next run is to be found then
+        for index in range(parts):  # so that the next run looks at repaired images again
             work.forget(index)
         most = dropped.most_common(1)
         why = f": {most[0][1]} times, {most[0][0]}" if most else ""
-        raise DataError(f"{work.target}: no row is left of {len(source.rows)}{why}; mend the input")
+        raise DataError(f"{work.target}: no row is left of {len(source.rows)}{why}; fix the input")
     listed = dropped.total() - source.left_out.total()
     items = list(islice(_dropped_items(source, work, parts), LISTED)) if listed else []
-    work.check_alone()
+    work.check_only_writer()
     work.clean([shard["file"] for shard in shards])
     fields: dict[str, Any] = {"dropped": dict(dropped), "dropped_items": items, "source": source.counts}
     if listed > LISTED:
         fields["dropped_list"] = _write_dropped(source, work, parts)
     fields["ids"] = write_ids(work.shards, join_keys(source.kind, keys), source.numbered)
-    write_provenance(work.shards, source.inputs, processes(args.workers))
+    write_provenance(work.shards, source.inputs, process_count(args.workers))
     if source.answer_list is not None:
         write_whole(storage_path(args.out) / ANSWER_LIST, dump_json(source.answer_list))
         fields[ANSWER_LIST_HASH] = answers_sha256(source.answer_list)
@@ -177,7 +184,7 @@ def _write_dropped(source: Source, work: Work, parts: int) -> dict[str, Any]:
 
 
 def _fingerprint(value: Any) -> Any:
-    """A JSON value that is the same for equal options, and small."""
+    """A small JSON value that is equal for equal options."""
     if dataclasses.is_dataclass(value):
         return {one.name: _fingerprint(getattr(value, one.name)) for one in dataclasses.fields(value)}
     if isinstance(value, np.ndarray):

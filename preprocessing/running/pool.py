@@ -1,8 +1,8 @@
-"""Who does the work: this process, N worker processes, or the ranks that mpirun started. All are Executors.
+"""Runs tasks in this process, in N worker processes, or in the ranks that mpirun started. All are Executors.
 
-`--workers N`: N spawned processes beside this one, which reads the annotations and sends a part's rows to the worker
-that is to write it; so the rows are in memory once, whatever N. Workers end when this process dies, however it dies.
-`mpirun -n N python -m preprocessing …`: the same with rank 0 in charge and N - 1 ranks at work, on any machines that
+`--workers N`: N spawned processes. This process reads the annotations and sends the rows of a part to a worker, so the
+rows are in memory once, for any N. Workers exit when this process dies, even from kill -9.
+`mpirun -n N python -m preprocessing …`: the same with rank 0 in charge and N - 1 ranks as workers, on machines that
 share the output.
 """
 
@@ -25,9 +25,9 @@ from preprocessing.errors import DataError
 _T = TypeVar("_T")
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI, MPICH and Intel MPI
 _MOST_WORKERS = 1024
-_TIMEOUT_SECONDS = 150  # waits for a worker; two without any work end the run
-_AHEAD = 3  # tasks that end while the next one is begun
-_mpi: Executor | None = None  # set on rank 0 for as long as the ranks serve
+_TIMEOUT_SECONDS = 150  # a wait for a result; two waits without any activity end the run
+_AHEAD = 3  # tasks that finish in threads while the next one begins
+_mpi: Executor | None = None  # set on rank 0 while the other ranks serve
 
 
 def started_by_mpi() -> bool:
@@ -45,7 +45,7 @@ def run_under_mpi(main: Callable[[], int]) -> int:
         message = " ".join(str(error).split())
         raise DataError(f"mpi4py: cannot be used under mpirun ({message}); install it and an MPI library") from None
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as ranks:
-        if ranks is None:  # served until rank 0 was done
+        if ranks is None:  # another rank, after rank 0 has finished
             return 0
         _mpi = cast(Executor, ranks)
         try:
@@ -62,8 +62,8 @@ def check_workers(workers: int) -> None:
         raise DataError(f"--workers {workers}: mpirun has started the processes already; leave it out")
 
 
-def processes(workers: int) -> int:
-    """How many processes are at work: the ranks under mpirun, else `workers` and, if they are others, this one."""
+def process_count(workers: int) -> int:
+    """The number of processes: the ranks under mpirun, else the workers and, if there are several, this one."""
     if _mpi is not None:
         return int(getattr(_mpi, "num_workers", 1)) + 1
     return workers + 1 if workers > 1 else 1
@@ -75,7 +75,7 @@ def executor(workers: int) -> Iterator[tuple[Executor, int]]:
     if _mpi is not None:
         yield _mpi, 2 * getattr(_mpi, "num_workers", 1)
     elif workers == 1:
-        yield _Here(), 1
+        yield _InlineExecutor(), 1
     else:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker)
         try:
@@ -83,14 +83,14 @@ def executor(workers: int) -> Iterator[tuple[Executor, int]]:
         except BaseException:
             started: Iterable[BaseProcess] = (pool._processes or {}).values()
             for process in list(started):  # 3.14 has terminate_workers() for it
-                process.kill()  # a stopped process ends by nothing less
+                process.kill()  # a stopped process does not react to anything else
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-class _Here(Executor):
-    """Calls the function at once, in this process."""
+class _InlineExecutor(Executor):
+    """Calls each function at once, in this process."""
 
     def submit(self, function: Callable[..., _T], /, *args: Any, **kwargs: Any) -> "Future[_T]":
         """See Executor; what the function raises is raised here."""
@@ -100,14 +100,14 @@ class _Here(Executor):
 
 
 def _start_worker() -> None:
-    """Ctrl-C is for the parent, which stops its workers; and none outlives it, not even after kill -9."""
+    """Ignore Ctrl-C, since the parent stops its workers, and exit when the parent dies, even from kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), name="parent-watch", daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent,), name="parent-watch", daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with_parent(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
@@ -118,13 +118,13 @@ def run_tasks(
     tasks: Iterable[tuple[Any, ...]],
     begin: Callable[..., Callable[[], _T]] | None = None,
 ) -> Generator[_T, None, None]:
-    """The results of `function(*task)` in the order in which they come; few tasks are in memory at a time.
+    """The results of `function(*task)`, in the order of completion. Only a few tasks are in memory at a time.
 
-    `begin(*task)()` is the same in two steps: where this process works alone, it begins a task while the second steps
-    of those before go on in threads. Raises what the function raises, and DataError when a worker process dies.
+    `begin(*task)()` does the same in two steps: without workers, this process begins a task while threads run the
+    second steps of earlier tasks. Raises what the function raises, and DataError when a worker process dies.
     """
     if begin is not None and workers == 1 and _mpi is None:
-        yield from _overlapped(begin, tasks)
+        yield from _run_overlapped(begin, tasks)
         return
     with executor(workers) as (pool, most):
         running: set[Future[_T]] = set()
@@ -141,8 +141,8 @@ def run_tasks(
                     yield future.result()
         except BrokenProcessPool:
             raise DataError(
-                "a worker process was killed (by the system for want of memory?); run the same command again, it goes "
-                "on where it was; fewer --workers need less memory"
+                "a worker process was killed (by the system for want of memory?); run the same command again, it "
+                "continues; fewer --workers need less memory"
             ) from None
         finally:
             for future in running:
@@ -150,14 +150,14 @@ def run_tasks(
 
 
 def _first_done(pool: Executor, running: set["Future[_T]"]) -> tuple[set["Future[_T]"], set["Future[_T]"]]:
-    """As `wait` for the first one. Raises DataError when none comes and no worker does anything for a long time.
+    """Wait for the first result; (done, not done). Raises DataError when no worker is active for a long time.
 
-    The time is a few minutes, or PREPROCESSING_TIMEOUT_SECONDS of the environment.
+    The time is a few minutes, or twice the environment variable PREPROCESSING_TIMEOUT_SECONDS.
     """
     if not isinstance(pool, ProcessPoolExecutor):
         return cast(Any, wait(running, return_when=FIRST_COMPLETED))
     seconds = float(os.environ.get("PREPROCESSING_TIMEOUT_SECONDS", _TIMEOUT_SECONDS))
-    quiet = 0  # waits in a row in which no worker used the processor
+    quiet = 0  # consecutive waits in which no worker used the processor
     before = _activity(pool)
     while True:
         done, rest = wait(running, timeout=seconds, return_when=FIRST_COMPLETED)
@@ -165,8 +165,8 @@ def _first_done(pool: Executor, running: set["Future[_T]"]) -> tuple[set["Future
         if done:
             return done, rest
         quiet = quiet + 1 if [ticks for _, _, ticks in now] == [ticks for _, _, ticks in before] else 0
-        if quiet == 2:  # after one, this process itself may have been stopped together with all of them
-            raise DataError(_told(now, 2 * seconds))
+        if quiet == 2:  # one may mean that this process was stopped together with the workers
+            raise DataError(_stall_message(now, 2 * seconds))
         before = now
 
 
@@ -176,24 +176,26 @@ def _activity(pool: ProcessPoolExecutor) -> list[tuple[int, str, int]]:
     for process in list(pool._processes or ()):
         try:
             words = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        except OSError:  # ended: the pool will say so
+        except OSError:  # it has ended, which the pool reports
             continue
         found.append((process, words[0], int(words[11]) + int(words[12])))
     return found
 
 
-def _told(workers: list[tuple[int, str, int]], seconds: float) -> str:
+def _stall_message(workers: list[tuple[int, str, int]], seconds: float) -> str:
     stopped = [process for process, state, _ in workers if state in "Tt"]
     names = ", ".join(str(process) for process in stopped or [process for process, _, _ in workers])
     what = f"stopped: continue them with `kill -CONT {names.replace(',', '')}`" if stopped else "waiting for storage?"
     return (
         f"on host {socket.gethostname()}, no worker has done anything for {seconds:g} s (process {names}: {what}); run "
-        "the same command again, it goes on where it was; PREPROCESSING_TIMEOUT_SECONDS sets the time"
+        "the same command again, it continues; PREPROCESSING_TIMEOUT_SECONDS sets the time"
     )
 
 
-def _overlapped(begin: Callable[..., Callable[[], _T]], tasks: Iterable[tuple[Any, ...]]) -> Generator[_T, None, None]:
-    """The results in the order of the tasks. Every task that was begun is ended, also when another one fails."""
+def _run_overlapped(
+    begin: Callable[..., Callable[[], _T]], tasks: Iterable[tuple[Any, ...]]
+) -> Generator[_T, None, None]:
+    """The results in the order of the tasks. Each task that was begun is finished, even if another one fails."""
     with ThreadPoolExecutor(_AHEAD, "second-step") as threads:
         ending: deque[Future[_T]] = deque()
         for task in tasks:

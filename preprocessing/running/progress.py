@@ -1,4 +1,4 @@
-"""How far a long run is, how fast, and how long it will take: a bar on a terminal, else a line every ten seconds."""
+"""Progress, rate and remaining time of a long run: a bar on a terminal, else a line every ten seconds."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ _SECONDS = 10.0
 
 
 class Progress:
-    """Counts units done out of `total` on stderr, from 0."""
+    """Counts finished units out of `total`, on stderr."""
 
     def __init__(self, what: str, total: int, unit: str = "row") -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -34,7 +34,7 @@ class Progress:
         tqdm.write(printable(f"{self._what}: {message}"), file=sys.stderr)
 
     def skip(self, count: int) -> None:
-        """`count` were done by an earlier run: they do not count for the rate."""
+        """Add `count` units of an earlier run, which do not count for the rate."""
         self._done += count
         self._skipped += count
         if self._bar is not None:
@@ -42,7 +42,7 @@ class Progress:
             self._bar.update(count)
 
     def add(self, count: int) -> None:
-        """`count` more are done."""
+        """Add `count` finished units."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
@@ -53,7 +53,7 @@ class Progress:
             self.say(self.state(now - self._start))
 
     def state(self, seconds: float) -> str:
-        """How far it is, `seconds` after the start."""
+        """The line of progress, `seconds` after the start."""
         rate = (self._done - self._skipped) / max(seconds, 1e-9)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "time left unknown"
         return f"{self._done} of {self._total} {self._unit}s, {rate:.1f} a second, {left}"

@@ -1,4 +1,4 @@
-"""Where files lie: on a local path, or behind a URI (s3://, gs://, hdfs://) that pyarrow.fs opens.
+"""Files on a local path, or behind a URI (s3://, gs://, hdfs://) that pyarrow.fs opens.
 
 `storage_path(text)` returns a pathlib.Path or a RemotePath; the functions here take either. The errors of a remote file
 system name the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) is a DataError,
@@ -31,7 +31,7 @@ SCHEMES = ("s3", "gs", "hdfs")
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder behind a URI, with those of pathlib.Path's methods that its users need."""
+    """A file or folder behind a URI, with the methods of pathlib.Path that are needed."""
 
     uri: str  # without a slash at the end
 
@@ -82,11 +82,11 @@ def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
 
 
 def storage_path(path: str | os.PathLike[str] | RemotePath) -> StoragePath:
-    """The path or URI as an object. Raises DataError for a URI of a scheme that is not known, or without a bucket."""
+    """The path or URI as an object. Raises DataError for a URI with a secret, an unknown scheme, or no bucket."""
     if isinstance(path, RemotePath):
         return path
     text = os.fspath(path)
-    if ":/" in text:  # a file may have a key in its name, as wget leaves it
+    if ":/" in text:  # names of local files may hold a key, too, after wget
         _check_secrets(text)
     scheme, colon, rest = text.partition("://")
     if not colon:
@@ -108,15 +108,15 @@ def _check_secrets(uri: str) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file or a folder; there is none of a name that is too long for one."""
+    """Whether there is a file or a folder; False for a name that is too long."""
     return storage_path(path).exists() if is_remote(path) else os.path.exists(path)
 
 
 def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
-    """Open a file for reading bytes; it can seek, and closes at the end of a `with` block.
+    """Open a file for reading bytes. It can seek; use it in a `with` block.
 
-    Raises FileNotFoundError when there is none, OSError when a local one cannot be read, DataError when that is a pipe
-    or a device, and when a remote file system refuses.
+    Raises FileNotFoundError, OSError when a local file cannot be read, and DataError when it is a pipe or a device or
+    when a remote file system refuses.
     """
     if not is_remote(path):
         check_regular(cast("str | os.PathLike[str]", path))
@@ -146,7 +146,7 @@ def size_of(path: StoragePath) -> int:
 
 
 def names_in(folder: StoragePath) -> list[str]:
-    """Sorted names of what a folder holds; none for no such folder. Raises DataError when it cannot be read."""
+    """The sorted names in a folder; empty if there is no such folder. Raises DataError when it cannot be read."""
     if isinstance(folder, Path):
         try:
             return sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -161,8 +161,8 @@ def names_in(folder: StoragePath) -> list[str]:
 def walk(folder: StoragePath) -> Iterator[tuple[str, list[str]]]:
     """(path below `folder`, sorted names of its files) of `folder` and of each folder below it, sorted by path.
 
-    Hidden files and folders are passed over; links are followed, but into no folder twice. Raises DataError when one
-    cannot be read.
+    Hidden files and folders are skipped. Links are followed, but no folder is visited twice. Raises DataError when a
+    folder cannot be read.
     """
     if isinstance(folder, Path):
         yield from _walk_local(folder, "", set())
@@ -198,9 +198,9 @@ def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterato
 
 
 def write_whole(path: StoragePath, content: bytes, sync: bool = True) -> None:
-    """Write a file that holds its old bytes or all of the new ones, never a part. Raises DataError.
+    """Write a file so that it holds either its old bytes or all of the new ones. Raises DataError.
 
-    `sync`: also if the machine loses its power at once, as `write_atomic` has it.
+    With `sync` this holds after a power failure, too; see `write_atomic`.
     """
     if isinstance(path, Path):
         write_atomic(path, content, sync)
@@ -221,7 +221,7 @@ def upload_file(file: IO[bytes], path: RemotePath) -> None:
 
 
 def remove(path: StoragePath) -> None:
-    """Remove a file or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with all its contents, if it exists."""
     if isinstance(path, Path):
         if path.is_dir():
             shutil.rmtree(path)
@@ -246,7 +246,7 @@ def _wrap_io_errors(uri: str) -> Iterator[None]:
         raise FileNotFoundError(f"{uri}: no such file") from None
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # a local file's
+            raise  # from a local file
         what = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{uri}: {what}; check the address, the credentials and the network") from error
 
@@ -264,6 +264,6 @@ def _open_uri(uri: str) -> tuple[Any, str]:
 @lru_cache(maxsize=64)  # one connection pool a bucket and process
 def _filesystem(scheme: str, bucket: str) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if scheme == "s3" and endpoint:  # pyarrow itself does not look at these
+    if scheme == "s3" and endpoint:  # which pyarrow itself ignores
         return fs.S3FileSystem(endpoint_override=endpoint)
     return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]  # asks S3 for the bucket's region

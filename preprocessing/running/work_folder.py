@@ -1,13 +1,13 @@
-"""The folder beside a split in which it grows, part by part: found again after a kill, gone when the split is there.
+"""The folder in which a split is written, part by part. It survives a kill and is removed when the split is finished.
 
-    DIR/.train.work/lock          held while a run is at work (the system lets go of it when the run dies)
-                    job.json      what all parts depend on; when that has changed, the work starts over
-                    records/      part-000007.json: that part is done
+    DIR/.train.work/lock          held by the run that writes (the system releases it when the run dies)
+                    job.json      what all parts depend on; if it has changed, the work starts over
+                    records/      part-000007.json exists when that part is done
                     split/        shards, then the manifest; becomes DIR/train by rename
 
-Behind a URI shards go to DIR/train at once, each whole (object stores cannot rename a folder); the split is there when
-its manifest is, which is written last. The lock of a remote folder is one of this machine; runs on two machines are
-noticed at the end, by the run's name in job.json, and only one ends well.
+Behind a URI, shards are written to DIR/train itself, each as a whole (object stores cannot rename a folder); the split
+is finished when its manifest exists, which is written last. The lock of a remote folder is a file on this machine. Runs
+on two machines are noticed at the end, by the run's id in job.json, and only one of them succeeds.
 """
 
 import os
@@ -33,7 +33,7 @@ _JOB = "job.json"
 
 @dataclass(frozen=True)
 class Work:
-    """A split being made. `shards` and `records` are folders; `restarted` says why earlier work was thrown away."""
+    """A split that is being written. `restarted` says why earlier work was discarded, if it was."""
 
     target: StoragePath
     root: StoragePath
@@ -42,12 +42,12 @@ class Work:
 
     @property
     def shards(self) -> StoragePath:
-        """Where shards go."""
+        """The folder of the shards."""
         return self.root / "split" if isinstance(self.root, Path) else self.target
 
     @property
     def records(self) -> StoragePath:
-        """Where the records of parts go."""
+        """The folder of the records of parts."""
         return self.root / "records"
 
     def done(self) -> list[int]:
@@ -56,7 +56,7 @@ class Work:
         return [int(name[5:-5]) for name in names if name.startswith("part-") and name.endswith(".json")]
 
     def record(self, index: int) -> dict[str, Any] | None:
-        """The record of a part, or None when it is not there or its shards are not."""
+        """The record of a part; None if it or one of its shards is missing."""
         try:
             record: dict[str, Any] = parse_json((self.records / record_name(index)).read_bytes())
             whole = all(size_of(self.shards / shard["file"]) == shard["bytes"] for shard in record["shards"])
@@ -67,24 +67,24 @@ class Work:
         return record if whole else None
 
     def forget(self, index: int) -> None:
-        """Take a part's record away, so that it is written anew."""
+        """Remove a part's record, so that the part is written again."""
         remove(self.records / record_name(index))
 
     def clean(self, keep: Collection[str]) -> None:
-        """Remove from `shards` what an earlier run or a killed worker left there: all of ours that is not in `keep`."""
+        """Remove the files of earlier runs and killed workers from `shards`: all of our files but those in `keep`."""
         for name in names_in(self.shards):
             ours = isinstance(self.root, Path) or any(fnmatch(name, pattern) for pattern in SPLIT_FILES)
             if ours and name not in keep:
                 remove(self.shards / name)
 
     def publish(self) -> None:
-        """Put the split, which is whole with its manifest, in the place of `target`; the work folder goes."""
+        """Move the finished split to `target`, replacing what is there, and remove the work folder."""
         if isinstance(self.root, Path) and isinstance(self.target, Path):
-            _exchange(self.root / "split", self.target, self.root / "old")
-        _clear(self.root)
+            _replace_folder(self.root / "split", self.target, self.root / "old")
+        _remove_contents(self.root)
 
-    def check_alone(self) -> None:
-        """Raise DataError when another run has taken the folder over since (possible behind a URI alone)."""
+    def check_only_writer(self) -> None:
+        """Raise DataError when another run has taken over the folder (only possible behind a URI)."""
         if _read_job(self.root).get("run") != self.run:
             raise DataError(f"{self.target}: another run has begun to write it; see that one only is at work")
 
@@ -93,8 +93,8 @@ class Work:
 def open_work(target: StoragePath, job: dict[str, Any], overwrite: bool) -> Iterator[Work]:
     """The work folder of `target`, with what an earlier run of the same `job` left in it, locked against other runs.
 
-    Raises DataError when another process is at work on `target`, or when `target` may not be replaced. When the block
-    fails before any part is done, the folder goes; else it stays for the next run.
+    Raises DataError when another process writes `target`, and when `target` may not be replaced. If the block fails
+    before any part is done, the folder is removed; else it stays for the next run.
     """
     try:
         with locked(target) as root:
@@ -106,22 +106,22 @@ def open_work(target: StoragePath, job: dict[str, Any], overwrite: bool) -> Iter
             except BaseException:
                 if not work.done():
                     work.clean(())
-                    _clear(root)
+                    _remove_contents(root)
                 raise
     except OSError as error:
         raise DataError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
 
 
 def remove_leftover(target: StoragePath) -> None:
-    """Remove the work folder of a split that is finished, should a kill in the last instant have left it."""
+    """Remove the work folder of a finished split, which a kill at the very end may have left."""
     root = target.parent / f".{target.name}.work"
     if isinstance(root, Path) and root.is_dir() and not (root / "split").exists() and (target / MANIFEST).exists():
         with locked(target):
-            _clear(root)
+            _remove_contents(root)
 
 
-def _clear(root: StoragePath) -> None:
-    """Remove what a work folder holds, but for the lock: with that the folder goes when the lock is let go of."""
+def _remove_contents(root: StoragePath) -> None:
+    """Remove all but the lock from a work folder. Releasing the lock removes the folder."""
     if isinstance(root, Path):
         for name in names_in(root):
             if name != LOCK:
@@ -135,9 +135,9 @@ def _begin(target: StoragePath, root: StoragePath, job: dict[str, Any], overwrit
     earlier = _read_job(root)
     changed = sorted(name for name in job if earlier.get("job", {}).get(name) != job[name]) if earlier else []
     if not earlier or changed:
-        _clear(root)
+        _remove_contents(root)
     if not isinstance(target, Path) and overwrite:
-        remove(target / MANIFEST)  # first: with its shards changing below it, it would lie
+        remove(target / MANIFEST)  # first, since the shards that it describes will change
     elif not isinstance(target, Path) and not earlier and names_in(target):
         raise DataError(f"{target}: holds another run's files; give --overwrite to replace them, or another --out")
     work = Work(target, root, run, f"{', '.join(changed)} changed" if changed else "")
@@ -146,9 +146,11 @@ def _begin(target: StoragePath, root: StoragePath, job: dict[str, Any], overwrit
             make_folder(folder)
     if isinstance(root, Path):
         for name in names_in(work.shards):
-            if name.startswith("."):  # a killed worker's
+            if name.startswith("."):  # left by a killed worker
                 remove(work.shards / name)
-    write_whole(root / _JOB, dump_json({"run": run, "job": job}), sync=False)  # half of it is none: see _read_job
+    write_whole(
+        root / _JOB, dump_json({"run": run, "job": job}), sync=False
+    )  # a truncated file counts as none: see _read_job
     return work
 
 
@@ -159,13 +161,13 @@ def _read_job(root: StoragePath) -> dict[str, Any]:
         return {}
     try:
         job = parse_json(content)
-    except ValueError:  # not by our hand, so what lies beside it cannot be trusted either
+    except ValueError:  # truncated or foreign, so the files beside it cannot be trusted either
         return {}
     return job if isinstance(job, dict) else {}
 
 
-def _exchange(new: Path, target: Path, old: Path) -> None:
-    """`new` becomes `target`; a kill between the two renames leaves `new` to be renamed by the next run."""
+def _replace_folder(new: Path, target: Path, old: Path) -> None:
+    """Rename `new` to `target`. After a kill between the two renames, the next run renames `new`."""
     sync_tree(new)
     if old.exists():
         remove(old)

@@ -1,4 +1,4 @@
-"""Five captions for a scene. Each names every object with its color and shape, in wording of its own.
+"""Five captions for a scene. Each names every object with its color and shape, in its own wording.
 
 Lists name them in reading order: row by row, from left to right. The other wordings group them by quarter, shape or
 color. In random order an image does not tell which object a masked word belongs to, so fewer of them can be predicted
@@ -40,7 +40,7 @@ def _there_is(things: Sequence[Thing]) -> str:
 
 
 def _by_quarter(things: Sequence[Thing]) -> str:
-    """All four quarters, the empty ones too."""
+    """All four quarters, including empty ones."""
     groups = []
     for quarter in QUADRANTS:
         inside = " and ".join(_name(thing) for thing in things if thing.quadrant == quarter)
@@ -49,7 +49,7 @@ def _by_quarter(things: Sequence[Thing]) -> str:
 
 
 def _by_shape(things: Sequence[Thing]) -> str:
-    """All three shapes, the absent ones too; quarters are not told."""
+    """All three shapes, including absent ones, without quarters."""
     groups = []
     for shape in SHAPES:
         colors = [thing.color for thing in things if thing.shape == shape]
@@ -59,7 +59,7 @@ def _by_shape(things: Sequence[Thing]) -> str:
 
 
 def _by_color(things: Sequence[Thing]) -> str:
-    """The colors that are there; quarters are not told."""
+    """The colors in the scene, without quarters."""
     groups = []
     for color in COLORS:
         shapes = [thing.shape for thing in things if thing.color == color]
@@ -80,7 +80,7 @@ _STYLES: tuple[Callable[[Sequence[Thing]], str], ...] = (
 
 
 def count_words(caption: str) -> int:
-    """Words and punctuation marks, as a word-level tokenizer sees them."""
+    """The number of words and punctuation marks, as a word-level tokenizer counts them."""
     return len(caption.replace(",", " ,").replace(":", " :").split())
 
 

@@ -21,7 +21,7 @@ _RGB = {
 _RADIUS = {"small": 5.0, "large": 7.5}  # of the ring, in pixels
 _SHIFT = {"small": 1, "large": 0}  # how far an object may sit off the middle of its cell
 _COLOR_JITTER = 10
-_SHADE = 16  # how much lighter or darker an edge is than the middle: masked patches can be told from seen ones
+_SHADE = 16  # how much lighter or darker an edge is than the middle: masked patches can be inferred from visible ones
 _NOISE = 2
 _SUPERSAMPLE = 8
 

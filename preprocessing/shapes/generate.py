@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _random(seed: int, *purpose: str) -> random.Random:
-    """A generator of its own for every purpose, so that one number of images does not shift another's draws."""
+    """A separate generator for each purpose, so that the draws of one do not depend on the number of another's."""
     return random.Random(":".join((str(seed), *purpose)))
 
 
 def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int, seed: int, order: str) -> None:
-    """Images, captions and scenes of one split; image ids run on from split to split."""
+    """Images, captions and scenes of one split; image ids continue from split to split."""
     names = [f"COCO_{subset}_{first_id + index:012d}.png" for index in range(len(scenes))]
     _write_images(folder / "images" / subset, names, scenes, _random(seed, "pictures", subset))
     words = _random(seed, "captions", subset)
@@ -103,13 +103,13 @@ def _write_coco(folder: Path, subset: str, scenes: Sequence[Scene], first_id: in
         folder / "annotations" / f"captions_{subset}.json",
         {"info": _INFO, "licenses": [_LICENSE], "images": images, "annotations": annotations},
     )
-    told = [
+    contents = [
         {"image_id": first_id + index, "objects": [thing._asdict() for thing in scene]}
         for index, scene in enumerate(scenes)
     ]
     _write_json(
         folder / "annotations" / f"scenes_{subset}.json",
-        {"info": _INFO, "license": _LICENSE, "order": order, "scenes": told},
+        {"info": _INFO, "license": _LICENSE, "order": order, "scenes": contents},
     )
 
 
@@ -130,7 +130,7 @@ def _write_vqa(folder: Path, subset: str, scenes: Sequence[Scene], first_id: int
 
 
 def _numbered(asked: Sequence[Question], first_id: int) -> Iterator[tuple[int, Question]]:
-    """Question ids as VQA v2 makes them: the image id and three digits."""
+    """Question ids as in VQA v2: the image id and three digits."""
     last, number = -1, 0
     for question in asked:
         number = number + 1 if question.scene == last else 0

@@ -1,4 +1,4 @@
-"""The best that can be said of masked words by one who knows the scene, the wordings and the words left visible."""
+"""The best possible prediction of masked words, given the scene, all wordings and the visible words."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,11 +7,11 @@ Token = int
 
 
 def best_guesses(texts: Iterable[Sequence[Token]], shown: Sequence[Token], masked: Sequence[int]) -> list[Token] | None:
-    """The likeliest token at each masked place, if all ``texts`` were equally likely before any was seen.
+    """The most likely token at each masked place, with equal prior probability of all ``texts``.
 
     Args:
-        texts: all captions that the scene may have, as tokens; one that comes twice counts twice.
-        shown: the tokens of the caption; those at masked places are not looked at.
+        texts: all captions that the scene may have, as tokens; a duplicate counts twice.
+        shown: the tokens of the caption; those at masked places are ignored.
         masked: those places.
     Returns:
         a token for each masked place; None if no text fits the visible ones.

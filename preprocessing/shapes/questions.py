@@ -17,7 +17,7 @@ class Question(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of question: how often it is asked, and what VQA v2 calls it."""
+    """A kind of question: its frequency, and its types in VQA v2."""
 
     per_image: float  # questions of this kind per image, on average
     question_type: str  # VQA v2's: the words that the question starts with
@@ -78,8 +78,10 @@ _ANSWERS = {"exists": 2, "occupied": 2, "color": 6, "shape": 3, "count": MOST - 
 
 
 def questions(scenes: Sequence[Scene], rng: random.Random) -> list[Question]:
-    """About 5.5 questions a scene, ordered by scene. Of one text as many answers are "yes" as "no", exactly; answers
-    of other kinds are as even as the scenes allow. Scenes with few questions so far are asked first.
+    """About 5.5 questions a scene, ordered by scene.
+
+    Each yes/no text has exactly as many answers "yes" as "no"; the answers of other kinds are as balanced as the scenes
+    allow. Scenes with few questions so far are chosen first.
     """
     pools: dict[tuple[str, str], dict[str, list[int]]] = {}
     for index, scene in enumerate(scenes):
@@ -101,13 +103,13 @@ def questions(scenes: Sequence[Scene], rng: random.Random) -> list[Question]:
 
 
 def ten_answers(question: Question, rng: random.Random) -> list[str]:
-    """What ten people say: at least eight are right, and in one question of eight someone spells or errs otherwise."""
+    """Ten answers: at least eight are right; in one question of eight, one or two are wrong or spelled differently."""
     answers = [question.answer] * 10
     fate = rng.random()
-    if fate < 0.08:  # one or two err
+    if fate < 0.08:  # one or two are wrong
         for place in rng.sample(range(10), rng.randint(1, 2)):
             answers[place] = _mistake(question.answer, rng)
-    elif fate < 0.12:  # right, in another spelling: the official normalization brings them together
+    elif fate < 0.12:  # right, but spelled differently: equal after the official normalization
         place = rng.randrange(10)
         answers[place] = _WORDS[int(question.answer)] if question.answer.isdigit() else f"{question.answer}."
     return answers

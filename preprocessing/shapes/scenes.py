@@ -1,4 +1,4 @@
-"""What is in an image: two to five objects on a 4x4 grid of cells, one object a cell."""
+"""Scenes, the content of images: two to five objects on a 4x4 grid, at most one in a cell."""
 
 import json
 import os
@@ -22,7 +22,7 @@ _COUNT_WEIGHTS = (7, 6, 4, 3)  # of 2, 3, 4 and 5 objects
 # One scene in three has a favourite shape, so that three of a kind are common enough to be asked for.
 _FAVOURITE_SCENES = 1 / 3
 _FAVOURITE_OBJECTS = 0.6
-_MEND = "write the world again with `python -m preprocessing shapes`"
+_FIX = "write the world again with `python -m preprocessing shapes`"
 
 
 _QUADRANT = tuple(QUADRANTS[2 * (cell // GRID >= GRID // 2) + (cell % GRID >= GRID // 2)] for cell in range(GRID**2))
@@ -38,12 +38,12 @@ class Thing(NamedTuple):
 
     @property
     def quadrant(self) -> str:
-        """Which quarter of the image holds it, one of QUADRANTS."""
+        """The quarter of the image that it is in, one of QUADRANTS."""
         return _QUADRANT[self.cell]
 
     @property
     def kind(self) -> tuple[str, str]:
-        """(color, shape): what statements and questions call it by."""
+        """(color, shape), as in statements and questions."""
         return self.color, self.shape
 
 
@@ -51,7 +51,7 @@ Scene = tuple[Thing, ...]  # ordered by cell, so that equal scenes compare equal
 
 
 class SceneSampler:
-    """Draws scenes, never the same one twice: what one split got no other split gets."""
+    """Draws scenes without repetition: no scene is in two splits."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -62,7 +62,7 @@ class SceneSampler:
     ) -> Scene:
         """A new scene that holds every (color, shape) of `present` and none of `absent` (disjoint, at most 2 each).
 
-        The number of objects has the same distribution whatever is asked, so that it tells nothing of the answer.
+        The distribution of the number of objects does not depend on `present` and `absent`, so it reveals no answer.
         """
         while True:
             scene = self._scene(present, absent)
@@ -91,8 +91,8 @@ class SceneFile(NamedTuple):
     """RAW/annotations/scenes_{split}2014.json.
 
     Attributes:
-        order: how its captions name the objects, one of ORDERS.
-        scenes: what is drawn, by image id, in the order of the file.
+        order: in which captions name the objects, one of ORDERS.
+        scenes: image id -> scene, in the order of the file.
     """
 
     order: str
@@ -102,40 +102,40 @@ class SceneFile(NamedTuple):
 def read_scenes(path: str | os.PathLike[str]) -> SceneFile:
     """Read a scene file.
 
-    Raises DataError naming the file, the entry and the mend: it is missing or no JSON, the order of objects is unknown,
-    an image id comes twice, there are too few or too many objects, a cell is off the grid or taken, or a shape, color
+    Raises DataError naming file and entry: the file is missing or not JSON, the order of objects is unknown,
+    a duplicate image id, there are too few or too many objects, a cell is off the grid or taken, or a shape, color
     or size is unknown.
     """
     content = _content(Path(path))
     order = content.get("order")
     if order not in ORDERS:
-        raise DataError(f"{path}: order is {json_excerpt(order)}, none of {', '.join(ORDERS)}; {_MEND}")
+        raise DataError(f"{path}: order is {json_excerpt(order)}, none of {', '.join(ORDERS)}; {_FIX}")
     scenes: dict[int, Scene] = {}
     for index, entry in enumerate(content["scenes"]):
         where = f"{path}: scenes[{index}]"
         image_id, objects = (entry.get(name) if isinstance(entry, dict) else None for name in ("image_id", "objects"))
         if type(image_id) is not int or not isinstance(objects, list):
-            raise DataError(f"{where}: needs image_id, a whole number, and objects, a list; {_MEND}")
+            raise DataError(f"{where}: needs image_id, a whole number, and objects, a list; {_FIX}")
         if image_id in scenes:
-            raise DataError(f"{where}: image_id {image_id} stands twice; {_MEND}")
+            raise DataError(f"{where}: image_id {image_id} occurs twice; {_FIX}")
         if not FEWEST <= len(objects) <= MOST:
-            raise DataError(f"{where}: has {len(objects)} objects, needs {FEWEST} to {MOST}; {_MEND}")
+            raise DataError(f"{where}: has {len(objects)} objects, needs {FEWEST} to {MOST}; {_FIX}")
         things = [_thing(record, f"{where}.objects[{number}]") for number, record in enumerate(objects)]
         if len({thing.cell for thing in things}) < len(things):
-            raise DataError(f"{where}: two objects are in one cell; {_MEND}")
+            raise DataError(f"{where}: two objects are in one cell; {_FIX}")
         scenes[image_id] = tuple(sorted(things))
     return SceneFile(order, scenes)
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """The file, which has a list `scenes`."""
+    """The content of the file, an object with a list `scenes`."""
     check_regular(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_MEND}") from None
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {_FIX}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON ({error}); {_MEND}") from None
+        raise DataError(f"{path}: invalid JSON ({error}); {_FIX}") from None
     if not isinstance(content, dict) or not isinstance(content.get("scenes"), list):
         raise DataError(f"{path}: has no list 'scenes'; is this the right file? It is named scenes_{{split}}2014.json")
     return content
@@ -147,5 +147,5 @@ def _thing(record: Any, where: str) -> Thing:
         value = record.get(name) if isinstance(record, dict) else None
         if isinstance(value, bool | float) or value not in values:  # True and 1.0 equal 1
             allowed = f"0 to {GRID**2 - 1}" if name == "cell" else ", ".join(map(str, values))
-            raise DataError(f"{where}: {name} is {json_excerpt(value)}, none of {allowed}; {_MEND}")
+            raise DataError(f"{where}: {name} is {json_excerpt(value)}, none of {allowed}; {_FIX}")
     return Thing(**{name: record[name] for name in known})

@@ -1,20 +1,20 @@
-"""NLVR2-style statements over pairs of images: each stands over four pairs and is true of two of them."""
+"""NLVR2-style statements about pairs of images: each is about four pairs and true of two of them."""
 
 import random
 from typing import NamedTuple
 
 from preprocessing.shapes.scenes import COLORS, SHAPES, Scene, SceneSampler
 
-PAIRS = 4  # pairs a set, and labels a statement: two true, two false
-STATEMENTS = 2  # statements a set, over the same pairs
+PAIRS = 4  # pairs in a set, and labels of a statement: two true, two false
+STATEMENTS = 2  # statements in a set, about the same pairs
 
 _WORDING = {
     "left": ("the left picture contains a {}", "there is a {} in the left picture"),
     "right": ("the right picture contains a {}", "there is a {} in the right picture"),
     "both": ("both pictures contain a {}", "there is a {} in both pictures"),
 }
-# Where a statement's object is, (in left, in right), over the four pairs, and whether the statement holds. For "left"
-# and "right" all four cases occur, so the other image tells nothing. A "both" that fails fails on one side each.
+# Whether a statement's object is in the (left, right) image of each of the four pairs. For "left" and "right" all four
+# cases occur, so the other image says nothing about the label. A false "both" is false for each side once.
 _CASES: dict[str, tuple[tuple[bool, bool], ...]] = {
     "left": ((True, True), (True, False), (False, True), (False, False)),
     "right": ((True, True), (True, False), (False, True), (False, False)),
@@ -36,7 +36,7 @@ class PairSet(NamedTuple):
 
 
 def pair_set(index: int, sampler: SceneSampler, rng: random.Random) -> PairSet:
-    """Set number `index` of a split: the kinds of statement take turns, so that all are equally common."""
+    """Set number `index` of a split. The kinds of statement alternate, so that all are equally frequent."""
     kinds = [tuple(_WORDING)[(index + statement * (1 + index // 3 % 3)) % 3] for statement in range(STATEMENTS)]
     objects = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], STATEMENTS)
     cases = [rng.sample(_CASES[kind], PAIRS) for kind in kinds]

@@ -1,10 +1,10 @@
-"""The ids of a split in eight bytes each: what tells that no image, question or statement stands in two splits.
+"""The ids of a split as keys of eight bytes, by which splits are checked for common images, questions and statements.
 
-    DIR/SPLIT/ids.bin    for each column of ID_COLUMNS, in that order: its distinct keys (`id_key`), rising, as <u8
+    DIR/SPLIT/ids.bin    for each column of ID_COLUMNS, in that order: its distinct keys (`id_key`), ascending, as <u8
     manifest.json        "ids": {"file", "bytes", "sha256", "distinct": {column: n}, "numbered": [column, …], "version"}
 
-A column is "numbered" where its ids are numbers that the data set's makers did not give, such as a line's: the same
-number in another split says nothing. There an image's key is of the image itself, a question's of its id and image.
+A column is "numbered" if its ids are numbers that a converter made up, such as line numbers: the same number in another
+split means nothing. Then an image's key is made from the image file, and a question's from its id and image.
 """
 
 import base64
@@ -24,14 +24,13 @@ from preprocessing.shards.reader import sound_batches
 from preprocessing.shards.schema import ID_COLUMNS, IDS, IDS_VERSION
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
-_NAMED = 3  # ids that a message names
+_MAX_EXAMPLES = 3  # of ids, in a message
 
 Keys = dict[str, np.ndarray]  # column -> [n] uint64
 
 
 def ids_without_secrets(kind: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids of a row as shards, and so all that is made of them, have them: one may be an address with a password."""
-
+    """The ids of a row without secrets, as shards store them: an id may be an address with a password."""
     ids = {}
     for column in ID_COLUMNS[kind]:
         one = columns[column]
@@ -44,7 +43,7 @@ def ids_without_secrets(kind: str, columns: Mapping[str, Any]) -> dict[str, Any]
 
 
 class IdKeys:
-    """The keys of the rows of one part, in the order of the rows."""
+    """Collects the keys of the rows of one part, in the order of the rows."""
 
     def __init__(self, kind: str, numbered: Sequence[str]) -> None:
         self._numbered = numbered
@@ -52,7 +51,7 @@ class IdKeys:
         self._marks: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[kind]}
 
     def add(self, columns: Mapping[str, Any], images: Iterable[bytes | memoryview]) -> None:
-        """Take in a row that is written."""
+        """Add the ids of a row that is written."""
         mark = image_mark(images) if self._numbered else b""
         for column, listed in self._ids.items():
             one = columns[column]
@@ -62,7 +61,7 @@ class IdKeys:
                 self._marks[column] += [mark] * len(ids)
 
     def record(self) -> dict[str, str]:
-        """As JSON has it, for `join_keys`."""
+        """The keys for the part's JSON record, column -> base64; `join_keys` reads them."""
         keys = {}
         for column, ids in self._ids.items():
             marks = self._marks[column]
@@ -72,7 +71,7 @@ class IdKeys:
 
 
 def join_keys(kind: str, records: Iterable[dict[str, str]]) -> Keys:
-    """The distinct keys of many parts, rising."""
+    """The distinct keys of many parts, ascending."""
     parts: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[kind]}
     for record in records:
         for column, found in parts.items():
@@ -93,14 +92,14 @@ def write_ids(folder: StoragePath, keys: Keys, numbered: Sequence[str]) -> dict[
 
 
 def numbered_columns(manifest: Mapping[str, Any]) -> list[str]:
-    """The columns of ids that are numbered."""
+    """The id columns that are numbered."""
     record = manifest.get("ids")
     found = record.get("numbered", []) if isinstance(record, dict) else []
     return [column for column in ID_COLUMNS[manifest["kind"]] if column in found]
 
 
 def read_ids(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys | None:
-    """The keys that `folder/ids.bin` holds; None where the split has none, or it is not the manifest's."""
+    """The keys in `folder/ids.bin`; None if there is no such file or it does not match the manifest."""
     try:
         with open_input(folder / IDS) as file:
             content = bytes(file.read())
@@ -113,7 +112,7 @@ def read_ids(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys | None:
 def shard_ids(
     folder: StoragePath, manifest: Mapping[str, Any]
 ) -> Iterator[tuple[StoragePath, str, tuple[list[bytes], list[bytes]]]]:
-    """(shard, column, (ids, keys)) of every record batch. Raises DataError when a shard is not sound."""
+    """(shard, column, (ids, keys)) of every record batch. Raises DataError when a shard is damaged."""
     numbered = numbered_columns(manifest)
     for shard in manifest["shards"]:
         for _, batch in sound_batches(folder / shard["file"], manifest["kind"]):
@@ -122,7 +121,7 @@ def shard_ids(
 
 
 def keys_of_shards(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys:
-    """The keys of a split by its shards."""
+    """The keys of a split, read from its shards."""
     found: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[manifest["kind"]]}
     for _, column, (_, keys) in shard_ids(folder, manifest):
         found[column] += keys
@@ -132,9 +131,9 @@ def keys_of_shards(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys:
 def shared_ids(
     folders: Sequence[StoragePath], by_shards: bool = True
 ) -> Iterator[tuple[StoragePath, StoragePath, str, bool]]:
-    """(split, other split, what stands in both, whether it is a fault) of the splits of a data set. Raises DataError.
+    """(split, other split, what both have, whether that is a fault) of each two splits with common ids.
 
-    A split without a list of ids is read `by_shards`, or passed over.
+    For a split without ids.bin, the shards are read, or with `by_shards=False` the split is skipped. Raises DataError.
     """
     known: list[tuple[StoragePath, Keys, list[str]]] = []
     for folder in folders:
@@ -156,13 +155,13 @@ def shared_ids(
 
 
 def _named(folder: StoragePath, column: str, keys: np.ndarray) -> str:
-    """The first ids of a split that have one of these keys, for a message."""
+    """A few ids of a split that have one of these keys, for a message."""
     wanted = {key.tobytes() for key in keys.astype("<u8")}
     found: dict[str, None] = {}
     for _, own, (ids, found_keys) in shard_ids(folder, read_manifest(folder)):
         if own == column:
             pairs = zip(ids, found_keys, strict=True)
             found |= dict.fromkeys(one.decode("utf-8", "replace") for one, key in pairs if key in wanted)
-        if len(found) >= _NAMED:
+        if len(found) >= _MAX_EXAMPLES:
             break
-    return f"such as {column} {', '.join(list(found)[:_NAMED])}"
+    return f"such as {column} {', '.join(list(found)[:_MAX_EXAMPLES])}"

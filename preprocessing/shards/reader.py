@@ -35,9 +35,9 @@ def split_folders(directory: StoragePath) -> list[StoragePath]:
 
 
 def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Iterator[pa.RecordBatch]:
-    """The record batches that can be read and are sound; what is wrong with the others goes to `faults`.
+    """The valid record batches of a file. What is wrong with the others is appended to `faults`.
 
-    A file without its end, which holds the index, is read from its start as far as it goes.
+    A file without its end, which holds the index, is read from its start up to the first damaged batch.
     """
     if isinstance(path, Path):
         check_regular(path)
@@ -47,8 +47,8 @@ def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Itera
         faults.append("is missing; prepare it again")
         return
     except _UNREADABLE as error:
-        faults.append(f"is no Arrow file ({_told(error)}); prepare it again")
-        yield from _stream(path, schema)
+        faults.append(f"is no Arrow file ({_error_text(error)}); prepare it again")
+        yield from _read_stream(path, schema)
         return
     if not reader.schema.equals(schema):
         faults.append("its columns are not those that its kind has; prepare it again")
@@ -58,13 +58,13 @@ def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Itera
             batch = reader.get_batch(index)
             batch.validate(full=True)  # a wrong offset would be followed beyond the buffer
         except _UNREADABLE as error:
-            faults.append(f"record batch {index} cannot be read ({_told(error)}); prepare it again")
+            faults.append(f"record batch {index} cannot be read ({_error_text(error)}); prepare it again")
             continue
         yield batch
 
 
-def _stream(path: StoragePath, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Batches from the start of a cut file to the first that is not whole."""
+def _read_stream(path: StoragePath, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The batches of a truncated file, up to the first incomplete one."""
     try:
         with open_input(path) as file:
             file.seek(_START)
@@ -74,20 +74,20 @@ def _stream(path: StoragePath, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
                     batch.validate(full=True)
                     yield batch
     except _UNREADABLE:
-        return  # the caller has told that the file is cut
+        return  # the caller has reported the truncated file
 
 
-def _told(error: Exception) -> str:
-    """What the system or Arrow says, in few words."""
+def _error_text(error: Exception) -> str:
+    """The message of the system or of Arrow, in one line."""
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sound_batches(path: StoragePath, kind: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(number of its first row, record batch) of a whole shard. Raises DataError at the first batch that is not sound.
+    """(number of its first row, record batch) of each batch of a shard. Raises DataError at the first invalid batch.
 
-    Null values are the caller's to look for.
+    Null values are not checked.
     """
     faults: list[str] = []
     row = 0
@@ -101,12 +101,12 @@ def sound_batches(path: StoragePath, kind: str) -> Iterator[tuple[int, pa.Record
 
 
 def _bad_row(path: StoragePath, row: int, what: str) -> DataError:
-    """What to say of a row that readers cannot use."""
+    """The error for a row that cannot be used."""
     return DataError(f"{path} row {row}: {what}; see `python -m preprocessing verify {path.parent}`")
 
 
 def read_rows(path: StoragePath, kind: str) -> Iterator[dict[str, Any]]:
-    """The rows of one shard as plain Python values, null where one is. Raises DataError when it is not sound."""
+    """The rows of one shard as Python values (None for null). Raises DataError when the shard is damaged."""
     for _, batch in sound_batches(path, kind):
         yield from batch.to_pylist()
 
@@ -168,14 +168,14 @@ def hashes_of(path: StoragePath, perceptual: bool = True, workers: int = 1) -> H
 
 
 def _hash_shard(number: int, shard: StoragePath, kind: str, perceptual: bool) -> tuple[int, HashList]:
-    """`number`, which tells in what order the shards are, and the fingerprints. Runs in a worker."""
+    """`number`, by which the caller sorts the shards, and the fingerprints. Runs in a worker."""
     entries = []
     for name, data in _shard_images(shard, kind):
         dhash = phash = 0
         if perceptual:
             try:
                 dhash, phash = perceptual_hashes(open_image(data, PILLOW_PIXELS))
-            except (BadImage, OSError, SyntaxError, ValueError):  # Pillow's words may name an object in memory
+            except (BadImage, OSError, SyntaxError, ValueError):  # Pillow's message may name an object in memory
                 raise DataError(f"{shard}: image {name} does not decode; run verify on it") from None
         entries.append((content_key(data), dhash, phash, name))
     return number, HashList.of(entries)

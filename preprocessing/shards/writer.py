@@ -1,4 +1,4 @@
-"""Writes shards, and the manifest and the provenance that go with them."""
+"""Writes shards, manifests and provenance files."""
 
 import os
 import platform
@@ -32,28 +32,28 @@ from preprocessing.shards.schema import (
     SPLITS,
 )
 
-DROPPED = "dropped.jsonl"  # beside the manifest, when more was dropped than a manifest should list
-SPLIT_FILES = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED, IDS)  # what a split folder may hold
+DROPPED = "dropped.jsonl"  # all that was dropped, when it is too much for the manifest
+SPLIT_FILES = ("shard-*.arrow", MANIFEST, PROVENANCE, DROPPED, IDS)  # patterns of the files in a split folder
 _BATCH_ROWS = 256
-_BATCH_BYTES = 16 << 20  # of a shard two batches are in memory at a time: one being filled, one being written
-_FIRST_BYTES = 32 << 20  # of address space: what is not written to takes no memory
+_BATCH_BYTES = 16 << 20  # two batches are in memory at a time: one is filled while the other is written
+_FIRST_BYTES = 32 << 20  # of address space; pages that are never written take no memory
 SHARD_BYTES = 512 << 20
 _HASHED_INPUTS = 8 << 30
 
-_MEMORY: deque[np.ndarray] = deque(maxlen=4)  # of batches that are done, for those to come
+_MEMORY: deque[np.ndarray] = deque(maxlen=4)  # buffers of finished batches, to be used again
 
 
-def numbered(index: int) -> str:
-    """The file name of shard `index` where a split is written in one go."""
+def shard_name(index: int) -> str:
+    """The default file name of shard `index`."""
     return f"shard-{index:05d}.arrow"
 
 
 class ShardWriter:
     """Writes rows to Arrow files of about `shard_bytes` in `folder`: the same bytes for the same rows.
 
-    A shard appears under its name, `name(0)`, `name(1)`, …, when it is whole and on disk. Writing and hashing run in
-    threads of their own, beside whatever the caller does to get the next rows (both release the GIL), one batch
-    behind at most. In a `with` block an error leaves no half-written file. Raises OSError when the disk is full.
+    A shard gets its name, `name(0)`, `name(1)`, …, when it is complete and on disk. A thread writes and hashes a batch
+    while the caller fills the next one (writing and hashing release the GIL). After an error in a `with` block no
+    partial file is left. Raises OSError when the disk is full.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ShardWriter:
         kind: str,
         split: str,
         shard_bytes: int = SHARD_BYTES,
-        name: Callable[[int], str] = numbered,
+        name: Callable[[int], str] = shard_name,
     ) -> None:
         self._folder = folder
         self._kind = kind
@@ -85,18 +85,18 @@ class ShardWriter:
         if self._file is not None:
             self._file.discard()
 
-    def room(self, column: str) -> memoryview:
-        """Free memory in which the next row's image of `column` may be put, at its start, to be handed to `add`."""
-        return self._filling.room(column)
+    def image_buffer(self, column: str) -> memoryview:
+        """Memory for the next row's image of `column`: write the image to its start and pass that slice to `add`."""
+        return self._filling.image_buffer(column)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row: a value for every column of the schema but `split`. A memoryview is a part of `room`."""
+        """Append a row: a value for each column but `split`. A memoryview must be a slice of `image_buffer`."""
         self._filling.add(row)
         if self._filling.rows == _BATCH_ROWS or self._filling.size >= _BATCH_BYTES:
             self._flush()
 
     def close(self) -> list[dict[str, Any]]:
-        """Write what is left. Returns the manifest's record of each shard: file, rows, samples, bytes, sha256."""
+        """Write the last batch. Returns the manifest's record of each shard: file, rows, samples, bytes, sha256."""
         self._flush()
         self._wait()
         self._thread.submit(self._close_shard).result()
@@ -117,7 +117,7 @@ class ShardWriter:
             writing.result()
 
     def _write(self, batch: "_Batch") -> None:
-        """Write a batch, and clear it, since it is the next but one."""
+        """Write a batch and clear it for reuse."""
         if self._file is None:
             name = self._name(len(self._shards))
             self._file = HashedFile(self._folder / name)
@@ -138,7 +138,7 @@ class ShardWriter:
 
 
 class _Batch:
-    """Rows on their way into a record batch."""
+    """The rows of a record batch that is being filled."""
 
     def __init__(self, kind: str, split: str) -> None:
         self._schema = KINDS[kind]
@@ -151,12 +151,12 @@ class _Batch:
         self.rows = 0
         self.size = 0  # bytes of the images
 
-    def room(self, column: str) -> memoryview:
+    def image_buffer(self, column: str) -> memoryview:
         """Free memory for an image."""
-        return self._images[column].room()
+        return self._images[column].image_buffer()
 
     def samples(self) -> int:
-        """Captions, questions or statements."""
+        """The number of captions, questions or statements."""
         return sum(map(len, self._columns[self._sample_column]))
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ class _Batch:
         self.rows += 1
 
     def to_arrow(self) -> pa.RecordBatch:
-        """The rows as Arrow has them; the images' memory is shared until `clear`."""
+        """The rows as a record batch. It shares the memory of the images, so it is valid until `clear`."""
         values = {**self._columns, "split": [self._split] * self.rows}
         arrays = [
             self._images[column.name].to_arrow()
@@ -181,7 +181,7 @@ class _Batch:
         return pa.record_batch(arrays, schema=self._schema)
 
     def clear(self) -> None:
-        """Forget the rows, but keep the memory."""
+        """Remove the rows, but keep the memory."""
         for images in self._images.values():
             images.clear()
         for values in self._columns.values():
@@ -189,16 +189,16 @@ class _Batch:
         self.rows = self.size = 0
 
     def free(self) -> None:
-        """Give the memory to batches to come; this one is not to be used again."""
+        """Hand the memory to later batches; this batch must not be used again."""
         for images in self._images.values():
             if len(images.memory):
                 _MEMORY.append(images.memory)
 
 
 class _Images:
-    """A column of images, each read or copied to where it is written from.
+    """A column of images in one buffer, from which Arrow writes them.
 
-    The memory is used again and again: to get new memory from the system for each batch takes longer than the copy.
+    The buffer is reused: fresh memory for each batch makes packing take a third longer or more.
     """
 
     def __init__(self) -> None:
@@ -206,8 +206,8 @@ class _Images:
         self._view = self.memory.data
         self._ends = [0]
 
-    def room(self) -> memoryview:
-        """The memory behind the last image."""
+    def image_buffer(self) -> memoryview:
+        """The memory after the last image."""
         if not len(self.memory):
             try:
                 self.memory = _MEMORY.pop()
@@ -217,11 +217,11 @@ class _Images:
         return self._view[self._ends[-1] :]
 
     def append(self, data: bytes | memoryview) -> None:
-        """Add an image; one that is a memoryview lies at the start of `room` already."""
+        """Add an image. A memoryview is at the start of `image_buffer` already."""
         start = self._ends[-1]
         end = start + len(data)
         if not isinstance(data, memoryview):
-            if len(data) > len(self.room()):
+            if len(data) > len(self.image_buffer()):
                 larger = np.empty(max(end, 2 * len(self.memory)), dtype=np.uint8)
                 larger[:start] = self.memory[:start]
                 self.memory, self._view = larger, larger.data
@@ -229,13 +229,13 @@ class _Images:
         self._ends.append(end)
 
     def to_arrow(self) -> pa.Array:
-        """The images as pa.array(…, pa.binary()) gives them, but sharing the memory."""
+        """The same array as pa.array(…, pa.binary()), but sharing the memory."""
         offsets = pa.py_buffer(np.array(self._ends, dtype=np.int32))
         data = pa.py_buffer(self.memory).slice(0, self._ends[-1])
         return pa.Array.from_buffers(pa.binary(), len(self._ends) - 1, [None, offsets, data])
 
     def clear(self) -> None:
-        """Forget the images."""
+        """Remove the images."""
         self._ends = [0]
 
 
@@ -259,9 +259,9 @@ def write_manifest(
 def write_provenance(
     folder: StoragePath, inputs: Iterable[str | os.PathLike[str] | StoragePath], processes: int = 1
 ) -> None:
-    """Write `folder/provenance.json`: by whom, when, where and from which annotation files the split was made.
+    """Write `folder/provenance.json`: the command, time, host, versions and annotation files of the split.
 
-    Inputs have their SHA-256 there, unless they hold more than 8 GiB in all (tar files with the images in them).
+    It has the SHA-256 of the inputs, unless they hold more than 8 GiB in all (tar files with the images in them).
     """
     places = [storage_path(path) for path in inputs]
     try:
@@ -291,7 +291,7 @@ def write_provenance(
 
 
 def prepared_splits(out: StoragePath) -> list[str]:
-    """Names of the splits that `out` holds already."""
+    """The names of the finished splits in `out`."""
     return [split for split in SPLITS if (out / split / MANIFEST).exists()]
 
 
@@ -311,10 +311,10 @@ def check_output(out: StoragePath, kind: str, split: str, overwrite: bool) -> No
 
 
 def _manifest_beside(folder: StoragePath) -> dict[str, Any]:
-    """The manifest of a split that is there already."""
+    """The manifest of an existing split."""
     try:
         return read_manifest(folder)
     except DataError as error:
         raise DataError(
-            f"{error} (--split {folder.name} --overwrite), or mend it: python -m preprocessing verify {folder} --repair"
+            f"{error} (--split {folder.name} --overwrite), or fix it: python -m preprocessing verify {folder} --repair"
         ) from None

@@ -1,1 +1,1 @@
-"""Raw data sets: a converter per data set, and the base that they share."""
+"""Raw data sets: a converter for each, and what they share."""

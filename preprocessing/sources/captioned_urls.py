@@ -1,9 +1,9 @@
-"""`python -m preprocessing sbu | cc3m | cc12m`: captions with image addresses, and the downloaded images -> shards.
+"""`python -m preprocessing sbu | cc3m | cc12m`: captions with image URLs, and the downloaded images -> shards.
 
-`--annotations` takes TSV, JSON lines with or without the images as base64, a JSON list of {"image", "caption"} or
-[file, caption], SBU's own JSON {"image_urls", "captions"}, and its two text files, addresses and captions line by line.
-Without `--annotations`, `--images` is a folder that img2dataset wrote. Only captions with an image become rows; the
-addresses themselves are never fetched.
+`--annotations` accepts TSV, JSON lines with or without the images as base64, a JSON list of {"image", "caption"} or
+[file, caption], SBU's own JSON {"image_urls", "captions"}, and its two text files, URLs and captions line by line.
+Without `--annotations`, `--images` is a folder that img2dataset wrote. Only captions with an image become rows;
+URLs are never downloaded.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--image-name",
         metavar="TEMPLATE",
-        help="where an address's image lies below --images, such as '{row:07d}' or 'training/{row}_{crc32}'; fields: "
-        f"{', '.join(NAME_FIELDS)}; the ending may be left away (default for SBU: '{{url_name}}')",
+        help="file of a URL's image below --images, such as '{row:07d}' or 'training/{row}_{crc32}'; fields: "
+        f"{', '.join(NAME_FIELDS)}; the extension may be omitted (default for SBU: '{{url_name}}')",
     )
     add_caption_column_argument(parser)
     add_exclude_argument(parser)

@@ -1,6 +1,6 @@
 """`python -m preprocessing coco`: COCO captions (captions_train2014.json and its like, or Karpathy's) -> shards.
 
-Several annotation files become one split, as EVE pre-trains on 2014's train and val less the images of its test list.
+Several annotation files become one split: EVE pre-trains on train2014 and val2014 without the images of its test list.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations", required=True, nargs="+", metavar="FILE", help="captions_*.json of COCO, or dataset_coco.json"
     )
     parser.add_argument(
-        "--no-restval", action="store_true", help="of a Karpathy file, leave restval out of the train split"
+        "--no-restval", action="store_true", help="leave restval of a Karpathy file out of the train split"
     )
     add_exclude_argument(parser)
     add_text_argument(parser)
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images)
     if is_karpathy(content):
         if len(files) > 1:
-            raise DataError(f"{files[1]}: a Karpathy file stands alone in --annotations; leave the others away")
+            raise DataError(f"{files[1]}: a Karpathy file must be the only one in --annotations; leave out the others")
         source = read_karpathy(content, files[0], images, args.split, cleaning, excluded, not args.no_restval)
     else:
         contents = [content, *(read_json(path) for path in files[1:])]
@@ -58,8 +58,8 @@ def read_coco(
 ) -> Source:
     """One row an image, in the order of the files' `images`; captions in the order of their `annotations`.
 
-    An image lies at `images/file_name`, or, as in COCO's archives, in a folder below named for its subset, under its
-    name of 2014 or of 2017. Raises DataError naming the record at fault.
+    An image is at `images/file_name`, or, as in COCO's archives, in a subfolder named after its subset, with its name
+    of 2014 or of 2017. Raises DataError naming the record at fault.
     """
     source = Source("caption", [], [path for path, _ in files], {"images": 0, "captions": 0})
     rows: list[Row] = []
@@ -68,12 +68,12 @@ def read_coco(
         names, skipped = _read_images(path, content, seen, splits, source.faults)
         captions: dict[int, list[str]] = {image_id: [] for image_id in names}
         for image_id, name in skipped.items():
-            excluded.holds(name, str(image_id))  # a list of another split is one of this set
+            excluded.match(name, str(image_id))  # counts the match: a list of another split is no mistake
         for index, record in enumerate(field(content, "annotations", list, f"{path}")):
             where = f"{path}: annotations[{index}]"
             with source.faults:
                 image_id = field(record, "image_id", int, where)
-                if image_id in skipped or ((named := split_of(record)) and splits.skip_at(where, named)):
+                if image_id in skipped or ((named := split_of(record)) and splits.is_other_split(where, named)):
                     continue
                 if image_id not in names:
                     what = f"image_id {image_id} is none of the file's images; fetch the file again"
@@ -82,7 +82,7 @@ def read_coco(
                 source.counts["captions"] += 1
         source.counts["images"] += len(names)
         for image_id, name in names.items():
-            if excluded.holds(name, str(image_id)):
+            if excluded.match(name, str(image_id)):
                 source.left_out[EXCLUDED] += 1
                 continue
             texts = cleaning.captions(captions[image_id], source.left_out)
@@ -91,16 +91,16 @@ def read_coco(
             else:
                 source.left_out["image without caption"] += 1
     source.rows = rows
-    splits.tell(source)
+    splits.report(source)
     return source
 
 
 def _read_images(
     path: StoragePath, content: Any, seen: set[int], splits: RecordSplits, faults: Faults
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """image id -> file name, of the images, and of those that are of other splits or at fault.
+    """Two dicts image id -> file name: the images of this split, and those of other splits or at fault.
 
-    `seen` holds the ids of all files so far.
+    `seen` has the ids of the files before, and gets those of this one.
     """
     names: dict[int, str] = {}
     skipped: dict[int, str] = {}
@@ -109,10 +109,10 @@ def _read_images(
         with faults:
             image_id = field(record, "id", int, where)
             if image_id in seen:
-                raise DataError(f"{where}: id {image_id} stands twice; make ids unique")
+                raise DataError(f"{where}: id {image_id} occurs twice; make ids unique")
             seen.add(image_id)
             skipped[image_id] = str(record.get("file_name"))
-            if not splits.skip_at(where, split_of(record)):
+            if not splits.is_other_split(where, split_of(record)):
                 names[image_id] = field(record, "file_name", str, where)
                 del skipped[image_id]
     return names, skipped

@@ -1,4 +1,4 @@
-"""What all converters share: their options, and the way from a source to a finished split folder."""
+"""What all converters share: common options, and writing a source as a finished split folder."""
 
 import argparse
 import math
@@ -22,8 +22,8 @@ from preprocessing.sources.source import Row, Rows, Source
 __all__ = ["Row", "Rows", "Source", "add_common_arguments", "check_common_arguments", "write_split"]
 
 _MAX_DROPPED = 0.01
-_PROBED = 100  # rows looked at, or more, to tell a wrong image folder from lost images
-_CHANCE = 1e-12  # that a sound data set is refused for what these hold
+_PROBED = 100  # the least number of rows looked at to tell a wrong image folder from lost images
+_CHANCE = 1e-12  # of refusing a good data set by these rows
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = True) -> None:
@@ -39,7 +39,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
         "--max-dropped",
         type=float,
         metavar="SHARE",
-        help="fail when more than this share of rows has a missing or broken image or is no sound record of its file "
+        help="fail when more than this share of rows has a missing or broken image or is a bad record "
         "(default 0.01; of a test split 0, for texts without a word, too)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR/SPLIT if it exists")
@@ -50,13 +50,13 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
         "--shard-rows",
         type=int,
         metavar="N",
-        help="raw rows to a shard at most, and to a unit of work (default: rows/64, from 256 to 4096)",
+        help="the most raw rows in a shard, and in a unit of work (default: rows/64, from 256 to 4096)",
     )
     add_image_arguments(parser)
 
 
 def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
-    """Refuse bad options and a taken output folder before anything is read. Raises DataError."""
+    """Check options and output folder before anything is read. Raises DataError."""
     if args.max_dropped is None:
         args.max_dropped = 0.0 if args.split == "test" else _MAX_DROPPED
     if not 0 <= args.max_dropped <= 1:
@@ -86,8 +86,8 @@ def _check_images(folder: str) -> None:
 def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """Write `source` to `args.out/args.split` and print a summary line. Returns the manifest.
 
-    Rows with a missing or broken image are dropped, counted and listed in the manifest, as are records at fault.
-    Raises DataError when there are no rows, when no image is there, when more records are at fault than
+    Rows with a missing or broken image are dropped, counted and listed in the manifest, and so are bad records.
+    Raises DataError when there are no rows, when no image is found, when there are more bad records than
     `args.max_dropped` allows, and as `build_split` does.
     """
     source.faults.check(len(source.rows), args.max_dropped)
@@ -95,12 +95,12 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
         raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
     if args.split == "test":
-        _check_whole(source, args.max_dropped)
+        _check_left_out(source, args.max_dropped)
     _report_excluded(args, source)
     for note in source.notes:
         print(printable(note))
-    _tell_repeated(source)
-    _check_images_there(source.rows, args.max_dropped)
+    _report_repeated(source)
+    _check_images_exist(source.rows, args.max_dropped)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lost = "".join(f", {count} dropped: {reason}" for reason, count in sorted(manifest["dropped"].items()))
@@ -122,7 +122,7 @@ def _report_excluded(args: argparse.Namespace, source: Source) -> None:
 
     Raises DataError for a list of which no image was found, unless `args.allow_unmatched`.
     """
-    lists = list(args.excluded.found()) if "excluded" in args else []
+    lists = list(args.excluded.counts()) if "excluded" in args else []
     more = "--image-data, by which COCO's names are known, " if getattr(args, "image_data", "") is None else ""
     for file, names, found in lists:
         if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
@@ -138,10 +138,8 @@ def _report_excluded(args: argparse.Namespace, source: Source) -> None:
         source.counts["images named by --exclude and found"] = sum(found for _, _, found in lists)
 
 
-def _tell_repeated(source: Source) -> None:
-    """Print how many captions of annotation files say what another one of their image says: of a file that holds its
-    records twice, half of them.
-    """
+def _report_repeated(source: Source) -> None:
+    """Print how many captions equal another one of their image: half of them in a file with all records twice."""
     if source.kind != "caption" or not isinstance(source.rows, list):
         return
     captions = [row.columns["caption"] for row in source.rows]
@@ -152,32 +150,35 @@ def _tell_repeated(source: Source) -> None:
 
 
 def _warn_of_shared(out: StoragePath, split: str) -> None:
-    """Print what `split` has in common with the other splits of its data set, by their lists of ids."""
+    """Print a warning for the ids that `split` shares with the other splits of its data set, by their ids.bin."""
     for one, other, which, is_fault in shared_ids([out / name for name in prepared_splits(out)], by_shards=False):
         if split in (one.name, other.name):
-            mend = "training refuses that; prepare one of them with --exclude"
+            advice = "training refuses that; prepare one of them with --exclude"
             if not is_fault:
-                mend = "training lets so few pass; --exclude-images-of leaves them out"
-            mend = mend if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
-            print(printable(f"warning: {one} and {other}: hold the same {which}; {mend}"))
+                advice = "training lets so few pass; --exclude-images-of leaves them out"
+            advice = advice if "train" in (one.name, other.name) else "a model chosen on one is not tested by the other"
+            print(printable(f"warning: {one} and {other}: hold the same {which}; {advice}"))
 
 
-def _check_whole(source: Source, share: float) -> None:
-    """Raise DataError where more of a test split than this share is left out for what it is, not on request."""
+def _check_left_out(source: Source, share: float) -> None:
+    """Raise DataError when more than this share of a test split is left out for its content, not on request."""
     lost = {reason: count for reason, count in source.left_out.items() if "--" not in reason}
     total = max(source.counts.values(), default=0) or sum(lost.values())
-    count = min(sum(lost.values()), total)  # parts of rows may be counted: more than all is no share
+    count = min(sum(lost.values()), total)  # parts of rows are counted, too, so the sum may exceed the total
     if count > share * total:
         reasons = ", ".join(f"{count} times {reason}" for reason, count in sorted(lost.items()))
         needed = math.ceil(1000 * count / total) / 1000
         raise DataError(
-            f"{source.where}: more than --max-dropped {share:g} of a test split must be left out: {reasons}; mend the "
+            f"{source.where}: more than --max-dropped {share:g} of a test split must be left out: {reasons}; fix the "
             f"file, or give --max-dropped {needed:g}: scores then say what they lack"
         )
 
 
-def _check_images_there(rows: Rows, share: float) -> None:
-    """Raise DataError when a sample of rows has no image: so many that no lost images within `share` explain it."""
+def _check_images_exist(rows: Rows, share: float) -> None:
+    """Raise DataError when no row of a sample has an image.
+
+    The sample is so large that a share of lost images within `share` cannot explain it.
+    """
     total = len(rows)
     needed = total if share == 1 else 0 if share == 0 else math.ceil(math.log(_CHANCE) / math.log(share))
     sample = sorted(random.Random(0).sample(range(total), min(total, max(needed, _PROBED))))

@@ -1,7 +1,7 @@
 """`python -m preprocessing easy-vqa`: the PyPI package `easy-vqa` (Victor Zhou, MIT) -> VQA shards.
 
 Its test split is the official one. It has no validation split: every tenth image of its training split, chosen by a
-hash of the image, becomes `val`, and `train` is the rest.
+hash of the image, becomes `val`, and the rest is `train`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from preprocessing.sources.converter import add_common_arguments, check_common_a
 from preprocessing.sources.source import Faults
 from preprocessing.sources.vqa_grouping import RawQuestion, vqa_source
 
-_VAL_SHARE = 10  # one image in so many
+_VAL_SHARE = 10  # one image in ten
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def _questions(data: Path, split: str) -> Path:
 
 
 def read_easy_vqa(data: Path, split: str) -> list[RawQuestion]:
-    """Questions of `split` in the order of the file; ids are positions in it."""
+    """The questions of `split` in the order of the file. Their ids are positions in it."""
     path = _questions(data, split)
     asked = []
     wanted: dict[Path, bool] = {}
@@ -71,5 +71,5 @@ def read_easy_vqa(data: Path, split: str) -> list[RawQuestion]:
 
 
 def _is_val(file: Path) -> bool:
-    """By content, so that two files with one image go to the same side."""
+    """By content, so that two files with the same image are in the same split."""
     return int.from_bytes(hashlib.sha256(file.read_bytes()).digest()[:4]) % _VAL_SHARE == 0

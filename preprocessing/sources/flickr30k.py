@@ -1,7 +1,7 @@
 """`python -m preprocessing flickr30k`: Flickr30k -> caption shards.
 
-From Karpathy's dataset_flickr30k.json, which holds the splits (29,000 + 1,014 + 1,000 images), or from a file of
-captions alone, which holds none: then `--only` names the images of the split. Such files are
+The input is Karpathy's dataset_flickr30k.json, which has the splits (29,000 + 1,014 + 1,000 images), or a file of
+captions without splits; then `--only` names the images of the split. Such files are
 
 results_20130124.token   1000092795.jpg#0<tab>caption
 results.csv              a header image_name| comment_number| comment, and lines of that form (Kaggle)
@@ -40,8 +40,8 @@ _FOLDERS = (
 )
 _IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
 _CAPTION_COLUMNS = ("caption", "comment")
-_MOST_LINES = 10  # that a quoted caption runs over
-Captioned = tuple[str, str, str | None]  # image, caption, what it names as its split
+_MAX_LINES = 10  # of a quoted caption
+Captioned = tuple[str, str, str | None]  # image, caption, value of its split field
 _NUMBERED = re.compile(r"\s*\d+\s+(\S.*)")
 
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if not path.name.endswith(".json"):
         only = None if args.only is None else ImageList(read_image_names(storage_path(args.only)), args.only)
         source = read_tokens(path, images, cleaning, excluded, only, RecordSplits(args.split))
-        for file, names, found in only.found() if only is not None else ():
+        for file, names, found in only.counts() if only is not None else ():
             print(printable(f"--only {file}: {found} of {names} images found"))
         write_split(source, args)
         return
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_karpathy(content):
         raise DataError(f"{path}: is not Karpathy's JSON; give dataset_flickr30k.json or results_20130124.token")
     if args.only is not None:
-        raise DataError(f"--only {args.only}: {path} names the images of each split itself; leave --only away")
+        raise DataError(f"--only {args.only}: {path} names the images of each split itself; leave out --only")
     write_split(read_karpathy(content, path, images, args.split, cleaning, excluded), args)
 
 
@@ -89,14 +89,14 @@ def read_tokens(
     only: ImageList | None,
     splits: RecordSplits,
 ) -> Source:
-    """One row an image, in the order of the file. Raises DataError where an image id stands for two files."""
+    """One row an image, in the order of the file. Raises DataError when an image id is that of two files."""
     captions: dict[str, list[str]] = {}
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
     for where, (name, text, split) in _captions_in(path, source.faults):
         with source.faults:
-            if splits.skip_at(where, split):
+            if splits.is_other_split(where, split):
                 for listed in (excluded, only or excluded):
-                    listed.holds(name)  # a list of another split is one of this set
+                    listed.match(name)  # a list of another split is one of this set
                 continue
             captions.setdefault(name, []).append(text)
             source.counts["captions"] += 1
@@ -107,8 +107,8 @@ def read_tokens(
         image_id = posixpath.splitext(name)[0]
         if owner.setdefault(image_id, name) != name:
             raise DataError(f"{path}: image id {image_id} stands for {owner[image_id]} and for {name}; rename one")
-        out = excluded.holds(name)
-        if only is not None and not only.holds(name):
+        out = excluded.match(name)
+        if only is not None and not only.match(name):
             source.left_out["image is not listed in --only"] += 1
         elif out:
             source.left_out[EXCLUDED] += 1
@@ -117,12 +117,12 @@ def read_tokens(
         else:
             source.left_out["image without caption"] += 1
     source.rows = rows
-    splits.tell(source)
+    splits.report(source)
     return source
 
 
 def _captions_in(path: StoragePath, faults: Faults) -> Iterator[tuple[str, Captioned]]:
-    """(where, what it says) of each line, or few lines with one quoted caption, that is not blank and not at fault."""
+    """(where, record) of each valid record: a line, or a few lines with one quoted caption."""
     lines: list[tuple[int, str]] = []
     for number, line in text_lines(path):
         if isinstance(line, BadRecord):
@@ -138,12 +138,12 @@ def _captions_in(path: StoragePath, faults: Faults) -> Iterator[tuple[str, Capti
     index = 0 if table is None else 1
     while index < len(lines):
         number, line = lines[index]
-        found, used = (_token(line), 1) if table is None else table.record(lines[index : index + _MOST_LINES])
+        found, used = (_token(line), 1) if table is None else table.record(lines[index : index + _MAX_LINES])
         if found is not None:
             yield f"{path}: line {number}", found
         elif line.strip():
-            told = f"is not {what}; is this the right file?"
-            faults.add(BadRecord(f"{path}: line {number}", told, "line is of another form"))
+            problem = f"is not {what}; is this the right file?"
+            faults.add(BadRecord(f"{path}: line {number}", problem, "line is of another form"))
         index += used
 
 
@@ -154,7 +154,7 @@ def _token(line: str) -> Captioned | None:
 
 
 def _table(header: str) -> "_Table | None":
-    """The table below a header; None for a line that is none."""
+    """The table below a header; None if the line is no header."""
     for separator in "|,\t":
         names = [name.strip().strip('"').lower() for name in header.split(separator)]
         image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
@@ -167,7 +167,7 @@ def _table(header: str) -> "_Table | None":
 
 @dataclass(frozen=True)
 class _Table:
-    """How the lines below a header are read."""
+    """The form of the lines below a header."""
 
     separator: str
     image: int  # columns
@@ -176,10 +176,10 @@ class _Table:
     columns: int
 
     def record(self, lines: Sequence[tuple[int, str]]) -> tuple[Captioned | None, int]:
-        """(its cells, lines taken) of (number, text) of lines, the first and what a quotation in it runs over.
+        """(record, number of lines used) of the record that begins in the first of these (number, text) lines.
 
-        The former are None, and one line taken, where the first is at fault: its quotation does not end in these lines,
-        or not before the next record; a mark that is left over takes nothing else with it.
+        The record is None, and one line used, when the first line is invalid: it has an open quotation that does not
+        end in these lines, or not before the next record.
         """
         (number, text), *following = lines
         found = self._cells([text])
@@ -189,7 +189,7 @@ class _Table:
         name = self._name(text)
         for next_number, line in following:
             record.append(line)
-            lost = next_number != number + len(record) - 1  # a line between them is at fault
+            lost = next_number != number + len(record) - 1  # a line between them is invalid
             if lost or self._begins_record(line, name) or sum(map(len, record)) > MAX_CHARACTERS:
                 break
             if sum(one.count('"') for one in record) % 2 == 0:
@@ -198,16 +198,16 @@ class _Table:
         return None, 1
 
     def _name(self, line: str) -> str:
-        """What stands in a line's column of images."""
+        """The value in the image column of a line."""
         return (line.split(self.separator) + [""] * self.columns)[self.image].strip().strip('"')
 
     def _begins_record(self, line: str, name: str) -> bool:
-        """Whether a line has an image's name where the record before has `name`, so that no caption goes on in it."""
+        """Whether a line has an image name in its image column, as the record with `name` has: a new record begins."""
         own = self._name(line)
         return bool(own) and " " not in own and posixpath.splitext(own)[1] == posixpath.splitext(name)[1]
 
     def _cells(self, lines: Sequence[str]) -> Captioned | None:
-        """(image, caption, split) of a record in one line or several; None where it is none."""
+        """(image, caption, split) of a record in one line or several; None if it is invalid."""
         cells = self._split(lines)
         if len(cells) == self.columns - 1 == self.caption and (numbered := _NUMBERED.fullmatch(cells[-1])):
             cells[-1:] = ["", numbered[1]]  # Kaggle's results.csv has a line without its second mark
@@ -219,8 +219,9 @@ class _Table:
         return cells[self.image].strip(), caption, None if self.split is None else cells[self.split].strip()
 
     def _split(self, lines: Sequence[str]) -> list[str]:
-        """The cells of a record. Of one line, the last takes the rest where it is not quoted; none where a quotation is
-        open, and of several lines where they are none.
+        """The cells of a record; none for an open quotation and for several lines that are no record.
+
+        In a single line without quotation, the last cell takes the rest of the line.
         """
         if self.separator != "|" and '"' in lines[0]:
             try:

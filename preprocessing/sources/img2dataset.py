@@ -4,8 +4,8 @@ webdataset   00000.tar with KEY.jpg, KEY.txt and KEY.json, in any order; any web
 parquet      00000.parquet with the columns key, jpg, txt and what is known of the address; Hugging Face's with
              image {bytes, path} too; of a column split the rows of --split
 files        00000/KEY.jpg, KEY.txt and KEY.json
-00000_stats.json beside each shard tells how many addresses gave no image. Shards may lie in folders below. Where their
-names tell splits apart (train-00000.tar, validation/00000.tar), those of --split are taken.
+00000_stats.json beside each shard counts the URLs without an image. Shards may be in subfolders. If their names contain
+splits (train-00000.tar, validation/00000.tar), those of --split are used.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from preprocessing.text.cleaning import add_text_argument, text_cleaning
 FORMATS = ("auto", "webdataset", "parquet", "files")
 _STATISTICS = "_stats.json"
 _ENDINGS = {"webdataset": ".tar", "parquet": ".parquet"}
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _ROWS: dict[str, type[ShardRows]] = {"webdataset": TarRows, "parquet": ParquetRows, "files": FolderRows}
 _WHAT = {"webdataset": ".tar files", "parquet": ".parquet files", "files": "folders of images"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `img2dataset`."""
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the folder (default: as it looks)")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="of the folder (default: detected)")
     add_caption_column_argument(parser)
     add_exclude_argument(parser)
     add_text_argument(parser)
@@ -53,20 +53,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def wanted_rows(args: argparse.Namespace) -> Wanted:
-    """What the options say of the rows. Raises DataError naming the exclusion list at fault."""
+    """The options that select rows. Raises DataError naming the exclusion list at fault."""
     return Wanted(args.split, text_cleaning(args), excluded_images(args), tuple(args.caption_column))
 
 
 def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
-    """A row an image that has a caption and is not excluded, in the order of shards and of the images in them.
+    """A row for each image that has a caption and is not excluded, in the order of the shards and of their images.
 
-    Shards may lie in folders below. Raises DataError when the folder holds no such files, and naming the file at fault.
+    Shards may be in subfolders. Raises DataError when the folder holds no such files, and naming the file at fault.
     """
     found = _find(folder)
     kind = found.layout(folder) if layout == "auto" else layout
     names = found.shards[kind]
-    if found.packed and (kind == "webdataset" or not names):
-        raise DataError(f"{folder}: {found.packed[0]} is compressed, and images are read by their place; unpack it")
+    if found.compressed and (kind == "webdataset" or not names):
+        raise DataError(f"{folder}: {found.compressed[0]} is compressed, and images are read by their place; unpack it")
     if not names:
         raise DataError(f"{folder}: holds no {_WHAT[kind]}; give another --format, or the folder that holds them")
     ending = _ENDINGS.get(kind, "")
@@ -75,36 +75,36 @@ def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
         for name in names_of_split(folder, names, wanted.split)
     ]
     others = {name.removesuffix(ending) for name in names} - {shard.name for shard in shards}  # of other splits
-    told = [name for name in found.statistics if name.removesuffix(_STATISTICS) not in others]
-    statistics = [join(folder, name) for name in told]
+    counted = [name for name in found.statistics if name.removesuffix(_STATISTICS) not in others]
+    statistics = [join(folder, name) for name in counted]
     source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",))
     rows = _ROWS[kind](shards, wanted, source)
     source.rows = rows
-    rows.splits.tell(source, folder)
+    rows.splits.report(source, folder)
     if kind != "files":
-        _tell_copies([shard.path for shard in shards if rows.images[shard.name]], source)
+        _report_copies([shard.path for shard in shards if rows.images[shard.name]], source)
     _add_statistics(statistics, source)
-    _compare(folder, told, rows)
+    _check_statistics(folder, counted, rows)
     return source
 
 
 @dataclass
 class _Contents:
-    """What a folder and those below it hold: shards of each layout, statistics, and what is compressed."""
+    """The contents of a folder and its subfolders: shards of each layout, statistics, compressed files."""
 
     shards: dict[str, list[str]]
-    captioned: bool  # whether an image has a text beside it: parquet files hold images else
+    captioned: bool  # whether any image has a text beside it; otherwise the images are in parquet files
     statistics: list[str]
-    packed: list[str]
+    compressed: list[str]
 
     def layout(self, folder: str) -> str:
-        """The layout as it looks. Raises DataError when that is two, or none."""
+        """The detected layout. Raises DataError when there are two, or none."""
         if self.shards["webdataset"] and self.captioned:
-            raise DataError(f"{folder}: holds tars, and folders of images with texts; say with --format which to take")
+            raise DataError(f"{folder}: holds tars, and folders of images with texts; say with --format which to use")
         if self.captioned:
             return "files"  # the parquet files beside folders of images hold no images
         kind = next((kind for kind, names in self.shards.items() if names), None)
-        if kind is None and not self.packed:
+        if kind is None and not self.compressed:
             raise DataError(
                 f"{folder}: holds no .tar or .parquet files and no folders of images; name img2dataset's output"
             )
@@ -118,7 +118,7 @@ def _find(folder: str) -> _Contents:
         for kind, ending in _ENDINGS.items():
             found.shards[kind] += [path for path in paths if path.endswith(ending)]
         found.statistics += [path for path in paths if path.endswith(_STATISTICS)]
-        found.packed += [path for path in paths if path.endswith(_PACKED)]
+        found.compressed += [path for path in paths if path.endswith(_COMPRESSED)]
         images = {name.rpartition(".")[0] for name in names if is_image(name)}
         if images:
             found.shards["files"].append(below)
@@ -127,8 +127,8 @@ def _find(folder: str) -> _Contents:
     return found
 
 
-def _tell_copies(shards: Sequence[str], source: Source) -> None:
-    """Count shards that are there under two names (those without images may well be equal)."""
+def _report_copies(shards: Sequence[str], source: Source) -> None:
+    """Count shards that exist under two names. Shards without images may be equal by chance."""
     if twice := list(find_copies(shards)):
         source.counts["shards that are there twice"] = len(twice)
         more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
@@ -137,10 +137,10 @@ def _tell_copies(shards: Sequence[str], source: Source) -> None:
 
 
 def _add_statistics(files: Sequence[str], source: Source) -> None:
-    """Count the addresses, and those of them that gave no image. Raises DataError naming the file at fault."""
+    """Count the URLs, and those without an image. Raises DataError naming the file at fault."""
     lost = 0
     for path in files:
-        if replace_surrogates(path) != path:  # the provenance, which is UTF-8, names it
+        if replace_surrogates(path) != path:  # the provenance file, which is UTF-8, names it
             raise DataError(f"{path!r}: has no UTF-8 name; rename it and its shard")
         record = read_json(path)
         count, got = (record.get(name) if isinstance(record, dict) else None for name in ("count", "successes"))
@@ -153,8 +153,8 @@ def _add_statistics(files: Sequence[str], source: Source) -> None:
         source.counts["addresses without an image"] = lost
 
 
-def _compare(folder: str, files: Sequence[str], rows: ShardRows) -> None:
-    """Raise DataError where a shard has other images than its statistics say."""
+def _check_statistics(folder: str, files: Sequence[str], rows: ShardRows) -> None:
+    """Raise DataError when a shard and its statistics differ in the number of images."""
     for name in files:
         said, found = read_json(join(folder, name))["successes"], rows.images.get(name.removesuffix(_STATISTICS), 0)
         if said != found:

@@ -20,7 +20,7 @@ _SPLITS = ("train", "restval", "val", "test")
 
 
 def is_karpathy(content: Any) -> bool:
-    """Whether a JSON value has the form above."""
+    """Whether a JSON value is a Karpathy file."""
     images = content.get("images") if isinstance(content, dict) else None
     return isinstance(images, list) and bool(images) and isinstance(images[0], dict) and "sentences" in images[0]
 
@@ -34,7 +34,7 @@ def read_karpathy(
     excluded: ImageList,
     restval: bool = True,
 ) -> Source:
-    """One row an image of `split`, in the order of the file; `train` holds restval too unless told otherwise.
+    """One row an image of `split`, in the order of the file; `train` includes restval unless `restval` is false.
 
     Raises DataError naming the record at fault.
     """
@@ -53,11 +53,11 @@ def read_karpathy(
             image_id = posixpath.splitext(file)[0]
             if "cocoid" in record:
                 image_id = str(field(record, "cocoid", (int, str), where))
-            out = excluded.holds(file, image_id)  # asked of other splits, too: a list of theirs is one of this set
+            out = excluded.match(file, image_id)  # also for other splits: a list of another split is no mistake
             if found not in wanted:
                 continue
             if image_id in seen:
-                raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
+                raise DataError(f"{where}: image {image_id} occurs twice; make ids unique")
             seen.add(image_id)
             sentences = []
             for sentence in field(record, "sentences", list, where):

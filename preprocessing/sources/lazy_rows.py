@@ -1,4 +1,4 @@
-"""Rows made when they are asked for, so that twelve million of them take a few numbers each and not a kilobyte."""
+"""Rows that are made on access: in memory, each of twelve million rows takes a few numbers, not a kilobyte."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -8,17 +8,17 @@ from preprocessing.sources.source import Row
 
 
 class LazyRows(Sequence[Row], ABC):
-    """A sequence of rows over an index in memory. Subclasses say its length and make one row at a time."""
+    """A sequence of rows over an index in memory. Subclasses define its length and make one row at a time."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def row(self, index: int) -> Row:
-        """Row `index`, from 0 to the length less one; reads the raw files again."""
+        """Row `index`, 0 <= index < len(self). Reads the raw files again."""
 
     def __iter__(self) -> Iterator[Row]:
-        return map(self.row, range(len(self)))  # Sequence's own asks for the length at each row
+        return map(self.row, range(len(self)))  # Sequence.__iter__ calls len() for each row
 
     @overload
     def __getitem__(self, index: int) -> Row: ...

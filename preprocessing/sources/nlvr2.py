@@ -5,7 +5,7 @@ import re
 
 from preprocessing.formats.annotations import BadRecord, field, read_json_lines
 from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
-from preprocessing.images.image_refs import FileImage, leads_out
+from preprocessing.images.image_refs import FileImage, escapes_folder
 from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.nlvr_grouping import Statement, names_in_shards, nlvr_source, parse_label
@@ -44,23 +44,23 @@ def read_nlvr2(
             identifier = field(record, "identifier", str, where)
             match = _IDENTIFIER.fullmatch(identifier)
             if match is None:
-                what = f"identifier '{identifier}' is not split-set-pair-sentence; mend the file"
+                what = f"identifier '{identifier}' is not split-set-pair-sentence; fix the file"
                 raise BadRecord(where, what, "identifier is not split-set-pair-sentence")
             directory = "" if record.get("directory") is None else str(field(record, "directory", (int, str), where))
-            if leads_out(directory):
-                raise BadRecord(where, f"directory '{directory}' leads out of --images; mend the file", "leads out")
+            if escapes_folder(directory):
+                raise BadRecord(where, f"directory '{directory}' leads out of --images; fix the file", "leads out")
             folder = _folder(images, match["split"], directory, match["pair"], folders)
             files = (f"{match['pair']}-img0.png", f"{match['pair']}-img1.png")
             pair = (FileImage(f"{folder / files[0]}"), FileImage(f"{folder / files[1]}"))
             label = parse_label(record.get("label"), where)
             sentence = cleaning.statement(field(record, "sentence", str, where))
-            out = excluded.holds(*files, match["pair"], *names_in_shards(identifier))
+            out = excluded.match(*files, match["pair"], *names_in_shards(identifier))
             statements.append(Statement(pair, match["pair"], sentence, label, identifier, where, out))
     return statements
 
 
 def _folder(images: StoragePath, split: str, directory: str, pair: str, known: dict[str, StoragePath]) -> StoragePath:
-    """Where this record's images are. The archives hold train/DIRECTORY/, dev/ and test1/; some copies are flat."""
+    """The folder of a record's images: train/DIRECTORY/, dev/ or test1/ as in the archives, or one folder for all."""
     key = f"{split}/{directory}"
     if key not in known:
         inside = (f"{split}/{directory}", directory, split, "") if directory else (split, "")
@@ -68,6 +68,6 @@ def _folder(images: StoragePath, split: str, directory: str, pair: str, known: d
         candidates = [root / below if below else root for root in roots for below in inside]
         found = next((path for path in candidates if (path / f"{pair}-img0.png").exists()), None)
         if found is None:
-            return candidates[0]  # this pair is missing, which says nothing of the next one's folder
+            return candidates[0]  # only this pair is missing; the next one may show the folder
         known[key] = found
     return known[key]

@@ -1,4 +1,4 @@
-"""Statements over pairs of images -> NLVR rows: what the NLVR converters share."""
+"""Groups statements over pairs of images into NLVR rows: what the NLVR converters share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,38 +15,37 @@ from preprocessing.text.cleaning import text_fault
 
 @dataclass(frozen=True)
 class Statement:
-    """One example as a raw data set has it."""
+    """One example of a raw data set."""
 
     images: tuple[ImageRef, ImageRef]  # left, right
-    pair: str  # how a message calls the pair
+    pair: str  # name of the pair in messages
     sentence: str
     label: str  # "True" or "False"
     identifier: str
     where: str  # file and record, for messages
     excluded: bool = False  # whether --exclude names one of its images
-    numbered: bool = False  # whether its identifier is one that we made
+    numbered: bool = False  # whether we made up its identifier
 
 
 def parse_label(label: object, where: str) -> str:
     """ "True" or "False", from the official strings in any case or a JSON truth value. Raises BadRecord."""
     text = str(label).capitalize() if isinstance(label, str | bool) else ""
     if text not in ("True", "False"):
-        what = f"label {json_excerpt(label)} is neither True nor False; mend the file"
+        what = f"label {json_excerpt(label)} is neither True nor False; fix the file"
         raise BadRecord(where, what, "label is neither True nor False")
     return text
 
 
 def names_in_shards(identifier: str) -> tuple[str, ...]:
-    """What `duplicates find` calls the images of the pair whose first statement has this identifier."""
+    """The names that `duplicates find` gives the images of the pair whose first statement has this identifier."""
     return identifier, f"{identifier}:left", f"{identifier}:right"
 
 
 def nlvr_source(statements: Sequence[Statement], inputs: Sequence[StoragePath], faults: Faults, split: str) -> Source:
-    """Group statements by pair of images, in the order of first mention; those without a word are left out.
+    """Group statements by pair of images, in the order of first mention.
 
-    So are those of the training split of which `fault_of` finds fault.
-
-    A pair of which one statement is excluded is left out whole. Raises DataError on an identifier twice.
+    Statements without a word are left out, and in the training split those with a `text_fault`. If one statement of a
+    pair is excluded, the whole pair is. Raises DataError for a duplicate identifier.
     """
     counts = {"statements": len(statements), "pairs": len({statement.images for statement in statements})}
     source = Source("nlvr", [], inputs, counts, faults=faults)
@@ -55,7 +54,7 @@ def nlvr_source(statements: Sequence[Statement], inputs: Sequence[StoragePath], 
     excluded = {statement.images for statement in statements if statement.excluded}
     for statement in statements:
         if statement.identifier in identifiers:
-            raise DataError(f"{statement.where}: identifier {statement.identifier} stands twice; make them unique")
+            raise DataError(f"{statement.where}: identifier {statement.identifier} occurs twice; make them unique")
         identifiers.add(statement.identifier)
         if statement.images in excluded:
             source.left_out[f"statement: {EXCLUDED}"] += 1

@@ -1,4 +1,4 @@
-"""A raw data set as a converter hands it on: rows that refer to images."""
+"""A raw data set as converters pass it on: rows that refer to images."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,60 +11,60 @@ from preprocessing.formats.annotations import BadRecord
 from preprocessing.images.image_refs import ImageRef
 from preprocessing.running.storage import StoragePath
 
-LISTED = 10_000  # dropped rows and records at fault that a manifest lists
+LISTED = 10_000  # the most dropped rows and bad records that a manifest lists
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row to write: `images` in the order of the schema's image columns, `columns` all the rest but split."""
+    """One row to write: `images` in the order of the schema's image columns, `columns` the others except split."""
 
-    name: str  # how a message calls it
+    name: str  # in messages
     images: tuple[ImageRef, ...]
     columns: dict[str, Any]
 
 
 class Rows(Protocol):
-    """Rows in an order that never changes: a list, or a LazyRows, which reads them again each time."""
+    """Rows in a fixed order: a list, or a LazyRows, which reads the raw files again on each access."""
 
     def __len__(self) -> int:
-        """How many."""
+        """The number of rows."""
         ...
 
     def __iter__(self) -> Iterator[Row]:
-        """From the first to the last."""
+        """Iterate in order."""
         ...
 
     def __getitem__(self, index: int) -> Row:
-        """One of them."""
+        """Row `index`."""
         ...
 
 
 class Faults:
-    """Records of the raw files that are at fault, by reason. --max-dropped bounds them and lost images together.
+    """Counts bad records of the raw files, by reason. --max-dropped bounds them and lost images together.
 
-    `with source.faults:` counts the BadRecord that ends the block, and goes on behind it.
+    `with source.faults:` catches a BadRecord in the block and counts it.
     """
 
     def __init__(self) -> None:
         self.reasons = Counter[str]()
         self.items: list[dict[str, str]] = []  # the first LISTED, as the manifest has them
-        self.first = ""  # what is wrong with the first one
+        self.first = ""  # the message of the first one
 
     @property
     def count(self) -> int:
-        """How many."""
+        """The number of bad records."""
         return self.reasons.total()
 
     def add(self, error: BadRecord) -> None:
-        """Count a record."""
+        """Count a bad record."""
         self.first = self.first or str(error)
         self.reasons[error.reason] += 1
         if len(self.items) < LISTED:
-            # Not the file's folder: the manifest depends on what the files hold, not on where they lie.
+            # Without the folder: the manifest depends on the content of the files, not on their place.
             self.items.append({"item": error.where.rsplit("/", 1)[-1], "reason": error.reason})
 
     def check(self, sound: int, share: float) -> None:
-        """Raise DataError when more records are at fault than `share` allows, beside `sound` ones, or all are."""
+        """Raise DataError when the share of bad records among them and `sound` good ones is too large, or 1."""
         total = sound + self.count
         if self.count > share * total or (self.count and not sound):
             more = f" ({self.count} of {total} records are at fault, --max-dropped is {share:g})"
@@ -84,24 +84,24 @@ class Faults:
 
 @dataclass
 class Source:
-    """A raw data set, read and checked but for its images."""
+    """A raw data set, read and checked except for its images."""
 
     kind: str
     rows: Rows
     inputs: Sequence[StoragePath | str]  # the annotation files
-    counts: dict[str, int]  # what the raw files hold
-    left_out: Counter[str] = field(default_factory=Counter)  # by intent, by reason: no fault of the data
-    answer_list: list[str] | None = None  # VQA: what the labels index
-    numbered: tuple[str, ...] = ()  # columns of ids that are numbers of our own: see ids.py
-    notes: list[str] = field(default_factory=list)  # what the user is to know, a line each
+    counts: dict[str, int]  # of records in the raw files, by kind
+    left_out: Counter[str] = field(default_factory=Counter)  # rows left out on purpose, by reason; no faults
+    answer_list: list[str] | None = None  # VQA: the answers that labels index
+    numbered: tuple[str, ...] = ()  # id columns with numbers that we made up: see shards/ids.py
+    notes: list[str] = field(default_factory=list)  # lines to print for the user
     faults: Faults = field(default_factory=Faults)
 
     @property
     def total(self) -> int:
-        """Rows, and records at fault, of which there might have been as many."""
+        """Rows and bad records, each of which might have become a row."""
         return len(self.rows) + self.faults.count
 
     @property
     def where(self) -> str:
-        """How a message calls it."""
+        """The name of the source in messages: its files."""
         return ", ".join(map(str, self.inputs)) or self.kind

@@ -1,4 +1,4 @@
-"""Which split a word means; the files of a folder, and the records of a raw set, that are of one split."""
+"""Names of splits: which split a word means, and which files and records of a raw data set are of one split."""
 
 import re
 from collections import Counter
@@ -7,7 +7,6 @@ from typing import Any
 
 from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord
-from preprocessing.formats.line_records import BadLine
 from preprocessing.json_text import json_excerpt
 from preprocessing.sources.source import Source
 
@@ -16,7 +15,7 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SPLIT_FIELD = "split"  # the field or column in which records name theirs
+SPLIT_FIELD = "split"  # the field or column in which records name their split
 _WORD = re.compile(rf"(?:^|[-_./])({'|'.join(_SPLITS)})(?=[-_./]|\d|$)", re.IGNORECASE)
 
 
@@ -26,10 +25,10 @@ def split_named(word: str) -> str | None:
 
 
 def names_of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
-    """Of the files or folders `names` in `folder`, those of the split, where their names tell two splits apart.
+    """The files or folders `names` in `folder` that are of `split`, where their names name two splits or more.
 
-    Where they do not, all: a set of one split may be called anything. Says on stdout what it chose. Raises DataError
-    when none is of the split, and when there is one whose name says nothing beside others whose names do.
+    Otherwise all of them: a data set of one split may have any name. Prints the choice. Raises DataError when none is
+    of the split, and when some names contain a split and others do not.
     """
     said = {name: {_SPLITS[word.lower()] for word in _WORD.findall(name)} for name in names}
     splits = sorted({split for found in said.values() for split in found})
@@ -49,70 +48,64 @@ def names_of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
 
 
 def split_field(names: Collection[str]) -> str | None:
-    """Which of these fields or columns names splits: `split`, in any case."""
+    """The one of these fields or columns that names splits: `split`, in any case; None if there is none."""
     return SPLIT_FIELD if SPLIT_FIELD in names else next((name for name in names if name.lower() == SPLIT_FIELD), None)
 
 
 def split_of(record: Mapping[str, Any]) -> Any:
-    """What a record of a raw set names as its split; None for nothing."""
+    """The value of a record's split field; None where it has none."""
     name = split_field(record.keys())
     return None if name is None else record[name]
 
 
 class RecordSplits:
-    """Records of a raw set that name their split themselves: those of another one are no rows, whatever --split says.
+    """Filters records that name their own split: those of another split do not become rows.
 
-    Where no record names one, all are of the wanted split.
+    If no record names a split, all are of the wanted one.
 
     Attributes:
-        named: records that name a split, by split.
-        unnamed: records before the first of these.
+        named: number of records that name a split, by split.
+        unnamed: number of records before the first of these.
     """
 
     def __init__(self, wanted: str) -> None:
         self._wanted = wanted
         self.named = Counter[str]()
         self.unnamed = 0
-        self._first = ""  # where the first of those is
+        self._first = ""  # where the first unnamed record is
 
-    def skip(self, name: object, where: str = "") -> bool:
-        """Count a record that names `name` as its split (None or "": nothing). Returns whether it is of another split.
+    def is_other_split(self, where: str, name: object) -> bool:
+        """Count the record at `where`, whose split field is `name` (None or "": none). Whether it is of another split.
 
-        Raises BadLine where it names none, and those before it do, or what is no split.
+        Raises BadRecord when `name` is no split, and when it is missing although earlier records have one.
         """
         if name is None or (isinstance(name, str) and not name.strip()):
             if self.named:
-                raise BadLine("names no split, as others do; mend the file", "record names no split, others do")
+                raise BadRecord(where, "names no split, as others do; fix the file", "record names no split, others do")
             self.unnamed += 1
             self._first = self._first or where
             return False
         split = split_named(name) if isinstance(name, str) else None
         if split is None:
-            raise BadLine(
-                f"its {SPLIT_FIELD} is {json_excerpt(name)}, none of train, restval, val, dev and test; mend the file, "
+            raise BadRecord(
+                where,
+                f"its {SPLIT_FIELD} is {json_excerpt(name)}, none of train, restval, val, dev and test; fix the file, "
                 "or call the field otherwise if it means something else",
                 f"{SPLIT_FIELD} of the record is none",
             )
         self.named[split] += 1
         return split != self._wanted
 
-    def skip_at(self, where: str, name: object) -> bool:
-        """`skip`; raises BadRecord in place of BadLine."""
-        try:
-            return self.skip(name, where)
-        except BadLine as error:
-            raise BadRecord(where, str(error), error.reason) from None
+    def report(self, source: Source, where: str = "") -> None:
+        """Add a note to `source` on the records of other splits, once all are read; `where` is the file or folder.
 
-    def tell(self, source: Source, where: str = "") -> None:
-        """Note in `source` which records are of the split, once all are read; `where` is what holds them.
-
-        Raises DataError when none is, or when the first ones name no split and later ones do.
+        Raises DataError when no record is of the wanted split, and when only later records name a split.
         """
         where = where or source.where
         total, chosen = self.named.total(), self.named[self._wanted]
         if total and self.unnamed:
             raise DataError(
-                f"{self._first or where}: names no split, as {total} records behind it do; mend it, or take it out"
+                f"{self._first or where}: names no split, as {total} records behind it do; fix it, or take it out"
             )
         others = ", ".join(f"{count} of {name}" for name, count in sorted(self.named.items()) if name != self._wanted)
         if others and not chosen:
@@ -121,5 +114,5 @@ class RecordSplits:
             )
         if others:
             source.notes.append(
-                f"{where}: {chosen} records are of {self._wanted} by their {SPLIT_FIELD}, passed over are {others}"
+                f"{where}: {chosen} records are of {self._wanted} by their {SPLIT_FIELD}, skipped: {others}"
             )

@@ -3,8 +3,8 @@
 region_descriptions.json  [{"id": image, "regions": [{"region_id", "image_id", "phrase", "x", "y", "width", "height"}]}]
 image_data.json           [{"image_id", "url", "width", "height", "coco_id", "flickr_id"}], optional here; 1.0 has "id"
 
-Each phrase is a caption of the whole image, as ViLT and EVE train on them: the boxes stay behind. About half of the
-images are COCO's (`coco_id`): with `--image-data`, `--exclude` knows them by their COCO names too.
+Each phrase is a caption of the whole image, as in the training of ViLT and EVE; the boxes are dropped. About half of
+the images are COCO's (`coco_id`): with `--image-data`, `--exclude` matches them by their COCO names, too.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_coco_numbers(path: str | None) -> dict[int, int]:
-    """image id -> COCO number of those images that are COCO's; empty without a file."""
+    """image id -> COCO number, of the images that are COCO's; empty without a file."""
     if path is None:
         return {}
     numbers = {}
@@ -64,19 +64,19 @@ def read_coco_numbers(path: str | None) -> dict[int, int]:
 
 
 def image_number(record: Any, where: str) -> int:
-    """The number of an image: version 1.0 has it in "id", version 1.2 in "image_id". Raises DataError."""
+    """The number of an image: field "id" in version 1.0, "image_id" in version 1.2. Raises BadRecord."""
     name = "id" if isinstance(record, dict) and "image_id" not in record and "id" in record else "image_id"
     return cast(int, field(record, name, int, where))
 
 
-def names_of(image_id: int, coco: dict[int, int]) -> tuple[str, ...]:
-    """By what an exclusion list may call an image."""
-    own = (f"{image_id}.jpg", beside_vqav2(image_id))
+def image_names(image_id: int, coco: dict[int, int]) -> tuple[str, ...]:
+    """The names that an exclusion list may use for an image."""
+    own = (f"{image_id}.jpg", prefixed_image_id(image_id))
     return (*own, coco_key(coco[image_id])) if image_id in coco else own
 
 
-def beside_vqav2(image_id: int | str) -> str:
-    """The id of an image in a data set that COCO's numbers are in, too."""
+def prefixed_image_id(image_id: int | str) -> str:
+    """The id of an image in a data set that also has COCO's numbers as ids."""
     return f"vg-{image_id}"
 
 
@@ -100,14 +100,14 @@ def read_regions(
             )
             image_id = image_number(holder, where)
             if image_id in seen:
-                raise DataError(f"{where}: image {image_id} stands twice; make ids unique")
+                raise DataError(f"{where}: image {image_id} occurs twice; make ids unique")
             seen.add(image_id)
             phrases = []
             for region in regions:
                 with source.faults:
                     phrases.append(field(region, "phrase", str, where))
             source.counts["captions"] += len(phrases)
-            if excluded.holds(*names_of(image_id, coco)):
+            if excluded.match(*image_names(image_id, coco)):
                 source.left_out[EXCLUDED] += 1
             elif captions := cleaning.captions(phrases, source.left_out):
                 name = f"{image_id}.jpg"

@@ -18,14 +18,14 @@ from preprocessing.sources.source import Faults
 from preprocessing.sources.visual_genome import (
     FOLDERS,
     add_image_data_argument,
+    image_names,
     image_number,
-    names_of,
     read_coco_numbers,
 )
-from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, given_answers, vqa_source
+from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, answer_list_option, vqa_source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
-BEYOND_VQAV2 = 10**9  # VQA v2's ids are 1,000 times an image's number, so below 6 x 10^8
+QUESTION_ID_OFFSET = 10**9  # VQA v2's ids are 1,000 times an image's number, so below 6 x 10^8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     path, coco = storage_path(args.questions), read_coco_numbers(args.image_data)
     images, faults = ImageFolder(args.images, FOLDERS), Faults()
     asked = read_questions(path, images, coco, excluded_images(args), text_cleaning(args), args.split, faults)
-    write_split(vqa_source(asked, [path], args, given_answers(args), args.min_answers, faults), args)
+    write_split(vqa_source(asked, [path], args, answer_list_option(args), args.min_answers, faults), args)
 
 
 def read_questions(
@@ -59,8 +59,8 @@ def read_questions(
 ) -> list[RawQuestion]:
     """The questions in the order of the file, but for those at fault. Raises DataError naming the file.
 
-    `beside_vqav2` gives images and questions ids of their own, which clash with none of COCO's and VQA v2's, and keeps
-    the answers out of the count that the answer list is built from.
+    With `beside_vqav2`, images and questions get ids that differ from all of COCO's and VQA v2's, and the answers do
+    not count for the answer list.
     """
     records = read_json(path)
     if not isinstance(records, list):
@@ -77,14 +77,14 @@ def read_questions(
                 asked.append(
                     RawQuestion(
                         image=images.find(f"{image_id}.jpg"),
-                        image_id=visual_genome.beside_vqav2(image_id) if beside_vqav2 else str(image_id),
+                        image_id=visual_genome.prefixed_image_id(image_id) if beside_vqav2 else str(image_id),
                         text=cleaning.question(field(qa, "question", str, where), split),
-                        question_id=field(qa, "qa_id", int, where) + (BEYOND_VQAV2 if beside_vqav2 else 0),
+                        question_id=field(qa, "qa_id", int, where) + (QUESTION_ID_OFFSET if beside_vqav2 else 0),
                         answers=(field(qa, "answer", str, where),),
                         main_answer=None,
                         where=where,
                         counts=not beside_vqav2,
-                        excluded=excluded.holds(*names_of(image_id, coco)),
+                        excluded=excluded.match(*image_names(image_id, coco)),
                     )
                 )
     return asked

@@ -1,4 +1,4 @@
-"""Questions with raw answers -> VQA rows with labels and soft scores: what all VQA converters share."""
+"""Groups questions into VQA rows with labels and soft scores: what all VQA converters share."""
 
 import argparse
 from collections import Counter
@@ -15,27 +15,27 @@ from preprocessing.sources.source import Faults, Row, Source
 from preprocessing.text.answers import labels_of, normalize_answer, read_answer_list, resolve_answer_list, soft_score
 from preprocessing.text.cleaning import text_fault
 
-_SHOWN = 10  # entries of an answer list that a message names
+_MAX_EXAMPLES = 10  # entries of an answer list in a message
 
 
 @dataclass(frozen=True)
 class RawQuestion:
-    """One question as a raw data set has it."""
+    """One question of a raw data set."""
 
     image: ImageRef
     image_id: str
     text: str
     question_id: int
-    answers: tuple[str, ...]  # what people said, as they wrote it: ten, one, or none on test splits
-    main_answer: str | None  # what the answer list counts; None: the most frequent of `answers`
+    answers: tuple[str, ...]  # as people wrote them: ten, one, or none on test splits
+    main_answer: str | None  # counts for the answer list; None: the most frequent of `answers`
     where: str  # file and record, for messages
-    counts: bool = True  # whether its main answer counts when an answer list is built
+    counts: bool = True  # whether its main answer counts for the answer list
     excluded: bool = False  # whether --exclude names its image
-    votes: bool = False  # whether a single answer is one person's, and not the right one
+    votes: bool = False  # whether a single answer is the vote of one person, not the right answer
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that set the answer list."""
+    """Declare the options of the answer list."""
     parser.add_argument(
         "--answer-list",
         metavar="FILE",
@@ -50,8 +50,8 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_answers(args: argparse.Namespace) -> list[str] | None:
-    """The list that --answer-list names, if any. Raises DataError when it is none."""
+def answer_list_option(args: argparse.Namespace) -> list[str] | None:
+    """The list in the file of --answer-list; None without the option. Raises DataError."""
     return None if args.answer_list is None else read_answer_list(storage_path(args.answer_list))
 
 
@@ -65,14 +65,12 @@ def vqa_source(
 ) -> Source:
     """Group questions by image, in the order of first mention, and label them by the data set's answer list.
 
-    That list is `given`, or is found or built as resolve_answer_list says.
-
-    Questions whose image is excluded and those without a word are left out, and training questions without a listed
-    answer or of which `fault_of` finds fault, counted by the reason; on other splits these stay, with empty lists where
-    no answer is listed. Raises DataError on a question id or an image id that stands twice, and as resolve_answer_list
-    does.
+    The list is `given`, or is found or built by `resolve_answer_list`. Questions whose image is excluded and those
+    without a word are left out and counted by reason. So are training questions with a `text_fault` and those without a
+    listed answer, which stay in other splits, with empty lists. Raises DataError for a duplicate question id, for an
+    image id of two images, and as `resolve_answer_list` does.
     """
-    faults.check(len(asked), args.max_dropped)  # before an answer list is built of too few questions
+    faults.check(len(asked), args.max_dropped)  # before an answer list is built from too few questions
     _check_unique(asked)
     source = Source("vqa", [], inputs, {"questions": len(asked)}, faults=faults)
     if not asked:
@@ -99,7 +97,7 @@ def vqa_source(
     )
     labels, spellings = labels_of(source.answer_list)
     if spellings:
-        shown = ", ".join(spellings[:_SHOWN]) + (", …" if len(spellings) > _SHOWN else "")
+        shown = ", ".join(spellings[:_MAX_EXAMPLES]) + (", …" if len(spellings) > _MAX_EXAMPLES else "")
         source.notes.append(
             f"{args.answer_list or storage_path(args.out) / ANSWER_LIST}: {len(spellings)} of "
             f"{len(source.answer_list)} entries are spelled as no normalized answer is: {shown}"
@@ -111,7 +109,7 @@ def vqa_source(
 def _label(
     asked: Sequence[RawQuestion], said: Sequence[Counter[str]], labels: dict[str, int], source: Source, training: bool
 ) -> list[Row]:
-    """One row an image: its questions with those of their answers, in `said`, that have a label."""
+    """One row an image: its questions, each with those of its normalized answers (`said`) that have a label."""
     listed = source.answer_list or []
     rows: dict[str, Row] = {}
     for question, answers in zip(asked, said, strict=True):
@@ -120,7 +118,7 @@ def _label(
             source.left_out[_why_unanswered(answers)] += 1
             continue
         known.sort(key=lambda answer: (-answers[answer], labels[answer]))
-        only = len(question.answers) == 1 and not question.votes  # Visual Genome, easy-VQA: one answer, which is right
+        only = len(question.answers) == 1 and not question.votes  # Visual Genome, easy-VQA: the right answer
         row = rows.get(question.image_id) or rows.setdefault(question.image_id, _empty_row(question))
         row.columns["questions"].append(question.text)
         row.columns["question_id"].append(question.question_id)
@@ -131,7 +129,7 @@ def _label(
 
 
 def _why_unanswered(answers: Counter[str]) -> str:
-    """The reason for which a training question is left out. `answers` are normalized."""
+    """Why a training question is left out. `answers` are normalized."""
     if not answers:
         return "question without an answer"
     return "question without a listed answer" if any(answers) else "question whose answers have no word"
@@ -148,9 +146,9 @@ def _check_unique(asked: Sequence[RawQuestion]) -> None:
     images: dict[str, ImageRef] = {}
     for question in asked:
         if not -(2**63) <= question.question_id < 2**63:
-            raise DataError(f"{question.where}: question_id {question.question_id} has over 64 bits; mend the file")
+            raise DataError(f"{question.where}: question_id {question.question_id} has over 64 bits; fix the file")
         if question.question_id in questions:
-            raise DataError(f"{question.where}: question_id {question.question_id} stands twice; make ids unique")
+            raise DataError(f"{question.where}: question_id {question.question_id} occurs twice; make ids unique")
         questions.add(question.question_id)
         if images.setdefault(question.image_id, question.image) != question.image:
             raise DataError(f"{question.where}: image_id {question.image_id} stands for two images; make ids unique")

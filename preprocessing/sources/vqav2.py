@@ -1,6 +1,6 @@
 """`python -m preprocessing vqav2`: VQA v2 questions and annotations JSON -> VQA shards with soft labels.
 
-Several pairs of files become one split, with Visual Genome's questions if wanted: so train2014 + val2014 + VG.
+Several pairs of files become one split, such as train2014 + val2014, with Visual Genome's questions on request.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from preprocessing.sources.converter import add_common_arguments, check_common_a
 from preprocessing.sources.source import Faults
 from preprocessing.sources.visual_genome import FOLDERS, add_image_data_argument, read_coco_numbers
 from preprocessing.sources.visual_genome_qa import read_questions
-from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, given_answers, vqa_source
+from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, answer_list_option, vqa_source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         coco = read_coco_numbers(args.image_data)
         folder = ImageFolder(args.visual_genome_images, FOLDERS)
         asked += read_questions(inputs[-1], folder, coco, excluded, cleaning, args.split, faults, beside_vqav2=True)
-    write_split(vqa_source(asked, inputs, args, given_answers(args), args.min_answers, faults), args)
+    write_split(vqa_source(asked, inputs, args, answer_list_option(args), args.min_answers, faults), args)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def read_vqav2(
     split: str,
     faults: Faults,
 ) -> list[RawQuestion]:
-    """Questions in the order of their file, with the ten answers each, but for those at fault. Raises DataError."""
+    """The valid questions in the order of their file, with ten answers each. Raises DataError."""
     answered = {} if annotations is None else _read_annotations(annotations, faults)
     content = read_json(questions)
     records = field(content, "questions", list, f"{questions}")
@@ -101,19 +101,19 @@ def read_vqav2(
                 raise BadRecord(where, what, "question and annotation are of two images")
             text = cleaning.question(field(record, "question", str, where), split)
             image = _find(images, subset, image_id)
-            out = excluded.holds(coco_key(image_id), str(image_id))
+            out = excluded.match(coco_key(image_id), str(image_id))
             asked.append(RawQuestion(image, str(image_id), text, question_id, people, main, where, excluded=out))
     return asked
 
 
 def _find(images: ImageFolder, subset: str, number: int) -> ImageRef:
-    """The image of that number. The questions name no file: COCO's names follow from subset and number."""
+    """The image of that number. The questions name no file; COCO's file names follow from subset and number."""
     name = f"COCO_{subset}_{number:012d}.jpg"
-    return images.find(f"{subset}/{name}" if images.holds(subset) else name, coco_key(number))
+    return images.find(f"{subset}/{name}" if images.contains(subset) else name, coco_key(number))
 
 
 def _read_annotations(path: StoragePath, faults: Faults) -> dict[int, tuple[str, tuple[str, ...], int | None]]:
-    """question id -> (multiple choice answer, the ten answers, image id if it is there)."""
+    """question id -> (multiple choice answer, the ten answers, image id or None)."""
     result: dict[int, tuple[str, tuple[str, ...], int | None]] = {}
     records: list[Any] = field(read_json(path), "annotations", list, f"{path}")
     for index, record in enumerate(records):
@@ -123,11 +123,11 @@ def _read_annotations(path: StoragePath, faults: Faults) -> dict[int, tuple[str,
                 answers = tuple([answer["answer"].strip() for answer in field(record, "answers", list, where)])
             except (TypeError, KeyError, AttributeError):
                 what = "field 'answers' is no list of objects with an 'answer' string"
-                raise BadRecord(where, f"{what}; mend the file", what) from None
+                raise BadRecord(where, f"{what}; fix the file", what) from None
             main = field(record, "multiple_choice_answer", str, where)
             question_id = field(record, "question_id", int, where)
             if question_id in result:
-                raise DataError(f"{where}: question_id {question_id} stands twice; mend the file")
+                raise DataError(f"{where}: question_id {question_id} occurs twice; fix the file")
             image_id = field(record, "image_id", int, where) if "image_id" in record else None
             result[question_id] = (main, answers, image_id)
     return result

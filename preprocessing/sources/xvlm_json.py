@@ -1,9 +1,9 @@
 """`python -m preprocessing json`: the X-VLM/ALBEF fine-tuning JSON -> shards of any kind.
 
-retrieval  {"image", "caption": str or list, "image_id"}: rows of one image are brought together; the lines of X-VLM's
-           pre-training, {"image_rpath", "caption": list}, are taken as well
+retrieval  {"image", "caption": str or list, "image_id"}: records of one image become one row; the lines of X-VLM's
+           pre-training, {"image_rpath", "caption": list}, are read as well
 vqa        {"image", "question", "question_id", "dataset", "answer": str or list}; no answer on test splits. A string is
-           the right answer; of "dataset": "vqa" a list holds what people said, even if it is one
+           the right answer; a list in "dataset": "vqa" has the answers of people, even if it has only one
 nlvr       {"images": [left, right], "sentence", "label", "identifier"}
 """
 
@@ -15,19 +15,19 @@ from typing import Any
 
 from preprocessing.errors import DataError
 from preprocessing.formats.annotations import BadRecord, field, find_copies, read_json, read_json_lines
-from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_of
+from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_in_record
 from preprocessing.images.image_refs import image_in
 from preprocessing.running.storage import StoragePath, open_input, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.nlvr_grouping import Statement, names_in_shards, nlvr_source, parse_label
 from preprocessing.sources.source import Faults, Row, Source
 from preprocessing.sources.split_names import RecordSplits, split_of
-from preprocessing.sources.visual_genome import beside_vqav2
-from preprocessing.sources.visual_genome_qa import BEYOND_VQAV2
-from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, given_answers, vqa_source
+from preprocessing.sources.visual_genome import prefixed_image_id
+from preprocessing.sources.visual_genome_qa import QUESTION_ID_OFFSET
+from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, answer_list_option, vqa_source
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
-_FIRST = 1 << 16  # bytes, in which the first line tells what it is
+_FIRST = 1 << 16  # bytes of the first line by which its kind is known
 _KINDS = {"retrieval": "caption", "vqa": "vqa", "nlvr": "nlvr"}
 
 
@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> None:
         source = read_retrieval(records, files, args.images, excluded, cleaning, faults)
     elif args.task == "vqa":
         asked = read_vqa(records, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
-        source = vqa_source(asked, files, args, given_answers(args), args.min_answers, faults)
+        source = vqa_source(asked, files, args, answer_list_option(args), args.min_answers, faults)
     else:
         source = nlvr_source(read_nlvr(records, args.images, excluded, cleaning, faults), files, faults, args.split)
-    splits.tell(source)
+    splits.report(source)
     write_split(source, args)
 
 
@@ -67,13 +67,13 @@ Records = Iterable[tuple[str, Any]]  # (where, record)
 
 
 def _records(files: Sequence[StoragePath], excluded: ImageList, splits: RecordSplits, faults: Faults) -> Records:
-    """Every record of every file but those that name another split."""
+    """The records of all files, except those that name another split."""
     for where, record in _all_records(files, faults):
         skipped = True
         with faults:
-            skipped = isinstance(record, dict) and splits.skip_at(where, split_of(record))
+            skipped = isinstance(record, dict) and splits.is_other_split(where, split_of(record))
             if skipped:
-                excluded.holds(*names_of(record))  # a list of another split is one of this set
+                excluded.match(*names_in_record(record))  # counts the match: a list of another split is no mistake
         if not skipped:
             yield where, record
 
@@ -90,7 +90,7 @@ def _all_records(files: Sequence[StoragePath], faults: Faults) -> Iterator[tuple
 
 
 def _is_lines(path: StoragePath) -> bool:
-    """Whether the file holds a record a line, not a list of them; false for one that cannot be read."""
+    """Whether each line of the file is a record (else it is one JSON list). False for a file that cannot be read."""
     try:
         with open_input(path) as file:
             first = bytes(file.read(_FIRST)).removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")[0]
@@ -100,11 +100,11 @@ def _is_lines(path: StoragePath) -> bool:
 
 
 def _strings(record: Any, name: str, where: str) -> list[str]:
-    """The field's strings, be it one or a list."""
+    """The strings of a field that is a string or a list of strings."""
     value = field(record, name, (str, list), where)
     strings = [value] if isinstance(value, str) else value
     if not all(isinstance(text, str) for text in strings):
-        what = f"field '{name}' holds something that is no string; mend the file"
+        what = f"field '{name}' holds something that is no string; fix the file"
         raise BadRecord(where, what, f"field '{name}' holds something that is no string")
     return strings
 
@@ -139,7 +139,7 @@ def read_retrieval(
             texts = _strings(record, "caption", where)
             captions += len(texts)
             rows[name].columns["caption"].extend(cleaning.captions(texts, source.left_out))
-    kept = [row for row in rows.values() if not excluded.holds(row.name, row.columns["image_id"])]
+    kept = [row for row in rows.values() if not excluded.match(row.name, row.columns["image_id"])]
     source.rows = [row for row in kept if row.columns["caption"]]
     source.left_out[EXCLUDED] = len(rows) - len(kept)
     source.left_out["image without caption"] = len(kept) - len(source.rows)
@@ -159,8 +159,8 @@ def read_vqa(
 ) -> list[RawQuestion]:
     """The questions in the order of the files, but for those at fault. Raises DataError naming the file.
 
-    The images of records that say `"dataset": "vg"` lie in `visual_genome`, if that is given. Where an id of theirs is
-    also one of the others', all of them get ids of their own, as `vqav2 --visual-genome` gives them.
+    The images of records with `"dataset": "vg"` are in `visual_genome`, if given. If one of their ids is also an id of
+    other records, all of them get new ids, as with `vqav2 --visual-genome`.
     """
     asked: list[RawQuestion] = []
     of_visual_genome: list[bool] = []
@@ -173,18 +173,18 @@ def read_vqa(
             dataset = record.get("dataset")
             folder = visual_genome if visual_genome is not None and dataset == "vg" else images
             image_id = _image_id(record, name, where)
-            out = excluded.holds(name, image_id)
+            out = excluded.match(name, image_id)
             votes = dataset == "vqa" and isinstance(record.get("answer"), list)
             image = image_in(folder, name)
             asked.append(
                 RawQuestion(image, image_id, text, question_id, answers, None, where, excluded=out, votes=votes)
             )
             of_visual_genome.append(dataset == "vg")
-    return _told_apart(asked, of_visual_genome)
+    return _with_distinct_ids(asked, of_visual_genome)
 
 
-def _told_apart(asked: list[RawQuestion], of_visual_genome: Sequence[bool]) -> list[RawQuestion]:
-    """The questions, those of Visual Genome with other ids where ids of theirs are taken."""
+def _with_distinct_ids(asked: list[RawQuestion], of_visual_genome: Sequence[bool]) -> list[RawQuestion]:
+    """The questions, those of Visual Genome with new ids if any of their ids is also one of the others'."""
     others = [question for question, own in zip(asked, of_visual_genome, strict=True) if not own]
     questions = {question.question_id for question in others}
     images = {question.image_id: question.image for question in others}
@@ -197,8 +197,8 @@ def _told_apart(asked: list[RawQuestion], of_visual_genome: Sequence[bool]) -> l
     return [
         replace(
             question,
-            question_id=question.question_id + BEYOND_VQAV2,
-            image_id=beside_vqav2(question.image_id),
+            question_id=question.question_id + QUESTION_ID_OFFSET,
+            image_id=prefixed_image_id(question.image_id),
         )
         if own
         else question
@@ -209,13 +209,13 @@ def _told_apart(asked: list[RawQuestion], of_visual_genome: Sequence[bool]) -> l
 def read_nlvr(
     records: Records, images: str, excluded: ImageList, cleaning: TextCleaning, faults: Faults
 ) -> list[Statement]:
-    """The statements in the order of the files. Without an identifier, a record gets one of its own."""
+    """The statements in the order of the files. A record without an identifier gets one."""
     statements = []
     for number, (where, record) in enumerate(records):
         with faults:
             names = _strings(record, "images", where)
             if len(names) != 2:
-                what = f"field 'images' names {len(names)} images, not two; mend the file"
+                what = f"field 'images' names {len(names)} images, not two; fix the file"
                 raise BadRecord(where, what, "field 'images' does not name two images")
             identifier = f"record-{number}-0-0"
             if "identifier" in record:
@@ -228,7 +228,7 @@ def read_nlvr(
                     label=parse_label(record.get("label"), where),
                     identifier=identifier,
                     where=where,
-                    excluded=excluded.holds(*names, *names_in_shards(identifier)),
+                    excluded=excluded.match(*names, *names_in_shards(identifier)),
                     numbered="identifier" not in record,
                 )
             )

@@ -1,1 +1,1 @@
-"""Captions, answers and the tokenizer."""
+"""Text: cleaning captions and questions, normalizing answers, the tokenizer."""

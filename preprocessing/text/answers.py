@@ -1,4 +1,4 @@
-"""VQA answers: the official normalization, soft scores, and the answer list that labels index."""
+"""VQA answers: official normalization, soft scores, and the answer list that labels index."""
 
 import re
 from collections import Counter
@@ -12,9 +12,9 @@ from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.shards.writer import prepared_splits
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # sic: the look-behind of the official code is misspelt
+_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")  # sic: the look-behind of the official code has this typo
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_PERIODS_STRIPPED = 32  # sic: the official code passes re.UNICODE (32) where `count` stands
+_PERIODS_STRIPPED = 32  # sic: the official code passes re.UNICODE (32) as `count`
 _NUMBERS = {
     "none": "0",
     "zero": "0",
@@ -40,7 +40,7 @@ _CONTRACTED = """
     why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've
 """
-# A contraction is known by each spelling that lacks one of its apostrophes; the last is the official list's slip.
+# A contraction is recognized with any one of its apostrophes missing. The last entry is an error of the official list.
 _CONTRACTIONS = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTED.split()
@@ -53,8 +53,8 @@ _CONTRACTIONS = {
 def normalize_answer(answer: str) -> str:
     """An answer as the official VQA evaluation compares it (Agrawal et al., github.com/GT-Vision-Lab/VQA).
 
-    Unlike the evaluation, which leaves unanimous answers alone, this is applied to every answer: labels must not
-    depend on what others said.
+    The evaluation does not normalize unanimous answers. Here every answer is normalized: labels must not depend on
+    the answers of others.
     """
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     delete_all = _COMMA_IN_NUMBER.search(text) is not None
@@ -68,10 +68,10 @@ def normalize_answer(answer: str) -> str:
 
 
 def labels_of(listed: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """The label of every normalized answer that a list has, and what a message should say of other spellings in it.
+    """(normalized answer -> label, messages on entries of the list that are not normalized).
 
-    An entry such as "two" or "t-shirt", which no normalized answer can be, is taken for "2" and "t shirt"; where
-    another entry is that already, or nothing is left of it ("the"), it is the label of no answer.
+    Entries such as "two" and "t-shirt" stand for their normalized forms "2" and "t shirt". If that form is an entry,
+    too, or is empty ("the"), the entry is the label of no answer.
     """
     labels = {answer: label for label, answer in enumerate(listed) if normalize_answer(answer) == answer}
     said = []
@@ -89,12 +89,12 @@ def labels_of(listed: Sequence[str]) -> tuple[dict[str, int], list[str]]:
 
 
 def soft_score(count: int) -> float:
-    """The training target of an answer that `count` of ten people gave (ViLT, EVE): .3, .6, .9, then 1."""
+    """The training target of an answer that `count` of ten people gave, as in ViLT and EVE: 0.3, 0.6, 0.9, then 1."""
     return min(1.0, 0.3 * count) if count < 4 else 1.0
 
 
 def build_answer_list(counts: Mapping[str, int], min_answers: int) -> list[str]:
-    """The answers given at least `min_answers` times, the most frequent first. Raises DataError when there is none."""
+    """The answers given at least `min_answers` times, most frequent first. Raises DataError when there is none."""
     kept = [answer for answer, count in counts.items() if count >= min_answers and answer]
     if not kept:
         raise DataError(f"--min-answers {min_answers}: no answer is given that often; lower it")
@@ -109,7 +109,7 @@ def read_answer_list(path: StoragePath) -> list[str]:
     seen: set[str] = set()
     for index, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer or answer in seen:
-            raise DataError(f"{path}: entry {index} is no string, empty, or stands twice; mend the list")
+            raise DataError(f"{path}: entry {index} is no string, empty, or occurs twice; fix the list")
         seen.add(answer)
     return answers
 
@@ -117,10 +117,10 @@ def read_answer_list(path: StoragePath) -> list[str]:
 def resolve_answer_list(
     out: StoragePath, split: str, given: Sequence[str] | None, counts: Counter[str], min_answers: int, overwrite: bool
 ) -> list[str]:
-    """The answer list that data set folder `out` is to use. Writes nothing.
+    """The answer list for the data set folder `out`. Writes nothing.
 
-    It is `given` if given; else that of `out`; else, on the training split alone, built from `counts`. Raises DataError
-    when there is none, or when other splits in `out` were labeled by another list.
+    It is `given`, else the list in `out`, else (for the training split only) built from `counts`. Raises DataError when
+    there is none, and when other splits in `out` were labeled by another list.
     """
     path = out / ANSWER_LIST
     existing = read_answer_list(path) if path.exists() else None

@@ -1,4 +1,4 @@
-"""The text tokenizer: trains byte-level BPE, loads others' by the names of their files. A leaf that anyone may import.
+"""The text tokenizer: trains byte-level BPE, and loads other kinds by file name. A leaf that anyone may import.
 
 tokenizer.json              Hugging Face tokenizers, any kind
 vocab.txt                   BERT: WordPiece; lower case unless tokenizer_config.json says `"do_lower_case": false`
@@ -22,7 +22,7 @@ from preprocessing.local_files import check_regular, write_atomic
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a trained tokenizer, in this order
 FILE_NAME = "tokenizer.json"
-# The names that other families of tokenizers (RoBERTa's, BART's) give to the same five roles.
+# The names of the same five tokens in RoBERTa, BART and others.
 _ALIASES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
 _MOST_IDS = 10_000_000
 _SMALLEST_VOCABULARY = len(SPECIAL) + 256  # byte-level BPE needs every byte
@@ -41,11 +41,11 @@ class Tokenizer:
         self.path = path
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # a caption that says "[MASK]" holds that word, not the mask
+        backend.encode_special_tokens = True  # the text "[MASK]" in a caption is not the mask token
         self.special_ids = tuple(self._special_id(name) for name in SPECIAL)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-        if self.vocab_size > _MOST_IDS:  # the library would allot memory for each, and end the process
+        if self.vocab_size > _MOST_IDS:  # the library would allocate memory for each and be killed
             raise DataError(
                 f"{path or 'the tokenizer'}: has a token of id {self.vocab_size - 1}; train another tokenizer"
             )
@@ -60,7 +60,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read one of the files above, given itself or the folder that holds it. Raises DataError naming the file."""
+        """Read one of the files above, given by its path or its folder. Raises DataError naming the file."""
         file = _find_file(Path(path))
         kind = "SentencePiece model" if file.suffix == ".model" else file.name if file.name in _READERS else FILE_NAME
         reader = _READERS.get(file.name, _read_sentencepiece if file.suffix == ".model" else _read_json)
@@ -68,19 +68,19 @@ class Tokenizer:
             backend = reader(file)
         except DataError:
             raise
-        except Exception as error:  # the libraries raise bare Exception, whatever is wrong with the file
+        except Exception as error:  # the libraries raise bare Exception for any fault of the file
             raise DataError(f"{file}: is no {kind} ({' '.join(str(error).split())}); train another") from error
         return cls(backend, file)
 
     def encode(self, text: str, max_length: int) -> list[int]:
-        """Ids of `[CLS] text [SEP]`, at most `max_length` (2 or more) of them: surplus text is cut, [SEP] stays."""
+        """Ids of `[CLS] text [SEP]`, at most `max_length` (>= 2) of them: long text is cut, [SEP] is kept."""
         if max_length < 2:
             raise ValueError(f"max_length {max_length}: must be at least 2, for [CLS] and [SEP]")
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.cls_id, *ids[: max_length - 2], self.sep_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; the special tokens are left out, or with `skip_special=False` stand by name."""
+        """The text of `ids`; special tokens are left out, or with `skip_special=False` appear by name."""
         special = set(self.special_ids)
         if skip_special:
             return self._decode_text([int(i) for i in ids if int(i) not in special])
@@ -101,11 +101,11 @@ class Tokenizer:
         return str(self._backend.decode(ids, skip_special_tokens=False)).strip()
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's own spelling of each id ("\u0120" marks a leading space in byte-level BPE)."""
+        """The vocabulary entry of each id ("\u0120" marks a leading space in byte-level BPE)."""
         return [str(self._backend.id_to_token(int(i))) for i in ids]
 
     def difference(self, other: "Tokenizer") -> str | None:
-        """Why ids of this tokenizer mean something else to `other`, for messages; None if they mean the same."""
+        """How the ids of this tokenizer differ from those of `other`, for messages; None if they do not."""
         for name, own, theirs in zip(SPECIAL, self.special_ids, other.special_ids, strict=True):
             if own != theirs:
                 return f"{name} is {own} in the one and {theirs} in the other"
@@ -119,7 +119,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides on the ids."""
+        """SHA-256 of the tokenizer: equal for equal ids of all texts."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -131,7 +131,7 @@ class Tokenizer:
 
 
 def _find_file(path: Path) -> Path:
-    """The tokenizer file that `path` is or holds. Raises DataError."""
+    """The tokenizer file at `path` or in the folder `path`. Raises DataError."""
     if path.is_dir():
         models = sorted(path.glob("*.model"))
         if len(models) > 1 and not (path / FILE_NAME).exists():
@@ -173,14 +173,14 @@ def _read_byte_level(file: Path) -> tokenizers.Tokenizer:
 
 
 def _with_special(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
-    """Mark those special tokens that the vocabulary has, so that a text's "[MASK]" is told from them."""
+    """Mark the special tokens in the vocabulary, so that "[MASK]" in a text is not encoded as one."""
     backend.add_special_tokens([name for pair in _ALIASES.items() for name in pair if name in vocabulary])
     return backend
 
 
 def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     """A SentencePiece model; added_tokens.json beside it may append tokens, such as a mask."""
-    from sentencepiece import sentencepiece_model_pb2  # only here: few use such models
+    from sentencepiece import sentencepiece_model_pb2  # imported here, since such models are rare
 
     proto: Any = sentencepiece_model_pb2
     model, types = proto.ModelProto.FromString(file.read_bytes()), proto.ModelProto.SentencePiece
@@ -211,12 +211,12 @@ def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         for name, index in sorted(load_json(added.read_text(encoding="utf-8")).items(), key=lambda item: item[1]):
             backend.add_special_tokens([name])
             if backend.token_to_id(name) != index:
-                raise DataError(f"{added}: {name} has id {index}, which does not follow {file.name}; mend the file")
+                raise DataError(f"{added}: {name} has id {index}, which does not follow {file.name}; fix the file")
     return backend
 
 
 def _merges(words: set[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """BPE's merge rules, the best first: SentencePiece keeps their results alone, in that order."""
+    """BPE's merge rules in order: SentencePiece stores only their results, in that order."""
     rules = [
         (vocabulary[word], vocabulary[word[:cut]], vocabulary[word[cut:]], word[:cut], word[cut:])
         for word in words
@@ -227,7 +227,7 @@ def _merges(words: set[str], vocabulary: dict[str, int]) -> list[tuple[str, str]
 
 
 def _normalize_as(backend: tokenizers.Tokenizer, spec: Any, control: Sequence[str]) -> None:
-    """Normalize and split as SentencePiece's normalizer_spec says, and never find a control token in a text."""
+    """Normalize and split as SentencePiece's normalizer_spec says, without control tokens in texts."""
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -254,8 +254,8 @@ _READERS = {
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train lower-casing byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) with at most `vocab_size` tokens.
 
-    The result depends on the multiset of texts and on nothing else. Special tokens get ids 0 to 4, as SPECIAL names
-    them; any text can be encoded, so [UNK] never occurs. Raises DataError when there is no text or no room for bytes.
+    The result depends only on the multiset of texts. Special tokens have ids 0 to 4, in the order of SPECIAL. Any text
+    can be encoded, so [UNK] never occurs. Raises DataError when there is no text or no room for bytes.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
         raise DataError(f"--vocab-size {vocab_size}: byte-level BPE needs at least {_SMALLEST_VOCABULARY}; raise it")
@@ -280,7 +280,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.train_from_iterator(counted(), trainer)
     if not seen:
         raise DataError("tokenizer training: there is no text at all; name data that holds captions or questions")
-    # Other programs that open the file get the same [CLS] text [SEP] as `encode` gives.
+    # So that other programs that load the file add [CLS] and [SEP] as `encode` does.
     cls_id, sep_id = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair=None, special_tokens=[("[CLS]", cls_id), ("[SEP]", sep_id)]

@@ -100,7 +100,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(world: World, tmp_path
     if not (tmp_path / "out/train").exists():
         assert parts_done(tmp_path / "out") > 0
         code, said = run(arguments)
-        assert code == 0 and "goes on where the last run stopped" in said
+        assert code == 0 and "continues where the last run stopped" in said
     assert content(tmp_path / "out") == world.expected
 
 
@@ -237,7 +237,7 @@ def test_a_killed_run_to_s3_goes_on(s3: S3, world: World, tmp_path: Path) -> Non
     with s3.files.open_output_stream(f"{BUCKET}/killed/train/shard-00099.arrow") as stream:
         stream.write(b"of an older run")
     code, said = run(arguments)
-    assert code == 0 and "goes on where the last run stopped" in said
+    assert code == 0 and "continues where the last run stopped" in said
     assert {name: s3.read(f"killed/train/{name}") for name in world.expected} == world.expected
     assert set(s3.names("killed")) == {f"train/{name}" for name in [*world.expected, "provenance.json"]}
 

@@ -32,7 +32,7 @@ def with_mark(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("depth", [800, 900, 940, 980, 100_000])
-def test_deep_json_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: int) -> None:
+def test_deep_json_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: int) -> None:
     deep = "[" * depth + "]" * depth
     (tmp_path / "p.csv").write_text("dev-1-0-0,True\n")
 

@@ -62,7 +62,7 @@ def test_consistency_groups_pairs_of_one_sentence() -> None:
         ({}, ["x"], "example 1: no JSON object"),
     ],
 )
-def test_bad_rows_name_the_culprit(predictions, examples, words: str) -> None:
+def test_bad_rows_name_the_fault(predictions, examples, words: str) -> None:
     with pytest.raises(InputError) as caught:
         nlvr.score(predictions, examples)
     assert words in str(caught.value)

@@ -112,7 +112,7 @@ NAN = np.where(np.eye(3, 4) > 0, np.nan, 0)
         ({"image_to_text": np.zeros((0, 0)), "text_image_index": np.zeros(0, int)}, "has 0 images and 0 texts"),
     ],
 )
-def test_bad_arrays_name_the_culprit(tmp_path: Path, capsys, changes, words: str) -> None:
+def test_bad_arrays_name_the_fault(tmp_path: Path, capsys, changes, words: str) -> None:
     with pytest.raises(InputError) as caught:
         retrieval.recalls(**arrays(**changes))
     assert words in str(caught.value)
@@ -165,7 +165,7 @@ def test_bad_files_exit_with_2_and_one_line(tmp_path: Path, capsys) -> None:
         (b"False", b"__import__('os')"),
     ],
 )
-def test_headers_of_arrays_that_numpy_chokes_on(tmp_path: Path, capsys, old: bytes, new: bytes) -> None:
+def test_broken_headers_of_arrays_are_reported(tmp_path: Path, capsys, old: bytes, new: bytes) -> None:
     np.savez(tmp_path / "whole.npz", **arrays())
     with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "s.npz", "w") as damaged:
         for name in whole.namelist():

@@ -135,7 +135,7 @@ YES = {"question_id": 1, "answer": "yes"}
         ([], [], "no annotations"),
     ],
 )
-def test_bad_rows_name_the_culprit(predictions, annotations, words: str) -> None:
+def test_bad_rows_name_the_fault(predictions, annotations, words: str) -> None:
     with pytest.raises(InputError) as caught:
         vqa.score(predictions, annotations)
     assert words in str(caught.value)

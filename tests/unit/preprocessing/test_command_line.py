@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from preprocessing.errors import DataError
-from preprocessing.sources.converter import _check_whole
+from preprocessing.sources.converter import _check_left_out
 
 LONG = "n" * 300  # longer than a name may be
 
@@ -18,7 +18,7 @@ LONG = "n" * 300  # longer than a name may be
         (["coco", "--annotations", "x", "--images", LONG, "--split", "train", "--out", "x"], "--images nnn"),
         (["coco", "--annotations", "x", "--images", ".", "--split", "train", "--out", LONG], "--out nnn"),
         (["verify", LONG], "manifest.json: File name too long"),
-        (["tokenizer", "inspect", LONG, "text"], "File name too long; mend that"),
+        (["tokenizer", "inspect", LONG, "text"], "File name too long; fix that"),
     ],
 )
 def test_names_that_are_too_long_are_one_line(refuse: Callable[..., str], words: list[str], said: str) -> None:
@@ -30,5 +30,5 @@ def test_no_more_than_all_is_advised_to_be_left_out() -> None:
     """Questions may be left out, and images counted."""
     source: Any = SimpleNamespace(left_out={"question without a word": 3}, counts={"images": 2}, where="raw.json")
     with pytest.raises(DataError, match=r"give --max-dropped 1: scores"):
-        _check_whole(source, 0.5)
-    _check_whole(source, 1.0)
+        _check_left_out(source, 0.5)
+    _check_left_out(source, 1.0)

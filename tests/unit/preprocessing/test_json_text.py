@@ -17,7 +17,7 @@ def test_raw_halves_in_bytes_too() -> None:
     assert parse_json(b'["\xed\xa0\xbd"]') == ["\ufffd"]
 
 
-def test_what_is_no_json_is_told_as_json_does() -> None:
+def test_what_is_no_json_is_reported_as_json_does() -> None:
     for bad in ("{", b"\xff"):
         with pytest.raises(ValueError):
             parse_json(bad)

@@ -37,7 +37,7 @@ def test_atomic_write_is_on_disk_by_its_name_when_it_returns(tmp_path: Path, mon
     assert events == ["name"]
 
 
-def test_a_folder_that_cannot_be_asked_for_its_names_is_left_to_the_system(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_synced_is_skipped(tmp_path: Path) -> None:
     """/proc is such a file system: it refuses with EINVAL. A file that cannot be synced is an error."""
     sync_path("/proc")
     with pytest.raises(FileNotFoundError):

@@ -52,7 +52,7 @@ SOUND = [
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_what_is_hidden(address: str) -> None:
+def test_secrets_are_hidden(address: str) -> None:
     assert without_secrets(f"x '{address}' y") == f"x '{ADDRESSES[address]}' y"
     assert without_secrets(f"{ADDRESSES[address]}: y") == f"{ADDRESSES[address]}: y"  # a message hidden before
     one = id_without_secrets(address)
@@ -71,7 +71,7 @@ def test_keys_in_names_of_files_that_were_fetched_are_hidden_in_messages() -> No
 
 
 @pytest.mark.parametrize("address", SOUND)
-def test_what_is_left(address: str) -> None:
+def test_text_without_secrets_is_unchanged(address: str) -> None:
     assert without_secrets(address) == address
 
 

@@ -72,7 +72,7 @@ SOUND = npz(**HASHES, names=np.array(["a", "b"]))
         npz(**HASHES | {"dhash": np.zeros(2)}, names=np.array(["a", "b"])),
     ],
 )
-def test_a_damaged_list_is_told(tmp_path: Path, refuse: Callable[..., str], content: bytes) -> None:
+def test_a_damaged_list_is_reported(tmp_path: Path, refuse: Callable[..., str], content: bytes) -> None:
     (tmp_path / "a.npz").write_bytes(SOUND)
     assert len(HashList.load(tmp_path / "a.npz")) == 2
     (tmp_path / "a.npz").write_bytes(content)

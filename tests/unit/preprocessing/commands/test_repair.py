@@ -87,7 +87,7 @@ def test_broken_rows_are_taken_out(tmp_path: Path, repair: Callable[[Path], str]
     assert (tmp_path / "train/shard-00001.arrow").read_bytes() != other
 
 
-def test_a_changed_shard_is_not_vouched_for_unasked(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_shard_is_not_accepted_without_the_option(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = split / "shard-00001.arrow"
     record = read_manifest(split)["shards"][1]
     content = path.read_bytes()
@@ -108,7 +108,7 @@ def test_a_changed_shard_is_not_vouched_for_unasked(split: Path, capsys: pytest.
     assert read_manifest(split)["shards"][1]["sha256"] != record["sha256"]
 
 
-def test_a_split_without_a_shard_is_at_fault(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_without_a_shard_is_invalid(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in split.glob("*.arrow"):
         path.unlink()
     write_manifest(split, "caption", "train", [], dropped={}, dropped_items=[], source={})
@@ -143,7 +143,7 @@ def test_a_lost_shard_is_given_up(split: Path, repair: Callable[[Path], str], da
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"schema_version": 99}'])
-def test_a_lost_manifest_is_made_anew(split: Path, repair: Callable[[Path], str], content: str | None) -> None:
+def test_a_lost_manifest_is_rebuilt(split: Path, repair: Callable[[Path], str], content: str | None) -> None:
     before = read_manifest(split)
     if content is None:
         (split / "manifest.json").unlink()
@@ -180,7 +180,7 @@ def test_a_damaged_offset_is_no_crash(split: Path, capsys: pytest.CaptureFixture
     assert read_manifest(split)["dropped"]["repair: a part of its shard is lost"] == 256
 
 
-def test_what_cannot_be_mended_is_said(split: Path, refuse: Callable[..., str]) -> None:
+def test_what_cannot_be_repaired_is_reported(split: Path, refuse: Callable[..., str]) -> None:
     (split / "stray.arrow").write_bytes(b"")
     assert "stray.arrow: is not in the manifest; move it away" in refuse("verify", split, "--repair")
     (split / "stray.arrow").unlink()
@@ -190,7 +190,7 @@ def test_what_cannot_be_mended_is_said(split: Path, refuse: Callable[..., str]) 
     assert len(list(split.iterdir())) == 3  # as it was
 
 
-def test_a_kill_between_the_renames_is_mended(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_kill_between_the_renames_is_recovered_from(split: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.rename(split, split.parent / ".train.old")
     assert main(["verify", str(split.parent), "--repair"]) == 0
     assert "no fault in train" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def test_clean_data_has_no_fault(prepared: Path, kind: str, capsys: pytest.Captu
     assert "no fault in val" in capsys.readouterr().out
 
 
-def test_a_flipped_byte_is_told_by_shard_and_row(
+def test_a_flipped_byte_is_reported_by_shard_and_row(
     copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy("caption")

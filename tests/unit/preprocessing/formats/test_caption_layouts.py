@@ -92,7 +92,7 @@ FLICKR = {
 
 @pytest.mark.parametrize("name", FLICKR)
 @pytest.mark.parametrize("folder", ["flickr30k_images/flickr30k_images", "Images", "image"])
-def test_flickr_as_kaggle_has_it(tmp_path: Path, name: str, folder: str) -> None:
+def test_flickr_in_kaggles_formats(tmp_path: Path, name: str, folder: str) -> None:
     (tmp_path / folder).mkdir(parents=True)
     for number, image in enumerate(("1000092795", "2199200615")):
         (tmp_path / folder / f"{image}.jpg").write_bytes(image_of(number))
@@ -161,7 +161,7 @@ def test_a_quoted_caption_may_run_over_lines(tmp_path: Path, separator: str) -> 
 @pytest.mark.parametrize(
     "between", [b"b.jpg,a,b", b"caf\xe9", b'b.jpg,"', b"b.png,x\n" * 20, b"x" * 10_000], ids=["a", "b", "c", "d", "e"]
 )
-def test_a_mark_that_is_left_over_takes_nothing_else_with_it(tmp_path: Path, between: bytes) -> None:
+def test_an_unmatched_quotation_mark_loses_one_line_only(tmp_path: Path, between: bytes) -> None:
     """Though a line further down has a second one, which would close it."""
     text = b'image,caption\na.jpg,One\na.jpg,"Two\n' + between + b'\nsaid "\na.jpg,Three\na.jpg,Four "\na.jpg,Five\n'
     (tmp_path / "captions.txt").write_bytes(text)

@@ -31,7 +31,7 @@ SPLITS = ["train", "restval", "val", "validation", "test", "TEST", "dev"]
 
 
 @pytest.mark.parametrize(("split", "numbers"), [("train", [0, 1]), ("val", [2, 3, 6]), ("test", [4, 5])])
-def test_a_column_split_is_heeded(
+def test_a_column_split_selects_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, numbers: list[int]
 ) -> None:
     """nlphuji/flickr30k has all 31,014 images in one split by name, and their splits in a column."""
@@ -41,7 +41,7 @@ def test_a_column_split_is_heeded(
     manifest = read_manifest(tmp_path / "out" / split)
     assert manifest["dropped"] == {} and manifest["source"] == {"images": len(numbers)}
     said = capsys.readouterr().out
-    assert f"raw: {len(numbers)} records are of {split} by their split, passed over are " in said
+    assert f"raw: {len(numbers)} records are of {split} by their split, skipped: " in said
 
 
 def test_a_column_split_without_the_wanted_one_is_refused(tmp_path: Path, refuse: Callable[..., str]) -> None:
@@ -146,7 +146,7 @@ def test_captions_by_the_name_that_is_given(tmp_path: Path, refuse: Callable[...
         {"cocoid": 42},
     ],
 )
-def test_rows_are_kept_out_by_all_their_names(tmp_path: Path, more: dict[str, Any]) -> None:
+def test_rows_are_excluded_by_all_their_names(tmp_path: Path, more: dict[str, Any]) -> None:
     (tmp_path / "test.txt").write_text("000000000042.jpg\n")
     words = command(tmp_path, [row(0, **more), row(1)])
     convert(*words, "--exclude", tmp_path / "test.txt")
@@ -160,7 +160,7 @@ def test_one_caption_that_is_no_utf8_is_counted(tmp_path: Path, refuse: Callable
     offsets = pa.py_buffer(pa.array([0, 1, 3, 4], pa.int32()).buffers()[1])
     texts = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xff\xfec"))
     words = command(tmp_path, pa.table({"jpg": [image_of(n) for n in range(3)], "caption": texts}))
-    assert "0.parquet: row 1: column caption is not UTF-8 text; mend the file (1 of 3 records" in refuse(*words)
+    assert "0.parquet: row 1: column caption is not UTF-8 text; fix the file (1 of 3 records" in refuse(*words)
     convert(*words, "--max-dropped", 0.4)
     assert captions(tmp_path) == [["a"], ["c"]]
     manifest = read_manifest(tmp_path / "out/train")
@@ -182,7 +182,7 @@ def test_a_table_beside_folders_of_images(tmp_path: Path, refuse: Callable[..., 
     assert captions(tmp_path) == [["of a folder"]]
 
 
-def test_a_column_whose_name_is_no_utf8_is_told(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_a_column_whose_name_is_no_utf8_is_reported(tmp_path: Path, refuse: Callable[..., str]) -> None:
     words = command(tmp_path, [row(0, ABCD="x")])
     file = tmp_path / "raw/0.parquet"
     file.write_bytes(file.read_bytes().replace(b"ABCD", b"\xffBCD"))

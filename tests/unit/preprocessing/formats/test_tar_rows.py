@@ -56,7 +56,7 @@ def dropped(tmp_path: Path) -> dict[str, int]:
         ([(".DS_Store", b"x"), ("._0.jpg", b"x"), *IMAGES, ("._0.txt", b"x"), ("._0.txt", b"x"), *TEXTS], (0, 1, 2)),
     ],
 )  # fmt: skip
-def test_files_of_a_key_may_stand_anywhere(tmp_path: Path, members: Sequence[Member], order: tuple[int, ...]) -> None:
+def test_files_of_a_key_may_be_anywhere(tmp_path: Path, members: Sequence[Member], order: tuple[int, ...]) -> None:
     convert(*command(tmp_path, members))
     assert found(tmp_path) == expected(*order) and dropped(tmp_path) == {}
 
@@ -95,14 +95,14 @@ def test_tars_in_a_tar(tmp_path: Path, refuse: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["more.tar.gz", "x/more.TGZ", "more.zip"])
-def test_what_is_packed_in_a_tar_is_told(tmp_path: Path, refuse: Callable[..., str], name: str) -> None:
+def test_what_is_compressed_in_a_tar_is_reported(tmp_path: Path, refuse: Callable[..., str], name: str) -> None:
     message = refuse(*command(tmp_path, [*IMAGES, *TEXTS, (name, b"\x1f\x8b")]))
     assert f"a.tar: holds {name.lower() if 'x/' not in name else 'x/more.tgz'}, which is compressed" in message
 
 
 @pytest.mark.parametrize("twice", [IMAGES[1], TEXTS[1]])
-def test_a_file_that_stands_twice_is_refused(tmp_path: Path, refuse: Callable[..., str], twice: Member) -> None:
-    assert "a.tar: key 1 stands twice" in refuse(*command(tmp_path, [*IMAGES, *TEXTS, twice]))
+def test_a_file_that_occurs_twice_is_refused(tmp_path: Path, refuse: Callable[..., str], twice: Member) -> None:
+    assert "a.tar: key 1 occurs twice" in refuse(*command(tmp_path, [*IMAGES, *TEXTS, twice]))
 
 
 def test_links_in_a_tar_lead_to_what_they_name(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_names_of_shards_tell_splits_apart(tmp_path: Path, refuse: Callable[...,
     assert "more.tar could be of any; call it by its split" in refuse(*words)
 
 
-def test_shards_in_folders_below_and_packed_ones(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_shards_in_folders_below_and_compressed_ones(tmp_path: Path, refuse: Callable[..., str]) -> None:
     words = command(tmp_path, [*IMAGES[:1], *TEXTS[:1]])
     (tmp_path / "raw/part/more").mkdir(parents=True)
     (tmp_path / "raw/part/more/a.tar").write_bytes(pack([*IMAGES[:1], *TEXTS[:1]]))
@@ -205,7 +205,7 @@ def test_folders_within_a_folder_of_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "files"])
-def test_images_are_kept_out_by_what_their_json_calls_them(tmp_path: Path, layout: str) -> None:
+def test_images_are_excluded_by_what_their_json_calls_them(tmp_path: Path, layout: str) -> None:
     """img2dataset's own names are numbers: COCO's test images, fetched by their addresses, are known by those alone."""
     records: list[dict[str, Any]] = [
         {"url": "http://images.cocodataset.org/val2014/COCO_val2014_000000000042.jpg?size=2"},

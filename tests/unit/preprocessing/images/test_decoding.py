@@ -53,7 +53,7 @@ def test_texts_and_profiles_of_megabytes_are_no_fault_of_a_png(kind: bytes, behi
 
 
 @pytest.mark.parametrize("module", ["preprocessing.images.decoding", "eve_ds.data.transforms"])
-def test_both_readers_have_that_bound_by_themselves(module: str) -> None:
+def test_each_reader_sets_the_bound_of_png_texts(module: str) -> None:
     code = f"import {module}; from PIL import PngImagePlugin; print(PngImagePlugin.MAX_TEXT_CHUNK)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"{64 << 20}\n"

@@ -121,7 +121,9 @@ def evaluation(tmp_path: Path) -> Path:
     return prepare(tmp_path / "test", {"e1.png": encode(scene(1), "PNG"), "e2.jpg": encode(scene(2), "JPEG")})
 
 
-def test_images_of_other_sets_stay_out(tmp_path: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_other_sets_are_excluded(
+    tmp_path: Path, evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = {
         "same.jpg": encode(scene(2), "JPEG"),
         "smaller.jpg": encode(scene(1).resize((160, 120)), "JPEG", quality=60),

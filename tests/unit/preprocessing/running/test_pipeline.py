@@ -95,7 +95,7 @@ def test_many_workers_write_the_same_bytes(images: Path, tmp_path: Path, expecte
     assert content(tmp_path / "train") == expected
 
 
-def test_a_stopped_run_goes_on(
+def test_an_interrupted_run_continues(
     images: Path, tmp_path: Path, expected: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(images, tmp_path, 20)
@@ -106,13 +106,13 @@ def test_a_stopped_run_goes_on(
     (work.parent / "records/part-000001.json").write_text("{")
     build_split(source(images), options(tmp_path))
     assert content(tmp_path / "train") == expected
-    assert "goes on where the last run stopped: 2 of 7 parts are done" in capsys.readouterr().err
+    assert "continues where the last run stopped: 2 of 7 parts are done" in capsys.readouterr().err
     inodes = {path.name: path.stat().st_ino for path in (tmp_path / "train").iterdir()}
     assert inodes["shard-00000.arrow"] == written["shard-00000.arrow"]  # moved, not written again
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_what_has_changed_since_is_written_anew(images: Path, tmp_path: Path) -> None:
+def test_changed_parts_are_written_again(images: Path, tmp_path: Path) -> None:
     stop_after(images, tmp_path, 40)
     work = tmp_path / ".train.work/split"
     written = {path.name: path.stat().st_ino for path in work.iterdir()}
@@ -213,7 +213,7 @@ def test_a_kill_while_the_old_split_is_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_what_a_kill_at_the_very_end_leaves_is_tidied(images: Path, tmp_path: Path) -> None:
+def test_what_a_kill_at_the_very_end_leaves_is_removed(images: Path, tmp_path: Path) -> None:
     build_split(source(images), options(tmp_path))
     (tmp_path / ".train.work/records").mkdir(parents=True)
     remove_leftover(tmp_path / "train")

@@ -100,12 +100,12 @@ def test_an_error_ends_the_run(workers: int) -> None:
     assert taken < 20
 
 
-def test_a_worker_that_dies_is_told() -> None:
+def test_a_worker_that_dies_is_reported() -> None:
     with pytest.raises(DataError, match="a worker process was killed"):
         list(run_tasks(2, die, ((value,) for value in range(10))))
 
 
-def test_a_worker_that_is_stopped_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_stopped_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREPROCESSING_TIMEOUT_SECONDS", "0.5")
     with pytest.raises(DataError, match=r"no worker has done anything for 1 s \(process \d+: stopped") as raised:
         list(run_tasks(2, stop, [(str(tmp_path / "worker"),)]))

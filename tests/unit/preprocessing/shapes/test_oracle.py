@@ -35,7 +35,7 @@ def test_what_stands_at_a_masked_place_is_not_looked_at() -> None:
     assert all(best_guesses(TEXTS, [1, hidden, 4], [1]) == [5] for hidden in range(10))
 
 
-def test_a_text_that_comes_twice_counts_twice() -> None:
+def test_a_text_that_occurs_twice_counts_twice() -> None:
     assert best_guesses([[1, 5], [1, 7]], [1, 0], [1]) == [5]
     assert best_guesses([[1, 5], [1, 7], [1, 7]], [1, 0], [1]) == [7]
 

@@ -26,7 +26,7 @@ def scene_file(*objects: object, order: object = "reading") -> dict[str, Any]:
         (scene_file(RED, BLUE, order=["reading"]), 'order is ["reading"], none of reading, random'),
         ({"order": "random", "scenes": [3]}, "scenes[0]: needs image_id"),
         ({"order": "random", "scenes": [PAIR | {"image_id": True}]}, "scenes[0]: needs image_id"),
-        ({"order": "random", "scenes": [PAIR] * 2}, "scenes[1]: image_id 7 stands twice"),
+        ({"order": "random", "scenes": [PAIR] * 2}, "scenes[1]: image_id 7 occurs twice"),
         (scene_file(), "scenes[1]: has 0 objects, needs 2 to 5"),
         (scene_file(*({**RED, "cell": cell} for cell in range(6))), "scenes[1]: has 6 objects, needs 2 to 5"),
         (scene_file(RED, RED), "scenes[1]: two objects are in one cell"),

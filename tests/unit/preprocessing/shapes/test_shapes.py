@@ -51,7 +51,7 @@ def official_accuracy(answer: str, people: list[str]) -> float:
 # Scenes
 
 
-def test_scenes_are_valid_and_never_come_twice() -> None:
+def test_scenes_are_valid_and_never_repeat() -> None:
     drawn = sample(2000)
     assert len(set(drawn)) == 2000
     assert {len(scene) for scene in drawn} == {2, 3, 4, 5}

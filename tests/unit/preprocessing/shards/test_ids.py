@@ -87,7 +87,7 @@ def test_the_list_is_the_same_after_a_stop_and_for_any_number_of_workers(
     assert found is not None and found["image_id"].tolist() == keys_of([f"id {n}" for n in range(5)])
 
 
-def test_an_image_in_two_splits_is_told_by_all(
+def test_an_image_in_two_splits_is_reported_by_all(
     images: Path, refuse: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = split(images, "retrieval", "train", [caption(n) for n in range(4)])
@@ -186,7 +186,7 @@ def test_training_reads_no_shard_where_there_are_lists(images: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "another", "no JSON object", "other columns", "older"])
-def test_a_list_that_is_not_the_manifests_is_not_believed(
+def test_an_ids_file_that_does_not_match_the_manifest_is_ignored(
     harm: str, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = split(images, "retrieval", "train", [caption(n) for n in range(4)])
@@ -218,7 +218,7 @@ def test_repair_lists_the_rows_that_are_left(images: Path) -> None:
     assert found is not None and found["image_id"].tolist() == keys_of([0, 2, 3])
 
 
-def test_the_webs_images_are_told_apart_by_their_files(
+def test_the_webs_images_are_reported_apart_by_their_files(
     images: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The same image is another line of another file: all of val held out of train's lines is a leak, one is chance."""

@@ -128,7 +128,7 @@ def test_inspect_shows_rows_that_do_not_fit(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("content", ['{"command": "python', "[]", "", '{"time": ' + "9" * 5000 + "}"])
-def test_a_broken_provenance_is_said(data: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+def test_a_broken_provenance_is_reported(data: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     (data / "train/provenance.json").write_text(content)
     convert("inspect", data)
     assert "made by: unknown, provenance.json cannot be read\n" in capsys.readouterr().out

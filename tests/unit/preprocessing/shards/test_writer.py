@@ -71,7 +71,7 @@ def test_an_unreadable_manifest_is_no_dead_end(tmp_path: Path, content: str) -> 
     for split, overwrite in (("train", False), ("val", False), ("val", True)):
         with pytest.raises(DataError, match=r"train/manifest\.json: .* again \(--split train --overwrite\)") as raised:
             check_output(tmp_path, "caption", split, overwrite)
-        assert str(raised.value).endswith(f"mend it: python -m preprocessing verify {tmp_path}/train --repair")
+        assert str(raised.value).endswith(f"fix it: python -m preprocessing verify {tmp_path}/train --repair")
     assert prepared_splits(tmp_path) == ["train"]
 
 
@@ -105,8 +105,8 @@ def test_images_are_put_into_the_writers_memory_or_copied_there(tmp_path: Path) 
             pair: dict[str, Any] = {}
             for side, image in enumerate(images[index : index + 2]):
                 column = f"image_{side}"
-                writer.room(column)[:9] = b"was taken"
-                room = writer.room(column)[: len(image)]
+                writer.image_buffer(column)[:9] = b"was taken"
+                room = writer.image_buffer(column)[: len(image)]
                 room[:] = image
                 pair[column] = room if (index // 2 + side) % 3 else image
             writer.add({**pair, "questions": ["a"], "answers": ["True"], "identifier": [str(index)]})

@@ -205,7 +205,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("command", "sound", "faulty", "where", "reason"), CASES)
-def test_the_others_are_as_without_it(
+def test_the_others_are_unchanged(
     tmp_path: Path,
     images: Path,
     refuse: Callable[..., str],

@@ -107,7 +107,7 @@ def test_a_header_with_unknown_names_is_refused_whatever_the_bound(
 def test_bad_entries_of_a_list(tmp_path: Path, images: Path, refuse: Callable[..., str]) -> None:
     entries: list[Any] = [{"caption": f"c{n}", "image": f"{n}.jpg"} for n in range(3)]
     write_json(tmp_path / "set.x", [entries[0], {"caption": 5, "image": "1.jpg"}, None, *entries[1:]])
-    assert "set.x: entry 1: its caption is 5, not text; mend the file (2 of 5" in refuse(*command(tmp_path, images))
+    assert "set.x: entry 1: its caption is 5, not text; fix the file (2 of 5" in refuse(*command(tmp_path, images))
     convert(*command(tmp_path, images), "--max-dropped", 0.4)
     assert [row["image_id"] for row in rows_of(tmp_path / "out/train")] == ["set-0", "set-3", "set-4"]
     content = {"image_urls": ["http://a/0.jpg", None, "http://a/2.jpg"], "captions": ["a", "b", "c"]}
@@ -143,7 +143,7 @@ def test_the_look_at_the_images_refuses_nothing_that_the_bound_allows(
     assert read_manifest(tmp_path / "out/train")["dropped"] == {"image is missing": len(lost)}
 
 
-def test_packed_lines(tmp_path: Path, images: Path, refuse: Callable[..., str]) -> None:
+def test_compressed_lines(tmp_path: Path, images: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / "set.gz").write_bytes(gzip.compress(text("json")))
     convert(*command(tmp_path, images, "set.gz"))
     (tmp_path / "set.x").write_bytes(text("json"))
@@ -156,7 +156,7 @@ def test_packed_lines(tmp_path: Path, images: Path, refuse: Callable[..., str]) 
     )
 
 
-def test_a_packed_file_that_is_cut_counts_and_one_that_is_damaged_is_refused(
+def test_a_compressed_file_that_is_cut_counts_and_one_that_is_damaged_is_refused(
     tmp_path: Path, images: Path, refuse: Callable[..., str]
 ) -> None:
     noise = random.Random(0)
@@ -187,7 +187,7 @@ def test_the_first_line_alone_tells_the_form(tmp_path: Path, images: Path) -> No
     assert [row["caption"] for row in rows_of(tmp_path / "out/train")] == [["a cat"]]
 
 
-def test_a_read_that_fails_is_not_told_as_a_change(tmp_path: Path) -> None:
+def test_a_read_that_fails_is_not_reported_as_a_change(tmp_path: Path) -> None:
     (tmp_path / "set.gz").write_bytes(gzip.compress(text("tsv")))
     found = read_captions(
         [str(tmp_path / "set.gz")], None, ImageFinder("/", None), TextCleaning(), ImageList([]), RecordSplits("train")
@@ -197,16 +197,16 @@ def test_a_read_that_fails_is_not_told_as_a_change(tmp_path: Path) -> None:
         found.row(3)
 
 
-def test_a_first_line_that_is_too_long_is_told_as_such(
+def test_a_first_line_that_is_too_long_is_reported_as_such(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str]
 ) -> None:
     monkeypatch.setattr(lines_module.read_lines, "__defaults__", (1 << 10,))
     (tmp_path / "set.x").write_bytes(b"a cat \t" + b"a" * (1 << 11) + b"\nanother\t0.jpg\n")
-    assert "set.x: line 1: has more than 64 MiB; mend the file" in refuse(*command(tmp_path, images))
+    assert "set.x: line 1: has more than 64 MiB; fix the file" in refuse(*command(tmp_path, images))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_line_without_end_is_passed_over_in_little_memory(
+def test_a_line_without_end_is_skipped_in_little_memory(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     monkeypatch.setattr(lines_module.read_lines, "__defaults__", (1 << 20,))
@@ -269,4 +269,4 @@ def test_a_bad_line_of_an_exclusion_list_is_refused(tmp_path: Path, images: Path
     (tmp_path / "set.x").write_bytes(text("json"))
     (tmp_path / "test.txt").write_bytes(b"0.jpg\n\xff.jpg\n")
     message = refuse(*command(tmp_path, images), "--exclude", tmp_path / "test.txt")
-    assert "test.txt: line 2: is not UTF-8 text; mend the file" in message
+    assert "test.txt: line 2: is not UTF-8 text; fix the file" in message

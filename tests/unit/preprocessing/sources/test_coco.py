@@ -105,7 +105,7 @@ def test_bad_records_are_named(hundred: Path, refuse: Callable[..., str]) -> Non
     bad = write_json(hundred / "bad.json", {"images": [{"id": 1}], "annotations": []})
     assert "bad.json: images[0]: has no field 'file_name'" in refuse(*arguments(hundred, bad))
     bad = write_json(hundred / "bad.json", {"images": [{"id": 1, "file_name": "1.jpg"}] * 2, "annotations": []})
-    assert "images[1]: id 1 stands twice" in refuse(*arguments(hundred, bad))
+    assert "images[1]: id 1 occurs twice" in refuse(*arguments(hundred, bad))
     bad = write_json(hundred / "bad.json", [1])
     assert "bad.json: is no JSON object" in refuse(*arguments(hundred, bad))
 

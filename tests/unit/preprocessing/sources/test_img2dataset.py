@@ -183,7 +183,7 @@ def test_broken_and_foreign_files_are_named(tmp_path: Path, refuse: Callable[...
     with tarfile.open(raw / "b.tar", "w") as tar:
         for member in ("1.jpg", "1.txt", "2.txt", "1.jpg", "1.txt"):
             add(tar, member, image_of(1))
-    assert "b.tar: key 1 stands twice" in refuse(*command)
+    assert "b.tar: key 1 occurs twice" in refuse(*command)
     (raw / "b.tar").write_bytes((raw / "a.tar").read_bytes()[:700])
     assert "b.tar: is no whole tar" in refuse(*command)
     (raw / "b.tar").unlink()
@@ -219,7 +219,7 @@ def test_tars_that_are_cut_or_garbled_between_members(tmp_path: Path, refuse: Ca
         for number in range(2):
             add(tar, "1.jpg", image_of(number))
         add(tar, "1.txt", b"text")
-    assert "a.tar: key 1 stands twice" in refuse(*command)
+    assert "a.tar: key 1 occurs twice" in refuse(*command)
 
 
 def test_images_whose_names_have_a_second_dot_are_counted(tmp_path: Path, refuse: Callable[..., str]) -> None:
@@ -317,7 +317,7 @@ def test_bad_statistics_are_named(tmp_path: Path, refuse: Callable[..., str]) ->
 
 
 @pytest.mark.parametrize("layout", ["webdataset", "parquet"])
-def test_a_copy_of_a_shard_under_another_name_is_told_and_counted(
+def test_a_copy_of_a_shard_under_another_name_is_reported_and_counted(
     tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its rows are there twice. Shards in which no address gave an image may well be equal."""

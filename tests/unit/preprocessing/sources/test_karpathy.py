@@ -136,7 +136,7 @@ def test_bad_karpathy_files_are_named(coco: list[object], tmp_path: Path, refuse
     content["images"][0] = {"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}
     coco[2] = write_json(tmp_path / "k.json", content)
     assert "images[0]: has no field 'raw'" in refuse(*coco, "--split", "train")
-    assert "stands alone" in refuse(*coco[:3], tmp_path / "x.json", *coco[3:], "--split", "train")
+    assert "must be the only one" in refuse(*coco[:3], tmp_path / "x.json", *coco[3:], "--split", "train")
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_one_missing_image_drops_the_pair(tmp_path: Path, refuse: Callable[..., 
     ("second", "said"),
     [
         (example("dev-1"), "line 2: identifier 'dev-1' is not split-set-pair-sentence"),
-        (example("dev-1-0-0"), "line 2: identifier dev-1-0-0 stands twice"),
+        (example("dev-1-0-0"), "line 2: identifier dev-1-0-0 occurs twice"),
         (example("dev-1-0-1", label="maybe"), 'line 2: label "maybe" is neither True nor False'),
         (example("dev-1-0-1", directory="../other"), "line 2: directory '../other' leads out of --images"),
         ({"identifier": "dev-1-0-1", "label": "True"}, "line 2: has no field 'sentence'"),
@@ -90,7 +90,7 @@ def test_labels_in_any_case(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out/val")[0]["answers"] == ["True", "False"]
 
 
-def test_a_pair_listed_by_duplicates_is_left_out_whole(tmp_path: Path) -> None:
+def test_a_pair_listed_by_duplicates_is_left_out_completely(tmp_path: Path) -> None:
     for number in (1, 2):
         draw(tmp_path / "dev", f"dev-1-{number}", number)
     words = write(tmp_path, [example(f"dev-1-{pair}-{sentence}") for pair in (1, 2) for sentence in (0, 1)])
@@ -107,7 +107,7 @@ def test_a_pair_listed_by_duplicates_is_left_out_whole(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "out/val")["dropped"] == {"statement: image is listed in --exclude": 2}
 
 
-def test_the_pairs_of_another_split_are_kept_out_by_its_file(tmp_path: Path) -> None:
+def test_the_pairs_of_another_split_are_excluded_by_its_file(tmp_path: Path) -> None:
     for number in (1, 2):
         draw(tmp_path / "dev", f"dev-1-{number}", number)
     words = write(tmp_path, [example(f"dev-1-{pair}-0") for pair in (1, 2)])

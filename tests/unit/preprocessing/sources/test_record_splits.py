@@ -162,7 +162,7 @@ def test_records_of_other_splits_are_no_rows(
     assert numbers(tmp_path / "out" / split) == OF[split]
     assert read_manifest(tmp_path / "out" / split)["dropped"] == {}
     others = ", ".join(f"{len(OF[name])} of {name}" for name in sorted(OF) if name != split)
-    said = f": {len(OF[split])} records are of {split} by their split, passed over are {others}\n"
+    said = f": {len(OF[split])} records are of {split} by their split, skipped: {others}\n"
     assert said in capsys.readouterr().out
 
 
@@ -190,15 +190,15 @@ def test_records_without_a_split_are_all_of_the_wanted_one(
 @pytest.mark.parametrize(
     ("odd", "said", "reason"),
     [
-        ("", "names no split, as others do; mend the file", "record names no split, others do"),
+        ("", "names no split, as others do; fix the file", "record names no split, others do"),
         (
             "trn",
-            """its split is "trn", none of train, restval, val, dev and test; mend""",
+            """its split is "trn", none of train, restval, val, dev and test; fix""",
             "split of the record is none",
         ),
     ],
 )
-def test_a_record_whose_split_is_at_fault(
+def test_a_record_whose_split_is_invalid(
     form: str,
     odd: str,
     said: str,
@@ -220,7 +220,7 @@ def test_a_first_record_without_a_split(
     form: str, command: Callable[..., list[object]], refuse: Callable[..., str]
 ) -> None:
     message = refuse(*command(form, [None, "train", "test"], "train"), "--max-dropped", "1")
-    assert ": names no split, as 2 records behind it do; mend it, or take it out" in message
+    assert ": names no split, as 2 records behind it do; fix it, or take it out" in message
 
 
 @pytest.mark.parametrize("form", ["json_lines", "retrieval", "coco"])
@@ -303,4 +303,4 @@ def test_a_caption_that_runs_over_into_the_split(
     (tmp_path / "raw" / "captions.txt").write_text(
         "\n".join([*lines, mark.join(("1.jpg", "a man", "unquoted", "train"))])
     )
-    assert "none of train, restval, val, dev and test; mend the file" in refuse(*words)
+    assert "none of train, restval, val, dev and test; fix the file" in refuse(*words)

@@ -141,7 +141,7 @@ def test_bad_records_are_named(genome: Path, refuse: Callable[..., str]) -> None
     assert "record 0: qas[0]: has no field 'answer'" in message
     twice = [{"id": 1, "regions": [{"image_id": 1, "phrase": "a"}]}] * 2
     message = refuse("visual-genome", "--regions", write_json(genome / "bad.json", twice), *end(genome))
-    assert "record 1: image 1 stands twice" in message
+    assert "record 1: image 1 occurs twice" in message
 
 
 def test_what_duplicates_calls_an_image_beside_vqav2_is_left_out(genome: Path, both: list[object]) -> None:

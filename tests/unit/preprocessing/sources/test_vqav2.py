@@ -141,9 +141,9 @@ def test_missing_image_is_named_as_coco_names_it(world: World, refuse: Callable[
     assert "train2014: holds no image of 2 rows looked at, such as COCO_train2014_000000000005.jpg" in message
 
 
-def test_ids_that_stand_twice_and_empty_files(world: World, refuse: Callable[..., str]) -> None:
+def test_ids_that_occur_twice_and_empty_files(world: World, refuse: Callable[..., str]) -> None:
     world.questions[2]["question_id"] = 20
-    assert "questions[2]: question_id 20 stands twice" in refuse(*world.arguments())
+    assert "questions[2]: question_id 20 occurs twice" in refuse(*world.arguments())
     world.questions = []
     assert "q.json" in (message := refuse(*world.arguments())) and "empty data set" in message
 
@@ -171,12 +171,12 @@ def test_questions_without_a_word_are_left_out_and_counted(world: World) -> None
     convert("verify", world.folder / "out")
 
 
-def test_annotations_that_stand_twice_or_answer_of_another_image(world: World, refuse: Callable[..., str]) -> None:
+def test_annotations_that_occur_twice_or_answer_of_another_image(world: World, refuse: Callable[..., str]) -> None:
     world.annotations[1]["image_id"] = 1
     assert "questions[0]: asks of image 2, its annotation in" in refuse(*world.arguments())
     world.annotations[1]["image_id"] = 2
     world.annotations.append(annotation(20, ["dog"] * 10))
-    assert "a.json: annotations[3]: question_id 20 stands twice" in refuse(*world.arguments())
+    assert "a.json: annotations[3]: question_id 20 occurs twice" in refuse(*world.arguments())
 
 
 def test_an_id_of_more_than_64_bits(world: World, refuse: Callable[..., str]) -> None:

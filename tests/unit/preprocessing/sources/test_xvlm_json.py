@@ -42,7 +42,7 @@ def test_retrieval_brings_captions_of_an_image_together(images: Path) -> None:
     assert manifest["source"] == {"images": 3, "captions": 7}
 
 
-def test_captions_that_stand_twice_are_told_and_kept(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_captions_that_occur_twice_are_reported_and_kept(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file that was joined with itself; a few such captions are in any set, and a test split must keep them."""
     records = [{"image": f"pics/{number}.jpg", "caption": [f"{number} a", f"{number} b"]} for number in range(3)]
     convert(*arguments(images, "retrieval", records, split="test"))
@@ -110,7 +110,7 @@ def test_ids_of_visual_genome_that_are_taken(images: Path, refuse: Callable[...,
     convert(*arguments(images, "vqa", vqa, vg), "--min-answers", 1, "--overwrite")
     assert [row["question_id"] for row in rows_of(images / "out/train")] == [[9000], [2], [1]]
     vqa[0]["question_id"] = vg[1]["question_id"] = 2  # twice in one file is a fault
-    assert "f1.json: record 1: question_id 1000000002 stands twice" in refuse(
+    assert "f1.json: record 1: question_id 1000000002 occurs twice" in refuse(
         *arguments(images, "vqa", vqa, vg), "--overwrite"
     )
 

@@ -154,13 +154,13 @@ def test_exactly_as_many_entries_as_asked_for(size: int) -> None:
     assert train_tokenizer(words_of(size), size).vocab_size == size
 
 
-def test_fewer_entries_are_told(tmp_path: Path) -> None:
+def test_fewer_entries_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two\n")
     done = command("tokenizer", "train", "--text", tmp_path / "a.txt", "--vocab-size", 64_000, "--out", tmp_path)
     assert done.returncode == 0 and "tokens of 64000: the texts hold no more" in done.stdout
 
 
-def test_inspect_takes_them_too(tmp_path: Path, refuse: Callable[..., str]) -> None:
+def test_inspect_accepts_uris(tmp_path: Path, refuse: Callable[..., str]) -> None:
     train_sentencepiece(tmp_path / "tokenizer.model")
     done = command("tokenizer", "inspect", tmp_path, "a red circle")
     assert "60 tokens; pad 0, unk 1, cls 2, sep 3, mask 4" in done.stdout
