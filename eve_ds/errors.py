@@ -126,23 +126,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
         _report(f"error: {where}{error.strerror}; {advice}")
         return 2
     except (RuntimeError, MemoryError) as error:
-        if message := _memory_error(error):
-            _report(f"error: rank {launched_rank()}: {message}; {_LESS_MEMORY}")
-            return 2
-        if death := explain_worker_death(error):
-            _report(f"error: rank {launched_rank()}: {death}")
-            return 2
-        if _LATE_RANK.search(str(error)):
-            _report(f"rank {launched_rank()}: another rank does not answer, and nobody knew which")
-            return 3
-        if not _LOST_RANK.search(str(error)):
+        if (code_of_failure := _failed_rank(error)) is None:
             raise
-        _report(
-            f"rank {launched_rank()}: another rank has ended; its message says why (without one it was killed, as for "
-            "want of memory: dmesg)"
-        )
-        time.sleep(LOST_RANK_SECONDS)
-        return 3
+        return code_of_failure
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:  # argparse's, after --help
@@ -150,6 +136,27 @@ def exit_code(main: Callable[[], int | None]) -> int:
             _report(ended.code)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return code or 0
+
+
+def _failed_rank(error: Exception) -> int | None:
+    """Report why this rank cannot go on: memory, its data loader or another rank. Returns None for other errors."""
+    if message := _memory_error(error):
+        _report(f"error: rank {launched_rank()}: {message}; {_LESS_MEMORY}")
+        return 2
+    if death := explain_worker_death(error):
+        _report(f"error: rank {launched_rank()}: {death}")
+        return 2
+    if _LATE_RANK.search(str(error)):
+        _report(f"rank {launched_rank()}: another rank does not answer, and nobody knew which")
+        return 3
+    if not _LOST_RANK.search(str(error)):
+        return None
+    _report(
+        f"rank {launched_rank()}: another rank has ended; its message says why (without one it was killed, as for "
+        "want of memory: dmesg)"
+    )
+    time.sleep(LOST_RANK_SECONDS)
+    return 3
 
 
 def _report(line: str) -> None:
