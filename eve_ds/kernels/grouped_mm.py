@@ -140,8 +140,8 @@ def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
 
 
 def _grouped_kernel_takes(*operands: Tensor) -> bool:
-    """Whether torch's one-launch kernel serves these operands: bf16, aligned, on a device that has it."""
-    return has_grouped_kernel(operands[0].device) and all(
+    """Whether torch's one-launch kernel takes these operands: bf16, aligned, on a device that has it, or on meta."""
+    return (operands[0].is_meta or has_grouped_kernel(operands[0].device)) and all(
         operand.dtype == torch.bfloat16 and _aligned(operand) for operand in operands
     )
 

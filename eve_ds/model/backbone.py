@@ -80,12 +80,13 @@ class Backbone(nn.Module):
             modality_to_experts=config.modality_to_experts,
             published_routing=published_routing,
             seed=int(torch.randint(2**31, (), device="cpu")),
+            init_std=config.init_std,
         )
         return SoftBlock(config, drop_path, moe)
 
     @torch.no_grad()
     def _initialize(self, std: float, position_std: float) -> None:
-        """First values of the modules that torch would initialize otherwise; experts come with a deviation of 0.02."""
+        """Initial values of all modules but the experts, which get ``init_std`` when they are made."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
                 # Patches have 3 p p inputs, as many as D in EVE-Base: where D is less, no louder than other layers.
@@ -97,9 +98,6 @@ class Backbone(nn.Module):
         image, text = self.image_embedding, self.text_embedding
         for vector in (image.class_token, image.positions, image.type_vector, text.positions, text.type_vector):
             nn.init.trunc_normal_(vector, std=position_std)
-        for layer in self.moe_layers():
-            layer.experts.w1.mul_(std / 0.02)
-            layer.experts.w2.mul_(std / 0.02)
 
     def moe_layers(self) -> list[MoE]:
         """The softly routing layers, in order."""

@@ -80,7 +80,7 @@ class Rehearsal:
         """What the rank holds with this micro-batch."""
         inputs = even_batch(self.config, batch.rows, batch.text_length, self.num_answers)
         known = [*self.task.parameters(), *self.task.buffers(), *inputs.values()]
-        meter = LiveBytes(known, selected=_selected(self.config, batch), scalar=batch.text_length)
+        meter = LiveBytes(known, selected=selected_rows(self.config, batch), scalar=batch.text_length)
         buckets = GradientBuckets(self.groups, self.zero, meter)
         with torch.device("meta"), meter, buckets.attached(self.task):
             loss = self.task(inputs).loss
@@ -101,7 +101,8 @@ class Rehearsal:
         )
 
 
-def _selected(config: Config, batch: Batch) -> int:
+def selected_rows(config: Config, batch: Batch) -> int:
+    """How many rows a boolean mask selects in the task: masked words, or all samples."""
     if isinstance(config, PretrainConfig):
         return batch.rows * masked_words(batch.text_length, config.objective.text_mask_ratio)
     return batch.rows
