@@ -5,7 +5,7 @@ expert (one per choice, and padding rows), D dim. ``order`` [P] int64 is the cho
 token c // k, and R marks a padding row. ``inverse`` [R] int64 is the row of each choice. Without padding (P = R) they
 are a permutation and its inverse.
 
-The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90; no GPU was at hand to time them.
+The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90, but not timed.
 """
 
 from __future__ import annotations
