@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -26,7 +27,7 @@ from eve_ds.bench.references import ReferenceAttention, plain_core, sdpa_core
 from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
 from eve_ds.errors import UserError
 from eve_ds.model.attention import Attention, key_bias
-from eve_ds.model.flops import attention as attention_flops
+from eve_ds.model.flops import count_flops
 
 # Class token and the quarter of the patches that pre-training shows, alone and with a text of 40; whole images of
 # 224, 384 and 480 pixels, with a text.
@@ -85,7 +86,9 @@ def _compare(options: Namespace, layer: Attention, tokens: int, masked: bool, be
     row: Row = {f"{name}_ms": ms[name] for name in layers}
     for name, one in layers.items():
         row[f"{name}_extra_bytes"] = extra_bytes(candidates[name], functools.partial(_gradients, one, x), device)
-    flops = attention_flops(options.batch, tokens, options.dim).total
+    on_meta = x.detach().to("meta").requires_grad_()
+    plain = copy.deepcopy(layers["plain"]).to("meta")
+    flops = count_flops(lambda: plain(on_meta, None).backward(on_meta.detach()))
     return row | {
         "sdpa_over_ours": ms["sdpa"] / ms["ours"],
         "plain_over_ours": ms["plain"] / ms["ours"],

@@ -21,7 +21,6 @@ from eve_ds.bench.references import DeepSpeedMoE, einsum_moe
 from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
 from eve_ds.engine.precision import best_precision
 from eve_ds.errors import UserError
-from eve_ds.model.flops import mlp
 from eve_ds.model.moe import IMAGE, TEXT, MoE
 
 RIVALS: dict[str, Callable[[MoE], nn.Module]] = {"einsum": einsum_moe, "deepspeed": DeepSpeedMoE}
@@ -75,7 +74,7 @@ def _row(
     }
     for candidate in candidates.values():
         candidate.prepare()  # leaves no gradients behind
-    flops = mlp(tokens * options.top_k, options.dim, options.hidden).total
+    flops = sum(one.flops for one in expert_products(tokens, 1, options.top_k, options.dim, options.hidden))
     reached = {name: flops / (ms[name] / 1000) for name in layers}
     row: Row = {"tokens": tokens, "dtype": options.dtype}
     for name in ("ours", *RIVALS):

@@ -71,7 +71,7 @@ class DeepSpeedMoE(nn.Module):
         except ImportError as error:
             raise UserError(f"{error}: pip install -r requirements.txt, or leave it out (--rivals einsum)") from error
         experts = layer.experts
-        hidden, dim = experts.w1.shape[1:]
+        hidden, dim = experts.fc1_weight.shape[1:]
         expert = ExpertMLP(dim, hidden, experts.activation)
         self.moe = Layer(
             dim,
@@ -82,14 +82,14 @@ class DeepSpeedMoE(nn.Module):
             use_rts=False,
             top2_2nd_expert_sampling=False,
         )
-        self.to(experts.w1.device, experts.w1.dtype)
+        self.to(experts.fc1_weight.device, experts.fc1_weight.dtype)
         with torch.no_grad():
             self.moe.deepspeed_moe.gate.wg.weight.copy_(layer.router.weight)
             for index, copied in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
-                copied.fc1.weight.copy_(experts.w1[index])
-                copied.fc1.bias.copy_(experts.w3[index, 0, :hidden])
-                copied.fc2.weight.copy_(experts.w2[index])
-                copied.fc2.bias.copy_(experts.w3[index, 0, hidden:])
+                copied.fc1.weight.copy_(experts.fc1_weight[index])
+                copied.fc1.bias.copy_(experts.fc1_bias[index])
+                copied.fc2.weight.copy_(experts.fc2_weight[index])
+                copied.fc2.bias.copy_(experts.fc2_bias[index])
 
     def forward(self, x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, N, D] -> y [B, N, D] and its load-balancing loss. ``modality`` is not used."""

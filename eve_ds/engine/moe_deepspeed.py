@@ -2,8 +2,8 @@
 
 DeepSpeed treats a subclass of ``AutoEPMoELayer`` as its own expert layer: experts' gradients are reduced over the ranks
 that hold the same experts and divided by the whole world, ZeRO 1 to 3 partition them within that group, and checkpoints
-hold ``experts.w1``, ``w2`` and ``w3`` per expert. The regression test:
-tests/multirank/test_deepspeed_equals_single.py.
+hold exactly the parameters named ``experts.w1``, ``w2`` and ``w3``, per expert: hence the names in ``model.experts``.
+The regression test: tests/multirank/test_deepspeed_equals_single.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from eve_ds.model.moe import MoE
 
 
 class DeepSpeedMoE(MoE, AutoEPMoELayer):
-    """``eve_ds.model.moe.MoE`` with its experts spread over ``ep_size`` ranks under DeepSpeed.
+    """``eve_ds.model.moe.MoE`` with its experts distributed over ``ep_size`` ranks by DeepSpeed.
 
     Arguments, inputs and outputs are those of ``MoE``. Groups are made when ``deepspeed.initialize`` calls
     ``set_deepspeed_parallelism``; ranks 0 .. ep_size-1 share one copy of the experts, the next ep_size ranks another.
@@ -61,7 +61,7 @@ class DeepSpeedMoE(MoE, AutoEPMoELayer):
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
         if dist.get_rank(self.ep_group) != self.ep_rank:
             raise RuntimeError(
-                f"rank {dist.get_rank()} built experts of place {self.ep_rank} but DeepSpeed gave it place "
+                f"rank {dist.get_rank()} built the experts of ep_rank {self.ep_rank} but DeepSpeed gave it ep_rank "
                 f"{dist.get_rank(self.ep_group)}; build the layer with ep_rank = rank % expert_parallel_size"
             )
         placement = legacy_uniform_autoep_placement_descriptor(self.num_experts, self.num_local_experts, self.ep_size)

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) by the quickest kernel there is: all compute the same update.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) with the fastest kernel available; all compute the same update.
 
 DeepSpeed's FusedAdam on CUDA, DeepSpeedCPUAdam where ZeRO keeps the states in host memory, torch's fused AdamW
 elsewhere. FusedAdam could not be run here (no GPU).
@@ -22,7 +22,8 @@ from eve_ds.kernels.extensions import extensions_folder
 
 FUSED_ADAM, CPU_ADAM = "fused_adam", "cpu_adam"  # DeepSpeed's names of the compiled operations
 
-# Never at a run's first use: it takes minutes in silence, and a killed compile leaves a lock that hangs the next one.
+# Not compiled on first use in a run: that takes minutes without output, and if killed leaves a lock that hangs the next
+# compilation.
 _COMPILE = {
     operation: (
         "from eve_ds.engine.environment import prepare_environment; prepare_environment(); "
@@ -44,8 +45,8 @@ def build_adamw(
 ) -> Optimizer:
     """AdamW over parameter groups. With a process group it is a collective: all ranks use the same kernel.
 
-    DeepSpeed's kernels serve only where they are compiled (``python -m eve_ds.doctor`` says how). If one does not
-    load on some rank, a warning says why and torch's AdamW serves on all; ZeRO-Offload with it needs
+    DeepSpeed's kernels are used only where they are compiled (``python -m eve_ds.doctor`` says how). If one does not
+    load on some rank, all ranks use torch's AdamW and a warning says why; ZeRO-Offload with it needs
     ``"zero_force_ds_cpu_optimizer": false`` in DeepSpeed's config.
 
     Args:
@@ -64,7 +65,7 @@ def build_adamw(
         available, problem, _ = operation_state(operation)
         optimizer: Optimizer | None = None
         if available:
-            problem = "it is not to be had on another rank"
+            problem = "it is not available on another rank"
             try:
                 optimizer = _deepspeed_adam(operation)([dict(group) for group in groups], options)
             except Exception as error:  # noqa: BLE001  # whatever a compile may raise; the warning below tells it
@@ -72,12 +73,12 @@ def build_adamw(
         if _on_all_ranks(optimizer is not None, device) and optimizer is not None:
             return optimizer
         if available:
-            warnings.warn(f"torch's AdamW serves instead of DeepSpeed's {operation}: {problem[:300]}", stacklevel=2)
+            warnings.warn(f"using torch's AdamW instead of DeepSpeed's {operation}: {problem[:300]}", stacklevel=2)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def operation_for(device: torch.device, offload: bool) -> str | None:
-    """The DeepSpeed operation that would serve; None where torch's kernel is as quick (the CPU without offload)."""
+    """The DeepSpeed operation to use; None where torch's kernel is as fast (the CPU without offload)."""
     if offload:
         return CPU_ADAM
     return FUSED_ADAM if device.type == "cuda" else None
@@ -93,8 +94,8 @@ def _deepspeed_adam(operation: str) -> Callable[[list[dict[str, Any]], dict[str,
 
 
 def _on_all_ranks(built: bool, device: torch.device) -> bool:
-    """Whether every rank says so: their checkpoints must hold the same kind of states."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """Whether ``built`` holds on every rank: their checkpoints must hold the same kind of states."""
+    if not dist.is_initialized():
         return built
     flag = torch.tensor(int(built), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
@@ -120,7 +121,7 @@ def compiled(operation: str) -> bool:
 
 
 def choice(device: torch.device, offload: bool) -> Choice:
-    """What serves a model that trains on ``device``."""
+    """The implementation for a model that trains on ``device``."""
     name = "DeepSpeedCPUAdam" if offload else "DeepSpeed FusedAdam"
     available, reason, how = operation_state(CPU_ADAM if offload else FUSED_ADAM)
     return Choice(

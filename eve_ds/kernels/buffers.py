@@ -1,5 +1,5 @@
-"""Large CPU buffers that are used again. glibc gives blocks of 32 MiB and more back to the kernel when they are freed,
-and a fresh one costs page faults: for weight gradients of experts, as much as a third of their matrix products.
+"""A cache of large CPU buffers. glibc returns blocks of 32 MiB and more to the kernel when they are freed, and a new
+one costs page faults: for weight gradients of experts, as much time as a third of their matrix products.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST = 32 << 20  # bytes; glibc keeps smaller blocks by itself
-PAGE = 4096  # bytes; NumPy's large arrays start 16 bytes after one, where a product takes up to twice as long to write
+SMALLEST = 32 << 20  # bytes; glibc caches smaller blocks
+PAGE = 4096  # bytes; NumPy's large arrays start 16 bytes after a page, and writing a product there takes up to 2 x
 
 _arrays: dict[int, list[np.ndarray]] = {}
 
 
 def reused_empty_like(tensor: Tensor) -> Tensor:
-    """As ``torch.empty_like`` for a contiguous tensor; a large one on the CPU lies in memory that an earlier result no
-    longer uses. As many buffers of a size are kept as were ever in use at once."""
+    """``torch.empty_like`` for a contiguous tensor; a large one on the CPU reuses the memory of an earlier result
+    that no tensor refers to any more. The cache holds as many buffers of a size as were
+    ever in use at once."""
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type != "cpu" or size < SMALLEST:
         return torch.empty_like(tensor)
@@ -33,7 +34,7 @@ def reused_empty_like(tensor: Tensor) -> Tensor:
 
 
 def _count_unused() -> int:
-    """What ``sys.getrefcount`` says of an array that only its list refers to (2, but it differs among Pythons)."""
+    """``sys.getrefcount`` of an array that only its list refers to (2; other Python versions may differ)."""
     arrays = [np.empty(0, dtype=np.uint8)]
     return sys.getrefcount(arrays[0])
 

@@ -1,4 +1,4 @@
-"""Which implementation of a fused operation runs, and why not the others: what ``python -m eve_ds.doctor`` prints."""
+"""Which implementation of a fused operation runs, and why not the others, for ``python -m eve_ds.doctor``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Alternative:
     """One implementation of an operation.
 
     Attributes:
-        name: as a person would call it.
+        name: for display.
         available: whether it can run on this machine, with what is installed.
         reason: why it is or is not, in a few words.
-        how: how to get it; "" if nothing needs to be done or can be.
+        how: how to install it; "" if it is available or cannot be made so.
     """
 
     name: str
@@ -28,20 +28,20 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Choice:
-    """An operation and its implementations, the best one first and a plain one, which always runs, last."""
+    """An operation and its implementations, in order of preference; the last, in plain PyTorch, is always available."""
 
     operation: str
     alternatives: tuple[Alternative, ...]
 
     @property
     def live(self) -> Alternative:
-        """The one that runs: the first that is available."""
+        """The first available one, which runs."""
         return next(alternative for alternative in self.alternatives if alternative.available)
 
 
 @functools.cache
 def triton_state() -> tuple[bool, str, str]:
-    """(whether Triton kernels can be compiled or interpreted here, the reason, how to get there).
+    """(whether Triton kernels can be compiled or interpreted here, the reason, how to install what is missing).
 
     Triton compiles a C stub for each kernel, hence the compiler (triton/runtime/build.py).
     """

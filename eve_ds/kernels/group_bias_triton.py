@@ -1,6 +1,6 @@
 """``grouped_mm.add_group_bias_`` as one Triton kernel: a launch for all groups, one read and one write of the rows.
 
-Run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90; not timed, for want of a GPU.
+Run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90; not timed, since no GPU was available.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Products of groups of rows with a weight each, biases and sums of groups: torch's grouped kernel on Hopper and
-Blackwell, a loop of plain products elsewhere.
+"""Grouped matrix products (rows of group e with weight e), biases and sums per group: torch's grouped kernel on Hopper
+and Blackwell, a loop of plain products elsewhere.
 
 Shapes: R rows sorted by group, E groups, K and N the widths of a product. Rows beyond the last group belong to none.
 
@@ -28,7 +28,7 @@ ALIGNMENT_BYTES = 16
 
 
 class Groups:
-    """Which rows belong to which group. One object serves all the products of a layer.
+    """Which rows belong to which group; shared by all products of a layer.
 
     Args:
         counts: rows of each group, on the host; or an int64 tensor [E] on the device. With the latter the grouped
@@ -140,8 +140,8 @@ def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
 
 
 def _grouped_kernel_takes(*operands: Tensor) -> bool:
-    """Whether torch's one-launch kernel serves these operands: bf16, aligned, on a device that has it."""
-    return has_grouped_kernel(operands[0].device) and all(
+    """Whether torch's one-launch kernel takes these operands: bf16, aligned, on a device that has it, or on meta."""
+    return (operands[0].is_meta or has_grouped_kernel(operands[0].device)) and all(
         operand.dtype == torch.bfloat16 and _aligned(operand) for operand in operands
     )
 
@@ -164,7 +164,7 @@ def _aligned(operand: Tensor) -> bool:
 
 
 def choice(device: torch.device) -> Choice:
-    """What serves bf16 tensors on ``device``."""
+    """The implementation for bf16 tensors on ``device``."""
     available = has_grouped_kernel(device)
     if available:
         reason = "bf16 on compute capability 9 or 10"

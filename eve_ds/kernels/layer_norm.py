@@ -1,7 +1,7 @@
 """LayerNorm over the last dimension: NVIDIA Apex's fused kernel on CUDA where Apex is installed, torch's elsewhere.
 
-torch's own CUDA kernel is fused as well; Apex is quicker in the backward pass of narrow rows. The Apex branch could not
-be run here (no GPU): a test stands in Apex's place for the arguments, and nothing more is claimed.
+torch's own CUDA kernel is fused as well; Apex is faster in the backward pass of narrow rows. The Apex branch could not
+be run here (no GPU): a test with a stand-in for Apex checks the arguments, no more.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def _apex_takes(x: Tensor, weight: Tensor) -> bool:
-    """Apex wants one dtype, and under autocast it computes in bf16 where torch keeps float32: then torch serves."""
+    """Apex needs one dtype; under autocast it computes in bf16 where torch uses float32, so torch's kernel is used."""
     return x.is_cuda and x.dtype == weight.dtype and x.numel() > 0 and not torch.is_autocast_enabled("cuda")
 
 

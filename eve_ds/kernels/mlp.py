@@ -1,7 +1,8 @@
-"""A feed-forward network, fc2(activation(fc1(x))), as one autograd node that keeps what comes before the activation
-but not what comes after it. ``expert_mlp`` does the same for many networks.
+"""A feed-forward network, fc2(activation(fc1(x))), as one autograd node that keeps the input of the activation but not
+its output. ``expert_mlp`` does the same for the experts of a layer.
 
-Shapes: R rows, D dim, H hidden.
+Shapes: R rows, D dim, H hidden. h is fc1's output, a the activation's; dz is the gradient of the loss with respect to
+z.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Activation:
-    """f(x) = plain(scale x) / scale, so that both factors ride along with the matrix products around it.
+    """f(x) = plain(scale x) / scale; the matrix products before and after it apply both factors.
 
     Attributes:
         plain: the function without scale.
@@ -47,43 +48,51 @@ ACTIVATIONS = {
 }
 
 
-def mlp(x_RD: Tensor, w1_HD: Tensor, b1_H: Tensor, w2_DH: Tensor, b2_D: Tensor, activation: str) -> Tensor:
+def mlp(
+    x_RD: Tensor, fc1_weight_HD: Tensor, fc1_bias_H: Tensor, fc2_weight_DH: Tensor, fc2_bias_D: Tensor, activation: str
+) -> Tensor:
     """fc2(activation(fc1(x))).
 
     Args:
         x_RD: rows.
-        w1_HD: weight of fc1.
-        b1_H: bias of fc1.
-        w2_DH: weight of fc2.
-        b2_D: bias of fc2.
+        fc1_weight_HD: weight of fc1.
+        fc1_bias_H: bias of fc1.
+        fc2_weight_DH: weight of fc2.
+        fc2_bias_D: bias of fc2.
         activation: a name in ``ACTIVATIONS``.
     Returns:
         [R, D] in x's dtype.
     """
-    return _MLP.apply(x_RD, w1_HD, b1_H, w2_DH, b2_D, ACTIVATIONS[activation])
+    return _MLP.apply(x_RD, fc1_weight_HD, fc1_bias_H, fc2_weight_DH, fc2_bias_D, ACTIVATIONS[activation])
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, w1_HD: Tensor, b1_H: Tensor, w2_DH: Tensor, b2_D: Tensor, activation: Activation
+        ctx: Any,
+        x_RD: Tensor,
+        fc1_weight_HD: Tensor,
+        fc1_bias_H: Tensor,
+        fc2_weight_DH: Tensor,
+        fc2_bias_D: Tensor,
+        activation: Activation,
     ) -> Tensor:
         scale = activation.scale
-        h_RH = torch.addmm(b1_H, x_RD, w1_HD.t(), beta=scale, alpha=scale)
-        ctx.save_for_backward(x_RD, h_RH, w1_HD, w2_DH)
+        h_RH = torch.addmm(fc1_bias_H, x_RD, fc1_weight_HD.t(), beta=scale, alpha=scale)
+        ctx.save_for_backward(x_RD, h_RH, fc1_weight_HD, fc2_weight_DH)
         ctx.activation = activation
         a_RH = activation.forward(h_RH, out=torch.empty_like(h_RH))
-        return torch.addmm(b2_D, a_RH, w2_DH.t(), alpha=1 / scale)
+        return torch.addmm(fc2_bias_D, a_RH, fc2_weight_DH.t(), alpha=1 / scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, h_RH, w1_HD, w2_DH = ctx.saved_tensors
+        x_RD, h_RH, fc1_weight_HD, fc2_weight_DH = ctx.saved_tensors
         activation, dy_RD = ctx.activation, dy_RD.contiguous()
-        dw1_HD, dw2_DH = reused_empty_like(w1_HD), reused_empty_like(w2_DH)
-        a_RH = activation.forward(h_RH, out=torch.empty_like(h_RH))  # computed anew: cheaper than keeping it
-        torch.addmm(dw2_DH, dy_RD.t(), a_RH, beta=0, alpha=1 / activation.scale, out=dw2_DH)
-        dh_RH = torch.mm(dy_RD, w2_DH, out=a_RH)
-        activation.backward(dh_RH, h_RH, grad_input=dh_RH)  # both scales cancel here
-        torch.mm(dh_RH.t(), x_RD, out=dw1_HD)
-        return torch.mm(dh_RH, w1_HD), dw1_HD, dh_RH.sum(dim=0), dw2_DH, dy_RD.sum(dim=0), None
+        dfc1_weight_HD, dfc2_weight_DH = reused_empty_like(fc1_weight_HD), reused_empty_like(fc2_weight_DH)
+        a_RH = activation.forward(h_RH, out=torch.empty_like(h_RH))  # recomputed: cheaper than keeping it
+        torch.addmm(dfc2_weight_DH, dy_RD.t(), a_RH, beta=0, alpha=1 / activation.scale, out=dfc2_weight_DH)
+        dh_RH = torch.mm(dy_RD, fc2_weight_DH, out=a_RH)
+        activation.backward(dh_RH, h_RH, grad_input=dh_RH)  # the two scales cancel
+        torch.mm(dh_RH.t(), x_RD, out=dfc1_weight_HD)
+        return torch.mm(dh_RH, fc1_weight_HD), dfc1_weight_HD, dh_RH.sum(dim=0), dfc2_weight_DH, dy_RD.sum(dim=0), None

@@ -1,12 +1,11 @@
-"""Tokens to slots sorted by expert, and slots back to tokens; differentiable. Triton kernels on CUDA, else plain torch.
+"""Tokens sorted by expert, and back; differentiable. Triton kernels on CUDA, plain PyTorch elsewhere.
 
-Shapes: T tokens, k choices per token, R = T k rows (one per choice), P >= R slots (some may stay empty), D dim.
-``order`` [P] int64 names the choice in each slot: choice order[i] is one of token order[i] // k, and R stands for an
-empty slot. ``inverse`` [R] int64 is the slot of each choice. With P = R they are a permutation and its inverse.
+Shapes: T tokens, k experts per token, R = T k choices (a token and one of its experts), P rows of a tensor sorted by
+expert (one per choice, and padding rows), D dim. ``order`` [P] int64 is the choice in each row: choice c is one of
+token c // k, and R marks a padding row. ``inverse`` [R] int64 is the row of each choice. Without padding (P = R) they
+are a permutation and its inverse.
 
-Experts that take turns (``expert_mlp``) move their rows themselves: there only rows for other ranks come here.
-
-The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90; no GPU was at hand to time them.
+The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90, but not timed.
 """
 
 from __future__ import annotations
@@ -23,23 +22,54 @@ from eve_ds.kernels.choices import Alternative, Choice, triton_is_interpreted, t
 
 
 class Layout(NamedTuple):
-    """Where each row lies while sorted by expert.
+    """Where each choice lies in a tensor [P, D] sorted by expert.
 
     Attributes:
-        order: [P] int64, the row in each slot; R in an empty one.
-        inverse: [R] int64, the slot of each row.
-        counts: rows of each expert.
-        slots: slots of each expert: its rows, then empty ones. Rows of no expert lie behind all.
+        order: [P] int64, the choice in each row; R in a padding row.
+        inverse: [R] int64, the row of each choice.
+        tokens_per_expert: tokens of each expert, without padding.
+        padded_tokens_per_expert: rows of each expert: its tokens, then padding rows. The rows behind those of the last
+            expert hold the choices of no expert.
     """
 
     order: Tensor
     inverse: Tensor
-    counts: list[int]
-    slots: list[int]
+    tokens_per_expert: list[int]
+    padded_tokens_per_expert: list[int]
 
 
-def spread(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
-    """Give every choice a copy of its token: slot i of the result holds token ``order[i] // top_k``.
+def sort_by_expert(expert_R: Tensor, tokens_per_expert: list[int]) -> Layout:
+    """The layout of choices sorted by expert. On the CPU, each expert's rows are padded (``padded_count``).
+
+    Args:
+        expert_R: [R] int64, the expert of each choice; E = len(tokens_per_expert) stands for none.
+        tokens_per_expert: how often each expert occurs in ``expert_R``.
+    """
+    order = expert_R.argsort(stable=True)
+    row = torch.arange(order.numel(), device=order.device)
+    inverse = torch.empty_like(order)
+    if order.device.type != "cpu":
+        return Layout(order, inverse.scatter_(0, order, row), tokens_per_expert, tokens_per_expert)
+    padded = [padded_count(count) for count in tokens_per_expert]
+    counts = torch.tensor([*tokens_per_expert, order.numel() - sum(tokens_per_expert)])
+    added = torch.tensor([0, *(p - c for p, c in zip(padded, tokens_per_expert, strict=True))]).cumsum(0)
+    row += added.repeat_interleave(counts, output_size=order.numel())
+    order_P = order.new_full((order.numel() + int(added[-1]),), order.numel()).scatter_(0, row, order)
+    return Layout(order_P, inverse.scatter_(0, order, row), tokens_per_expert, padded)
+
+
+def padded_count(count: int) -> int:
+    """Rows for ``count`` tokens of an expert on the CPU: at most 1/16 or 7 more, so that few distinct numbers occur.
+
+    oneDNN generates a kernel for every new shape of a matrix product: about 0.5 ms, and memory that grows by 1 GB in
+    3,000 shapes.
+    """
+    step = max(8, 1 << max(count.bit_length() - 5, 0))
+    return -(-count // step) * step
+
+
+def permute(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
+    """Copy tokens to the rows of their choices: row i of the result is token ``order[i] // top_k``.
 
     Args:
         x_TD: [T, D], any floating dtype; differentiable.
@@ -47,29 +77,29 @@ def spread(x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tens
         inverse_R: [R] int64.
         top_k: k.
     Returns:
-        [P, D] in x's dtype; what an empty slot holds is not said, but it is finite if x is.
+        [P, D] in x's dtype; padding rows hold unspecified values, finite if x is.
     """
-    return _Spread.apply(x_TD, order_P, inverse_R, top_k)
+    return _Permute.apply(x_TD, order_P, inverse_R, top_k)
 
 
 def combine(y_PD: Tensor, weights_Tk: Tensor, order_P: Tensor, inverse_R: Tensor) -> Tensor:
-    """Weighted sum of a token's k rows, which stand in slots ``inverse[t k .. t k + k - 1]``.
+    """The weighted sum over each token's k rows, ``inverse[t k .. t k + k - 1]``.
 
-    Rows are taken as they are: one that no expert has served must hold zeros to add nothing.
+    The row of a choice that no expert has served must hold zeros.
 
     Args:
-        y_PD: [P, D], any floating dtype; differentiable. Its gradient is zero in empty slots.
+        y_PD: [P, D], any floating dtype; differentiable. Its gradient is zero in padding rows.
         weights_Tk: [T, k] in y's dtype; differentiable.
         order_P: [P] int64.
         inverse_R: [R] int64.
     Returns:
-        [T, D] in y's dtype (the kernels sum in float32, plain torch in y's dtype).
+        [T, D] in y's dtype (the kernels sum in float32, plain PyTorch in y's dtype).
     """
     return _Combine.apply(y_PD, weights_Tk, order_P, inverse_R)
 
 
-class _Spread(torch.autograd.Function):
-    """Backward is a gather too: to add k rows to a token, a GPU would take them in no fixed order."""
+class _Permute(torch.autograd.Function):
+    """The backward pass gathers, too: a scatter would add a token's k rows in no fixed order on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_P: Tensor, inverse_R: Tensor, top_k: int) -> Tensor:
@@ -97,7 +127,8 @@ class _Combine(torch.autograd.Function):
 
 
 def operations(rows: Tensor) -> ModuleType:
-    """The module whose four row operations serve this tensor; they take no part in autograd."""
+    """The module (``permute_triton`` or ``permute_reference``) whose four row operations run on this tensor's device;
+    autograd does not record them."""
     if (rows.is_cuda or (rows.device.type == "cpu" and triton_is_interpreted())) and triton_state()[0]:
         from eve_ds.kernels import permute_triton  # imports triton, which need not be installed
 
@@ -106,11 +137,11 @@ def operations(rows: Tensor) -> ModuleType:
 
 
 def choice(device: torch.device) -> Choice:
-    """What serves tensors on ``device``."""
+    """The implementation for tensors on ``device``."""
     available, reason, how = triton_state()
     if available and device.type != "cuda" and not triton_is_interpreted():
         available, reason, how = False, "for CUDA tensors", ""
     return Choice(
-        "permute (rows for other ranks; all rows where experts are one launch)",
+        "permute (tokens sent to other ranks; all tokens where experts use grouped_mm)",
         (Alternative("Triton", available, reason, how), Alternative("plain torch", True, "always runs")),
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Finite: a row whose keys are all masked must not become NaN; beside any score its exponential is exactly 0.
+# Finite, so that a row whose keys are all masked does not become NaN; its exponential relative to any score is 0.
 MASKED = -1e30
 
 
@@ -22,7 +22,7 @@ def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(d) + bias) v for [B, h, N, d]; torch's softmax of bf16 computes in float32 by itself.
 
-    Plain on purpose: on the CPU in bf16 torch's fused attention is slower, its backward most of all.
+    On the CPU in bf16 this is faster than torch's fused attention, in the backward pass above all.
     """
     batch, heads, tokens, width = q.shape
     q, k, v = (part.reshape(batch * heads, tokens, width) for part in (q, k, v))

@@ -21,7 +21,7 @@ from eve_ds.model.moe import IMAGE, TEXT, MoE
 
 
 class BackboneOutput(NamedTuple):
-    """What the backbone makes of a batch.
+    """The output of ``Backbone``.
 
     Attributes:
         hidden: [B, N, D] after the final norm; class token, (kept) patches, text.
@@ -41,12 +41,13 @@ class BackboneOutput(NamedTuple):
 class Backbone(nn.Module):
     """Embeddings, blocks and final norm.
 
-    First values: normal of deviation ``init_std``, biases 0 (BEiT), LayerScale constant, from torch's global generator.
-    The experts have their own, which take one seed a layer from it: the same values at any expert-parallel size.
+    Initial values: normal with standard deviation ``init_std``, biases 0 (BEiT), LayerScale constant, drawn from
+    torch's global generator. Each MoE layer draws a seed for its experts from it, so that they have the same values at
+    any expert-parallel size.
 
     Args:
         config: the shape.
-        moe_layer: class (or factory) of the softly routing layers, called with MoE's keywords.
+        moe_layer: class (or factory) of the softly routing layers, called with ``MoE``'s keywords.
         published_routing: route and count padding as the published code does.
     Raises:
         ModelConfigError: the config makes no model.
@@ -80,15 +81,16 @@ class Backbone(nn.Module):
             modality_to_experts=config.modality_to_experts,
             published_routing=published_routing,
             seed=int(torch.randint(2**31, (), device="cpu")),
+            init_std=config.init_std,
         )
         return SoftBlock(config, drop_path, moe)
 
     @torch.no_grad()
     def _initialize(self, std: float, position_std: float) -> None:
-        """First values of the modules that torch would initialize otherwise; experts come with a deviation of 0.02."""
+        """Initial values of all modules but the experts, which get ``init_std`` when they are made."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-                # Patches have 3 p p inputs, as many as D in EVE-Base: where D is less, no louder than other layers.
+                # Patches have 3 p p inputs, which is D in EVE-Base; for a smaller D, keep the output's scale.
                 width = module.weight[0].numel() if isinstance(module, nn.Conv2d) else self.config.dim
                 nn.init.trunc_normal_(module.weight, std=std * min(1.0, self.config.dim / width) ** 0.5)
                 bias = getattr(module, "bias", None)
@@ -97,9 +99,6 @@ class Backbone(nn.Module):
         image, text = self.image_embedding, self.text_embedding
         for vector in (image.class_token, image.positions, image.type_vector, text.positions, text.type_vector):
             nn.init.trunc_normal_(vector, std=position_std)
-        for layer in self.moe_layers():
-            layer.experts.w1.mul_(std / 0.02)
-            layer.experts.w2.mul_(std / 0.02)
 
     def moe_layers(self) -> list[MoE]:
         """The softly routing layers, in order."""

@@ -15,7 +15,7 @@ from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 
 ATTENTION, FEED_FORWARD = 0, 1
-# [2, B] between 0 and 1, for the two branches: a sample's is dropped where it is below drop_path. None: drawn here.
+# [2, B] in [0, 1), a row per branch: a sample's branch is dropped where its draw is below drop_path. None: drawn here.
 Draws = Tensor | None
 
 
@@ -36,7 +36,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """What both kinds of block share: pre-LayerNorm attention, LayerScale, drop path.
+    """Base of both kinds of block: pre-LayerNorm attention, LayerScale, drop path.
 
     Args:
         config: the model's shape.
@@ -56,7 +56,7 @@ class Block(nn.Module):
         return self.add(x, self.attention(self.attention_norm(x), bias), self.attention_scale, draws, ATTENTION)
 
     def add(self, x: Tensor, branch: Tensor, scale: Tensor, draws: Draws, which: int) -> Tensor:
-        """x + scale * branch; in training a sample's whole branch is dropped at times, the kept ones made up for it."""
+        """x + scale * branch; in training with drop path per sample, kept branches divided by 1 - drop_path."""
         if self.training and self.drop_path > 0:
             draw = torch.rand(x.shape[0], device=x.device) if draws is None else draws[which]
             kept = (draw >= self.drop_path)[:, None, None]
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class HardBlock(Block):
-    """Image tokens to an image network, text tokens to a text network, each behind its own LayerNorm."""
+    """Hard routing: image tokens to an image MLP, text tokens to a text MLP, each after its own LayerNorm."""
 
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__(config, drop_path)
@@ -87,7 +87,7 @@ class HardBlock(Block):
 
 
 class SoftBlock(Block):
-    """All tokens, behind one LayerNorm, to a mixture of experts."""
+    """Soft routing: all tokens, after one LayerNorm, to a mixture of experts."""
 
     def __init__(self, config: ModelConfig, drop_path: float, moe: MoE) -> None:
         super().__init__(config, drop_path)

@@ -1,4 +1,4 @@
-"""Light heads for masked modeling: tokens back to pixels and to words; and patches back to images.
+"""Decoders for masked modeling: tokens to pixels and to words; and patches to images.
 
 Legend: B samples, P patches, K visible, M masked, p side of a patch, D width of the backbone, d of the decoder.
 """

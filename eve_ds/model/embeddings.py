@@ -27,7 +27,7 @@ def patches(images: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution's weights [D, 3, p, p] applied to cut patches [B, P, 3 p p]: patches left out cost nothing."""
+    """A convolution's weights [D, 3, p, p] applied to patches [B, P, 3 p p]; dropped patches are not computed."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         return F.linear(pixels.to(self.weight.dtype), self.weight.flatten(1), self.bias)

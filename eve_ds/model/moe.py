@@ -1,16 +1,43 @@
-"""EVE's modality-aware mixture of experts (arXiv 2308.11971, section 3.2), in torch alone.
+"""EVE's modality-aware mixture of experts (arXiv 2308.11971, section 3.2), in PyTorch alone.
 
-Shapes: B samples, N tokens a sample, T = B N, D dim, E experts, k choices per token.
+Legend: B samples, N tokens per sample, T = B N tokens, k experts per token, R = T k choices (a token and one of its
+experts), P rows of a tensor sorted by expert (one per choice, on the CPU padding rows too), D dim, H hidden, E experts.
+
+Forward, from a block (``block.SoftBlock``) to the matrix products:
+
+1. ``MoE.forward`` adds the modality's vector to each token, [T, D]. ``Router`` turns the sums into gates [T, E], the
+   indices of the k best experts and the weights of these choices, [T, k]. ``balance_share`` makes the auxiliary loss.
+   A choice of padding, or beyond an expert's capacity, gets the index E: no expert.
+2. ``kernels.permute.sort_by_expert`` sorts the R choices by expert: a ``Layout``, indices only.
+3. ``Experts.forward`` hands the tokens and its weights to ``kernels.expert_mlp``, which for each expert gathers its
+   tokens [rows, D], computes h = fc1(x) [rows, H], a = activation(h) and y = fc2(a) [rows, D], and adds weight x y to
+   the tokens' results [T, D]. One autograd function does this with a loop over the experts (``_LoopedExpertMLP``), one
+   with a grouped product for all of them (``_GroupedExpertMLP``: bf16 on NVIDIA GPUs of compute capability 9 and 10).
+
+Backward: that function gathers each expert's dy = weight x dout [rows, D] and x, recomputes a from the kept h, and
+computes da = dy fc2_weight, dfc2_weight = dy' a, dh, dfc1_weight = dh' x and dx = dh fc1_weight; the gradient of a
+choice's weight is <dout, y>. dx goes to the tokens and their modality's vector; the weights' gradient goes through the
+gates to the router (``router._Scores``) and from there to the tokens as well.
+
+With expert parallelism (``ep_size`` > 1), ``_through_ranks`` takes the place of steps 2 and 3: it copies each token to
+the rows of its choices (``permute``), sends the rows to the ranks that hold their experts, applies these as above,
+sends the results back and sums them (``combine``). Backward takes the same way in reverse.
+
+No shape depends on the routing but those of the CPU's padding, of the loop and of what is sent to other ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eve_ds.model.dispatch import dispatch
+from eve_ds import parallel
+from eve_ds.kernels.permute import combine, permute, sort_by_expert
 from eve_ds.model.experts import Experts
 from eve_ds.model.router import Router, balance_share, renormalize, within_capacity
 
@@ -22,20 +49,22 @@ class MoE(nn.Module):
 
     Args:
         dim: D.
-        hidden: hidden width of an expert.
+        hidden: H.
         num_experts: E, over all ranks of the expert-parallel group.
-        top_k: experts a token visits.
+        top_k: k.
         activation: "gelu" or "quick_gelu".
         capacity_factor: None drops no token; see ``router.capacity``. Counted over this rank's tokens.
         modality_to_experts: the experts see token + modality vector as well (as EVE's published files need).
         published_routing: route and count padding like any token, as the published code does.
         seed: of this layer's experts (the router and the modality vectors draw from torch's global generator).
+        init_std: standard deviation of the experts' initial weights.
         ep_size: ranks that share the experts; divides E.
-        ep_rank: this rank's place among them; it holds experts [ep_rank E / ep_size, (ep_rank + 1) E / ep_size).
+        ep_rank: this rank's index among them; it holds experts [ep_rank E / ep_size, (ep_rank + 1) E / ep_size).
+        experts_type: class of the experts, called with ``Experts``'s keywords; docs/extending_expert.md has another.
 
     Attributes:
         ep_group: the expert-parallel process group; None is all ranks. Set it before the first forward if ep_size > 1.
-        last_load: [2, E] float64; how many choices of this rank's image (0) and text (1) tokens each expert served in
+        last_load: [2, E] float64; how many choices of this rank's image (0) and text (1) tokens went to each expert in
             the last forward.
 
     Raises:
@@ -53,8 +82,10 @@ class MoE(nn.Module):
         modality_to_experts: bool = True,
         published_routing: bool = False,
         seed: int = 0,
+        init_std: float = 0.02,
         ep_size: int = 1,
         ep_rank: int = 0,
+        experts_type: Callable[..., Any] = Experts,
     ) -> None:
         nn.Module.__init__(self)  # not super(): engine/moe_deepspeed.py has a second base with another signature
         if num_experts % ep_size:
@@ -67,8 +98,15 @@ class MoE(nn.Module):
         self.ep_size, self.ep_rank = ep_size, ep_rank
         self.ep_group: dist.ProcessGroup | None = None
         self.router = Router(dim, num_experts, top_k)
-        first = ep_rank * self.num_local_experts
-        self.experts = Experts(dim, hidden, self.num_local_experts, activation, seed, first)
+        self.experts: Experts = experts_type(
+            dim=dim,
+            hidden=hidden,
+            count=self.num_local_experts,
+            activation=activation,
+            seed=seed,
+            first=ep_rank * self.num_local_experts,
+            std=init_std,
+        )
         self.image_vector = nn.Parameter(torch.empty(dim))
         self.text_vector = nn.Parameter(torch.empty(dim))
         for vector in (self.image_vector, self.text_vector):
@@ -81,7 +119,7 @@ class MoE(nn.Module):
         Args:
             x: [B, N, D].
             modality: [N] or [B, N] int64, IMAGE or TEXT.
-            valid: [B, N] bool, False on padding, which visits no expert and comes out as zeros. None: no padding.
+            valid: [B, N] bool, False on padding, which is routed to no expert and gives zeros. None: no padding.
         Returns:
             y [B, N, D] in x's dtype, and this rank's share (float32 scalar) of the load-balancing loss.
         """
@@ -93,23 +131,60 @@ class MoE(nn.Module):
         valid = None if valid is None or self.published_routing else valid.flatten()
         routing = self.router(seen.flatten(0, 1))
         aux = balance_share(routing.gates, routing.experts[:, 0], valid)
-        experts, weights = routing.experts, routing.weights
+        chosen, weights = routing.experts, routing.weights
         keep = None if valid is None else valid.unsqueeze(1)
         if self.capacity_factor is not None:
-            keep = within_capacity(experts, valid, self.num_experts, self.capacity_factor)
-            weights = renormalize(routing.gates.gather(1, experts) * keep)
+            keep = within_capacity(chosen, valid, self.num_experts, self.capacity_factor)
+            weights = renormalize(routing.gates.gather(1, chosen) * keep)
         if keep is not None:
-            experts = experts.masked_fill(~keep, self.num_experts)
-        counts = self._count(experts, modality.expand(x.shape[:2]).reshape(-1, 1))
-        y = dispatch(tokens, experts, weights, counts, self.experts, self.ep_size, self.ep_group)
+            chosen = chosen.masked_fill(~keep, self.num_experts)
+        counts = self._count(chosen, modality.expand(x.shape[:2]).reshape(-1, 1))
+        weights = weights.to(tokens.dtype)
+        if self.ep_size > 1:
+            y = self._through_ranks(tokens, chosen.flatten(), weights, counts)
+        else:
+            layout = sort_by_expert(chosen.flatten(), _to_host(counts, chosen.numel()))
+            y = self.experts(tokens, weights, layout)
         return y.view_as(x), aux
 
+    def _through_ranks(self, tokens: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """Tokens [T, D] -> weighted sums [T, D] of what their experts give, wherever those live. A collective.
+
+        Args:
+            chosen: [R] int64, the expert of each choice; E: none.
+            weights: [T, k].
+            counts: [E] int64, choices per expert.
+        """
+        order = chosen.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        rows = permute(tokens, order, inverse, self.top_k)  # by expert, so by rank; choices of no expert come last
+        sent = counts.view(self.ep_size, -1)  # [rank, expert there]
+        received = parallel.exchange_counts(sent, self.ep_group)  # [rank, expert here]
+        send, receive = sent.sum(dim=1).tolist(), received.sum(dim=1).tolist()
+        arrived = parallel.all_to_all_uneven(rows[: sum(send)], send, receive, self.ep_group)
+        # Rows arrive sorted by rank, then by expert; the experts need them by expert.
+        local = torch.arange(received.shape[1], device=rows.device).repeat(self.ep_size)
+        expert = local.repeat_interleave(received.reshape(-1), output_size=sum(receive))
+        done = self.experts(arrived, None, sort_by_expert(expert, received.sum(dim=0).tolist()))
+        back = parallel.all_to_all_uneven(done, receive, send, self.ep_group)
+        if sum(send) < len(rows):
+            back = torch.cat([back, back.new_zeros(len(rows) - sum(send), back.shape[1])])
+        return combine(back, weights, order, inverse)
+
     @torch.no_grad()
-    def _count(self, experts: Tensor, modality: Tensor) -> Tensor:
+    def _count(self, chosen: Tensor, modality: Tensor) -> Tensor:
         """Choices per expert, [E] int64; keeps them by modality in ``last_load``."""
         columns = self.num_experts + 1  # the last one counts choices of no expert
-        load = torch.zeros(2 * columns, dtype=torch.int64, device=experts.device)
-        slot = (experts + modality * columns).reshape(-1)
-        load = load.scatter_add_(0, slot, torch.ones_like(slot)).view(2, columns)[:, :-1]
+        load = torch.zeros(2 * columns, dtype=torch.int64, device=chosen.device)
+        cell = (chosen + modality * columns).reshape(-1)
+        load = load.scatter_add_(0, cell, torch.ones_like(cell)).view(2, columns)[:, :-1]
         self.last_load = load.double()
         return load.sum(dim=0)
+
+
+def _to_host(counts: Tensor, choices: int) -> list[int]:
+    """Choices per expert as numbers; an even split on the meta device, where no number is known."""
+    if counts.is_meta:
+        even, rest = divmod(choices, counts.numel())
+        return [even + (expert < rest) for expert in range(counts.numel())]
+    return counts.tolist()

@@ -1,4 +1,4 @@
-"""Which experts a token visits, and with what weight.
+"""Top-k routing: the experts of each token, and their weights.
 
 Shapes: T tokens, D dim, E experts, k choices per token.
 """
@@ -18,7 +18,7 @@ MIN_CAPACITY = 4  # of an expert, tokens; EVE's published code
 
 
 class Routing(NamedTuple):
-    """A routing decision.
+    """The routing of T tokens.
 
     Attributes:
         gates: [T, E] float32, softmax over the experts; differentiable.
@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 
 
 class _Scores(torch.autograd.Function):
-    """tokens @ weight' in float32; keeps the tokens as they came, where autograd would keep them in float32."""
+    """tokens @ weight' in float32. Saves the tokens in their own dtype; autograd would save a float32 copy."""
 
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor) -> Routing:
         """Route tokens [T, D]. The weights are the gates of the chosen, divided by their sum.
 
-        With one choice the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself
-        it would be 1, and the router would learn nothing.
+        With k = 1 the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself it
+        would be 1, and the router would have no gradient.
         """
         gates = _Scores.apply(tokens, self.weight).softmax(dim=-1)
         chosen, experts = gates.topk(self.top_k, dim=-1)
@@ -74,23 +74,23 @@ class Router(nn.Module):
 
 
 def renormalize(chosen: Tensor) -> Tensor:
-    """Weights [T, k] that sum to 1 over the choices that are not zero; a single choice (k = 1) is left as it is."""
+    """Divide [T, k] by its sum over k; k = 1 is returned as it is."""
     if chosen.shape[-1] == 1:
         return chosen
     return chosen / chosen.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(chosen.dtype).eps)
 
 
 def capacity(num_tokens: Tensor, num_experts: int, top_k: int, factor: float) -> Tensor:
-    """Most choices an expert serves: ceil(k T / E x factor), at least 4 (EVE's published code). Both scalars."""
+    """The most choices an expert takes: ceil(k T / E x factor), at least 4 (EVE's published code). Both scalars."""
     return (num_tokens.double() * top_k / num_experts * factor).ceil().clamp_min(MIN_CAPACITY)
 
 
 def within_capacity(experts: Tensor, valid: Tensor | None, num_experts: int, factor: float) -> Tensor:
-    """Which choices an expert still serves: tokens queue in order, second choices after all first ones.
+    """Which choices are within their expert's capacity, in the order of tokens, second choices after all first ones.
 
     Args:
         experts: [T, k] int64.
-        valid: [T] bool; other tokens neither queue nor count. None: all.
+        valid: [T] bool; other tokens do not count. None: all.
         factor: the capacity factor.
     Returns:
         [T, k] bool.

@@ -1,4 +1,4 @@
-"""What ranks tell each other: sums, uneven all-to-alls and gathers, differentiable where a gradient must cross."""
+"""Collectives: sums, uneven all-to-alls and gathers, differentiable where gradients must cross ranks."""
 
 from eve_ds.parallel.collectives import (
     all_reduce_sum,

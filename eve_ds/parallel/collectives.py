@@ -1,7 +1,7 @@
-"""Collectives on ``torch.distributed`` alone. Without a process group they act as the only rank of a world of one.
+"""Collectives on ``torch.distributed``. Without a process group they act as in a world of size 1.
 
-All ranks of a group must call them in the same order, and run their backward passes in the same order. Autograd does
-that by itself when the ranks build the same graph (with no rows, too: a tensor of shape [0, D] has a gradient).
+All ranks of a group must call them in the same order, and run their backward passes in the same order. Autograd does so
+when the ranks build the same graph (also on a rank without rows: a tensor of shape [0, D] has a gradient).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def is_initialized() -> bool:
-    """Whether this process belongs to a process group."""
+    """Whether this process belongs to a process group; false in builds of PyTorch without ``torch.distributed``."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -41,12 +41,12 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 @torch.no_grad()
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Tell every rank how many rows it will get.
+    """Exchange the numbers of rows that the ranks will send to each other.
 
     Args:
-        counts: [ranks, ...] int64; row r is meant for rank r of the group.
+        counts: [ranks, ...] int64; row r is sent to rank r of the group.
     Returns:
-        the same shape; row r is what rank r has for this rank.
+        the same shape; row r comes from rank r.
     """
     if world_size(group) == 1:
         return counts.detach()
@@ -77,7 +77,7 @@ class _AllToAllUneven(torch.autograd.Function):
 def all_to_all_uneven(
     rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Send consecutive rows to the ranks of a group; differentiable (the gradient takes the way back).
+    """``all_to_all_single`` with uneven splits; differentiable (the gradient takes the reverse way).
 
     Args:
         rows: [S, ...]; the first send[0] rows go to rank 0, and so on.
@@ -110,7 +110,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # In fp32: summing over many ranks in bf16 would lose what the ranks add last.
+        # In fp32: a sum over many ranks in bf16 would lose small terms.
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
@@ -119,10 +119,10 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """All ranks' rows, in rank order; the ranks may hold different numbers of them, also none.
+    """All-gather of rows, in rank order; ranks may hold different numbers of rows, also none.
 
-    The gradient of a rank's rows is the sum of the gradients that all ranks have for them, as in one process that holds
-    the whole batch.
+    The gradient of a rank's rows is the sum over all ranks' gradients for them, as in one process that holds the whole
+    batch.
 
     Args:
         rows: [b, ...], the same dtype and trailing shape on every rank; integers pass without gradient.

@@ -14,8 +14,9 @@ from eve_ds.errors import UserError
 from eve_ds.plan.fit import largest
 from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import Config, build, count_parameters
-from eve_ds.plan.work import days, flops, traffic
+from eve_ds.plan.work import days, flops_per_sample, traffic
 from eve_ds.plan.zero_states import Zero
+from eve_ds.tasks import Task
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Not worked out: CUDA context, NCCL's channels, cuBLAS workspaces, the allocator's unused remains. A guess.
@@ -50,9 +51,10 @@ def make_plan(options: Any) -> dict[str, Any]:
     limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
     plain = _rehearse(config, zero, options, checkpointing=False)
     recomputed = _rehearse(config, zero, options, checkpointing=True)
+    whole = build(with_checkpointing(config, on=False), options.num_answers)
     return {
         "run": _run(config, zero, batch, options),
-        "parameters": dataclasses.asdict(count_parameters(build(config, options.num_answers))),
+        "parameters": dataclasses.asdict(count_parameters(whole)),
         "memory": {
             "without_checkpointing": _memory(plain, batch, limit),
             "with_checkpointing": _memory(recomputed, batch, limit),
@@ -60,7 +62,7 @@ def make_plan(options: Any) -> dict[str, Any]:
         "device_memory": parse_bytes(options.device_memory),
         "reserve": GPU_RESERVE if on_gpu else 0,
         "sent_per_step": traffic(config, zero, plain.groups, batch),
-        **_work(config, zero, batch, options),
+        **_work(config, zero, whole, batch, options),
     }
 
 
@@ -145,8 +147,8 @@ def _memory(rehearsal: Rehearsal, batch: Batch, limit: int) -> dict[str, int]:
     return dataclasses.asdict(memory) | {"peak": memory.peak, "largest_micro_batch_size": most}
 
 
-def _work(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, Any]:
-    per_sample = flops(config, batch, zero.world_size, options.num_answers) / batch.rows
+def _work(config: Config, zero: Zero, whole: Task, batch: Batch, options: Any) -> dict[str, Any]:
+    per_sample = flops_per_sample(config, whole, batch.text_length, options.num_answers)
     samples = options.pairs
     if samples is None and config.optimizer.total_steps is not None:
         samples = float(config.optimizer.total_steps * config.engine.global_batch_size)

@@ -14,13 +14,38 @@ from torch.utils._pytree import tree_map_only
 aten = torch.ops.aten
 
 
-class LiveBytes(TorchDispatchMode):
+class WithoutValues(TorchDispatchMode):
+    """Within it, operations that need values run on the meta device.
+
+    Args:
+        selected: how many elements a boolean mask selects.
+        scalar: what a tensor read as a Python number gives.
+    """
+
+    def __init__(self, selected: int, scalar: int) -> None:
+        super().__init__()
+        self.selected, self.scalar = selected, scalar
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet is aten._local_scalar_dense:
+            return self.scalar
+        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            mask = args[1][0]
+            if mask is not None and mask.dtype == torch.bool:
+                if packet is aten.index:
+                    return args[0].new_empty(self.selected, *args[0].shape[mask.ndim :])
+                return torch.empty_like(args[0]) if packet is aten.index_put else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(WithoutValues):
     """Within it, every storage that an operation makes counts from its first tensor to its last.
 
     Args:
-        known: tensors that count nowhere here: weights, inputs.
-        selected: how many elements a boolean mask selects; on the meta device no mask has values.
-        scalar: what a tensor read as a Python number gives.
+        known: tensors that do not count: weights, inputs.
+        selected: as in ``WithoutValues``.
+        scalar: as in ``WithoutValues``.
 
     Attributes:
         live: bytes held now, ``hold`` included.
@@ -29,11 +54,10 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor], selected: int, scalar: int) -> None:
-        super().__init__()
+        super().__init__(selected, scalar)
         self.live = self.peak = 0
         self._held: dict[str, int] = {}
         self.held_at_peak: dict[str, int] = {}
-        self.selected, self.scalar = selected, scalar
         self._storages: set[int] = set()
         self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no new storage takes their place
         self._storages.update(storage._cdata for storage in self._known)
@@ -54,25 +78,9 @@ class LiveBytes(TorchDispatchMode):
             self.peak, self.held_at_peak = self.live, dict(self._held)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._without_values(func, args)
-        if out is None:
-            out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         tree_map_only(Tensor, self._count, out)
         return out
-
-    def _without_values(self, func: Any, args: Any) -> Any:
-        """Stands in for the operations that need values."""
-        packet = func.overloadpacket
-        if packet is aten._local_scalar_dense:
-            return self.scalar
-        if packet not in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-            return None
-        mask = args[1][0]
-        if mask is None or mask.dtype != torch.bool:
-            return None
-        if packet is aten.index:
-            return args[0].new_empty(self.selected, *args[0].shape[mask.ndim :])
-        return torch.empty_like(args[0]) if packet is aten.index_put else args[0]
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

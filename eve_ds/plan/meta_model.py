@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.kernels.permute import Layout, combine, spread
+from eve_ds.kernels.permute import Layout, combine, permute
 from eve_ds.model.attention import Attention
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SoftBlock
@@ -104,9 +104,10 @@ class _EvenExperts(nn.Module):
         self.experts = experts
 
     def forward(self, tokens: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-        order, inverse, _, _ = layout
-        even = [inverse.numel() // self.experts.w1.shape[0]] * self.experts.w1.shape[0]
-        sent = spread(tokens, order, inverse, weights.shape[1])
+        order, inverse, *_ = layout
+        count = len(next(self.experts.parameters()))
+        even = [inverse.numel() // count] * count
+        sent = permute(tokens, order, inverse, weights.shape[1])
         arrived = sent.clone()  # an exchange has two ends
         done = self.experts(arrived, None, Layout(order, inverse, even, even))
         return combine(done.clone(), weights, order, inverse)
@@ -117,7 +118,7 @@ def prepare(task: Task, on_gpu: bool) -> Task:
     the device (on a GPU of Hopper's or Blackwell's: fused attention, the experts' bf16 products in one launch)."""
     for layer in task.backbone.moe_layers():
         experts = layer.experts
-        experts.one_launch = on_gpu and experts.w1.dtype == torch.bfloat16
+        experts.use_grouped_mm = on_gpu and next(experts.parameters()).dtype == torch.bfloat16
         if layer.ep_size > 1:
             layer.ep_size = 1
             del layer.experts

@@ -21,7 +21,6 @@ from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
 from eve_ds.model.embeddings import patches
-from eve_ds.model.flops import Flops, pixel_decoder_flops, word_decoder_flops
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.tasks.base import (
     Batch,
@@ -332,19 +331,6 @@ class MaskedSpec(PretrainSpec):
         kept = model.num_patches - masked_patches(model.num_patches, objective.image_mask_ratio)
         first = Pass(rows, kept, text_length)
         return [first] if objective.mode == "joint" else [first, Pass(rows, model.num_patches, text_length)]
-
-    def head_flops(
-        self,
-        model: ModelConfig,
-        objective: ObjectiveConfig,
-        rows: int,
-        text_length: int,
-        world_size: int,
-        num_classes: int,
-    ) -> Flops:
-        kept = model.num_patches - masked_patches(model.num_patches, objective.image_mask_ratio)
-        pixels = pixel_decoder_flops(model, rows, kept, objective.decoder_dim, objective.decoder_depth)
-        return pixels + word_decoder_flops(model, self.selected_rows(objective, rows, text_length))
 
     def selected_rows(self, objective: ObjectiveConfig, rows: int, text_length: int) -> int:
         return rows * masked_words(text_length, objective.text_mask_ratio)

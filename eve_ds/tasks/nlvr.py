@@ -19,7 +19,6 @@ from eve_ds.data.shards import Row
 from eve_ds.data.transforms import may_mirror
 from eve_ds.model.attention import key_bias
 from eve_ds.model.backbone import Backbone, BackboneOutput
-from eve_ds.model.flops import Flops, product
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.base import (
     Batch,
@@ -265,24 +264,6 @@ class NlvrSpec(FinetuneSpec):
 
     def passes(self, model: ModelConfig, objective: FinetuneObjective, rows: int, text_length: int) -> list[Pass]:
         return [Pass(2 * rows, model.num_patches, text_length)]
-
-    def head_flops(
-        self,
-        model: ModelConfig,
-        objective: FinetuneObjective,
-        rows: int,
-        text_length: int,
-        world_size: int,
-        num_classes: int,
-    ) -> Flops:
-        dim, hidden = model.dim, objective.head_hidden or 2 * model.dim
-        if not objective.biattn:
-            return product(rows, 2 * dim, hidden) + product(rows, hidden, 2)
-        # Bi-attention: each pass attends to the other, then both are pooled.
-        tokens = 1 + model.num_patches + text_length
-        attend = product(rows * tokens, dim, 4 * dim) + 2 * (rows * product(tokens, dim, tokens))
-        pool = product(rows * tokens, 2 * dim, dim) + product(rows * tokens, dim, 1) + rows * product(1, tokens, dim)
-        return 2 * (attend + pool) + product(rows, 2 * dim, 2)
 
 
 def identified(arrays: Arrays, dataset: NlvrSamples) -> dict[str, str]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from evaluation import retrieval
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.model.backbone import Backbone, BackboneOutput
-from eve_ds.model.flops import Flops, product
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.parallel import gather_with_gradient
 from eve_ds.tasks.base import (
@@ -253,19 +252,6 @@ class RetrievalSpec(FinetuneSpec):
     def passes(self, model: ModelConfig, objective: FinetuneObjective, rows: int, text_length: int) -> list[Pass]:
         patches = model.num_patches
         return [Pass(rows, patches, 0), Pass(rows, 0, text_length), Pass(3 * rows, patches, text_length)]
-
-    def head_flops(
-        self,
-        model: ModelConfig,
-        objective: FinetuneObjective,
-        rows: int,
-        text_length: int,
-        world_size: int,
-        num_classes: int,
-    ) -> Flops:
-        dim, width = model.dim, objective.embed_dim
-        similarities = product(rows, width, rows * world_size)
-        return 2 * (product(rows, dim, width) + similarities) + product(3 * rows, dim, 2)
 
     def gathered_values(self, model: ModelConfig, rows: int) -> dict[str, int]:
         return {"images for negatives": rows * 3 * model.image_size**2}

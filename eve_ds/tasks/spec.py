@@ -21,7 +21,6 @@ from eve_ds.data.sources import AnySplit
 from eve_ds.data.transforms import Transform
 from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.flops import Flops
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
@@ -180,12 +179,6 @@ class TaskSpec(ABC):
     def passes(self, model: ModelConfig, objective: Any, rows: int, text_length: int) -> list[Pass]:
         """The passes through the backbone that a micro-batch takes."""
         return [Pass(rows, model.num_patches, text_length)]
-
-    def head_flops(
-        self, model: ModelConfig, objective: Any, rows: int, text_length: int, world_size: int, num_classes: int
-    ) -> Flops:
-        """Operations of a micro-batch outside the backbone."""
-        return Flops()
 
     def selected_rows(self, objective: Any, rows: int, text_length: int) -> int:
         """How many rows an index by a boolean mask picks in ``forward``: without values nobody can count them."""

@@ -19,7 +19,6 @@ from eve_ds.data.transforms import Transform, may_mirror
 from eve_ds.errors import UserError
 from eve_ds.files import json_text
 from eve_ds.model.backbone import Backbone, BackboneOutput
-from eve_ds.model.flops import Flops, product
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.base import (
     Batch,
@@ -275,18 +274,6 @@ class VqaSpec(FinetuneSpec):
     def meta_batch(self, model: ModelConfig, rows: int, text_length: int, num_classes: int) -> Batch:
         targets = torch.empty(rows, num_classes, device="meta")
         return super().meta_batch(model, rows, text_length, num_classes) | {"answer_targets": targets}
-
-    def head_flops(
-        self,
-        model: ModelConfig,
-        objective: FinetuneObjective,
-        rows: int,
-        text_length: int,
-        world_size: int,
-        num_classes: int,
-    ) -> Flops:
-        hidden = objective.head_hidden or 2 * model.dim
-        return product(rows, model.dim, hidden) + product(rows, hidden, num_classes)
 
 
 def result_rows(arrays: Arrays, answers: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eve_ds.model.experts import pack_biases, split_biases
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.weights.errors import WeightsError, listed
 
@@ -119,7 +120,7 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     for prefix, experts in packed.items():
         fc1, fc2 = (_stack(state, experts, name, 2) for name in ("fc1.weight", "fc2.weight"))
         bias1, bias2 = (_stack(state, experts, name, 1) for name in ("fc1.bias", "fc2.bias"))
-        ours |= {prefix + "w1": fc1, prefix + "w2": fc2, prefix + "w3": torch.cat([bias1, bias2], dim=1).unsqueeze(1)}
+        ours |= {prefix + "w1": fc1, prefix + "w2": fc2, prefix + "w3": pack_biases(bias1, bias2)}
     return _reshaped(ours, (1,))
 
 
@@ -149,11 +150,10 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     _check(state, set(direct) | {prefix + name for prefix in packed for name in ("w1", "w2", "w3")}, set())
     published = {direct.get(name, name): tensor for name, tensor in state.items() if _kept(name, direct)}
     for prefix, experts in packed.items():
-        w1, w2, w3 = (state[prefix + name] for name in ("w1", "w2", "w3"))
-        hidden = w1.shape[1]
+        fc1, fc2 = state[prefix + "w1"], state[prefix + "w2"]
+        parts = (fc1, fc2, *split_biases(state[prefix + "w3"], fc1.shape[1]))
         for index, expert in enumerate(experts):
-            parts = (w1[index], w2[index], w3[index, 0, :hidden], w3[index, 0, hidden:])
-            published |= {expert + name: part.clone() for name, part in zip(_EXPERT, parts, strict=True)}
+            published |= {expert + name: part[index].clone() for name, part in zip(_EXPERT, parts, strict=True)}
     return _reshaped(published, ()) | position_ids(config)
 
 

@@ -50,7 +50,7 @@ def _one_run(ep_size: int, stage: int) -> dict[str, Any]:
     distributed.check_world(ep_size, EXPERTS)
     task = setup.build_task(config, _Tokenizer())  # type: ignore[arg-type]
     settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, WORLD)
-    experts = task.backbone.moe_layers()[0].experts.w1.detach().clone()
+    experts = task.backbone.moe_layers()[0].experts.fc1_weight.detach().clone()
     zero = Zero(stage, WORLD, ep_size, 2, 2, settings["zero_optimization"], whole_buffers=True)
     planned = [group.partition for group in groups_of(task, config.optimizer, zero)]
     made = _count_new_groups()

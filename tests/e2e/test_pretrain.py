@@ -83,7 +83,7 @@ def test_the_model_folder_loads_without_a_process_group(straight: Path) -> None:
     from eve_ds.tasks import load_task_model
 
     model = load_task_model("pretrain", straight)
-    assert model.backbone.moe_layers()[0].experts.w1.shape == (4, 64, 32)  # the experts of both ranks
+    assert model.backbone.moe_layers()[0].experts.fc1_weight.shape == (4, 64, 32)  # the experts of both ranks
     output = model.backbone(images=torch.zeros(1, 3, 32, 32), text_ids=torch.tensor([[2, 7, 3]]))
     assert output.hidden.shape == (1, 1 + 16 + 3, 32)
 

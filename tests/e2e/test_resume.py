@@ -124,7 +124,7 @@ def test_zero_3_evaluates_shows_samples_and_exports(straight: Path, by_two_again
     samples, expected = (json.loads((run / "samples" / "samples.json").read_text()) for run in (by_two_again, straight))
     assert samples["words"] == expected["words"] and len(samples["images"]) == len(expected["images"]) > 0
     model = load_task_model("pretrain", by_two_again)
-    assert model.backbone.moe_layers()[0].experts.w1.shape == (4, 64, 32)  # the experts of both ranks
+    assert model.backbone.moe_layers()[0].experts.fc1_weight.shape == (4, 64, 32)  # the experts of both ranks
     assert bool(torch.isfinite(model.backbone(images=torch.zeros(1, 3, 32, 32)).hidden).all())
 
 

@@ -1,4 +1,4 @@
-"""Spreading and combining rows, against a product with a matrix of zeros and ones in float64.
+"""Permuting and combining rows, against a product with a matrix of zeros and ones in float64.
 
 tests/e2e/test_triton.py runs this file again with TRITON_INTERPRET=1, where the Triton kernels serve CPU tensors.
 """
@@ -14,48 +14,48 @@ from eve_ds.kernels.choices import triton_is_interpreted
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}
-SHAPES = [(5, 2, 40, 3), (0, 2, 8, 0), (3, 1, 300, 0), (3, 3, 257, 0), (1, 1, 1, 2)]  # tokens, k, dim, empty slots
+SHAPES = [(5, 2, 40, 3), (0, 2, 8, 0), (3, 1, 300, 0), (3, 3, 257, 0), (1, 1, 1, 2)]  # tokens, k, dim, padding rows
 
 
-def layout(tokens: int, top_k: int, empty: int, device: str) -> tuple[Tensor, Tensor]:
-    """A random (order [P], inverse [R]) with ``empty`` slots at random places."""
+def layout(tokens: int, top_k: int, padding: int, device: str) -> tuple[Tensor, Tensor]:
+    """A random (order [P], inverse [R]) with ``padding`` padding rows at random places."""
     rows = tokens * top_k
-    inverse = torch.randperm(rows + empty)[:rows].sort().values[torch.randperm(rows)]
-    order = torch.full((rows + empty,), rows)
+    inverse = torch.randperm(rows + padding)[:rows].sort().values[torch.randperm(rows)]
+    order = torch.full((rows + padding,), rows)
     order[inverse] = torch.arange(rows)
     return order.to(device), inverse.to(device)
 
 
 def membership(order: Tensor, tokens: int, top_k: int) -> Tensor:
-    """[P, R] float64: 1 where a slot holds a choice."""
+    """[P, R] float64: 1 where a row holds a choice."""
     return torch.nn.functional.one_hot(order.cpu(), tokens * top_k + 1)[:, :-1].double()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "top_k", "dim", "empty"), SHAPES)
-def test_spread(tokens: int, top_k: int, dim: int, empty: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("tokens", "top_k", "dim", "padding"), SHAPES)
+def test_permute(tokens: int, top_k: int, dim: int, padding: int, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
-    order, inverse = layout(tokens, top_k, empty, device)
+    order, inverse = layout(tokens, top_k, padding, device)
     x = torch.randn(tokens, dim, dtype=dtype, device=device, requires_grad=True)
-    slots = permute.spread(x, order, inverse, top_k)
-    gradient = torch.randn_like(slots)
-    slots.backward(gradient)
+    rows = permute.permute(x, order, inverse, top_k)
+    gradient = torch.randn_like(rows)
+    rows.backward(gradient)
     member = membership(order, tokens, top_k)
     taken = member.sum(1).bool()
     repeated = x.detach().cpu().double().repeat_interleave(top_k, dim=0)
-    torch.testing.assert_close(slots.detach().cpu().double()[taken], (member @ repeated)[taken], rtol=0, atol=0)
-    assert slots.isfinite().all() and slots.dtype == dtype
+    torch.testing.assert_close(rows.detach().cpu().double()[taken], (member @ repeated)[taken], rtol=0, atol=0)
+    assert rows.isfinite().all() and rows.dtype == dtype
     dx = (member.t() @ gradient.cpu().double()).unflatten(0, (tokens, top_k)).sum(1)
     torch.testing.assert_close(x.grad.cpu().double(), dx, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "top_k", "dim", "empty"), SHAPES)
-def test_combine(tokens: int, top_k: int, dim: int, empty: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize(("tokens", "top_k", "dim", "padding"), SHAPES)
+def test_combine(tokens: int, top_k: int, dim: int, padding: int, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
-    order, inverse = layout(tokens, top_k, empty, device)
+    order, inverse = layout(tokens, top_k, padding, device)
     y = torch.randn(order.numel(), dim, dtype=dtype, device=device, requires_grad=True)
     weights = torch.rand(tokens, top_k, dtype=dtype, device=device, requires_grad=True)
     out = permute.combine(y, weights, order, inverse)
@@ -74,15 +74,15 @@ def test_combine(tokens: int, top_k: int, dim: int, empty: int, dtype: torch.dty
     assert out.dtype == y.grad.dtype == weights.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("empty", [0, 2])
-def test_numeric_gradients(empty: int) -> None:
+@pytest.mark.parametrize("padding", [0, 2])
+def test_numeric_gradients(padding: int) -> None:
     torch.manual_seed(0)
-    order, inverse = layout(2, 2, empty, "cpu")
+    order, inverse = layout(2, 2, padding, "cpu")
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(4 + empty, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(4 + padding, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 2, dtype=torch.float64, requires_grad=True)
     taken = order < 4
-    assert torch.autograd.gradcheck(lambda x: permute.spread(x, order, inverse, 2)[taken], (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: permute.permute(x, order, inverse, 2)[taken], (x,), fast_mode=True)
     assert torch.autograd.gradcheck(lambda y, w: permute.combine(y, w, order, inverse), (y, weights), fast_mode=True)
 
 
@@ -97,7 +97,7 @@ def test_rows_of_no_expert_add_nothing() -> None:
 def test_strided_inputs() -> None:
     order, inverse = layout(4, 2, 0, "cpu")
     x, y, weights = torch.randn(6, 4).t(), torch.randn(6, 8).t(), torch.rand(2, 4).t()
-    assert torch.equal(permute.spread(x, order, inverse, 2), permute.spread(x.contiguous(), order, inverse, 2))
+    assert torch.equal(permute.permute(x, order, inverse, 2), permute.permute(x.contiguous(), order, inverse, 2))
     straight = permute.combine(y.contiguous(), weights.contiguous(), order, inverse)
     assert torch.equal(permute.combine(y, weights, order, inverse), straight)
 
@@ -115,6 +115,6 @@ def test_on_the_meta_device() -> None:
     order, inverse = torch.empty(6, dtype=torch.int64, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
     x = torch.empty(3, 4, device="meta", requires_grad=True)
     weights = torch.empty(3, 2, device="meta", requires_grad=True)
-    out = permute.combine(permute.spread(x, order, inverse, 2), weights, order, inverse)
+    out = permute.combine(permute.permute(x, order, inverse, 2), weights, order, inverse)
     out.sum().backward()
     assert out.shape == x.grad.shape == (3, 4) and x.grad.is_meta

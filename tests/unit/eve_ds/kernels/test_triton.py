@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from eve_ds.kernels import group_bias_triton, permute_triton
 
-INTEGERS = dict.fromkeys(["dim", "num_rows", "width", "bias_stride", "groups"], "i32")
+INTEGERS = dict.fromkeys(["dim", "num_choices", "width", "bias_stride", "groups"], "i32")
 INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}
 CONSTANTS: dict[str, Any] = {"TOP_K": 2, "WEIGH": True, "SUM_IN": tl.float32, "BLOCK": 256, "GROUPS": 32}
 

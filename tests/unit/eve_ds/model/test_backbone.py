@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_model() -> None:
     first, second = make().state_dict(), make().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     layers = [block.moe for block in make().blocks if isinstance(block, SoftBlock)]
-    assert not torch.equal(layers[0].experts.w1, layers[1].experts.w1)
+    assert not torch.equal(layers[0].experts.fc1_weight, layers[1].experts.fc1_weight)
 
 
 def test_empty_batch() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eve_ds.kernels.mlp import ACTIVATIONS
 from eve_ds.kernels.permute import Layout
-from eve_ds.model.experts import Experts
+from eve_ds.model.experts import Experts, pack_biases
 
 
 def as_they_lie(rows: int, counts: list[int]) -> Layout:
@@ -19,11 +19,10 @@ def as_they_lie(rows: int, counts: list[int]) -> Layout:
 
 def one_by_one(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
     """Rows beyond the counts come out as zeros."""
-    parts, hidden = [], experts.w1.shape[1]
+    parts = []
     for index, part in enumerate(rows.split([*counts, len(rows) - sum(counts)])[:-1]):
-        bias = experts.w3[index, 0]
-        inner = ACTIVATIONS[experts.activation](part @ experts.w1[index].t() + bias[:hidden])
-        parts.append(inner @ experts.w2[index].t() + bias[hidden:])
+        inner = ACTIVATIONS[experts.activation](part @ experts.fc1_weight[index].t() + experts.fc1_bias[index])
+        parts.append(inner @ experts.fc2_weight[index].t() + experts.fc2_bias[index])
     return torch.cat([*parts, torch.zeros_like(rows[sum(counts) :])])
 
 
@@ -37,7 +36,8 @@ def test_outputs_and_gradients(counts: list[int], surplus: int, activation: str)
     torch.manual_seed(0)
     experts = Experts(4, 6, len(counts), activation, seed=1).double()
     with torch.no_grad():
-        experts.w3.normal_()
+        experts.fc1_bias.normal_()
+        experts.fc2_bias.normal_()
     rows = torch.randn(sum(counts) + surplus, 4, dtype=torch.float64, requires_grad=True)
     inputs = (rows, *experts.parameters())
     ours, theirs = experts(rows, None, as_they_lie(len(rows), counts)), one_by_one(experts, rows, counts)
@@ -51,11 +51,28 @@ def test_outputs_and_gradients(counts: list[int], surplus: int, activation: str)
 
 def test_first_values_depend_on_seed_and_global_index_alone() -> None:
     whole, half = Experts(4, 6, 8, "gelu", seed=3), Experts(4, 6, 4, "gelu", seed=3, first=4)
-    assert torch.equal(whole.w1[4:], half.w1) and torch.equal(whole.w2[4:], half.w2)
-    assert not torch.equal(whole.w1[0], whole.w1[1])
-    assert not torch.equal(Experts(4, 6, 8, "gelu", seed=4).w1, whole.w1)
-    assert 0.015 < Experts(64, 64, 1, "gelu", seed=3).w1.std() < 0.025
-    assert not whole.w3.any()
+    assert torch.equal(whole.fc1_weight[4:], half.fc1_weight) and torch.equal(whole.fc2_weight[4:], half.fc2_weight)
+    assert not torch.equal(whole.fc1_weight[0], whole.fc1_weight[1])
+    assert not torch.equal(Experts(4, 6, 8, "gelu", seed=4).fc1_weight, whole.fc1_weight)
+    assert 0.015 < Experts(64, 64, 1, "gelu", seed=3).fc1_weight.std() < 0.025
+    assert not whole.fc1_bias.any() and not whole.fc2_bias.any()
+
+
+def test_std_scales_the_same_draws() -> None:
+    """Bit for bit what scaling the default values gives: recipes of other deviations keep their initial weights."""
+    wide, default = (Experts(4, 6, 2, "gelu", seed=3, **{"std": std} if std else {}) for std in (0.17, None))
+    assert torch.equal(wide.fc1_weight, default.fc1_weight * (0.17 / 0.02))
+    assert torch.equal(wide.fc2_weight, default.fc2_weight * (0.17 / 0.02))
+
+
+def test_parameters_have_the_names_that_deepspeed_saves() -> None:
+    experts = Experts(4, 6, 2, "gelu", seed=3)
+    assert {name: tuple(p.shape) for name, p in experts.named_parameters()} == {
+        "w1": (2, 6, 4), "w2": (2, 4, 6), "w3": (2, 1, 10),
+    }  # fmt: skip
+    biases = experts.fc1_bias, experts.fc2_bias
+    assert [tuple(bias.shape) for bias in biases] == [(2, 6), (2, 4)]
+    assert torch.equal(pack_biases(*biases), experts.w3)
 
 
 def test_first_values_leave_the_global_generator_alone() -> None:
@@ -72,4 +89,4 @@ def test_dtype_is_kept(dtype: torch.dtype) -> None:
     rows = torch.randn(5, 4, dtype=dtype, requires_grad=True)
     out = experts(rows, None, as_they_lie(5, [2, 3]))
     out.sum().backward()
-    assert out.dtype == rows.grad.dtype == experts.w1.grad.dtype == dtype
+    assert out.dtype == rows.grad.dtype == experts.fc1_weight.grad.dtype == dtype

@@ -24,7 +24,6 @@ def layer(num_experts: int, top_k: int, **options: object) -> MoE:
 def token_by_token(moe: MoE, x: Tensor, modality: Tensor, valid: Tensor) -> Tensor:
     """What the layer means, in the plainest form (dropless)."""
     vectors = torch.stack([moe.image_vector, moe.text_vector])
-    hidden = moe.experts.w1.shape[1]
     out = torch.zeros_like(x)
     for sample in range(x.shape[0]):
         for token in range(x.shape[1]):
@@ -36,10 +35,9 @@ def token_by_token(moe: MoE, x: Tensor, modality: Tensor, valid: Tensor) -> Tens
             weights = (chosen / chosen.sum() if moe.top_k > 1 else chosen).to(x.dtype)
             into = seen if moe.modality_to_experts else x[sample, token]
             for weight, expert in zip(weights, experts, strict=True):
-                bias = moe.experts.w3[expert, 0]
-                inner = into @ moe.experts.w1[expert].t() + bias[:hidden]
+                inner = into @ moe.experts.fc1_weight[expert].t() + moe.experts.fc1_bias[expert]
                 inner = inner * torch.sigmoid(1.702 * inner)
-                outer = inner @ moe.experts.w2[expert].t() + bias[hidden:]
+                outer = inner @ moe.experts.fc2_weight[expert].t() + moe.experts.fc2_bias[expert]
                 out[sample, token] = out[sample, token] + weight * outer
     return out
 
@@ -121,7 +119,7 @@ def test_local_experts_are_a_slice_of_all() -> None:
 
     whole, part = build(), build(ep_size=4, ep_rank=2)
     assert part.num_local_experts == 2
-    assert torch.equal(part.experts.w1, whole.experts.w1[4:6])
+    assert torch.equal(part.experts.fc1_weight, whole.experts.fc1_weight[4:6])
     assert torch.equal(part.router.weight, whole.router.weight)
     assert torch.equal(part.text_vector, whole.text_vector)
 
