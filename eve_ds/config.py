@@ -16,7 +16,6 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from eve_ds.data.data_config import MOST_SECONDS, DataConfig
-from eve_ds.errors import UserError
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.option_errors import (
     as_one_line,
@@ -39,7 +38,7 @@ from eve_ds.recipes import (
 from eve_ds.tasks.masked import ObjectiveConfig
 from eve_ds.tasks.registry import finetune_spec, pretrain_spec
 from eve_ds.tasks.spec import FinetuneObjective, FinetuneSpec, PretrainSpec
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 
 def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
@@ -298,7 +297,7 @@ def parse(
     try:
         config.model.check()
         config.data.check()
-    except (ValueError, DataError) as error:
+    except (ValueError, UserError) as error:
         raise UserError(str(error)) from error
     config.optimizer.check()
     config.engine.check()

@@ -19,14 +19,8 @@ from evaluation.common import InputError
 from eve_ds.data.worker import explain_worker_death
 from eve_ds.launched import launched_rank
 from eve_ds.logs import setup_logging
-from eve_ds.model.model_config import ModelConfigError
-from eve_ds.weights.errors import WeightsError
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.redaction import printable
-
-
-class UserError(ValueError):
-    """Bad usage or bad input. The message is one line that names the file, row or option, and what to do."""
 
 
 class RankError(UserError):
@@ -63,7 +57,7 @@ RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks regist
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 finish_together: list[Callable[[], object]] = []  # calls at exit that wait for all ranks; skipped after a failure
-USER_ERRORS = (UserError, DataError, InputError, ModelConfigError, WeightsError)
+USER_ERRORS = (UserError, InputError)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

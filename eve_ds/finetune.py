@@ -11,8 +11,9 @@ from pathlib import Path
 from eve_ds.config import FinetuneConfig, parse
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.signals import StopRequest
-from eve_ds.errors import STOPPED, UserError, run_command
+from eve_ds.errors import STOPPED, run_command
 from eve_ds.finetune_options import expand_options, help_text
+from preprocessing.errors import UserError
 
 
 def main() -> int:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds import config as config_tree
-from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.option_errors import join_negative_numbers, one_line
 from eve_ds.recipes import has_type, hint_of, parse_value, read_yaml, split_options, type_errors
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 VALUE_OPTIONS = {
     "checkpoint": ("init_from", "weights to start from: a run folder, a model folder or a file"),
@@ -91,7 +90,7 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     elif branch or start:
         try:
             files = ModelFolder.checkpoint(branch) if branch else ModelFolder.find(start or "", unfinished=True)
-        except DataError:
+        except UserError:
             if not run or not checkpoints(Path(run)):
                 raise
             files = ModelFolder.checkpoint(run)

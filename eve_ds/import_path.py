@@ -6,7 +6,7 @@ import importlib
 import traceback
 from typing import Any
 
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 
 def import_object(path: str, option: str = "") -> Any:

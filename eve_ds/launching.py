@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 from eve_ds.engine.signals import SIGNALS
-from eve_ds.errors import RANKS, STOPPED, UserError, run_command
+from eve_ds.errors import RANKS, STOPPED, run_command
+from preprocessing.errors import UserError
 from preprocessing.redaction import without_secrets
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)

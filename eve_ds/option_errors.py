@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from eve_ds.errors import UserError
 from eve_ds.recipes import (
     MAX_DEPTH,
     check_keys,
@@ -28,6 +27,7 @@ from eve_ds.recipes import (
     suggest_key,
     type_errors,
 )
+from preprocessing.errors import UserError
 from preprocessing.redaction import shortened, without_secrets
 
 # Type in a message of jsonargparse -> description; the first match is used.

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened
 

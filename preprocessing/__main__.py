@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from preprocessing.commands import duplicates, inspect, tokenizer_command, verify
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import replace_surrogates
 from preprocessing.redaction import printable
 from preprocessing.running.pool import run_under_mpi, started_by_mpi
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         return run_under_mpi(lambda: _run(arguments)) if started_by_mpi() else _run(arguments)
-    except DataError as error:
+    except UserError as error:
         print(f"preprocessing: {printable(str(error))}", file=sys.stderr)
         return 2
 
@@ -85,12 +85,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         for option in ("out", "images"):
             if getattr(args, option, None) == "":  # pathlib would take it for the current folder
-                raise DataError(f"--{option}: is empty; name a folder")
+                raise UserError(f"--{option}: is empty; name a folder")
         return known[args.command][0].run(args) or 0
     except BrokenPipeError:  # of `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         what = _line_of(error) if isinstance(error, OSError) else error
         print(f"preprocessing {args.command}: {printable(str(what))}", file=sys.stderr)
         return 2
@@ -99,17 +99,17 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _own_source(name: str) -> ModuleType:
-    """The module of that import path. Raises DataError when it cannot be imported, or is no converter."""
+    """The module of that import path. Raises UserError when it cannot be imported, or is no converter."""
     try:
         module = importlib.import_module(name)
     except (ImportError, SyntaxError, TypeError) as error:  # TypeError: a path that begins with a dot
-        raise DataError(
+        raise UserError(
             f"{name}: cannot be imported ({error}); name a module below this folder or on PYTHONPATH as Python imports "
             "it, as in my_package.my_source"
         ) from None
     missing = [function for function in ("add_arguments", "run") if not callable(getattr(module, function, None))]
     if missing:
-        raise DataError(f"{name}: has no function {' and no '.join(missing)}; docs/extending.md says what a source has")
+        raise UserError(f"{name}: has no function {' and no '.join(missing)}; docs/extending.md says what a source has")
     return module
 
 
@@ -120,10 +120,10 @@ def _line_of(error: OSError) -> str:
 
 
 def _check_text(words: Sequence[str]) -> None:
-    """Raise DataError for a word that is not UTF-8: the provenance file, which is UTF-8, records the command."""
+    """Raise UserError for a word that is not UTF-8: the provenance file, which is UTF-8, records the command."""
     for word in words:
         if replace_surrogates(word) != word:
-            raise DataError(f"{word!r}: is not UTF-8 text; write it in UTF-8, or give the file another name")
+            raise UserError(f"{word!r}: is not UTF-8 text; write it in UTF-8, or give the file another name")
 
 
 _Raw = argparse.RawDescriptionHelpFormatter

@@ -6,13 +6,13 @@ import secrets
 import stat
 from pathlib import Path
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # opened by the shell, so there is a writer at the other end
 
 
 def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:
-    """Raise DataError where `path` is a pipe, a socket or a device: reading one may block or never end.
+    """Raise UserError where `path` is a pipe, a socket or a device: reading one may block or never end.
 
     With `streams`, pipes that the shell has opened, as in `<(command)`, are accepted; they can be read once. A missing
     file is no error here.
@@ -23,20 +23,20 @@ def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:
         return
     stream = streams and stat.S_ISFIFO(mode) and os.fspath(path).startswith(_STREAMS)
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stream):
-        raise DataError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
+        raise UserError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:
     """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
 
     With `sync`, content and name are on disk on return. Without it, `path` is whole when this process is killed, but
-    may hold a part when the machine loses power. Raises DataError when the folder cannot be made or written, and when
+    may hold a part when the machine loses power. Raises UserError when the folder cannot be made or written, and when
     `path` exists and is no regular file: a rename over a device such as /dev/null would replace the device.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise DataError(f"{path}: is no regular file; name another one")
+            raise UserError(f"{path}: is no regular file; name another one")
         make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         # Not mkstemp, whose files are private: the umask decides who may read.
@@ -54,7 +54,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True
         if sync:
             sync_path(path.parent)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
 
 
 def make_folder(path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.trainer import Trainer
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 
 class EMA(Callback):

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from eve_ds.data.samples import Samples
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.decoders import WordDecoder
 from eve_ds.tasks import Objective, PretrainSpec, Task, TaskOutput
 from eve_ds.tasks.base import Batch, global_counts, valid_rows
 from eve_ds.tasks.masking import choose_words, masked_words
 from eve_ds.tasks.spec import HeldOutExamples
+from preprocessing.errors import UserError
 
 
 @dataclass

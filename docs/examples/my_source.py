@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input; main() prints it and ends with exit code 2."""
+    """Convert one split. Raises UserError on bad input; main() prints it and ends with exit code 2."""
     check_common_arguments(args, "caption")
     catalog = place(args.catalog)  # a local path or a URI
     images, excluded, cleaning = ImageFolder(args.images), excluded_images(args), text_cleaning(args)

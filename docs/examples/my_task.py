@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.data.samples import CaptionSamples, Key, Sample
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import FinetuneSpec, Objective, Task, TaskOutput
@@ -32,6 +31,7 @@ from eve_ds.tasks.base import (
 )
 from eve_ds.tasks.examples import Thumbnails, evenly_spaced
 from eve_ds.tasks.spec import Arrays
+from preprocessing.errors import UserError
 
 COLORS = ("red", "green", "blue", "yellow")
 COLOR = re.compile(rf"\b({'|'.join(COLORS)})\b")

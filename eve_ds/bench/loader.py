@@ -18,7 +18,7 @@ from eve_ds.bench.benchmark import Benchmark, Column, Row
 from eve_ds.bench.loader_baselines import RATE, Images
 from eve_ds.bench.loader_images import ABOUT, SIZE
 from eve_ds.bench.loader_process import ROOT, JobError, JobProcess, Settings
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 BASELINES = {"webdataset": "WebDataset", "streaming": "Streaming", "datasets": "Datasets"}
 CONTROL = "bare_in_bench_environment"  # the bare loop in that environment: a control that both decode equally fast

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eve_ds.bench.timing import Candidate
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 
 def use_all_cores(threads: int | None) -> None:

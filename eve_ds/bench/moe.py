@@ -20,8 +20,8 @@ from eve_ds.bench.machine import choose_device
 from eve_ds.bench.references import DeepSpeedMoE, einsum_moe
 from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
 from eve_ds.engine.precision import best_precision
-from eve_ds.errors import UserError
 from eve_ds.model.moe import IMAGE, TEXT, MoE
+from preprocessing.errors import UserError
 
 RIVALS: dict[str, Callable[[MoE], nn.Module]] = {"einsum": einsum_moe, "deepspeed": DeepSpeedMoE}
 PAIR_TOKENS, IMAGE_TOKENS = 237, 197  # of an EVE-Base pair: class token and 196 patches, then 40 of text

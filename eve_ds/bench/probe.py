@@ -28,11 +28,11 @@ from eve_ds.data.collate import collate
 from eve_ds.data.samples import CaptionImages
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.embeddings import patches
 from eve_ds.tasks import load_task_model
 from eve_ds.tasks.base import joint_first_text
+from preprocessing.errors import UserError
 from preprocessing.shapes.scenes import GRID, Scene
 from preprocessing.text.tokenizer import Tokenizer
 

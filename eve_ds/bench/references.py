@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eve_ds.errors import UserError
 from eve_ds.model.attention import Attention
 from eve_ds.model.moe import MoE
+from preprocessing.errors import UserError
 
 EINSUM_FILE = Path(__file__).resolve().parents[2] / "tests" / "support" / "einsum_moe.py"
 

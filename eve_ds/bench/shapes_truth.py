@@ -8,9 +8,8 @@ from jsonargparse import ArgumentParser
 
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit
-from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import CONFIG, ModelFolder
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.redaction import shortened
 from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.scenes import Scene, read_scenes
@@ -47,11 +46,11 @@ def scenes_of_rows(split: AnySplit, count: int, folder: str, name: str) -> tuple
     Returns:
         (order in which captions name objects, one of ORDERS; scenes).
     Raises:
-        DataError: as ``read_scenes``; or an image has no scene in the file, or its first caption does not fit the scene
+        UserError: as ``read_scenes``; or an image has no scene in the file, or its first caption does not fit the scene
             (the file belongs to another world with the same image ids).
     """
     if Path(folder).is_file():
-        raise DataError(f"--scenes {folder}: is a file; name its folder")
+        raise UserError(f"--scenes {folder}: is a file; name its folder")
     path = Path(folder) / f"scenes_{name}2014.json"
     order, read = read_scenes(path)
     scenes = {str(image_id): scene for image_id, scene in read.items()}  # str, as in the shards
@@ -60,12 +59,12 @@ def scenes_of_rows(split: AnySplit, count: int, folder: str, name: str) -> tuple
         row = split.row(index)
         scene = scenes.get(_image_id(row))
         if scene is None:
-            raise DataError(
+            raise UserError(
                 f"{row.where}: image_id {_image_id(row)!r} is not in {path}; name the right folder with --scenes"
             )
         caption = str(row.item("caption", 0))
         if caption not in wordings(scene, order):
-            raise DataError(
+            raise UserError(
                 f"{row.where}: its caption {shortened(repr(caption))} does not fit image {_image_id(row)} of {path}; "
                 "name the scene files of the same world with --scenes"
             )
@@ -75,5 +74,5 @@ def scenes_of_rows(split: AnySplit, count: int, folder: str, name: str) -> tuple
 
 def _image_id(row: Row) -> str:
     if "image_id" not in row.batch.schema.names:
-        raise DataError(f"{row.where}: has no column 'image_id'; convert it with `python -m preprocessing coco`")
+        raise UserError(f"{row.where}: has no column 'image_id'; convert it with `python -m preprocessing coco`")
     return str(row.value("image_id"))

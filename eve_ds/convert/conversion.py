@@ -12,7 +12,6 @@ import yaml
 from torch import Tensor
 
 from eve_ds import config as config_tree
-from eve_ds.errors import UserError
 from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
@@ -20,7 +19,6 @@ from eve_ds.recipes import RECIPES, find_recipe, read_run_config, read_yaml, sug
 from eve_ds.tasks.load_task import build_for
 from eve_ds.tasks.registry import BY_NAME, find_spec
 from eve_ds.weights.beit import fill_from_beit
-from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import write_hashes
 from eve_ds.weights.load import check_fit, load_weights
 from eve_ds.weights.model_folder import (
@@ -36,6 +34,7 @@ from eve_ds.weights.model_folder import (
 from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
+from preprocessing.errors import UserError, listed
 from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer
@@ -74,8 +73,8 @@ def published_to_folder(
     model = _given_config(state, vlmo_config, config)
     try:
         ours = from_published(state, model)
-    except WeightsError as error:
-        raise WeightsError(f"--checkpoint {source}: {error}") from error
+    except UserError as error:
+        raise UserError(f"--checkpoint {source}: {error}") from error
     files = ModelFolder(source, find_recipe(config) if config else None, None)
     tree: dict[str, Any] = {"model": dataclasses.asdict(model)}
     tasks = _tasks_of(ours, model, files)
@@ -183,8 +182,8 @@ def beit_to_folder(
     backbone = Backbone(model)
     try:
         origins = fill_from_beit(backbone, state)
-    except WeightsError as error:
-        raise WeightsError(f"--checkpoint {source}: {error}") from error
+    except UserError as error:
+        raise UserError(f"--checkpoint {source}: {error}") from error
     ours = {PREFIX + name: value for name, value in backbone.state_dict().items()}
     _write_folder(target, ours, yaml.safe_dump({"model": dataclasses.asdict(model)}, sort_keys=False), tokenizer)
     print("\n".join(map(printable, origins.lines())))
@@ -231,7 +230,7 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
     """The tasks whose complete heads are in a state with EVE-DS names.
 
     Raises:
-        WeightsError: the backbone does not fit the model, or names belong to no such head (all are listed).
+        UserError: the backbone does not fit the model, or names belong to no such head (all are listed).
     """
     _check_backbone(state, model, files.weights)
     unplaced = {name for name in state if not name.startswith(PREFIX)}
@@ -242,14 +241,14 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
         with torch.device("meta"):
             try:
                 own = build_for(spec, Backbone(model), state, files).state_dict()
-            except WeightsError:
+            except UserError:
                 continue
         heads = {name: value for name, value in own.items() if not name.startswith(PREFIX)}
         if all(name in state and state[name].shape == value.shape for name, value in heads.items()):
             tasks.append(task)
             unplaced -= heads.keys()
     if unplaced:
-        raise WeightsError(
+        raise UserError(
             f"--checkpoint {files.weights}: not part of the model or of a complete head for {', '.join(BY_NAME)}:"
             f" {listed(unplaced)}; leave them out with --drop, or give the --config of their run"
         )

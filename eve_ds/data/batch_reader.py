@@ -12,7 +12,7 @@ from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.sampler import MicroBatchIndices
 from eve_ds.data.samples import Key, Sample, Samples
 from eve_ds.data.shards import RowError
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 # The number of following samples that are tried after a corrupt one; more corrupt rows than this mean a broken shard.
 MAX_NEIGHBORS = 100
@@ -40,7 +40,7 @@ class LoadedBatch:
         arrays: the output of ``collate.stack``, without the images that lie in a slot.
         slot: slot of ``SharedImages`` with the images; None if they are in ``arrays``.
         replaced: the corrupt samples.
-        failure: message of a DataError, which takes the place of the data. It travels as text because torch would
+        failure: message of a UserError, which takes the place of the data. It travels as text because torch would
             wrap the exception into a page of traceback.
     """
 
@@ -64,7 +64,7 @@ class SharedImages:
         batch_size: maximum number of samples in a micro-batch.
         image_size: side of an image, pixels.
     Raises:
-        DataError: the memory cannot be allocated.
+        UserError: the memory cannot be allocated.
     """
 
     def __init__(self, slots: int, names: tuple[str, ...], batch_size: int, image_size: int) -> None:
@@ -74,7 +74,7 @@ class SharedImages:
         try:
             memory = mmap.mmap(-1, max(size, 1))
         except OSError as error:
-            raise DataError(
+            raise UserError(
                 f"data.num_workers: no shared memory for {slots} micro-batches, {size >> 20} MiB ({error.strerror}); "
                 "lower data.num_workers or engine.micro_batch_size"
             ) from None
@@ -127,7 +127,7 @@ class BatchReader:
                 if self.images is not None and slot is not None:
                     sample = self.images.write(slot, index, sample)
                 samples.append(sample)
-        except DataError as error:
+        except UserError as error:
             return LoadedBatch(indices, {}, failure=str(error))
         arrays = stack(samples, self.dataset.pad_id, self.dataset.max_text_length, self.pad_to_multiple)
         if indices.valid is not None:
@@ -159,4 +159,4 @@ class BatchReader:
                 continue
             replaced.append(ReplacedSample(fault.where, f"{fault}; sample {neighbor} replaces sample {sample}"))
             return found
-        raise DataError(f"{fault}; the next {MAX_NEIGHBORS} samples are corrupt, too") from fault
+        raise UserError(f"{fault}; the next {MAX_NEIGHBORS} samples are corrupt, too") from fault

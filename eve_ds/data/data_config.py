@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eve_ds.data.sampler import WINDOW_BLOCKS
 from eve_ds.data.transforms import Augmentation
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
 
 VERIFY = ("background", "full", "off")
@@ -84,32 +84,32 @@ class DataConfig:
         return self.path or (self.sources[0].path if self.sources else "")
 
     def check(self) -> None:
-        """Raise DataError that names the first invalid setting."""
+        """Raise UserError that names the first invalid setting."""
         if self.num_workers < 0:
-            raise DataError(f"data.num_workers={self.num_workers} must be 0 or more")
+            raise UserError(f"data.num_workers={self.num_workers} must be 0 or more")
         if self.timeout_seconds is not None and not 1 <= self.timeout_seconds <= MOST_SECONDS:
-            raise DataError(f"data.timeout_seconds={self.timeout_seconds} must be from 1 to {MOST_SECONDS} (30 days)")
+            raise UserError(f"data.timeout_seconds={self.timeout_seconds} must be from 1 to {MOST_SECONDS} (30 days)")
         if self.shuffle_window and not WINDOW_BLOCKS <= self.shuffle_window <= _MAX_WINDOW:
             bounds = f"must be 0, or at least {WINDOW_BLOCKS} and at most 2**40"
-            raise DataError(f"data.shuffle_window={self.shuffle_window} {bounds}")
+            raise UserError(f"data.shuffle_window={self.shuffle_window} {bounds}")
         if self.verify not in VERIFY:
-            raise DataError(f"data.verify={self.verify}: must be one of {', '.join(VERIFY)}")
+            raise UserError(f"data.verify={self.verify}: must be one of {', '.join(VERIFY)}")
         if not 1 <= self.max_pixels <= PILLOW_PIXELS:
-            raise DataError(f"data.max_pixels={self.max_pixels} must be between 1 and Pillow's limit, {PILLOW_PIXELS}")
+            raise UserError(f"data.max_pixels={self.max_pixels} must be between 1 and Pillow's limit, {PILLOW_PIXELS}")
         if not 0 <= self.max_corrupt < 1:
-            raise DataError(
+            raise UserError(
                 f"data.max_corrupt={self.max_corrupt} is a fraction of the rows: it must be at least 0 and below 1"
             )
         if self.sources is None:
             return
         if not self.sources:
-            raise DataError("data.sources is empty; name a dataset, or leave it null and give data.path")
+            raise UserError("data.sources is empty; name a dataset, or leave it null and give data.path")
         paths = [Path(source.path).resolve() for source in self.sources]
         if len(set(paths)) < len(paths):
             twice = next(path for path in paths if paths.count(path) > 1)
-            raise DataError(f"data.sources names {twice} more than once; name it once, with a larger weight")
+            raise UserError(f"data.sources names {twice} more than once; name it once, with a larger weight")
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
-            raise DataError(f"data.sources: weights are {weights}; give one to every source, or to none")
+            raise UserError(f"data.sources: weights are {weights}; give one to every source, or to none")
         if any(weight is not None and not 0 < weight < math.inf for weight in weights):
-            raise DataError(f"data.sources: weights are {weights}; each must be positive")
+            raise UserError(f"data.sources: weights are {weights}; each must be positive")

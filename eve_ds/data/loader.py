@@ -23,7 +23,7 @@ from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
 from eve_ds.data.worker import JOB_SIGNALS, explain_timeout, explain_worker_death, initialize_worker
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.redaction import printable
 
 # Up to this number of corrupt rows never stop a run that tolerates any: a fraction of few samples means little.
@@ -87,7 +87,7 @@ class Loader:
         try:
             while (batch := self._next(source)) is not None:
                 if batch.failure is not None:
-                    raise DataError(batch.failure)
+                    raise UserError(batch.failure)
                 self._count(batch)
                 arrays = batch.arrays
                 if images is not None and batch.slot is not None:
@@ -104,21 +104,21 @@ class Loader:
             return next(source, None)
         except RuntimeError as error:
             if line := explain_worker_death(error):
-                raise DataError(line) from error
+                raise UserError(line) from error
             if "timed out after" in str(error):
                 workers = multiprocessing.active_children()
                 line = explain_timeout(self._timeout, workers)
                 for worker in workers:  # a stopped process does not handle SIGTERM
                     os.kill(int(worker.pid or os.getpid()), signal.SIGCONT)
-                raise DataError(line) from None
+                raise UserError(line) from None
             raise
         except TimeoutError:
-            raise DataError(explain_timeout(self._timeout, [])) from None
+            raise UserError(explain_timeout(self._timeout, [])) from None
         finally:
             self.wait_seconds += time.perf_counter() - began
 
     def _count(self, batch: LoadedBatch) -> None:
-        """Update the counters; raise DataError when too many of the rows seen so far were corrupt."""
+        """Update the counters; raise UserError when too many of the rows seen so far were corrupt."""
         self.position = batch.indices.end
         sources = np.searchsorted(self._ends, batch.indices.samples, side="right")
         self.drawn += np.bincount(sources, minlength=len(self.drawn))
@@ -129,7 +129,7 @@ class Loader:
         self._corrupt_rows |= {each.where for each in new}
         seen = min(int(self.drawn.sum()), len(self.dataset))
         if new and len(self._corrupt_rows) > max(TOLERATED_CORRUPT_ROWS, self._max_corrupt * seen):
-            raise DataError(
+            raise UserError(
                 f"{len(self._corrupt_rows)} corrupt rows among {seen} samples, more than data.max_corrupt="
                 f"{self._max_corrupt:g}; `python -m preprocessing verify` lists them; the last one: {new[-1].message}"
             )
@@ -170,7 +170,7 @@ class Loader:
                 )
             )
         except OSError as error:  # semaphores lie in /dev/shm; processes and descriptors may be limited
-            raise DataError(
+            raise UserError(
                 f"data.num_workers={self._num_workers}: the processes cannot be started ({error.strerror}); free or "
                 "enlarge /dev/shm, raise `ulimit -n` and `ulimit -u`, or lower data.num_workers"
             ) from error
@@ -236,7 +236,7 @@ def build_loader(
             replaces a corrupt one. 0 stops at the first corrupt row, as evaluation always does.
         timeout: maximum seconds to wait for a batch.
     Raises:
-        DataError: more ranks x workers than rows. While iterating: a shard or row that cannot be read (named in the
+        UserError: more ranks x workers than rows. While iterating: a shard or row that cannot be read (named in the
             message), a worker that died, or no batch within ``timeout``.
         ValueError: an argument is outside its range.
     """
@@ -259,10 +259,10 @@ def build_loader(
 
 
 def check_readers(name: str, rows: int, world_size: int, num_workers: int) -> None:
-    """Raise DataError unless each process that reads the data set ``name`` has a row."""
+    """Raise UserError unless each process that reads the data set ``name`` has a row."""
     workers = max(num_workers, 1)
     if world_size * workers > rows:
-        raise DataError(
+        raise UserError(
             f"{name}: {rows} rows are fewer than {world_size} ranks x {workers} workers = {world_size * workers}; use "
             "fewer ranks, lower data.num_workers, or prepare more data"
         )

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
 
 _BATCHES = 64  # record batches of a file whose metadata is cached
@@ -33,7 +33,7 @@ class MappedFile:
         path: the file.
         size: expected size, bytes.
     Raises:
-        DataError: it is missing, of another size, or no Arrow file, or it cannot be opened.
+        UserError: it is missing, of another size, or no Arrow file, or it cannot be opened.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -48,7 +48,7 @@ class MappedFile:
             raise not_arrow_error(path, error) from error
         except OSError as error:
             advice = "raise `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else "check disk and memory"
-            raise DataError(f"{path}: cannot be opened ({error.strerror}); {advice}") from error
+            raise UserError(f"{path}: cannot be opened ({error.strerror}); {advice}") from error
         try:
             mapped.madvise(mmap.MADV_RANDOM)  # no read-ahead around a page
             buffer = pa.py_buffer(mapped)
@@ -73,17 +73,17 @@ class MappedFile:
         return self.reader.get_batch(number) if self._compressed else self._cached_batch(number)
 
     def check(self) -> None:
-        """Raise DataError if the file was deleted, replaced or changed its size."""
+        """Raise UserError if the file was deleted, replaced or changed its size."""
         try:
             found = os.fstat(self._descriptor)  # ten times as fast as os.stat of the path
         except OSError as error:  # from a network file system, after the file was deleted on another host
-            raise DataError(f"{self.path}: {error.strerror}; copy or prepare it again") from error
+            raise UserError(f"{self.path}: {error.strerror}; copy or prepare it again") from error
         if found.st_nlink == 0 or found.st_size != self.size:
             check_size(self.path, self.size)
-            raise DataError(f"{self.path}: was replaced while it was read; start again")
+            raise UserError(f"{self.path}: was replaced while it was read; start again")
 
     def read(self, view: pa.Buffer) -> bytes:
-        """The bytes of ``view``, a buffer of this file. Raises DataError if they cannot be read."""
+        """The bytes of ``view``, a buffer of this file. Raises UserError if they cannot be read."""
         found = self.byte_range(view)
         if found is None:
             return view.to_pybytes()
@@ -91,9 +91,9 @@ class MappedFile:
         try:
             data = os.pread(self._descriptor, end - start, start)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}); copy or prepare it again") from error
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); copy or prepare it again") from error
         if len(data) != end - start:
-            raise DataError(f"{self.path}: ends before byte {end}: truncated; copy or prepare it again")
+            raise UserError(f"{self.path}: ends before byte {end}: truncated; copy or prepare it again")
         return data
 
     def will_need(self, start: int, end: int) -> None:
@@ -141,16 +141,16 @@ def _as_binary(dtype: pa.DataType) -> pa.DataType:
 
 
 def check_size(path: Path, size: int) -> None:
-    """Raise DataError unless ``path`` has ``size`` bytes."""
+    """Raise UserError unless ``path`` has ``size`` bytes."""
     try:
         found = os.stat(path).st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}, but the split lists it; copy or prepare it again") from None
+        raise UserError(f"{path}: {error.strerror}, but the split lists it; copy or prepare it again") from None
     if found != size:
-        raise DataError(f"{path}: {found} bytes, expected {size}: truncated or changed; copy or prepare it again")
+        raise UserError(f"{path}: {found} bytes, expected {size}: truncated or changed; copy or prepare it again")
 
 
-def not_arrow_error(path: Path, error: BaseException) -> DataError:
+def not_arrow_error(path: Path, error: BaseException) -> UserError:
     """The error for a file that pyarrow cannot read."""
     line = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{path}: is not a readable Arrow file ({line}); copy or prepare it again")
+    return UserError(f"{path}: is not a readable Arrow file ({line}); copy or prepare it again")

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.data.shards import Split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
 from preprocessing.shards.id_keys import distinct, ids_of_batch, is_leak, parse_ids
 from preprocessing.shards.schema import ID_COLUMNS, IDS, IMAGE_COLUMNS, SAMPLE_COLUMN
@@ -72,7 +72,7 @@ class SplitIds:
         return f"{ours[0]} and {theirs[0][0]}: {count}, {_named(column, theirs)}"
 
     def check_once(self) -> None:
-        """Raise DataError if a question or a statement occurs twice: a score would count it twice."""
+        """Raise UserError if a question or a statement occurs twice: a score would count it twice."""
         for column in ID_COLUMNS[self.split.kind]:
             if column == "image_id":  # an image may occur again: EVE's scripts write a row per caption or question
                 continue
@@ -83,7 +83,7 @@ class SplitIds:
             if len(twice):
                 found = list(self._find(column, twice))
                 files = " and ".join(dict.fromkeys(str(path) for path, _, _ in found))
-                raise DataError(
+                raise UserError(
                     f"{files}: {len(twice)} {_NOUNS[column]} stand twice in this split, {_named(column, found)}; move "
                     "one of the files away, or prepare the split again"
                 )

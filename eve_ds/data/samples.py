@@ -17,7 +17,7 @@ import numpy as np
 from eve_ds.data.shards import Row, RowError, Split
 from eve_ds.data.sources import AnySplit, JoinedSplit
 from eve_ds.data.transforms import Transform, may_mirror
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class Samples(ABC):
         max_text_length: longest text, tokens, [CLS] and [SEP] included.
         vocab_size: of the model; None if there is none to check against.
     Raises:
-        DataError: the split is broken or of another kind, or the tokenizer has ids beyond the model's vocabulary.
+        UserError: the split is broken or of another kind, or the tokenizer has ids beyond the model's vocabulary.
     """
 
     kind = ""  # of the shards: caption, vqa or nlvr
@@ -67,12 +67,12 @@ class Samples(ABC):
         self.max_text_length = max_text_length
         self._decoded: dict[tuple[Path, int, str], np.ndarray] = {}  # images that will come out the same again
         if self.split.kind != self.kind:
-            raise DataError(
+            raise UserError(
                 f"{self.split.name}: holds {self.split.kind} data, {self.kind} data is needed; prepare it with "
                 "another converter or choose the task that it is for"
             )
         if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-            raise DataError(
+            raise UserError(
                 f"{tokenizer.path or 'tokenizer'}: its token ids go up to {tokenizer.vocab_size - 1}, beyond the "
                 f"model's vocabulary; set model.vocab_size to {tokenizer.vocab_size}, or train a tokenizer of at most "
                 f"{vocab_size} entries"
@@ -133,7 +133,7 @@ class Samples(ABC):
         data = row.blob(column)
         try:
             pixels = self.transform(data, sample_id, mirror, image_number)
-        except DataError as error:
+        except UserError as error:
             raise RowError(row.where, f"{error}; prepare the split again to drop such images") from error
         if not self.transform.is_random and len(self._decoded) * pixels.nbytes < DECODED_BYTES:
             self._decoded[key] = pixels

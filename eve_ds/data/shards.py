@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow_error
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
 
@@ -33,7 +33,7 @@ _OPTIONAL_COLUMNS = ("image_id", "split")
 _READ_AHEAD_GAP = 64 << 10
 
 
-class RowError(DataError):
+class RowError(UserError):
     """One row is corrupt; the other rows of its shard are unaffected.
 
     Args:
@@ -50,7 +50,7 @@ class RowError(DataError):
 class Row:
     """One row of a shard. It keeps the shard mapped, and copies only the cells that are read.
 
-    Its methods raise DataError if the shard was deleted or truncated after it was mapped.
+    Its methods raise UserError if the shard was deleted or truncated after it was mapped.
     """
 
     batch: pa.RecordBatch
@@ -154,7 +154,7 @@ class Split:
         parts: (name, samples) of each source; a split has one.
         manifest: content of the manifest; {} without one.
     Raises:
-        DataError: a shard is missing or its size differs from the manifest, or the split is empty. When a row is read,
+        UserError: a shard is missing or its size differs from the manifest, or the split is empty. When a row is read,
             also: a shard is not Arrow, lacks a column, or its counts differ from the manifest.
     """
 
@@ -179,7 +179,7 @@ class Split:
         self.rows = int(self._first_row[-1])
         self.samples = int(self._first_sample[-1])
         if not self.samples:
-            raise DataError(f"{self.directory}: the split holds no samples; prepare it from data that has some")
+            raise UserError(f"{self.directory}: the split holds no samples; prepare it from data that has some")
         # lru_cache is thread-safe: the prefetching thread and the main thread share it.
         self._open: Callable[[int], MappedFile] = functools.lru_cache(maxsize=open_shards)(self._map)
 
@@ -283,7 +283,7 @@ class Split:
             check_size(shard.path, shard.bytes)
         rows, samples = sum(shard.rows for shard in self._shards), sum(shard.samples for shard in self._shards)
         if (rows, samples) != (manifest["rows"], manifest["samples"]):
-            raise DataError(
+            raise UserError(
                 f"{self.directory}: the manifest counts {manifest['rows']} rows and {manifest['samples']} samples, its "
                 f"shards {rows} and {samples}; prepare the split again"
             )
@@ -295,7 +295,7 @@ class Split:
             file = _open_without_manifest(path)
             kind = _kind(path, file.reader.schema)
             if number and kind != self.kind:
-                raise DataError(
+                raise UserError(
                     f"{path}: is a {kind} shard, {files[0]} a {self.kind} shard; keep them in separate folders"
                 )
             self.kind = kind
@@ -312,7 +312,7 @@ class Split:
         bounds = self._bounds[number]
         found = int(bounds.first_row[-1]), int(bounds.first_sample[-1])
         if found != (shard.rows, shard.samples):
-            raise DataError(
+            raise UserError(
                 f"{shard.path}: {found[0]} rows and {found[1]} samples, the manifest says {shard.rows} and "
                 f"{shard.samples}; copy or prepare it again"
             )
@@ -335,7 +335,7 @@ class Split:
 
 
 def shard_kind(path: Path) -> str:
-    """Kind of a shard without a manifest: "caption", "vqa" or "nlvr". Raises DataError if it is none of these."""
+    """Kind of a shard without a manifest: "caption", "vqa" or "nlvr". Raises UserError if it is none of these."""
     return _kind(path, _open_without_manifest(path).reader.schema)
 
 
@@ -352,7 +352,7 @@ def _open_without_manifest(path: Path) -> MappedFile:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; copy it again") from None
+        raise UserError(f"{path}: {error.strerror}; copy it again") from None
     return MappedFile(path, size)
 
 
@@ -360,7 +360,7 @@ def _kind(path: Path, schema: pa.Schema) -> str:
     for kind, column in (("nlvr", "image_0"), ("vqa", "questions"), ("caption", "caption")):
         if column in schema.names:
             return kind
-    raise DataError(
+    raise UserError(
         f"{path}: has none of the columns caption, questions and image_0, so it is not a shard of EVE-DS; move it away"
     )
 
@@ -368,14 +368,14 @@ def _kind(path: Path, schema: pa.Schema) -> str:
 def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
     for name in KINDS[kind].names:
         if name not in schema.names and name not in _OPTIONAL_COLUMNS:
-            raise DataError(f"{path}: has no column {name!r}, which a {kind} shard needs; prepare it again")
+            raise UserError(f"{path}: has no column {name!r}, which a {kind} shard needs; prepare it again")
     for name in IMAGE_COLUMNS[kind]:
         if not (pa.types.is_binary(schema.field(name).type) or pa.types.is_large_binary(schema.field(name).type)):
-            raise DataError(f"{path}: column {name!r} is {schema.field(name).type}, not binary; prepare it again")
+            raise UserError(f"{path}: column {name!r} is {schema.field(name).type}, not binary; prepare it again")
     found = schema.field(SAMPLE_COLUMN[kind]).type
     lists = pa.types.is_list(found) or pa.types.is_large_list(found)
     if not (lists or pa.types.is_string(found) or pa.types.is_large_string(found)):
-        raise DataError(f"{path}: column {SAMPLE_COLUMN[kind]!r} is {found}, not a string or a list; prepare it again")
+        raise UserError(f"{path}: column {SAMPLE_COLUMN[kind]!r} is {found}, not a string or a list; prepare it again")
 
 
 def _sample_starts(column: pa.Array) -> np.ndarray:

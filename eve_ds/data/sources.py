@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from eve_ds.data.shards import OPEN_SHARDS, Row, Shard, Split, first_row_split, shard_kind
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.shards.schema import MANIFEST
 
 # Split in a file's name -> split of a run. The name of a split is the first of _SPLIT_WORDS in the file's name,
@@ -59,7 +59,7 @@ def open_split(
         kind: without a manifest, read only files of this kind: ViLT keeps all kinds in one folder.
         open_shards: maximum number of mapped shards.
     Raises:
-        DataError: there is no such split, or it is broken (see Split).
+        UserError: there is no such split, or it is broken (see Split).
     """
     folder = Path(root) / split
     if (folder / MANIFEST).is_file():
@@ -68,13 +68,13 @@ def open_split(
     found = _natural(folder.glob("*.arrow") if inside else Path(root).glob("*.arrow"))
     files = found if inside else _files_of(found, split)
     if found and not files and not any(_OURS.fullmatch(path.name) for path in found):
-        raise DataError(
+        raise UserError(
             f"{folder / MANIFEST}: no such file, and no Arrow file in {root} belongs to split {split}: it holds "
             f"{_listed(path.name for path in found)}; to read one of these, give its name without .arrow as the split"
         )
     if not files or any(_OURS.fullmatch(path.name) for path in files):
         if hint := _suggest_folder(Path(root), split):
-            raise DataError(f"{folder / MANIFEST}: no such file; {hint}")
+            raise UserError(f"{folder / MANIFEST}: no such file; {hint}")
         return Split(folder, open_shards=open_shards)  # raises the error for the missing manifest
     files = [path for path in files if kind is None or shard_kind(path) == kind] or files
     if split == "train" and not inside:
@@ -134,11 +134,11 @@ def _data_and_split(stem: str) -> tuple[str, str]:
 
 
 def _check_train_files(files: Sequence[Path]) -> None:
-    """Raise DataError for a file without a split in its name, so in train, whose rows name another split."""
+    """Raise UserError for a file without a split in its name, so in train, whose rows name another split."""
     for path in files:
         stored = first_row_split(path) if _data_and_split(path.stem)[0] == path.stem else None
         if _RUN_SPLIT.get(stored or "train", "train") != "train":
-            raise DataError(
+            raise UserError(
                 f"{path}: its name has no split, so it would be trained on, but its rows are of split {stored}; rename "
                 f"it to {path.stem}_{stored}.arrow, or move it away"
             )
@@ -176,7 +176,7 @@ class JoinedSplit:
         splits: at least one.
     Attributes: as in Split; ``parts`` has an entry per source.
     Raises:
-        DataError: they are of different kinds.
+        UserError: they are of different kinds.
     """
 
     def __init__(self, splits: Sequence[Split]) -> None:
@@ -184,7 +184,7 @@ class JoinedSplit:
         self.kind = self.splits[0].kind
         for other in self.splits[1:]:
             if other.kind != self.kind:
-                raise DataError(f"{other.name}: holds {other.kind} data, {self.splits[0].name} {self.kind} data")
+                raise UserError(f"{other.name}: holds {other.kind} data, {self.splits[0].name} {self.kind} data")
         self.name = " + ".join(split.name for split in self.splits)
         self._first_row = np.cumsum([0] + [split.rows for split in self.splits])
         self._first_sample = np.cumsum([0] + [split.samples for split in self.splits])

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.limits import MAX_PIXELS
 
 Augmentation = Literal["none", "color", "rand"]
@@ -73,19 +73,19 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Takes the first frame of an animation, and the upper eight of sixteen bits per channel.
 
     Raises:
-        DataError: the image is incomplete, of a format unknown to Pillow, or larger than ``max_pixels``.
+        UserError: the image is incomplete, of a format unknown to Pillow, or larger than ``max_pixels``.
     """
     return _LazyImage(data, max_pixels).decode()
 
 
 class _LazyImage:
-    """An image file of which only the header has been read. Raises DataError as ``decode_image`` does."""
+    """An image file of which only the header has been read. Raises UserError as ``decode_image`` does."""
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
         try:
             self._image: Image.Image = Image.open(io.BytesIO(data))
             if self._image.width * self._image.height > max_pixels:
-                raise DataError(f"{self._image.width} x {self._image.height} pixels, data.max_pixels={max_pixels}")
+                raise UserError(f"{self._image.width} x {self._image.height} pixels, data.max_pixels={max_pixels}")
             # Only JPEG always has its EXIF data in the header; other formats may store them after the pixels.
             self._orientation = _orientation(self._image) if self._image.format == "JPEG" else None
             self._full_size = self._image.size
@@ -135,10 +135,10 @@ class _LazyImage:
         )
 
 
-def _not_decoded(error: Exception) -> DataError:
+def _not_decoded(error: Exception) -> UserError:
     if isinstance(error, UnidentifiedImageError):
-        return DataError("the image cannot be decoded (its format is unknown)")
-    return DataError(f"the image cannot be decoded ({' '.join(str(error).split())})")
+        return UserError("the image cannot be decoded (its format is unknown)")
+    return UserError(f"the image cannot be decoded ({' '.join(str(error).split())})")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -259,7 +259,7 @@ class Transform:
         Returns:
             [image_size, image_size, 3] uint8, RGB.
         Raises:
-            DataError: the image cannot be decoded.
+            UserError: the image cannot be decoded.
         """
         if not self.train:
             return np.asarray(self._square(decode_image(data, self.max_pixels)))
@@ -326,18 +326,18 @@ def build_transform(
             average, by four in the sharpest image. It never changes the draws or the evaluation.
         max_pixels: larger images are not decoded, as in the preparation.
     Raises:
-        DataError: an argument is outside its range.
+        UserError: an argument is outside its range.
     """
     if image_size < 1:
-        raise DataError(f"image_size={image_size}: must be at least 1")
+        raise UserError(f"image_size={image_size}: must be at least 1")
     if augmentation not in get_args(Augmentation):
-        raise DataError(f"augmentation={augmentation!r}: must be one of {', '.join(get_args(Augmentation))}")
+        raise UserError(f"augmentation={augmentation!r}: must be one of {', '.join(get_args(Augmentation))}")
     if seed < 0:
-        raise DataError(f"seed={seed}: must be at least 0")
+        raise UserError(f"seed={seed}: must be at least 0")
     scale = None
     if crop_scale is not None:
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise DataError(f"crop_scale={list(crop_scale)}: must be two numbers, 0 < low <= high <= 1")
+            raise UserError(f"crop_scale={list(crop_scale)}: must be two numbers, 0 < low <= high <= 1")
         scale = (float(crop_scale[0]), float(crop_scale[1]))
     return Transform(image_size, train, augmentation, scale, flip, seed, draft, max_pixels)
 

@@ -14,8 +14,8 @@ from eve_ds.data.loader import Loader, build_loader, check_readers
 from eve_ds.data.samples import Samples
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
-from eve_ds.errors import RankError, UserError
-from preprocessing.errors import DataError
+from eve_ds.errors import RankError
+from preprocessing.errors import UserError
 
 Config = PretrainConfig | FinetuneConfig
 Batch = dict[str, torch.Tensor]
@@ -29,7 +29,7 @@ def check_batch(config: Config, rows: int) -> None:
         rows: of the training split.
     Raises:
         UserError: they do not fit each other.
-        DataError: the split has too few rows for the ranks and their loader workers.
+        UserError: the split has too few rows for the ranks and their loader workers.
     """
     world_size = launched_world()[1]
     batch_shape(config.engine, world_size)
@@ -124,8 +124,8 @@ def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
 
 
 def _told_by_rank(loader: Loader) -> Any:
-    """Turn DataError into RankError: perhaps only this rank reads that row, so it must report it itself."""
+    """Turn UserError into RankError: perhaps only this rank reads that row, so it must report it itself."""
     try:
         yield from loader
-    except DataError as error:
+    except UserError as error:
         raise RankError(f"rank {launched_world()[0]}: {error}") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

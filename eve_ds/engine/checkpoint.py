@@ -41,9 +41,9 @@ from eve_ds.engine.identity import Identity, told
 from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
-from eve_ds.errors import RankError, UserError
+from eve_ds.errors import RankError
 from eve_ds.weights.model_folder import all_checkpoints, complete_checkpoints, path_exists
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import sync_path
 from preprocessing.redaction import shortened
 
@@ -159,7 +159,7 @@ def disk_full_as_rank_error(target: Path) -> Iterator[None]:
     """Turn the errors of a full disk into RankError, and remove ``target`` to free the space."""
     try:
         yield
-    except (RuntimeError, OSError, DataError) as error:
+    except (RuntimeError, OSError, UserError) as error:
         if isinstance(error, RuntimeError) and not _UNWRITABLE.search(str(error)):
             raise
         shutil.rmtree(target, ignore_errors=True)

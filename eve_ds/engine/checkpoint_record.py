@@ -28,10 +28,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from eve_ds.engine.watchdog import mark_again
-from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.weights.model_folder import COMPLETE
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened
 
@@ -113,7 +112,7 @@ class Manifest:
         Raises:
             DamagedError: it is not as it was written.
             UserError: it is missing or cannot be read, is of an older layout, or the files of another DeepSpeed.
-            DataError: it is no regular file.
+            UserError: it is no regular file.
         """
         check_regular(path / COMPLETE)
         try:
@@ -254,7 +253,7 @@ def file_sizes(path: Path, names: Iterable[str]) -> Sizes:
             check_regular(path / name)  # opening a pipe would wait
             with open(path / name, "rb") as stream:  # an open makes a network file system ask its server
                 found[name] = os.fstat(stream.fileno()).st_size
-        except DataError:
+        except UserError:
             found[name] = "it is no regular file"
         except OSError as error:
             found[name] = ABSENT if error.errno == errno.ENOTDIR else os.strerror(error.errno or 0)

@@ -9,8 +9,8 @@ from typing import Any
 from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.precision import precision_of
-from eve_ds.errors import UserError
 from eve_ds.recipes import MAX_DEPTH, find_shipped, suggest_file, suggest_key
+from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
 from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened

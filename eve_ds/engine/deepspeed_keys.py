@@ -11,8 +11,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from eve_ds.errors import UserError
 from eve_ds.recipes import suggest_key
+from preprocessing.errors import UserError
 from preprocessing.redaction import shortened
 
 Accepts = Callable[[Any], bool]

@@ -26,7 +26,7 @@ def tell_training(config: Config, trainer: Trainer, training: Samples) -> int:
     Returns:
         the exit code, 0.
     Raises:
-        UserError, DataError: as training itself would, at its start.
+        UserError: as training itself would, at its start.
     """
     branch = None
     if not decide(lambda: first_weights.goes_on(config)):

@@ -14,11 +14,10 @@ from eve_ds.engine.identity import Identity, Input, place, told
 from eve_ds.engine.run_folder import stored_identity
 from eve_ds.engine.universal import ShardedState
 from eve_ds.engine.watchdog import mark
-from eve_ds.errors import UserError
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.initial import copy_initial, load_initial, wanted
 from eve_ds.weights.model_folder import COMPLETE, ModelFolder, checkpoints, exported_step, run_of, step_of
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 Config = PretrainConfig | FinetuneConfig
 BLOCKS, BLOCK_BYTES = 64, 1 << 14  # of a file of weights that its hash looks at
@@ -34,26 +33,26 @@ def source(config: Config) -> ModelFolder | None:
     """What the run starts from; where that is gone, and the run goes on, its own newest checkpoint.
 
     Raises:
-        DataError: there is nothing that holds weights.
+        UserError: there is nothing that holds weights.
     """
     if not config.resume_from and not config.init_from:
         return None
     try:
         return _named(config)
-    except DataError:
+    except UserError:
         if not goes_on(config):
             raise
         return ModelFolder.checkpoint(config.output_dir)
 
 
 def _named(config: Config) -> ModelFolder:
-    """Raises DataError if there is nothing."""
+    """Raises UserError if there is nothing."""
     if not config.resume_from:
         return ModelFolder.find(config.init_from or "", unfinished=True)
     try:
         return ModelFolder.checkpoint(config.resume_from)
-    except DataError as error:
-        raise DataError(f"--resume_from {error}") from error
+    except UserError as error:
+        raise UserError(f"--resume_from {error}") from error
 
 
 def origin(config: Config) -> dict[str, Input | None]:
@@ -65,7 +64,7 @@ def origin(config: Config) -> dict[str, Input | None]:
         return {"init_from": None, **none}
     try:
         files = _named(config)
-    except DataError:
+    except UserError:
         return none  # ``source`` has said so, unless the run goes on
     step = step_of(files.weights) if files.is_checkpoint else exported_step(files.weights.parent)
     return {option: Input(place(named), weights_hash(files), "" if step is None else f"step {step}"), **none}
@@ -93,7 +92,7 @@ def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
     Returns:
         whether it did.
     Raises:
-        UserError, DataError, WeightsError: as ``load_initial`` and ``soundness.check``.
+        UserError: as ``load_initial`` and ``soundness.check``.
     """
     if config.resume_from or not config.init_from or decide(lambda: goes_on(config)):
         return False
@@ -112,7 +111,7 @@ def branch_point(config: Config, identity: Identity, total_steps: int) -> tuple[
     """The checkpoint that ``resume_from`` names, checked; None without one. Called by all ranks.
 
     Raises:
-        DataError, UserError: as ``soundness.check``, or the branch could not take its tensors (the differences are
+        UserError: as ``soundness.check``, or the branch could not take its tensors (the differences are
             named), or would end before it.
     """
     if not config.resume_from:

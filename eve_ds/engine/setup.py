@@ -22,12 +22,11 @@ from eve_ds.engine import agreement, first_weights
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.errors import UserError
 from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -79,7 +78,7 @@ def build_dataset(config: Config, split: str, tokenizer: Tokenizer, train: bool)
 
 
 def check_apart(config: Config, training: Samples | None, held_out: Mapping[str, Samples]) -> None:
-    """Raise DataError where what is trained on is scored, too, or anything is trained on or scored twice.
+    """Raise UserError where what is trained on is scored, too, or anything is trained on or scored twice.
     ``data.allow_overlap`` lets it pass, but for questions and statements that would be scored twice.
 
     Compared are splits of one data set: in another one, the same id may be another image's. ``training`` is None where
@@ -102,9 +101,9 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
 
 
 def _refuse(config: Config, found: str, mend: str, few: bool = False) -> None:
-    """Raise DataError where something was found, unless it is ``few`` or ``data.allow_overlap`` lets it pass."""
+    """Raise UserError where something was found, unless it is ``few`` or ``data.allow_overlap`` lets it pass."""
     if found and not (few or config.data.allow_overlap):
-        raise DataError(f"{found}; {mend}, or say that it is meant: --data.allow_overlap true")
+        raise UserError(f"{found}; {mend}, or say that it is meant: --data.allow_overlap true")
     if found and launched_world()[0] == 0:
         why = "so few are let pass" if few else "data.allow_overlap lets that pass"
         _log.warning("%s; %s", printable(found), why)
@@ -115,7 +114,7 @@ def _training_splits(config: Config, training: Samples | None) -> list[Split]:
         return training.split.splits if isinstance(training.split, JoinedSplit) else [training.split]
     try:
         return [open_split(config.data.home, config.data.train_split, config.spec.samples.kind)]
-    except DataError:
+    except UserError:
         return []  # only what is scored need be there
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from eve_ds.engine import agreement
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
 from eve_ds.engine.watchdog import mark
-from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import list_folder, newest_checkpoint, path_exists
+from preprocessing.errors import UserError
 from preprocessing.local_files import sync_path
 
 DAMAGED = ".damaged"

@@ -29,9 +29,10 @@ from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
-from eve_ds.errors import StopError, UserError
+from eve_ds.errors import StopError
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import newest_checkpoint
+from preprocessing.errors import UserError
 
 Batch = dict[str, Tensor]
 Evaluate = Callable[["Trainer"], dict[str, float]]

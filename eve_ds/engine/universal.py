@@ -34,7 +34,7 @@ from torch import Tensor
 
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Manifest, load_file, model_file, optimizer_files
 from eve_ds.engine.watchdog import mark_again
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 MASTER = "fp32"
 STATES = (MASTER, "exp_avg", "exp_avg_sq")

@@ -27,7 +27,7 @@ from eve_ds.engine import watchdog
 from eve_ds.engine.agreement import gather, host
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.distributed import launched_world
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

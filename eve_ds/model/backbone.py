@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         moe_layer: class (or factory) of the softly routing layers, called with ``MoE``'s keywords.
         published_routing: route and count padding as the published code does.
     Raises:
-        ModelConfigError: the config makes no model.
+        UserError: the config makes no model.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
 from preprocessing.local_files import check_regular
 from preprocessing.redaction import shortened
@@ -21,10 +22,6 @@ _POSITIVE = (
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-class ModelConfigError(ValueError):
-    """A model that cannot be built; the message names the field and its value."""
 
 
 @dataclass
@@ -84,44 +81,42 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def check(self) -> None:
-        """Raise ModelConfigError naming the first field that makes no model."""
+        """Raise UserError naming the first field that makes no model."""
         for name in _POSITIVE:
             if getattr(self, name) < 1:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
             if getattr(self, name) > MOST:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} is beyond all models; at most {MOST}")
+                raise UserError(f"model.{name}={getattr(self, name)} is beyond all models; at most {MOST}")
         for name in ("init_std", "position_std", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be a finite number above 0")
+                raise UserError(f"model.{name}={getattr(self, name)} must be a finite number above 0")
         for name in ("layer_scale", "aux_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ModelConfigError(f"model.{name}={getattr(self, name)} must be a finite number, 0 or more")
+                raise UserError(f"model.{name}={getattr(self, name)} must be a finite number, 0 or more")
         if self.image_size % self.patch_size:
-            raise ModelConfigError(
+            raise UserError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
             )
         if self.dim % self.num_heads:
-            raise ModelConfigError(f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}")
+            raise UserError(f"model.dim={self.dim} is not a multiple of model.num_heads={self.num_heads}")
         if not 1 <= self.top_k <= self.num_experts:
-            raise ModelConfigError(
-                f"model.top_k={self.top_k} must lie between 1 and model.num_experts={self.num_experts}"
-            )
+            raise UserError(f"model.top_k={self.top_k} must lie between 1 and model.num_experts={self.num_experts}")
         if not 3 <= self.max_text_length <= self.text_positions:
-            raise ModelConfigError(
+            raise UserError(
                 f"model.max_text_length={self.max_text_length} must lie between 3 and"
                 f" model.text_positions={self.text_positions}"
             )
         bad = [i for i in self.soft_layers if not 0 <= i < self.depth]
         if bad or len(set(self.soft_layers)) != len(self.soft_layers):
-            raise ModelConfigError(
+            raise UserError(
                 f"model.soft_layers={self.soft_layers} must be distinct indices below model.depth={self.depth}"
             )
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise ModelConfigError(
+            raise UserError(
                 f"model.capacity_factor={self.capacity_factor} must be positive and finite, or null to drop no token"
             )
         if not 0 <= self.drop_path < 1:
-            raise ModelConfigError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
+            raise UserError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
 
     @classmethod
     def from_vlmo(cls, path: str | Path, image_size: int | None = None) -> ModelConfig:
@@ -131,16 +126,16 @@ class ModelConfig:
             path: the file.
             image_size: images' side, which that file does not hold (it stands in EVE's task configs); default 224.
         Raises:
-            ModelConfigError: unreadable, a key is missing, or the file describes a model that is not EVE's.
+            UserError: unreadable, a key is missing, or the file describes a model that is not EVE's.
         """
         check_regular(path, streams=True)
         try:
             raw = load_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ModelConfigError(f"{path}: not a readable JSON file ({error})") from error
+            raise UserError(f"{path}: not a readable JSON file ({error})") from error
         moe = raw.get("moe_param") if isinstance(raw, dict) else None
         if not isinstance(moe, dict):
-            raise ModelConfigError(f"{path}: not a config_vlmo JSON file, the object 'moe_param' is missing")
+            raise UserError(f"{path}: not a config_vlmo JSON file, the object 'moe_param' is missing")
         try:
             config = cls(
                 image_size=image_size or 224,
@@ -159,22 +154,18 @@ class ModelConfig:
                 modality_to_experts=bool(moe.get("type_route", True)),
             )
         except KeyError as error:
-            raise ModelConfigError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
+            raise UserError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
         for name in (*_POSITIVE, "top_k"):
             if not _is_whole(getattr(config, name)):
-                raise ModelConfigError(
-                    f"{path}: {name} is {shortened(repr(getattr(config, name)))}, not a whole number"
-                )
+                raise UserError(f"{path}: {name} is {shortened(repr(getattr(config, name)))}, not a whole number")
         for name in ("drop_path", "aux_loss_weight"):
             if not isinstance(getattr(config, name), int | float):
-                raise ModelConfigError(f"{path}: {name} is {getattr(config, name)!r}, not a number")
+                raise UserError(f"{path}: {name} is {getattr(config, name)!r}, not a number")
         if not isinstance(config.soft_layers, list) or not all(map(_is_whole, config.soft_layers)):
-            raise ModelConfigError(
-                f"{path}: moeffn_layers={shortened(repr(config.soft_layers))} is no list of whole numbers"
-            )
+            raise UserError(f"{path}: moeffn_layers={shortened(repr(config.soft_layers))} is no list of whole numbers")
         if config.activation not in ("gelu", "quick_gelu"):
-            raise ModelConfigError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
+            raise UserError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
         if raw.get("relative_position_embed"):
-            raise ModelConfigError(f"{path}: relative_position_embed=true is not EVE's model; set it to false")
+            raise UserError(f"{path}: relative_position_embed=true is not EVE's model; set it to false")
         config.check()
         return config

@@ -60,7 +60,7 @@ class MoE(nn.Module):
         init_std: standard deviation of the experts' initial weights.
         ep_size: ranks that share the experts; divides E.
         ep_rank: this rank's index among them; it holds experts [ep_rank E / ep_size, (ep_rank + 1) E / ep_size).
-        experts_type: class of the experts, called with ``Experts``'s keywords; docs/extending_expert.md has another.
+        experts_type: class of the experts, called with ``Experts``'s keywords; docs/extending.md has another.
 
     Attributes:
         ep_group: the expert-parallel process group; None is all ranks. Set it before the first forward if ep_size > 1.

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.common import InputError, read_json, read_text
-from eve_ds.errors import UserError
 from eve_ds.tasks.registry import FINETUNE, PRETRAIN, finetune_spec
 from eve_ds.tasks.spec import FinetuneSpec
+from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
 from preprocessing.redaction import without_secrets
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Task
@@ -14,6 +13,7 @@ from eve_ds.weights.load import load_state, load_weights
 from eve_ds.weights.model_folder import ModelFolder
 from eve_ds.weights.names import from_published, is_published
 from eve_ds.weights.positions import resize_positions
+from preprocessing.errors import UserError
 
 # What changes the model's function and no tensor's shape: weights trained with one value fit any other, and go wrong.
 SHAPE_INDEPENDENT = ("num_heads", "top_k", "modality_to_experts", "activation", "norm_eps")
@@ -27,7 +27,7 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
         checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own.
         load_head: the head comes from there too, and must be there; else it keeps its first values.
     Raises:
-        WeightsError, DataError: nothing there, unreadable, or of another model; the message names file and tensors.
+        UserError: nothing there, unreadable, or of another model; the message names file and tensors.
         UserError: the config beside the weights has other values of ``SHAPE_INDEPENDENT`` settings.
     """
     files = ModelFolder.find(checkpoint)

@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.registry import find_spec
 from eve_ds.tasks.spec import TaskSpec, stored_section
-from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.load import load_state, load_weights
 from eve_ds.weights.model_folder import ModelFolder
 from eve_ds.weights.names import from_published, is_published
 from eve_ds.weights.positions import resize_positions
 from eve_ds.weights.published import published_config
+from preprocessing.errors import UserError
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
@@ -46,7 +45,7 @@ def load_task_model(
         published_routing: pad texts to 40 tokens, and route and count the padding, as the published code does.
     Raises:
         UserError: unknown task, or no config.
-        WeightsError, DataError, ModelConfigError: weights missing, unreadable or of another model; a bad config.
+        UserError: weights missing, unreadable or of another model; a bad config.
     """
     spec = find_spec(task)
     files = ModelFolder.find(checkpoint)
@@ -55,8 +54,8 @@ def load_task_model(
     if is_published(state):
         try:
             state = from_published(state, config)
-        except WeightsError as error:
-            raise WeightsError(f"{files.weights}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{files.weights}: {error}") from error
     backbone = Backbone(config, published_routing=published_routing)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the file lacks has the same first values at each call
@@ -76,12 +75,12 @@ def build_for(spec: TaskSpec, backbone: Backbone, state: State, files: ModelFold
     """The task with first values, its head of the size that the tensors in ``state`` (EVE-DS names) have.
 
     Raises:
-        WeightsError: the tensors that tell the head's size are missing.
+        UserError: the tensors that tell the head's size are missing.
     """
     try:
         return spec.build_for_weights(backbone, state, files)
     except KeyError as missing:
-        raise WeightsError(f"{files.weights}: no head for task {spec.name}: {missing} is missing") from missing
+        raise UserError(f"{files.weights}: no head for task {spec.name}: {missing} is missing") from missing
 
 
 def _model_config(

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve_ds.data.samples import Samples
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
 from eve_ds.model.embeddings import patches
@@ -35,6 +34,7 @@ from eve_ds.tasks.base import (
 from eve_ds.tasks.masking import choose_words, masked_patches, masked_words, split_patches
 from eve_ds.tasks.spec import HeldOutExamples, Objective, Pass, PretrainSpec, stored_mask_id, stored_section
 from eve_ds.weights.model_folder import ModelFolder
+from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import Tokenizer
 
 EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide by zero

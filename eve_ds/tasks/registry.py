@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from eve_ds.errors import UserError
 from eve_ds.import_path import import_object
 from eve_ds.tasks import masked, nlvr, retrieval, vqa
 from eve_ds.tasks.spec import FinetuneSpec, PretrainSpec, TaskSpec
+from preprocessing.errors import UserError
 
 FINETUNE: dict[str, FinetuneSpec] = {
     "itr_coco": retrieval.SPEC,

@@ -19,13 +19,13 @@ from torch import Tensor
 from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.sources import AnySplit
 from eve_ds.data.transforms import Transform
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
 from eve_ds.tasks.examples import Thumbnails
 from eve_ds.weights.model_folder import ModelFolder
+from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -144,12 +144,12 @@ class TaskSpec(ABC):
             home: folder of the data set that is scored.
             roots: folders of the data sets that ``split`` is made of.
         Raises:
-            DataError, UserError: the data are broken, or do not go with the model or with one another.
+            UserError: the data are broken, or do not go with the model or with one another.
         """
         return self.samples(split, tokenizer, transform, model.max_text_length, model.vocab_size)
 
     def read_companion(self, folder: str | Path, name: str) -> Any:
-        """The content of a companion file in ``folder``. Raises DataError if there is none, or a broken one."""
+        """The content of a companion file in ``folder``. Raises UserError if there is none, or a broken one."""
         return load_json((Path(folder) / name).read_text(encoding="utf-8"))
 
     def companions(self, folder: str | Path) -> dict[str, Any]:

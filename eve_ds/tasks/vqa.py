@@ -16,7 +16,6 @@ from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
-from eve_ds.errors import UserError
 from eve_ds.files import json_text
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.model_config import ModelConfig
@@ -34,7 +33,7 @@ from eve_ds.tasks.base import (
 from eve_ds.tasks.examples import Thumbnails, evenly_spaced
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
 from preprocessing.local_files import check_regular
 from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
@@ -143,7 +142,7 @@ class VqaSamples(Samples):
         targets = np.zeros(self.num_classes, dtype=np.float32)
         labels = _known(row, "answer_labels", item)
         if labels and not 0 <= min(labels) <= max(labels) < self.num_classes:
-            raise DataError(
+            raise UserError(
                 f"{row.where}: answer label {max(labels)} is not in the answer list of {self.num_classes}; use the "
                 f"{ANSWER_LIST} that the split was prepared with"
             )
@@ -162,7 +161,7 @@ class VqaSamples(Samples):
 
 
 def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
-    """The answers of a prepared VQA dataset, in the order of their labels. Raises DataError naming the file.
+    """The answers of a prepared VQA dataset, in the order of their labels. Raises UserError naming the file.
 
     ViLT's and EVE's scripts write no list: there it is put together from what the shards say.
     """
@@ -173,11 +172,11 @@ def read_answer_list(directory: str | os.PathLike[str]) -> list[str]:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and (found := answers_in_shards(Path(directory))):
             return found
-        raise DataError(f"{path}: {error.strerror}; prepare the data set with a VQA converter") from None
+        raise UserError(f"{path}: {error.strerror}; prepare the data set with a VQA converter") from None
     except ValueError as error:
-        raise DataError(f"{path}: invalid JSON ({error}); prepare the data set again") from None
+        raise UserError(f"{path}: invalid JSON ({error}); prepare the data set again") from None
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise DataError(f"{path}: is no list of answers; prepare the data set again")
+        raise UserError(f"{path}: is no list of answers; prepare the data set again")
     return answers
 
 

@@ -1,5 +1,4 @@
 """Weights in files: other naming schemes, other image sizes, strict loading.
 
-Nothing is imported here: eve_ds.errors needs only weights.errors, and commands that fail early, or only start other
-commands, must not wait for torch.
+Nothing is imported here: commands that fail early, or only start other commands, must not wait for torch.
 """

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock
-from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.positions import interpolate_positions
+from preprocessing.errors import UserError, listed
 
 # Absolute positions, biases, LayerScale and the final norm are optional in unilm's model.
 OPTIONAL = ("pos_embed", "norm.weight", "norm.bias", "attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2")
@@ -82,13 +82,13 @@ def fill_from_beit(backbone: Backbone, state: Mapping[str, Tensor]) -> Origins:
         backbone: with all experts (``ep_size`` 1), on the CPU.
         state: names as in unilm's files.
     Raises:
-        WeightsError: not BEiT v2, or of another size; all mismatches are named.
+        UserError: not BEiT v2, or of another size; all mismatches are named.
     """
     _check_blocks(backbone, state)
     targets = _targets(backbone)
     missing = [name for name in targets if name not in state and not name.endswith(OPTIONAL)]
     if missing:
-        raise WeightsError(f"not a BEiT v2 model (names of microsoft/unilm beit2); missing: {listed(missing)}")
+        raise UserError(f"not a BEiT v2 model (names of microsoft/unilm beit2); missing: {listed(missing)}")
     own = {name: _as_ours(name, tensor, backbone) for name, tensor in state.items() if name in targets}
     wrong = [
         f"{name} is {list(state[name].shape)}, the model has {list(_one_network(targets[name][0]).shape)}"
@@ -96,7 +96,7 @@ def fill_from_beit(backbone: Backbone, state: Mapping[str, Tensor]) -> Origins:
         if any(value.shape != _one_network(target).shape for target in targets[name])
     ]
     if wrong:
-        raise WeightsError(f"of another size than the model; {listed(wrong)}")
+        raise UserError(f"of another size than the model; {listed(wrong)}")
     taken = {}
     for name, value in own.items():
         for _, part in targets[name]:
@@ -163,12 +163,10 @@ def _check_blocks(backbone: Backbone, state: Mapping[str, Tensor]) -> None:
     config = backbone.config
     blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     if blocks and max(blocks) + 1 != config.depth:
-        raise WeightsError(
-            f"of another size than the model; it has {max(blocks) + 1} blocks, model.depth={config.depth}"
-        )
+        raise UserError(f"of another size than the model; it has {max(blocks) + 1} blocks, model.depth={config.depth}")
     for name, tensor in state.items():
         if name.endswith(_BIAS_TABLE) and tensor.ndim == 2 and tensor.shape[1] != config.num_heads:
-            raise WeightsError(
+            raise UserError(
                 f"of another size than the model; {name} is for {tensor.shape[1]} attention heads,"
                 f" model.num_heads={config.num_heads}"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from eve_ds.weights.errors import WeightsError
+from preprocessing.errors import UserError
 from preprocessing.json_text import dump_json, load_json
 from preprocessing.local_files import write_atomic
 
@@ -24,7 +24,7 @@ def write_hashes(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def read_hashes(folder: Path) -> dict[str, str]:
-    """{name: SHA-256} of a folder's files; empty without ``hashes.json``. Raises WeightsError if that is damaged."""
+    """{name: SHA-256} of a folder's files; empty without ``hashes.json``. Raises UserError if that is damaged."""
     path = folder / HASHES
     if not path.is_file():
         return {}
@@ -34,18 +34,18 @@ def read_hashes(folder: Path) -> dict[str, str]:
         found = error
     sound = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
     if not sound or (WEIGHTS not in found and (folder / WEIGHTS).is_file()):
-        raise WeightsError(f"{path}: is damaged; copy the folder again, or delete that file to load without a check")
+        raise UserError(f"{path}: is damaged; copy the folder again, or delete that file to load without a check")
     return found
 
 
 def check_hash(path: Path, sha256: str) -> None:
-    """Raise WeightsError unless the file exists and has this hash."""
+    """Raise UserError unless the file exists and has this hash."""
     try:
         same = _hash(path) == sha256
     except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror}, but {HASHES} names it; copy the folder again") from None
+        raise UserError(f"{path}: {error.strerror}, but {HASHES} names it; copy the folder again") from None
     if not same:
-        raise WeightsError(
+        raise UserError(
             f"{path}: its SHA-256 is not the one in {HASHES} beside it: its bytes have changed; copy the folder again "
             f"(after an intended edit, delete {HASHES})"
         )

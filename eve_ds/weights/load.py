@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eve_ds.model.moe import MoE
-from eve_ds.weights.errors import WeightsError, listed
 from eve_ds.weights.hashes import check_hash, read_hashes
+from preprocessing.errors import UserError, listed
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
 WRAPPERS = ("model", "module")  # keys of the weights in the checkpoints of unilm's and EVE's scripts
@@ -34,14 +34,14 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         path: ``.safetensors``, or ``.pt .pth .th .bin`` holding ``{"model": {...}}``, ``{"module": {...}}`` or the
             tensors themselves. Other entries beside "model" (optimizer, options of the script) are ignored.
     Raises:
-        WeightsError: the file does not exist, cannot be read, is not a dictionary of tensors, has values that are not
+        UserError: the file does not exist, cannot be read, is not a dictionary of tensors, has values that are not
             finite, or its hash differs from ``hashes.json`` beside it.
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
+        raise UserError(f"{path}: no such weights file")
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise WeightsError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+        raise UserError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
     with ThreadPoolExecutor(1) as pool:  # hash while reading
         sha256 = read_hashes(path.parent).get(path.name)
         hashed = None if sha256 is None else pool.submit(check_hash, path, sha256)
@@ -61,18 +61,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises weights_only=False
             reason = "it is damaged, or holds other objects than tensors; nothing in it was executed"
-        raise WeightsError(f"{path}: not a readable weights file ({reason})") from error
+        raise UserError(f"{path}: not a readable weights file ({reason})") from error
     if isinstance(state, dict):
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not state or not all(_named_tensor(*item) for item in state.items()):
-        raise WeightsError(f"{path}: holds neither tensors by name nor {{'model': tensors by name}}")
+        raise UserError(f"{path}: holds neither tensors by name nor {{'model': tensors by name}}")
     return state
 
 
 def _finite(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise WeightsError(f"{path}: holds values that are not finite ({listed(bad)}); take an earlier checkpoint")
+        raise UserError(f"{path}: holds values that are not finite ({listed(bad)}); take an earlier checkpoint")
     return state
 
 
@@ -94,7 +94,7 @@ def load_state(
         source: file name for error messages.
         may_lack: prefixes of names that the state may lack (new heads keep their initial values).
     Raises:
-        WeightsError: other names are missing or unknown, or shapes differ; all are listed.
+        UserError: other names are missing or unknown, or shapes differ; all are listed.
     """
     state = _local_experts(module, state)
     own = module.state_dict()
@@ -133,7 +133,7 @@ def check_fit(
     if dtypes:
         faults.append(f"not of floating point: {listed(dtypes)}")
     if faults:
-        raise WeightsError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
+        raise UserError(f"{source}: the weights are not those of this model; {'; '.join(faults)}")
 
 
 def _local_experts(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from eve_ds.weights.hashes import HASHES, WEIGHTS, check_hash, read_hashes
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
@@ -162,11 +162,11 @@ class ModelFolder:
             unfinished: accept checkpoints, too: RUN/checkpoints/step_N, and for a run that has not exported its newest
                 state the newest checkpoint.
         Raises:
-            DataError: no weights there; or they are a checkpoint, and ``unfinished`` is False.
+            UserError: no weights there; or they are a checkpoint, and ``unfinished`` is False.
         """
         path = Path(path)
         if path.is_file() and run_of(path.parent):
-            raise DataError(f"{path}: is one file of a checkpoint; name its folder, {path.parent}")
+            raise UserError(f"{path}: is one file of a checkpoint; name its folder, {path.parent}")
         if path.is_file():
             return cls._beside(path)
         if (path / WEIGHTS).is_file():
@@ -174,15 +174,15 @@ class ModelFolder:
         checkpoint = checkpoint_at(path) or newer_checkpoint(path)
         if checkpoint is not None:
             if not unfinished:
-                raise DataError(_not_exported(path, checkpoint))
+                raise UserError(_not_exported(path, checkpoint))
             return cls._of_checkpoint(checkpoint)
         if (path / MODEL / WEIGHTS).is_file():
             return cls._beside(path / MODEL / WEIGHTS)
         if not path.exists():
-            raise DataError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
+            raise UserError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
         if path.name == CHECKPOINTS and checkpoints(path.parent):
-            raise DataError(f"{path}: holds all checkpoints; name one of them, or the run, {path.parent}")
-        raise DataError(
+            raise UserError(f"{path}: holds all checkpoints; name one of them, or the run, {path.parent}")
+        raise UserError(
             f"{path}: no {WEIGHTS} here or in its folder {MODEL}, and no complete checkpoint; give a run that has "
             "saved one, a model folder or a weights file"
         )
@@ -192,12 +192,12 @@ class ModelFolder:
         """The checkpoint RUN/checkpoints/step_N at ``path``, or the newest one of the run there.
 
         Raises:
-            DataError: there is none, or it is incomplete.
+            UserError: there is none, or it is incomplete.
         """
         path = Path(path)
         found = checkpoint_at(path) or next(reversed(checkpoints(path)), None)
         if found is None:
-            raise DataError(f"{path}: no complete checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
+            raise UserError(f"{path}: no complete checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
         return cls._of_checkpoint(found)
 
     @classmethod
@@ -213,7 +213,7 @@ class ModelFolder:
         check_regular(checkpoint / COMPLETE)
         run = run_of(checkpoint)
         if run is None:  # COMPLETE is a folder, for example
-            raise DataError(f"{checkpoint / COMPLETE}: is not a file; name another checkpoint")
+            raise UserError(f"{checkpoint / COMPLETE}: is not a file; name another checkpoint")
         return cls(checkpoint, _if_file(run / CONFIG), _tokenizer_of(run))
 
 

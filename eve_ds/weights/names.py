@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eve_ds.model.experts import pack_biases, split_biases
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.weights.errors import WeightsError, listed
+from preprocessing.errors import UserError, listed
 
 PREFIX = "backbone."
 
@@ -102,11 +102,11 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
         state: whole model or backbone, names with ``backbone.`` as in the files; other names are kept.
         config: the model it belongs to.
     Raises:
-        WeightsError: backbone tensors are missing or unknown (all are listed), the experts of a layer differ in shape
+        UserError: backbone tensors are missing or unknown (all are listed), the experts of a layer differ in shape
             or dtype, or position ids are not 0, 1, 2, ....
     """
     if max(config.depth, config.num_experts) > len(state):
-        raise WeightsError(
+        raise UserError(
             f"holds {len(state)} tensors, too few for a model of {config.depth} blocks and {config.num_experts} experts"
         )
     direct, packed = direct_names(config), expert_prefixes(config)
@@ -115,7 +115,7 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
     _check(state, expected, set(constants))
     for name in constants.keys() & state.keys():
         if state[name].flatten().tolist() != list(range(state[name].numel())):
-            raise WeightsError(f"{name}: positions are not 0, 1, 2, ... in order, as EVE-DS takes them")
+            raise UserError(f"{name}: positions are not 0, 1, 2, ... in order, as EVE-DS takes them")
     ours = {direct.get(name, name): tensor for name, tensor in state.items() if _kept(name, direct)}
     for prefix, experts in packed.items():
         fc1, fc2 = (_stack(state, experts, name, 2) for name in ("fc1.weight", "fc2.weight"))
@@ -130,7 +130,7 @@ def _stack(state: dict[str, Tensor], experts: list[str], name: str, dims: int) -
     first = tensors[0]
     for expert, tensor in zip(experts, tensors, strict=True):
         if tensor.ndim != dims or tensor.shape != first.shape or tensor.dtype != first.dtype:
-            raise WeightsError(
+            raise UserError(
                 f"{expert}{name} is {tensor.dtype} {list(tensor.shape)}, unlike {experts[0]}{name},"
                 f" {first.dtype} {list(first.shape)}"
             )
@@ -143,7 +143,7 @@ def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     Args:
         state: EVE-DS names, all experts in each w1, w2, w3; names outside ``backbone.`` are kept.
     Raises:
-        WeightsError: backbone tensors are missing or unknown (all are listed).
+        UserError: backbone tensors are missing or unknown (all are listed).
     """
     direct = {ours: theirs for theirs, ours in direct_names(config).items()}
     packed = expert_prefixes(config)
@@ -176,4 +176,4 @@ def _check(state: dict[str, Tensor], expected: set[str], optional: set[str]) -> 
     if given - expected - optional:
         faults.append(f"unknown: {listed(given - expected - optional)}")
     if faults:
-        raise WeightsError(f"the weights are not those of this model; {'; '.join(faults)}")
+        raise UserError(f"the weights are not those of this model; {'; '.join(faults)}")

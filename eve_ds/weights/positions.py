@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.weights.errors import WeightsError
+from preprocessing.errors import UserError
 
 POSITIONS = "backbone.image_embedding.positions"
 
@@ -23,11 +23,11 @@ def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
     Returns:
         [1 + P', D] in the same dtype (computed in float32); the input itself if P' = P.
     Raises:
-        WeightsError: P or P' is not a square.
+        UserError: P or P' is not a square.
     """
     old, new = math.isqrt(positions.shape[0] - 1), math.isqrt(num_patches)
     if old**2 != positions.shape[0] - 1 or new**2 != num_patches:
-        raise WeightsError(
+        raise UserError(
             f"positions of {positions.shape[0] - 1} patches cannot be interpolated to {num_patches}: not square grids"
         )
     if old == new:

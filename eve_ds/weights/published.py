@@ -27,7 +27,7 @@ def published_config(
         state: published or EVE-DS names.
         image_size: side of an image, pixels; None: that of the weights.
     Raises:
-        ModelConfigError: as ``ModelConfig.from_vlmo``.
+        UserError: as ``ModelConfig.from_vlmo``.
     """
     config = sized_as(ModelConfig.from_vlmo(vlmo_config), state)
     if image_size is not None:

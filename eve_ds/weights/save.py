@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import make_folder, sync_path, sync_tree
 from preprocessing.redaction import shortened
 
@@ -26,19 +26,19 @@ def check_out(out: Path, overwrite: bool, folder: bool) -> None:
     Args:
         out: the output, a model folder if ``folder``, otherwise a weights file.
     Raises:
-        DataError: naming ``--out``.
+        UserError: naming ``--out``.
     """
     if not folder and out.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise DataError(f"--out {out}: name a file that ends in .safetensors or {', '.join(TORCH_SUFFIXES)}")
+        raise UserError(f"--out {out}: name a file that ends in .safetensors or {', '.join(TORCH_SUFFIXES)}")
     if not (out.exists() or out.is_symlink()):
         return
     if folder != out.is_dir() or out.is_symlink():
-        raise DataError(f"--out {out}: is not a {'folder' if folder else 'file'}; choose another place")
+        raise UserError(f"--out {out}: is not a {'folder' if folder else 'file'}; choose another place")
     others = sorted({path.name for path in out.iterdir()} - set(FILES)) if folder else []
     if others:
-        raise DataError(f"--out {out}: holds other files than a model's ({others[0]}); choose another folder")
+        raise UserError(f"--out {out}: holds other files than a model's ({others[0]}); choose another folder")
     if not overwrite:
-        raise DataError(f"--out {out}: already exists; choose another place, or add --overwrite")
+        raise UserError(f"--out {out}: already exists; choose another place, or add --overwrite")
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def replacing(out: Path) -> Iterator[Path]:
     A file is replaced atomically; an existing folder is first moved aside, then deleted.
 
     Raises:
-        DataError: no space, or no permission to write there.
+        UserError: no space, or no permission to write there.
     """
     try:
         make_folder(out.parent)
@@ -61,7 +61,7 @@ def replacing(out: Path) -> Iterator[Path]:
             new.replace(out)
             sync_path(out.parent)
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"--out {out}: cannot be written ({error.strerror}); make room or choose another place"
         ) from error
 
@@ -73,7 +73,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
         path: a new file.
         metadata: of a safetensors file.
     Raises:
-        DataError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     # torch.save would write the whole storage of a view, and safetensors refuses views.
     own = {name: tensor.detach().contiguous() for name, tensor in state.items()}
@@ -87,5 +87,5 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: dict[str, s
             torch.save({"model": own}, path)
     except (SafetensorError, RuntimeError) as error:
         reason = shortened(" ".join(str(error).split()), 200)
-        raise DataError(f"{path.name}: cannot be written ({reason}); make room or choose another place") from error
+        raise UserError(f"{path.name}: cannot be written ({reason}); make room or choose another place") from error
     path.chmod(permissions)  # safetensors writes files that only their owner may read

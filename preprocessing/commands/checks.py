@@ -219,7 +219,7 @@ def answers_fault(folder: StoragePath, manifest: dict[str, Any], facts: SplitFac
 
 
 def split_facts(folder: StoragePath, kind: str, split: str) -> SplitFacts:
-    """What the rows of the split in `folder` must conform to. Raises DataError when a VQA set has no answer list."""
+    """What the rows of the split in `folder` must conform to. Raises UserError when a VQA set has no answer list."""
     return SplitFacts(kind, split, read_answer_list(folder.parent / ANSWER_LIST) if kind == "vqa" else ())
 
 

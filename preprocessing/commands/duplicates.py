@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList
 from preprocessing.images.limits import PILLOW_PIXELS
@@ -45,17 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run one subcommand. Raises DataError on bad input."""
+    """Run one subcommand. Raises UserError on bad input."""
     check_workers(args.workers)
     if args.duplicates_command == "hash":
         if not args.out.endswith(".npz"):
-            raise DataError(f"--out {args.out}: must end in .npz, by which such lists are known")
+            raise UserError(f"--out {args.out}: must end in .npz, by which such lists are known")
         hashes = HashList.joined(hashes_of(storage_path(name), workers=args.workers) for name in args.directory)
         hashes.save(storage_path(args.out))
         print(f"{args.out}: hashes of {len(hashes)} images")
         return
     if not 0 <= args.distance <= 32:
-        raise DataError(f"--distance {args.distance}: must be between 0 and 32 bits")
+        raise UserError(f"--distance {args.distance}: must be between 0 and 32 bits")
     others = [storage_path(name) for name in args.of]
     pairs = list(find_pairs(storage_path(args.directory), others, args.distance, args.workers))
     write_atomic(args.out, dump_json({"duplicates": [pair.as_json() for pair in pairs]}))
@@ -81,7 +81,7 @@ class Pair:
 
 
 def find_pairs(directory: StoragePath, others: list[StoragePath], distance: int, workers: int = 1) -> Iterator[Pair]:
-    """Each image of `directory` that is in `others`, or within `distance` bits of an image there. Raises DataError."""
+    """Each image of `directory` that is in `others`, or within `distance` bits of an image there. Raises UserError."""
     lists = [hashes_of(path, workers=workers) for path in others]
     hashes = HashList.joined(lists)
     set_of = [str(path) for path, one in zip(others, lists, strict=True) for _ in range(len(one))]

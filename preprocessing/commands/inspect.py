@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import read_json
 from preprocessing.images.decoding import BadImage, decode_image
 from preprocessing.images.limits import PILLOW_PIXELS
@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a summary and a few rows of each split, and write the page. Raises DataError."""
+    """Print a summary and a few rows of each split, and write the page. Raises UserError."""
     if args.rows is not None and args.rows < 0:
-        raise DataError(f"--rows {args.rows}: must be 0 or more")
+        raise UserError(f"--rows {args.rows}: must be 0 or more")
     folders = split_folders(storage_path(args.directory))
     sections = []
     for folder in folders:
@@ -81,7 +81,7 @@ def _summary(folder: StoragePath, manifest: dict[str, Any]) -> list[str]:
 def _made_by(path: StoragePath) -> str:
     try:
         made = read_json(path)
-    except DataError:
+    except UserError:
         made = None
     if not isinstance(made, dict):
         return f"unknown, {path.name} cannot be read"

@@ -22,7 +22,7 @@ from preprocessing.commands.checks import (
     shard_paths,
     split_facts,
 )
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import sync_tree
 from preprocessing.running.output_folder import check_replaceable, locked, new_folder
 from preprocessing.running.storage import StoragePath, file_sha256
@@ -55,11 +55,11 @@ class _Repair:
 def repair_split(folder: StoragePath, workers: int = 1, accept_changed: bool = False) -> list[str]:
     """Repair the split in `folder` (links are resolved). Returns a line for each action.
 
-    Raises DataError when it cannot be repaired: another process writes it, no shard can be read, a VQA set has no
+    Raises UserError when it cannot be repaired: another process writes it, no shard can be read, a VQA set has no
     answer list, the folder is remote, or it has files that are not ours.
     """
     if not isinstance(folder, Path):
-        raise DataError(f"{folder}: --repair works on a local folder; copy the data set, repair it, and copy it back")
+        raise UserError(f"{folder}: --repair works on a local folder; copy the data set, repair it, and copy it back")
     target = Path(os.path.realpath(folder))
     with locked(target):
         return _repair_split(folder, target, workers, accept_changed)
@@ -71,15 +71,15 @@ def _repair_split(folder: Path, target: Path, workers: int, accept_changed: bool
     manifest = _manifest_of(folder, actions)
     facts = split_facts(folder, manifest["kind"], manifest["split"])
     if answers_fault(folder, manifest, facts):  # which no change of rows can repair
-        raise DataError(answers_fault(folder, manifest, facts))
+        raise UserError(answers_fault(folder, manifest, facts))
     reports = check_shards(folder, manifest["shards"], facts, workers)
     listed = {record["file"] for record in manifest["shards"]}
     for path in shard_paths(folder):
         if path.name not in listed:
-            raise DataError(f"{path}: is not in the manifest; move it away, or remove {MANIFEST} to take it in")
+            raise UserError(f"{path}: is not in the manifest; move it away, or remove {MANIFEST} to take it in")
     for report in reports:
         if report.access_denied:  # it may have valid rows
-            raise DataError(f"{report.path}: {report.faults[0]}")
+            raise UserError(f"{report.path}: {report.faults[0]}")
     checked = [report for report in reports if accept_changed or not _changed_but_valid(report)]
     lines = [
         f"{folder}: {report.path.name} is kept as it is, and so is its record: it has changed, and its rows pass every "
@@ -97,7 +97,7 @@ def _repair_split(folder: Path, target: Path, workers: int, accept_changed: bool
         for record, report in zip(manifest["shards"], reports, strict=True):
             _repair_shard(repair, new, record, report)
         if not repair.shards:
-            raise DataError(f"{folder}: no row of it is sound; prepare the split again")
+            raise UserError(f"{folder}: no row of it is sound; prepare the split again")
         _finish(repair, new)
         sync_tree(new)  # before the old shards go
     return [*(f"{folder}: {line}" for line in actions), *lines]
@@ -117,7 +117,7 @@ def _manifest_of(folder: Path, actions: list[str]) -> dict[str, Any]:
     """The split's manifest; if it cannot be read, a substitute with the names of the shards only."""
     try:
         return read_manifest(folder)
-    except DataError as error:
+    except UserError as error:
         paths = shard_paths(folder)
         for path in paths:
             found = _kind_and_split(path)

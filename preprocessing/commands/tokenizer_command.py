@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.lines import MAX_LINE, CutFile, open_text, read_lines
 from preprocessing.redaction import printable
 from preprocessing.running.storage import storage_path
@@ -31,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or inspect. Raises DataError on bad input."""
+    """Train or inspect. Raises UserError on bad input."""
     if args.tokenizer_command == "inspect":
         _inspect(Tokenizer.load(args.tokenizer), args.text)
         return
     if not args.data and not args.text:
-        raise DataError("--data or --text: give one of them, or there is nothing to train on")
+        raise UserError("--data or --text: give one of them, or there is nothing to train on")
     file = Path(args.out) / FILE_NAME
     if file.exists() and not args.overwrite:
-        raise DataError(f"{file}: exists; give --overwrite to replace it, or another --out")
+        raise UserError(f"{file}: exists; give --overwrite to replace it, or another --out")
     tokenizer = train_tokenizer(_texts(args), args.vocab_size)
     tokenizer.save(args.out)
     fewer = "" if tokenizer.vocab_size == args.vocab_size else f" of {args.vocab_size}: the texts hold no more"
@@ -59,17 +59,17 @@ def _lines(path: Path) -> Iterator[str]:
         with open_text(path) as file:
             for number, (_, line) in enumerate(read_lines(file), 1):
                 if line is None:
-                    raise DataError(f"{path}: line {number}: has more than {MAX_LINE >> 20} MiB; break it into lines")
+                    raise UserError(f"{path}: line {number}: has more than {MAX_LINE >> 20} MiB; break it into lines")
                 if text := line.decode().strip():
                     yield text
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check --text") from None
+        raise UserError(f"{path}: no such file; check --text") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: line {number}: is not UTF-8 text ({error}); check --text") from None
+        raise UserError(f"{path}: line {number}: is not UTF-8 text ({error}); check --text") from None
     except CutFile as error:
-        raise DataError(f"{path}: line {error.line}: {error}") from None
+        raise UserError(f"{path}: line {error.line}: {error}") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check --text") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check --text") from None
 
 
 def _inspect(tokenizer: Tokenizer, text: str) -> None:

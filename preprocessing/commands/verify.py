@@ -14,7 +14,7 @@ from typing import Any
 
 from preprocessing.commands.checks import answers_fault, check_shards, ids_fault, shard_paths, split_facts
 from preprocessing.commands.repair import repair_split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.redaction import printable
 from preprocessing.running.output_folder import recover
 from preprocessing.running.pool import check_workers
@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the first twenty faults and the number of others. Returns 1 if there is any, else 0. Raises DataError."""
+    """Print the first twenty faults and the number of others. Returns 1 if there is any, else 0. Raises UserError."""
     check_workers(args.workers)
     if args.accept_changed and not args.repair:
-        raise DataError("--accept-changed: goes with --repair")
+        raise UserError("--accept-changed: goes with --repair")
     directory = storage_path(args.directory)
     if args.repair and isinstance(directory, Path):
         for path in (directory, *(directory / split for split in SPLITS)):
@@ -69,7 +69,7 @@ def find_faults(folder: StoragePath, workers: int = 1) -> Iterator[str]:
     try:
         manifest = read_manifest(folder)
         facts = split_facts(folder, manifest["kind"], manifest["split"])
-    except DataError as error:
+    except UserError as error:
         yield str(error)
         return
     name = os.path.basename(os.path.abspath(folder)) if isinstance(folder, Path) else folder.name
@@ -100,7 +100,7 @@ def _shared_faults(folders: Sequence[StoragePath]) -> Iterator[str]:
         for split, other, which, is_fault in shared_ids(folders):
             if is_fault and "train" in (split.name, other.name):
                 yield f"{split} and {other}: hold the same {which}; prepare one of them with --exclude"
-    except DataError:
+    except UserError:
         return  # already reported as a fault of that split
 
 

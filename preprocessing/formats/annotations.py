@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.lines import TOO_LONG, AnyPath, CutFile, open_text, read_lines
 from preprocessing.json_text import json_excerpt, parse_json
 from preprocessing.running.storage import StoragePath, open_input, size_of, storage_path
 
 
-class BadRecord(DataError):
+class BadRecord(UserError):
     """One bad record in a file that is otherwise good. `Source.faults` counts it by `reason`.
 
     `where` names the file and the record; `what` says what is wrong with it and how to fix it.
@@ -31,29 +31,29 @@ _COMPARED = 1 << 20  # bytes, of start and end of files of equal size
 
 
 def read_text(path: AnyPath) -> str:
-    """The file's text (UTF-8, with or without a byte order mark). Raises DataError naming the file."""
+    """The file's text (UTF-8, with or without a byte order mark). Raises UserError naming the file."""
     try:
         with open_input(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
+        raise UserError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); give the JSON file, unpacked") from None
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); give the JSON file, unpacked") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not text.strip():
-        raise DataError(f"{path}: is empty; fetch it again")
+        raise UserError(f"{path}: is empty; fetch it again")
     return text
 
 
 def read_json(path: AnyPath) -> Any:
-    """The JSON value in `path`. Raises DataError naming the file, and the line and column of invalid JSON."""
+    """The JSON value in `path`. Raises UserError naming the file, and the line and column of invalid JSON."""
     text = read_text(path)
     try:
         return parse_json(text)
     except ValueError as error:
         line = f"line {error.lineno} " if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path}: {_why_invalid(error, line)}; fetch the file again") from None
+        raise UserError(f"{path}: {_why_invalid(error, line)}; fetch the file again") from None
 
 
 def find_copies(paths: Iterable[str | StoragePath]) -> Iterator[tuple[str | StoragePath, str | StoragePath]]:
@@ -79,7 +79,7 @@ def find_copies(paths: Iterable[str | StoragePath]) -> Iterator[tuple[str | Stor
 def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:
     """(number from 1, text) of each line, or a BadRecord for a line that cannot be read. The file may be gzip.
 
-    Raises DataError naming the file when it cannot be read or is blank.
+    Raises UserError naming the file when it cannot be read or is blank.
     """
     empty = True
     try:
@@ -93,19 +93,19 @@ def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:
                     text = BadRecord(where, "is not UTF-8 text; fix the file", "line is not UTF-8 text")
                 yield number, text
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
+        raise UserError(f"{path}: no such file; check the path") from None
     except CutFile as error:
         yield error.line, BadRecord(f"{path}: line {error.line}", str(error), "lines are lost: a file is cut")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     if empty:
-        raise DataError(f"{path}: is empty; fetch it again")
+        raise UserError(f"{path}: is empty; fetch it again")
 
 
 def read_json_lines(path: AnyPath, bad: Callable[[BadRecord], None]) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of each JSON line. Blank lines are skipped; invalid ones are passed to `bad`.
 
-    Raises DataError as `text_lines` does.
+    Raises UserError as `text_lines` does.
     """
     for number, line in text_lines(path):
         if isinstance(line, BadRecord):

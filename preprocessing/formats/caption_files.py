@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, find_copies, read_json, text_lines
 from preprocessing.formats.line_records import BadLine, Form, Record, caption_texts, find_form, parse_line, record_of
 from preprocessing.formats.lines import TOO_LONG, CutFile, first_bytes, is_compressed, open_text, read_lines
@@ -93,13 +93,13 @@ def read_captions(
 ) -> Source:
     """A row for each line or entry that has a caption, is not excluded, and does not name another split.
 
-    Raises DataError naming the file and the record at fault.
+    Raises UserError naming the file and the record at fault.
     """
     for first, other in find_copies(files):
-        raise DataError(f"{first} and {other}: are one file under two names; give it once")
+        raise UserError(f"{first} and {other}: are one file under two names; give it once")
     stems = [_stem(name) for name in files]
     if again := [stem for stem, count in Counter(stems).items() if count > 1]:
-        raise DataError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
+        raise UserError(f"--annotations: two files are called {again[0]}, which image ids begin with; rename one")
     source = Source("caption", [], [storage_path(name) for name in files], {}, numbered=("image_id",))
     keeper = _RowFilter(source, finder, cleaning, excluded, splits)
     listed = _entries(files)
@@ -164,7 +164,7 @@ class LineRows(LazyRows):
         cleaning: TextCleaning,
         keeper: _RowFilter,
     ) -> None:
-        """Read all lines once to find those that become rows. Raises DataError naming the file at fault."""
+        """Read all lines once to find those that become rows. Raises UserError naming the file at fault."""
         self._files = list(files)
         self._finder = finder
         self._cleaning = cleaning
@@ -194,7 +194,7 @@ class LineRows(LazyRows):
                         self._length.append(len(line))
                         self._number.append(number)
                     if packed and record.cell is not None:
-                        raise DataError(f"{path}: is compressed, and images in it are read by their place; unpack it")
+                        raise UserError(f"{path}: is compressed, and images in it are read by their place; unpack it")
                 except BadLine as error:
                     keeper.fault(f"{path}: line {line_number}", error, error.reason)
                 number += 1
@@ -225,9 +225,9 @@ class LineRows(LazyRows):
             stream.seek(offset)
             record = parse_line(bytes(stream.read(self._length[index])), self._forms[file])
         except (BadLine, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: row {number}: {error}; it changed since the run began, start again") from None
+            raise UserError(f"{path}: row {number}: {error}; it changed since the run began, start again") from None
         except OSError as error:
-            raise DataError(f"{path}: row {number} cannot be read ({error.strerror or error}); start again") from None
+            raise UserError(f"{path}: row {number} cannot be read ({error.strerror or error}); start again") from None
         image = self._finder.find(record, path, offset, number)
         columns = {"caption": self._cleaning.captions(record.captions), "image_id": self._id(file, number)}
         return Row(image.name, (image,), columns)
@@ -291,31 +291,31 @@ def _stem(path: str) -> str:
 
 
 def _form(path: str, columns: Sequence[str] | None) -> Form:
-    """The form of a file, by its first two lines. Raises DataError when it has no known form."""
+    """The form of a file, by its first two lines. Raises UserError when it has no known form."""
     first: list[bytes | None] = []
     try:
         for _, line in islice(_lines(path), 2):
             first.append(line)
     except CutFile as error:
         if not first:
-            raise DataError(f"{path}: line 1: {error}") from None
+            raise UserError(f"{path}: line 1: {error}") from None
     if not first:
-        raise DataError(f"{path}: is empty; fetch it again")
+        raise UserError(f"{path}: is empty; fetch it again")
     if first[0] is None:
-        raise DataError(f"{path}: line 1: {TOO_LONG}")
+        raise UserError(f"{path}: line 1: {TOO_LONG}")
     try:
         return find_form(first[0], (*first, b"")[1] or b"", columns)
     except BadLine as error:
-        raise DataError(f"{path}: line 1: {error}") from None
+        raise UserError(f"{path}: line 1: {error}") from None
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes | None]]:
-    """What `read_lines` yields. Raises DataError when there is no such file, and CutFile."""
+    """What `read_lines` yields. Raises UserError when there is no such file, and CutFile."""
     try:
         with open_text(path) as file:
             yield from read_lines(file)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
 
 
 _SBU_JSON = re.compile(rb'\s*\{\s*"(image_urls|captions|user_ids)"\s*:\s*\[')
@@ -327,7 +327,7 @@ def _entries(files: Sequence[str]) -> Listed | None:
     try:
         first = first_bytes(files[0], _SNIFFED)
     except OSError as error:
-        raise DataError(f"{files[0]}: cannot be read ({error.strerror or error}); check the path") from None
+        raise UserError(f"{files[0]}: cannot be read ({error.strerror or error}); check the path") from None
     if len(files) == 2 and first.startswith((b"http://", b"https://")) and b"\t" not in first:
         return _aligned(*files), _paired
     if first.lstrip().startswith(b"["):
@@ -336,7 +336,7 @@ def _entries(files: Sequence[str]) -> Listed | None:
         content = read_json(files[0])
         urls, captions = (content.get(name) for name in ("image_urls", "captions"))
         if not (isinstance(urls, list) and isinstance(captions, list) and len(urls) == len(captions)):
-            raise DataError(f"{files[0]}: has no lists image_urls and captions of one length; is this the right file?")
+            raise UserError(f"{files[0]}: has no lists image_urls and captions of one length; is this the right file?")
         return zip(urls, captions, strict=True), _paired
     return None
 
@@ -355,14 +355,14 @@ def _paired(entry: tuple[Any, Any]) -> Record:
 def _aligned(urls: str, captions: str) -> Iterable[tuple[str | BadRecord, str | BadRecord]]:
     addresses, texts = ([line for _, line in text_lines(path)] for path in (urls, captions))
     if len(addresses) != len(texts):
-        raise DataError(f"{captions}: has {len(texts)} lines, {urls} has {len(addresses)}; give the files of one set")
+        raise UserError(f"{captions}: has {len(texts)} lines, {urls} has {len(addresses)}; give the files of one set")
     return zip(addresses, texts, strict=True)
 
 
 def _listed(files: Sequence[str]) -> list[Any]:
     if len(files) > 1:
-        raise DataError(f"{files[1]}: a JSON list must be the only file in --annotations; convert the files one by one")
+        raise UserError(f"{files[1]}: a JSON list must be the only file in --annotations; convert the files one by one")
     entries = read_json(files[0])
     if not isinstance(entries, list):
-        raise DataError(f"{files[0]}: is no JSON list; is this the right file?")
+        raise UserError(f"{files[0]}: is no JSON list; is this the right file?")
     return entries

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
 from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, FoundImage, ShardRows, unreadable_text
 from preprocessing.images.image_refs import FileImage, ImageRef, join
@@ -57,7 +57,7 @@ class FolderRows(ShardRows):
         try:
             captions = self._captions(_read(path), bool(entry["json"]))
         except ValueError as error:
-            if isinstance(error, DataError):
+            if isinstance(error, UserError):
                 raise
             captions = ()  # the caller reports it
         return captions, FileImage(join(shard, f"{key}.{entry['ending'].decode()}"))
@@ -69,11 +69,11 @@ def is_image(name: str) -> bool:
 
 
 def _read(path: str) -> bytes | None:
-    """At most MAX_TEXT + 1 bytes of a file; None for a link that leads nowhere. Raises DataError."""
+    """At most MAX_TEXT + 1 bytes of a file; None for a link that leads nowhere. Raises UserError."""
     try:
         with open_input(path) as file:
             return bytes(file.read(MAX_TEXT + 1))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); fix it, or move it away") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); fix it, or move it away") from None

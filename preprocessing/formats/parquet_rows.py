@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.formats.caption_columns import (
     CAPTION_COLUMNS,
@@ -37,12 +37,12 @@ class ParquetRows(ShardRows):
     fields = np.dtype([("group", "i4"), ("row", "i4")])
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
-        """See ShardRows. Also raises DataError when one file has a column `split` and another one has not."""
+        """See ShardRows. Also raises UserError when one file has a column `split` and another one has not."""
         self._with: str | None = None  # a file with a column `split`
         self._without: str | None = None
         super().__init__(shards, wanted, source)
         if self._with and self._without:
-            raise DataError(
+            raise UserError(
                 f"{self._with} has a column of splits, {self._without} has none; give them one by one, or move one away"
             )
 
@@ -72,7 +72,7 @@ class ParquetRows(ShardRows):
             MemoryError,
             UnicodeDecodeError,
         ) as error:  # UnicodeDecodeError: of a column's name
-            raise DataError(
+            raise UserError(
                 f"{shard}: is no whole parquet file ({(str(error) or 'no memory').splitlines()[0]}); fetch it again"
             ) from None
 
@@ -115,7 +115,7 @@ class ParquetRows(ShardRows):
             image, names, columns = _captions(shard, group, tuple(self._wanted.columns))
             captions = captions_in({name: columns.column(name)[row].as_py() for name in names}, names)
         except (OSError, pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
-            raise DataError(f"{shard}: changed since the run began ({error}); start again") from None
+            raise UserError(f"{shard}: changed since the run began ({error}); start again") from None
         return captions, ParquetCell(shard, group, row, image, key)
 
 
@@ -166,13 +166,13 @@ def _paths(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str, list[str]]:
-    """The image column and the caption columns. Raises DataError when one is missing or of another type."""
+    """The image column and the caption columns. Raises UserError when one is missing or of another type."""
     image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
     if image is None:
         known = ", ".join(_IMAGE_COLUMNS)
-        raise DataError(f"{shard}: has no column of images ({known}); is this img2dataset's parquet output?")
+        raise UserError(f"{shard}: has no column of images ({known}); is this img2dataset's parquet output?")
     if not _is_image(schema.field(image).type):
-        raise DataError(
+        raise UserError(
             f"{shard}: column {image} is of type {schema.field(image).type}, neither bytes, base64 nor a struct of it; "
             "fix the file"
         )
@@ -180,18 +180,18 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
     captions = caption_columns(schema.names, wanted)
     there = ", ".join(schema.names)
     if missing is not None:
-        raise DataError(f"{shard}: has no column {missing}, which --caption-column names; it has {there}")
+        raise UserError(f"{shard}: has no column {missing}, which --caption-column names; it has {there}")
     if not captions:
         known = ", ".join(CAPTION_COLUMNS)
-        raise DataError(f"{shard}: has no column of captions ({known}), but {there}; name it with --caption-column")
+        raise UserError(f"{shard}: has no column of captions ({known}), but {there}; name it with --caption-column")
     split = split_field(schema.names)
     for name in (*captions, *filter(None, [split])):
         kind = schema.field(name).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if name == split and not _is_text(kind):
-            raise DataError(f"{shard}: column {name} is of type {kind}, not text; fix the file or call it otherwise")
+            raise UserError(f"{shard}: column {name} is of type {kind}, not text; fix the file or call it otherwise")
         if not _is_text(kind.value_type if listed else kind) and not _is_sentence(kind.value_type if listed else kind):
-            raise DataError(
+            raise UserError(
                 f"{shard}: column {name} is of type {kind}, neither text nor lists of texts; name another with "
                 "--caption-column"
             )

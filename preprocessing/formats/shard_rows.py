@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.formats.caption_columns import parse_side_json
 from preprocessing.images.exclusion import EXCLUDED, ImageList
@@ -67,7 +67,7 @@ class ShardRows(LazyRows):
     fields: ClassVar[np.dtype[Any]]
 
     def __init__(self, shards: Sequence[Shard], wanted: Wanted, source: Source) -> None:
-        """Look through all shards for images with captions. Raises DataError naming the shard at fault."""
+        """Look through all shards for images with captions. Raises UserError naming the shard at fault."""
         self._shards = list(shards)
         self._wanted = wanted
         self._source: Source | None = source
@@ -131,7 +131,7 @@ class ShardRows(LazyRows):
             found.fault = unreadable_text(where, error)
 
     def _is_unique(self) -> bool:
-        """Whether no key is in two shards: img2dataset's do not. Raises DataError when one is twice in a shard."""
+        """Whether no key is in two shards: img2dataset's do not. Raises UserError when one is twice in a shard."""
         for shard, part in zip(self._shards, self._parts, strict=True):
             keys, counts = np.unique(part["key"], return_counts=True)
             if len(keys) < len(part):
@@ -153,7 +153,7 @@ class ShardRows(LazyRows):
         kept = self._wanted.cleaning.captions(captions)
         if not kept:
             where = f"{shard.path}: image {image_id}"
-            raise DataError(f"{where}: has no caption any more; it changed since the run began, start again")
+            raise UserError(f"{where}: has no caption any more; it changed since the run began, start again")
         return Row(image_id, (image,), {"caption": kept, "image_id": image_id})
 
     @abstractmethod
@@ -178,6 +178,6 @@ def unreadable_text(where: str, why: object) -> BadRecord:
     return BadRecord(replace_surrogates(where), f"{why}; fix it, or take it out", "text of an image is unreadable")
 
 
-def duplicate_key(shard: str, key: str) -> DataError:
+def duplicate_key(shard: str, key: str) -> UserError:
     """The error for a key that two images or two texts of a shard have."""
-    return DataError(f"{shard}: key {replace_surrogates(key)} occurs twice; make keys unique")
+    return UserError(f"{shard}: key {replace_surrogates(key)} occurs twice; make keys unique")

@@ -7,7 +7,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
 from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, FoundImage, ShardRows, duplicate_key, unreadable_text
 from preprocessing.images.image_refs import ImageRef, TarMember
@@ -55,7 +55,7 @@ class TarRows(ShardRows):
                     if found is not None:
                         yield found
         except (OSError, tarfile.TarError) as error:
-            raise DataError(f"{shard}: is no whole tar ({error}); fetch it again") from None
+            raise UserError(f"{shard}: is no whole tar ({error}); fetch it again") from None
 
     def _groups(self, shard: str, file: IO[bytes]) -> dict[str, Members]:
         """key -> its images and texts, in the order of the first file of each key."""
@@ -74,7 +74,7 @@ class TarRows(ShardRows):
                 self.count_left_out("image name has a second dot")
             elif ending.endswith(_PACKED):
                 name = replace_surrogates(f"{key}.{ending}")
-                raise DataError(f"{shard}: holds {name}, which is compressed; unpack it and put its files in a tar")
+                raise UserError(f"{shard}: holds {name}, which is compressed; unpack it and put its files in a tar")
         for key, ending, link in links:
             source, source_ending = _key(link)
             there = groups.get(source, ())
@@ -165,7 +165,7 @@ def _files(
             key, ending = _key(name)
             if member.issparse():
                 what = f"holds {replace_surrogates(name)} in pieces (sparse); pack it again without --sparse"
-                raise DataError(f"{shard}: {what}")
+                raise UserError(f"{shard}: {what}")
             if member.isreg():
                 if ending.endswith("tar") and name.lower().endswith(".tar"):
                     nested.append((name[:-4], member.offset_data, member.offset_data + member.size))
@@ -179,7 +179,7 @@ def _files(
         _check_end(file, tar.offset, end)
     for name, first, last in nested:
         if depth == _DEEPEST:
-            raise DataError(f"{shard}: holds tars in tars, {_DEEPEST + 1} deep; unpack {replace_surrogates(name)}.tar")
+            raise UserError(f"{shard}: holds tars in tars, {_DEEPEST + 1} deep; unpack {replace_surrogates(name)}.tar")
         yield from _files(shard, file, first, last, name, depth + 1)
 
 

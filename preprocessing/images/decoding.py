@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.image_refs import FileImage, ImageRef
 from preprocessing.images.limits import MAX_PIXELS, MAX_PNG_TEXT
 
@@ -20,7 +20,7 @@ class BadImage(Exception):
 def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memoryview:
     """The bytes that `image` refers to, unchecked. A file that fits in `room` is read into it, and a slice is returned.
 
-    Raises BadImage when they are missing or cannot be read, and DataError when a remote file system fails, which is
+    Raises BadImage when they are missing or cannot be read, and UserError when a remote file system fails, which is
     no fault of the image.
     """
     try:
@@ -31,9 +31,9 @@ def read_image(image: ImageRef, room: memoryview | None = None) -> bytes | memor
         raise BadImage("is missing") from None
     except OSError as error:
         if error.errno is None:  # pyarrow's: a connection broke while reading
-            raise DataError(f"{image.name}: {' '.join(str(error).split())}; run the same command again") from None
+            raise UserError(f"{image.name}: {' '.join(str(error).split())}; run the same command again") from None
         raise BadImage(f"cannot be read ({error.strerror})") from None
-    except DataError:
+    except UserError:
         raise
     except ValueError as error:
         raise BadImage(str(error)) from None

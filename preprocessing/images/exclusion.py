@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, read_json, read_json_lines, text_lines
 from preprocessing.images.image_folder import coco_key, image_key
 from preprocessing.json_text import parse_json
@@ -101,7 +101,7 @@ EXCLUDED = "image is listed in --exclude"
 
 
 def excluded_images(args: argparse.Namespace) -> ImageList:
-    """The images of all `--exclude` files; `args.excluded` has them too. Raises DataError naming the file at fault."""
+    """The images of all `--exclude` files; `args.excluded` has them too. Raises UserError naming the file at fault."""
     args.excluded = ImageList.joined(ImageList(read_image_names(_list_file(path)), path) for path in args.exclude)
     return cast(ImageList, args.excluded)
 
@@ -109,12 +109,12 @@ def excluded_images(args: argparse.Namespace) -> ImageList:
 def _list_file(path: str) -> StoragePath:
     found = storage_path(path)
     if found.is_dir() or path.endswith(".npz"):
-        raise DataError(f"{path}: is no list of names; prepared data sets and hashes go to --exclude-images-of")
+        raise UserError(f"{path}: is no list of names; prepared data sets and hashes go to --exclude-images-of")
     return found
 
 
 def read_image_names(path: StoragePath) -> Iterator[str]:
-    """The images that a list file names; see `add_exclude_argument`. Raises DataError when it is none of those."""
+    """The images that a list file names; see `add_exclude_argument`. Raises UserError when it is none of those."""
     first = _first_character(path) if path.name.endswith(_LINES) else ""
     lines = first == "{" or _is_lines(path)
     if not lines and first != "[" and not path.name.endswith(".json"):
@@ -128,14 +128,14 @@ def read_image_names(path: StoragePath) -> Iterator[str]:
     if isinstance(content, dict):
         records = next((content[name] for name in ("images", "duplicates", "questions") if name in content), None)
     if not isinstance(records, list):
-        raise DataError(f"{path}: is no list of images in a known form; give one image name a line in a .txt file")
+        raise UserError(f"{path}: is no list of images in a known form; give one image name a line in a .txt file")
     splits = {split_named(str(record["split"])) for record in records if isinstance(record, dict) and "split" in record}
     for index, record in enumerate(records):
         if "test" in splits and isinstance(record, dict) and split_named(str(record.get("split", "test"))) != "test":
             continue  # Karpathy's file holds all splits; a list of one split is taken as it is
         names = list(names_in_record(record))
         if not names:
-            raise DataError(f"{path}: record {index}: names no image; give one image name a line in a .txt file")
+            raise UserError(f"{path}: record {index}: names no image; give one image name a line in a .txt file")
         yield from names
 
 
@@ -159,7 +159,7 @@ def _is_lines(path: StoragePath) -> bool:
             first, end, more = bytes(file.read(_FIRST)).partition(b"\n")
         return bool(end and more.strip()) and isinstance(parse_json(first.removeprefix(codecs.BOM_UTF8)), dict)
     except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
+        if isinstance(error, UserError):
             raise
         return False  # reported when the whole file is read
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import upright_rgb
 from preprocessing.running.storage import StoragePath, open_input, write_whole
 
@@ -74,15 +74,15 @@ class HashList:
 
     @classmethod
     def load(cls, path: StoragePath) -> "HashList":
-        """Read what `save` wrote. Raises DataError naming the file."""
+        """Read what `save` wrote. Raises UserError naming the file."""
         try:
             with open_input(path) as file, np.load(file, allow_pickle=False) as arrays:
                 return cls(*(arrays[name] for name in _ARRAYS))._checked()
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; make it with `python -m preprocessing duplicates hash`") from None
+            raise UserError(f"{path}: no such file; make it with `python -m preprocessing duplicates hash`") from None
         except _DAMAGE as error:
             message = " ".join(str(error).split())
-            raise DataError(f"{path}: is no list of hashes ({message}); make it again") from None
+            raise UserError(f"{path}: is no list of hashes ({message}); make it again") from None
 
     def _checked(self) -> "HashList":
         """Return self. Raises ValueError unless the arrays have one length and the documented types."""

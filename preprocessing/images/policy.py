@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage, decode_image, open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList, content_key, perceptual_hashes
 from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
@@ -104,21 +104,21 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def image_policy(args: argparse.Namespace) -> ImagePolicy:
-    """The policy of the options. Reads the sets whose images are to be left out. Raises DataError."""
+    """The policy of the options. Reads the sets whose images are to be left out. Raises UserError."""
     if not 1 <= args.max_pixels <= PILLOW_PIXELS:
-        raise DataError(f"--max-pixels {args.max_pixels}: must be between 1 and Pillow's own bound, {PILLOW_PIXELS}")
+        raise UserError(f"--max-pixels {args.max_pixels}: must be between 1 and Pillow's own bound, {PILLOW_PIXELS}")
     if args.max_side is not None and args.max_side < _LEAST_SIDE:
-        raise DataError(f"--max-side {args.max_side}: must be at least {_LEAST_SIDE} pixels")
+        raise UserError(f"--max-side {args.max_side}: must be at least {_LEAST_SIDE} pixels")
     if not 1 <= args.quality <= 95:
-        raise DataError(f"--quality {args.quality}: must be between 1 and 95")
+        raise UserError(f"--quality {args.quality}: must be between 1 and 95")
     if not 0 <= args.near_distance <= 32:
-        raise DataError(f"--near-distance {args.near_distance}: must be between 0 and 32 bits")
+        raise UserError(f"--near-distance {args.near_distance}: must be between 0 and 32 bits")
     workers = getattr(args, "workers", 1)
     near = HashList.joined(hashes_of(storage_path(name), workers=workers) for name in args.near_duplicates_of)
     exact = [hashes_of(storage_path(name), False, workers).keys for name in args.exclude_images_of]
     for name, keys in zip(args.exclude_images_of, exact, strict=True):
         if not len(keys):
-            raise DataError(f"--exclude-images-of {name}: holds no image; name the set that is to be kept out")
+            raise UserError(f"--exclude-images-of {name}: holds no image; name the set that is to be kept out")
     nameless = replace(near, names=np.zeros(len(near), dtype="S1"))  # pickled for the workers, which need no names
     return ImagePolicy(
         args.max_pixels,

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import make_folder, sync_path
 from preprocessing.running.storage import StoragePath, names_in
 
@@ -23,7 +23,7 @@ def locked(target: StoragePath) -> Iterator[StoragePath]:
     """Hold the lock of `target`, a file in its work folder. Yields the work folder.
 
     That folder is removed at the end if it holds nothing but the lock. The lock of a remote folder is a file on this
-    machine. Raises DataError when another process holds the lock.
+    machine. Raises UserError when another process holds the lock.
     """
     root = target.parent / f".{target.name}.work"
     if isinstance(root, Path):
@@ -34,11 +34,11 @@ def locked(target: StoragePath) -> Iterator[StoragePath]:
     try:
         file = _lock(path)
     except OSError as error:
-        raise DataError(
+        raise UserError(
             f"{target}: cannot be locked ({error.strerror}: {path}); see that files can be written there"
         ) from error
     if file is None:
-        raise DataError(f"{target}: another process is writing it; wait for it to end, or choose another folder")
+        raise UserError(f"{target}: another process is writing it; wait for it to end, or choose another folder")
     try:
         yield root
     finally:
@@ -76,7 +76,7 @@ def _lock(path: Path) -> IO[bytes] | None:
 def output_folder(target: Path, ours: Collection[str], overwrite: bool) -> Iterator[Path]:
     """A `new_folder` for `target`, which stays locked. A symbolic link is resolved first.
 
-    Raises DataError when another process writes `target`, when `target` is not empty and `overwrite` is false, and when
+    Raises UserError when another process writes `target`, when `target` is not empty and `overwrite` is false, and when
     it holds an entry that matches none of the patterns in `ours`: such a folder is never deleted.
     """
     target = Path(os.path.realpath(target))
@@ -91,7 +91,7 @@ def output_folder(target: Path, ours: Collection[str], overwrite: bool) -> Itera
 def new_folder(target: Path) -> Iterator[Path]:
     """A new folder to fill. It replaces `target` when the block succeeds, and is removed when the block fails.
 
-    The caller holds the lock of `target`, which is no symbolic link. Raises DataError when it cannot be written.
+    The caller holds the lock of `target`, which is no symbolic link. Raises UserError when it cannot be written.
     """
     partial = target.parent / f".{target.name}.partial"
     old = _old_folder(target)
@@ -110,13 +110,13 @@ def new_folder(target: Path) -> Iterator[Path]:
         sync_path(target.parent)
         _discard(old)
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from error
+        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from error
 
 
 def recover(target: Path) -> None:
     """Restore the old folder if an earlier process was killed between the two renames at the end of `new_folder`.
 
-    Raises DataError when another process is between them now.
+    Raises UserError when another process is between them now.
     """
     target = Path(os.path.realpath(target))
     if _old_folder(target).is_dir() and not target.exists():
@@ -142,12 +142,12 @@ def _discard(folder: Path) -> None:
 
 
 def check_replaceable(target: Path, ours: Collection[str], overwrite: bool) -> None:
-    """Raise DataError unless a new folder may take the place of `target`."""
+    """Raise UserError unless a new folder may take the place of `target`."""
     if target.exists() and not target.is_dir():
-        raise DataError(f"{target}: is a file; choose another output folder")
+        raise UserError(f"{target}: is a file; choose another output folder")
     entries = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
     if entries and not overwrite:
-        raise DataError(f"{target}: holds another run's files; give --overwrite to replace them, or another --out")
+        raise UserError(f"{target}: holds another run's files; give --overwrite to replace them, or another --out")
     for name in entries:
         if not any(fnmatch(name, pattern) for pattern in ours):
-            raise DataError(f"{target}: holds {name}, which is not of this program's making; choose another --out")
+            raise UserError(f"{target}: holds {name}, which is not of this program's making; choose another --out")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage, read_image
 from preprocessing.images.policy import ExcludedImage, ImagePolicy
 from preprocessing.json_text import dump_json
@@ -81,7 +81,7 @@ def write_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Pa
     """Write the shards of a part and then its record. Runs in a worker.
 
     The record holds rows, digest, shards (file, rows, samples, bytes, sha256), dropped (item, reason), the number of
-    dropped rows that are faults (not left out on request), and the keys of the ids. Raises DataError when the output
+    dropped rows that are faults (not left out on request), and the keys of the ids. Raises UserError when the output
     cannot be written.
     """
     return begin_part(job, index, rows, digest)()
@@ -136,7 +136,7 @@ def _wrap_write_errors(job: PartJob) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # from writing; reading an image raises no OSError
-        raise DataError(
+        raise UserError(
             f"{job.shards}: cannot be written ({error.strerror or error}); make room or choose another --out, and run "
             "the same command again: it continues"
         ) from error

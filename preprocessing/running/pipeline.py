@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import dump_json
 from preprocessing.running.parts import (
     MAX_EXAMPLES,
@@ -41,7 +41,7 @@ def build_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """Write `source` to `args.out/args.split`. Continues an interrupted run. Returns the manifest.
 
     A part of an earlier run is reused if its source rows, the image options and the versions of pyarrow and Pillow are
-    the same; changed image files are not noticed. Raises DataError when more than `args.max_dropped` of the rows must
+    the same; changed image files are not noticed. Raises UserError when more than `args.max_dropped` of the rows must
     be dropped, when the output cannot be written, and when another process writes it.
     """
     target = storage_path(args.out) / args.split
@@ -97,7 +97,7 @@ def _write_parts(source: Source, args: argparse.Namespace, work: Work, part_rows
     return count
 
 
-class _TooManyDropped(DataError):
+class _TooManyDropped(UserError):
     pass
 
 
@@ -142,7 +142,7 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
             work.forget(index)
         most = dropped.most_common(1)
         why = f": {most[0][1]} times, {most[0][0]}" if most else ""
-        raise DataError(f"{work.target}: no row is left of {len(source.rows)}{why}; fix the input")
+        raise UserError(f"{work.target}: no row is left of {len(source.rows)}{why}; fix the input")
     listed = dropped.total() - source.left_out.total()
     items = list(islice(_dropped_items(source, work, parts), LISTED)) if listed else []
     work.check_only_writer()
@@ -164,7 +164,7 @@ def _records(work: Work, parts: int) -> Iterator[dict[str, Any]]:
     for index in range(parts):
         record = work.record(index)
         if record is None:
-            raise DataError(f"{work.target}: part {index} has vanished while the run went on; run it again")
+            raise UserError(f"{work.target}: part {index} has vanished while the run went on; run it again")
         yield record
 
 

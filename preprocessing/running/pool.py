@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 _T = TypeVar("_T")
 _WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")  # Open MPI, MPICH and Intel MPI
@@ -43,7 +43,7 @@ def run_under_mpi(main: Callable[[], int]) -> int:
         from mpi4py.futures import MPICommExecutor
     except (ImportError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        raise DataError(f"mpi4py: cannot be used under mpirun ({message}); install it and an MPI library") from None
+        raise UserError(f"mpi4py: cannot be used under mpirun ({message}); install it and an MPI library") from None
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as ranks:
         if ranks is None:  # another rank, after rank 0 has finished
             return 0
@@ -55,11 +55,11 @@ def run_under_mpi(main: Callable[[], int]) -> int:
 
 
 def check_workers(workers: int) -> None:
-    """Raise DataError unless `executor(workers)` can work."""
+    """Raise UserError unless `executor(workers)` can work."""
     if not 1 <= workers <= _MOST_WORKERS:
-        raise DataError(f"--workers {workers}: must be between 1 and {_MOST_WORKERS}")
+        raise UserError(f"--workers {workers}: must be between 1 and {_MOST_WORKERS}")
     if _mpi is not None and workers > 1:
-        raise DataError(f"--workers {workers}: mpirun has started the processes already; leave it out")
+        raise UserError(f"--workers {workers}: mpirun has started the processes already; leave it out")
 
 
 def process_count(workers: int) -> int:
@@ -121,7 +121,7 @@ def run_tasks(
     """The results of `function(*task)`, in the order of completion. Only a few tasks are in memory at a time.
 
     `begin(*task)()` does the same in two steps: without workers, this process begins a task while threads run the
-    second steps of earlier tasks. Raises what the function raises, and DataError when a worker process dies.
+    second steps of earlier tasks. Raises what the function raises, and UserError when a worker process dies.
     """
     if begin is not None and workers == 1 and _mpi is None:
         yield from _run_overlapped(begin, tasks)
@@ -140,7 +140,7 @@ def run_tasks(
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
-            raise DataError(
+            raise UserError(
                 "a worker process was killed (by the system for want of memory?); run the same command again, it "
                 "continues; fewer --workers need less memory"
             ) from None
@@ -150,7 +150,7 @@ def run_tasks(
 
 
 def _first_done(pool: Executor, running: set["Future[_T]"]) -> tuple[set["Future[_T]"], set["Future[_T]"]]:
-    """Wait for the first result; (done, not done). Raises DataError when no worker is active for a long time.
+    """Wait for the first result; (done, not done). Raises UserError when no worker is active for a long time.
 
     The time is a few minutes, or twice the environment variable PREPROCESSING_TIMEOUT_SECONDS.
     """
@@ -166,7 +166,7 @@ def _first_done(pool: Executor, running: set["Future[_T]"]) -> tuple[set["Future
             return done, rest
         quiet = quiet + 1 if [ticks for _, _, ticks in now] == [ticks for _, _, ticks in before] else 0
         if quiet == 2:  # one may mean that this process was stopped together with the workers
-            raise DataError(_stall_message(now, 2 * seconds))
+            raise UserError(_stall_message(now, 2 * seconds))
         before = now
 
 

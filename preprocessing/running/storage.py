@@ -1,7 +1,7 @@
 """Files on a local path, or behind a URI (s3://, gs://, hdfs://) that pyarrow.fs opens.
 
 `storage_path(text)` returns a pathlib.Path or a RemotePath; the functions here take either. The errors of a remote file
-system name the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) is a DataError,
+system name the URI: a missing file is FileNotFoundError, anything else (no credentials, no network) is a UserError,
 since it says nothing about the file. S3 takes its credentials and its address from the environment (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL), and gs:// takes Google's default credentials. hdfs:// needs
 libhdfs (HADOOP_HOME, CLASSPATH) and is not verified here. A URI with a password or a key in it is refused: it would be
@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 from pyarrow import fs
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular, write_atomic
 from preprocessing.redaction import without_secrets
 
@@ -82,7 +82,7 @@ def is_remote(path: str | os.PathLike[str] | RemotePath) -> bool:
 
 
 def storage_path(path: str | os.PathLike[str] | RemotePath) -> StoragePath:
-    """The path or URI as an object. Raises DataError for a URI with a secret, an unknown scheme, or no bucket."""
+    """The path or URI as an object. Raises UserError for a URI with a secret, an unknown scheme, or no bucket."""
     if isinstance(path, RemotePath):
         return path
     text = os.fspath(path)
@@ -92,16 +92,16 @@ def storage_path(path: str | os.PathLike[str] | RemotePath) -> StoragePath:
     if not colon:
         return Path(text)
     if scheme not in SCHEMES:
-        raise DataError(f"{text}: scheme {scheme}:// is not known; use a local path or {'://, '.join(SCHEMES)}://")
+        raise UserError(f"{text}: scheme {scheme}:// is not known; use a local path or {'://, '.join(SCHEMES)}://")
     if not rest.strip("/"):
-        raise DataError(f"{text}: names no bucket or host; write {scheme}://NAME/FOLDER")
+        raise UserError(f"{text}: names no bucket or host; write {scheme}://NAME/FOLDER")
     return RemotePath(text.rstrip("/"))
 
 
 def _check_secrets(uri: str) -> None:
-    """Raise DataError for a URI with a password or a key in it."""
+    """Raise UserError for a URI with a password or a key in it."""
     if (shown := without_secrets(uri)) != uri:
-        raise DataError(
+        raise UserError(
             f"{shown}: holds a user, a password or a key; leave them out, and give them in the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS)"
         )
@@ -115,7 +115,7 @@ def exists(path: str) -> bool:
 def open_input(path: str | os.PathLike[str] | RemotePath) -> IO[bytes]:
     """Open a file for reading bytes. It can seek; use it in a `with` block.
 
-    Raises FileNotFoundError, OSError when a local file cannot be read, and DataError when it is a pipe or a device or
+    Raises FileNotFoundError, OSError when a local file cannot be read, and UserError when it is a pipe or a device or
     when a remote file system refuses.
     """
     if not is_remote(path):
@@ -146,12 +146,12 @@ def size_of(path: StoragePath) -> int:
 
 
 def names_in(folder: StoragePath) -> list[str]:
-    """The sorted names in a folder; empty if there is no such folder. Raises DataError when it cannot be read."""
+    """The sorted names in a folder; empty if there is no such folder. Raises UserError when it cannot be read."""
     if isinstance(folder, Path):
         try:
             return sorted(os.listdir(folder)) if folder.is_dir() else []
         except PermissionError as error:
-            raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
+            raise UserError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
     with _wrap_io_errors(str(folder)):
         system, path = _open_uri(str(folder))
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
@@ -161,7 +161,7 @@ def names_in(folder: StoragePath) -> list[str]:
 def walk(folder: StoragePath) -> Iterator[tuple[str, list[str]]]:
     """(path below `folder`, sorted names of its files) of `folder` and of each folder below it, sorted by path.
 
-    Hidden files and folders are skipped. Links are followed, but no folder is visited twice. Raises DataError when a
+    Hidden files and folders are skipped. Links are followed, but no folder is visited twice. Raises UserError when a
     folder cannot be read.
     """
     if isinstance(folder, Path):
@@ -191,14 +191,14 @@ def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterato
                 if not entry.name.startswith("."):
                     (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
     yield below, sorted(files)
     for name in sorted(folders):
         yield from _walk_local(folder / name, posixpath.join(below, name), seen)
 
 
 def write_whole(path: StoragePath, content: bytes, sync: bool = True) -> None:
-    """Write a file so that it holds either its old bytes or all of the new ones. Raises DataError.
+    """Write a file so that it holds either its old bytes or all of the new ones. Raises UserError.
 
     With `sync` this holds after a power failure, too; see `write_atomic`.
     """
@@ -212,7 +212,7 @@ def write_whole(path: StoragePath, content: bytes, sync: bool = True) -> None:
 
 
 def upload_file(file: IO[bytes], path: RemotePath) -> None:
-    """Copy an open local file from its start to `path`. Raises DataError."""
+    """Copy an open local file from its start to `path`. Raises UserError."""
     file.seek(0)
     with _wrap_io_errors(str(path)):
         system, inner = _open_uri(str(path))
@@ -239,7 +239,7 @@ def remove(path: StoragePath) -> None:
 
 @contextmanager
 def _wrap_io_errors(uri: str) -> Iterator[None]:
-    """Turn the errors of a remote file system's client into a DataError of one line. FileNotFoundError stays one."""
+    """Turn the errors of a remote file system's client into a UserError of one line. FileNotFoundError stays one."""
     try:
         yield
     except FileNotFoundError:
@@ -248,7 +248,7 @@ def _wrap_io_errors(uri: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # from a local file
         what = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{uri}: {what}; check the address, the credentials and the network") from error
+        raise UserError(f"{uri}: {what}; check the address, the credentials and the network") from error
 
 
 def _open_uri(uri: str) -> tuple[Any, str]:

@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import dump_json, parse_json
 from preprocessing.local_files import make_folder, sync_path, sync_tree
 from preprocessing.running.output_folder import LOCK, check_replaceable, locked
@@ -61,7 +61,7 @@ class Work:
             record: dict[str, Any] = parse_json((self.records / record_name(index)).read_bytes())
             whole = all(size_of(self.shards / shard["file"]) == shard["bytes"] for shard in record["shards"])
         except (FileNotFoundError, ValueError, KeyError) as error:
-            if isinstance(error, DataError):
+            if isinstance(error, UserError):
                 raise
             return None
         return record if whole else None
@@ -84,16 +84,16 @@ class Work:
         _remove_contents(self.root)
 
     def check_only_writer(self) -> None:
-        """Raise DataError when another run has taken over the folder (only possible behind a URI)."""
+        """Raise UserError when another run has taken over the folder (only possible behind a URI)."""
         if _read_job(self.root).get("run") != self.run:
-            raise DataError(f"{self.target}: another run has begun to write it; see that one only is at work")
+            raise UserError(f"{self.target}: another run has begun to write it; see that one only is at work")
 
 
 @contextmanager
 def open_work(target: StoragePath, job: dict[str, Any], overwrite: bool) -> Iterator[Work]:
     """The work folder of `target`, with what an earlier run of the same `job` left in it, locked against other runs.
 
-    Raises DataError when another process writes `target`, and when `target` may not be replaced. If the block fails
+    Raises UserError when another process writes `target`, and when `target` may not be replaced. If the block fails
     before any part is done, the folder is removed; else it stays for the next run.
     """
     try:
@@ -109,7 +109,7 @@ def open_work(target: StoragePath, job: dict[str, Any], overwrite: bool) -> Iter
                     _remove_contents(root)
                 raise
     except OSError as error:
-        raise DataError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); choose another --out") from error
 
 
 def remove_leftover(target: StoragePath) -> None:
@@ -139,7 +139,7 @@ def _begin(target: StoragePath, root: StoragePath, job: dict[str, Any], overwrit
     if not isinstance(target, Path) and overwrite:
         remove(target / MANIFEST)  # first, since the shards that it describes will change
     elif not isinstance(target, Path) and not earlier and names_in(target):
-        raise DataError(f"{target}: holds another run's files; give --overwrite to replace them, or another --out")
+        raise UserError(f"{target}: holds another run's files; give --overwrite to replace them, or another --out")
     work = Work(target, root, run, f"{', '.join(changed)} changed" if changed else "")
     for folder in (work.shards, work.records):
         if isinstance(folder, Path):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.running.output_folder import output_folder
 from preprocessing.shapes.captions import captions
 from preprocessing.shapes.drawing import SIDE, draw, to_png
@@ -52,17 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the whole raw data set; the same bytes for the same options. Raises DataError on bad options."""
+    """Write the whole raw data set; the same bytes for the same options. Raises UserError on bad options."""
     for name in ("train", "val", "test"):
         if getattr(args, name) < 1:
-            raise DataError(f"--{name} {getattr(args, name)}: must be at least 1 image")
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1 image")
     asked = args.train if args.asked is None else args.asked
     if not 1 <= asked <= args.train:
-        raise DataError(f"--asked {asked}: must be from 1 to the {args.train} of --train")
+        raise UserError(f"--asked {asked}: must be from 1 to the {args.train} of --train")
     group = PAIRS * STATEMENTS
     for name in ("nlvr_train", "nlvr_dev", "nlvr_test"):
         if getattr(args, name) < group or getattr(args, name) % group:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive multiple of {group}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a positive multiple of {group}")
     sampler = SceneSampler(_random(args.seed, "scenes"))
     with output_folder(Path(args.out), _OURS, args.overwrite) as folder:
         first_id = 1

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import json_excerpt
 from preprocessing.local_files import check_regular
 
@@ -102,27 +102,27 @@ class SceneFile(NamedTuple):
 def read_scenes(path: str | os.PathLike[str]) -> SceneFile:
     """Read a scene file.
 
-    Raises DataError naming file and entry: the file is missing or not JSON, the order of objects is unknown,
+    Raises UserError naming file and entry: the file is missing or not JSON, the order of objects is unknown,
     a duplicate image id, there are too few or too many objects, a cell is off the grid or taken, or a shape, color
     or size is unknown.
     """
     content = _content(Path(path))
     order = content.get("order")
     if order not in ORDERS:
-        raise DataError(f"{path}: order is {json_excerpt(order)}, none of {', '.join(ORDERS)}; {_FIX}")
+        raise UserError(f"{path}: order is {json_excerpt(order)}, none of {', '.join(ORDERS)}; {_FIX}")
     scenes: dict[int, Scene] = {}
     for index, entry in enumerate(content["scenes"]):
         where = f"{path}: scenes[{index}]"
         image_id, objects = (entry.get(name) if isinstance(entry, dict) else None for name in ("image_id", "objects"))
         if type(image_id) is not int or not isinstance(objects, list):
-            raise DataError(f"{where}: needs image_id, a whole number, and objects, a list; {_FIX}")
+            raise UserError(f"{where}: needs image_id, a whole number, and objects, a list; {_FIX}")
         if image_id in scenes:
-            raise DataError(f"{where}: image_id {image_id} occurs twice; {_FIX}")
+            raise UserError(f"{where}: image_id {image_id} occurs twice; {_FIX}")
         if not FEWEST <= len(objects) <= MOST:
-            raise DataError(f"{where}: has {len(objects)} objects, needs {FEWEST} to {MOST}; {_FIX}")
+            raise UserError(f"{where}: has {len(objects)} objects, needs {FEWEST} to {MOST}; {_FIX}")
         things = [_thing(record, f"{where}.objects[{number}]") for number, record in enumerate(objects)]
         if len({thing.cell for thing in things}) < len(things):
-            raise DataError(f"{where}: two objects are in one cell; {_FIX}")
+            raise UserError(f"{where}: two objects are in one cell; {_FIX}")
         scenes[image_id] = tuple(sorted(things))
     return SceneFile(order, scenes)
 
@@ -133,11 +133,11 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); {_FIX}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_FIX}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON ({error}); {_FIX}") from None
+        raise UserError(f"{path}: invalid JSON ({error}); {_FIX}") from None
     if not isinstance(content, dict) or not isinstance(content.get("scenes"), list):
-        raise DataError(f"{path}: has no list 'scenes'; is this the right file? It is named scenes_{{split}}2014.json")
+        raise UserError(f"{path}: has no list 'scenes'; is this the right file? It is named scenes_{{split}}2014.json")
     return content
 
 
@@ -147,5 +147,5 @@ def _thing(record: Any, where: str) -> Thing:
         value = record.get(name) if isinstance(record, dict) else None
         if isinstance(value, bool | float) or value not in values:  # True and 1.0 equal 1
             allowed = f"0 to {GRID**2 - 1}" if name == "cell" else ", ".join(map(str, values))
-            raise DataError(f"{where}: {name} is {json_excerpt(value)}, none of {allowed}; {_FIX}")
+            raise UserError(f"{where}: {name} is {json_excerpt(value)}, none of {allowed}; {_FIX}")
     return Thing(**{name: record[name] for name in known})

@@ -112,7 +112,7 @@ def read_ids(folder: StoragePath, manifest: Mapping[str, Any]) -> Keys | None:
 def shard_ids(
     folder: StoragePath, manifest: Mapping[str, Any]
 ) -> Iterator[tuple[StoragePath, str, tuple[list[bytes], list[bytes]]]]:
-    """(shard, column, (ids, keys)) of every record batch. Raises DataError when a shard is damaged."""
+    """(shard, column, (ids, keys)) of every record batch. Raises UserError when a shard is damaged."""
     numbered = numbered_columns(manifest)
     for shard in manifest["shards"]:
         for _, batch in sound_batches(folder / shard["file"], manifest["kind"]):
@@ -133,7 +133,7 @@ def shared_ids(
 ) -> Iterator[tuple[StoragePath, StoragePath, str, bool]]:
     """(split, other split, what both have, whether that is a fault) of each two splits with common ids.
 
-    For a split without ids.bin, the shards are read, or with `by_shards=False` the split is skipped. Raises DataError.
+    For a split without ids.bin, the shards are read, or with `by_shards=False` the split is skipped. Raises UserError.
     """
     known: list[tuple[StoragePath, Keys, list[str]]] = []
     for folder in folders:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage, open_image
 from preprocessing.images.fingerprints import HashList, content_key, perceptual_hashes
 from preprocessing.images.limits import PILLOW_PIXELS
@@ -23,12 +23,12 @@ _START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer
 
 
 def split_folders(directory: StoragePath) -> list[StoragePath]:
-    """The split folders of a data set folder, or a split folder alone. Raises DataError when there is none."""
+    """The split folders of a data set folder, or a split folder alone. Raises UserError when there is none."""
     if (directory / MANIFEST).exists():
         return [directory]
     folders: list[StoragePath] = [directory / split for split in SPLITS if (directory / split).is_dir()]
     if not folders:
-        raise DataError(
+        raise UserError(
             f"{directory}: holds neither {MANIFEST} nor a folder {', '.join(SPLITS)}; name a prepared data set"
         )
     return folders
@@ -85,7 +85,7 @@ def _error_text(error: Exception) -> str:
 
 
 def sound_batches(path: StoragePath, kind: str) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(number of its first row, record batch) of each batch of a shard. Raises DataError at the first invalid batch.
+    """(number of its first row, record batch) of each batch of a shard. Raises UserError at the first invalid batch.
 
     Null values are not checked.
     """
@@ -97,22 +97,22 @@ def sound_batches(path: StoragePath, kind: str) -> Iterator[tuple[int, pa.Record
         yield row, batch
         row += batch.num_rows
     if faults:
-        raise DataError(f"{path}: {faults[0]}, or see `python -m preprocessing verify {path.parent}`")
+        raise UserError(f"{path}: {faults[0]}, or see `python -m preprocessing verify {path.parent}`")
 
 
-def _bad_row(path: StoragePath, row: int, what: str) -> DataError:
+def _bad_row(path: StoragePath, row: int, what: str) -> UserError:
     """The error for a row that cannot be used."""
-    return DataError(f"{path} row {row}: {what}; see `python -m preprocessing verify {path.parent}`")
+    return UserError(f"{path} row {row}: {what}; see `python -m preprocessing verify {path.parent}`")
 
 
 def read_rows(path: StoragePath, kind: str) -> Iterator[dict[str, Any]]:
-    """The rows of one shard as Python values (None for null). Raises DataError when the shard is damaged."""
+    """The rows of one shard as Python values (None for null). Raises UserError when the shard is damaged."""
     for _, batch in sound_batches(path, kind):
         yield from batch.to_pylist()
 
 
 def read_texts(directory: StoragePath) -> Iterator[str]:
-    """All captions or questions of a split folder, or of a data set folder's training split. Raises DataError."""
+    """All captions or questions of a split folder, or of a data set folder's training split. Raises UserError."""
     folder = directory if (directory / MANIFEST).exists() else directory / "train"
     manifest = read_manifest(folder)
     column = SAMPLE_COLUMN[manifest["kind"]]
@@ -157,7 +157,7 @@ def _shard_images(shard: StoragePath, kind: str) -> Iterator[tuple[str, bytes]]:
 def hashes_of(path: StoragePath, perceptual: bool = True, workers: int = 1) -> HashList:
     """The fingerprints of a prepared data set's images, or those that a .npz file holds.
 
-    Without `perceptual` no image is decoded, and the two perceptual hashes are 0. Raises DataError naming the folder or
+    Without `perceptual` no image is decoded, and the two perceptual hashes are 0. Raises UserError naming the folder or
     file, and the image that does not decode.
     """
     if path.name.endswith(".npz"):
@@ -176,6 +176,6 @@ def _hash_shard(number: int, shard: StoragePath, kind: str, perceptual: bool) ->
             try:
                 dhash, phash = perceptual_hashes(open_image(data, PILLOW_PIXELS))
             except (BadImage, OSError, SyntaxError, ValueError):  # Pillow's message may name an object in memory
-                raise DataError(f"{shard}: image {name} does not decode; run verify on it") from None
+                raise UserError(f"{shard}: image {name} does not decode; run verify on it") from None
         entries.append((content_key(data), dhash, phash, name))
     return number, HashList.of(entries)

@@ -69,7 +69,7 @@ ID_COLUMNS: dict[str, tuple[str, ...]] = {
 
 # The names below moved; until all branches are merged, their old home still knows them.
 if TYPE_CHECKING:
-    from preprocessing.errors import DataError as DataError
+    from preprocessing.errors import UserError as UserError
     from preprocessing.images.limits import MAX_PIXELS as MAX_PIXELS
     from preprocessing.images.limits import PILLOW_PIXELS as PILLOW_PIXELS
     from preprocessing.json_text import dump_json as dump_json

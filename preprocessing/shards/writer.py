@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import dump_json
 from preprocessing.redaction import without_secrets
 from preprocessing.running.storage import StoragePath, file_sha256, size_of, storage_path, write_whole
@@ -272,7 +272,7 @@ def write_provenance(
             for path, size in zip(places, sizes, strict=True)
         ]
     except OSError as error:
-        raise DataError(f"{error.filename or error}: cannot be read any more; run the same command again") from None
+        raise UserError(f"{error.filename or error}: cannot be read any more; run the same command again") from None
     provenance = {
         "command": without_secrets(shlex.join(["python", "-m", "preprocessing", *sys.argv[1:]])),
         "directory": os.getcwd(),
@@ -296,25 +296,25 @@ def prepared_splits(out: StoragePath) -> list[str]:
 
 
 def check_output(out: StoragePath, kind: str, split: str, overwrite: bool) -> None:
-    """Raise DataError when `out` holds this split already (unless `overwrite`) or splits of another kind."""
+    """Raise UserError when `out` holds this split already (unless `overwrite`) or splits of another kind."""
     for name in prepared_splits(out):
         if name == split and overwrite:
             continue
         manifest = _manifest_beside(out / name)
         if name == split:
-            raise DataError(
+            raise UserError(
                 f"{out / split}: holds a finished split already ({manifest['rows']} rows, kind {manifest['kind']}); "
                 "give --overwrite to replace it, or another --out"
             )
         if manifest["kind"] != kind:
-            raise DataError(f"{out}: holds a {manifest['kind']} data set ({name}), not {kind}; choose another --out")
+            raise UserError(f"{out}: holds a {manifest['kind']} data set ({name}), not {kind}; choose another --out")
 
 
 def _manifest_beside(folder: StoragePath) -> dict[str, Any]:
     """The manifest of an existing split."""
     try:
         return read_manifest(folder)
-    except DataError as error:
-        raise DataError(
+    except UserError as error:
+        raise UserError(
             f"{error} (--split {folder.name} --overwrite), or fix it: python -m preprocessing verify {folder} --repair"
         ) from None

@@ -9,7 +9,7 @@ URLs are never downloaded.
 import argparse
 from string import Formatter
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.caption_columns import add_caption_column_argument
 from preprocessing.formats.caption_files import NAME_FIELDS, ImageFinder, read_captions
 from preprocessing.formats.line_records import IGNORED, ROLES
@@ -43,15 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "caption")
     if args.annotations is None:
         if args.images is None:
-            raise DataError("--annotations or --images: give the captions' files, or the folder that img2dataset wrote")
+            raise UserError("--annotations or --images: give the captions' files, or the folder that img2dataset wrote")
         write_split(img2dataset.read_folder(args.images, "auto", img2dataset.wanted_rows(args)), args)
         return
     if args.caption_column:
-        raise DataError("--caption-column: is for img2dataset's folder; of --annotations, name columns with --columns")
+        raise UserError("--caption-column: is for img2dataset's folder; of --annotations, name columns with --columns")
     excluded, cleaning = excluded_images(args), text_cleaning(args)
     template = args.image_name or ("{url_name}" if args.command == "sbu" else None)
     _check_template(template)
@@ -69,4 +69,4 @@ def _check_template(template: str | None) -> None:
             raise KeyError
         template.format(**{name: make(0, "http://a/b") for name, make in NAME_FIELDS.items()})
     except (KeyError, ValueError, IndexError):
-        raise DataError(f"--image-name {template}: must use the fields {{{'}, {'.join(NAME_FIELDS)}}}") from None
+        raise UserError(f"--image-name {template}: must use the fields {{{'}, {'.join(NAME_FIELDS)}}}") from None

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, field, read_json
 from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.images.image_folder import ImageFolder
@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "caption")
     files = [storage_path(name) for name in args.annotations]
     content = read_json(files[0])
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images)
     if is_karpathy(content):
         if len(files) > 1:
-            raise DataError(f"{files[1]}: a Karpathy file must be the only one in --annotations; leave out the others")
+            raise UserError(f"{files[1]}: a Karpathy file must be the only one in --annotations; leave out the others")
         source = read_karpathy(content, files[0], images, args.split, cleaning, excluded, not args.no_restval)
     else:
         contents = [content, *(read_json(path) for path in files[1:])]
@@ -59,7 +59,7 @@ def read_coco(
     """One row an image, in the order of the files' `images`; captions in the order of their `annotations`.
 
     An image is at `images/file_name`, or, as in COCO's archives, in a subfolder named after its subset, with its name
-    of 2014 or of 2017. Raises DataError naming the record at fault.
+    of 2014 or of 2017. Raises UserError naming the record at fault.
     """
     source = Source("caption", [], [path for path, _ in files], {"images": 0, "captions": 0})
     rows: list[Row] = []
@@ -109,7 +109,7 @@ def _read_images(
         with faults:
             image_id = field(record, "id", int, where)
             if image_id in seen:
-                raise DataError(f"{where}: id {image_id} occurs twice; make ids unique")
+                raise UserError(f"{where}: id {image_id} occurs twice; make ids unique")
             seen.add(image_id)
             skipped[image_id] = str(record.get("file_name"))
             if not splits.is_other_split(where, split_of(record)):

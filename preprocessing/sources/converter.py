@@ -6,7 +6,7 @@ import os
 import random
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.exclusion import EXCLUDED
 from preprocessing.images.policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_arguments, image_policy
 from preprocessing.redaction import printable
@@ -56,13 +56,13 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
 
 
 def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
-    """Check options and output folder before anything is read. Raises DataError."""
+    """Check options and output folder before anything is read. Raises UserError."""
     if args.max_dropped is None:
         args.max_dropped = 0.0 if args.split == "test" else _MAX_DROPPED
     if not 0 <= args.max_dropped <= 1:
-        raise DataError(f"--max-dropped {args.max_dropped}: must be a share between 0 and 1")
+        raise UserError(f"--max-dropped {args.max_dropped}: must be a share between 0 and 1")
     if args.shard_rows is not None and args.shard_rows < 1:
-        raise DataError(f"--shard-rows {args.shard_rows}: must be at least 1")
+        raise UserError(f"--shard-rows {args.shard_rows}: must be at least 1")
     check_workers(args.workers)
     args.policy = image_policy(args)
     if getattr(args, "images", None) is not None:
@@ -72,28 +72,28 @@ def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
         remove_leftover(out / args.split)
         check_output(out, kind, args.split, args.overwrite)
     except OSError as error:
-        raise DataError(f"--out {args.out}: cannot be used ({error.strerror}); choose another folder") from None
+        raise UserError(f"--out {args.out}: cannot be used ({error.strerror}); choose another folder") from None
 
 
 def _check_images(folder: str) -> None:
     try:
         if not storage_path(folder).is_dir():
-            raise DataError(f"--images {folder}: no such folder; name the one that holds the image files")
+            raise UserError(f"--images {folder}: no such folder; name the one that holds the image files")
     except OSError as error:
-        raise DataError(f"--images {folder}: cannot be read ({error.strerror}); name another folder") from None
+        raise UserError(f"--images {folder}: cannot be read ({error.strerror}); name another folder") from None
 
 
 def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """Write `source` to `args.out/args.split` and print a summary line. Returns the manifest.
 
     Rows with a missing or broken image are dropped, counted and listed in the manifest, and so are bad records.
-    Raises DataError when there are no rows, when no image is found, when there are more bad records than
+    Raises UserError when there are no rows, when no image is found, when there are more bad records than
     `args.max_dropped` allows, and as `build_split` does.
     """
     source.faults.check(len(source.rows), args.max_dropped)
     if not len(source.rows):
         reasons = "".join(f"; {count} left out: {reason}" for reason, count in sorted(source.left_out.items()))
-        raise DataError(f"{source.where}: empty data set, there is no row to write{reasons}")
+        raise UserError(f"{source.where}: empty data set, there is no row to write{reasons}")
     if args.split == "test":
         _check_left_out(source, args.max_dropped)
     _report_excluded(args, source)
@@ -120,13 +120,13 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
 def _report_excluded(args: argparse.Namespace, source: Source) -> None:
     """Print how many images of each `--exclude` list are in `source` and what was left out; add that to its counts.
 
-    Raises DataError for a list of which no image was found, unless `args.allow_unmatched`.
+    Raises UserError for a list of which no image was found, unless `args.allow_unmatched`.
     """
     lists = list(args.excluded.counts()) if "excluded" in args else []
     more = "--image-data, by which COCO's names are known, " if getattr(args, "image_data", "") is None else ""
     for file, names, found in lists:
         if names and not found and not args.allow_unmatched:  # `duplicates find` may have found none
-            raise DataError(
+            raise UserError(
                 f"--exclude {file}: none of its {names} images is here: it has names like {args.excluded.example(file)}"
                 f", the data set like {source.rows[0].name}; give the right list, {more}or --allow-unmatched"
             )
@@ -161,21 +161,21 @@ def _warn_of_shared(out: StoragePath, split: str) -> None:
 
 
 def _check_left_out(source: Source, share: float) -> None:
-    """Raise DataError when more than this share of a test split is left out for its content, not on request."""
+    """Raise UserError when more than this share of a test split is left out for its content, not on request."""
     lost = {reason: count for reason, count in source.left_out.items() if "--" not in reason}
     total = max(source.counts.values(), default=0) or sum(lost.values())
     count = min(sum(lost.values()), total)  # parts of rows are counted, too, so the sum may exceed the total
     if count > share * total:
         reasons = ", ".join(f"{count} times {reason}" for reason, count in sorted(lost.items()))
         needed = math.ceil(1000 * count / total) / 1000
-        raise DataError(
+        raise UserError(
             f"{source.where}: more than --max-dropped {share:g} of a test split must be left out: {reasons}; fix the "
             f"file, or give --max-dropped {needed:g}: scores then say what they lack"
         )
 
 
 def _check_images_exist(rows: Rows, share: float) -> None:
-    """Raise DataError when no row of a sample has an image.
+    """Raise UserError when no row of a sample has an image.
 
     The sample is so large that a share of lost images within `share` cannot explain it.
     """
@@ -186,7 +186,7 @@ def _check_images_exist(rows: Rows, share: float) -> None:
     if any(image.exists() for index in sample for image in rows[index].images):
         return
     folder = os.path.dirname(getattr(first, "path", "")) or "--images"
-    raise DataError(
+    raise UserError(
         f"{folder}: holds no image of {len(sample)} rows looked at, such as {first.name}; "
         "point --images at the folder that the annotations' paths start from"
     )

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import read_json, read_text
 from preprocessing.images.image_refs import FileImage
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError when the package is not installed, and on bad options."""
+    """Convert one split. Raises UserError when the package is not installed, and on bad options."""
     check_common_arguments(args, "vqa")
     data = _package_data()
     listed = read_text(data / "answers.txt").split()
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
 def _package_data() -> Path:
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise DataError("easy-vqa: the package is not installed; run `pip install easy-vqa`")
+        raise UserError("easy-vqa: the package is not installed; run `pip install easy-vqa`")
     return Path(spec.origin).parent / "data"
 
 

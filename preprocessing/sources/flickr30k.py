@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, read_json, text_lines
 from preprocessing.images.exclusion import (
     EXCLUDED,
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "caption")
     path = storage_path(args.annotations)
     cleaning, excluded, images = text_cleaning(args), excluded_images(args), ImageFolder(args.images, _FOLDERS)
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
         return
     content = read_json(path)
     if not is_karpathy(content):
-        raise DataError(f"{path}: is not Karpathy's JSON; give dataset_flickr30k.json or results_20130124.token")
+        raise UserError(f"{path}: is not Karpathy's JSON; give dataset_flickr30k.json or results_20130124.token")
     if args.only is not None:
-        raise DataError(f"--only {args.only}: {path} names the images of each split itself; leave out --only")
+        raise UserError(f"--only {args.only}: {path} names the images of each split itself; leave out --only")
     write_split(read_karpathy(content, path, images, args.split, cleaning, excluded), args)
 
 
@@ -89,7 +89,7 @@ def read_tokens(
     only: ImageList | None,
     splits: RecordSplits,
 ) -> Source:
-    """One row an image, in the order of the file. Raises DataError when an image id is that of two files."""
+    """One row an image, in the order of the file. Raises UserError when an image id is that of two files."""
     captions: dict[str, list[str]] = {}
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
     for where, (name, text, split) in _captions_in(path, source.faults):
@@ -106,7 +106,7 @@ def read_tokens(
     for name, texts in captions.items():
         image_id = posixpath.splitext(name)[0]
         if owner.setdefault(image_id, name) != name:
-            raise DataError(f"{path}: image id {image_id} stands for {owner[image_id]} and for {name}; rename one")
+            raise UserError(f"{path}: image id {image_id} stands for {owner[image_id]} and for {name}; rename one")
         out = excluded.match(name)
         if only is not None and not only.match(name):
             source.left_out["image is not listed in --only"] += 1

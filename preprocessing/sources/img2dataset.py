@@ -13,7 +13,7 @@ import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import find_copies, read_json
 from preprocessing.formats.caption_columns import add_caption_column_argument
 from preprocessing.formats.folder_rows import FolderRows, is_image
@@ -47,28 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "caption")
     write_split(read_folder(args.images, args.format, wanted_rows(args)), args)
 
 
 def wanted_rows(args: argparse.Namespace) -> Wanted:
-    """The options that select rows. Raises DataError naming the exclusion list at fault."""
+    """The options that select rows. Raises UserError naming the exclusion list at fault."""
     return Wanted(args.split, text_cleaning(args), excluded_images(args), tuple(args.caption_column))
 
 
 def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
     """A row for each image that has a caption and is not excluded, in the order of the shards and of their images.
 
-    Shards may be in subfolders. Raises DataError when the folder holds no such files, and naming the file at fault.
+    Shards may be in subfolders. Raises UserError when the folder holds no such files, and naming the file at fault.
     """
     found = _find(folder)
     kind = found.layout(folder) if layout == "auto" else layout
     names = found.shards[kind]
     if found.compressed and (kind == "webdataset" or not names):
-        raise DataError(f"{folder}: {found.compressed[0]} is compressed, and images are read by their place; unpack it")
+        raise UserError(f"{folder}: {found.compressed[0]} is compressed, and images are read by their place; unpack it")
     if not names:
-        raise DataError(f"{folder}: holds no {_WHAT[kind]}; give another --format, or the folder that holds them")
+        raise UserError(f"{folder}: holds no {_WHAT[kind]}; give another --format, or the folder that holds them")
     ending = _ENDINGS.get(kind, "")
     shards = [
         Shard(join(folder, name) if name else folder, name.removesuffix(ending))
@@ -98,14 +98,14 @@ class _Contents:
     compressed: list[str]
 
     def layout(self, folder: str) -> str:
-        """The detected layout. Raises DataError when there are two, or none."""
+        """The detected layout. Raises UserError when there are two, or none."""
         if self.shards["webdataset"] and self.captioned:
-            raise DataError(f"{folder}: holds tars, and folders of images with texts; say with --format which to use")
+            raise UserError(f"{folder}: holds tars, and folders of images with texts; say with --format which to use")
         if self.captioned:
             return "files"  # the parquet files beside folders of images hold no images
         kind = next((kind for kind, names in self.shards.items() if names), None)
         if kind is None and not self.compressed:
-            raise DataError(
+            raise UserError(
                 f"{folder}: holds no .tar or .parquet files and no folders of images; name img2dataset's output"
             )
         return kind or "webdataset"
@@ -137,16 +137,16 @@ def _report_copies(shards: Sequence[str], source: Source) -> None:
 
 
 def _add_statistics(files: Sequence[str], source: Source) -> None:
-    """Count the URLs, and those without an image. Raises DataError naming the file at fault."""
+    """Count the URLs, and those without an image. Raises UserError naming the file at fault."""
     lost = 0
     for path in files:
         if replace_surrogates(path) != path:  # the provenance file, which is UTF-8, names it
-            raise DataError(f"{path!r}: has no UTF-8 name; rename it and its shard")
+            raise UserError(f"{path!r}: has no UTF-8 name; rename it and its shard")
         record = read_json(path)
         count, got = (record.get(name) if isinstance(record, dict) else None for name in ("count", "successes"))
         if not (isinstance(count, int) and isinstance(got, int)):
             what = "successes" if isinstance(count, int) else "count"
-            raise DataError(f"{path}: has no number '{what}'; fetch img2dataset's file again, or move it away")
+            raise UserError(f"{path}: has no number '{what}'; fetch img2dataset's file again, or move it away")
         source.counts["addresses"] = source.counts.get("addresses", 0) + count
         lost += count - got
     if lost:
@@ -154,11 +154,11 @@ def _add_statistics(files: Sequence[str], source: Source) -> None:
 
 
 def _check_statistics(folder: str, files: Sequence[str], rows: ShardRows) -> None:
-    """Raise DataError when a shard and its statistics differ in the number of images."""
+    """Raise UserError when a shard and its statistics differ in the number of images."""
     for name in files:
         said, found = read_json(join(folder, name))["successes"], rows.images.get(name.removesuffix(_STATISTICS), 0)
         if said != found:
-            raise DataError(
+            raise UserError(
                 f"{join(folder, name)}: says {said} successes, the shard holds {found} images; fetch the shard again, "
                 "or move that file away"
             )

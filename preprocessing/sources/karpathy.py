@@ -8,7 +8,7 @@ restval (usually trained on as well), val and test.
 import posixpath
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, field
 from preprocessing.images.exclusion import EXCLUDED, ImageList
 from preprocessing.images.image_folder import ImageFolder
@@ -36,7 +36,7 @@ def read_karpathy(
 ) -> Source:
     """One row an image of `split`, in the order of the file; `train` includes restval unless `restval` is false.
 
-    Raises DataError naming the record at fault.
+    Raises UserError naming the record at fault.
     """
     wanted = ("train", "restval") if split == "train" and restval else (split,)
     source = Source("caption", [], [path], {"images": 0, "captions": 0})
@@ -57,7 +57,7 @@ def read_karpathy(
             if found not in wanted:
                 continue
             if image_id in seen:
-                raise DataError(f"{where}: image {image_id} occurs twice; make ids unique")
+                raise UserError(f"{where}: image {image_id} occurs twice; make ids unique")
             seen.add(image_id)
             sentences = []
             for sentence in field(record, "sentences", list, where):

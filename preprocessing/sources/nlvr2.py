@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "nlvr")
     annotations = storage_path(args.annotations)
     faults = Faults()
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 def read_nlvr2(
     annotations: StoragePath, images: StoragePath, excluded: ImageList, cleaning: TextCleaning, faults: Faults
 ) -> list[Statement]:
-    """The statements in the order of the file, but for those at fault. Raises DataError naming the file."""
+    """The statements in the order of the file, but for those at fault. Raises UserError naming the file."""
     statements = []
     folders: dict[str, StoragePath] = {}
     for line, record in read_json_lines(annotations, faults.add):

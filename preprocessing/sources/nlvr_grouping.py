@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.images.exclusion import EXCLUDED
 from preprocessing.images.image_refs import ImageRef
@@ -45,7 +45,7 @@ def nlvr_source(statements: Sequence[Statement], inputs: Sequence[StoragePath], 
     """Group statements by pair of images, in the order of first mention.
 
     Statements without a word are left out, and in the training split those with a `text_fault`. If one statement of a
-    pair is excluded, the whole pair is. Raises DataError for a duplicate identifier.
+    pair is excluded, the whole pair is. Raises UserError for a duplicate identifier.
     """
     counts = {"statements": len(statements), "pairs": len({statement.images for statement in statements})}
     source = Source("nlvr", [], inputs, counts, faults=faults)
@@ -54,7 +54,7 @@ def nlvr_source(statements: Sequence[Statement], inputs: Sequence[StoragePath], 
     excluded = {statement.images for statement in statements if statement.excluded}
     for statement in statements:
         if statement.identifier in identifiers:
-            raise DataError(f"{statement.where}: identifier {statement.identifier} occurs twice; make them unique")
+            raise UserError(f"{statement.where}: identifier {statement.identifier} occurs twice; make them unique")
         identifiers.add(statement.identifier)
         if statement.images in excluded:
             source.left_out[f"statement: {EXCLUDED}"] += 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.images.image_refs import ImageRef
 from preprocessing.running.storage import StoragePath
@@ -64,11 +64,11 @@ class Faults:
             self.items.append({"item": error.where.rsplit("/", 1)[-1], "reason": error.reason})
 
     def check(self, sound: int, share: float) -> None:
-        """Raise DataError when the share of bad records among them and `sound` good ones is too large, or 1."""
+        """Raise UserError when the share of bad records among them and `sound` good ones is too large, or 1."""
         total = sound + self.count
         if self.count > share * total or (self.count and not sound):
             more = f" ({self.count} of {total} records are at fault, --max-dropped is {share:g})"
-            raise DataError(f"{self.first}{more if total > 1 else ''}")
+            raise UserError(f"{self.first}{more if total > 1 else ''}")
 
     def __enter__(self) -> None:
         pass

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.json_text import json_excerpt
 from preprocessing.sources.source import Source
@@ -27,7 +27,7 @@ def split_named(word: str) -> str | None:
 def names_of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
     """The files or folders `names` in `folder` that are of `split`, where their names name two splits or more.
 
-    Otherwise all of them: a data set of one split may have any name. Prints the choice. Raises DataError when none is
+    Otherwise all of them: a data set of one split may have any name. Prints the choice. Raises UserError when none is
     of the split, and when some names contain a split and others do not.
     """
     said = {name: {_SPLITS[word.lower()] for word in _WORD.findall(name)} for name in names}
@@ -36,13 +36,13 @@ def names_of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
         return list(names)
     unclear = next((name for name, found in said.items() if len(found) != 1), None)
     if unclear is not None:
-        raise DataError(
+        raise UserError(
             f"{folder}: holds {', '.join(splits)} by the names of its files, but {unclear} could be of any; "
             "call it by its split, or move it away"
         )
     chosen = [name for name, found in said.items() if found == {split}]
     if not chosen:
-        raise DataError(f"{folder}: holds {', '.join(splits)} by the names of its files, not {split}; give another")
+        raise UserError(f"{folder}: holds {', '.join(splits)} by the names of its files, not {split}; give another")
     print(f"{folder}: {len(chosen)} of {len(names)} files or folders are of split {split} by their names")
     return chosen
 
@@ -99,17 +99,17 @@ class RecordSplits:
     def report(self, source: Source, where: str = "") -> None:
         """Add a note to `source` on the records of other splits, once all are read; `where` is the file or folder.
 
-        Raises DataError when no record is of the wanted split, and when only later records name a split.
+        Raises UserError when no record is of the wanted split, and when only later records name a split.
         """
         where = where or source.where
         total, chosen = self.named.total(), self.named[self._wanted]
         if total and self.unnamed:
-            raise DataError(
+            raise UserError(
                 f"{self._first or where}: names no split, as {total} records behind it do; fix it, or take it out"
             )
         others = ", ".join(f"{count} of {name}" for name, count in sorted(self.named.items()) if name != self._wanted)
         if others and not chosen:
-            raise DataError(
+            raise UserError(
                 f"{where}: holds no record of split {self._wanted} by their {SPLIT_FIELD}, but {others}; give another"
             )
         if others:

@@ -10,7 +10,7 @@ the images are COCO's (`coco_id`): with `--image-data`, `--exclude` matches them
 import argparse
 from typing import Any, cast
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import field, read_json
 from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images
 from preprocessing.images.image_folder import ImageFolder, coco_key
@@ -39,7 +39,7 @@ def add_image_data_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "caption")
     images = ImageFolder(args.images, FOLDERS)
     coco = read_coco_numbers(args.image_data)
@@ -54,7 +54,7 @@ def read_coco_numbers(path: str | None) -> dict[int, int]:
     numbers = {}
     records = read_json(path)
     if not isinstance(records, list):
-        raise DataError(f"{path}: is no JSON list of images; give Visual Genome's image_data.json")
+        raise UserError(f"{path}: is no JSON list of images; give Visual Genome's image_data.json")
     for index, record in enumerate(records):
         where = f"{path}: record {index}"
         image_id = image_number(record, where)
@@ -83,10 +83,10 @@ def prefixed_image_id(image_id: int | str) -> str:
 def read_regions(
     path: StoragePath, images: ImageFolder, coco: dict[int, int], cleaning: TextCleaning, excluded: ImageList
 ) -> Source:
-    """One row an image, in the order of the file. Raises DataError naming the record at fault."""
+    """One row an image, in the order of the file. Raises UserError naming the record at fault."""
     records = read_json(path)
     if not isinstance(records, list):
-        raise DataError(f"{path}: is no JSON list of images with regions; give region_descriptions.json")
+        raise UserError(f"{path}: is no JSON list of images with regions; give region_descriptions.json")
     source = Source("caption", [], [path], {"images": len(records), "captions": 0})
     rows: list[Row] = []
     seen: set[int] = set()
@@ -100,7 +100,7 @@ def read_regions(
             )
             image_id = image_number(holder, where)
             if image_id in seen:
-                raise DataError(f"{where}: image {image_id} occurs twice; make ids unique")
+                raise UserError(f"{where}: image {image_id} occurs twice; make ids unique")
             seen.add(image_id)
             phrases = []
             for region in regions:

@@ -7,7 +7,7 @@ answer, which scores 1. To train on VQA v2 and these together, see `vqav2 --visu
 import argparse
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import field, read_json
 from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
 from preprocessing.images.image_folder import ImageFolder
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "vqa")
     path, coco = storage_path(args.questions), read_coco_numbers(args.image_data)
     images, faults = ImageFolder(args.images, FOLDERS), Faults()
@@ -57,14 +57,14 @@ def read_questions(
     faults: Faults,
     beside_vqav2: bool = False,
 ) -> list[RawQuestion]:
-    """The questions in the order of the file, but for those at fault. Raises DataError naming the file.
+    """The questions in the order of the file, but for those at fault. Raises UserError naming the file.
 
     With `beside_vqav2`, images and questions get ids that differ from all of COCO's and VQA v2's, and the answers do
     not count for the answer list.
     """
     records = read_json(path)
     if not isinstance(records, list):
-        raise DataError(f"{path}: is no JSON list of images with questions; give question_answers.json")
+        raise UserError(f"{path}: is no JSON list of images with questions; give question_answers.json")
     asked = []
     for index, record in enumerate(records):
         pairs: list[Any] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.exclusion import EXCLUDED
 from preprocessing.images.image_refs import ImageRef
 from preprocessing.running.storage import StoragePath, storage_path
@@ -51,7 +51,7 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def answer_list_option(args: argparse.Namespace) -> list[str] | None:
-    """The list in the file of --answer-list; None without the option. Raises DataError."""
+    """The list in the file of --answer-list; None without the option. Raises UserError."""
     return None if args.answer_list is None else read_answer_list(storage_path(args.answer_list))
 
 
@@ -67,7 +67,7 @@ def vqa_source(
 
     The list is `given`, or is found or built by `resolve_answer_list`. Questions whose image is excluded and those
     without a word are left out and counted by reason. So are training questions with a `text_fault` and those without a
-    listed answer, which stay in other splits, with empty lists. Raises DataError for a duplicate question id, for an
+    listed answer, which stay in other splits, with empty lists. Raises UserError for a duplicate question id, for an
     image id of two images, and as `resolve_answer_list` does.
     """
     faults.check(len(asked), args.max_dropped)  # before an answer list is built from too few questions
@@ -146,9 +146,9 @@ def _check_unique(asked: Sequence[RawQuestion]) -> None:
     images: dict[str, ImageRef] = {}
     for question in asked:
         if not -(2**63) <= question.question_id < 2**63:
-            raise DataError(f"{question.where}: question_id {question.question_id} has over 64 bits; fix the file")
+            raise UserError(f"{question.where}: question_id {question.question_id} has over 64 bits; fix the file")
         if question.question_id in questions:
-            raise DataError(f"{question.where}: question_id {question.question_id} occurs twice; make ids unique")
+            raise UserError(f"{question.where}: question_id {question.question_id} occurs twice; make ids unique")
         questions.add(question.question_id)
         if images.setdefault(question.image_id, question.image) != question.image:
-            raise DataError(f"{question.where}: image_id {question.image_id} stands for two images; make ids unique")
+            raise UserError(f"{question.where}: image_id {question.image_id} stands for two images; make ids unique")

@@ -7,7 +7,7 @@ import argparse
 from itertools import zip_longest
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, field, read_json
 from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
 from preprocessing.images.image_folder import ImageFolder, coco_key
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, "vqa")
     _check_options(args)
     questions = [storage_path(name) for name in args.questions]
@@ -62,13 +62,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace) -> None:
     if args.annotations is None and args.split != "test":
-        raise DataError(f"--annotations: is needed for --split {args.split}; give v2_mscoco_*_annotations.json")
+        raise UserError(f"--annotations: is needed for --split {args.split}; give v2_mscoco_*_annotations.json")
     if args.annotations is not None and len(args.annotations) != len(args.questions):
-        raise DataError(
+        raise UserError(
             f"--annotations: {len(args.annotations)} files for {len(args.questions)} of --questions; give one for each"
         )
     if (args.visual_genome is None) != (args.visual_genome_images is None):
-        raise DataError("--visual-genome and --visual-genome-images: give both or neither")
+        raise UserError("--visual-genome and --visual-genome-images: give both or neither")
 
 
 def read_vqav2(
@@ -80,7 +80,7 @@ def read_vqav2(
     split: str,
     faults: Faults,
 ) -> list[RawQuestion]:
-    """The valid questions in the order of their file, with ten answers each. Raises DataError."""
+    """The valid questions in the order of their file, with ten answers each. Raises UserError."""
     answered = {} if annotations is None else _read_annotations(annotations, faults)
     content = read_json(questions)
     records = field(content, "questions", list, f"{questions}")
@@ -127,7 +127,7 @@ def _read_annotations(path: StoragePath, faults: Faults) -> dict[int, tuple[str,
             main = field(record, "multiple_choice_answer", str, where)
             question_id = field(record, "question_id", int, where)
             if question_id in result:
-                raise DataError(f"{where}: question_id {question_id} occurs twice; fix the file")
+                raise UserError(f"{where}: question_id {question_id} occurs twice; fix the file")
             image_id = field(record, "image_id", int, where) if "image_id" in record else None
             result[question_id] = (main, answers, image_id)
     return result

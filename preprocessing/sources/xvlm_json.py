@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, field, find_copies, read_json, read_json_lines
 from preprocessing.images.exclusion import EXCLUDED, ImageList, add_exclude_argument, excluded_images, names_in_record
 from preprocessing.images.image_refs import image_in
@@ -45,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one split. Raises DataError on bad input."""
+    """Convert one split. Raises UserError on bad input."""
     check_common_arguments(args, _KINDS[args.task])
     files = [storage_path(name) for name in args.annotations]
     for first, other in find_copies(files):
-        raise DataError(f"{first} and {other}: are one file under two names; give it once")
+        raise UserError(f"{first} and {other}: are one file under two names; give it once")
     excluded, cleaning, faults, splits = excluded_images(args), text_cleaning(args), Faults(), RecordSplits(args.split)
     records = _records(files, excluded, splits, faults)
     if args.task == "retrieval":
@@ -85,7 +85,7 @@ def _all_records(files: Sequence[StoragePath], faults: Faults) -> Iterator[tuple
             continue
         records = read_json(path)
         if not isinstance(records, list):
-            raise DataError(f"{path}: is no JSON list of records; is this the right file?")
+            raise UserError(f"{path}: is no JSON list of records; is this the right file?")
         yield from ((f"{path}: record {index}", record) for index, record in enumerate(records))
 
 
@@ -122,7 +122,7 @@ def read_retrieval(
     cleaning: TextCleaning,
     faults: Faults,
 ) -> Source:
-    """One row an image, in the order of first mention. Raises DataError naming the record at fault."""
+    """One row an image, in the order of first mention. Raises UserError naming the record at fault."""
     source = Source("caption", [], list(files), {}, faults=faults)
     rows: dict[str, Row] = {}
     owner: dict[str, str] = {}
@@ -133,7 +133,7 @@ def read_retrieval(
             name = field(record, named, str, where)
             image_id = _image_id(record, name, where)
             if owner.setdefault(image_id, name) != name:
-                raise DataError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
+                raise UserError(f"{where}: image_id {image_id} stands for {owner[image_id]} too; make ids unique")
             if name not in rows:
                 rows[name] = Row(name, (image_in(images, name),), {"caption": [], "image_id": image_id})
             texts = _strings(record, "caption", where)
@@ -157,7 +157,7 @@ def read_vqa(
     split: str,
     faults: Faults,
 ) -> list[RawQuestion]:
-    """The questions in the order of the files, but for those at fault. Raises DataError naming the file.
+    """The questions in the order of the files, but for those at fault. Raises UserError naming the file.
 
     The images of records with `"dataset": "vg"` are in `visual_genome`, if given. If one of their ids is also an id of
     other records, all of them get new ids, as with `vqav2 --visual-genome`.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import read_json
 from preprocessing.running.storage import StoragePath
 from preprocessing.shards.schema import ANSWER_LIST
@@ -94,22 +94,22 @@ def soft_score(count: int) -> float:
 
 
 def build_answer_list(counts: Mapping[str, int], min_answers: int) -> list[str]:
-    """The answers given at least `min_answers` times, most frequent first. Raises DataError when there is none."""
+    """The answers given at least `min_answers` times, most frequent first. Raises UserError when there is none."""
     kept = [answer for answer, count in counts.items() if count >= min_answers and answer]
     if not kept:
-        raise DataError(f"--min-answers {min_answers}: no answer is given that often; lower it")
+        raise UserError(f"--min-answers {min_answers}: no answer is given that often; lower it")
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
 def read_answer_list(path: StoragePath) -> list[str]:
-    """A JSON list of distinct answers. Raises DataError naming the file and the entry at fault."""
+    """A JSON list of distinct answers. Raises UserError naming the file and the entry at fault."""
     answers = read_json(path)
     if not isinstance(answers, list) or not answers:
-        raise DataError(f"{path}: is no JSON list of answers; give X-VLM's answer_list.json or one of its form")
+        raise UserError(f"{path}: is no JSON list of answers; give X-VLM's answer_list.json or one of its form")
     seen: set[str] = set()
     for index, answer in enumerate(answers):
         if not isinstance(answer, str) or not answer or answer in seen:
-            raise DataError(f"{path}: entry {index} is no string, empty, or occurs twice; fix the list")
+            raise UserError(f"{path}: entry {index} is no string, empty, or occurs twice; fix the list")
         seen.add(answer)
     return answers
 
@@ -119,7 +119,7 @@ def resolve_answer_list(
 ) -> list[str]:
     """The answer list for the data set folder `out`. Writes nothing.
 
-    It is `given`, else the list in `out`, else (for the training split only) built from `counts`. Raises DataError when
+    It is `given`, else the list in `out`, else (for the training split only) built from `counts`. Raises UserError when
     there is none, and when other splits in `out` were labeled by another list.
     """
     path = out / ANSWER_LIST
@@ -132,9 +132,9 @@ def resolve_answer_list(
     elif existing is not None:
         answers = existing
     else:
-        raise DataError(f"{path}: no such file; convert the train split into this folder first, or give --answer-list")
+        raise UserError(f"{path}: no such file; convert the train split into this folder first, or give --answer-list")
     if existing is not None and answers != existing and others:
-        raise DataError(
+        raise UserError(
             f"{path}: differs from the answer list given, and {others[0]} is labeled by it; choose another --out"
         )
     return answers

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
 from preprocessing.local_files import check_regular, write_atomic
 
@@ -36,7 +36,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, path: Path | None = None) -> None:
-        """Wrap `backend`. Raises DataError when one of the special tokens is missing."""
+        """Wrap `backend`. Raises UserError when one of the special tokens is missing."""
         self._backend = backend
         self.path = path
         backend.no_truncation()
@@ -46,7 +46,7 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         if self.vocab_size > _MOST_IDS:  # the library would allocate memory for each and be killed
-            raise DataError(
+            raise UserError(
                 f"{path or 'the tokenizer'}: has a token of id {self.vocab_size - 1}; train another tokenizer"
             )
 
@@ -56,20 +56,20 @@ class Tokenizer:
             if index is not None:
                 return int(index)
         where = self.path or "the tokenizer"
-        raise DataError(f"{where}: has neither token {name} nor {_ALIASES[name]}; add it, or train another tokenizer")
+        raise UserError(f"{where}: has neither token {name} nor {_ALIASES[name]}; add it, or train another tokenizer")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read one of the files above, given by its path or its folder. Raises DataError naming the file."""
+        """Read one of the files above, given by its path or its folder. Raises UserError naming the file."""
         file = _find_file(Path(path))
         kind = "SentencePiece model" if file.suffix == ".model" else file.name if file.name in _READERS else FILE_NAME
         reader = _READERS.get(file.name, _read_sentencepiece if file.suffix == ".model" else _read_json)
         try:
             backend = reader(file)
-        except DataError:
+        except UserError:
             raise
         except Exception as error:  # the libraries raise bare Exception for any fault of the file
-            raise DataError(f"{file}: is no {kind} ({' '.join(str(error).split())}); train another") from error
+            raise UserError(f"{file}: is no {kind} ({' '.join(str(error).split())}); train another") from error
         return cls(backend, file)
 
     def encode(self, text: str, max_length: int) -> list[int]:
@@ -131,15 +131,15 @@ class Tokenizer:
 
 
 def _find_file(path: Path) -> Path:
-    """The tokenizer file at `path` or in the folder `path`. Raises DataError."""
+    """The tokenizer file at `path` or in the folder `path`. Raises UserError."""
     if path.is_dir():
         models = sorted(path.glob("*.model"))
         if len(models) > 1 and not (path / FILE_NAME).exists():
-            raise DataError(f"{path}: holds {models[0].name} and {models[1].name}; name the one to use")
+            raise UserError(f"{path}: holds {models[0].name} and {models[1].name}; name the one to use")
         names = [path / FILE_NAME, path / "vocab.txt", *models, path / "vocab.json"]
         path = next((name for name in names if name.is_file()), path / FILE_NAME)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; train one with `python -m preprocessing tokenizer train`")
+        raise UserError(f"{path}: no such file; train one with `python -m preprocessing tokenizer train`")
     return path
 
 
@@ -164,7 +164,7 @@ def _read_byte_level(file: Path) -> tokenizers.Tokenizer:
     """GPT-2's vocab.json, with merges.txt beside it."""
     merges = file.with_name("merges.txt")
     if not merges.is_file():
-        raise DataError(f"{merges}: no such file; it belongs to {file}")
+        raise UserError(f"{merges}: no such file; it belongs to {file}")
     vocabulary, rules = models.BPE.read_file(str(file), str(merges))
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, rules))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -189,7 +189,7 @@ def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     words = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind == types.NORMAL}
     control = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind not in (types.NORMAL, types.BYTE)]
     if types.UNKNOWN not in kinds or not words:
-        raise DataError(f"{file}: is no SentencePiece model with an unknown token; train another")
+        raise UserError(f"{file}: is no SentencePiece model with an unknown token; train another")
     unknown, fallback = kinds.index(types.UNKNOWN), types.BYTE in kinds
     if model.trainer_spec.model_type == proto.TrainerSpec.UNIGRAM:
         lowest = min(piece.score for piece in model.pieces)
@@ -202,7 +202,7 @@ def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
             models.BPE(vocabulary, _merges(words, vocabulary), unk_token=unk, fuse_unk=True, byte_fallback=fallback)
         )
     else:
-        raise DataError(f"{file}: is neither a Unigram nor a BPE model; train another")
+        raise UserError(f"{file}: is neither a Unigram nor a BPE model; train another")
     _normalize_as(backend, model.normalizer_spec, control)
     backend.add_special_tokens(control)
     added = file.with_name("added_tokens.json")
@@ -211,7 +211,7 @@ def _read_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         for name, index in sorted(load_json(added.read_text(encoding="utf-8")).items(), key=lambda item: item[1]):
             backend.add_special_tokens([name])
             if backend.token_to_id(name) != index:
-                raise DataError(f"{added}: {name} has id {index}, which does not follow {file.name}; fix the file")
+                raise UserError(f"{added}: {name} has id {index}, which does not follow {file.name}; fix the file")
     return backend
 
 
@@ -255,10 +255,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train lower-casing byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2) with at most `vocab_size` tokens.
 
     The result depends only on the multiset of texts. Special tokens have ids 0 to 4, in the order of SPECIAL. Any text
-    can be encoded, so [UNK] never occurs. Raises DataError when there is no text or no room for bytes.
+    can be encoded, so [UNK] never occurs. Raises UserError when there is no text or no room for bytes.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
-        raise DataError(f"--vocab-size {vocab_size}: byte-level BPE needs at least {_SMALLEST_VOCABULARY}; raise it")
+        raise UserError(f"--vocab-size {vocab_size}: byte-level BPE needs at least {_SMALLEST_VOCABULARY}; raise it")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # so a word is one token wherever it is
@@ -279,7 +279,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     backend.train_from_iterator(counted(), trainer)
     if not seen:
-        raise DataError("tokenizer training: there is no text at all; name data that holds captions or questions")
+        raise UserError("tokenizer training: there is no text at all; name data that holds captions or questions")
     # So that other programs that load the file add [CLS] and [SEP] as `encode` does.
     cls_id, sep_id = SPECIAL.index("[CLS]"), SPECIAL.index("[SEP]")
     backend.post_processor = processors.TemplateProcessing(

@@ -25,7 +25,8 @@ def told_by(function: object, *arguments: object) -> Exception:
 def decisions(root: Path) -> None:
     from eve_ds.engine import agreement
     from eve_ds.engine.checkpoint_record import DamagedError
-    from eve_ds.errors import RankError, UserError
+    from eve_ds.errors import RankError
+    from preprocessing.errors import UserError
 
     def refuse(error: Exception) -> None:
         raise error

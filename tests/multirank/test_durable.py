@@ -42,7 +42,7 @@ def save(root: Path) -> None:
     start()
     from eve_ds.engine import agreement, checkpoint
     from eve_ds.engine.checkpoint_record import model_file
-    from eve_ds.errors import UserError
+    from preprocessing.errors import UserError
 
     run = Run(root, CASE)
     run.train(range(1))
@@ -72,7 +72,8 @@ def save_on_a_disk_that_fills_up(root: Path) -> None:
     start()
     from eve_ds.engine import soundness
     from eve_ds.engine.checkpoint_record import Manifest
-    from eve_ds.errors import RankError, UserError
+    from eve_ds.errors import RankError
+    from preprocessing.errors import UserError
 
     run = Run(root, CASE)
     before, write = run.save(1), Manifest.write

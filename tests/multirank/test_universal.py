@@ -326,7 +326,7 @@ def test_a_manifest_that_its_files_do_not_bear_out_is_refused(
     checkpoints: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     from eve_ds.engine.universal import consolidated_state
-    from eve_ds.errors import UserError
+    from preprocessing.errors import UserError
 
     with pytest.raises(UserError, match=words) as refused:
         consolidated_state(altered(checkpoints, tmp_path, **changes))
@@ -344,7 +344,7 @@ class Hostile:
 def test_a_file_that_would_run_code_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     from eve_ds.engine.checkpoint_record import hash_files
     from eve_ds.engine.universal import consolidated_state
-    from eve_ds.errors import UserError
+    from preprocessing.errors import UserError
 
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     path = altered(checkpoints, tmp_path)
@@ -359,7 +359,7 @@ def test_a_file_that_would_run_code_is_refused(checkpoints: Path, tmp_path: Path
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     from eve_ds.engine.universal import consolidated_state
-    from eve_ds.errors import UserError
+    from preprocessing.errors import UserError
 
     with pytest.raises(UserError, match="no whole checkpoint"):
         consolidated_state(tmp_path)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard, Split
 from eve_ds.engine import verification
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 from tests.support.distributed import run_distributed_test
 from tests.support.shards import make_caption_set
 

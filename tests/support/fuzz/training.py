@@ -33,12 +33,13 @@ from eve_ds.engine.identity import Identity
 from eve_ds.engine.run_folder import claim
 from eve_ds.engine.universal import consolidated_state
 from eve_ds.engine.verification import verify_now
-from eve_ds.errors import UserError, exit_code
+from eve_ds.errors import exit_code
 from eve_ds.tasks import load_task_model
 from eve_ds.tasks.nlvr import NlvrSamples
 from eve_ds.tasks.vqa import VqaSamples, read_answer_list
 from eve_ds.weights.hashes import HASHES
 from eve_ds.weights.load import load_weights
+from preprocessing.errors import UserError
 from preprocessing.shards.schema import MANIFEST
 from preprocessing.text.tokenizer import Tokenizer
 from tests.support.foreign_shards import vilt_coco, vilt_nlvr, vilt_vqa

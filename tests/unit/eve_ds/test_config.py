@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse, save
-from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import find_shipped, known_keys
+from preprocessing.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "eve_ds" / "configs").glob("*.yaml"))
 

@@ -11,11 +11,13 @@ from subprocess import PIPE
 
 import pytest
 
-from eve_ds.errors import RANK_0_SECONDS, RankError, UserError, exit_code
+from eve_ds.errors import RANK_0_SECONDS, RankError, exit_code
+from preprocessing.errors import UserError
 
 SCRIPT = """
 import atexit, sys
-from eve_ds.errors import UserError, run_command
+from eve_ds.errors import run_command
+from preprocessing.errors import UserError
 
 class Last:
     def __del__(self):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.errors import UserError
 from eve_ds.import_path import import_object
+from preprocessing.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 from eve_ds.engine.signals import StopRequest
-from eve_ds.errors import UserError, run_command
+from eve_ds.errors import run_command
+from preprocessing.errors import UserError
 
 def main():
     folder, number, what = sys.argv[1:]

@@ -16,11 +16,11 @@ from eve_ds.bench.__main__ import parse as parse_bench
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.doctor import __main__ as doctor
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
-from eve_ds.errors import UserError
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import describe_type, format_value, has_type, hint_of, known_keys, section_of
 from preprocessing import json_text
+from preprocessing.errors import UserError
 from preprocessing.redaction import printable, shortened
 
 NOISE = ("<class", "Parser", "typing.", "Union", "Subtypes", "NoneType", "class_path", "\n")

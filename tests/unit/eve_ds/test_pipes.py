@@ -14,12 +14,11 @@ from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig, parse
 from eve_ds.data.mapping import MappedFile
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
-from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_yaml
 from eve_ds.tasks.vqa import read_answer_list
 from eve_ds.weights.model_folder import ModelFolder
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 READERS: dict[str, Callable[[Path], object]] = {
     "recipe.yaml": read_yaml,
@@ -44,7 +43,7 @@ def no_waiting() -> Iterator[None]:
 def test_pipes_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is a pipe, a socket or a device; write its content to a file"):
+    with pytest.raises(UserError, match=f"{name}: is a pipe, a socket or a device; write its content to a file"):
         READERS[name](tmp_path / name)
 
 

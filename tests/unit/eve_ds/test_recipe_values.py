@@ -15,12 +15,13 @@ import yaml
 
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse
-from eve_ds.errors import USER_ERRORS, UserError
-from eve_ds.model.model_config import ModelConfig, ModelConfigError
+from eve_ds.errors import USER_ERRORS
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import MAX_DEPTH, MAX_NODES, section_of
 from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked import ObjectiveConfig
 from eve_ds.tasks.vqa import read_answer_list
+from preprocessing.errors import UserError
 from preprocessing.shards.manifest import read_manifest
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -208,7 +209,7 @@ def test_a_vlmo_config_of_wrong_types_is_named(
 ) -> None:
     path = tmp_path / "config_vlmo.json"
     path.write_text(json.dumps(json.loads((assets / "vlmo_config.json").read_text()) | changes))
-    with pytest.raises(ModelConfigError) as error:
+    with pytest.raises(UserError) as error:
         ModelConfig.from_vlmo(path)
     assert str(error.value) == f"{path}: {words}"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.sources.converter import _check_left_out
 
 LONG = "n" * 300  # longer than a name may be
@@ -29,6 +29,6 @@ def test_names_that_are_too_long_are_one_line(refuse: Callable[..., str], words:
 def test_no_more_than_all_is_advised_to_be_left_out() -> None:
     """Questions may be left out, and images counted."""
     source: Any = SimpleNamespace(left_out={"question without a word": 3}, counts={"images": 2}, where="raw.json")
-    with pytest.raises(DataError, match=r"give --max-dropped 1: scores"):
+    with pytest.raises(UserError, match=r"give --max-dropped 1: scores"):
         _check_left_out(source, 0.5)
     _check_left_out(source, 1.0)

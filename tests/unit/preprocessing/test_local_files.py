@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import sync_path, write_atomic
 
 
@@ -52,7 +52,7 @@ def test_atomic_write_over_what_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "folder", "link"):
-        with pytest.raises(DataError, match=rf"{name}: is no regular file"):
+        with pytest.raises(UserError, match=rf"{name}: is no regular file"):
             write_atomic(tmp_path / name, b"")
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and (tmp_path / "folder").is_dir()
     assert len(list(tmp_path.iterdir())) == 3
@@ -60,5 +60,5 @@ def test_atomic_write_over_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_atomic_write_into_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_atomic(tmp_path / "file" / "a", b"")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
 from preprocessing.shards.manifest import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
@@ -115,12 +115,12 @@ def test_what_the_shell_has_opened_can_be_read_where_one_reading_is_enough(tmp_p
     reader, writer = os.pipe()
     try:
         check_regular(f"/dev/fd/{reader}", streams=True)
-        with pytest.raises(DataError, match="is a pipe"):
+        with pytest.raises(UserError, match="is a pipe"):
             check_regular(f"/dev/fd/{reader}")
     finally:
         os.close(reader)
         os.close(writer)
-    with pytest.raises(DataError, match="is a pipe"):
+    with pytest.raises(UserError, match="is a pipe"):
         check_regular(pipe, streams=True)
     check_regular(tmp_path)
     check_regular(tmp_path / "nothing")

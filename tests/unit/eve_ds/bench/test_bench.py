@@ -19,12 +19,13 @@ from eve_ds.bench.references import DeepSpeedMoE, ReferenceAttention, einsum_moe
 from eve_ds.bench.timing import Candidate, extra_bytes, in_turn
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.precision import multiplies_bf16
-from eve_ds.errors import UserError, exit_code
+from eve_ds.errors import exit_code
 from eve_ds.model.attention import Attention, key_bias
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.masked import MaskedModeling
 from eve_ds.tasks.masking import choose_words
+from preprocessing.errors import UserError
 
 CPU = torch.device("cpu")
 MODEL = ["--dim", "32", "--hidden", "64", "--experts", "4"]

@@ -19,8 +19,7 @@ from PIL import Image
 from eve_ds.bench import __main__ as bench
 from eve_ds.bench import loader, loader_baselines, loader_images, loader_ours
 from eve_ds.bench.loader_process import JobError, JobProcess, Settings
-from eve_ds.errors import UserError
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 HERE = Path(sys.executable)
 
@@ -102,7 +101,7 @@ def test_opening_reads_a_row_of_every_shard(settings: Settings) -> None:
     figures = opening.round()
     assert figures["open_every_shard_seconds"] >= figures["open_seconds"] > 0
     (opening._split / "shard-00002.arrow").unlink()
-    with pytest.raises(DataError, match="shard-00002"):
+    with pytest.raises(UserError, match="shard-00002"):
         opening.round()
 
 

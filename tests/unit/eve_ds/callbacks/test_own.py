@@ -9,7 +9,7 @@ import pytest
 from eve_ds.callbacks import MetricsFile, Progress, own_callbacks, standard_callbacks
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine.callback import Callback
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 MODULE = """
 from eve_ds.engine.callback import Callback

@@ -26,7 +26,7 @@ from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.transforms import build_transform
 from eve_ds.data.worker import JOB_SIGNALS, explain_worker_death
 from eve_ds.tasks.vqa import VqaSamples
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.limits import few_descriptors
 from tests.support.shards import image_of, make_vqa_set, tiny_tokenizer, write_split
 
@@ -131,7 +131,7 @@ def test_a_shard_that_vanishes_ends_the_iteration(tmp_path: Path, workers: int) 
     batches = iter(build_loader(data, 4, num_workers=workers, max_corrupt=0.5))
     next(batches)
     (tmp_path / "train" / "shard-00002.arrow").unlink()
-    with pytest.raises(DataError, match=r"^[^\n]*shard-00002\.arrow: No such file[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*shard-00002\.arrow: No such file[^\n]*$"):
         for _ in range(12):
             next(batches)
 
@@ -151,7 +151,7 @@ def test_images_travel_through_shared_memory(tmp_path: Path) -> None:
 
 
 def test_shared_memory_that_cannot_be_allocated() -> None:
-    with pytest.raises(DataError, match=r"^data\.num_workers: no shared memory for .* lower data\.num_workers"):
+    with pytest.raises(UserError, match=r"^data\.num_workers: no shared memory for .* lower data\.num_workers"):
         SharedImages(1 << 30, ("images",), 1 << 20, 224)
 
 
@@ -173,11 +173,11 @@ def _children() -> set[int]:
 
 def test_a_killed_worker_is_one_line(one_worker: tuple[Iterator[Any], int]) -> None:
     batches, process = one_worker
-    with pytest.raises((DataError, RuntimeError)) as error:
+    with pytest.raises((UserError, RuntimeError)) as error:
         os.kill(process, signal.SIGKILL)
         for _ in range(100):  # torch raises the error anywhere in the main thread
             next(batches)
-    line = str(error.value) if isinstance(error.value, DataError) else explain_worker_death(error.value)
+    line = str(error.value) if isinstance(error.value, UserError) else explain_worker_death(error.value)
     assert line is not None and f"data loader process {process} ended by SIGKILL" in line and "\n" not in line
 
 
@@ -219,7 +219,7 @@ def test_too_few_descriptors_for_workers(tmp_path: Path, capfd: pytest.CaptureFi
     data = captions(tmp_path, corrupt=set())
     loader: Loader = build_loader(data, 2, num_workers=2)
     for spare in (0, 5, 9):  # for nothing; for the queue of results; for one of two processes
-        with few_descriptors(spare), pytest.raises(DataError, match=r"^data\.num_workers=2: .*Too many .*`ulimit -n`"):
+        with few_descriptors(spare), pytest.raises(UserError, match=r"^data\.num_workers=2: .*Too many .*`ulimit -n`"):
             next(iter(loader))
     gc.collect()
     assert "Traceback" not in capfd.readouterr().err

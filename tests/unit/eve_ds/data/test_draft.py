@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eve_ds.data.transforms import build_transform, crop_box, decode_image
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 BICUBIC = Image.Resampling.BICUBIC
 LEVELS = 3  # of 255; half a pixel to the side would be five to ten
@@ -105,5 +105,5 @@ def test_the_draws_are_the_same(augmentation: str) -> None:
 
 def test_a_jpeg_cut_off_is_corrupt() -> None:
     data = jpeg(photo(480, 640))
-    with pytest.raises(DataError, match="cannot be decoded"):
+    with pytest.raises(UserError, match="cannot be decoded"):
         build_transform(32, True)(data[: len(data) // 2], 0)

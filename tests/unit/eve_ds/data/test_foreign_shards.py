@@ -12,7 +12,7 @@ import pytest
 
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support import foreign_shards
 from tests.support.shards import image_of, shard_record, texts, write_manifest
 
@@ -93,7 +93,7 @@ def test_pickled_metadata_are_never_loaded(tmp_path: Path) -> None:
 def test_a_file_without_a_split_in_its_name_is_refused_if_its_rows_name_one(tmp_path: Path) -> None:
     train, _, _, test = foreign_shards.vilt_coco(tmp_path, rows=4)
     test.rename(tmp_path / "coco_caption_karpathy_tset.arrow")
-    with pytest.raises(DataError, match=r"tset.arrow: its name has no split.*its rows are of split test; rename it to"):
+    with pytest.raises(UserError, match=r"tset.arrow: its name has no split.*its rows are of split test; rename it to"):
         open_split(tmp_path, "train")
     train.rename(tmp_path / "vg.arrow")  # as ViLT's Visual Genome: all of it is trained on
     (tmp_path / "coco_caption_karpathy_tset.arrow").rename(tmp_path / "coco_caption_karpathy_test.arrow")

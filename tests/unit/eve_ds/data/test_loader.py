@@ -20,7 +20,7 @@ from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.nlvr import NlvrSamples
 from eve_ds.tasks.vqa import VqaSamples
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.shards import (
     ANSWERS,
     image_of,
@@ -128,7 +128,7 @@ def test_evaluation_limit(tmp_path: Path) -> None:
 
 def test_more_readers_than_rows(tmp_path: Path) -> None:
     data = _captions(tmp_path)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         build_loader(data, micro_batch_size=1, world_size=2, num_workers=4)
     text = str(error.value)
     assert "7 rows" in text and "2 ranks x 4 workers = 8" in text and "data.num_workers" in text and "\n" not in text
@@ -142,7 +142,7 @@ def test_corrupt_row_is_one_line(tmp_path: Path, workers: int) -> None:
         for i in range(6)
     ]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, EVAL, 12)
-    with pytest.raises(DataError, match=r"shard-00000\.arrow: row 3: .*decoded") as error:
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: row 3: .*decoded") as error:
         _take(build_loader(data, micro_batch_size=2, num_workers=workers), 3)
     assert "\n" not in str(error.value)
 
@@ -253,7 +253,7 @@ def test_corrupt_rows_are_replaced_until_they_are_too_many(tmp_path: Path, caplo
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 5  # once each
     assert sum("shard-00000.arrow: row 3" in line and "sample 5 replaces sample 3" in line for line in told) == 1
-    with pytest.raises(DataError, match=r"4 corrupt rows among \d+ samples, more than data\.max_corrupt=0\.05"):
+    with pytest.raises(UserError, match=r"4 corrupt rows among \d+ samples, more than data\.max_corrupt=0\.05"):
         _take(build_loader(data, micro_batch_size=4, max_corrupt=0.05), 20)
-    with pytest.raises(DataError, match=r"row \d+: .*decoded"):
+    with pytest.raises(UserError, match=r"row \d+: .*decoded"):
         _take(build_loader(data, micro_batch_size=4, max_corrupt=0.0), 20)

@@ -12,7 +12,7 @@ import pytest
 
 from eve_ds.data.mapping import MappedFile, binary_cell
 from eve_ds.data.shards import RowError, Split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.limits import few_descriptors
 from tests.support.ranks import REPOSITORY
 from tests.support.shards import image_of, make_caption_set, shard_record, write_manifest
@@ -83,14 +83,14 @@ def test_descriptors_are_closed_when_nothing_refers_to_the_file(tmp_path: Path) 
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
     for broken in (empty, Path(__file__)):
-        with pytest.raises(DataError, match="not a readable Arrow file"):
+        with pytest.raises(UserError, match="not a readable Arrow file"):
             mapped(broken)
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_too_few_descriptors_are_reported_as_such(tmp_path: Path) -> None:
     path = shard(tmp_path)
-    with few_descriptors(), pytest.raises(DataError, match=r"shard-00000\.arrow: .*raise `ulimit -n`$"):
+    with few_descriptors(), pytest.raises(UserError, match=r"shard-00000\.arrow: .*raise `ulimit -n`$"):
         mapped(path)
 
 
@@ -100,15 +100,15 @@ def test_missing_file_or_wrong_size(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-1], whole + b"x"):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"shard-00000\.arrow: {len(content)} bytes, .* {len(whole)}"):
+        with pytest.raises(UserError, match=rf"shard-00000\.arrow: {len(content)} bytes, .* {len(whole)}"):
             file.check()
     other = path.with_name("other")
     other.write_bytes(whole)
     other.replace(path)
-    with pytest.raises(DataError, match=r"shard-00000\.arrow: was replaced while it was read"):
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: was replaced while it was read"):
         file.check()
     path.unlink()
-    with pytest.raises(DataError, match=r"shard-00000\.arrow: No such file"):
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: No such file"):
         file.check()
 
 
@@ -126,7 +126,7 @@ CUT_OFF = """
 import os, sys
 from eve_ds.data.mapping import binary_cell
 from eve_ds.data.shards import Split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 split = Split(sys.argv[1])
 number, row, item = split.sample(split.samples - 1)
 path, view = row.path, binary_cell(row.batch.column("image"), row.index)
@@ -141,7 +141,7 @@ looks = {
 for name, look in looks.items():
     try:
         look()
-    except DataError as error:
+    except UserError as error:
         print(name, error)
 """
 
@@ -160,7 +160,7 @@ def test_truncation_of_a_mapped_file_is_an_error_and_no_bus_error(tmp_path: Path
 WRONG_OFFSETS = """
 import sys
 from eve_ds.data.shards import Split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 for folder in sys.argv[1:]:
     split = Split(folder)
     try:
@@ -168,7 +168,7 @@ for folder in sys.argv[1:]:
             _, row, item = split.sample(index)
             row.item("caption", item), row.value("image_id"), row.blob("image")
         print("read")
-    except DataError as error:
+    except UserError as error:
         print(error)
 """
 

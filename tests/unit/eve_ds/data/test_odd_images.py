@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from eve_ds.data.transforms import build_transform, decode_image
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.limits import MAX_PIXELS
 from preprocessing.images.policy import ImagePolicy
 from tests.unit.preprocessing.images.test_policy import odd_images
@@ -35,7 +35,7 @@ def test_images_above_max_pixels_are_not_decoded(train: bool) -> None:
     buffer = io.BytesIO()
     Image.new("L", (10_000, 6_000)).save(buffer, "PNG")
     tracemalloc.start()
-    with pytest.raises(DataError, match=rf"10000 x 6000 pixels, data.max_pixels={MAX_PIXELS}"):
+    with pytest.raises(UserError, match=rf"10000 x 6000 pixels, data.max_pixels={MAX_PIXELS}"):
         build_transform(16, train)(buffer.getvalue(), 0)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()

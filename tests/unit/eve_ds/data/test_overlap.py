@@ -18,7 +18,7 @@ from eve_ds.data.samples import Samples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import open_split
 from eve_ds.engine import setup
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.shards.schema import IDS
 from preprocessing.text.tokenizer import Tokenizer
 from tests.support import foreign_shards
@@ -79,7 +79,7 @@ def test_vilts_val_without_its_rest_is_refused(tmp_path: Path, tokenizer: Tokeni
     words = (
         r"vqav2_trainable_val\.arrow and \S*vqav2_val\.arrow: 10 images stand in both, such as image_id 100, 101, 102"
     )
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         check(config(tmp_path, "vqa"), tokenizer, "val")
     check(config(tmp_path, "vqa", allow_overlap=True), tokenizer, "val")
     (tmp_path / "vqav2_trainable_val.arrow").unlink()
@@ -95,7 +95,7 @@ def test_vilts_pairs_are_read_once(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert scored["test"].split.row(0).value("split") == "test1"
     (tmp_path / "nlvr2_dev.arrow").unlink()
     with pytest.raises(
-        DataError, match=r"no Arrow file in \S+ belongs to split val: it holds nlvr2_balanced_dev\.arrow, "
+        UserError, match=r"no Arrow file in \S+ belongs to split val: it holds nlvr2_balanced_dev\.arrow, "
     ):
         open_split(tmp_path, "val", "nlvr")
 
@@ -106,7 +106,7 @@ def test_duplicate_pairs_in_a_split_are_refused(tmp_path: Path, tokenizer: Token
     for name in ("dev", "balanced_dev"):
         shutil.copy(tmp_path / f"nlvr2_{name}.arrow", tmp_path / "val")
     words = r"nlvr2_balanced_dev\.arrow and \S*nlvr2_dev\.arrow: 8 statements stand twice .* identifier dev-0-0-0, "
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         check(config(tmp_path, "nlvr"), tokenizer, "val")
 
 
@@ -133,7 +133,7 @@ def test_prepared_splits_that_overlap_are_refused(
     shutil.rmtree(tmp_path / "test")
     shutil.move(tmp_path / "other" / "train", tmp_path / "test")
     for train in (True, False):  # a model that is scored alone was trained here, as far as anyone knows
-        with pytest.raises(DataError) as told:
+        with pytest.raises(UserError) as told:
             check(config(tmp_path, task), tokenizer, "val", "test", train=train)
         assert f"train/shard-00000.arrow and {tmp_path}/test/shard-00000.arrow: {words}" in str(told.value)
     assert not caplog.messages
@@ -162,7 +162,7 @@ def test_allowed_overlap(tmp_path: Path, tokenizer: Tokenizer) -> None:
     check(config(tmp_path / "b", sources=both), tokenizer, "train")  # said by the user in so many words
     shutil.copytree(tmp_path / "a" / "train", tmp_path / "b" / "val")
     check(config(tmp_path / "b", sources=both[:1]), tokenizer, "val")  # another data set: its ids are its own
-    with pytest.raises(DataError, match=r"b/train/shard-00000\.arrow and \S*b/val/shard-00000\.arrow: 4 images stand"):
+    with pytest.raises(UserError, match=r"b/train/shard-00000\.arrow and \S*b/val/shard-00000\.arrow: 4 images stand"):
         check(config(tmp_path / "b", sources=both), tokenizer, "val")
 
 
@@ -207,7 +207,7 @@ def test_a_copy_of_a_file_under_another_name_is_refused(
     make(tmp_path)
     check(config(tmp_path, task), tokenizer, "val")
     shutil.copy(tmp_path / f"{original}.arrow", tmp_path / f"{copy}.arrow")
-    with pytest.raises(DataError) as told:
+    with pytest.raises(UserError) as told:
         check(config(tmp_path, task), tokenizer, *([] if "train" in original else ["val"]))
     message = str(told.value)
     assert f"{tmp_path / copy}.arrow" in message and f"{tmp_path / original}.arrow" in message

@@ -11,7 +11,7 @@ from PIL import Image
 
 from eve_ds.data.samples import CaptionImages, CaptionSamples
 from eve_ds.data.transforms import build_transform
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.shards import (
     image_of,
     make_caption_set,
@@ -66,7 +66,7 @@ def test_images_with_left_or_right_in_the_text_are_not_mirrored(tmp_path: Path) 
 def test_vocabulary_larger_than_the_models(tmp_path: Path) -> None:
     folder = make_caption_set(tmp_path, rows=2)
     tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         CaptionSamples(folder, tokenizer, EVAL, 16, vocab_size=tokenizer.vocab_size - 1)
     text = str(error.value)
     assert "tokenizer.json" in text and f"model.vocab_size to {tokenizer.vocab_size}" in text and "\n" not in text
@@ -80,6 +80,6 @@ def test_corrupt_image_names_shard_and_row(tmp_path: Path) -> None:
     ]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows, shard_rows=3), TOKENIZER, EVAL, 16)
     data[3, 0]
-    with pytest.raises(DataError, match=r"shard-00001\.arrow: row 1: the image cannot be decoded") as error:
+    with pytest.raises(UserError, match=r"shard-00001\.arrow: row 1: the image cannot be decoded") as error:
         data[4, 0]
     assert "\n" not in str(error.value)

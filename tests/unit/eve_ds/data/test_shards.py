@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from eve_ds.data.shards import Split
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.shards.schema import CAPTION_SCHEMA
 from preprocessing.shards.writer import ShardWriter
 from preprocessing.shards.writer import write_manifest as write_converted
@@ -111,7 +111,7 @@ def _mapped(folder: Path) -> int:
     return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
-def _one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
+def _one_line(error: pytest.ExceptionInfo[UserError], *parts: str) -> None:
     text = str(error.value)
     assert "\n" not in text
     for part in parts:
@@ -119,7 +119,7 @@ def _one_line(error: pytest.ExceptionInfo[DataError], *parts: str) -> None:
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Split(tmp_path)
     _one_line(error, "manifest.json")
 
@@ -127,7 +127,7 @@ def test_no_manifest(tmp_path: Path) -> None:
 def test_missing_shard(tmp_path: Path) -> None:
     folder = make_caption_set(tmp_path, rows=10, shard_rows=4)
     (folder / "shard-00001.arrow").unlink()
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Split(folder)
     _one_line(error, "shard-00001.arrow", "copy or prepare it again")
 
@@ -137,7 +137,7 @@ def test_truncated_shard(tmp_path: Path) -> None:
     path = folder / "shard-00002.arrow"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Split(folder)
     _one_line(error, "shard-00002.arrow", f"{len(whole) - 100} bytes", f"expected {len(whole)}", "truncated")
 
@@ -146,10 +146,10 @@ def test_shard_truncated_or_gone_after_opening_the_split(tmp_path: Path) -> None
     split = Split(make_caption_set(tmp_path, rows=10, shard_rows=4))
     path = tmp_path / "train" / "shard-00001.arrow"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"shard-00001\.arrow.*truncated"):
+    with pytest.raises(UserError, match=r"shard-00001\.arrow.*truncated"):
         split.row(5)
     path.unlink()
-    with pytest.raises(DataError, match=r"shard-00001\.arrow"):
+    with pytest.raises(UserError, match=r"shard-00001\.arrow"):
         split.row(5)
     assert split.row(0).value("image_id") == "image-0"
 
@@ -158,7 +158,7 @@ def test_same_size_but_no_arrow(tmp_path: Path) -> None:
     folder = make_caption_set(tmp_path, rows=3)
     path = folder / "shard-00000.arrow"
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         Split(folder).row(0)
     _one_line(error, "shard-00000.arrow", "Arrow")
 
@@ -174,25 +174,25 @@ def _single(folder: Path, table: pa.Table, rows: int, samples: int) -> Split:
 def test_wrong_counts_in_the_manifest(tmp_path: Path) -> None:
     row = {"image": b"x", "caption": ["a", "b"], "image_id": "0", "split": "train"}
     split = _single(tmp_path / "train", pa.Table.from_pylist([row], schema=CAPTION_SCHEMA), rows=1, samples=3)
-    with pytest.raises(DataError, match="1 rows and 2 samples, the manifest says 1 and 3"):
+    with pytest.raises(UserError, match="1 rows and 2 samples, the manifest says 1 and 3"):
         split.row(0)
 
 
 def test_missing_or_ill_typed_column(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no column 'image'"):
+    with pytest.raises(UserError, match="no column 'image'"):
         _single(tmp_path / "a", pa.table({"caption": ["x"]}), 1, 1).row(0)
-    with pytest.raises(DataError, match="'image' is string, not binary"):
+    with pytest.raises(UserError, match="'image' is string, not binary"):
         _single(tmp_path / "b", pa.table({"image": ["x"], "caption": ["x"]}), 1, 1).row(0)
-    with pytest.raises(DataError, match="'caption' is int64"):
+    with pytest.raises(UserError, match="'caption' is int64"):
         _single(tmp_path / "c", pa.table({"image": [b"x"], "caption": [1]}), 1, 1).row(0)
 
 
 def test_empty_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no samples"):
+    with pytest.raises(UserError, match="holds no samples"):
         Split(write_split(tmp_path / "val", "caption", []))
 
 
 def test_null_image(tmp_path: Path) -> None:
     table = pa.table({"image": pa.array([None], pa.binary()), "caption": ["x"]})
-    with pytest.raises(DataError, match="row 0: column 'image' is null"):
+    with pytest.raises(UserError, match="row 0: column 'image' is null"):
         _single(tmp_path / "a", table, 1, 1).row(0).blob("image")

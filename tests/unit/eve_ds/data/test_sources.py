@@ -9,7 +9,7 @@ import pytest
 
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.tasks.vqa import read_answer_list
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support import foreign_shards
 from tests.support.shards import image_of, make_caption_set, make_vqa_set, texts
 
@@ -50,7 +50,7 @@ def test_eves_files_are_trained_on(tmp_path: Path) -> None:
     foreign_shards.visual_genome(tmp_path)
     split = open_split(tmp_path, "train")
     assert (split.rows, split.samples) == (15, 25)
-    with pytest.raises(DataError, match=r"val/manifest\.json: no such file"):
+    with pytest.raises(UserError, match=r"val/manifest\.json: no such file"):
         open_split(tmp_path, "val")
 
 
@@ -59,24 +59,24 @@ def test_everything_in_one_folder(tmp_path: Path) -> None:
     foreign_shards.vilt_vqa(tmp_path)
     foreign_shards.vilt_nlvr(tmp_path)
     assert [open_split(tmp_path, "train", kind).rows for kind in ("caption", "vqa", "nlvr")] == [10, 5, 5]
-    with pytest.raises(DataError, match=r"is a nlvr shard, .* a caption shard; keep them in separate folders"):
+    with pytest.raises(UserError, match=r"is a nlvr shard, .* a caption shard; keep them in separate folders"):
         open_split(tmp_path, "train")
 
 
 def test_missing_splits(tmp_path: Path) -> None:
     make_caption_set(tmp_path, rows=3)
     (tmp_path / "train" / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"manifest\.json: no such file"):  # our own shards, of a run that was killed
+    with pytest.raises(UserError, match=r"manifest\.json: no such file"):  # our own shards, of a run that was killed
         open_split(tmp_path, "train")
     other = tmp_path / "other"
     other.mkdir()
     (other / "x.arrow").write_bytes(b"no Arrow file")
-    with pytest.raises(DataError, match=r"x\.arrow: is not a readable Arrow file"):
+    with pytest.raises(UserError, match=r"x\.arrow: is not a readable Arrow file"):
         open_split(other, "train")
     (other / "x.arrow").write_bytes(b"")
-    with pytest.raises(DataError, match=r"x\.arrow: is not a readable Arrow file"):
+    with pytest.raises(UserError, match=r"x\.arrow: is not a readable Arrow file"):
         open_split(other, "train")
-    with pytest.raises(DataError, match=r"manifest\.json: no such file"):
+    with pytest.raises(UserError, match=r"manifest\.json: no such file"):
         open_split(tmp_path / "absent", "train")
 
 
@@ -100,7 +100,7 @@ def test_joined(tmp_path: Path) -> None:
 def test_joined_splits_are_of_one_kind(tmp_path: Path) -> None:
     make_caption_set(tmp_path / "one", rows=2)
     make_vqa_set(tmp_path / "two", rows=2)
-    with pytest.raises(DataError, match=r"two.train: holds vqa data, .*one.train caption data"):
+    with pytest.raises(UserError, match=r"two.train: holds vqa data, .*one.train caption data"):
         JoinedSplit([open_split(tmp_path / "one", "train"), open_split(tmp_path / "two", "train")])
 
 
@@ -120,14 +120,14 @@ def test_wrong_folders_get_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / "sets", f"{tmp_path / 'sets'} is not a dataset; did you mean {home}?"),
         (home / "trian", f"there is no folder {home / 'trian'}"),
     ):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             open_split(given, "train")
         assert str(error.value).startswith(f"{given}/train/manifest.json: no such file; ")
         assert str(error.value).endswith(hint)
-    with pytest.raises(DataError, match="no split test but train, val; name one of these, or run a converter for test"):
+    with pytest.raises(UserError, match="no split test but train, val; name one of these, or run a converter for test"):
         open_split(home, "test")
     monkeypatch.chdir(home / "train")
     for relative in (".", "manifest.json"):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(UserError) as error:
             open_split(relative, "train")
         assert str(error.value).endswith(f"give the folder of the dataset, {home}")

@@ -23,7 +23,7 @@ from eve_ds.data.transforms import (
     normalize,
     rand_augment,
 )
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.shards import image_of
 
 
@@ -110,7 +110,7 @@ def test_first_frame_of_an_animation() -> None:
 def test_corrupt_images(fmt: str) -> None:
     whole = image_of(0, 64, fmt)
     for data in (b"", b"no image", whole[: len(whole) // 2], whole[:30]):
-        with pytest.raises(DataError, match="cannot be decoded") as error:
+        with pytest.raises(UserError, match="cannot be decoded") as error:
             decode_image(data)
         assert "\n" not in str(error.value)
 
@@ -394,5 +394,5 @@ def test_normalize_is_mean_and_deviation_one_half() -> None:
     ],
 )
 def test_bad_arguments(options: dict[str, object], name: str) -> None:
-    with pytest.raises(DataError, match=name.replace("(", r"\(")):
+    with pytest.raises(UserError, match=name.replace("(", r"\(")):
         build_transform(**{"image_size": 32, "train": True, **options})  # type: ignore[arg-type]

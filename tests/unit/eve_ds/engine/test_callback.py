@@ -12,7 +12,7 @@ import torch
 from eve_ds.engine import checkpoint
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 from tests.support.made_checkpoint import make_checkpoint
 
 NAME = f"{__name__}:Counter"

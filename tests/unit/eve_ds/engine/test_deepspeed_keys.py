@@ -12,7 +12,7 @@ import pytest
 from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.deepspeed_keys import RULES
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 from tests.support.deepspeed_keys import FILE, ZERO
 
 

@@ -21,9 +21,8 @@ from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.data_config import DataSource
 from eve_ds.engine import first_weights, run_folder, setup
 from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, told
-from eve_ds.errors import UserError
 from eve_ds.weights.model_folder import metadata
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.shards import make_caption_set
 
@@ -191,7 +190,7 @@ def test_first_weights_count_by_content_and_may_be_gone_later(data: Path) -> Non
         with pytest.raises(UserError, match=rf"init_from is {data}/copy \(SHA-256 \w+\) there and {told_as}"):
             run_folder.claim(wrong, of(wrong))
     shutil.rmtree(data / "copy")
-    with pytest.raises(DataError, match="copy: no such file or folder"):
+    with pytest.raises(UserError, match="copy: no such file or folder"):
         of(copy)
     checkpoint = data / "run" / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
@@ -315,7 +314,7 @@ def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> 
     run_folder.claim(config, identity_of(config, {}))
     model, kept = tmp_path / "run/model", {"model.safetensors", "predictions_test.npz", ".report.html.0123abcd"}
     script = (
-        "import os, sys; from preprocessing.shards.schema import write_atomic\n"
+        "import os, sys; from preprocessing.local_files import write_atomic\n"
         "os.replace = lambda *paths: os._exit(9)\nwrite_atomic(sys.argv[1], b'half')"
     )
     theirs = {
@@ -372,6 +371,6 @@ def test_a_branch_needs_a_folder_of_its_own(data: Path) -> None:
     assert of(config).inputs["resume_from"] == Input(str(place), of(config).inputs["resume_from"].hash, "step 6")  # type: ignore[union-attr]
     config.resume_from = str(data / "nothing")
     with pytest.raises(
-        DataError, match=r"--resume_from .*nothing: no complete checkpoint; give RUN/checkpoints/step_N"
+        UserError, match=r"--resume_from .*nothing: no complete checkpoint; give RUN/checkpoints/step_N"
     ):
         of(config)

@@ -8,7 +8,7 @@ import pytest
 
 from eve_ds.engine import placement
 from eve_ds.engine.placement import compute_threads, device_ordinal, free_port, local_world_size
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 
 SRUN = {"SLURM_STEP_ID": "0"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eve_ds.engine import run_folder
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 from tests.unit.eve_ds.engine.test_identity import begun, of, pretraining
 
 

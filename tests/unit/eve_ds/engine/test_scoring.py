@@ -16,7 +16,7 @@ from eve_ds.engine.signals import StopRequest
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from preprocessing.__main__ import main
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.shards import image_of, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_config
 
@@ -124,6 +124,6 @@ def test_predictions_without_answers_say_so_too(tmp_path: Path, capsys: pytest.C
 def test_a_score_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare(tmp_path, "vqa", lost=None) == 0
     (tmp_path / "run/predictions_test.json").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"predictions_test\.json: is no regular file"):
+    with pytest.raises(UserError, match=r"predictions_test\.json: is no regular file"):
         score(tmp_path, "vqa", tmp_path / "run")
     assert capsys.readouterr().out.splitlines()[-1].startswith("test: soft_accuracy ")

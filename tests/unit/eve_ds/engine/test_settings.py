@@ -19,8 +19,9 @@ from eve_ds.engine.deepspeed_config import _invalid, batch_shape, load_deepspeed
 from eve_ds.engine.identity import identity_of
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
-from eve_ds.errors import RankError, UserError
+from eve_ds.errors import RankError
 from eve_ds.model.model_config import ModelConfig
+from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.shards import make_vqa_set, tiny_tokenizer
 from tests.support.tiny import masked_task

@@ -14,8 +14,8 @@ import pytest
 from eve_ds.engine import soundness
 from eve_ds.engine.checkpoint import prune
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Manifest, hash_files
-from eve_ds.errors import UserError
 from eve_ds.weights import model_folder
+from preprocessing.errors import UserError
 from tests.support.made_checkpoint import MODEL, OPTIMIZER, make_checkpoint
 
 

@@ -18,7 +18,7 @@ from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard, Split
 from eve_ds.engine import verification
 from eve_ds.engine.verification import VERIFIED, VerifyShards, before_and_while, verify_now
-from eve_ds.errors import UserError
+from preprocessing.errors import UserError
 from tests.support.foreign_shards import vilt_coco
 from tests.support.shards import make_caption_set
 

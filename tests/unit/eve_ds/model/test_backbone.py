@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from eve_ds.callbacks.pretrain_examples import expert_load
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import SoftBlock
-from eve_ds.model.model_config import ModelConfig, ModelConfigError
+from eve_ds.model.model_config import ModelConfig
+from preprocessing.errors import UserError
 
 CONFIG = ModelConfig(
     image_size=16, patch_size=8, dim=16, depth=3, num_heads=2, mlp_hidden=24, vocab_size=20, max_text_length=8,
@@ -154,5 +155,5 @@ def test_nothing_to_encode_is_an_error() -> None:
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_model_names_its_field(changes: dict[str, object]) -> None:
-    with pytest.raises(ModelConfigError, match=f"model.{next(iter(changes))}="):
+    with pytest.raises(UserError, match=f"model.{next(iter(changes))}="):
         Backbone(replace(CONFIG, **changes))

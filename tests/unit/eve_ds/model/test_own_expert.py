@@ -1,4 +1,4 @@
-"""Another expert network from outside: SwiGLU experts, as docs/extending_expert.md shows them."""
+"""Another expert network from outside: SwiGLU experts, as docs/extending.md shows them."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def test_deepspeed_takes_it() -> None:
 
 
 def test_the_document_shows_this_class(repository: Path) -> None:
-    shown = (repository / "docs" / "extending_expert.md").read_text(encoding="utf-8")
+    shown = (repository / "docs" / "extending.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(class SwiGLUExperts.*?)```", shown, flags=re.DOTALL)
     assert code.strip() in Path(__file__).read_text(encoding="utf-8")

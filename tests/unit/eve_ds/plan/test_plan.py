@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from eve_ds.config import EngineConfig, FinetuneConfig, FinetuneObjective, OptimizerConfig, PretrainConfig, parse
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import check_world
-from eve_ds.errors import UserError
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.plan.__main__ import PretrainPlan
 from eve_ds.plan.figures import make_plan, parse_bytes
@@ -25,6 +24,7 @@ from eve_ds.plan.meta_model import build, count_parameters
 from eve_ds.plan.work import days, flops_per_sample, traffic
 from eve_ds.plan.zero_states import Zero, groups_of, steady
 from eve_ds.tasks.masked import ObjectiveConfig
+from preprocessing.errors import UserError
 from tests.support.tiny import model_config
 
 ANSWERS = 7

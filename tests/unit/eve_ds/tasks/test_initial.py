@@ -11,10 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from eve_ds.errors import UserError
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import VQA, Task
 from eve_ds.tasks.initial import SHAPE_INDEPENDENT, load_initial
+from preprocessing.errors import UserError
 from tests.support.tiny_tasks import NUM_ANSWERS, tiny_config, tiny_task
 
 OTHER = {"num_heads": 8, "top_k": 1, "modality_to_experts": False, "activation": "gelu", "norm_eps": 1e-5}

@@ -11,9 +11,9 @@ import torch
 
 from docs.examples import my_objective, my_task
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
-from eve_ds.errors import UserError
 from eve_ds.tasks import FinetuneSpec, Objective, PretrainSpec
 from eve_ds.tasks.registry import BY_NAME, FINETUNE, PRETRAIN, find_spec, finetune_spec, pretrain_spec
+from preprocessing.errors import UserError
 from tests.support.tiny import caption_batch, model_config
 from tests.support.tiny_tasks import MASK
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.vqa import VqaSamples, read_answer_list
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.shards import (
     ANSWERS,
     image_of,
@@ -63,20 +63,20 @@ def test_vqa_answers_that_say_a_side_count_too(tmp_path: Path) -> None:
 
 
 def test_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds caption data, vqa data is needed"):
+    with pytest.raises(UserError, match="holds caption data, vqa data is needed"):
         VqaSamples(make_caption_set(tmp_path, rows=2), TOKENIZER, EVAL, 16, answer_list=ANSWERS[:2])
 
 
 def test_label_beyond_the_answer_list(tmp_path: Path) -> None:
     data = VqaSamples(make_vqa_set(tmp_path, rows=4), TOKENIZER, EVAL, 16, answer_list=ANSWERS[:2])
-    with pytest.raises(DataError, match=r"shard-00000\.arrow: row 0: answer label 2 .*answer_list\.json"):
+    with pytest.raises(UserError, match=r"shard-00000\.arrow: row 0: answer label 2 .*answer_list\.json"):
         data[1, 0]
 
 
 def test_answer_list_faults(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"answer_list\.json"):
+    with pytest.raises(UserError, match=r"answer_list\.json"):
         read_answer_list(tmp_path)
     for content in ("[", json.dumps({"a": 1}), "[]", "[1]"):
         (tmp_path / "answer_list.json").write_text(content)
-        with pytest.raises(DataError, match=r"answer_list\.json"):
+        with pytest.raises(UserError, match=r"answer_list\.json"):
             read_answer_list(tmp_path)

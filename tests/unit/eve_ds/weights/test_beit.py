@@ -14,8 +14,8 @@ from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT
 from eve_ds.weights.beit import Origins, fill_from_beit
-from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.positions import interpolate_positions
+from preprocessing.errors import UserError
 
 DIM, HIDDEN, HEADS, DEPTH, PATCH, PATCHES = 24, 40, 3, 3, 4, 9
 CONFIG = ModelConfig(
@@ -181,11 +181,11 @@ def test_options_of_the_file_may_be_absent() -> None:
     ],
 )
 def test_another_size_is_named(change: dict[str, tuple[int, ...]], message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         filled(beit(**change))
 
 
 def test_another_model_is_named() -> None:
     state = {name: value for name, value in beit().items() if name != "blocks.1.attn.qkv.weight"}
-    with pytest.raises(WeightsError, match=r"not a BEiT v2 model .* missing: blocks\.1\.attn\.qkv\.weight$"):
+    with pytest.raises(UserError, match=r"not a BEiT v2 model .* missing: blocks\.1\.attn\.qkv\.weight$"):
         filled(state)

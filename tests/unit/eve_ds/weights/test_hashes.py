@@ -10,9 +10,9 @@ import torch
 
 from eve_ds.files import write_json
 from eve_ds.tasks import load_task_model
-from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder
+from preprocessing.errors import UserError
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from tests.support.model_folder import write_model_folder
@@ -42,7 +42,7 @@ def test_any_flipped_bit_of_any_file_is_named(folder: Path) -> None:
             path = folder / name
             place = rng.randrange(path.stat().st_size)
             flip(path, place)
-            with pytest.raises(WeightsError, match=str(path)):
+            with pytest.raises(UserError, match=str(path)):
                 load_task_model("retrieval", folder)
             flip(path, place)
     load_task_model("retrieval", folder)
@@ -57,12 +57,12 @@ def test_folders_and_files_without_hashes_load(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", [CONFIG, TOKENIZER, ANSWER_LIST])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(WeightsError, match=f"{name}: No such file or directory, but {HASHES} names it"):
+    with pytest.raises(UserError, match=f"{name}: No such file or directory, but {HASHES} names it"):
         ModelFolder.find(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"config.yaml": "0"}', '{"model.safetensors": 1}', "[" * 100_000])
 def test_damaged_hashes_are_refused(folder: Path, content: str) -> None:
     (folder / HASHES).write_text(content)
-    with pytest.raises(WeightsError, match=f"{HASHES}: is damaged; copy the folder again, or delete that file"):
+    with pytest.raises(UserError, match=f"{HASHES}: is damaged; copy the folder again, or delete that file"):
         load_task_model("retrieval", folder)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.load import load_state, load_weights
 from eve_ds.weights.positions import interpolate_positions
+from preprocessing.errors import UserError
 from tests.support.published import load_published
 
 ASSETS = Path(__file__).parents[3] / "assets"
@@ -54,7 +54,7 @@ class Payload:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": Payload()}, tmp_path / "weights.th")
-    with pytest.raises(WeightsError, match=r"weights\.th: not a readable weights file"):
+    with pytest.raises(UserError, match=r"weights\.th: not a readable weights file"):
         load_weights(tmp_path / "weights.th")
     assert "executed" not in capsys.readouterr().out
 
@@ -75,7 +75,7 @@ def test_damaged_files_are_refused_and_never_crash(tmp_path: Path, name: str) ->
         path.write_bytes(damaged)
         try:
             load_weights(path)  # a changed value cannot be told from another one
-        except WeightsError as error:
+        except UserError as error:
             refused += str(error).startswith(f"{path}: ") and "\n" not in str(error)
     assert refused > 150
 
@@ -87,7 +87,7 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, name: str) -> None:
         torch.save([1, 2], path)
     elif name != "absent.pt":
         path.write_bytes(b"" if name == "empty.pt" else b"not weights at all")
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_weights(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -96,7 +96,7 @@ def test_what_differs_is_listed() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     shapes = {"0.weight": (3, 3), "0.bias": (3,), "1.weight": (1, 3), "2.bias": (1,)}
     state = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_state(module, state, "file.pt")
     message = str(caught.value)
     assert message.startswith("file.pt: ")
@@ -129,9 +129,9 @@ def test_an_expert_parallel_rank_takes_its_part() -> None:
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     for bad in (float("nan"), float("inf")):
         save_file({"good": torch.ones(2), "bad": torch.tensor([1.0, bad])}, tmp_path / "weights.safetensors")
-        with pytest.raises(WeightsError, match=r"weights\.safetensors: holds values that are not finite \(bad\)"):
+        with pytest.raises(UserError, match=r"weights\.safetensors: holds values that are not finite \(bad\)"):
             load_weights(tmp_path / "weights.safetensors")
     layer = torch.nn.Linear(2, 2)
     state = {"weight": torch.ones(2, 2, dtype=torch.int32), "bias": torch.zeros(2, dtype=torch.float16)}
-    with pytest.raises(WeightsError, match=r"file: .*; not of floating point: weight \(torch\.int32\)$"):
+    with pytest.raises(UserError, match=r"file: .*; not of floating point: weight \(torch\.int32\)$"):
         load_state(layer, state, "file")

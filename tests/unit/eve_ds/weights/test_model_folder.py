@@ -23,7 +23,7 @@ from eve_ds.weights.model_folder import (
     run_of,
     step_of,
 )
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from tests.support.shards import tiny_tokenizer
 from tests.support.tiny_tasks import OBJECTIVE, tiny_config, tiny_task
 
@@ -92,7 +92,7 @@ def test_links_of_checkpoints_folders_stay_in_their_run(run: Path, tmp_path: Pat
 
 def test_a_folder_in_the_place_of_complete_json_is_refused(run: Path) -> None:
     (saved(run, 6, whole=False) / "complete.json").mkdir()
-    with pytest.raises(DataError, match=r"step_00000006/complete\.json: is not a file; name another checkpoint"):
+    with pytest.raises(UserError, match=r"step_00000006/complete\.json: is not a file; name another checkpoint"):
         ModelFolder.find(run, unfinished=True)
 
 
@@ -104,7 +104,7 @@ def test_an_older_export_is_not_the_model(
         f"{run}: its newest state is a checkpoint, {newest} (its model is of step 4; name {run}/model to take that); "
         f"convert it to a model first: python -m eve_ds.convert from-deepspeed --checkpoint {run} --out MODEL"
     )
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load_task_model("pretrain", run)
     assert str(error.value) == words
     monkeypatch.setattr(
@@ -130,12 +130,12 @@ def test_a_run_without_an_export_is_its_newest_checkpoint(run: Path) -> None:
     (run / "model" / "model.safetensors").unlink()
     last = run / "checkpoints" / "step_00000004"
     with pytest.raises(
-        DataError, match=r"its newest state is a checkpoint, .*step_00000004; convert it to a model first"
+        UserError, match=r"its newest state is a checkpoint, .*step_00000004; convert it to a model first"
     ):
         ModelFolder.find(run)
     assert ModelFolder.find(run, unfinished=True).weights == ModelFolder.checkpoint(run).weights == last
     first = run / "checkpoints" / "step_00000002"
-    with pytest.raises(DataError, match="step_00000002: a checkpoint of DeepSpeed; convert"):
+    with pytest.raises(UserError, match="step_00000002: a checkpoint of DeepSpeed; convert"):
         ModelFolder.find(first)
     assert ModelFolder.find(first, unfinished=True).weights == first
     assert ModelFolder.find(first, unfinished=True).tokenizer is None
@@ -144,16 +144,16 @@ def test_a_run_without_an_export_is_its_newest_checkpoint(run: Path) -> None:
     for path in checkpoints(run):
         (path / "complete.json").unlink()
     for find in (ModelFolder.find, ModelFolder.checkpoint):
-        with pytest.raises(DataError, match="no complete checkpoint; give"):
+        with pytest.raises(UserError, match="no complete checkpoint; give"):
             find(run)
 
 
 def test_a_file_of_a_checkpoint_and_the_checkpoints_folder_are_refused(run: Path) -> None:
     step = run / "checkpoints" / "step_00000002"
     for unfinished in (True, False):
-        with pytest.raises(DataError, match=rf"complete\.json: is one file of a checkpoint; name its folder, {step}"):
+        with pytest.raises(UserError, match=rf"complete\.json: is one file of a checkpoint; name its folder, {step}"):
             ModelFolder.find(step / "complete.json", unfinished)
-        with pytest.raises(DataError, match=f"checkpoints: holds all checkpoints; name one of them, or the run, {run}"):
+        with pytest.raises(UserError, match=f"checkpoints: holds all checkpoints; name one of them, or the run, {run}"):
             ModelFolder.find(run / "checkpoints", unfinished)
 
 
@@ -168,5 +168,5 @@ def test_fine_tuning_finds_the_config_of_a_checkpoint(run: Path, tmp_path: Path)
         ]
     gone = [f"--checkpoint={tmp_path / 'gone'}", f"--output_dir={run}"]
     assert expand_options(gone)[1]["model.dim"] == tiny_config().dim
-    with pytest.raises(DataError, match="gone: no such file or folder"):
+    with pytest.raises(UserError, match="gone: no such file or folder"):
         expand_options([gone[0], f"--output_dir={tmp_path / 'new'}"])

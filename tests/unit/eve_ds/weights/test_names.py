@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
-from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.names import from_published, is_published, to_published
+from preprocessing.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets"
 CONFIG = ModelConfig.from_vlmo(ASSETS / "vlmo_config.json", image_size=32)
@@ -57,12 +57,12 @@ def test_missing_and_unknown_names_are_listed(published: dict[str, Tensor]) -> N
     state = dict(published)
     del state[EXPERT], state["backbone.norm.bias"]
     state["backbone.encoder.layers.9.norm1.weight"] = torch.zeros(1)
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         from_published(state, CONFIG)
     message = str(caught.value)
     assert f"missing: {EXPERT}, backbone.norm.bias" in message
     assert "unknown: backbone.encoder.layers.9.norm1.weight" in message
-    with pytest.raises(WeightsError, match=r"missing: backbone\.blocks"):
+    with pytest.raises(UserError, match=r"missing: backbone\.blocks"):
         to_published(state, CONFIG)
 
 
@@ -102,13 +102,13 @@ def test_other_sizes_of_every_task_round_trip(task: str, config: ModelConfig, dt
 
 @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.half(), lambda t: t[None]])
 def test_experts_of_one_layer_must_be_alike(change: Callable[[Tensor], Tensor], published: dict[str, Tensor]) -> None:
-    with pytest.raises(WeightsError, match=r"experts\.3\.fc1\.weight is .* unlike .*experts\.0\.fc1\.weight"):
+    with pytest.raises(UserError, match=r"experts\.3\.fc1\.weight is .* unlike .*experts\.0\.fc1\.weight"):
         from_published(published | {EXPERT: change(published[EXPERT])}, CONFIG)
 
 
 def test_shuffled_position_ids_are_refused(published: dict[str, Tensor]) -> None:
     name = "backbone.position_ids_text"
-    with pytest.raises(WeightsError, match=r"position_ids_text: positions are not 0, 1, 2"):
+    with pytest.raises(UserError, match=r"position_ids_text: positions are not 0, 1, 2"):
         from_published(published | {name: published[name].flip(0)}, CONFIG)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks import VQA, load_task_model
-from eve_ds.weights.errors import WeightsError
 from eve_ds.weights.positions import POSITIONS, interpolate_positions
+from preprocessing.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets"
 
@@ -109,5 +109,5 @@ def test_dtype_is_kept_and_the_sum_is_in_float32() -> None:
 
 @pytest.mark.parametrize(("old", "new"), [(6, 9), (4, 10)])
 def test_grids_must_be_square(old: int, new: int) -> None:
-    with pytest.raises(WeightsError, match="square"):
+    with pytest.raises(UserError, match="square"):
         interpolate_positions(torch.zeros(1 + old, 3), new)

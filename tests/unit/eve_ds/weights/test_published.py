@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eve_ds.model.model_config import ModelConfig, ModelConfigError
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.weights.names import from_published
 from eve_ds.weights.published import published_config, sized_as
+from preprocessing.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets"
 
@@ -38,7 +39,7 @@ def test_an_ill_typed_value_is_named(tmp_path: Path) -> None:
     words = {"vision_width": "dim is 'wide'", "drop_path_rate": "drop_path is '0.1'"}
     for name, value in wrong.items():
         (tmp_path / "vlmo.json").write_text(json.dumps(values | {name: value}))
-        with pytest.raises(ModelConfigError, match=rf"vlmo\.json: .*{words.get(name, '')}"):
+        with pytest.raises(UserError, match=rf"vlmo\.json: .*{words.get(name, '')}"):
             published_config(tmp_path / "vlmo.json", {})
 
 

@@ -12,7 +12,7 @@ import torch
 
 from eve_ds.weights.load import load_weights
 from eve_ds.weights.save import check_out, replacing, write_weights
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 
 WHOLE = torch.arange(1000.0)
 STATE = {
@@ -50,7 +50,7 @@ def full_disk() -> Iterator[None]:
 def test_a_full_disk_leaves_the_old_files(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"old.{suffix}"
     out.write_text("old")
-    with pytest.raises(DataError, match="cannot be written"), full_disk(), replacing(out) as new:
+    with pytest.raises(UserError, match="cannot be written"), full_disk(), replacing(out) as new:
         write_weights(new, {"large": torch.zeros(10_000)}, {})
     assert [path.name for path in tmp_path.iterdir()] == [out.name] and out.read_text() == "old"
 
@@ -72,7 +72,7 @@ def test_a_folder_is_replaced_atomically(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(DataError, match=r"--out .*file/model: cannot be written"),
+        pytest.raises(UserError, match=r"--out .*file/model: cannot be written"),
         replacing(tmp_path / "file" / "model"),
     ):
         raise AssertionError("the block must not run")
@@ -95,5 +95,5 @@ def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
         (model, True, False, "is not a file"),
         (tmp_path / "new.npz", False, False, "ends in .safetensors or .pt"),
     ):
-        with pytest.raises(DataError, match=rf"--out {out}: .*{message}"):
+        with pytest.raises(UserError, match=rf"--out {out}: .*{message}"):
             check_out(out, overwrite, folder)

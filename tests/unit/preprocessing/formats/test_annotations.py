@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord, field, read_json, read_json_lines
 
 
 def test_invalid_json_is_reported_by_line_and_column(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"images": [\n  {"id": 1,}\n]}')
-    with pytest.raises(DataError, match=r"a\.json: invalid JSON at line 2 column \d+ "):
+    with pytest.raises(UserError, match=r"a\.json: invalid JSON at line 2 column \d+ "):
         read_json(path)
 
 
@@ -34,7 +34,7 @@ def test_numbers_of_too_many_digits_are_reported(tmp_path: Path) -> None:
     assert len(list(read_json_lines(path, bad.append))) == 1
     assert str(bad[0]) == f"{path}: line 2: holds a number of more than 4300 digits; fetch the file again"
     path.write_text('{"id": ' + "9" * 5000 + "}")
-    with pytest.raises(DataError, match=r"a\.json: holds a number of more than 4300 digits; fetch"):
+    with pytest.raises(UserError, match=r"a\.json: holds a number of more than 4300 digits; fetch"):
         read_json(path)
 
 
@@ -45,7 +45,7 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, said:
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"a\.json: {said}"):
+    with pytest.raises(UserError, match=rf"a\.json: {said}"):
         read_json(path)
 
 
@@ -59,5 +59,5 @@ def test_unreadable_files_are_named(tmp_path: Path, content: bytes | None, said:
     ],
 )
 def test_bad_fields_are_named(record: object, said: str) -> None:
-    with pytest.raises(DataError, match=f"^F: record 3: .*{said}"):
+    with pytest.raises(UserError, match=f"^F: record 3: .*{said}"):
         field(record, "id", int, "F: record 3")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.exclusion import ImageList, read_image_names
 from tests.unit.preprocessing.helpers import write_json
 
@@ -66,7 +66,7 @@ def test_lists_of_a_record_a_line(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text('{"images": [\n{"file_name": "a.jpg"}]}')
     assert list(read_image_names(tmp_path / "list.json")) == ["a.jpg"]
     (tmp_path / "list.json").write_text('{"image": "a"}\n{"image": \n')
-    with pytest.raises(DataError, match=r"list\.json: line 2: invalid JSON"):
+    with pytest.raises(UserError, match=r"list\.json: line 2: invalid JSON"):
         list(read_image_names(tmp_path / "list.json"))
 
 
@@ -74,7 +74,7 @@ def test_text_lists_and_unknown_forms(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("1000092795\n\n 10002456.jpg \n")
     assert list(read_image_names(tmp_path / "list.txt")) == ["1000092795", "10002456.jpg"]
     for content in ({"x": 1}, 3):
-        with pytest.raises(DataError, match=r"list\.json: is no list of images"):
+        with pytest.raises(UserError, match=r"list\.json: is no list of images"):
             list(read_image_names(write_json(tmp_path / "list.json", content)))
-    with pytest.raises(DataError, match="record 0: names no image"):
+    with pytest.raises(UserError, match="record 0: names no image"):
         list(read_image_names(write_json(tmp_path / "list.json", [{"caption": "x"}])))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage
 from preprocessing.images.policy import ExcludedImage, ImagePolicy, add_image_arguments, image_policy
 from preprocessing.shards.manifest import read_manifest
@@ -175,12 +175,12 @@ def test_the_policy_can_be_pickled(evaluation: Path) -> None:
     ],
 )
 def test_bad_options_are_named(words: list[object]) -> None:
-    with pytest.raises(DataError, match=str(words[1])):
+    with pytest.raises(UserError, match=str(words[1])):
         policy(*words)
 
 
 def test_a_broken_hash_list_is_named(tmp_path: Path, refuse: Callable[..., str]) -> None:
     (tmp_path / "x.npz").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"x\.npz: is no list of hashes"):
+    with pytest.raises(UserError, match=r"x\.npz: is no list of hashes"):
         policy("--exclude-images-of", tmp_path / "x.npz")
     assert "must end in .npz" in refuse("duplicates", "hash", tmp_path, "--out", tmp_path / "x.json")

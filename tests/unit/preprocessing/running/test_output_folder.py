@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.running.output_folder import locked, output_folder, recover
 
 
@@ -20,13 +20,13 @@ def test_output_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_output_folder_is_replaced_only_on_request_and_if_ours(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x").write_text("old")
-    with pytest.raises(DataError, match="--overwrite"), output_folder(tmp_path / "a", ["x"], overwrite=False):
+    with pytest.raises(UserError, match="--overwrite"), output_folder(tmp_path / "a", ["x"], overwrite=False):
         pass
     with output_folder(tmp_path / "a", ["x"], overwrite=True) as folder:
         (folder / "x").write_text("new")
     assert (tmp_path / "a/x").read_text() == "new"
     (tmp_path / "a/thesis.tex").write_text("")
-    with pytest.raises(DataError, match=r"thesis\.tex"), output_folder(tmp_path / "a", ["x"], overwrite=True):
+    with pytest.raises(UserError, match=r"thesis\.tex"), output_folder(tmp_path / "a", ["x"], overwrite=True):
         pass
     assert (tmp_path / "a/thesis.tex").exists()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
@@ -37,7 +37,7 @@ def test_output_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> No
     with output_folder(target, ["x"], overwrite=False) as folder:
         (folder / "x").write_text("1")
         with (
-            pytest.raises(DataError, match="a: another process is writing it; wait for it to end"),
+            pytest.raises(UserError, match="a: another process is writing it; wait for it to end"),
             output_folder(target, ["x"], overwrite=True),
         ):
             pass
@@ -48,7 +48,7 @@ def test_output_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> No
 
 def test_an_old_folder_is_put_back_by_one_process_at_a_time(tmp_path: Path) -> None:
     (tmp_path / ".a.old").mkdir()
-    with locked(tmp_path / "a"), pytest.raises(DataError, match="another process is writing it"):
+    with locked(tmp_path / "a"), pytest.raises(UserError, match="another process is writing it"):
         recover(tmp_path / "a")
     assert not (tmp_path / "a").exists()
     recover(tmp_path / "a")
@@ -75,8 +75,8 @@ def test_the_lock_leaves_what_else_is_in_the_work_folder(tmp_path: Path) -> None
 
 def test_a_lock_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / ".a.work").write_text("")
-    with pytest.raises(DataError, match="a: cannot be locked"), locked(tmp_path / "a"):
+    with pytest.raises(UserError, match="a: cannot be locked"), locked(tmp_path / "a"):
         pass
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(DataError, match="a: cannot be locked"), locked(tmp_path / "link/a"):
+    with pytest.raises(UserError, match="a: cannot be locked"), locked(tmp_path / "link/a"):
         pass

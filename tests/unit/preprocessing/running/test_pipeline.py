@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.image_refs import FileImage
 from preprocessing.images.policy import ImagePolicy
 from preprocessing.running import pipeline
@@ -141,7 +141,7 @@ def test_dropped_rows_count_over_the_whole_run(images: Path, tmp_path: Path) -> 
         replace(row, images=(FileImage(str(images / "none.jpg")),)) if index % 8 == 3 else row
         for index, row in enumerate(mixed.rows)
     ]
-    with pytest.raises(DataError, match=r"more than --max-dropped 0\.05 of 50 rows must be dropped: 3\.jpg \(image is"):
+    with pytest.raises(UserError, match=r"more than --max-dropped 0\.05 of 50 rows must be dropped: 3\.jpg \(image is"):
         build_split(mixed, options(tmp_path, max_dropped=0.05))
     assert not list(tmp_path.iterdir())  # three parts were read, and all three had losses
     manifest = build_split(mixed, options(tmp_path, max_dropped=0.12))
@@ -153,7 +153,7 @@ def test_parts_without_losses_outlast_a_failure(images: Path, tmp_path: Path) ->
     broken = source(images)
     broken.rows = [*broken.rows]
     broken.rows[30] = replace(broken.rows[30], images=(FileImage(str(tmp_path / "30.jpg")),))
-    with pytest.raises(DataError, match="must be dropped"):
+    with pytest.raises(UserError, match="must be dropped"):
         build_split(broken, options(tmp_path))
     records = {path.name for path in (tmp_path / ".train.work/records").iterdir()}
     assert records >= {f"part-00000{index}.json" for index in range(3)} and "part-000003.json" not in records
@@ -184,7 +184,7 @@ def test_two_runs_at_once_are_refused(images: Path, tmp_path: Path) -> None:
     stop_after(images, tmp_path, 20)
     with open(tmp_path / ".train.work/lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another process is writing it"):
+        with pytest.raises(UserError, match="another process is writing it"):
             build_split(source(images), options(tmp_path))
     build_split(source(images), options(tmp_path))
 

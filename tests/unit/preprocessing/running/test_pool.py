@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.running.pool import check_workers, run_tasks, started_by_mpi
 from tests.unit.preprocessing.helpers import ROOT
 
@@ -21,7 +21,7 @@ def double(value: int) -> int:
 
 def fail(value: int) -> int:
     if value == 3:
-        raise DataError("value 3: is bad")
+        raise UserError("value 3: is bad")
     return value
 
 
@@ -79,7 +79,7 @@ def test_what_was_begun_is_ended_when_another_task_fails(step: str) -> None:
 
         return end
 
-    with pytest.raises(DataError, match="value 3: is bad"):
+    with pytest.raises(UserError, match="value 3: is bad"):
         list(run_tasks(1, fail, ((value,) for value in itertools.count()), begin))
     assert 4 <= len(begun) < 10 and sorted([*ended, 3]) == begun
 
@@ -95,19 +95,19 @@ def test_an_error_ends_the_run(workers: int) -> None:
             taken += 1
             yield (taken,)
 
-    with pytest.raises(DataError, match="value 3: is bad"):
+    with pytest.raises(UserError, match="value 3: is bad"):
         list(run_tasks(workers, fail, tasks()))
     assert taken < 20
 
 
 def test_a_worker_that_dies_is_reported() -> None:
-    with pytest.raises(DataError, match="a worker process was killed"):
+    with pytest.raises(UserError, match="a worker process was killed"):
         list(run_tasks(2, die, ((value,) for value in range(10))))
 
 
 def test_a_worker_that_is_stopped_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREPROCESSING_TIMEOUT_SECONDS", "0.5")
-    with pytest.raises(DataError, match=r"no worker has done anything for 1 s \(process \d+: stopped") as raised:
+    with pytest.raises(UserError, match=r"no worker has done anything for 1 s \(process \d+: stopped") as raised:
         list(run_tasks(2, stop, [(str(tmp_path / "worker"),)]))
     process = int((tmp_path / "worker").read_text())
     assert f"process {process}: stopped: continue them with `kill -CONT {process}`" in str(raised.value)
@@ -150,7 +150,7 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("workers", [0, -1, 5000])
 def test_bad_numbers_of_workers_are_refused(workers: int) -> None:
-    with pytest.raises(DataError, match=rf"--workers {workers}: must be between 1"):
+    with pytest.raises(UserError, match=rf"--workers {workers}: must be between 1"):
         check_workers(workers)
 
 

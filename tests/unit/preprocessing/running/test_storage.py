@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage, read_image
 from preprocessing.images.image_refs import FileImage, TarMember
 from preprocessing.running import storage as places
@@ -39,7 +39,7 @@ def test_a_path_stays_a_path() -> None:
 
 @pytest.mark.parametrize(("uri", "said"), [("ftp://host/a", "ftp:// is not known"), ("s3:///", "names no bucket")])
 def test_addresses_that_cannot_be_are_refused(uri: str, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(UserError, match=said):
         storage_path(uri)
 
 
@@ -88,7 +88,7 @@ def test_a_server_that_is_not_there_is_no_fault_of_the_image(monkeypatch: pytest
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     places._filesystem.cache_clear()
     try:
-        with pytest.raises(DataError, match=r"^s3://bucket/a\.jpg: .*check the address") as error:
+        with pytest.raises(UserError, match=r"^s3://bucket/a\.jpg: .*check the address") as error:
             read_image(FileImage("s3://bucket/a.jpg"))
         assert "\n" not in str(error.value)
     finally:

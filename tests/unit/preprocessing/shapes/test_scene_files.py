@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.shapes.scenes import Thing, read_scenes
 from tests.unit.preprocessing.helpers import write_json
 
@@ -40,18 +40,18 @@ def scene_file(*objects: object, order: object = "reading") -> dict[str, Any]:
 )
 def test_bad_scene_files_are_refused(content: object, told: str, tmp_path: Path) -> None:
     path = write_json(tmp_path / "scenes_val2014.json", content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         read_scenes(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and told in message and "\n" not in message
 
 
 def test_scene_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.json: cannot be read \(No such file.*write the world again"):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read \(No such file.*write the world again"):
         read_scenes(tmp_path / "none.json")
     for content in (b'{"scenes": [', b"\xff", b"[" * 100_000):
         (tmp_path / "cut.json").write_bytes(content)
-        with pytest.raises(DataError, match=r"cut\.json: invalid JSON .*write the world again"):
+        with pytest.raises(UserError, match=r"cut\.json: invalid JSON .*write the world again"):
             read_scenes(tmp_path / "cut.json")
 
 

@@ -15,7 +15,7 @@ from eve_ds.data.overlap import SplitIds
 from eve_ds.data.shards import Split
 from eve_ds.engine import setup
 from preprocessing.__main__ import main
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.running.storage import file_sha256
 from preprocessing.shards.id_keys import id_key, image_mark, is_leak
 from preprocessing.shards.ids import IdKeys, join_keys, keys_of_shards, read_ids, shared_ids
@@ -249,7 +249,7 @@ def test_the_webs_images_are_reported_apart_by_their_files(
     }
     setup.check_apart(config, opened["train"], {"test": opened["test"]})
     assert "1 images stand in both, such as image_id test_lines-2; so few are let pass" in caplog.text
-    with pytest.raises(DataError, match=r"3 images stand in both, .*; leave them out of one of these"):
+    with pytest.raises(UserError, match=r"3 images stand in both, .*; leave them out of one of these"):
         setup.check_apart(config, opened["train"], {"val": opened["val"]})
 
 

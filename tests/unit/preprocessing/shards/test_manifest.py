@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.json_text import dump_json
 from preprocessing.local_files import write_atomic
 from preprocessing.shards.manifest import read_manifest
@@ -39,11 +39,11 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 )
 def test_bad_manifest_is_named(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / MANIFEST).write_text(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         read_manifest(tmp_path)
     assert said in str(error.value) and str(tmp_path / MANIFEST) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_manifest_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a prepared split folder"):
+    with pytest.raises(UserError, match="not a prepared split folder"):
         read_manifest(tmp_path / "nowhere")

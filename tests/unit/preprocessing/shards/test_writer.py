@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.running.storage import file_sha256
 from preprocessing.shards import writer as writer_module
 from preprocessing.shards.reader import read_rows
@@ -53,12 +53,12 @@ def test_large_data_is_split_in_shards(tmp_path: Path) -> None:
 def test_output_of_another_run_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train", 1)
     with pytest.raises(
-        DataError, match=r"train: holds a finished split already \(1 rows, kind caption\); give --overwrite"
+        UserError, match=r"train: holds a finished split already \(1 rows, kind caption\); give --overwrite"
     ):
         check_output(tmp_path, "caption", "train", overwrite=False)
     check_output(tmp_path, "caption", "train", overwrite=True)
     check_output(tmp_path, "caption", "val", overwrite=False)
-    with pytest.raises(DataError, match="holds a caption data set"):
+    with pytest.raises(UserError, match="holds a caption data set"):
         check_output(tmp_path, "vqa", "val", overwrite=True)
 
 
@@ -69,7 +69,7 @@ def test_an_unreadable_manifest_is_no_dead_end(tmp_path: Path, content: str) -> 
     (tmp_path / "train/manifest.json").write_text(content)
     check_output(tmp_path, "caption", "train", overwrite=True)
     for split, overwrite in (("train", False), ("val", False), ("val", True)):
-        with pytest.raises(DataError, match=r"train/manifest\.json: .* again \(--split train --overwrite\)") as raised:
+        with pytest.raises(UserError, match=r"train/manifest\.json: .* again \(--split train --overwrite\)") as raised:
             check_output(tmp_path, "caption", split, overwrite)
         assert str(raised.value).endswith(f"fix it: python -m preprocessing verify {tmp_path}/train --repair")
     assert prepared_splits(tmp_path) == ["train"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats import lines as lines_module
 from preprocessing.formats.caption_files import ImageFinder, read_captions
 from preprocessing.formats.lines import CutFile, open_text, read_lines
@@ -193,7 +193,7 @@ def test_a_read_that_fails_is_not_reported_as_a_change(tmp_path: Path) -> None:
         [str(tmp_path / "set.gz")], None, ImageFinder("/", None), TextCleaning(), ImageList([]), RecordSplits("train")
     ).rows
     (tmp_path / "set.gz").write_bytes(b"no gzip" + bytes(100))
-    with pytest.raises(DataError, match=r"set\.gz: row 3 cannot be read \(Not a gzipped file .*\); start again"):
+    with pytest.raises(UserError, match=r"set\.gz: row 3 cannot be read \(Not a gzipped file .*\); start again"):
         found.row(3)
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.formats.shard_rows import Wanted
 from preprocessing.shards.manifest import read_manifest
 from preprocessing.sources.img2dataset import read_folder
@@ -298,7 +298,7 @@ def test_captions_that_go_while_the_run_is_at_work(tmp_path: Path) -> None:
     (tmp_path / "raw/a/0.txt").write_text("zero")
     rows = read_folder(str(tmp_path / "raw"), "auto", Wanted("train")).rows
     (tmp_path / "raw/a/0.txt").unlink()
-    with pytest.raises(DataError, match="raw/a: image 0: has no caption any more"):
+    with pytest.raises(UserError, match="raw/a: image 0: has no caption any more"):
         list(rows)
 
 

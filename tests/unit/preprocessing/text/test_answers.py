@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation import vqa
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.text.answers import (
     build_answer_list,
     labels_of,
@@ -74,14 +74,14 @@ def test_soft_scores() -> None:
 
 def test_answer_list_is_frequent_answers_first() -> None:
     assert build_answer_list({"no": 9, "yes": 9, "red": 12, "rare": 8, "": 50}, 9) == ["red", "no", "yes"]
-    with pytest.raises(DataError, match="--min-answers 99"):
+    with pytest.raises(UserError, match="--min-answers 99"):
         build_answer_list({"no": 9}, 99)
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "[]", '["a", 3]', '["a", "a"]', '["a", ""]'])
 def test_bad_answer_lists_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "list.json").write_text(content)
-    with pytest.raises(DataError, match=r"list\.json: (is no JSON list|entry 1)"):
+    with pytest.raises(UserError, match=r"list\.json: (is no JSON list|entry 1)"):
         read_answer_list(tmp_path / "list.json")
 
 
@@ -89,7 +89,7 @@ def test_which_answer_list_counts(tmp_path: Path) -> None:
     counts = Counter({"red": 9, "blue": 3})
     assert resolve_answer_list(tmp_path, "train", None, counts, 3, False) == ["red", "blue"]
     assert resolve_answer_list(tmp_path, "val", ["x"], counts, 3, False) == ["x"]
-    with pytest.raises(DataError, match=r"answer_list\.json: no such file; convert the train split"):
+    with pytest.raises(UserError, match=r"answer_list\.json: no such file; convert the train split"):
         resolve_answer_list(tmp_path, "val", None, counts, 3, False)
     (tmp_path / "answer_list.json").write_text('["green"]')
     assert resolve_answer_list(tmp_path, "train", None, counts, 3, False) == ["green"]

@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import SPECIAL, Tokenizer, train_tokenizer
 from tests.unit.preprocessing.helpers import command, convert
 
@@ -103,13 +103,13 @@ def test_other_families_names_are_understood(tmp_path: Path) -> None:
 
 
 def test_bad_tokenizer_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json: is no tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: is no tokenizer"):
         Tokenizer.load(tmp_path)
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0}, unk_token="x")).save(str(tmp_path / "t.json"))
-    with pytest.raises(DataError, match=r"t\.json: has neither token \[UNK\] nor <unk>"):
+    with pytest.raises(UserError, match=r"t\.json: has neither token \[UNK\] nor <unk>"):
         Tokenizer.load(tmp_path / "t.json")
 
 

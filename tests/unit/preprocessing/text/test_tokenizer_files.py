@@ -11,7 +11,7 @@ import sentencepiece
 import tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
-from preprocessing.errors import DataError
+from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import SPECIAL, Tokenizer, train_tokenizer
 from tests.unit.preprocessing.helpers import command
 
@@ -72,13 +72,13 @@ def test_sentencepiece_models_give_the_same_ids(
 
 def test_tokens_added_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     train_sentencepiece(tmp_path / "spiece.model", control_symbols=[])
-    with pytest.raises(DataError, match=r"spiece\.model: has neither token \[MASK\] nor <mask>"):
+    with pytest.raises(UserError, match=r"spiece\.model: has neither token \[MASK\] nor <mask>"):
         Tokenizer.load(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<mask>": 60}))
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.mask_id, loaded.vocab_size) == (60, 61)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<mask>": 500}))
-    with pytest.raises(DataError, match=r"added_tokens\.json: <mask> has id 500"):
+    with pytest.raises(UserError, match=r"added_tokens\.json: <mask> has id 500"):
         Tokenizer.load(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_byte_level_vocabularies(tmp_path: Path) -> None:
     for text in (*TEXTS[:5], "Ünïcödé 日本語"):
         assert loaded.encode(text, 99)[1:-1] == trained.encode(text).ids
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(DataError, match=r"merges\.txt: no such file; it belongs to"):
+    with pytest.raises(UserError, match=r"merges\.txt: no such file; it belongs to"):
         Tokenizer.load(tmp_path)
 
 
@@ -125,20 +125,20 @@ def test_the_library_s_own_file_comes_first(tmp_path: Path) -> None:
 
 def test_broken_and_unsuitable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"\xff\xff no protobuf")
-    with pytest.raises(DataError, match=r"x\.model: is no SentencePiece model"):
+    with pytest.raises(UserError, match=r"x\.model: is no SentencePiece model"):
         Tokenizer.load(tmp_path)
     (tmp_path / "y.model").write_bytes(b"")
-    with pytest.raises(DataError, match=r"holds x\.model and y\.model; name the one"):
+    with pytest.raises(UserError, match=r"holds x\.model and y\.model; name the one"):
         Tokenizer.load(tmp_path)
     train_sentencepiece(tmp_path / "y.model", model_type="char", vocab_size=40, hard_vocab_limit=False)
-    with pytest.raises(DataError, match=r"y\.model: is neither a Unigram nor a BPE model"):
+    with pytest.raises(UserError, match=r"y\.model: is neither a Unigram nor a BPE model"):
         Tokenizer.load(tmp_path / "y.model")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")  # GPT-like: nothing to mask with
-    with pytest.raises(DataError, match=r"vocab\.txt: has neither token \[MASK\] nor <mask>"):
+    with pytest.raises(UserError, match=r"vocab\.txt: has neither token \[MASK\] nor <mask>"):
         Tokenizer.load(tmp_path / "vocab.txt")
     (tmp_path / "vocab.json").write_text("[]")
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(DataError, match=r"vocab\.json: is no vocab\.json"):
+    with pytest.raises(UserError, match=r"vocab\.json: is no vocab\.json"):
         Tokenizer.load(tmp_path / "vocab.json")
 
 
