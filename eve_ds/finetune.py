@@ -37,6 +37,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
+    callbacks = standard_callbacks(config)
     tokenizer = setup.build_tokenizer(config)
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
     scored = {split: setup.build_dataset(config, split, tokenizer, train=False) for split in splits}
@@ -66,7 +67,7 @@ def run(stop: StopRequest) -> int:
             scorer.score(task.to(device), config.split, Path(config.output_dir))
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
-        callbacks = [*checks, *standard_callbacks(config)]  # damaged data is told before a stop, and in place of it
+        callbacks = [*checks, *callbacks]  # checks first: a stop must not hide damaged data
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         if config.dry_run:
             return dry_run.tell_training(config, trainer, training)

@@ -5,10 +5,10 @@ CATALOG holds one JSON object per line: {"number": 17, "photo": "17.jpg", "title
 
 import argparse
 
-from preprocessing.images.finding import EXCLUDED, ImageFolder, add_exclude_argument, excluded_images
-
 from preprocessing.formats.annotations import field, read_json_lines
-from preprocessing.running.storage import place
+from preprocessing.images.exclusion import EXCLUDED, add_exclude_argument, excluded_images
+from preprocessing.images.image_folder import ImageFolder
+from preprocessing.running.storage import storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Row, Source
 from preprocessing.text.cleaning import add_text_argument, text_cleaning
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one split. Raises UserError on bad input; main() prints it and ends with exit code 2."""
     check_common_arguments(args, "caption")
-    catalog = place(args.catalog)  # a local path or a URI
+    catalog = storage_path(args.catalog)  # a local path or a URI
     images, excluded, cleaning = ImageFolder(args.images), excluded_images(args), text_cleaning(args)
     rows: list[Row] = []
     source = Source("caption", rows, [catalog], {"images": 0, "captions": 0})
