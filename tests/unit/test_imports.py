@@ -157,7 +157,7 @@ def test_modules_import_what_the_design_lets_them() -> None:
         ("preprocessing.sources.coco", "import torch.nn"),
         ("preprocessing.text.tokenizer", "from preprocessing.shards.writer import ShardWriter"),
         ("preprocessing.shards.schema", "import PIL"),
-        ("evaluation.vqa", "from preprocessing.shards.schema import DataError"),
+        ("evaluation.vqa", "from preprocessing.errors import DataError"),
         ("evaluation.vqa", "import torch"),
         ("evaluation.vqa", "import pandas"),
     ],
@@ -173,7 +173,7 @@ def test_a_broken_rule_is_seen(module: str, source: str) -> None:
         ("eve_ds.engine.distributed", "def f():\n    from mpi4py import MPI"),
         ("eve_ds.engine.moe_deepspeed", "from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer"),
         ("eve_ds.tasks.vqa", "from eve_ds.model.backbone import Backbone"),
-        ("eve_ds.data.shards", "from preprocessing.shards.schema import DataError"),
+        ("eve_ds.data.shards", "from preprocessing.errors import DataError"),
         ("eve_ds.scoring", "from evaluation import vqa"),
     ],
 )

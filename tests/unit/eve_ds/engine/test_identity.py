@@ -315,7 +315,7 @@ def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> 
     run_folder.claim(config, identity_of(config, {}))
     model, kept = tmp_path / "run/model", {"model.safetensors", "predictions_test.npz", ".report.html.0123abcd"}
     script = (
-        "import os, sys; from preprocessing.shards.schema import write_atomic\n"
+        "import os, sys; from preprocessing.local_files import write_atomic\n"
         "os.replace = lambda *paths: os._exit(9)\nwrite_atomic(sys.argv[1], b'half')"
     )
     theirs = {
