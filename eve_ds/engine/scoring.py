@@ -9,6 +9,7 @@ Files written below the run folder, rank 0 alone:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
 from eve_ds.files import write_json
+from eve_ds.logs import OUTPUT
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.examples import Thumbnails
 from preprocessing.local_files import write_atomic
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 Scores = dict[str, float]
+_output = logging.getLogger(OUTPUT)
 
 
 class Scorer:
@@ -72,12 +75,12 @@ class Scorer:
         spec, dataset = self.config.spec, self.datasets[split]
         scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
         if scores:  # told before anything is written: the disk may be full
-            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            print(f"{split}: {told}{_told(lack)}", flush=True)
+            values = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            _output.info("%s: %s%s", split, values, _told(lack))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         if not scores:
-            print(f"{split}: predictions written; the split has no answers to score them by{_told(lack)}", flush=True)
+            _output.info("%s: predictions written; the split has no answers to score them by%s", split, _told(lack))
             return
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
