@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
             source.counts["images"] += 1
             source.counts["captions"] += len(titles)
             captions = cleaning.captions(titles, source.left_out)
-            if excluded.holds(photo, number):
+            if excluded.match(photo, number):
                 source.left_out[EXCLUDED] += 1
             elif not captions:
                 source.left_out["image without caption"] += 1

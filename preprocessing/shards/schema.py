@@ -7,9 +7,6 @@ DIR/{train,val,test}/shard-00000.arrow  Arrow IPC file format, several record ba
                      provenance.json    command, host, time, versions: differs from run to run
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -66,40 +63,3 @@ ID_COLUMNS: dict[str, tuple[str, ...]] = {
     "vqa": ("image_id", "question_id"),
     "nlvr": ("identifier",),
 }
-
-# The names below moved; until all branches are merged, their old home still knows them.
-if TYPE_CHECKING:
-    from preprocessing.errors import UserError as UserError
-    from preprocessing.images.limits import MAX_PIXELS as MAX_PIXELS
-    from preprocessing.images.limits import PILLOW_PIXELS as PILLOW_PIXELS
-    from preprocessing.json_text import dump_json as dump_json
-    from preprocessing.json_text import load_json as load_json
-    from preprocessing.local_files import check_regular as check_regular
-    from preprocessing.local_files import make_folder as make_folder
-    from preprocessing.local_files import sync_path as sync_path
-    from preprocessing.local_files import sync_tree as sync_tree
-    from preprocessing.local_files import write_atomic as write_atomic
-    from preprocessing.redaction import id_without_secrets as id_without_secrets
-    from preprocessing.redaction import printable as printable
-    from preprocessing.redaction import shortened as shortened
-    from preprocessing.redaction import without_secrets as without_secrets
-    from preprocessing.shards.id_keys import id_key as id_key
-    from preprocessing.shards.id_keys import ids_of_batch as ids_of_batch
-    from preprocessing.shards.id_keys import image_mark as image_mark
-    from preprocessing.shards.id_keys import is_leak as is_leak
-    from preprocessing.shards.id_keys import parse_ids as listed_ids  # noqa: F401
-    from preprocessing.shards.manifest import ANSWER_LIST_HASH as ANSWERS  # noqa: F401
-    from preprocessing.shards.manifest import answers_sha256 as answers_sha256
-    from preprocessing.shards.manifest import read_manifest as read_manifest
-
-_RENAMED = {"listed_ids": "parse_ids", "ANSWERS": "ANSWER_LIST_HASH"}
-_NEW_HOMES = ("errors", "redaction", "local_files", "json_text", "images.limits", "shards.id_keys", "shards.manifest")
-
-
-def __getattr__(name: str) -> Any:
-    """The name from its new home (importing here at the top would be circular)."""
-    for home in _NEW_HOMES if not name.startswith("__") else ():
-        module = importlib.import_module(f"preprocessing.{home}")
-        if hasattr(module, _RENAMED.get(name, name)):
-            return getattr(module, _RENAMED.get(name, name))
-    raise AttributeError(name)

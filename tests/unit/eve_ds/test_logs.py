@@ -1,21 +1,18 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 
 import pytest
 
 from eve_ds import logs
+from tests.support.console import logging_restored
 
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    logger = logging.getLogger("eve_ds")
-    before = logger.level, logger.propagate, list(logger.handlers), warnings.formatwarning
-    yield
-    logger.level, logger.propagate, logger.handlers, warnings.formatwarning = before
-    logger.manager._clear_cache()  # type: ignore[attr-defined]  # of which levels are enabled
+    with logging_restored():
+        yield
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from eve_ds.config import FinetuneConfig
 from eve_ds.engine import setup
 from eve_ds.engine.scoring import Scorer
 from eve_ds.engine.signals import StopRequest
+from eve_ds.logs import setup_logging
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks import NLVR, VQA, Retrieval, Task
 from preprocessing.__main__ import main
 from preprocessing.errors import UserError
+from tests.support.console import logging_restored
 from tests.support.shards import image_of, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_config
 
@@ -64,6 +67,14 @@ def score(folder: Path, task: str, out: Path) -> None:
     made: Task = tasks[task](backbone).eval()
     out.mkdir(exist_ok=True)
     Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()).score(made, "test", out)
+
+
+@pytest.fixture(autouse=True)
+def console() -> Iterator[None]:
+    """Scores are logged; a command prints them."""
+    with logging_restored():
+        setup_logging(0)
+        yield
 
 
 PARTS = {

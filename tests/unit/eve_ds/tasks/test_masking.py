@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eve_ds.tasks.masking import choose_words, masked_patches, mix, random_bits, split_patches, uniform
+from eve_ds.tasks.masking import choose_words, masked_patches, masked_words, mix, random_bits, split_patches, uniform
 
 IDS = torch.tensor([0, 1, 2, 2**40 + 3, 2**62])
 
@@ -91,3 +91,10 @@ def test_uniform_lies_strictly_inside_the_unit_interval() -> None:
     assert ((extremes > 0) & (extremes < 1)).all()
     draws = uniform(random_bits(0, 1, torch.arange(10000), torch.tensor(0)))
     assert abs(draws.mean().item() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.35, 0.5, 0.99])
+def test_masked_words_is_what_is_masked(ratio: float) -> None:
+    for length in range(2, 20):
+        mask = torch.ones(1, length, dtype=torch.bool)
+        assert int(choose_words(0, torch.tensor([3]), mask, ratio).sum()) == masked_words(length, ratio)
