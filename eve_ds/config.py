@@ -35,7 +35,7 @@ from eve_ds.recipes import (
     section_of,
     split_options,
 )
-from eve_ds.tasks.masked import ObjectiveConfig
+from eve_ds.tasks.masked_modeling import ObjectiveConfig
 from eve_ds.tasks.registry import finetune_spec, pretrain_spec
 from eve_ds.tasks.spec import FinetuneObjective, FinetuneSpec, PretrainSpec
 from preprocessing.errors import UserError
@@ -309,7 +309,7 @@ def parse(
 
 def save(config: _Common, path: Path) -> None:
     """Write the resolved tree as YAML, atomically."""
-    from eve_ds.files import write_text
+    from preprocessing.local_files import write_text
 
     write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 

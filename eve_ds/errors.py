@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from evaluation.common import InputError
 from eve_ds.data.worker import explain_worker_death
-from eve_ds.launched import launched_rank
+from eve_ds.launcher_environment import launched_rank
 from eve_ds.logs import setup_logging
 from preprocessing.errors import UserError
 from preprocessing.redaction import printable

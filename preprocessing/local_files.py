@@ -1,10 +1,12 @@
 """Local files: written whole or not at all, known to be on disk, and never a pipe. A leaf that anyone may import."""
 
 import errno
+import json
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
 from preprocessing.errors import UserError
 
@@ -88,3 +90,16 @@ def sync_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             sync_path(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """As all JSON files of EVE-DS are laid out."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

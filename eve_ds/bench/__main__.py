@@ -21,9 +21,9 @@ from eve_ds.bench import attention, gemm, loader, machine, moe, probe, step, wor
 from eve_ds.bench.benchmark import Benchmark, print_table
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import run_command
-from eve_ds.files import write_json
 from eve_ds.option_errors import one_line
 from preprocessing.errors import UserError
+from preprocessing.local_files import write_json
 
 BENCHMARKS: dict[str, Benchmark] = {
     "moe": moe.BENCHMARK,

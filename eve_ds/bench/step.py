@@ -36,7 +36,7 @@ from eve_ds.model.flops import count_flops
 from eve_ds.model.moe import MoE
 from eve_ds.plan.live_bytes import WithoutValues
 from eve_ds.tasks.base import Batch
-from eve_ds.tasks.masked import WORD_ROW_MULTIPLE, MaskedModeling
+from eve_ds.tasks.masked_modeling import WORD_ROW_MULTIPLE, MaskedModeling
 from eve_ds.tasks.masking import masked_words
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain_base.yaml"

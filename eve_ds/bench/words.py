@@ -15,7 +15,7 @@ from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
 from eve_ds.tasks import MaskedModeling, load_task_model
-from eve_ds.tasks.masked import another_image
+from eve_ds.tasks.masked_modeling import another_image
 from eve_ds.weights.load import load_weights
 from preprocessing.errors import UserError
 from preprocessing.shapes.captions import wordings

@@ -13,9 +13,9 @@ from eve_ds.data.samples import Samples
 from eve_ds.engine.agreement import decide
 from eve_ds.engine.batches import to_device
 from eve_ds.engine.callback import Callback
-from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.spec import HeldOutExamples, PretrainSpec
+from preprocessing.local_files import write_json
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eve_ds.engine.callback import Callback
-from eve_ds.files import write_text
+from preprocessing.local_files import write_text
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

@@ -12,7 +12,6 @@ import yaml
 from torch import Tensor
 
 from eve_ds import config as config_tree
-from eve_ds.files import write_json, write_text
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import RECIPES, find_recipe, read_run_config, read_yaml, suggest_file
@@ -35,6 +34,7 @@ from eve_ds.weights.names import PREFIX, from_published, is_published, to_publis
 from eve_ds.weights.published import published_config, sized_as
 from eve_ds.weights.save import check_out, replacing, write_weights
 from preprocessing.errors import UserError, listed
+from preprocessing.local_files import write_json, write_text
 from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from eve_ds.errors import USER_ERRORS, RankError
-from eve_ds.files import write_text
 from preprocessing.errors import UserError
+from preprocessing.local_files import write_text
 
 T = TypeVar("T")
 _ONE_FOLDER = "all ranks need one folder, on a file system that their hosts share"

@@ -3,7 +3,7 @@
 DeepSpeed writes a folder per tag, not atomically. So a tag is never used twice, and ``complete.json``
 (checkpoint_record.py) is renamed into the folder after everything else is on disk: a folder without it was left by a
 killed run, and is not read. Older checkpoints are deleted only when the new one is on disk, so a power loss at any time
-leaves a complete one. soundness.py chooses the checkpoint that a run resumes from.
+leaves a complete one. resume.py chooses the checkpoint that a run resumes from.
 
 A checkpoint of the same topology is loaded bit for bit. For another topology, all ranks together convert it to
 DeepSpeed's universal format, in a folder beside it that is deleted after the load.
@@ -38,7 +38,7 @@ from eve_ds.engine.checkpoint_record import (
     model_file,
 )
 from eve_ds.engine.identity import Identity, told
-from eve_ds.engine.soundness import hash_share, joined, split_by_size, tag_of
+from eve_ds.engine.resume import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import RankError
@@ -183,7 +183,7 @@ def load(
     Weights, Adam's moments and its step count are the checkpoint's. Hyper-parameters stay the engine's own.
 
     Args:
-        manifest: of ``path``, as ``soundness.check`` or ``soundness.sound`` returned it.
+        manifest: of ``path``, as ``resume.check`` or ``resume.sound`` returned it.
         identity: of this run; the checkpoint's must be equal. None for a checkpoint that this run branches from
             (``first_weights.branch_point``).
         scratch: folder for a conversion; by default that of ``path``.

@@ -28,10 +28,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
 
 from eve_ds.engine.watchdog import mark_again
-from eve_ds.files import write_json
 from eve_ds.weights.model_folder import COMPLETE
 from preprocessing.errors import UserError
-from preprocessing.local_files import check_regular
+from preprocessing.local_files import check_regular, write_json
 from preprocessing.redaction import shortened
 
 ABSENT = os.strerror(errno.ENOENT)

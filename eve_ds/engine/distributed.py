@@ -18,7 +18,7 @@ import torch.distributed as dist
 from eve_ds.engine import placement, watchdog
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import RankError, finish_together
-from eve_ds.launched import launched_rank, launcher_values
+from eve_ds.launcher_environment import launched_rank, launcher_values
 from preprocessing.errors import UserError
 
 LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # the true local rank, since LOCAL_RANK has to hold the GPU's index for DeepSpeed

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from eve_ds import config as config_tree
 from eve_ds.engine.watchdog import mark
-from eve_ds.files import write_json
 from eve_ds.model.moe import MoE
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import HASHED, metadata
-from preprocessing.local_files import make_folder, write_atomic
+from preprocessing.local_files import make_folder, write_atomic, write_json
 from preprocessing.text.tokenizer import Tokenizer
 
 

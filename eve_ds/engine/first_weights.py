@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import soundness
+from eve_ds.engine import resume
 from eve_ds.engine.agreement import decide
 from eve_ds.engine.checkpoint import identity_in
 from eve_ds.engine.checkpoint_record import Manifest
@@ -92,7 +92,7 @@ def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
     Returns:
         whether it did.
     Raises:
-        UserError: as ``load_initial`` and ``soundness.check``.
+        UserError: as ``load_initial`` and ``resume.check``.
     """
     if config.resume_from or not config.init_from or decide(lambda: goes_on(config)):
         return False
@@ -101,7 +101,7 @@ def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
     if not files.is_checkpoint:
         load_initial(task, config.init_from, load_head)
         return True
-    state = ShardedState(files.weights, soundness.check(files.weights))
+    state = ShardedState(files.weights, resume.check(files.weights))
     names = [name for name in state.names if name.startswith(wanted(task, load_head))]
     copy_initial(task, {name: state.whole(name) for name in names}, files, load_head)
     return True
@@ -111,13 +111,13 @@ def branch_point(config: Config, identity: Identity, total_steps: int) -> tuple[
     """The checkpoint that ``resume_from`` names, checked; None without one. Called by all ranks.
 
     Raises:
-        UserError: as ``soundness.check``, or the branch could not take its tensors (the differences are
+        UserError: as ``resume.check``, or the branch could not take its tensors (the differences are
             named), or would end before it.
     """
     if not config.resume_from:
         return None
     path = decide(lambda: _named(config)).weights
-    manifest = soundness.check(path)
+    manifest = resume.check(path)
     before = decide(lambda: branched_from(path, manifest))
     if found := before.for_a_branch().differences(identity.for_a_branch()):
         raise UserError(

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from eve_ds.launched import launcher_values
+from eve_ds.launcher_environment import launcher_values
 from preprocessing.errors import UserError
 
 # How many ranks the launcher started on this host: torchrun, deepspeed, mpirun, srun (of the step, then of the job).

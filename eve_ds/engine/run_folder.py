@@ -15,7 +15,6 @@ from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import watchdog
 from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
 from eve_ds.engine.identity import Identity, told
-from eve_ds.files import write_json
 from eve_ds.recipes import read_run_config
 from eve_ds.weights.model_folder import (
     CHECKPOINTS,
@@ -28,7 +27,7 @@ from eve_ds.weights.model_folder import (
     step_of,
 )
 from preprocessing.errors import UserError
-from preprocessing.local_files import make_folder
+from preprocessing.local_files import make_folder, write_json
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 

@@ -22,11 +22,10 @@ from eve_ds.engine import batches
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
-from eve_ds.files import write_json
 from eve_ds.logs import OUTPUT
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.examples import Thumbnails
-from preprocessing.local_files import write_atomic
+from preprocessing.local_files import write_atomic, write_json
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

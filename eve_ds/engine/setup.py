@@ -22,11 +22,11 @@ from eve_ds.engine import agreement, first_weights
 from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.files import write_json
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
+from preprocessing.local_files import write_json
 from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import Tokenizer
 

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from eve_ds.errors import STOPPED, StopError, tell_launching
-from eve_ds.launched import launched_rank
+from eve_ds.launcher_environment import launched_rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECOND_AFTER = 5.0  # seconds

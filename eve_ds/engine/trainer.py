@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint, first_weights, soundness
+from eve_ds.engine import checkpoint, first_weights, resume
 from eve_ds.engine.batches import TrainingBatches, to_device
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
@@ -106,7 +106,7 @@ class Trainer:
 
         World size, expert-parallel size and ZeRO stage may differ from those of the run that wrote it.
         """
-        found = soundness.sound(self.checkpoint_dir)
+        found = resume.sound(self.checkpoint_dir)
         branch = None if found else first_weights.branch_point(self.config, self.identity, self.total_steps)
         if begins := found or branch:
             path, manifest = begins

@@ -29,12 +29,12 @@ from eve_ds.config import (  # noqa: F401
 )
 from eve_ds.engine.environment import prepare_environment
 from eve_ds.errors import run_command
-from eve_ds.files import write_json
 from eve_ds.finetune_options import expand_options
 from eve_ds.option_errors import values_of
 from eve_ds.recipes import read_yaml, split_options
 from eve_ds.tasks.registry import PRETRAIN, find_spec
 from eve_ds.tasks.spec import PretrainSpec
+from preprocessing.local_files import write_json
 
 PROGRAM = "python -m eve_ds.plan"
 

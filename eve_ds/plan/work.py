@@ -16,7 +16,7 @@ from eve_ds.plan.memory import Batch
 from eve_ds.plan.meta_model import Config, even_batch, prepare
 from eve_ds.plan.zero_states import Group, Zero
 from eve_ds.tasks.base import Task
-from eve_ds.tasks.masked import WORD_ROW_MULTIPLE
+from eve_ds.tasks.masked_modeling import WORD_ROW_MULTIPLE
 from eve_ds.tasks.spec import Pass
 
 

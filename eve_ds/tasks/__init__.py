@@ -2,7 +2,7 @@
 
 from eve_ds.tasks.base import Task, TaskOutput
 from eve_ds.tasks.load_task import load_task_model
-from eve_ds.tasks.masked import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.spec import FinetuneSpec, Objective, PretrainSpec, TaskSpec

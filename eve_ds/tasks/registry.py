@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from eve_ds.import_path import import_object
-from eve_ds.tasks import masked, nlvr, retrieval, vqa
+from eve_ds.tasks import masked_modeling, nlvr, retrieval, vqa
 from eve_ds.tasks.spec import FinetuneSpec, PretrainSpec, TaskSpec
 from preprocessing.errors import UserError
 
@@ -16,8 +16,8 @@ FINETUNE: dict[str, FinetuneSpec] = {
     "vqa": vqa.SPEC,
     "nlvr": nlvr.SPEC,
 }
-PRETRAIN: dict[str, PretrainSpec] = {"pretrain": masked.SPEC}
-BY_NAME: dict[str, TaskSpec] = {spec.name: spec for spec in (masked.SPEC, nlvr.SPEC, retrieval.SPEC, vqa.SPEC)}
+PRETRAIN: dict[str, PretrainSpec] = {"pretrain": masked_modeling.SPEC}
+BY_NAME: dict[str, TaskSpec] = {spec.name: spec for spec in (masked_modeling.SPEC, nlvr.SPEC, retrieval.SPEC, vqa.SPEC)}
 
 
 def finetune_spec(name: str, option: str = "--task") -> FinetuneSpec:

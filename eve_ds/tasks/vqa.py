@@ -16,7 +16,6 @@ from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
 from eve_ds.data.transforms import Transform, may_mirror
-from eve_ds.files import json_text
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.base import (
@@ -35,7 +34,7 @@ from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
-from preprocessing.local_files import check_regular
+from preprocessing.local_files import check_regular, json_text
 from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import Tokenizer

@@ -38,7 +38,7 @@ def _one_run(ep_size: int, stage: int) -> dict[str, Any]:
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.optim import build_optimizer
     from eve_ds.plan.zero_states import Zero, groups_of
-    from eve_ds.tasks.masked import ObjectiveConfig
+    from eve_ds.tasks.masked_modeling import ObjectiveConfig
     from tests.support.tiny import model_config
 
     config = PretrainConfig(

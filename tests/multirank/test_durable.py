@@ -70,7 +70,7 @@ def save(root: Path) -> None:
 def save_on_a_disk_that_fills_up(root: Path) -> None:
     """With room for all but complete.json."""
     start()
-    from eve_ds.engine import soundness
+    from eve_ds.engine import resume
     from eve_ds.engine.checkpoint_record import Manifest
     from eve_ds.errors import RankError
     from preprocessing.errors import UserError
@@ -92,7 +92,7 @@ def save_on_a_disk_that_fills_up(root: Path) -> None:
     with pytest.raises(UserError, match=words) as told:
         run.save(2)
     assert type(told.value) is kind and not (run.folder / "step_00000002").exists()
-    found = soundness.sound(run.folder)
+    found = resume.sound(run.folder)
     assert found is not None and found[0] == before
     Manifest.write = write  # type: ignore[method-assign]
     if run.rank == 0:

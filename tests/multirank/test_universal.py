@@ -87,9 +87,9 @@ class Run:
         return checkpoint.save(self.engine, self.folder, step, self.topology, {"step": step})
 
     def load(self, path: Path) -> None:
-        from eve_ds.engine import checkpoint, soundness
+        from eve_ds.engine import checkpoint, resume
 
-        manifest = soundness.check(path)
+        manifest = resume.check(path)
         assert manifest.step == BEFORE
         checkpoint.load(self.engine, path, manifest, self.topology, {})
 

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 
 from eve_ds.engine.checkpoint_record import Manifest, Topology, file_names, hash_files
-from eve_ds.engine.soundness import tag_of
+from eve_ds.engine.resume import tag_of
 
 MODEL, OPTIMIZER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eve_ds.config import EngineConfig, OptimizerConfig
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.masked import MaskedModeling
+from eve_ds.tasks.masked_modeling import MaskedModeling
 from tests.support.pairwise import every_case, pairwise
 from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
 

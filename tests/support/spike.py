@@ -21,7 +21,7 @@ def main() -> int:
     from eve_ds import pretrain
     from eve_ds.engine import watchdog
     from eve_ds.engine.trainer import Trainer
-    from eve_ds.tasks.masked import MaskedModeling
+    from eve_ds.tasks.masked_modeling import MaskedModeling
 
     forward, train_step = MaskedModeling.forward, Trainer._train_step
     incident = next((word.partition("=")[2] for word in sys.argv if word.startswith("--spike=")), "loss")

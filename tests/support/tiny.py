@@ -11,7 +11,7 @@ from torch import Tensor
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.masked import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 
 MASK_ID = 4
 

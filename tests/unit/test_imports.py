@@ -18,14 +18,13 @@ LONGEST_FUNCTION = 60
 # Each imports itself and those of a lower number. All other modules of eve_ds are entry points and their helpers.
 LAYERS = {
     "eve_ds.parallel": 0,
-    "eve_ds.launched": 0,
+    "eve_ds.launcher_environment": 0,
     "eve_ds.kernels": 0,
     "eve_ds.model": 1,
     "eve_ds.data": 1,
     "eve_ds.weights": 2,
     "eve_ds.logs": 2,
     "eve_ds.errors": 3,
-    "eve_ds.files": 3,
     "eve_ds.import_path": 4,
     "eve_ds.recipes": 4,
     "eve_ds.option_errors": 5,

@@ -19,7 +19,7 @@ from eve_ds.errors import USER_ERRORS
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import MAX_DEPTH, MAX_NODES, section_of
 from eve_ds.report.run_files import read_run
-from eve_ds.tasks.masked import ObjectiveConfig
+from eve_ds.tasks.masked_modeling import ObjectiveConfig
 from eve_ds.tasks.vqa import read_answer_list
 from preprocessing.errors import UserError
 from preprocessing.shards.manifest import read_manifest

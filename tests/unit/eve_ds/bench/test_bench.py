@@ -23,7 +23,7 @@ from eve_ds.errors import exit_code
 from eve_ds.model.attention import Attention, key_bias
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.moe import MoE
-from eve_ds.tasks.masked import MaskedModeling
+from eve_ds.tasks.masked_modeling import MaskedModeling
 from eve_ds.tasks.masking import choose_words
 from preprocessing.errors import UserError
 

@@ -23,7 +23,7 @@ from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import build, count_parameters
 from eve_ds.plan.work import days, flops_per_sample, traffic
 from eve_ds.plan.zero_states import Zero, groups_of, steady
-from eve_ds.tasks.masked import ObjectiveConfig
+from eve_ds.tasks.masked_modeling import ObjectiveConfig
 from preprocessing.errors import UserError
 from tests.support.tiny import model_config
 

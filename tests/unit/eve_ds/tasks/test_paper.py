@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve_ds.config import PretrainConfig, parse
-from eve_ds.tasks.masked import MaskedModeling
+from eve_ds.tasks.masked_modeling import MaskedModeling
 from eve_ds.tasks.masking import choose_words, split_patches
 from tests.support.tiny import MASK_ID, caption_batch, masked_task, rows_of
 

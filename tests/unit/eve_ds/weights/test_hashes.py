@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.files import write_json
 from eve_ds.tasks import load_task_model
 from eve_ds.weights.hashes import HASHES, write_hashes
 from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder
 from preprocessing.errors import UserError
+from preprocessing.local_files import write_json
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from tests.support.model_folder import write_model_folder

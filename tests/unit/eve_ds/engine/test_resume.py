@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.engine import soundness
+from eve_ds.engine import resume
 from eve_ds.engine.checkpoint import prune
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Manifest, hash_files
 from eve_ds.weights import model_folder
@@ -44,13 +44,13 @@ def test_the_one_before_is_taken(name: str, tmp_path: Path, caplog: pytest.LogCa
     damage, words = DAMAGES[name]
     two, three = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 3)
     damage(three)
-    found = soundness.sound(tmp_path)
+    found = resume.sound(tmp_path)
     assert found is not None and found[0] == two and found[1].step == 2 and found[1].state == {"step": 2}
     (told,) = caplog.messages
     assert told.startswith(f"{three} is damaged: {words}")
     assert "is called step_00000003.damaged now, and the run goes on from step_00000002" in told
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000002", "step_00000003.damaged"}
-    assert soundness.sound(tmp_path) == found and caplog.messages == [told]
+    assert resume.sound(tmp_path) == found and caplog.messages == [told]
 
 
 def test_no_bit_of_the_manifest_can_change_unseen(tmp_path: Path) -> None:
@@ -74,16 +74,16 @@ def test_it_is_refused_when_none_is_left_now_and_at_the_next_start(tmp_path: Pat
         with pytest.raises(
             UserError, match=r"no sound checkpoint is left .step_00000002.damaged, step_00000003.damaged"
         ):
-            soundness.sound(tmp_path)
+            resume.sound(tmp_path)
     make_checkpoint(tmp_path, 3)
-    assert soundness.sound(tmp_path) is not None
+    assert resume.sound(tmp_path) is not None
 
 
 def test_a_second_damage_gets_another_name_and_nothing_of_it_is_pruned(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, 2)
     for _ in range(2):
         flip(make_checkpoint(tmp_path, 3) / MODEL, 700)
-        assert soundness.sound(tmp_path) is not None
+        assert resume.sound(tmp_path) is not None
     make_checkpoint(tmp_path, 4)
     make_checkpoint(tmp_path, 100_000_005)
     (tmp_path / "step_00000001").mkdir()  # the rest of a killed save
@@ -128,7 +128,7 @@ def test_a_read_that_fails_is_no_damage(name: str, tmp_path: Path) -> None:
         file.symlink_to(file)  # the system refuses to open it: what root can be refused
         words = "cannot be read .Too many levels of symbolic links."
     with pytest.raises(UserError, match=words) as refused:
-        soundness.sound(tmp_path)
+        resume.sound(tmp_path)
     assert not isinstance(refused.value, DamagedError) and "nothing says that it is damaged" in str(refused.value)
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000002", "step_00000003"}
 
@@ -138,10 +138,10 @@ def test_a_pipe_among_the_files_is_no_damage_and_not_waited_at(tmp_path: Path) -
     file.unlink()
     os.mkfifo(file)
     with pytest.raises(UserError, match=r"cannot be read .it is no regular file.; nothing says that it is damaged"):
-        soundness.sound(tmp_path)
+        resume.sound(tmp_path)
 
 
-@pytest.mark.parametrize("look", [soundness.sound, model_folder.newest_checkpoint, model_folder.all_checkpoints])
+@pytest.mark.parametrize("look", [resume.sound, model_folder.newest_checkpoint, model_folder.all_checkpoints])
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(look: Callable[[Path], object], tmp_path: Path) -> None:
     """The run would begin anew, and write over what it did not see."""
     assert not look(tmp_path / "none yet")
@@ -153,28 +153,28 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(look: Callable[[Path
 
 def test_what_is_read_rightly_the_second_time_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path, 3)
-    together = soundness.hash_together
+    together = resume.hash_together
 
     def misread(path: Path, shares: list[list[str]]) -> object:
         return {**together(path, shares), MODEL: (0, "")}
 
-    monkeypatch.setattr(soundness, "hash_together", misread)
+    monkeypatch.setattr(resume, "hash_together", misread)
     with pytest.raises(UserError, match="wrongly once and rightly once, so it is sound"):
-        soundness.sound(tmp_path)
+        resume.sound(tmp_path)
     assert (tmp_path / "step_00000003").is_dir()
 
 
 def test_what_another_run_removes_meanwhile_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two, three = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 3)
-    sizes = soundness.file_sizes
+    sizes = resume.file_sizes
 
     def removed(path: Path, names: object) -> object:
         if path == three:
             shutil.rmtree(three)  # a prune: complete.json goes first
         return sizes(path, names)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(soundness, "file_sizes", removed)
-    found = soundness.sound(tmp_path)
+    monkeypatch.setattr(resume, "file_sizes", removed)
+    found = resume.sound(tmp_path)
     assert found is not None and found[0] == two and [path.name for path in tmp_path.iterdir()] == [two.name]
 
 
@@ -184,11 +184,11 @@ def test_a_sound_file_that_this_torch_cannot_read_is_no_damage(tmp_path: Path) -
     (path / MODEL).write_bytes(b"of another version")
     dataclasses.replace(Manifest.read(path), files=hash_files(path, [MODEL, OPTIMIZER])).write(path)
     with pytest.raises(UserError, match="not readable as a checkpoint file") as refused:
-        soundness.sound(tmp_path)
+        resume.sound(tmp_path)
     assert path.is_dir() and "delete" not in str(refused.value)
 
 
 def test_before_the_first_save_there_is_none(tmp_path: Path) -> None:
-    assert soundness.sound(tmp_path / "nowhere") is None
+    assert resume.sound(tmp_path / "nowhere") is None
     (tmp_path / "step_00000003").mkdir()
-    assert soundness.sound(tmp_path) is None
+    assert resume.sound(tmp_path) is None
