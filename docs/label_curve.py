@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-COLORS = {"pre-trained": "#0b6e4f", "first values": "#b5541c"}
+COLORS = {"pre-trained": "#0b6e4f", "initial values": "#b5541c"}
 
 matplotlib.rcParams["svg.hashsalt"] = "label_curve"  # the same file from the same figures
 

@@ -202,7 +202,7 @@ class PretrainConfig(_Common):
         task: pretrain, which is EVE's masked modeling, or the import path of your own objective, as in
             my_package.my_objective:SPEC (docs/extending.md).
         init_from: backbone to start from: a run folder, a model folder (``eve_ds.convert`` makes one of BEiT v2), or a
-            file in EVE's or our naming; null for first values. Of an unfinished run, its newest checkpoint.
+            file in EVE's or our naming; null for initial values. Of an unfinished run, its newest checkpoint.
         output_dir: folder of the run: checkpoints, metrics, samples, resolved config.
         resume_from: branch: RUN/checkpoints/step_N of another run, to go on from in a new ``output_dir`` with its
             optimizer and its step, but another learning rate, length, batch or data; RUN is its newest checkpoint.

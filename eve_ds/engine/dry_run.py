@@ -78,7 +78,7 @@ def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
         return step_of(newest), f"going on from {newest}"
     if branch is not None:
         return step_of(branch), f"branching from {branch}"
-    return 0, f"from {config.init_from}" if config.init_from else "from first values"
+    return 0, f"from {config.init_from}" if config.init_from else "from initial values"
 
 
 def _say(*lines: str) -> None:

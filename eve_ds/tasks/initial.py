@@ -25,7 +25,7 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
     Args:
         task: built for its own image size and head.
         checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own.
-        load_head: the head comes from there too, and must be there; else it keeps its first values.
+        load_head: the head comes from there too, and must be there; else it keeps its initial values.
     Raises:
         UserError: nothing there, unreadable, or of another model; the message names file and tensors.
         UserError: the config beside the weights has other values of ``SHAPE_INDEPENDENT`` settings.

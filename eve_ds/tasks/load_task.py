@@ -58,12 +58,12 @@ def load_task_model(
             raise UserError(f"{files.weights}: {error}") from error
     backbone = Backbone(config, published_routing=published_routing)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # what the file lacks has the same first values at each call
+        torch.manual_seed(0)  # what the file lacks has the same initial values at each call
         model = build_for(spec, backbone, state, files)
     may_lack = model.heads if spec.head_may_be_missing else ()
     if may_lack and not any(name.startswith(may_lack) for name in state):
         log.warning(
-            "%s holds no decoders of pre-training: they have first values; use the backbone alone", files.weights
+            "%s holds no decoders of pre-training: they have initial values; use the backbone alone", files.weights
         )
     own = {name: tensor for name, tensor in state.items() if name.startswith(("backbone.", *model.heads))}
     load_state(model, resize_positions(own, config), files.weights, may_lack)
@@ -72,7 +72,7 @@ def load_task_model(
 
 
 def build_for(spec: TaskSpec, backbone: Backbone, state: State, files: ModelFolder) -> Task:
-    """The task with first values, its head of the size that the tensors in ``state`` (EVE-DS names) have.
+    """The task with initial values, its head of the size that the tensors in ``state`` (EVE-DS names) have.
 
     Raises:
         UserError: the tensors that tell the head's size are missing.

@@ -305,7 +305,7 @@ class MaskedSpec(PretrainSpec):
         return MaskedModeling(backbone, replace(objective, seed=objective.seed + seed), mask_id)
 
     def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> MaskedModeling:
-        """Decoders that the file does not hold have default sizes and first values (published files have none)."""
+        """Decoders that the file does not hold have default sizes and initial values (published files have none)."""
         objective = ObjectiveConfig()
         if files.config is not None and "pixel_decoder.embed.weight" in state:
             objective = stored_section(ObjectiveConfig, files.config, "objective")

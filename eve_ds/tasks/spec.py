@@ -86,7 +86,7 @@ class TaskSpec(ABC):
         name: in messages and reports.
         objective: dataclass of the config's section ``objective``.
         samples: class of the dataset; its ``kind`` says which shards it reads.
-        head_may_be_missing: ``load_task_model`` takes weights without this task's head, which then has first values.
+        head_may_be_missing: ``load_task_model`` takes weights without this task's head, which then has initial values.
         companion_files: names of JSON files that lie beside the prepared data and that the head is of no use without,
             such as a list of answers. A run stores copies of them, and they count for its identity.
     """
@@ -99,10 +99,10 @@ class TaskSpec(ABC):
 
     @abstractmethod
     def build(self, backbone: Backbone, objective: Any, *, mask_id: int, num_classes: int, seed: int) -> Task:
-        """The task with first values.
+        """The task with initial values.
 
         Args:
-            backbone: the shared Transformer, with its first values.
+            backbone: the shared Transformer, with its initial values.
             objective: the section of the config, of the class ``self.objective``.
             mask_id: token id of [MASK].
             num_classes: ``num_classes`` of the dataset, or what ``num_classes_of`` finds.
@@ -114,7 +114,7 @@ class TaskSpec(ABC):
         return 0
 
     def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> Task:
-        """The task with first values and the shapes of the weights in ``state`` (EVE-DS names), read from ``files``.
+        """The task with initial values and the shapes of the weights in ``state`` (EVE-DS names), read from ``files``.
 
         Raises:
             KeyError: a tensor that tells the head's shape is missing; names it.

@@ -1,4 +1,4 @@
-"""A tiny shapes world, converted as users convert it, and a model with first values that reads it."""
+"""A tiny shapes world, converted as users convert it, and a model with initial values that reads it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shapes_config(image_size: int = 64) -> ModelConfig:
 
 
 def model_folder(folder: Path, world: Path, image_size: int = 64, seed: int = 0, tokenizer: bool = True) -> Path:
-    """A model folder as a pre-training leaves it, all with the first values that `seed` gives. Returns `folder`."""
+    """A model folder as a pre-training leaves it, all with the initial values that `seed` gives. Returns `folder`."""
     folder.mkdir()
     config, objective = shapes_config(image_size), ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2)
     torch.manual_seed(seed)

@@ -186,7 +186,7 @@ def test_an_installed_package_has_no_benchmarks(root: Path, monkeypatch: pytest.
 def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
     lines = demo.table(demo.metrics(root, 2)).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "pre-trained from first values for comparison",
+        "pre-trained from initial values for comparison",
         "pre-training loss 1.500 4.000 at the start",
         "masked words 92.0 % 63.0 % with another image, 99.8 % by an oracle",
         "text retrieval R@1 71.5 % 55.0 % 0.5 % by chance",

@@ -170,7 +170,7 @@ def test_classes_are_numbered_alike_in_both_splits() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world of 60 + 30 images; `model` in it has the first values of seed 0."""
+    """A world of 60 + 30 images; `model` in it has the initial values of seed 0."""
     folder = shapes_world(tmp_path_factory.mktemp("world"))
     model_folder(folder / "model", folder)
     return folder

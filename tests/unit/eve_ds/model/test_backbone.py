@@ -25,7 +25,7 @@ PATCHES = CONFIG.num_patches
 def make(**changes: object) -> Backbone:
     torch.manual_seed(0)
     backbone = Backbone(replace(CONFIG, **changes))
-    with torch.no_grad():  # larger than first values, so that a leak shows
+    with torch.no_grad():  # larger than initial values, so that a leak shows
         for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return backbone

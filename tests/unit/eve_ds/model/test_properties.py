@@ -29,7 +29,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 @st.composite
 def backbones(draw: st.DrawFn) -> Backbone:
-    """Any number of experts and choices; weights larger than first values, so that a leak shows; some experts empty."""
+    """Any number of experts and choices; weights above initial values, so that leaks show; some experts empty."""
     num_experts = draw(st.integers(1, 6), label="experts")
     top_k = draw(st.integers(1, min(3, num_experts)), label="top k")
     empty = draw(st.integers(0, num_experts - top_k), label="empty experts")
