@@ -12,6 +12,7 @@ from eve_ds.report.run_files import SINGLE, Run, Stage, number
 
 Rows = list[dict[str, Any]]
 MASK = "[MASK]"
+FORMER_KEYS = {"images": "pictures"}  # in samples.json of runs before the keys were renamed
 HIDDEN_TOKENS = {"[CLS]", "[SEP]", "[PAD]"}
 SPACES = (" ", "\u0120")  # start of a word in byte-level tokens
 
@@ -43,7 +44,7 @@ def _section(
 
 def find_rows(stage: Stage, key: str) -> Rows:
     """The list ``key`` of the samples; for the two tasks with ``examples``, those that have the field ``key``."""
-    rows = stage.samples.get(key)
+    rows = stage.samples.get(key, stage.samples.get(FORMER_KEYS.get(key, "")))
     if rows is None:
         rows = stage.samples.get("examples")
         rows = [row for row in rows if isinstance(row, dict) and key in row] if isinstance(rows, list) else []

@@ -153,6 +153,13 @@ def test_the_same_folder_gives_the_same_page(run_folder: Path) -> None:
     assert build(run_folder / "vqa") == build(run_folder / "vqa")
 
 
+def test_samples_under_their_former_key_are_shown(run_folder: Path) -> None:
+    page, file = build(run_folder), run_folder / "pretrain/samples/samples.json"
+    samples = json.loads(file.read_text())
+    file.write_text(json.dumps({"pictures": samples.pop("images"), **samples}))
+    assert build(run_folder) == page and "Reconstructed images" in page
+
+
 def test_missing_parts_are_listed(run_folder: Path) -> None:
     expected = {
         "metrics.json": "Missing: scores of NLVR (metrics.json has none)",
