@@ -11,6 +11,7 @@ from eve_ds import config as config_tree
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.option_errors import join_negative_numbers, one_line
 from eve_ds.recipes import has_type, hint_of, parse_value, read_yaml, split_options, type_errors
+from eve_ds.weights.hashes import HashError
 from eve_ds.weights.model_folder import ModelFolder, checkpoints
 from preprocessing.errors import UserError
 
@@ -90,6 +91,8 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     elif branch or start:
         try:
             files = ModelFolder.checkpoint(branch) if branch else ModelFolder.find(start or "", unfinished=True)
+        except HashError:
+            raise
         except UserError:
             if not run or not checkpoints(Path(run)):
                 raise

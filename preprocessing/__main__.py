@@ -76,7 +76,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _check_text(words)
     parser = _Parser(prog="python -m preprocessing", description="Raw data sets -> Arrow shards. README.md has more.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    known = COMMANDS | {name: (_own_source(name), "") for name in words[:1] if "." in name}
+    known = COMMANDS | {name: (_own_source(name), "") for name in words[:1] if "." in name and name[0] != "-"}
     for name, (module, summary) in known.items():
         command = commands.add_parser(name, help=summary, description=module.__doc__, formatter_class=_Raw)
         if name in words:  # declaring those of all commands takes as long as converting a hundred images

@@ -241,8 +241,10 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
         with torch.device("meta"):
             try:
                 own = build_for(spec, Backbone(model), state, files).state_dict()
-            except UserError:
-                continue
+            except UserError as error:
+                if isinstance(error.__cause__, KeyError):  # no such head, see build_for
+                    continue
+                raise
         heads = {name: value for name, value in own.items() if not name.startswith(PREFIX)}
         if all(name in state and state[name].shape == value.shape for name, value in heads.items()):
             tasks.append(task)

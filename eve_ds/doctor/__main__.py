@@ -122,7 +122,7 @@ def notes(facts: Facts) -> list[str]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file atomically. preprocessing.shards.schema.write_atomic would import pyarrow, which may be missing."""
+    """Write a file atomically. Unlike preprocessing.local_files.write_atomic it raises OSError, not UserError."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file; name another one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -162,6 +162,8 @@ def disk_full_as_rank_error(target: Path) -> Iterator[None]:
     except (RuntimeError, OSError, UserError) as error:
         if isinstance(error, RuntimeError) and not _UNWRITABLE.search(str(error)):
             raise
+        if isinstance(error, UserError) and not isinstance(error.__cause__, OSError):
+            raise  # about what was read: `write_atomic` has the OSError as its cause
         shutil.rmtree(target, ignore_errors=True)
         raise RankError(
             f"rank {dist.get_rank()}: {target} cannot be written, most often because the disk is full ("

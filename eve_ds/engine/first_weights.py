@@ -16,6 +16,7 @@ from eve_ds.engine.universal import ShardedState
 from eve_ds.engine.watchdog import mark
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.initial import copy_initial, load_initial, wanted
+from eve_ds.weights.hashes import HashError
 from eve_ds.weights.model_folder import COMPLETE, ModelFolder, checkpoints, exported_step, run_of, step_of
 from preprocessing.errors import UserError
 
@@ -39,6 +40,8 @@ def source(config: Config) -> ModelFolder | None:
         return None
     try:
         return _named(config)
+    except HashError:
+        raise
     except UserError:
         if not goes_on(config):
             raise
@@ -51,6 +54,8 @@ def _named(config: Config) -> ModelFolder:
         return ModelFolder.find(config.init_from or "", unfinished=True)
     try:
         return ModelFolder.checkpoint(config.resume_from)
+    except HashError:
+        raise
     except UserError as error:
         raise UserError(f"--resume_from {error}") from error
 
@@ -64,6 +69,8 @@ def origin(config: Config) -> dict[str, Input | None]:
         return {"init_from": None, **none}
     try:
         files = _named(config)
+    except HashError:
+        raise
     except UserError:
         return none  # ``source`` has said so, unless the run goes on
     step = step_of(files.weights) if files.is_checkpoint else exported_step(files.weights.parent)

@@ -101,9 +101,8 @@ class Identity:
 
     def differences(self, now: Identity) -> list[str]:
         """The differences of this stored identity from that of the run ``now``, as in "KEY is 1 there and 2 here"."""
-        defaults = _defaults(
-            str(now.settings.get("task", PRETRAIN))
-        )  # for settings that an older version did not store
+        # For settings that an older version did not store.
+        defaults = _defaults(str(now.settings.get("task", PRETRAIN)))
         old = {key: self.settings.get(key, defaults.get(key)) for key in now.settings} if self.settings else {}
         found = [
             f"{key} is {value!r} there and {now.settings[key]!r} here"

@@ -159,6 +159,8 @@ def stored_identity(folder: Path) -> Identity:
     try:
         return Identity.from_config(read_run_config(stored))
     except ValueError as error:  # UserError is one
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         raise UserError(f"{stored}: not the readable config of a run; choose another --output_dir") from error
 
 

@@ -106,9 +106,9 @@ def _root(argv: list[str]) -> Any:
     trees = [read_yaml(path, "--config") for path in recipes]
     named = [tree["task"] for tree in trees if isinstance(tree, dict) and "task" in tree]
     named += [typed for name, typed in values_of(argv) if name == "task"]
-    if not named or named[-1] in PRETRAIN:
-        return PretrainPlan
-    if ":" in str(named[-1]) and isinstance(find_spec(str(named[-1])), PretrainSpec):
+    if not named or not isinstance(named[-1], str) or named[-1] in PRETRAIN:
+        return PretrainPlan  # whose parser says what is wrong with a name that is no text
+    if ":" in named[-1] and isinstance(find_spec(named[-1]), PretrainSpec):
         return PretrainPlan
     return FinetunePlan  # which refuses a task that there is not
 

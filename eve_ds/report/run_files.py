@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.common import InputError, read_json, read_text
-from eve_ds.tasks.registry import FINETUNE, PRETRAIN, finetune_spec
+from eve_ds.tasks.registry import FINETUNE, PRETRAIN, find_spec
 from eve_ds.tasks.spec import FinetuneSpec
 from preprocessing.errors import UserError
 from preprocessing.json_text import load_json
@@ -102,7 +102,8 @@ def read_run(folder: Path) -> Run:
         wanted = ", ".join(f"{name}/" for name in STAGES)
         raise InputError(f"--run {folder}: holds no run: neither metrics.jsonl nor metrics.json nor any of {wanted}")
     if single and not metrics:
-        spec, scores = _task_of(stages[SINGLE]), _scores(folder)
+        scores = _scores(folder)
+        spec = _task_of(stages[SINGLE], scores)
         if spec is not None and scores:
             tasks, metrics = {spec.name: spec}, {spec.name: scores}
     return Run(
@@ -160,13 +161,19 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _task_of(stage: Stage) -> FinetuneSpec | None:
-    """Of a fine-tuning run, as its config says; None if there is no config, or its task cannot be imported here."""
+def _task_of(stage: Stage, scores: dict[str, Any]) -> FinetuneSpec | None:
+    """The task of a fine-tuning run, as its config says; without one, the built-in task that has such scores.
+
+    None for pre-training, and if the task cannot be imported here.
+    """
     named = re.search(r"^task: (\S+)$", stage.config or "", re.MULTILINE)
-    if named is None or named[1] in PRETRAIN:
+    if named is None:
+        return next((spec for spec in FINETUNE.values() if any(key in scores for key, _ in spec.measures)), None)
+    if named[1] in PRETRAIN:
         return None
     try:
-        return finetune_spec(named[1])
+        spec = find_spec(named[1])
+        return spec if isinstance(spec, FinetuneSpec) else None
     except UserError as error:
         log.warning("%s: its scores are not shown: %s", stage.folder, error)
         return None

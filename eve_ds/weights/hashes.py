@@ -23,8 +23,12 @@ def write_hashes(folder: Path, names: tuple[str, ...]) -> None:
     )
 
 
+class HashError(UserError):
+    """A model folder that is not as it was written. Nothing else may be loaded in its place."""
+
+
 def read_hashes(folder: Path) -> dict[str, str]:
-    """{name: SHA-256} of a folder's files; empty without ``hashes.json``. Raises UserError if that is damaged."""
+    """{name: SHA-256} of a folder's files; empty without ``hashes.json``. Raises HashError if that is damaged."""
     path = folder / HASHES
     if not path.is_file():
         return {}
@@ -34,18 +38,18 @@ def read_hashes(folder: Path) -> dict[str, str]:
         found = error
     sound = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
     if not sound or (WEIGHTS not in found and (folder / WEIGHTS).is_file()):
-        raise UserError(f"{path}: is damaged; copy the folder again, or delete that file to load without a check")
+        raise HashError(f"{path}: is damaged; copy the folder again, or delete that file to load without a check")
     return found
 
 
 def check_hash(path: Path, sha256: str) -> None:
-    """Raise UserError unless the file exists and has this hash."""
+    """Raise HashError unless the file exists and has this hash."""
     try:
         same = _hash(path) == sha256
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, but {HASHES} names it; copy the folder again") from None
+        raise HashError(f"{path}: {error.strerror}, but {HASHES} names it; copy the folder again") from None
     if not same:
-        raise UserError(
+        raise HashError(
             f"{path}: its SHA-256 is not the one in {HASHES} beside it: its bytes have changed; copy the folder again "
             f"(after an intended edit, delete {HASHES})"
         )

@@ -197,6 +197,11 @@ def test_first_weights_count_by_content_and_may_be_gone_later(data: Path) -> Non
     (checkpoint / "complete.json").write_text("{}")
     assert run_folder.claim(copy, of(copy)).inputs["init_from"] is not None  # it is remembered, and needed no more
     assert first_weights.goes_on(copy)
+    (data / "b" / "hashes.json").write_text("{}")  # damaged weights are no weights that are gone
+    with pytest.raises(UserError, match=r"b/hashes\.json: is damaged"):
+        first_weights.source(other)
+    with pytest.raises(UserError, match=r"b/hashes\.json: is damaged"):
+        first_weights.origin(other)
 
 
 def test_a_setting_that_an_older_version_did_not_have_counts_by_its_default(data: Path) -> None:

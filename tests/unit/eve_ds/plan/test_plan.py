@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from eve_ds.config import EngineConfig, FinetuneConfig, FinetuneObjective, Optim
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import check_world
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.plan.__main__ import PretrainPlan
+from eve_ds.plan.__main__ import PretrainPlan, main
 from eve_ds.plan.figures import make_plan, parse_bytes
 from eve_ds.plan.fit import largest
 from eve_ds.plan.live_bytes import LiveBytes
@@ -234,6 +235,17 @@ def test_refusals_are_those_of_a_run(repository: Path) -> None:
     assert "objective.decoder_dim" in refused_by_parse(recipe, "--objective.decoder_dim", "6")
     assert "--mfu=40.0 is out of range" in refused("--mfu", "40")
     assert "--text_length=33 must lie between" in refused("--text_length", "33")
+
+
+@pytest.mark.parametrize("task", ["[vqa]", "{vqa: 1}", "3"])
+def test_a_recipe_with_a_task_of_a_wrong_type_is_refused(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(f"task: {task}\n")
+    monkeypatch.setattr(sys, "argv", ["plan", "--config", str(recipe)])
+    with pytest.raises(UserError, match="task: expected"):
+        main()
 
 
 def refused_by_parse(recipe: str, *argv: str) -> str:

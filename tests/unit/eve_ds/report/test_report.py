@@ -222,9 +222,18 @@ def test_a_single_run_of_a_users_own_task(run_folder: Path, caplog: pytest.LogCa
     (folder / "config.yaml").write_text("task: docs.examples.my_task:SPEC\n")
     text = Page(build(folder)).text
     assert "Color" in text and "81.2\xa0%" in text
+    (folder / "config.yaml").write_text("task: docs.examples.my_objective:SPEC\n")
+    assert "Missing: scores" in Page(build(folder)).text and not caplog.records
     (folder / "config.yaml").write_text("task: gone.task:SPEC\n")
     assert "Missing: scores" in Page(build(folder)).text
-    assert "its scores are not shown: --task gone.task:SPEC: there is no module gone" in caplog.text
+    assert "its scores are not shown: task gone.task:SPEC: there is no module gone" in caplog.text
+
+
+def test_a_single_run_without_its_config_shows_scores_of_a_built_in_task(run_folder: Path) -> None:
+    folder = run_folder / "vqa"
+    (folder / "config.yaml").unlink(missing_ok=True)
+    (folder / "scores_test.json").write_text(json.dumps({"accuracy": 0.75, "consistency": 0.25}))
+    assert "75.0\xa0%" in Page(build(folder)).text
 
 
 def test_scores_older_than_the_newest_checkpoint_are_marked(run_folder: Path) -> None:

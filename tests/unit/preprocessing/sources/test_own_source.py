@@ -60,6 +60,7 @@ def test_its_help_has_its_own_option() -> None:
         ("docs/examples/my_source.py", "docs/examples/my_source.py: cannot be imported"),
         (".my_source", ".my_source: cannot be imported"),
         ("preprocessing.text", "preprocessing.text: has no function add_arguments and no run; docs/extending.md"),
+        ("--foo.bar", "argument COMMAND: invalid choice: 'train'"),  # an option is no path
     ],
 )
 def test_a_wrong_path_is_one_line(refuse: Callable[..., str], name: str, said: str) -> None:
