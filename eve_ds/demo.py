@@ -236,7 +236,7 @@ def table(result: dict[str, Any]) -> str:
     """The scores beside those without pre-training and by chance, as text."""
     pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
     rows = [
-        ("", "pre-trained", "from initial values", "for comparison"),
+        ("", "pre-trained", "no pre-training", "for comparison"),
         ("pre-training loss", f"{pretrain['loss_last']:.3f}", "", f"{pretrain['loss_first']:.3f} at the start"),
     ]
     if "words_accuracy" in pretrain:

@@ -186,7 +186,7 @@ def test_an_installed_package_has_no_benchmarks(root: Path, monkeypatch: pytest.
 def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
     lines = demo.table(demo.metrics(root, 2)).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "pre-trained from initial values for comparison",
+        "pre-trained no pre-training for comparison",
         "pre-training loss 1.500 4.000 at the start",
         "masked words 92.0 % 63.0 % with another image, 99.8 % by an oracle",
         "text retrieval R@1 71.5 % 55.0 % 0.5 % by chance",
@@ -197,7 +197,7 @@ def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
     ]
     ends = [
         line.index(heading) + len(heading)
-        for line, heading in zip(lines[:1] * 2, ("pre-trained", "values"), strict=True)
+        for line, heading in zip(lines[:1] * 2, ("pre-trained", "pre-training"), strict=True)
     ]
     for line in lines[3:]:
         assert line[ends[0] - 2 : ends[0]] == line[ends[1] - 2 : ends[1]] == " %"
