@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from eve_ds.data.data_config import MOST_SECONDS, DataConfig
 from eve_ds.model.model_config import MOST, ModelConfig
-from eve_ds.option_errors import (
+from eve_ds.options import (
     as_one_line,
     check_options,
     check_secrets,
@@ -157,7 +157,7 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is told.
+    """What is logged.
 
     Args:
         wandb: log to Weights & Biases; offline unless WANDB_API_KEY is set.

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.common import Parser
-from eve_ds.engine.environment import prepare_environment
-from eve_ds.engine.placement import free_port
+from eve_ds.environment import free_port, prepare_environment
 from eve_ds.errors import run_command
-from eve_ds.option_errors import check_secrets
+from eve_ds.options import check_secrets
 from eve_ds.recipes import read_yaml
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_json

@@ -1,26 +1,105 @@
-"""Errors of a command: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+"""What a command prints: its log, and its errors. A user's mistake is one line on stderr and exit code 2, no traceback.
+
+Rank 0 logs, and other ranks' warnings name their rank. Modules log with ``logging.getLogger(__name__)``. What is logged
+below ``eve_ds`` reaches the terminal once `setup_logging` was called; ``run_command`` does that. A program that uses
+EVE-DS as a library configures ``logging`` itself.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import errno
+import logging
 import os
 import re
 import select
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from evaluation.common import InputError
 from eve_ds.data.worker import explain_worker_death
-from eve_ds.launcher_environment import launched_rank
-from eve_ds.logs import setup_logging
-from preprocessing.errors import UserError
-from preprocessing.redaction import printable
+from eve_ds.environment import launched_rank
+from preprocessing.errors import UserError, printable
+
+OUTPUT = "eve_ds.output"  # the logger of what a command reports as its result: it goes to stdout
+_LIBRARY_FORMAT = warnings.formatwarning
+# What gloo raises in a collective when a rank has left (gloo/transport/tcp/pair.cc).
+_LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
+# Launchers end all ranks as soon as one exits, so ranks with less to report exit later.
+RANK_0_SECONDS = 30.0  # for rank 0 to report a mistake of all ranks: it may import torch later than others
+# What gloo and the rendezvous store raise when a collective times out.
+_LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
+# What torch, CUDA and the system raise when memory runs out, or for an impossible size.
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
+    r"Cannot allocate memory|Storage size calculation overflowed"
+)
+_LESS_MEMORY = "of a run, make the model, the batch or a rank's share smaller (python -m eve_ds.plan tells what fits)"
+LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
+RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
+STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+finish_together: list[Callable[[], object]] = []  # calls at exit that wait for all ranks; skipped after a failure
+
+
+def setup_logging(rank: int) -> None:
+    """Send what is logged below ``eve_ds`` to stderr, one line a message, and the logger `OUTPUT` to stdout.
+
+    - Rank 0 logs messages of level INFO as they are and warnings as ``WARNING: message``.
+    - Other ranks log warnings alone, as ``WARNING: [rank 3] message``.
+    - Warnings of the ``warnings`` module look the same if EVE-DS issues them; those of libraries stay as they are.
+
+    Control characters are escaped. Calling it again replaces the former set-up.
+    """
+    logger = logging.getLogger("eve_ds")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _Console)]:
+        logger.removeHandler(handler)
+    handler = _Console(logging.WARNING if rank else logging.INFO)
+    handler.setFormatter(_Formatter(rank))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library that configures the root logger would have every line twice
+    _format_own_warnings(rank)
+
+
+class _Console(logging.Handler):
+    """Writes to what ``sys.stderr`` and ``sys.stdout`` are at that moment. Errors of the stream are raised: the reader
+    of ``command | head`` may have left."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stdout if record.name == OUTPUT else sys.stderr
+        stream.write(f"{self.format(record)}\n")
+        stream.flush()
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._prefix = f"[rank {rank}] " if rank else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname}: " if record.levelno > logging.INFO else ""
+        line = f"{level}{self._prefix}{printable(record.getMessage())}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _format_own_warnings(rank: int) -> None:
+    """Without Python's file name and source line, if they are EVE-DS's own."""
+    own, prefix = f"{Path(__file__).parent}{os.sep}", f"[rank {rank}] " if rank else ""
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if not filename.startswith(own):
+            return _LIBRARY_FORMAT(message, category, filename, lineno, line)
+        return f"WARNING: {prefix}{printable(' '.join(str(message).split()))}\n"
+
+    warnings.formatwarning = formatted
 
 
 class RankError(UserError):
@@ -40,26 +119,6 @@ class StopError(BaseException):
         super().__init__(f"{name}stopped on request; the same command goes on from the last checkpoint")
 
 
-# What gloo raises in a collective when a rank has left (gloo/transport/tcp/pair.cc).
-_LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
-# Launchers end all ranks as soon as one exits, so ranks with less to report exit later.
-RANK_0_SECONDS = 30.0  # for rank 0 to report a mistake of all ranks: it may import torch later than others
-# What gloo and the rendezvous store raise when a collective times out.
-_LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
-# What torch, CUDA and the system raise when memory runs out, or for an impossible size.
-_NO_MEMORY = re.compile(
-    r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
-    r"Cannot allocate memory|Storage size calculation overflowed"
-)
-_LESS_MEMORY = "of a run, make the model, the batch or a rank's share smaller (python -m eve_ds.plan tells what fits)"
-LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
-RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
-STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-finish_together: list[Callable[[], object]] = []  # calls at exit that wait for all ranks; skipped after a failure
-USER_ERRORS = (UserError, InputError)
-
-
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Set up logging, run an entry point, and end the process with its `exit_code`.
 
@@ -68,7 +127,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """
     setup_logging(launched_rank())
     code = exit_code(main)
-    tell_launching(str(code if code >= 0 else 128 - code))
+    notify_launching(str(code if code >= 0 else 128 - code))
     if code < 0:  # before the exit functions, which may wait for other ranks
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -97,7 +156,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except StopError as stop:
         _report(f"rank {launched_rank()}: {stop}")
         return stop.code
-    except USER_ERRORS as error:
+    except UserError as error:
         line = printable(" ".join(str(error).split()))
         if launched_rank() != 0 and not isinstance(error, RankError):
             # SIGTERM of the launcher. srun reports the highest exit code, which should be that of rank 0.
@@ -173,7 +232,7 @@ def _is_unread(descriptor: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def tell_launching(exit_code: str) -> None:
+def notify_launching(exit_code: str) -> None:
     """Tell eve_ds.launching, if that started us, that this process is a rank ("") or ends with ``exit_code``."""
     path = Path(os.environ.get(RANKS, "/nonexistent"), str(os.getpid()))
     with contextlib.suppress(OSError):

@@ -9,31 +9,31 @@ import sys
 from pathlib import Path
 
 from eve_ds.config import FinetuneConfig, parse
-from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.signals import StopRequest
+from eve_ds.environment import prepare_environment
 from eve_ds.errors import STOPPED, run_command
 from eve_ds.finetune_options import expand_options, help_text
 from preprocessing.errors import UserError
 
 
 def main() -> int:
-    with StopRequest().heeded() as stop:
+    with StopRequest().handling() as stop:
         return run(stop)
 
 
 def run(stop: StopRequest) -> int:
-    """Train and score, with requests to stop heeded; returns the exit code."""
+    """Train and score, while requests to stop are handled; returns the exit code."""
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     _check_evaluate(config)
     prepare_environment()
     # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
     from eve_ds.callbacks import standard_callbacks
-    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
-    from eve_ds.engine.export import export_model
-    from eve_ds.engine.precision import settle_precision
+    from eve_ds.engine import batches, distributed, first_weights, run_folder, setup, verification, watchdog
+    from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.scoring import Scorer
     from eve_ds.engine.trainer import Trainer
+    from eve_ds.engine.whole_weights import export_model
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
@@ -62,7 +62,7 @@ def run(stop: StopRequest) -> int:
         scorer = Scorer(config, scored, device, stop)
         if training is None or steps is None:
             if config.dry_run:
-                return dry_run.tell_scoring(config, task, scored[config.split])
+                return setup.describe_scoring(config, task, scored[config.split])
             setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, Path(config.output_dir))
             return 0
@@ -70,7 +70,7 @@ def run(stop: StopRequest) -> int:
         callbacks = [*checks, *callbacks]  # checks first: a stop must not hide damaged data
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         if config.dry_run:
-            return dry_run.tell_training(config, trainer, training)
+            return setup.describe_training(config, trainer, training)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:

@@ -9,10 +9,9 @@ from typing import Any
 
 from eve_ds import config as config_tree
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.option_errors import join_negative_numbers, one_line
+from eve_ds.options import join_negative_numbers, one_line
 from eve_ds.recipes import has_type, hint_of, parse_value, read_yaml, split_options, type_errors
-from eve_ds.weights.hashes import HashError
-from eve_ds.weights.model_folder import ModelFolder, checkpoints
+from eve_ds.weights.model_folder import MissingError, ModelFolder, checkpoints
 from preprocessing.errors import UserError
 
 VALUE_OPTIONS = {
@@ -76,7 +75,7 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _places_in_recipes(argv: list[str]) -> dict[str, str]:
-    """PLACES as the last recipe names them; what else is wrong with a recipe is told when it is parsed."""
+    """PLACES as the last recipe names them; what else is wrong with a recipe is reported when it is parsed."""
     trees = [read_yaml(path, "--config") for path in split_options(argv)[0]]
     found = {name: tree[name] for tree in trees if isinstance(tree, dict) for name in PLACES if name in tree}
     return {name: value for name, value in found.items() if isinstance(value, str)}
@@ -91,9 +90,7 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     elif branch or start:
         try:
             files = ModelFolder.checkpoint(branch) if branch else ModelFolder.find(start or "", unfinished=True)
-        except HashError:
-            raise
-        except UserError:
+        except MissingError:
             if not run or not checkpoints(Path(run)):
                 raise
             files = ModelFolder.checkpoint(run)

@@ -23,12 +23,11 @@ from pathlib import Path
 
 from eve_ds.engine.signals import SIGNALS
 from eve_ds.errors import RANKS, STOPPED, run_command
-from preprocessing.errors import UserError
-from preprocessing.redaction import without_secrets
+from preprocessing.errors import UserError, without_secrets
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 POLL_SECONDS = 0.2
-TOLD = (2, STOPPED, 3)  # exit codes of ranks, the most informative first; those of signals come after them
+MOST_INFORMATIVE = (2, STOPPED, 3)  # exit codes of ranks, the most informative first; those of signals come after them
 
 
 class Guard:
@@ -41,14 +40,14 @@ class Guard:
 
     def __init__(self, command: list[str], folder: Path) -> None:
         self.command, self.folder = command, folder
-        self._asked: list[int] = []  # signals received, in order
+        self._signals: list[int] = []  # signals received, in order
         self._passed: dict[str, int] = {}  # how many of them each rank was sent ("": the launcher)
 
     def run(self) -> int:
         """Start the launcher; returns the exit code when it and all ranks have ended."""
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is for the ranks, too
-                signal.signal(number, lambda number, _: self._asked.append(number))
+                signal.signal(number, lambda number, _: self._signals.append(number))
         try:
             launcher = subprocess.Popen(
                 self.command,
@@ -83,9 +82,9 @@ class Guard:
 
         If there is no rank, end the launcher instead: it may hang in its own start or end.
         """
-        asked, ranks = len(self._asked), self._living()
+        asked, ranks = len(self._signals), self._living()
         for rank in ranks:
-            for number in self._asked[self._passed.get(rank, 0) : asked]:
+            for number in self._signals[self._passed.get(rank, 0) : asked]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(rank), number)
             self._passed[rank] = asked
@@ -103,15 +102,13 @@ class Guard:
 
     def _result(self, code: int) -> int:
         """The exit code of the ranks; if none failed, that of the launcher."""
-        told = [each.read_text() for each in self.folder.iterdir()]
-        if (
-            not told and signal.SIGUSR1 in self._asked
-        ):  # a scheduler's notice during start-up: it may queue the job again
+        written = [each.read_text() for each in self.folder.iterdir()]
+        if not written and signal.SIGUSR1 in self._signals:  # during start-up: a scheduler may queue the job again
             return STOPPED
-        codes = {int(text) for text in told if text}
+        codes = {int(text) for text in written if text}
         code = 128 - code if code < 0 else code
-        died = int("" in told)  # without writing an exit code
-        return next((each for each in TOLD if each in codes), max(codes, default=0) or code or died)
+        died = int("" in written)  # without writing an exit code
+        return next((each for each in MOST_INFORMATIVE if each in codes), max(codes, default=0) or code or died)
 
 
 def _end_with_guard() -> None:

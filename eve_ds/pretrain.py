@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from eve_ds.config import PretrainConfig, parse
-from eve_ds.engine.environment import prepare_environment
 from eve_ds.engine.signals import StopRequest
+from eve_ds.environment import prepare_environment
 from eve_ds.errors import STOPPED, run_command
 
 
 def main() -> int:
-    with StopRequest().heeded() as stop:
+    with StopRequest().handling() as stop:
         return run(stop)
 
 
@@ -26,11 +26,11 @@ def run(stop: StopRequest) -> int:
     # Imported late: DeepSpeed takes seconds to import, and it reads the environment that was just prepared.
     from eve_ds.callbacks import standard_callbacks
     from eve_ds.callbacks.pretrain_examples import PretrainExamples
-    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
+    from eve_ds.engine import batches, distributed, first_weights, run_folder, setup, verification, watchdog
+    from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.evaluation import held_out_metrics
-    from eve_ds.engine.export import export_model
-    from eve_ds.engine.precision import settle_precision
     from eve_ds.engine.trainer import Trainer
+    from eve_ds.engine.whole_weights import export_model
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
@@ -64,7 +64,7 @@ def run(stop: StopRequest) -> int:
 
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate if held_out else None, stop)
         if config.dry_run:
-            return dry_run.tell_training(config, trainer, training)
+            return setup.describe_training(config, trainer, training)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:

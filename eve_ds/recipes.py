@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import check_regular
-from preprocessing.redaction import shortened
 
 Section = TypeVar("Section")
 HOME = Path(__file__).resolve().parents[1]  # holds eve_ds and ds_configs: the checkout, or site-packages

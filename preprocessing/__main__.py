@@ -13,9 +13,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from preprocessing.commands import duplicates, inspect, tokenizer_command, verify
-from preprocessing.errors import UserError
-from preprocessing.json_text import replace_surrogates
-from preprocessing.redaction import printable
+from preprocessing.errors import UserError, printable
+from preprocessing.local_files import replace_surrogates
 from preprocessing.running.pool import run_under_mpi, started_by_mpi
 from preprocessing.shapes import generate
 from preprocessing.sources import (

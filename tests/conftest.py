@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.engine.environment import prepare_environment
+from eve_ds.environment import prepare_environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share few cores; torch reads it when it is imported
 os.environ.setdefault("WANDB_MODE", "offline")

@@ -29,8 +29,7 @@ from eve_ds.tasks.base import (
     to_numpy,
     valid_rows,
 )
-from eve_ds.tasks.examples import Thumbnails, evenly_spaced
-from eve_ds.tasks.spec import Arrays
+from eve_ds.tasks.spec import Arrays, Thumbnails, evenly_spaced
 from preprocessing.errors import UserError
 
 COLORS = ("red", "green", "blue", "yellow")

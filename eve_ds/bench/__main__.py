@@ -19,9 +19,9 @@ from jsonargparse.typing import PositiveInt
 
 from eve_ds.bench import attention, gemm, loader, machine, moe, probe, step, words
 from eve_ds.bench.benchmark import Benchmark, print_table
-from eve_ds.engine.environment import prepare_environment
+from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
-from eve_ds.option_errors import one_line
+from eve_ds.options import one_line
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_json
 

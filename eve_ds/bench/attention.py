@@ -25,7 +25,7 @@ from eve_ds.bench.gemm import (
 from eve_ds.bench.machine import choose_device
 from eve_ds.bench.references import ReferenceAttention, plain_core, sdpa_core
 from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
-from eve_ds.model.attention import Attention, key_bias
+from eve_ds.model.block import Attention, key_bias
 from eve_ds.model.flops import count_flops
 from preprocessing.errors import UserError
 

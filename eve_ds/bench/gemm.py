@@ -17,7 +17,7 @@ from torch import Tensor
 from eve_ds.bench.benchmark import Benchmark, Column, Row, share, show_ms
 from eve_ds.bench.machine import choose_device
 from eve_ds.bench.timing import Candidate, add_timing_options, in_turn, medians, milliseconds
-from eve_ds.engine.precision import multiplies_bf16
+from eve_ds.engine.deepspeed_config import multiplies_bf16
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 AUTO = "auto is bf16 where the device multiplies it by itself, else fp32"

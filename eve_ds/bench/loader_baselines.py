@@ -38,7 +38,7 @@ def train_transform(settings: Settings) -> Transform:
 
 
 def batch_of(images: Sequence[np.ndarray]) -> Tensor:
-    """B arrays [H, W, 3] uint8 -> [B, 3, H, W] float32, normalized as in ``eve_ds.data.collate``."""
+    """B arrays [H, W, 3] uint8 -> [B, 3, H, W] float32, normalized as in ``eve_ds.data.batch_reader``."""
     return normalize(np.stack(images))
 
 

@@ -24,7 +24,7 @@ from eve_ds.bench.loader_process import Settings
 from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.shards import Split
-from preprocessing.json_text import dump_json
+from preprocessing.local_files import dump_json
 from preprocessing.shards.schema import CAPTION_SCHEMA, MANIFEST, SCHEMA_VERSION
 from preprocessing.text.tokenizer import train_tokenizer
 

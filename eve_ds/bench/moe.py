@@ -19,7 +19,7 @@ from eve_ds.bench.gemm import AUTO, DTYPES, add_model_options, add_peak_options,
 from eve_ds.bench.machine import choose_device
 from eve_ds.bench.references import DeepSpeedMoE, einsum_moe
 from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
-from eve_ds.engine.precision import best_precision
+from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.moe import IMAGE, TEXT, MoE
 from preprocessing.errors import UserError
 

@@ -24,7 +24,7 @@ from eve_ds.bench.probe_labels import (
 )
 from eve_ds.bench.probe_linear import Examples, Result, linear_probe
 from eve_ds.bench.shapes_truth import add_shapes_options, model_files, scenes_of_rows
-from eve_ds.data.collate import collate
+from eve_ds.data.batch_reader import collate
 from eve_ds.data.samples import CaptionImages
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eve_ds.model.attention import Attention
+from eve_ds.model.block import Attention
 from eve_ds.model.moe import MoE
 from preprocessing.errors import UserError
 

@@ -9,8 +9,7 @@ from jsonargparse import ArgumentParser
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit
 from eve_ds.weights.model_folder import CONFIG, ModelFolder
-from preprocessing.errors import UserError
-from preprocessing.redaction import shortened
+from preprocessing.errors import UserError, shortened
 from preprocessing.shapes.captions import wordings
 from preprocessing.shapes.scenes import Scene, read_scenes
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER

@@ -29,9 +29,9 @@ from eve_ds.bench.machine import choose_device, copy_candidate
 from eve_ds.bench.references import ReferenceAttention, einsum_moe, plain_core, replace
 from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
 from eve_ds.config import PretrainConfig, parse
-from eve_ds.engine.precision import best_precision
-from eve_ds.model.attention import Attention
+from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.backbone import Backbone
+from eve_ds.model.block import Attention
 from eve_ds.model.flops import count_flops
 from eve_ds.model.moe import MoE
 from eve_ds.plan.live_bytes import WithoutValues

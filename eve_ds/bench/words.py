@@ -10,12 +10,12 @@ from jsonargparse.typing import PositiveInt
 
 from eve_ds.bench.benchmark import Benchmark, Column, Row
 from eve_ds.bench.shapes_truth import add_shapes_options, model_files, scenes_of_rows
-from eve_ds.data.collate import collate
+from eve_ds.data.batch_reader import collate
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.sources import open_split
 from eve_ds.data.transforms import build_transform
-from eve_ds.tasks import MaskedModeling, load_task_model
-from eve_ds.tasks.masked_modeling import another_image
+from eve_ds.tasks import load_task_model
+from eve_ds.tasks.masked_modeling import MaskedModeling, another_image
 from eve_ds.weights.load import load_weights
 from preprocessing.errors import UserError
 from preprocessing.shapes.captions import wordings

@@ -9,7 +9,7 @@ from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.progress import Progress
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
-from eve_ds.import_path import import_object
+from eve_ds.options import import_object
 from preprocessing.errors import UserError
 
 if TYPE_CHECKING:

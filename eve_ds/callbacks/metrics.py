@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.divergence import SUSPECTS
-from preprocessing.json_text import load_json
-from preprocessing.local_files import write_text
+from preprocessing.local_files import load_json, write_text
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from eve_ds.data.collate import collate
+from eve_ds.data.batch_reader import collate
 from eve_ds.data.samples import Samples
-from eve_ds.engine.agreement import decide
 from eve_ds.engine.batches import to_device
 from eve_ds.engine.callback import Callback
+from eve_ds.engine.distributed import decide
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.spec import HeldOutExamples, PretrainSpec
 from preprocessing.local_files import write_json

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from eve_ds.convert.conversion import beit_to_folder, deepspeed_to_folder, folder_to_published, published_to_folder
 from eve_ds.errors import run_command
-from eve_ds.option_errors import one_line
+from eve_ds.options import one_line
 from preprocessing.errors import UserError
 
 _PROGRAM = "python -m eve_ds.convert"

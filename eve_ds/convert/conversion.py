@@ -15,10 +15,8 @@ from eve_ds import config as config_tree
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import RECIPES, find_recipe, read_run_config, read_yaml, suggest_file
-from eve_ds.tasks.load_task import build_for
-from eve_ds.tasks.registry import BY_NAME, find_spec
+from eve_ds.tasks.registry import BY_NAME, build_for, find_spec
 from eve_ds.weights.beit import fill_from_beit
-from eve_ds.weights.hashes import write_hashes
 from eve_ds.weights.load import check_fit, load_weights
 from eve_ds.weights.model_folder import (
     CONFIG,
@@ -29,13 +27,12 @@ from eve_ds.weights.model_folder import (
     metadata,
     newest_checkpoint,
     step_of,
+    write_hashes,
 )
-from eve_ds.weights.names import PREFIX, from_published, is_published, to_published
-from eve_ds.weights.published import published_config, sized_as
+from eve_ds.weights.published import PREFIX, from_published, is_published, published_config, sized_as, to_published
 from eve_ds.weights.save import check_out, replacing, write_weights
-from preprocessing.errors import UserError, listed
+from preprocessing.errors import UserError, listed, printable
 from preprocessing.local_files import write_json, write_text
-from preprocessing.redaction import printable
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -235,12 +232,12 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
     _check_backbone(state, model, files.weights)
     unplaced = {name for name in state if not name.startswith(PREFIX)}
     tasks = []
-    for task, spec in BY_NAME.items():
+    for task in BY_NAME:
         if task == "pretrain" and files.config is None:
             continue  # the shape of decoders is only in the config of their run
         with torch.device("meta"):
             try:
-                own = build_for(spec, Backbone(model), state, files).state_dict()
+                own = build_for(find_spec(task), Backbone(model), state, files).state_dict()
             except UserError as error:
                 if isinstance(error.__cause__, KeyError):  # no such head, see build_for
                     continue
@@ -277,19 +274,19 @@ def _find_checkpoint(path: Path) -> Path:
 
 
 def _engine() -> Any:
-    """The module eve_ds.engine.universal, which needs DeepSpeed and is imported only to read its checkpoints."""
-    from eve_ds.engine.environment import prepare_environment
+    """The module eve_ds.engine.whole_weights, which needs DeepSpeed and is imported only to read its checkpoints."""
+    from eve_ds.environment import prepare_environment
 
     prepare_environment()
     try:
-        from eve_ds.engine import universal
+        from eve_ds.engine import whole_weights
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "deepspeed":
             raise
         raise UserError(
             "reading a DeepSpeed checkpoint needs DeepSpeed; run pip install -r requirements.txt"
         ) from error
-    return universal
+    return whole_weights
 
 
 def _run_tokenizer(run: Path, tree: dict[str, Any], named: str | None) -> Path:

@@ -1,21 +1,131 @@
-"""What a loader process does for one micro-batch: read its samples, replace corrupt ones, stack the rest."""
+"""What a loader process does for one micro-batch: read its samples, replace corrupt ones, stack the rest.
+
+With ``data.shuffle_window`` above 0, the next thousands of samples lie in a few runs of the shards (sampler.py). A
+network file system reads such runs fast from end to end, and slowly image by image in random order. So each process
+asks the kernel, in file order, to read ahead the samples of the coming window; when they are read in training order,
+they come from the page cache. A rank asks for its own samples only, and each of its workers for a part of them: no
+machine fetches what it does not use. The page cache must hold two windows of images (16,384 of 60 kB are 1 GB).
+"""
 
 from __future__ import annotations
 
 import mmap
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
-from eve_ds.data.collate import Arrays, stack
-from eve_ds.data.readahead import ReadAhead
-from eve_ds.data.sampler import MicroBatchIndices
+from eve_ds.data.sampler import MicroBatchIndices, TrainOrder
 from eve_ds.data.samples import Key, Sample, Samples
 from eve_ds.data.shards import RowError
+from eve_ds.data.sources import AnySplit
+from eve_ds.data.transforms import normalize
 from preprocessing.errors import UserError
 
+_SPEED = 1.25  # of reading ahead, relative to the speed at which training consumes samples
+Batch = dict[str, Tensor]
+Arrays = dict[str, np.ndarray]
 # The number of following samples that are tried after a corrupt one; more corrupt rows than this mean a broken shard.
 MAX_NEIGHBORS = 100
+
+
+class ReadAhead:
+    """Called with the indices of each micro-batch before it is read; asks the kernel to read ahead the next window.
+
+    Args:
+        split: the shards.
+        order: the order of the samples.
+        window: samples per window, over all ranks.
+    """
+
+    def __init__(self, split: AnySplit, order: TrainOrder, window: int) -> None:
+        self._split, self._order = split, order
+        # Work is planned in chunks of this many micro-batches: a window, or an epoch if that is shorter.
+        self._batches = -(-min(window, order.stream.size) // order.global_batch_size)
+        self._planned: int | None = None  # all positions below it have been requested or are in the queue
+        self._queue: deque[int] = deque()
+        self._per_call = 0
+
+    def __call__(self, indices: MicroBatchIndices) -> None:
+        chunk = self._batches * self._order.global_batch_size
+        start = indices.end - self._order.global_batch_size
+        if self._planned is None:
+            # Worker w begins with micro-batch w, but all workers plan the same chunks, from micro-batch 0 on.
+            self._planned = start - _worker()[0] * self._order.global_batch_size
+            self._plan()
+            self._request(len(self._queue))  # the first window has none before it over which to spread the requests
+        while self._planned < start + chunk:
+            self._plan()
+        self._request(self._per_call)
+
+    def _plan(self) -> None:
+        """Queue this process's part of the next chunk, in file order."""
+        assert self._planned is not None
+        worker, workers = _worker()
+        samples = np.unique(self._order.samples_of(self._planned, self._batches))
+        mine = np.array_split(samples, workers)[worker]
+        self._queue.extend(mine.tolist())
+        self._per_call = int(np.ceil(_SPEED * workers * len(mine) / self._batches))
+        self._planned += self._batches * self._order.global_batch_size
+
+    def _request(self, count: int) -> None:
+        self._split.read_ahead([self._queue.popleft() for _ in range(min(count, len(self._queue)))])
+
+
+def _worker() -> tuple[int, int]:
+    """(index of this worker process, number of workers); (0, 1) in the training process."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def collate(samples: Sequence[Sample], pad_id: int, max_text_length: int, pad_to_multiple: int = 1) -> Batch:
+    """Collate samples of one dataset.
+
+    Args:
+        samples: B samples of a dataset of samples.py.
+        pad_id: token id of the padding.
+        max_text_length: maximum padded length, tokens.
+        pad_to_multiple: the padded length is a multiple of this, unless ``max_text_length`` is smaller.
+    Returns:
+        images* [B,3,H,W] float32; text_ids [B,L] int64 and text_mask [B,L] bool (True on tokens); other arrays stacked,
+        [B, ...]; numbers [B] int64.
+    """
+    return to_batch(stack(samples, pad_id, max_text_length, pad_to_multiple))
+
+
+def stack(samples: Sequence[Sample], pad_id: int, max_text_length: int, pad_to_multiple: int = 1) -> Arrays:
+    """Like ``collate``, but without normalization: images* [B,H,W,3] uint8, a quarter of the bytes."""
+    arrays: Arrays = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name == "text_ids":
+            arrays["text_ids"], arrays["text_mask"] = _pad(values, pad_id, max_text_length, pad_to_multiple)
+        elif isinstance(values[0], np.ndarray):
+            arrays[name] = np.stack(values)
+        else:
+            arrays[name] = np.array(values, dtype=np.int64)
+    return arrays
+
+
+def to_batch(arrays: Arrays) -> Batch:
+    """Convert the output of ``stack`` to tensors and normalize the images."""
+    return {
+        name: normalize(value) if name.startswith("images") else torch.from_numpy(value)
+        for name, value in arrays.items()
+    }
+
+
+def _pad(texts: Sequence[np.ndarray], pad_id: int, max_length: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(text) for text in texts])
+    width = min(-(-int(lengths.max()) // multiple) * multiple, max(max_length, int(lengths.max())))
+    ids = np.full((len(texts), width), pad_id, dtype=np.int64)
+    mask = np.arange(width) < lengths[:, None]
+    ids[mask] = np.concatenate(texts)
+    return ids, mask
 
 
 @dataclass(frozen=True)
@@ -37,7 +147,7 @@ class LoadedBatch:
 
     Args:
         indices: the samples that were requested.
-        arrays: the output of ``collate.stack``, without the images that lie in a slot.
+        arrays: the output of ``stack``, without the images that lie in a slot.
         slot: slot of ``SharedImages`` with the images; None if they are in ``arrays``.
         replaced: the corrupt samples.
         failure: message of a UserError, which takes the place of the data. It travels as text because torch would

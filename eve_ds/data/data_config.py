@@ -9,7 +9,7 @@ from pathlib import Path
 from eve_ds.data.sampler import WINDOW_BLOCKS
 from eve_ds.data.transforms import Augmentation
 from preprocessing.errors import UserError
-from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
+from preprocessing.shards.schema import MAX_PIXELS, PILLOW_PIXELS
 
 VERIFY = ("background", "full", "off")
 MOST_SECONDS = 30 * 24 * 3600  # longest timeout; timers of torch and of the system overflow far beyond it

@@ -17,14 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from eve_ds.data.batch_reader import BatchReader, LoadedBatch, SharedImages
-from eve_ds.data.collate import Batch, to_batch
-from eve_ds.data.readahead import ReadAhead
+from eve_ds.data.batch_reader import Batch, BatchReader, LoadedBatch, ReadAhead, SharedImages, to_batch
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
 from eve_ds.data.worker import JOB_SIGNALS, explain_timeout, explain_worker_death, initialize_worker
-from preprocessing.errors import UserError
-from preprocessing.redaction import printable
+from preprocessing.errors import UserError, printable
 
 # Up to this number of corrupt rows never stop a run that tolerates any: a fraction of few samples means little.
 TOLERATED_CORRUPT_ROWS = 3

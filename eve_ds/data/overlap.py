@@ -19,8 +19,16 @@ import pyarrow as pa
 from eve_ds.data.shards import Split
 from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
-from preprocessing.shards.id_keys import distinct, ids_of_batch, is_leak, parse_ids
-from preprocessing.shards.schema import ID_COLUMNS, IDS, IMAGE_COLUMNS, SAMPLE_COLUMN
+from preprocessing.shards.schema import (
+    ID_COLUMNS,
+    IDS,
+    IMAGE_COLUMNS,
+    SAMPLE_COLUMN,
+    distinct,
+    ids_of_batch,
+    is_leak,
+    parse_ids,
+)
 
 _NOUNS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _MAX_NAMES = 3  # ids in a message

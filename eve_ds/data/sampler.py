@@ -17,8 +17,9 @@ Shuffling is either full (any sample may follow any other: every read is a seek)
     an epoch    | 7 | 91 | 4 | ... | 33 | 2 | ...     the blocks in random order, 16 of them per window,
                   \\_ window 0 _/     \\_ window 1 _/   and the samples of a window in random order
 
-All reads of a window fall into its 16 blocks; readahead.py has the kernel read these sequentially before they are
-needed. The same guarantees hold: each sample once per epoch, a pure function, O(1) memory, resumable at any position.
+All reads of a window fall into its 16 blocks; ``batch_reader.ReadAhead`` has the kernel read these sequentially before
+they are needed. The same guarantees hold: each sample once per epoch, a pure function, O(1) memory, resumable at any
+position.
 (Samples beyond a whole number of blocks stay in the last window.)
 
 Several sources are mixed in proportion to their sizes (one permutation over all), or to weights:

@@ -22,8 +22,7 @@ import pyarrow as pa
 
 from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow_error
 from preprocessing.errors import UserError
-from preprocessing.shards.manifest import read_manifest
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
+from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, read_manifest
 
 # Maximum number of mapped shards: each holds two file descriptors, and a common limit per process is 1,024.
 OPEN_SHARDS = 128

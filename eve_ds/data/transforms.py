@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImage
 from torch import Tensor
 
 from preprocessing.errors import UserError
-from preprocessing.images.limits import MAX_PIXELS
+from preprocessing.shards.schema import MAX_PIXELS
 
 Augmentation = Literal["none", "color", "rand"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom, pixels

@@ -20,8 +20,7 @@ from evaluation.common import Parser, printable
 from eve_ds.doctor import hardware, software
 from eve_ds.doctor.known_faults import Facts, find_faults
 from eve_ds.doctor.screen import screen
-from eve_ds.engine.environment import prepare_environment
-from eve_ds.kernels.extensions import extensions_folder
+from eve_ds.environment import extensions_folder, prepare_environment
 
 NAMED = ("torch", "deepspeed", "triton", "pyarrow", "apex", "mpi4py")
 RANKS_PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
@@ -43,8 +42,8 @@ def main() -> None:
         try:
             write(options.json, json.dumps(found, indent=1) + "\n")
         except OSError as error:
-            told = printable(f"error: --json {options.json}: {error.strerror}; choose another place")
-            parser.exit(2, f"{told}\n")
+            message = printable(f"error: --json {options.json}: {error.strerror}; choose another place")
+            parser.exit(2, f"{message}\n")
     sys.exit(1 if found["faults"] else 0)
 
 

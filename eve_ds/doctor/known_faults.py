@@ -127,7 +127,7 @@ def gpu_without_torch(facts: Facts) -> list[Fault]:
 def two_ninjas(facts: Facts) -> list[Fault]:
     """A compiled operation is rebuilt whenever the first ninja on PATH is another version.
 
-    No fault if this environment's own comes first: EVE-DS puts it there itself (engine/environment.py).
+    No fault if this environment's own comes first: EVE-DS puts it there itself (eve_ds/environment.py).
     """
     found: dict[str, str] = {}  # version: first place
     for folder in facts.environ.get("PATH", os.defpath).split(os.pathsep):

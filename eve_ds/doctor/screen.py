@@ -57,7 +57,7 @@ def speeds(found: dict[str, Any]) -> Iterator[str]:
 def operations(found: dict[str, Any]) -> Iterator[str]:
     for name, entry in found["operations"].items():
         if "error" in entry:
-            yield f"{name}: cannot be told ({entry['error']})"
+            yield f"{name}: is unknown ({entry['error']})"
             continue
         others = [
             f"{other['name']}: {other['reason']}" + (f" ({other['how']})" if other["how"] else "")

@@ -37,7 +37,7 @@ def tell(**part: Any) -> None:
 
 def build() -> dict[str, Any]:
     """torch's version and build, the devices that it sees, and the precision that ``auto`` chooses."""
-    from eve_ds.engine.precision import best_precision
+    from eve_ds.engine.deepspeed_config import best_precision
 
     on_gpu = torch.cuda.is_available()
     nccl = ".".join(str(part) for part in torch.cuda.nccl.version()) if on_gpu and not torch.version.hip else None

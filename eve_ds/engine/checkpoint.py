@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import PARAM_SHAPES
 
-from eve_ds.engine import agreement
+from eve_ds.engine import distributed
 from eve_ds.engine.checkpoint_record import (
     COMPLETE,
     Manifest,
@@ -37,15 +37,14 @@ from eve_ds.engine.checkpoint_record import (
     load_file,
     model_file,
 )
-from eve_ds.engine.identity import Identity, told
+from eve_ds.engine.identity import Identity, summarized
 from eve_ds.engine.resume import hash_share, joined, split_by_size, tag_of
-from eve_ds.engine.universal import ShardedState, write_common, write_parameters
 from eve_ds.engine.watchdog import mark
+from eve_ds.engine.whole_weights import ShardedState, write_common, write_parameters
 from eve_ds.errors import RankError
 from eve_ds.weights.model_folder import all_checkpoints, complete_checkpoints, path_exists
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import sync_path
-from preprocessing.redaction import shortened
 
 _log = logging.getLogger(__name__)
 UNIVERSAL = ".universal"
@@ -72,7 +71,7 @@ def save(
     """
     tag = tag_of(step)
     target = folder / tag
-    agreement.decide(lambda: _make_way(target))
+    distributed.decide(lambda: _make_way(target))
     with disk_full_as_rank_error(target):
         with _syncing(engine) as written:
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
@@ -81,7 +80,7 @@ def save(
             mine = hash_share(target, _shares_by_host(target, written))
     hashes = joined(mine)  # after this, the files of all ranks are on disk
     manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
-    agreement.decide(lambda: _complete(target, manifest))
+    distributed.decide(lambda: _complete(target, manifest))
     return target
 
 
@@ -127,11 +126,11 @@ def _shares_by_host(target: Path, written: list[Path]) -> list[list[str]]:
     """The files of ``target`` that each rank hashes: some of those that its own host wrote. Called by all ranks."""
     mine = {str(path.relative_to(target)): path.stat().st_size for path in written}
     seen = file_names(target) if dist.get_rank() == 0 else []
-    told = agreement.gather((agreement.host(), mine, seen))
-    hosts, files = [host for host, _, _ in told], [each for _, each, _ in told]
+    gathered = distributed.gather((distributed.host(), mine, seen))
+    hosts, files = [host for host, _, _ in gathered], [each for _, each, _ in gathered]
     known = {name for each in files for name in each}
-    files[0].update({name: 0 for name in told[0][2] if name not in known})  # scripts that DeepSpeed copied there
-    shares: list[list[str]] = [[] for _ in told]
+    files[0].update({name: 0 for name in gathered[0][2] if name not in known})  # scripts that DeepSpeed copied there
+    shares: list[list[str]] = [[] for _ in gathered]
     for host in set(hosts):
         ranks = [rank for rank, its in enumerate(hosts) if its == host]
         sizes = {name: size for rank in ranks for name, size in files[rank].items()}
@@ -144,7 +143,7 @@ def _complete(target: Path, manifest: Manifest) -> None:
     """Mark a checkpoint complete after all ranks synced their files. Called by rank 0, which waits to see them."""
     folder, run = target.parent, target.parent.parent
     sizes: Sizes = {name: size for name, (size, _) in manifest.files.items()}
-    agreement.await_view(lambda: file_sizes(target, sizes), sizes, str(target))
+    distributed.await_view(lambda: file_sizes(target, sizes), sizes, str(target))
     inside = {target / name for name in manifest.files}
     with disk_full_as_rank_error(target):
         for script in MISLEADING:
@@ -195,8 +194,8 @@ def load(
     found = identity_in(path, manifest).differences(identity) if identity else []
     if found:
         raise UserError(
-            f"{path}: is a checkpoint of another run: {told(found)}; make these equal to go on, or start in another "
-            "output_dir"
+            f"{path}: is a checkpoint of another run: {summarized(found)}; make these equal to go on, or start in "
+            "another output_dir"
         )
     experts = experts_of(engine.module)
     saved, wanted = ({name: e["num_experts"] for name, e in each.items()} for each in (manifest.experts, experts))
@@ -272,7 +271,7 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) 
         if rank == 0:
             write_common(state, folder)
     dist.barrier()
-    agreement.same_view(lambda: file_sizes(folder, file_names(folder)), str(folder))
+    distributed.same_view(lambda: file_sizes(folder, file_names(folder)), str(folder))
     engine._config.load_universal_checkpoint = True
     mark(f"the load of {folder}")
     try:

@@ -29,9 +29,8 @@ from torch import nn
 
 from eve_ds.engine.watchdog import mark_again
 from eve_ds.weights.model_folder import COMPLETE
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import check_regular, write_json
-from preprocessing.redaction import shortened
 
 ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"

@@ -1,20 +1,29 @@
-"""Reads a DeepSpeed JSON file for ``deepspeed.initialize``: fills in "auto" and refuses settings known to be wrong."""
+"""Reads a DeepSpeed JSON file for ``deepspeed.initialize``: fills in "auto", and refuses settings known to be wrong.
+
+A run computes in bf16 where the device multiplies such matrices by itself, else in fp32.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from eve_ds.config import EngineConfig, OptimizerConfig
+import torch
+
+from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
 from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
-from eve_ds.engine.precision import precision_of
+from eve_ds.engine.distributed import decide, gather
+from eve_ds.engine.run_folder import holds_run
 from eve_ds.recipes import MAX_DEPTH, find_shipped, suggest_file, suggest_key
-from preprocessing.errors import UserError
-from preprocessing.json_text import load_json
-from preprocessing.local_files import check_regular
-from preprocessing.redaction import shortened
+from eve_ds.weights.model_folder import run_of, stored_setting
+from preprocessing.errors import UserError, shortened
+from preprocessing.local_files import check_regular, load_json
 
+Precision = Literal["bf16", "fp32"]
+_log = logging.getLogger(__name__)
 # Keys that DeepSpeed 0.19.8 reads as JSON objects. It fails without a clear message on other values.
 SECTIONS = (
     "bf16", "fp16", "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
@@ -22,6 +31,60 @@ SECTIONS = (
     "data_efficiency", "data_types", "expert_parallel", "flops_profiler", "hybrid_engine", "pipeline", "tensorboard",
     "tensor_parallel", "timers", "timers.throughput", "torch_autocast", "wandb", "weight_quantization",
 )  # fmt: skip
+
+
+def multiplies_bf16(device: str) -> bool:
+    """Whether products of bf16 matrices run in the device's own instructions, or in emulation that is about as quick.
+
+    A GPU needs compute capability 8.0 (A100). A CPU needs AVX-512, with which oneDNN takes them; on others torch walks
+    through them in a plain loop (seen on an AMD EPYC with AVX2: 1 to 20 GFLOP/s, where fp32 reaches 140).
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def best_precision(device: str | None = None) -> Precision:
+    """What ``engine.precision: auto`` means on ``device``; by default where ranks run: GPUs if there are any."""
+    return "bf16" if multiplies_bf16(device or ("cuda" if torch.cuda.is_available() else "cpu")) else "fp32"
+
+
+def precision_of(engine: EngineConfig) -> Precision:
+    """``engine.precision``, and for auto what it means here."""
+    return best_precision() if engine.precision == "auto" else engine.precision
+
+
+def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None:
+    """Put bf16 or fp32 in the place of ``engine.precision: auto``: that of the run in ``output_dir``, if it holds one,
+    or of the run that this one branches from.
+
+    A run goes on in the numbers that it began with, whatever machine it is moved to. A new one takes bf16 if it is
+    quick on the devices of all ranks. Rank 0 warns of bf16 that was asked for where it is slow. Called by all ranks.
+    """
+    if config.engine.precision == "auto":
+        run = Path(config.resume_from or "")
+        folders = [Path(config.output_dir or "."), *([run_of(run) or run] if config.resume_from else [])]
+        stored: Precision | None = decide(lambda: next(filter(None, map(_stored, folders)), None))
+        config.engine.precision = stored or _best_of_all_ranks()
+    if rank == 0 and config.engine.precision == "bf16" and best_precision() == "fp32":
+        _log.warning(
+            "engine.precision=bf16: this device has no products of bf16 matrices, which run many times slower than "
+            "those of fp32; --engine.precision auto takes what is quick"
+        )
+
+
+def _best_of_all_ranks() -> Precision:
+    return "fp32" if "fp32" in gather(best_precision()) else "bf16"
+
+
+def _stored(folder: Path) -> Precision | None:
+    if not holds_run(folder):
+        return None
+    stored = stored_setting(folder, "engine", "precision")  # of a config that cannot be read run_folder.claim tells
+    return stored if stored in ("bf16", "fp32") else None
 
 
 def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
@@ -206,10 +269,10 @@ def _invalid(config: dict[str, Any], fault: Mapping[str, Any]) -> str:
         if key in RULES:  # a key with two names, given under both
             return f"{key!r} and its other name, with stage3_, both stand there; leave one of them out"
         return f"unknown key {key!r}{suggest_key(key, list(RULES)) or '; leave it out'}"
-    told = fault["msg"]
-    if told.startswith("Input should be "):
-        told = f"must be {told.removeprefix('Input should be ').partition(',')[0]}"
-    return f"{key}={json.dumps(value)}: {told}" if key else told
+    message = fault["msg"]
+    if message.startswith("Input should be "):
+        message = f"must be {message.removeprefix('Input should be ').partition(',')[0]}"
+    return f"{key}={json.dumps(value)}: {message}" if key else message
 
 
 def _entries(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eve_ds.recipes import suggest_key
-from preprocessing.errors import UserError
-from preprocessing.redaction import shortened
+from preprocessing.errors import UserError, shortened
 
 Accepts = Callable[[Any], bool]
 Rule = tuple[Accepts, str]

@@ -1,4 +1,9 @@
-"""Start and end of the process group, for every launcher."""
+"""Start and end of the process group, for every launcher; one decision for all ranks, and one view of the folder that
+they share.
+
+On a network file system, a rank may see later what another rank has written. A path may also be a different folder on
+each host. So rank 0 decides and broadcasts, and the other ranks wait until they see the same files.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,24 @@ import datetime
 import logging
 import os
 import re
+import secrets
 import socket
 import subprocess
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from eve_ds.engine import placement, watchdog
-from eve_ds.engine.environment import prepare_environment
+from eve_ds import environment
+from eve_ds.engine import watchdog
+from eve_ds.environment import launched_rank, launcher_values, prepare_environment
 from eve_ds.errors import RankError, finish_together
-from eve_ds.launcher_environment import launched_rank, launcher_values
 from preprocessing.errors import UserError
+from preprocessing.local_files import write_text
 
 LOCAL_RANK = "EVE_DS_LOCAL_RANK"  # the true local rank, since LOCAL_RANK has to hold the GPU's index for DeepSpeed
 # torchrun's and deepspeed's, mpirun's, srun's. mpirun's come first: within a Slurm job its daemons have SLURM_* set.
@@ -27,6 +37,9 @@ WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 LOCAL_RANKS = (LOCAL_RANK, "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 BACKSTOP_SECONDS = 60.0  # collectives time out at least so long after the watchdog, whose message says more
+T = TypeVar("T")
+_ONE_FOLDER = "all ranks need one folder, on a file system that their hosts share"
+PATIENCE_SECONDS = 75.0  # NFS clients cache a folder's attributes for up to 60 s (acdirmax)
 
 
 def launched_world() -> tuple[int, int, int]:
@@ -70,23 +83,23 @@ def start(timeout_seconds: float = 600) -> torch.device:
         if "OMPI_COMM_WORLD_RANK" in os.environ and world_size > 1:
             _meet_by_mpi()
         elif world_size == 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(placement.free_port()))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(environment.free_port()))
         else:
             raise UserError(
                 f"rank {rank} of {world_size} has no MASTER_ADDR and MASTER_PORT; export both (as "
                 "launch/slurm/pretrain.sbatch does), or use deepspeed or torchrun"
             )
     _check_port(os.environ["MASTER_PORT"])
-    torch.set_num_threads(placement.compute_threads(len(os.sched_getaffinity(0)), world_size, os.environ))
-    if world_size > (placement.local_world_size(os.environ) or 1):
-        placement.listen_where_others_reach(os.environ["MASTER_ADDR"])
+    torch.set_num_threads(environment.compute_threads(len(os.sched_getaffinity(0)), world_size, os.environ))
+    if world_size > (environment.local_world_size(os.environ) or 1):
+        environment.listen_where_others_reach(os.environ["MASTER_ADDR"])
     import deepspeed
 
     disable_shm_operation()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         os.environ[LOCAL_RANK] = str(local_rank)
-        local_rank = placement.device_ordinal(local_rank, torch.cuda.device_count(), os.environ)
+        local_rank = environment.device_ordinal(local_rank, torch.cuda.device_count(), os.environ)
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local_rank)
     try:
@@ -159,7 +172,7 @@ def _meet_by_mpi() -> None:
 
     finish_together.append(MPI.Finalize)  # mpirun kills the other ranks if one ends without it
     communicator = MPI.COMM_WORLD
-    place = (_own_address(), placement.free_port()) if communicator.Get_rank() == 0 else None
+    place = (_own_address(), environment.free_port()) if communicator.Get_rank() == 0 else None
     address, port = communicator.bcast(place, root=0)
     os.environ.update(MASTER_ADDR=str(address), MASTER_PORT=str(port))
 
@@ -170,3 +183,139 @@ def _own_address() -> str:
     except (OSError, subprocess.CalledProcessError):
         addresses = []
     return addresses[0] if addresses else "127.0.0.1"
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(rank, world size); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def place() -> str:
+    """This rank, for messages, as in "rank 1 on host node7"."""
+    return f"rank {rank_and_world()[0]} on host {socket.gethostname()}"
+
+
+def host() -> str:
+    """An identifier of the host. Hosts may share a name, and containers on one host may have different names."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def gather(value: T) -> list[T]:
+    """Each rank's value, in rank order. Called by all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank. Called by all ranks."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def decide(decision: Callable[[], T]) -> T:
+    """What ``decision`` returns on rank 0, on every rank. A user's error that it raises is raised on all ranks."""
+    value: T | None = None
+    mistake: Exception | None = None
+    if rank_and_world()[0] == 0:
+        try:
+            value = decision()
+        except (UserError, OSError) as error:
+            mistake = error
+    everywhere = UserError(str(mistake)) if isinstance(mistake, RankError | OSError) else mistake  # for rank 0 to print
+    value, everywhere = broadcast((value, everywhere))
+    if mistake or everywhere:
+        raise mistake or everywhere  # type: ignore[misc]
+    return value  # type: ignore[return-value]
+
+
+def agree(mistake: str | None) -> None:
+    """Raise UserError on all ranks if ``mistake`` is set on any: that of the first such rank. Called by all ranks."""
+    found = [each for each in gather(mistake) if each]
+    if found:
+        raise UserError(found[0])
+
+
+def same_view(look: Callable[[], T], what: str) -> T:
+    """What ``look`` returns on rank 0, once it returns the same on every rank. Called by all ranks.
+
+    Args:
+        look: returns what this rank sees in the shared folder now.
+        what: names the folder in the error.
+    Raises:
+        UserError: some rank still sees something else after ``PATIENCE_SECONDS``.
+    """
+    for _ in _waiting():
+        mine = look()
+        first = broadcast(mine)
+        views = gather((place(), mine == first))
+        others = [where for where, same in views if not same]
+        if not others:
+            return first
+    raise UserError(
+        f"{what}: {others[0]} does not see there what {views[0][0]} sees, nor after {PATIENCE_SECONDS:.0f} s; "
+        f"{_ONE_FOLDER}"
+    )
+
+
+def await_view(look: Callable[[], T], expected: T, what: str) -> None:
+    """Wait until ``look`` returns what other ranks have written. Raises UserError as ``same_view``."""
+    for _ in _waiting():
+        if look() == expected:
+            return
+    raise UserError(
+        f"{what}: {place()} does not see all that other ranks wrote there, nor after {PATIENCE_SECONDS:.0f} s; "
+        f"{_ONE_FOLDER}"
+    )
+
+
+def _waiting() -> Iterator[None]:
+    """Yield at growing intervals for ``PATIENCE_SECONDS``, equally often on every rank."""
+    pause, waited = 0.1, 0.0
+    yield
+    while waited < PATIENCE_SECONDS:
+        time.sleep(pause)
+        waited += pause
+        pause = min(2 * pause, 5.0)
+        yield
+
+
+def prove_shared(folder: Path, option: str) -> None:
+    """Raise UserError unless all ranks read from ``folder`` what rank 0 writes into it. Called by all ranks.
+
+    Args:
+        folder: exists on rank 0.
+        option: names the folder in the error.
+    """
+    if rank_and_world()[1] == 1:
+        return
+    token = broadcast(secrets.token_hex(8))
+    file = folder / f".seen-{token}"  # a new name, which no host can have cached as missing
+    is_first = rank_and_world()[0] == 0
+    try:
+        decide(lambda: _leave(file, token))
+        same_view(lambda: token if is_first else _content(file), option)
+    finally:
+        if is_first:
+            file.unlink(missing_ok=True)
+
+
+def _leave(file: Path, token: str) -> None:
+    for old in file.parent.glob(".seen-*"):  # from starts that were killed
+        old.unlink(missing_ok=True)
+    write_text(file, token)
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        return str(error.strerror)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from torch import Tensor
+
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import resume
-from eve_ds.engine.agreement import decide
 from eve_ds.engine.checkpoint import identity_in
 from eve_ds.engine.checkpoint_record import Manifest
-from eve_ds.engine.identity import Identity, Input, place, told
+from eve_ds.engine.distributed import decide
+from eve_ds.engine.identity import Identity, Input, place, summarized
 from eve_ds.engine.run_folder import stored_identity
-from eve_ds.engine.universal import ShardedState
 from eve_ds.engine.watchdog import mark
+from eve_ds.engine.whole_weights import ShardedState
+from eve_ds.model.model_config import ModelConfig
+from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Task
-from eve_ds.tasks.initial import copy_initial, load_initial, wanted
-from eve_ds.weights.hashes import HashError
-from eve_ds.weights.model_folder import COMPLETE, ModelFolder, checkpoints, exported_step, run_of, step_of
+from eve_ds.weights.load import load_state, load_weights, resize_positions
+from eve_ds.weights.model_folder import COMPLETE, MissingError, ModelFolder, checkpoints, exported_step, run_of, step_of
+from eve_ds.weights.published import from_published, is_published
 from preprocessing.errors import UserError
 
 Config = PretrainConfig | FinetuneConfig
 BLOCKS, BLOCK_BYTES = 64, 1 << 14  # of a file of weights that its hash looks at
+# What changes the model's function and no tensor's shape: weights trained with one value fit any other, and go wrong.
+SHAPE_INDEPENDENT = ("num_heads", "top_k", "modality_to_experts", "activation", "norm_eps")
 
 
 def goes_on(config: Config) -> bool:
@@ -40,9 +46,7 @@ def source(config: Config) -> ModelFolder | None:
         return None
     try:
         return _named(config)
-    except HashError:
-        raise
-    except UserError:
+    except MissingError:
         if not goes_on(config):
             raise
         return ModelFolder.checkpoint(config.output_dir)
@@ -54,10 +58,8 @@ def _named(config: Config) -> ModelFolder:
         return ModelFolder.find(config.init_from or "", unfinished=True)
     try:
         return ModelFolder.checkpoint(config.resume_from)
-    except HashError:
-        raise
     except UserError as error:
-        raise UserError(f"--resume_from {error}") from error
+        raise type(error)(f"--resume_from {error}") from error
 
 
 def origin(config: Config) -> dict[str, Input | None]:
@@ -69,9 +71,7 @@ def origin(config: Config) -> dict[str, Input | None]:
         return {"init_from": None, **none}
     try:
         files = _named(config)
-    except HashError:
-        raise
-    except UserError:
+    except MissingError:
         return none  # ``source`` has said so, unless the run goes on
     step = step_of(files.weights) if files.is_checkpoint else exported_step(files.weights.parent)
     return {option: Input(place(named), weights_hash(files), "" if step is None else f"step {step}"), **none}
@@ -128,8 +128,8 @@ def branch_point(config: Config, identity: Identity, total_steps: int) -> tuple[
     before = decide(lambda: branched_from(path, manifest))
     if found := before.for_a_branch().differences(identity.for_a_branch()):
         raise UserError(
-            f"--resume_from {path}: {told(found)}; a branch keeps these; with other ones start a new run from the "
-            "weights: --init_from"
+            f"--resume_from {path}: {summarized(found)}; a branch keeps these; with other ones start a new run from "
+            "the weights: --init_from"
         )
     if manifest.step >= total_steps:
         raise UserError(
@@ -144,3 +144,45 @@ def branched_from(path: Path, manifest: Manifest) -> Identity:
     found = identity_in(path, manifest)
     run = run_of(path)
     return found if found.settings or run is None else Identity(stored_identity(run).settings, found.inputs)
+
+
+def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
+    """Copy weights into ``task``; an expert-parallel rank takes its experts, positions are interpolated.
+
+    Args:
+        task: built for its own image size and head.
+        checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own.
+        load_head: the head comes from there too, and must be there; else it keeps its initial values.
+    Raises:
+        UserError: nothing there, unreadable, or of another model; the message names file and tensors.
+        UserError: the config beside the weights has other values of ``SHAPE_INDEPENDENT`` settings.
+    """
+    files = ModelFolder.find(checkpoint)
+    state = load_weights(files.weights)
+    if is_published(state):
+        state = from_published(state, task.config)
+    copy_initial(task, state, files, load_head)
+
+
+def wanted(task: Task, load_head: bool) -> tuple[str, ...]:
+    """How the names of the weights begin that ``task`` starts from."""
+    return ("backbone.", *task.heads) if load_head else ("backbone.",)
+
+
+def copy_initial(task: Task, state: dict[str, Tensor], files: ModelFolder, load_head: bool) -> None:
+    """As ``load_initial``, of weights that have been read: ``state`` (EVE-DS names), from ``files``."""
+    if files.config is not None:
+        _check_settings(task.config, files.config)
+    own = {name: tensor for name, tensor in state.items() if name.startswith(wanted(task, load_head))}
+    load_state(task, resize_positions(own, task.config), files.weights, () if load_head else task.heads)
+
+
+def _check_settings(config: ModelConfig, stored: Path) -> None:
+    trained = read_run_config(stored, "model")["model"]
+    for name in SHAPE_INDEPENDENT:
+        before, now = trained.get(name, getattr(ModelConfig, name)), getattr(config, name)
+        if before != now:
+            raise UserError(
+                f"model.{name} is {now} here, but the weights were trained with {before} ({stored}); "
+                f"set --model.{name} {str(before).lower() if isinstance(before, bool) else before}"
+            )

@@ -112,7 +112,7 @@ class Identity:
         for name, new in now.inputs.items():
             known = self.inputs.get(name, new)
             if not _same(name, known, new):
-                found.append(f"{name} is {_told(known)} there and {_told(new)} here")
+                found.append(f"{name} is {_described(known)} there and {_described(new)} here")
         return found
 
     def for_a_branch(self) -> Identity:
@@ -160,7 +160,7 @@ class Identity:
         return cls(_bound(tree), {})
 
 
-def told(differences: list[str]) -> str:
+def summarized(differences: list[str]) -> str:
     """The first ``SHOWN`` differences, for a message."""
     more = len(differences) - SHOWN
     return "; ".join(differences[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -211,7 +211,7 @@ def _same(name: str, old: Input | None, new: Input | None) -> bool:
     return old.hash == new.hash or (name in WEIGHTS and old.place == new.place)
 
 
-def _told(value: Input | None) -> str:
+def _described(value: Input | None) -> str:
     return "null" if value is None else str(value)
 
 

@@ -1,7 +1,8 @@
-"""Parameter groups and the optimizer."""
+"""AdamW with its parameter groups, and the learning rate as a pure function of the step: nothing to store or resume."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,3 +50,18 @@ def build_optimizer(
     states in host memory if ``offload``. A collective where there is a process group."""
     groups = parameter_groups(module, config)
     return build_adamw(groups, config.lr, (config.betas[0], config.betas[1]), config.eps, device, offload)
+
+
+def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Share of the peak learning rate for optimizer step ``step`` (the first is 0).
+
+    Rises linearly over ``warmup * total_steps`` steps, then falls to ``min_lr_ratio`` along a cosine or a line.
+    """
+    warmup = round(config.warmup * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape

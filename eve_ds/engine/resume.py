@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eve_ds.engine import agreement
+from eve_ds.engine import distributed
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Hashes, Manifest, file_sizes, hash_files
 from eve_ds.engine.watchdog import mark
 from eve_ds.weights.model_folder import list_folder, newest_checkpoint, path_exists
@@ -38,13 +38,13 @@ def sound(folder: Path) -> tuple[Path, Manifest] | None:
         UserError: all are damaged, or one cannot be read or used for another reason.
     """
     while True:
-        path = agreement.decide(lambda: _newest_or_none_yet(folder))
+        path = distributed.decide(lambda: _newest_or_none_yet(folder))
         if path is None:
             return None
         try:
             return path, check(path)
         except DamagedError as error:
-            agreement.decide(functools.partial(_set_aside, error))
+            distributed.decide(functools.partial(_set_aside, error))
 
 
 def _newest_or_none_yet(folder: Path) -> Path | None:
@@ -83,14 +83,14 @@ def check(path: Path) -> Manifest:
             manifest says.
     """
     mark(f"the check of {path}")
-    manifest = agreement.decide(lambda: Manifest.read(path))
+    manifest = distributed.decide(lambda: Manifest.read(path))
     if path.name != tag_of(manifest.step):
         raise UserError(f"{path}: holds step {manifest.step}, so it was renamed; call it {tag_of(manifest.step)} again")
-    sizes = agreement.same_view(lambda: file_sizes(path, manifest.files), str(path))
+    sizes = distributed.same_view(lambda: file_sizes(path, manifest.files), str(path))
     manifest.check_sizes(path, sizes)
-    if broken := manifest.differing(hash_together(path, split_by_size(sizes, agreement.rank_and_world()[1]))):
-        agreement.decide(lambda: _look_again(path, broken[0], manifest))
-    agreement.decide(lambda: manifest.check_contents(path))
+    if broken := manifest.differing(hash_together(path, split_by_size(sizes, distributed.rank_and_world()[1]))):
+        distributed.decide(lambda: _look_again(path, broken[0], manifest))
+    distributed.decide(lambda: manifest.check_contents(path))
     return manifest
 
 
@@ -129,14 +129,14 @@ def hash_together(path: Path, shares: list[list[str]]) -> Hashes:
 def hash_share(path: Path, shares: list[list[str]]) -> tuple[Hashes, str | None]:
     """(hashes of this rank's share, None), or ({}, message) if a file cannot be read."""
     try:
-        return hash_files(path, shares[agreement.rank_and_world()[0]], threads=1), None
+        return hash_files(path, shares[distributed.rank_and_world()[0]], threads=1), None
     except UserError as error:
-        return {}, f"{agreement.place()}: {error}"
+        return {}, f"{distributed.place()}: {error}"
 
 
 def joined(mine: tuple[Hashes, str | None]) -> Hashes:
     """The results of ``hash_share`` of all ranks as one. Called by all ranks. Raises UserError as ``hash_together``."""
-    parts = agreement.gather(mine)
-    if mistakes := [told for _, told in parts if told]:
+    parts = distributed.gather(mine)
+    if mistakes := [error for _, error in parts if error]:
         raise UserError(mistakes[0])
     return dict(sorted((name, value) for part, _ in parts for name, value in part.items()))

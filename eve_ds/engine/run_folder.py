@@ -13,8 +13,8 @@ from pathlib import Path
 from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import watchdog
-from eve_ds.engine.agreement import agree, decide, place, prove_shared, tell
-from eve_ds.engine.identity import Identity, told
+from eve_ds.engine.distributed import agree, broadcast, decide, place, prove_shared
+from eve_ds.engine.identity import Identity, summarized
 from eve_ds.recipes import read_run_config
 from eve_ds.weights.model_folder import (
     CHECKPOINTS,
@@ -113,7 +113,7 @@ def _another(config: PretrainConfig | FinetuneConfig, before: Identity, found: l
             return f"{told_of} (--checkpoint {folder / MODEL} scores the run's model)"
         return f"{told_of} (the run has saved nothing yet that could be scored)"
     branch = f" (there, --resume_from {folder} branches from its newest checkpoint)" if newest else ""
-    return f"another run: {told(found)}; make these equal to go on, or choose another folder{branch}"
+    return f"another run: {summarized(found)}; make these equal to go on, or choose another folder{branch}"
 
 
 def _run(checkpoint: str) -> Path:
@@ -142,8 +142,8 @@ def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
 
 def _check_same_on_all_ranks(identity: Identity) -> None:
     """Raise UserError on all ranks if a rank has other settings than rank 0, or reads other inputs on its host."""
-    found = tell(identity).differences(identity)
-    agree(f"{place()} reads other things than rank 0: {told(found)} (there: rank 0)" if found else None)
+    found = broadcast(identity).differences(identity)
+    agree(f"{place()} reads other things than rank 0: {summarized(found)} (there: rank 0)" if found else None)
 
 
 def stored_identity(folder: Path) -> Identity:

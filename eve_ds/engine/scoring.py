@@ -9,22 +9,25 @@ Files written below the run folder, rank 0 alone:
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evaluation.common import InputError
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
 from eve_ds.engine import batches
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
-from eve_ds.logs import OUTPUT
+from eve_ds.errors import OUTPUT
 from eve_ds.tasks.base import Task
-from eve_ds.tasks.examples import Thumbnails
+from eve_ds.tasks.spec import Thumbnails
+from preprocessing.errors import UserError
 from preprocessing.local_files import write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +35,15 @@ if TYPE_CHECKING:
 
 Scores = dict[str, float]
 _output = logging.getLogger(OUTPUT)
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """The errors of the package ``evaluation``, as of scores that are NaN, become those of this one."""
+    try:
+        yield
+    except InputError as error:
+        raise UserError(str(error)) from error
 
 
 class Scorer:
@@ -54,6 +66,7 @@ class Scorer:
         found = batches.evaluation_batches(self.config, self.datasets[split], limit)
         return predict(task, found, self.device, self.stop)
 
+    @_user_errors()
     def while_training(self, trainer: Trainer) -> Scores:
         """Metrics on the validation split for the log; empty but on rank 0."""
         split = self.config.data.val_split
@@ -64,6 +77,7 @@ class Scorer:
         scores = self.config.spec.metrics(arrays, self.datasets[split]) if arrays else {}
         return {f"val/{name}": value for name, value in scores.items()}
 
+    @_user_errors()
     def score(self, task: Task, split: str, folder: Path) -> None:
         """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
         mark(f"the scoring of {split}")
@@ -73,13 +87,15 @@ class Scorer:
             return
         spec, dataset = self.config.spec, self.datasets[split]
         scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
-        if scores:  # told before anything is written: the disk may be full
+        if scores:  # logged before anything is written: the disk may be full
             values = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            _output.info("%s: %s%s", split, values, _told(lack))
+            _output.info("%s: %s%s", split, values, _incomplete_note(lack))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         if not scores:
-            _output.info("%s: predictions written; the split has no answers to score them by%s", split, _told(lack))
+            _output.info(
+                "%s: predictions written; the split has no answers to score them by%s", split, _incomplete_note(lack)
+            )
             return
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
@@ -104,7 +120,7 @@ def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:
     return found | {"dropped": dropped}
 
 
-def _told(lack: Mapping[str, Any]) -> str:
+def _incomplete_note(lack: Mapping[str, Any]) -> str:
     if not lack:
         return ""
     whole = ", ".join(f"{part['scored']} of {part['of']} {name}" for name, part in lack.items() if name != "dropped")

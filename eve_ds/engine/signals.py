@@ -24,8 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from eve_ds.errors import STOPPED, StopError, tell_launching
-from eve_ds.launcher_environment import launched_rank
+from eve_ds.environment import launched_rank
+from eve_ds.errors import STOPPED, StopError, notify_launching
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SECOND_AFTER = 5.0  # seconds
@@ -55,28 +55,28 @@ class StopRequest:
         self.requested = False
         self._number = 0  # the last signal
         self._deferred = 0
-        self._heeding = self._acted_on = self._announced = False
+        self._handling = self._acted_on = self._announced = False
         self._first: dict[bool, float] = {}  # when the first SIGUSR1 (True) and the first other signal came
         self._end_at: tuple[float, int] | None = None  # when, and with which exit code, this process is ended
         self._launchers = launchers_above()
 
     @contextlib.contextmanager
-    def heeded(self) -> Iterator[StopRequest]:
+    def handling(self) -> Iterator[StopRequest]:
         """Context in which a signal makes the main thread raise StopError: at once, or at the end of ``deferred``."""
-        self._heeding = True
-        pipe, self._told = os.pipe()
-        os.set_blocking(self._told, False)
-        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        self._handling = True
+        pipe, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self._on_signal)
-        tell_launching("")
+        notify_launching("")
         outlive_readers()
         threading.Thread(target=self._watch, args=(pipe,), name="signals", daemon=True).start()
         try:
             yield self
         finally:
-            self._heeding = False  # the handlers stay: when one rank ends, a launcher sends TERM to the others
+            self._handling = False  # the handlers stay: when one rank ends, a launcher sends TERM to the others
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -93,11 +93,11 @@ class StopRequest:
 
     def acted_on(self) -> None:
         """Say that the ranks agreed to stop and everything is saved, so that further requests need no action."""
-        self._heeding, self._acted_on = False, True
+        self._handling, self._acted_on = False, True
 
     def _raise_if_due(self) -> None:
-        if self.requested and self._heeding and not self._deferred:
-            self._heeding = False  # cleanup is not interrupted again
+        if self.requested and self._handling and not self._deferred:
+            self._handling = False  # cleanup is not interrupted again
             raise StopError(self._number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -139,7 +139,7 @@ class StopRequest:
 
 def end(code: int) -> None:
     """End the process, from any thread."""
-    tell_launching(str(code))
+    notify_launching(str(code))
     os._exit(code)
 
 

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING
 from eve_ds.data import hashing_process
 from eve_ds.data.shards import Shard
 from eve_ds.engine import watchdog
-from eve_ds.engine.agreement import gather, host
 from eve_ds.engine.callback import Callback
-from eve_ds.engine.distributed import launched_world
+from eve_ds.engine.distributed import gather, host, launched_world
 from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class VerifyShards(Callback):
         self._shards, self._rate = list(shards), rate
         random.Random(host()).shuffle(self._shards)  # hosts share results for the same files
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = b""  # output of the process that is not a complete line yet
+        self._output = b""  # output of the process that is not a complete line yet
         self._seen = 0  # shards that the process has reported
         self._fault = ""
 
@@ -185,8 +184,8 @@ class VerifyShards(Callback):
     def _look(self) -> None:
         """Read the output of the process."""
         assert self._process is not None and self._process.stdout is not None
-        self._told += self._process.stdout.read() or b""
-        *whole, self._told = self._told.split(b"\n")
+        self._output += self._process.stdout.read() or b""
+        *whole, self._output = self._output.split(b"\n")
         for line in whole:
             found = json.loads(line)
             self._seen += found["state"] != "unread"

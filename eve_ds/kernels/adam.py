@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from eve_ds.environment import extensions_folder
 from eve_ds.kernels.choices import Alternative, Choice
-from eve_ds.kernels.extensions import extensions_folder
 
 FUSED_ADAM, CPU_ADAM = "fused_adam", "cpu_adam"  # DeepSpeed's names of the compiled operations
 
@@ -26,7 +26,7 @@ FUSED_ADAM, CPU_ADAM = "fused_adam", "cpu_adam"  # DeepSpeed's names of the comp
 # compilation.
 _COMPILE = {
     operation: (
-        "from eve_ds.engine.environment import prepare_environment; prepare_environment(); "
+        "from eve_ds.environment import prepare_environment; prepare_environment(); "
         f"from deepspeed.ops.op_builder import {builder}; {builder}().load()"
     )
     for operation, builder in ((FUSED_ADAM, "FusedAdamBuilder"), (CPU_ADAM, "CPUAdamBuilder"))

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eve_ds.kernels import permute, permute_reference
-from eve_ds.kernels.buffers import reused_empty_like
+from eve_ds.kernels import permute
 from eve_ds.kernels.grouped_mm import (
     Groups,
     add_group_bias_,
@@ -28,7 +27,7 @@ from eve_ds.kernels.grouped_mm import (
     grouped_weight_gradient,
     has_grouped_kernel,
 )
-from eve_ds.kernels.mlp import ACTIVATIONS, Activation
+from eve_ds.kernels.mlp import ACTIVATIONS, Activation, reused_empty_like
 from eve_ds.kernels.permute import Layout
 
 
@@ -83,7 +82,7 @@ def reference(
 ) -> Tensor:
     """``expert_mlp`` in plain PyTorch."""
     top_k = _top_k(weights_Tk)
-    x_PD = permute_reference.gather_rows(x_TD, layout.order, layout.inverse.numel(), top_k)
+    x_PD = permute.gather_rows(x_TD, layout.order, layout.inverse.numel(), top_k)
     served = sum(layout.padded_tokens_per_expert)
     experts = zip(
         x_PD[:served].split(layout.padded_tokens_per_expert),
@@ -235,6 +234,6 @@ def _top_k(weights_Tk: Tensor | None) -> int:
 def _token_and_weight_of_row(layout: Layout, weights_Tk: Tensor | None, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """[P] int64, any token in a padding row; and [P, 1] in x's dtype, zero in a padding row."""
     num_choices = layout.inverse.numel()
-    token_P = permute_reference.token_of_row(layout.order, num_choices, _top_k(weights_Tk))
+    token_P = permute.token_of_row(layout.order, num_choices, _top_k(weights_Tk))
     weights_R = x_TD.new_ones(num_choices) if weights_Tk is None else weights_Tk.reshape(-1)
     return token_P, torch.cat([weights_R, weights_R.new_zeros(1)])[layout.order].unsqueeze(1)

@@ -115,9 +115,9 @@ def add_group_bias_(y_RN: Tensor, bias_EN: Tensor, groups: Groups) -> Tensor:
         ``y_RN``.
     """
     if (y_RN.is_cuda or (triton_is_interpreted() and not y_RN.is_meta)) and triton_state()[0] and y_RN.is_contiguous():
-        from eve_ds.kernels import group_bias_triton  # imports triton, which need not be installed
+        from eve_ds.kernels import triton_kernels  # imports triton, which need not be installed
 
-        return group_bias_triton.add_group_bias_(y_RN, bias_EN, groups.offsets)
+        return triton_kernels.add_group_bias_(y_RN, bias_EN, groups.offsets)
     for group, rows in groups.slices():
         y_RN[rows] += bias_EN[group]
     return groups.zero_rest(y_RN)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eve_ds.kernels.layer_norm import LayerNorm
-from eve_ds.model.attention import key_bias
-from eve_ds.model.block import HardBlock, SoftBlock
+from eve_ds.model.block import HardBlock, SoftBlock, key_bias
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT, MoE

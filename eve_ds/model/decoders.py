@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.kernels.layer_norm import LayerNorm
-from eve_ds.model.attention import Attention
-from eve_ds.model.block import MLP
+from eve_ds.model.block import MLP, Attention
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:

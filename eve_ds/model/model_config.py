@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from preprocessing.errors import UserError
-from preprocessing.json_text import load_json
-from preprocessing.local_files import check_regular
-from preprocessing.redaction import shortened
+from preprocessing.errors import UserError, shortened
+from preprocessing.local_files import check_regular, load_json
 
 Activation = Literal["gelu", "quick_gelu"]
 MOST = 1 << 20  # of blocks, experts, entries of a vocabulary ...

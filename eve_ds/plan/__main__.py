@@ -27,10 +27,10 @@ from eve_ds.config import (  # noqa: F401
     PretrainConfig,
     parse,
 )
-from eve_ds.engine.environment import prepare_environment
+from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.finetune_options import expand_options
-from eve_ds.option_errors import values_of
+from eve_ds.options import values_of
 from eve_ds.recipes import read_yaml, split_options
 from eve_ds.tasks.registry import PRETRAIN, find_spec
 from eve_ds.tasks.spec import PretrainSpec

@@ -7,9 +7,8 @@ import functools
 import re
 from typing import Any
 
-from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config
 from eve_ds.engine.distributed import check_world
-from eve_ds.engine.precision import best_precision
 from eve_ds.plan.fit import largest
 from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import Config, build, count_parameters

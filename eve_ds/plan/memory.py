@@ -65,7 +65,7 @@ class Rehearsal:
         config: the run; ``model.checkpoint_activations`` counts.
         zero: stage, ranks, buffers.
         num_answers: VQA's classes.
-        on_gpu: one of Hopper's or Blackwell's; else every attention keeps its N x N weights (model/attention.py), and
+        on_gpu: one of Hopper's or Blackwell's; else every attention keeps its N x N weights (model/block.py), and
             experts take turns.
     """
 

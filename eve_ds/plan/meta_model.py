@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 from eve_ds.kernels.permute import Layout, combine, permute
-from eve_ds.model.attention import Attention
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import HardBlock, SoftBlock
+from eve_ds.model.block import Attention, HardBlock, SoftBlock
 from eve_ds.model.experts import Experts
 from eve_ds.tasks.base import Task
 

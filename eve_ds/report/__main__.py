@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from evaluation.common import Parser, run, write_text
-from eve_ds.logs import setup_logging
+from eve_ds.errors import setup_logging
 from eve_ds.report.curves import curves_section, experts_section
 from eve_ds.report.example_sections import example_sections
 from eve_ds.report.html import Html, page, tag

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.common import InputError, read_json, read_text
-from eve_ds.tasks.registry import FINETUNE, PRETRAIN, find_spec
+from eve_ds.tasks.registry import FINETUNE, PRETRAIN, find_spec, finetune_spec
 from eve_ds.tasks.spec import FinetuneSpec
-from preprocessing.errors import UserError
-from preprocessing.json_text import load_json
-from preprocessing.redaction import without_secrets
+from preprocessing.errors import UserError, without_secrets
+from preprocessing.local_files import load_json
 
 STAGES = {"pretrain": "Pre-training", "itr": "Retrieval", "vqa": "VQA", "nlvr": "NLVR"}
 SINGLE = "run"
@@ -97,7 +96,7 @@ def read_run(folder: Path) -> Run:
         found = [name for name in STAGES if (folder / name).is_dir()]
         stages = {name: _read_stage(name, STAGES[name], folder / name) for name in found}
     metrics = _optional(folder / "metrics.json", dict) or {}
-    tasks = {spec.name: spec for spec in FINETUNE.values()}
+    tasks = {spec.name: spec for spec in map(finetune_spec, FINETUNE)}
     if not stages and not metrics:
         wanted = ", ".join(f"{name}/" for name in STAGES)
         raise InputError(f"--run {folder}: holds no run: neither metrics.jsonl nor metrics.json nor any of {wanted}")
@@ -168,7 +167,8 @@ def _task_of(stage: Stage, scores: dict[str, Any]) -> FinetuneSpec | None:
     """
     named = re.search(r"^task: (\S+)$", stage.config or "", re.MULTILINE)
     if named is None:
-        return next((spec for spec in FINETUNE.values() if any(key in scores for key, _ in spec.measures)), None)
+        built_in = map(finetune_spec, FINETUNE)
+        return next((spec for spec in built_in if any(key in scores for key, _ in spec.measures)), None)
     if named[1] in PRETRAIN:
         return None
     try:

@@ -17,8 +17,8 @@ from evaluation import nlvr
 from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.transforms import may_mirror
-from eve_ds.model.attention import key_bias
 from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.model.block import key_bias
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.tasks.base import (
     Batch,
@@ -31,8 +31,7 @@ from eve_ds.tasks.base import (
     to_numpy,
     valid_rows,
 )
-from eve_ds.tasks.examples import Thumbnails, evenly_spaced
-from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass
+from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
 
 

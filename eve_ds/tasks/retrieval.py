@@ -33,9 +33,8 @@ from eve_ds.tasks.base import (
     to_numpy,
     valid_rows,
 )
-from eve_ds.tasks.examples import Thumbnails, evenly_spaced
 from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS, random_bits, uniform
-from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass
+from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
 
 TEMPERATURE_RANGE = (0.001, 0.5)

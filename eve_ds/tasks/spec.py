@@ -6,6 +6,7 @@ A task is one module: a ``Task`` (its loss), the dataset of its samples, and an 
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eve_ds.data.samples import CaptionSamples, Samples
@@ -23,15 +25,41 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
-from eve_ds.tasks.examples import Thumbnails
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
-from preprocessing.json_text import load_json
+from preprocessing.local_files import load_json
 from preprocessing.text.tokenizer import Tokenizer
 
+THUMBNAIL = 160  # pixels
 DEFAULT_MASK_ID = 4  # [MASK] of the tokenizers that EVE-DS trains
-
 Arrays = dict[str, np.ndarray]
+
+
+class Thumbnails:
+    """Images, shrunk and stored in ``RUN/samples/``, each once.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "samples"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, data: bytes) -> str:
+        """Store the image file ``data`` under ``name``, unless it is there. Returns the file's name."""
+        file = self.folder / f"{name}.png"
+        if not file.exists():
+            with Image.open(io.BytesIO(data)) as full_size:
+                small = full_size.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.save(file)
+        return file.name
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """At most ``count`` indices below ``total``, evenly spaced."""
+    return [i * total // count for i in range(count)] if total > count else list(range(total))
 
 
 @dataclass

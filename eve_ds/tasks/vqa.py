@@ -29,14 +29,11 @@ from eve_ds.tasks.base import (
     to_numpy,
     valid_rows,
 )
-from eve_ds.tasks.examples import Thumbnails, evenly_spaced
-from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec
+from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
-from preprocessing.json_text import load_json
-from preprocessing.local_files import check_regular, json_text
-from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
-from preprocessing.shards.schema import ANSWER_LIST
+from preprocessing.local_files import check_regular, json_text, load_json
+from preprocessing.shards.schema import ANSWER_LIST, ANSWER_LIST_HASH, answers_sha256
 from preprocessing.text.tokenizer import Tokenizer
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock
-from eve_ds.weights.positions import interpolate_positions
+from eve_ds.weights.load import interpolate_positions
 from preprocessing.errors import UserError, listed
 
 # Absolute positions, biases, LayerScale and the final norm are optional in unilm's model.

@@ -1,8 +1,10 @@
-"""Load weights from files into modules, strictly: an error lists every tensor that does not fit."""
+"""Load weights from files into modules, strictly: an error lists every tensor that does not fit. Image positions are
+interpolated to another image size."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import struct
 from collections.abc import Mapping, Sequence
@@ -10,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.weights.hashes import check_hash, read_hashes
+from eve_ds.weights.model_folder import check_hash, read_hashes
 from preprocessing.errors import UserError, listed
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin")
@@ -25,6 +29,7 @@ UNREADABLE = (
     OSError, EOFError, RuntimeError, MemoryError, SafetensorError, pickle.UnpicklingError, struct.error,
     ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError, OverflowError,
 )  # fmt: skip
+POSITIONS = "backbone.image_embedding.positions"
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -145,3 +150,33 @@ def _local_experts(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
             if name in state and state[name].shape[0] == layer.num_experts:
                 local[name] = state[name].chunk(layer.ep_size)[layer.ep_rank]
     return local
+
+
+def interpolate_positions(positions: Tensor, num_patches: int) -> Tensor:
+    """Interpolate a square grid of positions bicubically, as the published code does. The class token's is copied.
+
+    Args:
+        positions: [1 + P, D], class token first, then patches row by row; P a square.
+        num_patches: P', a square.
+    Returns:
+        [1 + P', D] in the same dtype (computed in float32); the input itself if P' = P.
+    Raises:
+        UserError: P or P' is not a square.
+    """
+    old, new = math.isqrt(positions.shape[0] - 1), math.isqrt(num_patches)
+    if old**2 != positions.shape[0] - 1 or new**2 != num_patches:
+        raise UserError(
+            f"positions of {positions.shape[0] - 1} patches cannot be interpolated to {num_patches}: not square grids"
+        )
+    if old == new:
+        return positions
+    grid = positions[1:].float().T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.reshape(-1, num_patches).T.to(positions.dtype)])
+
+
+def resize_positions(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The state (EVE-DS names) with image positions for ``config.image_size``."""
+    if POSITIONS not in state:
+        return state
+    return state | {POSITIONS: interpolate_positions(state[POSITIONS], config.num_patches)}

@@ -1,7 +1,13 @@
-"""Resolve a ``--checkpoint`` path: a run folder, a model folder, or a single file of weights."""
+"""Resolve a ``--checkpoint`` path: a run folder, a model folder, or a single file of weights.
+
+``hashes.json`` of a model folder, {file name: SHA-256}, keeps corrupted files from being loaded silently. A folder
+without it (from an older version, or made by hand) is loaded unchecked, and so is a file that it does not list. Only
+the weights must be listed, since every writer lists them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -11,12 +17,12 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from eve_ds.weights.hashes import HASHES, WEIGHTS, check_hash, read_hashes
 from preprocessing.errors import UserError
-from preprocessing.local_files import check_regular
+from preprocessing.local_files import check_regular, dump_json, load_json, write_atomic
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
+HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
 FILES = (*HASHED, HASHES)  # every file of a model folder
@@ -25,6 +31,46 @@ MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 COMPLETE = "complete.json"  # written last: marks a complete checkpoint
 _MAX_LINKS = 42  # the limit of Linux is 40
 _CHECKPOINT = re.compile(r"step_\d+")
+
+
+def write_hashes(folder: Path, names: tuple[str, ...]) -> None:
+    """Write the hashes of those files ``names`` that exist in ``folder``, atomically; call it last."""
+    write_atomic(
+        folder / HASHES, dump_json({name: _hash(folder / name) for name in names if (folder / name).is_file()})
+    )
+
+
+def read_hashes(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of a folder's files; empty without ``hashes.json``. Raises UserError if that is damaged."""
+    path = folder / HASHES
+    if not path.is_file():
+        return {}
+    try:
+        found = load_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        found = error
+    sound = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    if not sound or (WEIGHTS not in found and (folder / WEIGHTS).is_file()):
+        raise UserError(f"{path}: is damaged; copy the folder again, or delete that file to load without a check")
+    return found
+
+
+def check_hash(path: Path, sha256: str) -> None:
+    """Raise UserError unless the file exists and has this hash."""
+    try:
+        same = _hash(path) == sha256
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}, but {HASHES} names it; copy the folder again") from None
+    if not same:
+        raise UserError(
+            f"{path}: its SHA-256 is not the one in {HASHES} beside it: its bytes have changed; copy the folder again "
+            f"(after an intended edit, delete {HASHES})"
+        )
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def metadata(step: int | None = None) -> dict[str, str]:
@@ -132,6 +178,10 @@ def newer_checkpoint(run: Path) -> Path | None:
     return last if exported is not None and exported < step_of(last) else None
 
 
+class MissingError(UserError):
+    """No weights are there (any more): a run that goes on from a checkpoint of its own does not need them."""
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """Paths of the parts of a model; config and tokenizer are None for a bare weights file.
@@ -162,7 +212,8 @@ class ModelFolder:
             unfinished: accept checkpoints, too: RUN/checkpoints/step_N, and for a run that has not exported its newest
                 state the newest checkpoint.
         Raises:
-            UserError: no weights there; or they are a checkpoint, and ``unfinished`` is False.
+            MissingError: no weights there.
+            UserError: a checkpoint, and ``unfinished`` is False; or ``hashes.json`` says that it is damaged.
         """
         path = Path(path)
         if path.is_file() and run_of(path.parent):
@@ -179,10 +230,10 @@ class ModelFolder:
         if (path / MODEL / WEIGHTS).is_file():
             return cls._beside(path / MODEL / WEIGHTS)
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
+            raise MissingError(f"{path}: no such file or folder; give a run folder, a model folder or a weights file")
         if path.name == CHECKPOINTS and checkpoints(path.parent):
             raise UserError(f"{path}: holds all checkpoints; name one of them, or the run, {path.parent}")
-        raise UserError(
+        raise MissingError(
             f"{path}: no {WEIGHTS} here or in its folder {MODEL}, and no complete checkpoint; give a run that has "
             "saved one, a model folder or a weights file"
         )
@@ -192,12 +243,15 @@ class ModelFolder:
         """The checkpoint RUN/checkpoints/step_N at ``path``, or the newest one of the run there.
 
         Raises:
-            UserError: there is none, or it is incomplete.
+            MissingError: there is none, or it is incomplete.
+            UserError: its ``complete.json`` is no file.
         """
         path = Path(path)
         found = checkpoint_at(path) or next(reversed(checkpoints(path)), None)
         if found is None:
-            raise UserError(f"{path}: no complete checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one")
+            raise MissingError(
+                f"{path}: no complete checkpoint; give RUN/checkpoints/step_N, or RUN for its newest one"
+            )
         return cls._of_checkpoint(found)
 
     @classmethod

@@ -1,4 +1,9 @@
-"""Config of a published model: EVE's config JSON, completed by the shapes of the tensors."""
+"""Published EVE checkpoints (github.com/ssyze/EVE): their config, completed by the shapes of the tensors, and their
+names <-> names of EVE-DS, both ways.
+
+All of the backbone is renamed, and the experts of a layer, one by one in a published file, are packed into w1, w2, w3.
+Names outside ``backbone.`` (the heads) are the same in both.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,181 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from eve_ds.model.experts import pack_biases, split_biases
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.weights.positions import POSITIONS
+from eve_ds.weights.load import POSITIONS
+from preprocessing.errors import UserError, listed
 
+PREFIX = "backbone."
+
+_TOP = {
+    "class_embedding_vision": "image_embedding.class_token",
+    "patch_embed.weight": "image_embedding.projection.weight",
+    "patch_embed.bias": "image_embedding.projection.bias",
+    "pos_embed_vision": "image_embedding.positions",
+    "type_embed_vision": "image_embedding.type_vector",
+    "word_embedding.weight": "text_embedding.words.weight",
+    "pos_embed_text": "text_embedding.positions",
+    "type_embed_text": "text_embedding.type_vector",
+    "layer_norm_text.weight": "text_embedding.norm.weight",
+    "layer_norm_text.bias": "text_embedding.norm.bias",
+    "pre_layrnorm.weight": "embedding_norm.weight",
+    "pre_layrnorm.bias": "embedding_norm.bias",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+}
+_LAYER = {
+    "gamma_1": "attention_scale",
+    "gamma_2": "mlp_scale",
+    "norm1.weight": "attention_norm.weight",
+    "norm1.bias": "attention_norm.bias",
+    "attn.q_bias": "attention.qkv.q_bias",
+    "attn.v_bias": "attention.qkv.v_bias",
+    "attn.qkv.weight": "attention.qkv.weight",
+    "attn.proj.weight": "attention.proj.weight",
+    "attn.proj.bias": "attention.proj.bias",
+}
+_HARD = {
+    f"{theirs}.{name}": f"{ours}.{name}"
+    for modality in (("imag", "image"), ("text", "text"))
+    for theirs, ours, names in (
+        (f"norm2_{modality[0]}", f"{modality[1]}_norm", ("weight", "bias")),
+        (f"mlp_{modality[0]}", f"{modality[1]}_mlp", ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")),
+    )
+    for name in names
+}
+_SOFT = {
+    "norm2_vl.weight": "moe_norm.weight",
+    "norm2_vl.bias": "moe_norm.bias",
+    "mlp_moe.moe.gate.wg.weight": "moe.router.weight",
+    "mlp_moe.moe.vision_embed": "moe.image_vector",
+    "mlp_moe.moe.text_embed": "moe.text_vector",
+}
+_EXPERT = ("fc1.weight", "fc2.weight", "fc1.bias", "fc2.bias")
+TEMPERATURE = "itc_temp"
 # Names in published files and in EVE-DS.
 IMAGE_POSITIONS = ("backbone.pos_embed_vision", POSITIONS)
 TEXT_POSITIONS = ("backbone.pos_embed_text", "backbone.text_embedding.positions")
+
+
+def direct_names(config: ModelConfig) -> dict[str, str]:
+    """Published name -> EVE-DS name of every tensor that is only renamed."""
+    names = {PREFIX + theirs: PREFIX + ours for theirs, ours in _TOP.items()}
+    for index in range(config.depth):
+        for theirs, ours in (_LAYER | (_SOFT if index in config.soft_layers else _HARD)).items():
+            names[f"{PREFIX}encoder.layers.{index}.{theirs}"] = f"{PREFIX}blocks.{index}.{ours}"
+    return names
+
+
+def expert_prefixes(config: ModelConfig) -> dict[str, list[str]]:
+    """EVE-DS prefix of a layer's experts -> published prefix of each expert."""
+    return {
+        f"{PREFIX}blocks.{index}.moe.experts.": [
+            f"{PREFIX}encoder.layers.{index}.mlp_moe.moe.experts.experts.{expert}."
+            for expert in range(config.num_experts)
+        ]
+        for index in config.soft_layers
+    }
+
+
+def position_ids(config: ModelConfig) -> dict[str, Tensor]:
+    """The constants 0, 1, 2, ... that published files hold beside weights: for texts [196], for images [1, 1 + P]."""
+    return {
+        PREFIX + "position_ids_text": torch.arange(config.text_positions),
+        PREFIX + "position_ids_vision": torch.arange(1 + config.num_patches).unsqueeze(0),
+    }
+
+
+def is_published(state: dict[str, Tensor]) -> bool:
+    """Whether the names are those of a published EVE file."""
+    return any(name.startswith(PREFIX + "encoder.layers.") for name in state)
+
+
+def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Rename and pack a published state.
+
+    Args:
+        state: whole model or backbone, names with ``backbone.`` as in the files; other names are kept.
+        config: the model it belongs to.
+    Raises:
+        UserError: backbone tensors are missing or unknown (all are listed), the experts of a layer differ in shape
+            or dtype, or position ids are not 0, 1, 2, ....
+    """
+    if max(config.depth, config.num_experts) > len(state):
+        raise UserError(
+            f"holds {len(state)} tensors, too few for a model of {config.depth} blocks and {config.num_experts} experts"
+        )
+    direct, packed = direct_names(config), expert_prefixes(config)
+    expected = set(direct) | {prefix + name for prefixes in packed.values() for prefix in prefixes for name in _EXPERT}
+    constants = position_ids(config)
+    _check(state, expected, set(constants))
+    for name in constants.keys() & state.keys():
+        if state[name].flatten().tolist() != list(range(state[name].numel())):
+            raise UserError(f"{name}: positions are not 0, 1, 2, ... in order, as EVE-DS takes them")
+    ours = {direct.get(name, name): tensor for name, tensor in state.items() if _kept(name, direct)}
+    for prefix, experts in packed.items():
+        fc1, fc2 = (_stack(state, experts, name, 2) for name in ("fc1.weight", "fc2.weight"))
+        bias1, bias2 = (_stack(state, experts, name, 1) for name in ("fc1.bias", "fc2.bias"))
+        ours |= {prefix + "w1": fc1, prefix + "w2": fc2, prefix + "w3": pack_biases(bias1, bias2)}
+    return _reshaped(ours, (1,))
+
+
+def _stack(state: dict[str, Tensor], experts: list[str], name: str, dims: int) -> Tensor:
+    """[E, ...]: the tensor of that name of each expert."""
+    tensors = [state[expert + name] for expert in experts]
+    first = tensors[0]
+    for expert, tensor in zip(experts, tensors, strict=True):
+        if tensor.ndim != dims or tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise UserError(
+                f"{expert}{name} is {tensor.dtype} {list(tensor.shape)}, unlike {experts[0]}{name},"
+                f" {first.dtype} {list(first.shape)}"
+            )
+    return torch.stack(tensors)
+
+
+def to_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back; adds the constant position ids that published files hold.
+
+    Args:
+        state: EVE-DS names, all experts in each w1, w2, w3; names outside ``backbone.`` are kept.
+    Raises:
+        UserError: backbone tensors are missing or unknown (all are listed).
+    """
+    direct = {ours: theirs for theirs, ours in direct_names(config).items()}
+    packed = expert_prefixes(config)
+    _check(state, set(direct) | {prefix + name for prefix in packed for name in ("w1", "w2", "w3")}, set())
+    published = {direct.get(name, name): tensor for name, tensor in state.items() if _kept(name, direct)}
+    for prefix, experts in packed.items():
+        fc1, fc2 = state[prefix + "w1"], state[prefix + "w2"]
+        parts = (fc1, fc2, *split_biases(state[prefix + "w3"], fc1.shape[1]))
+        for index, expert in enumerate(experts):
+            published |= {expert + name: part[index].clone() for name, part in zip(_EXPERT, parts, strict=True)}
+    return _reshaped(published, ()) | position_ids(config)
+
+
+def _reshaped(state: dict[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The temperature is a scalar in published files; here a vector of one: DeepSpeed broadcasts no bf16 scalar."""
+    if TEMPERATURE in state and state[TEMPERATURE].numel() == 1:
+        return state | {TEMPERATURE: state[TEMPERATURE].reshape(shape)}
+    return state
+
+
+def _kept(name: str, direct: dict[str, str]) -> bool:
+    return name in direct or not name.startswith(PREFIX)
+
+
+def _check(state: dict[str, Tensor], expected: set[str], optional: set[str]) -> None:
+    given = {name for name in state if name.startswith(PREFIX)}
+    faults = []
+    if expected - given:
+        faults.append(f"missing: {listed(expected - given)}")
+    if given - expected - optional:
+        faults.append(f"unknown: {listed(given - expected - optional)}")
+    if faults:
+        raise UserError(f"the weights are not those of this model; {'; '.join(faults)}")
 
 
 def published_config(

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from eve_ds.weights.load import TORCH_SUFFIXES
 from eve_ds.weights.model_folder import FILES
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import make_folder, sync_path, sync_tree
-from preprocessing.redaction import shortened
 
 
 def check_out(out: Path, overwrite: bool, folder: bool) -> None:

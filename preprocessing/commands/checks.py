@@ -8,15 +8,24 @@ from typing import Any
 import numpy as np
 
 from preprocessing.images.decoding import BadImage, decode_image
-from preprocessing.images.limits import PILLOW_PIXELS
 from preprocessing.running.pool import run_tasks
 from preprocessing.running.progress import Progress
 from preprocessing.running.storage import StoragePath, file_sha256, names_in, open_input, size_of
-from preprocessing.shards.id_keys import distinct, id_key
 from preprocessing.shards.ids import numbered_columns, read_ids
-from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
 from preprocessing.shards.reader import batches_of
-from preprocessing.shards.schema import ANSWER_LIST, ID_COLUMNS, IDS, IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN
+from preprocessing.shards.schema import (
+    ANSWER_LIST,
+    ANSWER_LIST_HASH,
+    ID_COLUMNS,
+    IDS,
+    IMAGE_COLUMNS,
+    KINDS,
+    PILLOW_PIXELS,
+    SAMPLE_COLUMN,
+    answers_sha256,
+    distinct,
+    id_key,
+)
 from preprocessing.text.answers import read_answer_list
 
 _PER_SAMPLE = {  # list columns with an entry for each sample of a row, like SAMPLE_COLUMN

@@ -14,16 +14,14 @@ from typing import Any
 
 from PIL import Image
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, id_without_secrets
 from preprocessing.images.decoding import open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList
-from preprocessing.images.limits import PILLOW_PIXELS
-from preprocessing.json_text import dump_json
-from preprocessing.local_files import write_atomic
-from preprocessing.redaction import id_without_secrets
+from preprocessing.local_files import dump_json, write_atomic
 from preprocessing.running.pool import check_workers
 from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.shards.reader import hashes_of, read_images
+from preprocessing.shards.schema import PILLOW_PIXELS
 
 _THUMBNAIL = 200  # pixels, the longer side
 

@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from itertools import islice, zip_longest
 from typing import Any
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, printable, without_secrets
 from preprocessing.formats.annotations import read_json
 from preprocessing.images.decoding import BadImage, decode_image
-from preprocessing.images.limits import PILLOW_PIXELS
 from preprocessing.local_files import write_atomic
-from preprocessing.redaction import printable, without_secrets
 from preprocessing.running.storage import StoragePath, storage_path
-from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import read_rows, split_folders
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, PROVENANCE, SAMPLE_COLUMN
+from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, PILLOW_PIXELS, PROVENANCE, SAMPLE_COLUMN, read_manifest
 
 _ROWS, _PAGE_ROWS = 3, 48
 _THUMBNAIL = 160  # pixels, the longer side

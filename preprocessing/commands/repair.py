@@ -27,9 +27,8 @@ from preprocessing.local_files import sync_tree
 from preprocessing.running.output_folder import check_replaceable, locked, new_folder
 from preprocessing.running.storage import StoragePath, file_sha256
 from preprocessing.shards.ids import keys_of_shards, numbered_columns, write_ids
-from preprocessing.shards.manifest import ANSWER_LIST_HASH, read_manifest
 from preprocessing.shards.reader import batches_of
-from preprocessing.shards.schema import IDS, KINDS, MANIFEST, PROVENANCE
+from preprocessing.shards.schema import ANSWER_LIST_HASH, IDS, KINDS, MANIFEST, PROVENANCE, read_manifest
 from preprocessing.shards.writer import DROPPED, SPLIT_FILES, ShardWriter, write_manifest
 
 

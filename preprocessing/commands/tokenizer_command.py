@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, printable
 from preprocessing.formats.lines import MAX_LINE, CutFile, open_text, read_lines
-from preprocessing.redaction import printable
 from preprocessing.running.storage import storage_path
 from preprocessing.shards.reader import read_texts
 from preprocessing.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer

@@ -14,15 +14,13 @@ from typing import Any
 
 from preprocessing.commands.checks import answers_fault, check_shards, ids_fault, shard_paths, split_facts
 from preprocessing.commands.repair import repair_split
-from preprocessing.errors import UserError
-from preprocessing.redaction import printable
+from preprocessing.errors import UserError, printable
 from preprocessing.running.output_folder import recover
 from preprocessing.running.pool import check_workers
 from preprocessing.running.storage import StoragePath, file_sha256, storage_path
 from preprocessing.shards.ids import shared_ids
-from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import split_folders
-from preprocessing.shards.schema import SPLITS
+from preprocessing.shards.schema import SPLITS, read_manifest
 
 _SHOWN = 20
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from preprocessing.errors import UserError
 from preprocessing.formats.lines import TOO_LONG, AnyPath, CutFile, open_text, read_lines
-from preprocessing.json_text import json_excerpt, parse_json
+from preprocessing.local_files import json_excerpt, parse_json
 from preprocessing.running.storage import StoragePath, open_input, size_of, storage_path
 
 

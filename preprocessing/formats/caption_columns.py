@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from preprocessing.images.image_folder import coco_key
-from preprocessing.json_text import parse_json
+from preprocessing.local_files import parse_json
 from preprocessing.text.cleaning import lines_of
 
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT", "captions", "sentences", "sentences_raw", "sentence")

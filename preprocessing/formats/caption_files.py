@@ -21,7 +21,7 @@ from preprocessing.formats.line_records import BadLine, Form, Record, caption_te
 from preprocessing.formats.lines import TOO_LONG, CutFile, first_bytes, is_compressed, open_text, read_lines
 from preprocessing.images.exclusion import EXCLUDED, ImageList
 from preprocessing.images.image_refs import Base64Cell, FileImage, ImageRef, image_in
-from preprocessing.json_text import json_excerpt
+from preprocessing.local_files import json_excerpt
 from preprocessing.running.storage import exists, storage_path
 from preprocessing.sources.lazy_rows import LazyRows
 from preprocessing.sources.source import Row, Source

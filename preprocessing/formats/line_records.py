@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.json_text import json_excerpt, parse_json
+from preprocessing.local_files import json_excerpt, parse_json
 
 ROLES: dict[str, tuple[str, ...]] = {
     "caption": ("caption", "desc", "text", "title", "txt"),

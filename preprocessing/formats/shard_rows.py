@@ -15,7 +15,7 @@ from preprocessing.formats.annotations import BadRecord
 from preprocessing.formats.caption_columns import parse_side_json
 from preprocessing.images.exclusion import EXCLUDED, ImageList
 from preprocessing.images.image_refs import ImageRef
-from preprocessing.json_text import replace_surrogates
+from preprocessing.local_files import replace_surrogates
 from preprocessing.sources.lazy_rows import LazyRows
 from preprocessing.sources.source import Row, Source
 from preprocessing.sources.split_names import SPLIT_FIELD, RecordSplits, split_of

@@ -11,7 +11,7 @@ from preprocessing.errors import UserError
 from preprocessing.formats.caption_columns import decode_json, decode_text, names_in_json
 from preprocessing.formats.shard_rows import ENDINGS, MAX_TEXT, FoundImage, ShardRows, duplicate_key, unreadable_text
 from preprocessing.images.image_refs import ImageRef, TarMember
-from preprocessing.json_text import replace_surrogates
+from preprocessing.local_files import replace_surrogates
 from preprocessing.running.storage import open_input
 
 _DOTTED = tuple(f".{ending}" for ending in ENDINGS)

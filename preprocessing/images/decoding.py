@@ -8,7 +8,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from preprocessing.errors import UserError
 from preprocessing.images.image_refs import FileImage, ImageRef
-from preprocessing.images.limits import MAX_PIXELS, MAX_PNG_TEXT
+from preprocessing.shards.schema import MAX_PIXELS, MAX_PNG_TEXT
 
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_PNG_TEXT
 

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, id_without_secrets
 from preprocessing.formats.annotations import BadRecord, read_json, read_json_lines, text_lines
 from preprocessing.images.image_folder import coco_key, image_key
-from preprocessing.json_text import parse_json
-from preprocessing.redaction import id_without_secrets
+from preprocessing.local_files import parse_json
 from preprocessing.running.storage import StoragePath, open_input, storage_path
 from preprocessing.sources.split_names import split_named
 

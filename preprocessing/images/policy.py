@@ -13,9 +13,9 @@ from PIL import Image
 from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage, decode_image, open_image, upright_rgb
 from preprocessing.images.fingerprints import NEAR_DISTANCE, HashList, content_key, perceptual_hashes
-from preprocessing.images.limits import MAX_PIXELS, PILLOW_PIXELS
 from preprocessing.running.storage import storage_path
 from preprocessing.shards.reader import hashes_of
+from preprocessing.shards.schema import MAX_PIXELS, PILLOW_PIXELS
 
 CHECKS = ("full", "header")
 IN_OTHER_SET = "is in a set of --exclude-images-of"

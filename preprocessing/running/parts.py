@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, without_secrets
 from preprocessing.images.decoding import BadImage, read_image
 from preprocessing.images.policy import ExcludedImage, ImagePolicy
-from preprocessing.json_text import dump_json
-from preprocessing.redaction import without_secrets
+from preprocessing.local_files import dump_json
 from preprocessing.running.storage import StoragePath, write_whole
 from preprocessing.shards.ids import IdKeys, ids_without_secrets
 from preprocessing.shards.schema import IMAGE_COLUMNS

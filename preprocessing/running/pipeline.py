@@ -15,7 +15,7 @@ import PIL
 import pyarrow as pa
 
 from preprocessing.errors import UserError
-from preprocessing.json_text import dump_json
+from preprocessing.local_files import dump_json
 from preprocessing.running.parts import (
     MAX_EXAMPLES,
     PartJob,
@@ -31,8 +31,7 @@ from preprocessing.running.storage import storage_path, write_whole
 from preprocessing.running.work_folder import Work, open_work
 from preprocessing.shards.hashed_file import HashedFile
 from preprocessing.shards.ids import join_keys, write_ids
-from preprocessing.shards.manifest import ANSWER_LIST_HASH, answers_sha256
-from preprocessing.shards.schema import ANSWER_LIST, ID_COLUMNS
+from preprocessing.shards.schema import ANSWER_LIST, ANSWER_LIST_HASH, ID_COLUMNS, answers_sha256
 from preprocessing.shards.writer import DROPPED, write_manifest, write_provenance
 from preprocessing.sources.source import LISTED, Source
 

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from preprocessing.redaction import printable
+from preprocessing.errors import printable
 
 _SECONDS = 10.0
 

@@ -22,9 +22,8 @@ from typing import IO, Any, cast
 import pyarrow as pa
 from pyarrow import fs
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, without_secrets
 from preprocessing.local_files import check_regular, write_atomic
-from preprocessing.redaction import without_secrets
 
 SCHEMES = ("s3", "gs", "hdfs")
 

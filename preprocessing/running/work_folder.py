@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.errors import UserError
-from preprocessing.json_text import dump_json, parse_json
-from preprocessing.local_files import make_folder, sync_path, sync_tree
+from preprocessing.local_files import dump_json, make_folder, parse_json, sync_path, sync_tree
 from preprocessing.running.output_folder import LOCK, check_replaceable, locked
 from preprocessing.running.parts import record_name
 from preprocessing.running.storage import StoragePath, names_in, remove, size_of, write_whole

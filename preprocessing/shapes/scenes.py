@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preprocessing.errors import UserError
-from preprocessing.json_text import json_excerpt
-from preprocessing.local_files import check_regular
+from preprocessing.local_files import check_regular, json_excerpt
 
 SHAPES = ("ring", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")

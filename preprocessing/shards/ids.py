@@ -14,14 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.redaction import id_without_secrets
+from preprocessing.errors import id_without_secrets
 from preprocessing.running.storage import StoragePath, open_input
 from preprocessing.shards.hashed_file import HashedFile
-from preprocessing.shards.id_keys import distinct, id_key, ids_of_batch, image_mark, is_leak
-from preprocessing.shards.id_keys import parse_ids as parse_ids
-from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import sound_batches
-from preprocessing.shards.schema import ID_COLUMNS, IDS, IDS_VERSION
+from preprocessing.shards.schema import (
+    ID_COLUMNS,
+    IDS,
+    IDS_VERSION,
+    distinct,
+    id_key,
+    ids_of_batch,
+    image_mark,
+    is_leak,
+    read_manifest,
+)
+from preprocessing.shards.schema import parse_ids as parse_ids
 
 _THINGS = {"image_id": "images", "question_id": "questions", "identifier": "statements"}
 _MAX_EXAMPLES = 3  # of ids, in a message

@@ -7,16 +7,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, id_without_secrets
 from preprocessing.images.decoding import BadImage, open_image
 from preprocessing.images.fingerprints import HashList, content_key, perceptual_hashes
-from preprocessing.images.limits import PILLOW_PIXELS
 from preprocessing.local_files import check_regular
-from preprocessing.redaction import id_without_secrets
 from preprocessing.running.pool import run_tasks
 from preprocessing.running.storage import StoragePath, open_input
-from preprocessing.shards.manifest import read_manifest
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, MANIFEST, SAMPLE_COLUMN, SPLITS
+from preprocessing.shards.schema import (
+    IMAGE_COLUMNS,
+    KINDS,
+    MANIFEST,
+    PILLOW_PIXELS,
+    SAMPLE_COLUMN,
+    SPLITS,
+    read_manifest,
+)
 
 _UNREADABLE = (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError)  # what a damaged file may raise
 _START = 8  # an Arrow file is a magic word of 8 bytes, a stream, and a footer

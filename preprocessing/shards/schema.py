@@ -1,4 +1,5 @@
-"""What a prepared data set looks like on disk: its files and the columns of its shards. A leaf that anyone may import.
+"""What a prepared data set looks like on disk: its files, the columns and limits of its shards, the manifest, and the
+keys of its ids. A leaf that anyone may import.
 
 DIR/answer_list.json                    VQA only: JSON list of strings; an answer's label is its index
 DIR/{train,val,test}/shard-00000.arrow  Arrow IPC file format, several record batches a file
@@ -7,7 +8,19 @@ DIR/{train,val,test}/shard-00000.arrow  Arrow IPC file format, several record ba
                      provenance.json    command, host, time, versions: differs from run to run
 """
 
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from preprocessing.errors import UserError
+from preprocessing.local_files import check_regular, load_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,3 +76,148 @@ ID_COLUMNS: dict[str, tuple[str, ...]] = {
     "vqa": ("image_id", "question_id"),
     "nlvr": ("identifier",),
 }
+
+
+MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
+PILLOW_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: beyond it Pillow itself refuses to open a file
+
+# Bytes that a text or a color profile in a PNG may unpack to, for PngImagePlugin.MAX_TEXT_CHUNK. Pillow's own bound of
+# 1 MiB refuses valid images of many programs. Pillow holds all texts of a file together to 64 MiB.
+MAX_PNG_TEXT = 64 << 20
+
+
+ANSWER_LIST_HASH = "answer_list_sha256"  # the field with the `answers_sha256` of a VQA split
+
+_FIELDS = {"kind": str, "split": str, "rows": int, "samples": int, "shards": list, "dropped": dict}
+_SHARD_FIELDS = {"file": str, "rows": int, "samples": int, "bytes": int, "sha256": str}
+_MARK_BYTES = 256  # of an image, from its end
+
+
+class RemoteFolder(Protocol):
+    """A folder behind a URI (running.storage.RemotePath): the part of pathlib.Path that `read_manifest` needs."""
+
+    def __truediv__(self, name: str, /) -> Any:
+        """The file `name` in it, which has `read_bytes`."""
+        ...
+
+
+def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str, Any]:
+    """Read and check `directory/manifest.json`, the manifest of one split folder.
+
+    Raises UserError when it is missing, is not valid JSON, has another schema version, lacks a field, or names a file
+    outside the folder.
+    """
+    path = (Path(directory) if isinstance(directory, str | os.PathLike) else directory) / MANIFEST
+    if isinstance(path, Path):
+        check_regular(path)
+    try:
+        manifest: Any = load_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; {directory} is not a prepared split folder, run a converter") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); prepare the split again") from None
+    except ValueError as error:
+        raise UserError(f"{path}: invalid JSON ({error}); prepare the split again") from None
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}; prepare it again")
+    _check_fields(path, "", manifest, _FIELDS)
+    if manifest["kind"] not in KINDS:
+        raise UserError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(KINDS)}; prepare the split again")
+    for index, shard in enumerate(manifest["shards"]):
+        _check_fields(path, f"shards[{index}].", shard, _SHARD_FIELDS)
+    dropped_list = manifest.get("dropped_list")
+    for record in (*manifest["shards"], *([dropped_list] if isinstance(dropped_list, dict) else [])):
+        _check_file_name(path, record.get("file"))
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type]) -> None:
+    for name, kind in fields.items():
+        value = record.get(name) if isinstance(record, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{path}: field {prefix}{name} is missing or no {kind.__name__}; prepare the split again")
+
+
+def _check_file_name(path: Path, name: Any) -> None:
+    """Raise UserError where `name` is a string, but not the name of a file in the manifest's own folder."""
+    if isinstance(name, str) and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+        raise UserError(f"{path}: file {name!r} is not in the folder of the manifest; prepare the split again")
+
+
+def answers_sha256(answers: Sequence[str]) -> str:
+    """The hash of an answer list. A VQA split's manifest records the hash of the list that its labels index."""
+    return hashlib.sha256(json.dumps(list(answers)).encode()).hexdigest()
+
+
+def id_key(value: str | int | bytes, mark: bytes = b"") -> bytes:
+    """The key of an id. Among 12 million ids two share a key once in 250,000 data sets.
+
+    `mark` is the `image_mark` of the images that a numbered id (see shards/ids.py) belongs to. The key of a numbered
+    image is made of its mark alone.
+    """
+    raw = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(raw + mark, digest_size=8).digest()
+
+
+def image_mark(images: Iterable[Any]) -> bytes:
+    """A few bytes that are equal for equal image files: the length and the end of each image (a buffer)."""
+    return b"".join([b"\0%d:%b" % (len(image), image[-_MARK_BYTES:]) for image in images])
+
+
+def is_leak(column: str, numbered: bool, both: int, fewer: int) -> bool:
+    """Whether it is a fault that two splits share `both` ids; the smaller split has `fewer`.
+
+    Images of the web are compared by their files (`numbered` in both splits), and some files are in any two splits by
+    chance: for these it is a fault when half of the smaller split is shared.
+    """
+    return not (numbered and column == "image_id") or 2 * both >= fewer
+
+
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """The distinct values of `keys` [n], ascending. np.unique takes many times as long (NumPy 2.4 hashes them)."""
+    ascending = np.sort(keys)
+    return ascending[np.append(True, ascending[1:] != ascending[:-1])[: len(ascending)]]
+
+
+def ids_of_batch(batch: pa.RecordBatch, column: str, numbered: bool = False) -> tuple[list[bytes], list[bytes]]:
+    """The ids of a column as text, and the key of each. List cells are flattened; nulls are skipped.
+
+    Both are empty where the batch lacks the column.
+    """
+    if column not in batch.schema.names:
+        return [], []
+    cells = batch.column(column)
+    is_list = pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)
+    flat = cells.flatten() if is_list else cells
+    texts = flat if pa.types.is_binary(flat.type) else flat.cast(pa.large_string()).cast(pa.large_binary())
+    if not numbered:
+        ids = texts.drop_null().to_pylist()
+        return ids, list(map(id_key, ids))
+    images = [batch.column(name) for name in ("image", "image_0", "image_1") if name in batch.schema.names]
+    rows = pc.list_parent_indices(cells).to_pylist() if is_list else range(len(cells))
+    pairs = [(one, row) for one, row in zip(texts.to_pylist(), rows, strict=True) if one is not None]
+    marks = {row: image_mark(image[row].as_buffer() or b"" for image in images) for row in {row for _, row in pairs}}
+    by_image = column == "image_id"
+    return [one for one, _ in pairs], [id_key(b"" if by_image else one, marks[row]) for one, row in pairs]
+
+
+def parse_ids(manifest: Mapping[str, Any], content: bytes) -> dict[str, bytes] | None:
+    """The ascending keys of each id column in `content`, the bytes of ids.bin; None if these are not the manifest's."""
+    record = manifest.get("ids")
+    counts = record.get("distinct") if isinstance(record, dict) else None
+    columns = ID_COLUMNS[manifest["kind"]]
+    if not isinstance(record, dict) or not isinstance(counts, dict) or set(counts) != set(columns):
+        return None
+    if (
+        record.get("version") != IDS_VERSION
+        or record.get("sha256") != hashlib.sha256(content).hexdigest()
+        or not all(isinstance(counts[column], int) for column in columns)
+    ):
+        return None
+    parts, start = {}, 0
+    for column in columns:
+        parts[column] = content[start : start + 8 * counts[column]]
+        start += 8 * counts[column]
+    return parts if start == len(content) else None

@@ -15,12 +15,10 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
-from preprocessing.errors import UserError
-from preprocessing.json_text import dump_json
-from preprocessing.redaction import without_secrets
+from preprocessing.errors import UserError, without_secrets
+from preprocessing.local_files import dump_json
 from preprocessing.running.storage import StoragePath, file_sha256, size_of, storage_path, write_whole
 from preprocessing.shards.hashed_file import HashedFile
-from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.schema import (
     IDS,
     IMAGE_COLUMNS,
@@ -30,6 +28,7 @@ from preprocessing.shards.schema import (
     SAMPLE_COLUMN,
     SCHEMA_VERSION,
     SPLITS,
+    read_manifest,
 )
 
 DROPPED = "dropped.jsonl"  # all that was dropped, when it is too much for the manifest

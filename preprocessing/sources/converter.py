@@ -6,10 +6,9 @@ import os
 import random
 from typing import Any
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, printable
 from preprocessing.images.exclusion import EXCLUDED
 from preprocessing.images.policy import IN_OTHER_SET, NEAR_OTHER_SET, add_image_arguments, image_policy
-from preprocessing.redaction import printable
 from preprocessing.running.pipeline import build_split
 from preprocessing.running.pool import check_workers
 from preprocessing.running.storage import StoragePath, storage_path

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, printable, shortened
 from preprocessing.formats.annotations import BadRecord, read_json, text_lines
 from preprocessing.images.exclusion import (
     EXCLUDED,
@@ -26,7 +26,6 @@ from preprocessing.images.exclusion import (
     read_image_names,
 )
 from preprocessing.images.image_folder import ImageFolder
-from preprocessing.redaction import printable, shortened
 from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.karpathy import is_karpathy, read_karpathy

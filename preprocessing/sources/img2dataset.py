@@ -22,7 +22,7 @@ from preprocessing.formats.shard_rows import Shard, ShardRows, Wanted
 from preprocessing.formats.tar_rows import TarRows
 from preprocessing.images.exclusion import add_exclude_argument, excluded_images
 from preprocessing.images.image_refs import join
-from preprocessing.json_text import replace_surrogates
+from preprocessing.local_files import replace_surrogates
 from preprocessing.running.storage import storage_path, walk
 from preprocessing.sources.converter import add_common_arguments, check_common_arguments, write_split
 from preprocessing.sources.source import Source

@@ -7,7 +7,7 @@ from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
 from preprocessing.images.exclusion import EXCLUDED
 from preprocessing.images.image_refs import ImageRef
-from preprocessing.json_text import json_excerpt
+from preprocessing.local_files import json_excerpt
 from preprocessing.running.storage import StoragePath
 from preprocessing.sources.source import Faults, Row, Source
 from preprocessing.text.cleaning import text_fault

@@ -7,7 +7,7 @@ from typing import Any
 
 from preprocessing.errors import UserError
 from preprocessing.formats.annotations import BadRecord
-from preprocessing.json_text import json_excerpt
+from preprocessing.local_files import json_excerpt
 from preprocessing.sources.source import Source
 
 _SPLITS = {

@@ -17,8 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from preprocessing.errors import UserError
-from preprocessing.json_text import load_json
-from preprocessing.local_files import check_regular, write_atomic
+from preprocessing.local_files import check_regular, load_json, write_atomic
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a trained tokenizer, in this order
 FILE_NAME = "tokenizer.json"

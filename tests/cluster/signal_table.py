@@ -72,7 +72,7 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_heed_all,
+            preexec_fn=_default_handlers,
         )
     try:
         wait_until(lambda: started.poll() is not None or _is_at(line, marker, output), str(line), seconds=180)
@@ -95,7 +95,7 @@ def observe(line: Line, name: str, run: TinyRun, environment: Mapping[str, str],
     return f"{what}, {code if code >= 0 else 128 - code}{left}"
 
 
-def _heed_all() -> None:
+def _default_handlers() -> None:
     """In the child: a shell's "&" and nohup have INT and HUP ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -89,6 +89,26 @@ def test_the_report_names_a_damaged_file(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+def test_finetuning_names_what_is_no_callback_before_it_reads_data(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "eve_ds.finetune", "--task", "itr_coco", "--data", str(tmp_path / "no_data")]
+    command += ["--output_dir", str(tmp_path / "run"), "--logging.callbacks=[tests.support.ranks:REPOSITORY]"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+    assert result.stderr.startswith("error: --logging.callbacks tests.support.ranks:REPOSITORY: is no callback")
+
+
+def test_what_is_no_port_is_named(data: Path, tmp_path: Path) -> None:
+    options = [f"--config={TINY}", f"--data.path={data / 'captions'}", f"--data.tokenizer={data / 'tokenizer'}"]
+    options += [f"--output_dir={tmp_path / 'run'}", "--engine.expert_parallel_size=1", "--logging.wandb=false"]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000", "RANK": "0", "WORLD_SIZE": "1"}
+    command = [sys.executable, "-m", "eve_ds.pretrain", *options]
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env={**os.environ, **place}, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "error: MASTER_PORT=70000: is no port from 1 to 65535; " in result.stderr
+
+
 def test_a_port_that_is_taken_is_named(data: Path, tmp_path: Path) -> None:
     options = [f"--config={TINY}", f"--data.path={data / 'captions'}", f"--data.tokenizer={data / 'tokenizer'}"]
     options += [f"--output_dir={tmp_path / 'run'}", "--engine.expert_parallel_size=1", "--logging.wandb=false"]

@@ -85,7 +85,7 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
 def test_fine_tuning_starts_from_an_unfinished_run_and_outlives_it(
     unfinished: Path, straight: Path, tmp_path: Path
 ) -> None:
-    from eve_ds.engine.universal import consolidated_state
+    from eve_ds.engine.whole_weights import consolidated_state
 
     for split in ("train", "test"):
         make_vqa_set(tmp_path / "vqa", rows=12, split=split)

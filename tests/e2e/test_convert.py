@@ -110,6 +110,10 @@ def test_a_pretrained_model_with_decoders_round_trip(convert: Convert, tmp_path:
     assert told.code == 0 and "head of pretrain" in told.output
     assert_equal(load_file(tmp_path / "back" / "model.safetensors"), state)
     assert_equal(load_task_model("pretrain", tmp_path / "back").state_dict(), state)
+    sections["objective"]["pixel_ratio"] = sections["objective"].pop(next(iter(sections["objective"])))
+    (run / "config.yaml").write_text(yaml.safe_dump(sections))
+    told = convert(*back, "--overwrite")
+    assert told.code == 2 and "config.yaml" in told.errors and "pixel_ratio" in told.errors
     slim = ["--out", tmp_path / "slim.th", "--drop", "pixel_decoder.,word_decoder."]
     assert convert("to-published", "--checkpoint", run, *slim).code == 0
     assert all(name.startswith("backbone.") for name in load_weights(tmp_path / "slim.th"))

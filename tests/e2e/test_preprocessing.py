@@ -18,7 +18,7 @@ import pytest
 
 from preprocessing.__main__ import main
 from preprocessing.running import storage as places
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.cluster.processes import require
 from tests.support.raw_coco import write_raw_coco
 from tests.support.s3 import BUCKET, S3, s3_server

@@ -29,3 +29,14 @@ def test_the_command_writes_a_self_contained_page(tmp_path: Path, repository: Pa
     links = {(attributes.get("href") or "")[1:] for name, attributes in page.tags if name == "a"}
     assert links == anchors
     assert len(links) == 11
+
+
+def test_the_command_says_what_it_leaves_out(tmp_path: Path, repository: Path) -> None:
+    run, out = make_run(tmp_path / "demo") / "vqa", tmp_path / "report.html"
+    (run / "config.yaml").write_text("task: gone.task:SPEC\n")
+    command = [sys.executable, "-m", "eve_ds.report", "--run", str(run), "--out", str(out)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0 and out.exists() and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        f"WARNING: {run}: its scores are not shown: task gone.task:SPEC: there is no module gone"
+    )

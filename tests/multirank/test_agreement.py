@@ -23,7 +23,7 @@ def told_by(function: object, *arguments: object) -> Exception:
 
 
 def decisions(root: Path) -> None:
-    from eve_ds.engine import agreement
+    from eve_ds.engine import distributed
     from eve_ds.engine.checkpoint_record import DamagedError
     from eve_ds.errors import RankError
     from preprocessing.errors import UserError
@@ -31,36 +31,36 @@ def decisions(root: Path) -> None:
     def refuse(error: Exception) -> None:
         raise error
 
-    assert agreement.decide(lambda: f"of rank {mine()}") == "of rank 0"
-    damaged = told_by(agreement.decide, lambda: refuse(DamagedError(root, "a file")))
+    assert distributed.decide(lambda: f"of rank {mine()}") == "of rank 0"
+    damaged = told_by(distributed.decide, lambda: refuse(DamagedError(root, "a file")))
     assert isinstance(damaged, DamagedError) and (damaged.path, damaged.what) == (root, "a file")
-    assert type(told_by(agreement.decide, lambda: refuse(RankError("x")))) is (UserError if mine() else RankError)
-    agreement.agree(None)
-    assert str(told_by(agreement.agree, "the disk of rank 1" if mine() else None)) == "the disk of rank 1"
+    assert type(told_by(distributed.decide, lambda: refuse(RankError("x")))) is (UserError if mine() else RankError)
+    distributed.agree(None)
+    assert str(told_by(distributed.agree, "the disk of rank 1" if mine() else None)) == "the disk of rank 1"
 
 
 def late(root: Path) -> None:
-    from eve_ds.engine import agreement
+    from eve_ds.engine import distributed
 
     seen = [0, 1, 2, 3] if mine() else [3] * 4  # rank 1's metadata is slow
-    assert agreement.same_view(lambda: seen.pop(0), "it") == 3 and not seen
+    assert distributed.same_view(lambda: seen.pop(0), "it") == 3 and not seen
 
 
 def folders(root: Path) -> None:
     """One folder for both, then another for each, as on disks of their own."""
-    from eve_ds.engine import agreement
+    from eve_ds.engine import distributed
 
     (root / ".seen-before").touch()  # by a start that was killed
-    agreement.prove_shared(root, "--output_dir")
-    agreement.agree(None)
+    distributed.prove_shared(root, "--output_dir")
+    distributed.agree(None)
     assert not list(root.iterdir())
-    agreement.agree(None)
-    agreement.PATIENCE_SECONDS = 0.5
+    distributed.agree(None)
+    distributed.PATIENCE_SECONDS = 0.5
     own = root / f"host{mine()}"
     own.mkdir()
-    refused = str(told_by(agreement.prove_shared, own, "--output_dir X"))
+    refused = str(told_by(distributed.prove_shared, own, "--output_dir X"))
     assert refused.startswith("--output_dir X: rank 1 on host ") and "does not see there what rank 0 on host" in refused
-    agreement.agree(None)
+    distributed.agree(None)
     assert not list(own.iterdir())
 
 
@@ -71,10 +71,10 @@ def claims(root: Path) -> None:
     import yaml
 
     from eve_ds.config import PretrainConfig
-    from eve_ds.engine import agreement, precision, run_folder
+    from eve_ds.engine import deepspeed_config, distributed, run_folder
     from eve_ds.engine.identity import Identity, Input
 
-    agreement.PATIENCE_SECONDS = 0.5
+    distributed.PATIENCE_SECONDS = 0.5
     own = root / f"own{mine()}"
     config = PretrainConfig(output_dir=str(own))
     identity = Identity.from_config(dataclasses.asdict(config))
@@ -88,8 +88,8 @@ def claims(root: Path) -> None:
     if mine() == 0:  # the run is there, but rank 1 does not see it yet
         (own / "config.yaml").write_text(yaml.safe_dump({"engine": {"precision": "bf16"}}))
         (own / "metrics.jsonl").write_text("")
-    precision.multiplies_bf16 = lambda device: False
-    precision.settle_precision(config, mine())
+    deepspeed_config.multiplies_bf16 = lambda device: False
+    deepspeed_config.settle_precision(config, mine())
     assert config.engine.precision == "bf16"
 
 

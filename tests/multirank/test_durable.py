@@ -40,7 +40,7 @@ def note_events(log: Path, rank: int) -> None:
 
 def save(root: Path) -> None:
     start()
-    from eve_ds.engine import agreement, checkpoint
+    from eve_ds.engine import checkpoint, distributed
     from eve_ds.engine.checkpoint_record import model_file
     from preprocessing.errors import UserError
 
@@ -61,7 +61,7 @@ def save(root: Path) -> None:
 
     checkpoint.file_sizes = late
     assert (run.save(2) / "complete.json").is_file() and (run.rank or next(looks) == 3)
-    agreement.PATIENCE_SECONDS = 0.3
+    distributed.PATIENCE_SECONDS = 0.3
     with pytest.raises(UserError, match=r"step_00000003: rank 0 on host .* does not see all that other ranks wrote"):
         run.save(3)
     assert not (run.folder / "step_00000003" / "complete.json").exists()

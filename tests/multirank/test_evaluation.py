@@ -36,7 +36,7 @@ def encode(task: Any, inputs: dict[str, Any]) -> Tensor:
 
 def evaluate(alone: dict[str, dict[str, Tensor]], hidden: list[Tensor]) -> None:
     from eve_ds.engine.distributed import disable_shm_operation
-    from eve_ds.engine.environment import prepare_environment
+    from eve_ds.environment import prepare_environment
 
     prepare_environment()
     import deepspeed

@@ -59,7 +59,7 @@ def expected_metrics() -> dict[str, float]:
 
 def evaluate(expected: dict[str, float]) -> None:
     from eve_ds.engine.distributed import disable_shm_operation
-    from eve_ds.engine.environment import prepare_environment
+    from eve_ds.environment import prepare_environment
 
     prepare_environment()
     import deepspeed
@@ -119,7 +119,7 @@ def evaluate_single_images() -> None:
 
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.signals import StopRequest
-    from eve_ds.logs import setup_logging
+    from eve_ds.errors import setup_logging
 
     setup_logging(rank=0)
     task = tiny_task().eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from eve_ds.engine.precision import best_precision
+from eve_ds.engine.deepspeed_config import best_precision
 from tests.support.distributed import run_distributed_test
 
 WORLD, ROWS, TEXT, TOLERANCE = 2, 12, 16, 0.15
@@ -99,7 +99,7 @@ def collect() -> None:
 
 def compare(cases: list[Case]) -> None:
     from eve_ds.engine.distributed import disable_shm_operation
-    from eve_ds.engine.environment import prepare_environment
+    from eve_ds.environment import prepare_environment
 
     prepare_environment()
     import deepspeed

@@ -11,12 +11,12 @@ def settle(quick: tuple[bool, bool], expected: str) -> None:
     import torch.distributed as dist
 
     from eve_ds.config import PretrainConfig
-    from eve_ds.engine import precision
+    from eve_ds.engine import deepspeed_config
 
     rank = dist.get_rank()
-    precision.multiplies_bf16 = lambda device: quick[rank]
+    deepspeed_config.multiplies_bf16 = lambda device: quick[rank]
     config = PretrainConfig()
-    precision.settle_precision(config, rank)
+    deepspeed_config.settle_precision(config, rank)
     assert config.engine.precision == expected
 
 

@@ -104,7 +104,7 @@ class Run:
 
 def start() -> None:
     from eve_ds.engine.distributed import disable_shm_operation
-    from eve_ds.engine.environment import prepare_environment
+    from eve_ds.environment import prepare_environment
 
     prepare_environment()
     import deepspeed
@@ -124,7 +124,7 @@ def work(root: Path, *tasks: Case | tuple[Case, Case]) -> None:
 
 
 def write(root: Path, case: Case) -> None:
-    from eve_ds.engine.export import full_state
+    from eve_ds.engine.whole_weights import full_state
 
     run = Run(root, case)
     run.train(range(BEFORE))
@@ -161,7 +161,7 @@ def read(root: Path, before: Case, after: Case) -> None:
 
 def differing_states(left: Path, right: Path) -> list[str]:
     from eve_ds.engine.checkpoint_record import Manifest
-    from eve_ds.engine.universal import STATES, ShardedState
+    from eve_ds.engine.whole_weights import STATES, ShardedState
 
     a, b = (ShardedState(path, Manifest.read(path)) for path in (left, right))
     assert set(a.names) == set(b.names)
@@ -283,7 +283,7 @@ def test_four_ranks_take_over_from_two_and_give_back(expected: list[float], tmp_
 
 @pytest.mark.parametrize("case", BY_TWO + BY_ONE, ids=lambda case: case.name)
 def test_consolidated_state_is_that_of_the_run(checkpoints: Path, case: Case) -> None:
-    from eve_ds.engine.universal import consolidated_state
+    from eve_ds.engine.whole_weights import consolidated_state
 
     state = consolidated_state(checkpoints / case.name / f"step_{BEFORE:08d}")
     expected = torch.load(checkpoints / f"{case.name}.state", weights_only=True)
@@ -325,7 +325,7 @@ def altered(checkpoints: Path, folder: Path, **changes: Any) -> Path:
 def test_a_manifest_that_its_files_do_not_bear_out_is_refused(
     checkpoints: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    from eve_ds.engine.universal import consolidated_state
+    from eve_ds.engine.whole_weights import consolidated_state
     from preprocessing.errors import UserError
 
     with pytest.raises(UserError, match=words) as refused:
@@ -343,7 +343,7 @@ class Hostile:
 
 def test_a_file_that_would_run_code_is_refused(checkpoints: Path, tmp_path: Path) -> None:
     from eve_ds.engine.checkpoint_record import hash_files
-    from eve_ds.engine.universal import consolidated_state
+    from eve_ds.engine.whole_weights import consolidated_state
     from preprocessing.errors import UserError
 
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -358,7 +358,7 @@ def test_a_file_that_would_run_code_is_refused(checkpoints: Path, tmp_path: Path
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    from eve_ds.engine.universal import consolidated_state
+    from eve_ds.engine.whole_weights import consolidated_state
     from preprocessing.errors import UserError
 
     with pytest.raises(UserError, match="no whole checkpoint"):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def logging_restored() -> Iterator[None]:
-    """Undo at the end what ``eve_ds.logs.setup_logging`` changes, so that later tests find logging as it was."""
+    """Undo at the end what ``eve_ds.errors.setup_logging`` changes, so that later tests find logging as it was."""
     logger = logging.getLogger("eve_ds")
     before = logger.level, logger.propagate, list(logger.handlers), warnings.formatwarning
     try:

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from eve_ds.engine.environment import prepare_environment
+from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
 
 

@@ -188,7 +188,7 @@ def references(cases: list[Case]) -> dict[tuple[str, bool, int], Trajectory]:
 def compare(cases: list[Case], expected: dict[tuple[str, bool, int], Trajectory]) -> None:
     """Train each case on the ranks that call this; raise AssertionError naming all cases that differ, and in what."""
     from eve_ds.engine.distributed import disable_shm_operation
-    from eve_ds.engine.environment import prepare_environment
+    from eve_ds.environment import prepare_environment
 
     prepare_environment()
     import deepspeed
@@ -209,9 +209,9 @@ def under_deepspeed(case: Case) -> Trajectory:
     import deepspeed
 
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
-    from eve_ds.engine.export import full_state
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.optim import build_optimizer
+    from eve_ds.engine.whole_weights import full_state
 
     rank, world, options = dist.get_rank(), dist.get_world_size(), optimizer_config(case.clipping)
     share = ROWS // world

@@ -8,8 +8,7 @@ from pathlib import Path
 import yaml
 
 from eve_ds.tasks import Task
-from eve_ds.weights.hashes import write_hashes
-from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, metadata
+from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, metadata, write_hashes
 from eve_ds.weights.save import write_weights
 from tests.support.shards import tiny_tokenizer
 

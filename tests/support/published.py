@@ -7,9 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.weights.load import load_state, load_weights
-from eve_ds.weights.names import from_published
-from eve_ds.weights.positions import resize_positions
+from eve_ds.weights.load import load_state, load_weights, resize_positions
+from eve_ds.weights.published import from_published
 
 
 def load_published(module: nn.Module, path: Path, config: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.tasks import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 from preprocessing.__main__ import main
 from preprocessing.text.tokenizer import SPECIAL
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 from PIL import Image
 
 from eve_ds.data.sources import AnySplit
-from preprocessing.json_text import dump_json
-from preprocessing.local_files import write_atomic
+from eve_ds.data.transforms import build_transform
+from preprocessing.local_files import dump_json, write_atomic
 from preprocessing.shards.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION
 from preprocessing.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -22,6 +22,8 @@ COLORS = ("red", "green", "blue", "yellow")
 ANSWERS = ("yes", "no", *COLORS)
 FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # no id stands in two splits
 _RGB = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
+EVAL = build_transform(32, train=False)
+FLIP = build_transform(32, train=True, crop_scale=None)  # no crop: only flips
 
 
 def image_of(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
@@ -31,6 +33,11 @@ def image_of(index: int, size: int = 32, fmt: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, fmt)
     return buffer.getvalue()
+
+
+def pixels_of(index: int) -> np.ndarray:
+    """[32, 32, 3] uint8, the pixels of `image_of(index)`."""
+    return np.asarray(Image.open(io.BytesIO(image_of(index))))
 
 
 def tiny_tokenizer(folder: Path | None = None) -> Tokenizer:

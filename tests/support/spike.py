@@ -12,7 +12,7 @@ import signal
 import sys
 from typing import Any
 
-from eve_ds.engine.environment import prepare_environment
+from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
 
 

@@ -10,7 +10,11 @@ from torch import Tensor
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.tasks import NLVR, VQA, MaskedModeling, ObjectiveConfig, Retrieval, Task
+from eve_ds.tasks import Task
+from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.vqa import VQA
 
 Batch = dict[str, Tensor]
 

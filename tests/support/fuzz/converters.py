@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing.__main__ import main
-from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import read_rows
-from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN
+from preprocessing.shards.schema import IMAGE_COLUMNS, SAMPLE_COLUMN, read_manifest
 from tests.support.fuzz.runner import Target, Wrong
 from tests.support.fuzz.seeds import dumped, lines, tree_of
 from tests.support.shards import image_of, make_caption_set, make_nlvr_set, make_vqa_set

@@ -31,14 +31,14 @@ from eve_ds.engine.checkpoint_record import COMPLETE, Manifest, Topology, file_n
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.run_folder import claim
-from eve_ds.engine.universal import consolidated_state
 from eve_ds.engine.verification import verify_now
+from eve_ds.engine.whole_weights import consolidated_state
 from eve_ds.errors import exit_code
 from eve_ds.tasks import load_task_model
 from eve_ds.tasks.nlvr import NlvrSamples
 from eve_ds.tasks.vqa import VqaSamples, read_answer_list
-from eve_ds.weights.hashes import HASHES
 from eve_ds.weights.load import load_weights
+from eve_ds.weights.model_folder import HASHES
 from preprocessing.errors import UserError
 from preprocessing.shards.schema import MANIFEST
 from preprocessing.text.tokenizer import Tokenizer

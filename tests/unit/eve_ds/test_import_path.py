@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.import_path import import_object
+from eve_ds.options import import_object
 from preprocessing.errors import UserError
 
 

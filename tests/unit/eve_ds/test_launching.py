@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.redaction import without_secrets
+from preprocessing.errors import without_secrets
 
 RANK = """
 import os, sys, time
@@ -24,7 +24,7 @@ from preprocessing.errors import UserError
 
 def main():
     folder, number, what = sys.argv[1:]
-    with StopRequest().heeded() as stop:
+    with StopRequest().handling() as stop:
         Path(folder, "ready-" + number).touch()
         if what == "late" and number == "0":
             os.kill(os.getpid(), 15)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from eve_ds import logs
+from eve_ds import errors
 from tests.support.console import logging_restored
 
 
@@ -26,19 +26,19 @@ def test_rank_0_speaks_and_others_name_themselves(
     rank: int, err: list[str], out: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):  # set up twice, told once
-        logs.setup_logging(rank)
+        errors.setup_logging(rank)
     log = logging.getLogger("eve_ds.engine.trainer")
     log.debug("a detail")
     log.info("a %s", "step")
     log.warning("a\x1b[2J row")
     log.error("a fault")
-    logging.getLogger(logs.OUTPUT).info("a result")
+    logging.getLogger(errors.OUTPUT).info("a result")
     told = capsys.readouterr()
     assert (told.err.splitlines(), told.out.splitlines()) == (err, out)
 
 
 def test_a_traceback_follows_its_message(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.setup_logging(0)
+    errors.setup_logging(0)
     try:
         raise ValueError("why")
     except ValueError:
@@ -49,5 +49,5 @@ def test_a_traceback_follows_its_message(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_other_loggers_stay_as_they_are() -> None:
     before = [list(logging.getLogger(name).handlers) for name in (None, "DeepSpeed")]
-    logs.setup_logging(0)
+    errors.setup_logging(0)
     assert [list(logging.getLogger(name).handlers) for name in (None, "DeepSpeed")] == before

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import yaml
 
+from evaluation.common import InputError
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.config import FinetuneConfig, PretrainConfig, load_model_config, parse
-from eve_ds.errors import USER_ERRORS
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import MAX_DEPTH, MAX_NODES, section_of
 from eve_ds.report.run_files import read_run
 from eve_ds.tasks.masked_modeling import ObjectiveConfig
 from eve_ds.tasks.vqa import read_answer_list
 from preprocessing.errors import UserError
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from preprocessing.text.tokenizer import Tokenizer
 
 DEEP = 100_000
@@ -234,7 +234,7 @@ def test_json_however_deep_or_long_ends_in_one_line(text: str, tmp_path: Path) -
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text(text)
-        with pytest.raises(USER_ERRORS) as error:
+        with pytest.raises((UserError, InputError)) as error:
             read(folder)
         assert name in str(error.value) and "\n" not in str(error.value)
 

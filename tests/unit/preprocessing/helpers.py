@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from preprocessing.__main__ import main
-from preprocessing.shards.manifest import read_manifest
 from preprocessing.shards.reader import read_rows
+from preprocessing.shards.schema import read_manifest
 
 ROOT = Path(__file__).parents[3]
 IMAGES = {"train": 60, "val": 16, "test": 24}  # of the shapes world that the fixture `raw` makes

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from preprocessing.json_text import parse_json
+from preprocessing.local_files import parse_json
 
 
 @pytest.mark.parametrize("kind", [str, bytes])

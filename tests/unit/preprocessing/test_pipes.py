@@ -11,7 +11,7 @@ import pytest
 
 from preprocessing.errors import UserError
 from preprocessing.local_files import check_regular
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 SAID = "is a pipe, a socket or a device; write its content to a file, and name that"

@@ -1,4 +1,4 @@
-from preprocessing.redaction import printable
+from preprocessing.errors import printable
 
 
 def test_control_characters_are_printed_as_escapes() -> None:

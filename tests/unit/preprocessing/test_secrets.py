@@ -12,8 +12,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine import setup
 from eve_ds.errors import exit_code
 from preprocessing.__main__ import main
-from preprocessing.errors import UserError
-from preprocessing.redaction import id_without_secrets, without_secrets
+from preprocessing.errors import UserError, id_without_secrets, without_secrets
 from tests.support.foreign_shards import table_of, write_arrow
 from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import image_of, rows_of, write_json

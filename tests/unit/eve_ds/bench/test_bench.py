@@ -18,10 +18,10 @@ from eve_ds.bench.gemm import Product, expert_products
 from eve_ds.bench.references import DeepSpeedMoE, ReferenceAttention, einsum_moe, plain_core, sdpa_core
 from eve_ds.bench.timing import Candidate, extra_bytes, in_turn
 from eve_ds.config import PretrainConfig, parse
-from eve_ds.engine.precision import multiplies_bf16
+from eve_ds.engine.deepspeed_config import multiplies_bf16
 from eve_ds.errors import exit_code
-from eve_ds.model.attention import Attention, key_bias
 from eve_ds.model.backbone import Backbone
+from eve_ds.model.block import Attention, key_bias
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.masked_modeling import MaskedModeling
 from eve_ds.tasks.masking import choose_words

@@ -17,13 +17,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from eve_ds.bench import __main__ as bench
-from eve_ds.data.collate import collate
+from eve_ds.data.batch_reader import collate
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.transforms import build_transform
 from eve_ds.errors import exit_code
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks import MaskedModeling, ObjectiveConfig, load_task_model
+from eve_ds.tasks import load_task_model
 from eve_ds.tasks.base import Batch
+from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 from preprocessing.__main__ import main
 from preprocessing.text.tokenizer import Tokenizer
 from tests.support.shapes import COUNTS, model_folder, shapes_config, shapes_world

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from eve_ds.data.collate import collate
+from eve_ds.data.batch_reader import collate
 
 
 def _sample(length: int, value: int) -> dict[str, object]:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from eve_ds.data.transforms import build_transform, decode_image
 from preprocessing.errors import UserError
-from preprocessing.images.limits import MAX_PIXELS
 from preprocessing.images.policy import ImagePolicy
+from preprocessing.shards.schema import MAX_PIXELS
 from tests.unit.preprocessing.images.test_policy import odd_images
 
 

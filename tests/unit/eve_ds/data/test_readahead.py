@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from eve_ds.data import shards
+from eve_ds.data.batch_reader import ReadAhead
 from eve_ds.data.loader import build_loader
 from eve_ds.data.mapping import MappedFile
-from eve_ds.data.readahead import ReadAhead
 from eve_ds.data.sampler import Shuffle, TrainOrder
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.shards import Split

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from eve_ds.data.samples import CaptionImages, CaptionSamples
-from eve_ds.data.transforms import build_transform
 from preprocessing.errors import UserError
 from tests.support.shards import (
+    EVAL,
+    FLIP,
     image_of,
     make_caption_set,
+    pixels_of,
     tiny_tokenizer,
     write_split,
 )
 
 TOKENIZER = tiny_tokenizer()
-EVAL = build_transform(32, train=False)
-FLIP = build_transform(32, train=True, crop_scale=None)
-
-
-def _pixels(index: int) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(image_of(index, 32))))
 
 
 def test_caption_samples(tmp_path: Path) -> None:
@@ -33,7 +27,7 @@ def test_caption_samples(tmp_path: Path) -> None:
     assert (len(data), data.rows) == (30, 10)
     sample = data[16, 2]
     assert sample["sample_id"] == 2 * 30 + 16 and sample["image_index"] == 5
-    assert np.array_equal(sample["images"], _pixels(5))
+    assert np.array_equal(sample["images"], pixels_of(5))
     text = "image 5 caption 1 shows a green square"
     assert data.text(16) == text
     assert sample["text_ids"].tolist() == TOKENIZER.encode(text, 16) and sample["text_ids"].dtype == np.int64
@@ -52,15 +46,15 @@ def test_images_alone(tmp_path: Path) -> None:
     assert len(images) == 10
     assert set(images[7, 0]) == {"images", "sample_id", "image_index"}
     assert images[7, 0]["image_index"] == images[7, 0]["sample_id"] == 7
-    assert np.array_equal(images[7, 0]["images"], _pixels(7))
+    assert np.array_equal(images[7, 0]["images"], pixels_of(7))
 
 
 def test_images_with_left_or_right_in_the_text_are_not_mirrored(tmp_path: Path) -> None:
     texts = ["a red square on the left", "a red square"]
     rows = [{"image": image_of(0, 32), "caption": texts, "image_id": "0", "split": "train"}]
     data = CaptionSamples(write_split(tmp_path / "train", "caption", rows), TOKENIZER, FLIP, 16)
-    assert all(np.array_equal(data[0, epoch]["images"], _pixels(0)) for epoch in range(20))
-    assert any(np.array_equal(data[1, epoch]["images"], _pixels(0)[:, ::-1]) for epoch in range(20))
+    assert all(np.array_equal(data[0, epoch]["images"], pixels_of(0)) for epoch in range(20))
+    assert any(np.array_equal(data[1, epoch]["images"], pixels_of(0)[:, ::-1]) for epoch in range(20))
 
 
 def test_vocabulary_larger_than_the_models(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from eve_ds import config as config_tree
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.data_config import DataSource
 from eve_ds.engine import first_weights, run_folder, setup
-from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, told
+from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, summarized
 from eve_ds.weights.model_folder import metadata
 from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import train_tokenizer
@@ -254,8 +254,8 @@ def test_a_checkpoint_of_an_older_version_is_known_by_its_hashes() -> None:
 
 
 def test_a_message_tells_some_differences() -> None:
-    assert told(["a"]) == "a" and told(["a", "b"]) == "a; b"
-    assert told([str(i) for i in range(SHOWN + 3)]).endswith("; and 3 more")
+    assert summarized(["a"]) == "a" and summarized(["a", "b"]) == "a; b"
+    assert summarized([str(i) for i in range(SHOWN + 3)]).endswith("; and 3 more")
 
 
 def test_a_run_folder_takes_the_same_run_alone(tmp_path: Path) -> None:

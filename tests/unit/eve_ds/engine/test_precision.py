@@ -10,9 +10,8 @@ import torch
 
 from eve_ds import config as config_tree
 from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig
-from eve_ds.engine import precision
-from eve_ds.engine.deepspeed_config import load_deepspeed_config
-from eve_ds.engine.precision import best_precision, precision_of, settle_precision
+from eve_ds.engine import deepspeed_config
+from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config, precision_of, settle_precision
 
 
 def seconds(dtype: torch.dtype) -> float:
@@ -35,7 +34,7 @@ def test_auto_never_takes_a_dtype_that_is_many_times_slower() -> None:
 
 @pytest.mark.parametrize("best", ["bf16", "fp32"])
 def test_auto_is_the_best_one_and_what_is_named_stays(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: best == "bf16")
+    monkeypatch.setattr(deepspeed_config, "multiplies_bf16", lambda device: best == "bf16")
     assert precision_of(EngineConfig()) == best
     for named in ("bf16", "fp32"):
         assert precision_of(EngineConfig(precision=named)) == named
@@ -45,7 +44,7 @@ def test_auto_is_the_best_one_and_what_is_named_stays(best: str, monkeypatch: py
 
 @pytest.mark.parametrize("best", ["bf16", "fp32"])
 def test_a_run_goes_on_in_the_numbers_it_began_with(best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: best == "bf16")
+    monkeypatch.setattr(deepspeed_config, "multiplies_bf16", lambda device: best == "bf16")
     fresh = PretrainConfig(output_dir=str(tmp_path))
     settle_precision(fresh, rank=0)
     assert fresh.engine.precision == best
@@ -73,7 +72,7 @@ def test_a_folder_that_is_no_run_decides_nothing(text: str, tmp_path: Path) -> N
 
 
 def test_rank_0_warns_of_slow_numbers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(deepspeed_config, "multiplies_bf16", lambda device: False)
     for rank, named, words in (
         (0, "bf16", "--engine.precision auto"),
         (1, "bf16", ""),

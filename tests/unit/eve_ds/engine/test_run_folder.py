@@ -34,3 +34,14 @@ def test_a_run_among_another_ones_checkpoints_is_refused(data: Path) -> None:
         run_folder.claim(config, of(config))
     free = pretraining(data, data / "checkpoints" / "mine")
     run_folder.claim(free, of(free))
+
+
+def test_a_config_that_cannot_be_read_is_no_fault_of_the_user(tmp_path: Path) -> None:
+    """A disk that fails for a moment: the command says so, and does not ask for another folder."""
+    (tmp_path / "config.yaml").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        run_folder.stored_identity(tmp_path)
+    (tmp_path / "config.yaml").rmdir()
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match="not the readable config of a run; choose another --output_dir"):
+        run_folder.stored_identity(tmp_path)

@@ -14,9 +14,12 @@ from eve_ds.config import FinetuneConfig
 from eve_ds.engine import setup
 from eve_ds.engine.scoring import Scorer
 from eve_ds.engine.signals import StopRequest
-from eve_ds.logs import setup_logging
+from eve_ds.errors import setup_logging
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks import NLVR, VQA, Retrieval, Task
+from eve_ds.tasks import Task
+from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.vqa import VQA
 from preprocessing.__main__ import main
 from preprocessing.errors import UserError
 from tests.support.console import logging_restored
@@ -54,7 +57,8 @@ def prepare(folder: Path, task: str, *options: str, lost: int | None = LOST) -> 
     return main([*words, *options])
 
 
-def score(folder: Path, task: str, out: Path) -> None:
+def score(folder: Path, task: str, out: Path, nan: str = "none") -> None:
+    """Score with random weights; those whose names begin with ``nan`` are NaN."""
     config = FinetuneConfig()
     config.task = {"retrieval": "itr_coco"}.get(task, task)
     config.data.path = str(folder / "data")
@@ -65,6 +69,9 @@ def score(folder: Path, task: str, out: Path) -> None:
     backbone = Backbone(config.model)
     tasks = {"nlvr": NLVR, "vqa": lambda backbone: VQA(backbone, 2), "retrieval": Retrieval}
     made: Task = tasks[task](backbone).eval()
+    for name, parameter in made.named_parameters():
+        if name.startswith(nan):
+            parameter.data.fill_(torch.nan)
     out.mkdir(exist_ok=True)
     Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()).score(made, "test", out)
 
@@ -138,3 +145,10 @@ def test_a_score_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytes
     with pytest.raises(UserError, match=r"predictions_test\.json: is no regular file"):
         score(tmp_path, "vqa", tmp_path / "run")
     assert capsys.readouterr().out.splitlines()[-1].startswith("test: soft_accuracy ")
+
+
+def test_scores_that_are_nan_are_one_line(tmp_path: Path) -> None:
+    assert prepare(tmp_path, "retrieval", lost=None) == 0
+    with pytest.raises(UserError, match="is nan: scores must be real numbers"):
+        score(tmp_path, "retrieval", tmp_path / "run", nan="itc_text_proj_head")
+    assert not list((tmp_path / "run").iterdir())

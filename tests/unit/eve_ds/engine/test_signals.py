@@ -51,7 +51,7 @@ def save(stop):
         time.sleep(60)
 
 def main():
-    with signals.StopRequest().heeded() as stop:
+    with signals.StopRequest().handling() as stop:
         if "BODY".startswith("time"):
             print("ready", flush=True)
         return BODY

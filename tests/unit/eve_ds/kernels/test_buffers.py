@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eve_ds.kernels import buffers
-from eve_ds.kernels.buffers import PAGE, reused_empty_like
+from eve_ds.kernels import mlp
+from eve_ds.kernels.mlp import PAGE, reused_empty_like
 
 LIKE = torch.empty(7, 5)
 
 
 @pytest.fixture(autouse=True)
 def every_size_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "SMALLEST", 1)
-    monkeypatch.setattr(buffers, "_arrays", {})
+    monkeypatch.setattr(mlp, "SMALLEST", 1)
+    monkeypatch.setattr(mlp, "_arrays", {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +57,7 @@ def test_a_gradient_keeps_its_buffer() -> None:
 
 
 def test_small_ones_and_other_devices_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffers, "SMALLEST", 1 << 20)
+    monkeypatch.setattr(mlp, "SMALLEST", 1 << 20)
     reused_empty_like(LIKE)
     assert reused_empty_like(torch.empty(1 << 20, device="meta")).is_meta
-    assert not buffers._arrays
+    assert not mlp._arrays

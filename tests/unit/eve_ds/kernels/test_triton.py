@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eve_ds.kernels import group_bias_triton, permute_triton
+from eve_ds.kernels import triton_kernels
 
 INTEGERS = dict.fromkeys(["dim", "num_choices", "width", "bias_stride", "groups"], "i32")
 INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}
@@ -22,10 +22,10 @@ CONSTANTS: dict[str, Any] = {"TOP_K": 2, "WEIGH": True, "SUM_IN": tl.float32, "B
 def test_kernels_compile(capability: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = (
-        permute_triton._gather_kernel,
-        permute_triton._sum_kernel,
-        permute_triton._gradients_kernel,
-        group_bias_triton._bias_kernel,
+        triton_kernels._gather_kernel,
+        triton_kernels._sum_kernel,
+        triton_kernels._gradients_kernel,
+        triton_kernels._bias_kernel,
     )
     for kernel in kernels:
         constants = {name: CONSTANTS[name] for name in kernel.arg_names if name in CONSTANTS}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eve_ds.model.attention import Attention, key_bias, plain_attention
+from eve_ds.model.block import Attention, key_bias, plain_attention
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -21,16 +21,18 @@ from torch import Tensor, nn
 import eve_ds.model
 import eve_ds.tasks
 from eve_ds.kernels.permute import Layout
-from eve_ds.model.attention import QKV, Attention, key_bias
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import MLP, Block, HardBlock, SoftBlock
+from eve_ds.model.block import MLP, QKV, Attention, Block, HardBlock, SoftBlock, key_bias
 from eve_ds.model.decoders import DecoderBlock, PixelDecoder, WordDecoder
 from eve_ds.model.embeddings import ImageEmbedding, PatchProjection, TextEmbedding
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
 from eve_ds.model.router import Router
-from eve_ds.tasks import NLVR, VQA, MaskedModeling, Retrieval, Task
-from eve_ds.tasks.nlvr import AttentionPool, CrossAttention
+from eve_ds.tasks import Task
+from eve_ds.tasks.masked_modeling import MaskedModeling
+from eve_ds.tasks.nlvr import NLVR, AttentionPool, CrossAttention
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.vqa import VQA
 from tests.support.tiny_tasks import JOINT, MASK, NUM_ANSWERS, OBJECTIVE, tiny_batch, tiny_config
 
 BASES = {Block, Task}  # have no forward of their own

@@ -66,7 +66,7 @@ def test_base_has_the_parameters_of_the_formula() -> None:
 
 def test_parameters_equal_those_of_the_model() -> None:
     from eve_ds.model.backbone import Backbone
-    from eve_ds.tasks import VQA
+    from eve_ds.tasks.vqa import VQA
 
     config = finetune("vqa")
     real = VQA(Backbone(config.model), ANSWERS)

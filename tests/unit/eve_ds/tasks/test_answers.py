@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eve_ds.tasks import NLVR, VQA, Task
+from eve_ds.tasks import Task
+from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.vqa import VQA
 from tests.support.tiny_tasks import Batch, rows_of, tiny_batch, tiny_task
 
 NLVR_HEADS = pytest.mark.parametrize("name", ["nlvr_plain", "nlvr_biattn"])

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eve_ds.tasks import MaskedModeling
 from eve_ds.tasks.base import measuring_held_out
-from eve_ds.tasks.masked_modeling import another_image
+from eve_ds.tasks.masked_modeling import MaskedModeling, another_image
 from eve_ds.tasks.masking import choose_words, split_patches
 from tests.support.tiny_tasks import CLS, MASK, SEP, Batch, rows_of, tiny_batch, tiny_task
 

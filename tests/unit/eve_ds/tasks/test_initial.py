@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from eve_ds.engine.first_weights import SHAPE_INDEPENDENT, load_initial
 from eve_ds.model.backbone import Backbone
-from eve_ds.tasks import VQA, Task
-from eve_ds.tasks.initial import SHAPE_INDEPENDENT, load_initial
+from eve_ds.tasks import Task
+from eve_ds.tasks.vqa import VQA
 from preprocessing.errors import UserError
 from tests.support.tiny_tasks import NUM_ANSWERS, tiny_config, tiny_task
 

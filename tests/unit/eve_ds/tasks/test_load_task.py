@@ -12,7 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from eve_ds.tasks import NLVR, MaskedModeling, Retrieval, Task, load_task_model
+from eve_ds.tasks import Task, load_task_model
+from eve_ds.tasks.masked_modeling import MaskedModeling
+from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.retrieval import Retrieval
 from preprocessing.errors import UserError
 from tests.support.tiny_tasks import OBJECTIVE, tiny_batch, tiny_config, tiny_task
 

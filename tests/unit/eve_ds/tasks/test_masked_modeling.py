@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eve_ds.model.decoders import PixelDecoder, grid_positions, unpatchify
 from eve_ds.model.embeddings import patches
-from eve_ds.tasks import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.masking import choose_words, split_patches
 from preprocessing.errors import UserError
 from tests.support.tiny_tasks import JOINT, MASK, OBJECTIVE, Batch, rows_of, tiny_batch, tiny_task

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.nlvr import NlvrSamples
 from tests.support.shards import (
+    EVAL,
+    FLIP,
     image_of,
     make_nlvr_set,
+    pixels_of,
     tiny_tokenizer,
     write_split,
 )
 
 TOKENIZER = tiny_tokenizer()
-EVAL = build_transform(32, train=False)
-FLIP = build_transform(32, train=True, crop_scale=None)
-
-
-def _pixels(index: int) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(image_of(index, 32))))
 
 
 def test_nlvr_samples(tmp_path: Path) -> None:
@@ -31,7 +25,7 @@ def test_nlvr_samples(tmp_path: Path) -> None:
     sample = data[5, 1]
     assert (sample["sample_id"], sample["label"], sample["question_index"]) == (15, 0, 5)
     assert data[4, 0]["label"] == data.label(4) == 1
-    assert np.array_equal(sample["images_0"], _pixels(2)) and np.array_equal(sample["images_1"], _pixels(6))
+    assert np.array_equal(sample["images_0"], pixels_of(2)) and np.array_equal(sample["images_1"], pixels_of(6))
     assert data.identifier(5) == "train-2-0-1"
     assert data.image_bytes(5, image_number=1) == image_of(6, 32)
 
@@ -48,6 +42,6 @@ def test_nlvr_statement_that_says_a_side(tmp_path: Path) -> None:
     data = NlvrSamples(write_split(tmp_path / "train", "nlvr", [row]), TOKENIZER, FLIP, 16)
     for epoch in range(20):
         sample = data[0, epoch]
-        assert np.array_equal(sample["images_0"], _pixels(0)) and np.array_equal(sample["images_1"], _pixels(1))
-    flips = {tuple(bool((data[1, e][f"images_{k}"] != _pixels(k)).any()) for k in (0, 1)) for e in range(40)}
+        assert np.array_equal(sample["images_0"], pixels_of(0)) and np.array_equal(sample["images_1"], pixels_of(1))
+    flips = {tuple(bool((data[1, e][f"images_{k}"] != pixels_of(k)).any()) for k in (0, 1)) for e in range(40)}
     assert len(flips) == 4  # the two images are drawn for apart

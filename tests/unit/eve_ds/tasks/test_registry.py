@@ -31,7 +31,9 @@ def test_names_are_those_of_the_contract() -> None:
     assert find_spec(TASK) is finetune_spec(TASK) is my_task.SPEC and pretrain_spec(OBJECTIVE) is my_objective.SPEC
 
 
-@pytest.mark.parametrize("spec", [*BY_NAME.values(), my_task.SPEC, my_objective.SPEC], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    "spec", [*map(find_spec, BY_NAME), my_task.SPEC, my_objective.SPEC], ids=lambda spec: spec.name
+)
 def test_every_spec_is_whole(spec: Any) -> None:
     assert isinstance(spec, FinetuneSpec) != isinstance(spec, PretrainSpec)
     assert issubclass(spec.objective, Objective) and dataclasses.is_dataclass(spec.objective)

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from eve_ds.data.transforms import build_transform
 from eve_ds.tasks.vqa import VqaSamples, read_answer_list
 from preprocessing.errors import UserError
 from tests.support.shards import (
     ANSWERS,
+    EVAL,
+    FLIP,
     image_of,
     make_caption_set,
     make_vqa_set,
+    pixels_of,
     tiny_tokenizer,
     write_split,
 )
 
 TOKENIZER = tiny_tokenizer()
-EVAL = build_transform(32, train=False)
-FLIP = build_transform(32, train=True, crop_scale=None)
-
-
-def _pixels(index: int) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(image_of(index, 32))))
 
 
 def test_vqa_samples(tmp_path: Path) -> None:
@@ -43,7 +37,7 @@ def test_vqa_samples(tmp_path: Path) -> None:
     assert sample["answer_targets"].dtype == np.float32 and np.array_equal(sample["answer_targets"], expected)
     assert data.text(7) == "what color has the square of image 3"
     assert data.answers(7) == pytest.approx({"yellow": 0.9, "yes": 0.3})
-    assert np.array_equal(sample["images"], _pixels(3))
+    assert np.array_equal(sample["images"], pixels_of(3))
 
 
 def test_vqa_without_known_answers(tmp_path: Path) -> None:
@@ -58,8 +52,8 @@ def test_vqa_answers_that_say_a_side_count_too(tmp_path: Path) -> None:
     row |= {"answer_labels": [[0], [1]], "answer_scores": [[1.0], [1.0]], "question_id": [1, 2], "image_id": "0"}
     folder = write_split(tmp_path / "train", "vqa", [row | {"split": "train"}])
     data = VqaSamples(folder, TOKENIZER, FLIP, 16, answer_list=ANSWERS[:2])
-    assert all(np.array_equal(data[0, epoch]["images"], _pixels(0)) for epoch in range(20))
-    assert any(np.array_equal(data[1, epoch]["images"], _pixels(0)[:, ::-1]) for epoch in range(20))
+    assert all(np.array_equal(data[0, epoch]["images"], pixels_of(0)) for epoch in range(20))
+    assert any(np.array_equal(data[1, epoch]["images"], pixels_of(0)[:, ::-1]) for epoch in range(20))
 
 
 def test_another_kind(tmp_path: Path) -> None:

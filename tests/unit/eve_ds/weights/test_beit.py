@@ -14,7 +14,7 @@ from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT
 from eve_ds.weights.beit import Origins, fill_from_beit
-from eve_ds.weights.positions import interpolate_positions
+from eve_ds.weights.load import interpolate_positions
 from preprocessing.errors import UserError
 
 DIM, HIDDEN, HEADS, DEPTH, PATCH, PATCHES = 24, 40, 3, 3, 4, 9

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from eve_ds.tasks import load_task_model
-from eve_ds.weights.hashes import HASHES, write_hashes
-from eve_ds.weights.model_folder import CONFIG, HASHED, WEIGHTS, ModelFolder
+from eve_ds.weights.model_folder import CONFIG, HASHED, HASHES, WEIGHTS, ModelFolder, write_hashes
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_json
 from preprocessing.shards.schema import ANSWER_LIST

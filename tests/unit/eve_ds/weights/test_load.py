@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
-from eve_ds.weights.load import load_state, load_weights
-from eve_ds.weights.positions import interpolate_positions
+from eve_ds.weights.load import interpolate_positions, load_state, load_weights
 from preprocessing.errors import UserError
 from tests.support.published import load_published
 

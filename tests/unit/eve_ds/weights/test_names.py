@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.tasks import NLVR, VQA, Retrieval, Task
-from eve_ds.weights.names import from_published, is_published, to_published
+from eve_ds.tasks import Task
+from eve_ds.tasks.nlvr import NLVR
+from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.vqa import VQA
+from eve_ds.weights.published import from_published, is_published, to_published
 from preprocessing.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets"

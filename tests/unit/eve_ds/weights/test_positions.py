@@ -14,8 +14,9 @@ from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.tasks import VQA, load_task_model
-from eve_ds.weights.positions import POSITIONS, interpolate_positions
+from eve_ds.tasks import load_task_model
+from eve_ds.tasks.vqa import VQA
+from eve_ds.weights.load import POSITIONS, interpolate_positions
 from preprocessing.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets"

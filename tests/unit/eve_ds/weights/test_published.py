@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.weights.names import from_published
-from eve_ds.weights.published import published_config, sized_as
+from eve_ds.weights.published import from_published, published_config, sized_as
 from preprocessing.errors import UserError
 
 ASSETS = Path(__file__).parents[3] / "assets"

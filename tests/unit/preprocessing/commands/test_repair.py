@@ -10,7 +10,7 @@ import pytest
 
 from preprocessing.__main__ import main
 from preprocessing.running.work_folder import open_work
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from preprocessing.shards.writer import ShardWriter, write_manifest
 from tests.unit.preprocessing.helpers import command, image_of, rows_of
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from preprocessing.__main__ import main
-from preprocessing.shards.manifest import read_manifest
-from preprocessing.shards.schema import KINDS
+from preprocessing.shards.schema import KINDS, read_manifest
 from preprocessing.shards.writer import ShardWriter, write_manifest
 from tests.unit.preprocessing.helpers import convert, rows_of, write_json
 

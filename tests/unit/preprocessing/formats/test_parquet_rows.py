@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 from tests.unit.preprocessing.sources.test_img2dataset import add
 

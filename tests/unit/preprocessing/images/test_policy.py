@@ -14,7 +14,7 @@ from PIL import Image
 from preprocessing.errors import UserError
 from preprocessing.images.decoding import BadImage
 from preprocessing.images.policy import ExcludedImage, ImagePolicy, add_image_arguments, image_policy
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 

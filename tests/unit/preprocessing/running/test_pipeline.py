@@ -16,7 +16,7 @@ from preprocessing.running import pipeline
 from preprocessing.running.parts import PartJob, default_part_rows, write_part
 from preprocessing.running.pipeline import build_split
 from preprocessing.running.work_folder import remove_leftover
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from preprocessing.sources.source import Row, Source
 from tests.unit.preprocessing.helpers import image_of, rows_of
 

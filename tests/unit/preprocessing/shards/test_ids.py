@@ -17,10 +17,8 @@ from eve_ds.engine import setup
 from preprocessing.__main__ import main
 from preprocessing.errors import UserError
 from preprocessing.running.storage import file_sha256
-from preprocessing.shards.id_keys import id_key, image_mark, is_leak
 from preprocessing.shards.ids import IdKeys, join_keys, keys_of_shards, read_ids, shared_ids
-from preprocessing.shards.manifest import read_manifest
-from preprocessing.shards.schema import ID_COLUMNS, IDS
+from preprocessing.shards.schema import ID_COLUMNS, IDS, id_key, image_mark, is_leak, read_manifest
 from tests.support.shards import tiny_tokenizer
 from tests.unit.preprocessing.helpers import convert, image_of, write_json
 

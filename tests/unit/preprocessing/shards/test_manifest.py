@@ -4,10 +4,8 @@ from pathlib import Path
 import pytest
 
 from preprocessing.errors import UserError
-from preprocessing.json_text import dump_json
-from preprocessing.local_files import write_atomic
-from preprocessing.shards.manifest import read_manifest
-from preprocessing.shards.schema import MANIFEST
+from preprocessing.local_files import dump_json, write_atomic
+from preprocessing.shards.schema import MANIFEST, read_manifest
 
 GOOD = {
     "schema_version": 1,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of
 
 N = 30

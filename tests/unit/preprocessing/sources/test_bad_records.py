@@ -15,7 +15,7 @@ from preprocessing.formats import lines as lines_module
 from preprocessing.formats.caption_files import ImageFinder, read_captions
 from preprocessing.formats.lines import CutFile, open_text, read_lines
 from preprocessing.images.exclusion import ImageList
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from preprocessing.sources.split_names import RecordSplits
 from preprocessing.text.cleaning import TextCleaning
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json

@@ -13,7 +13,7 @@ import pytest
 
 from preprocessing.formats.caption_files import ImageFinder, LineRows, read_captions
 from preprocessing.images.exclusion import ImageList
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from preprocessing.sources.split_names import RecordSplits
 from preprocessing.text.cleaning import TextCleaning
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import IMAGES, convert, image_of, rows_of, write_json
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from preprocessing.errors import UserError
 from preprocessing.formats.shard_rows import Wanted
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from preprocessing.sources.img2dataset import read_folder
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 

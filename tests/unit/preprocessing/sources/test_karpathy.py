@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 COCO = {9: ("train2014", "train"), 42: ("val2014", "restval"), 73: ("val2014", "val"), 74: ("val2014", "test")}

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preprocessing.__main__ import main
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 SPLITS = ("test", "train2014", "val", "restval", "Validation", "dev", "TEST")

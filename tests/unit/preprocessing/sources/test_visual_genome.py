@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.shards.manifest import read_manifest
+from preprocessing.shards.schema import read_manifest
 from tests.unit.preprocessing.helpers import convert, image_of, rows_of, write_json
 
 PLACES = {10: "VG_100K/10.jpg", 1: "VG_100K_2/1.jpg", 2: "VG_100K_2/2.jpg"}

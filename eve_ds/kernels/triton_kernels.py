@@ -1,7 +1,8 @@
-"""The four row operations of ``permute`` as Triton kernels: one pass over the rows, sums in float32.
+"""Triton kernels: the four row operations of ``permute``, and ``grouped_mm.add_group_bias_`` (a launch for all groups).
 
-Shapes as in ``permute``. One program serves one row (or token) in blocks of columns; a warp reads 256 bf16 values as 16
-bytes a thread, and 768 and 1024 are multiples of 256.
+Each reads and writes its rows once and sums in float32. Shapes as in ``permute`` and ``grouped_mm``. A row operation's
+program serves one row (or token) in blocks of columns; a warp reads 256 bf16 values as 16 bytes a thread, and 768 and
+1024 are multiples of 256. Run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90, but not timed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256  # columns a step
-WARPS = 1
+BLOCK, WARPS = 256, 1  # columns a step of a row operation
+BIAS_BLOCK, BIAS_WARPS = 512, 2  # columns a program
 
 
 def gather_rows(x_TD: Tensor, order_P: Tensor, num_choices: int, top_k: int) -> Tensor:
@@ -115,3 +116,40 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
         products += gradient * tl.load(y + row * dim + column, mask=inside & taken, other=0).to(SUM_IN)
         tl.store(dy + row * dim + column, (gradient * weight).to(dy.dtype.element_ty), mask=inside)
     tl.store(dweights + choice, tl.sum(products, axis=0).to(dweights.dtype.element_ty), mask=taken)
+
+
+def add_group_bias_(y_RN: Tensor, bias_EN: Tensor, offsets_E: Tensor) -> Tensor:
+    """Add ``bias[e]`` to the rows before ``offsets[e]`` that are in no earlier group; zero the rows after the last.
+
+    Args:
+        y_RN: [R, N] contiguous.
+        bias_EN: [E, N], dense rows.
+        offsets_E: [E] int32, where each group ends.
+    """
+    rows, width = y_RN.shape
+    groups = offsets_E.numel()
+    if y_RN.numel():
+        _bias_kernel[(rows, triton.cdiv(width, BIAS_BLOCK))](
+            y_RN, bias_EN, offsets_E, width, bias_EN.stride(0), groups,
+            GROUPS=triton.next_power_of_2(groups), BLOCK=BIAS_BLOCK, num_warps=BIAS_WARPS,
+        )  # fmt: skip
+    return y_RN
+
+
+@triton.jit
+def _bias_kernel(  # type: ignore[no-untyped-def]
+    y, bias, offsets, width, bias_stride, groups,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    place = tl.arange(0, GROUPS)
+    ends = tl.load(offsets + place, mask=place < groups, other=2147483647)
+    group = tl.sum((ends <= row).to(tl.int32), axis=0)  # groups that end before this row
+    if group < groups:
+        values = tl.load(y + row * width + column, mask=inside, other=0).to(tl.float32)
+        values += tl.load(bias + group.to(tl.int64) * bias_stride + column, mask=inside, other=0).to(tl.float32)
+    else:
+        values = tl.zeros([BLOCK], dtype=tl.float32)
+    tl.store(y + row * width + column, values.to(y.dtype.element_ty), mask=inside)

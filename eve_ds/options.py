@@ -1,4 +1,5 @@
-"""One-line messages for errors on the command line: the option or file, the expected type, and the given value.
+"""Options of a command line: the objects that they name by import path, and one-line messages for their errors. Each
+message has the option or file, the expected type, and the given value.
 
 The messages of jsonargparse take several lines, and refer to Python types and to its own implementation.
 """
@@ -6,8 +7,10 @@ The messages of jsonargparse take several lines, and refer to Python types and t
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,7 @@ from eve_ds.recipes import (
     suggest_key,
     type_errors,
 )
-from preprocessing.errors import UserError
-from preprocessing.redaction import shortened, without_secrets
+from preprocessing.errors import UserError, shortened, without_secrets
 
 # Type in a message of jsonargparse -> description; the first match is used.
 _TYPES = {
@@ -187,3 +189,42 @@ def one_line(error: Exception) -> str:
             null = " or null" if "NoneType" in text else ""
             return f"--{found[1]}: expected {kinds[0]}{null}, got {format_value(given[0][1])}"
     return shortened(text, 400)
+
+
+def import_object(path: str, option: str = "") -> Any:
+    """Import what ``path`` names. The module is found on ``sys.path``: the working directory and PYTHONPATH are on it.
+
+    Args:
+        path: ``module:name``; both may be dotted.
+        option: the option that holds the path, for the error message.
+    Raises:
+        UserError: the path is malformed, its module cannot be imported, or it has no such name.
+    """
+    source = f"{option} {path}".strip()
+    module_name, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *name.split("."))):
+        raise UserError(f"{source}: not an import path; write module:name, as in my_package.mine:MyClass")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"{source}: {_failure(module_name, error)}") from error
+        raise UserError(
+            f"{source}: there is no module {error.name}; start in the folder that holds it, or add that to PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise UserError(f"{source}: {_failure(module_name, error)}") from error
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise UserError(f"{source}: {module_name} has no {name}; check the spelling") from error
+    return found
+
+
+def _failure(module_name: str, error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{module_name} cannot be imported ({type(error).__name__}: {error}, at {last.filename}:{last.lineno}); "
+        f'`python -c "import {module_name}"` shows where'
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.engine import environment
+from eve_ds import environment
 
 
 def test_extensions_go_into_the_checkout(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:

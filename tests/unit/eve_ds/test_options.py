@@ -19,9 +19,8 @@ from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import describe_type, format_value, has_type, hint_of, known_keys, section_of
-from preprocessing import json_text
-from preprocessing.errors import UserError
-from preprocessing.redaction import printable, shortened
+from preprocessing import local_files
+from preprocessing.errors import UserError, printable, shortened
 
 NOISE = ("<class", "Parser", "typing.", "Union", "Subtypes", "NoneType", "class_path", "\n")
 
@@ -239,7 +238,12 @@ def test_passwords_are_refused_before_print_config_shows_them(
 
 def test_values_are_hidden_first_and_then_cut() -> None:
     for value in (ADDRESS, [ADDRESS], {"a": ADDRESS}):
-        texts = (format_value(value), json_text.json_excerpt(value), shortened(repr(value)), shortened(repr(value), 15))
+        texts = (
+            format_value(value),
+            local_files.json_excerpt(value),
+            shortened(repr(value)),
+            shortened(repr(value), 15),
+        )
         for text in texts:
             assert "AKIA" not in text and "wJal" not in text, text
     assert format_value("a" * 80) == f"'{'a' * 59} …" and format_value("a" * 58) == f"'{'a' * 58}'"

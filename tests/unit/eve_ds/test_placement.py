@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from eve_ds.engine import placement
-from eve_ds.engine.placement import compute_threads, device_ordinal, free_port, local_world_size
+from eve_ds import environment
+from eve_ds.environment import compute_threads, device_ordinal, free_port, local_world_size
 from preprocessing.errors import UserError
 
 SRUN = {"SLURM_STEP_ID": "0"}
@@ -54,11 +54,11 @@ def test_a_free_port_is_none_that_the_kernel_gives_to_connections(monkeypatch: p
     with socket.socket() as taken, socket.socket() as free:
         taken.bind(("", first := free_port()))
         assert first < 20000
-        monkeypatch.setattr(placement, "PORTS", [first])
+        monkeypatch.setattr(environment, "PORTS", [first])
         with pytest.raises(UserError, match=f"no port from {first} to {first} is free; set MASTER_ADDR"):
             free_port()
         monkeypatch.undo()
         second = free_port()
-        monkeypatch.setattr(placement, "PORTS", [first, second])
+        monkeypatch.setattr(environment, "PORTS", [first, second])
         assert [free_port() for _ in range(4)] == [second] * 4
         free.bind(("", second))

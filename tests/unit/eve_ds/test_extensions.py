@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.kernels.extensions import extensions_folder
+from eve_ds.environment import extensions_folder
 
 
 def test_each_python_environment_has_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
