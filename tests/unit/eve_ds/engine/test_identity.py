@@ -21,6 +21,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.data_config import DataSource
 from eve_ds.engine import first_weights, run_folder, setup
 from eve_ds.engine.identity import SHOWN, Identity, Input, identity_of, summarized
+from eve_ds.finetune_options import expand_options
 from eve_ds.weights.model_folder import metadata
 from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import train_tokenizer
@@ -202,6 +203,11 @@ def test_first_weights_count_by_content_and_may_be_gone_later(data: Path) -> Non
         first_weights.source(other)
     with pytest.raises(UserError, match=r"b/hashes\.json: is damaged"):
         first_weights.origin(other)
+    options = ["--task", "vqa", "--output_dir", str(data / "run"), "--checkpoint"]
+    with pytest.raises(UserError, match=r"b/hashes\.json: is damaged"):
+        expand_options([*options, str(data / "b")])
+    _, defaults = expand_options([*options, str(data / "copy")])  # gone: the model is that of the run itself
+    assert defaults["model.dim"] == config.model.dim
 
 
 def test_a_setting_that_an_older_version_did_not_have_counts_by_its_default(data: Path) -> None:

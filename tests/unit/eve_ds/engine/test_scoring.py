@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,11 +59,11 @@ def prepare(folder: Path, task: str, *options: str, lost: int | None = LOST) -> 
     return main([*words, *options])
 
 
-def score(folder: Path, task: str, out: Path, nan: str = "none") -> None:
-    """Score with random weights; those whose names begin with ``nan`` are NaN."""
+def scorer(folder: Path, task: str, nan: str = "none") -> tuple[Scorer, Task]:
+    """With random weights; those whose names begin with ``nan`` are NaN."""
     config = FinetuneConfig()
     config.task = {"retrieval": "itr_coco"}.get(task, task)
-    config.data.path = str(folder / "data")
+    config.data.path, config.data.val_split = str(folder / "data"), "test"
     config.model = tiny_config()
     config.model.vocab_size = 512
     tokenizer = tiny_tokenizer()
@@ -72,8 +74,13 @@ def score(folder: Path, task: str, out: Path, nan: str = "none") -> None:
     for name, parameter in made.named_parameters():
         if name.startswith(nan):
             parameter.data.fill_(torch.nan)
+    return Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()), made
+
+
+def score(folder: Path, task: str, out: Path, nan: str = "none") -> None:
+    ours, made = scorer(folder, task, nan)
     out.mkdir(exist_ok=True)
-    Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()).score(made, "test", out)
+    ours.score(made, "test", out)
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +159,7 @@ def test_scores_that_are_nan_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is nan: scores must be real numbers"):
         score(tmp_path, "retrieval", tmp_path / "run", nan="itc_text_proj_head")
     assert not list((tmp_path / "run").iterdir())
+    ours, made = scorer(tmp_path, "retrieval", nan="itc_text_proj_head")
+    trainer: Any = SimpleNamespace(task=made, whole_weights=contextlib.nullcontext)  # all that is asked of a trainer
+    with pytest.raises(UserError, match="is nan: scores must be real numbers"):
+        ours.while_training(trainer)
