@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
+from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.distributed import decide, gather
 from eve_ds.engine.run_folder import holds_run

@@ -9,7 +9,7 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
 
-from eve_ds.config import OptimizerConfig
+from eve_ds.config_sections import OptimizerConfig
 from eve_ds.kernels.adam import build_adamw
 
 CPU = torch.device("cpu")

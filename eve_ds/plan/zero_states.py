@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eve_ds.config import OptimizerConfig
+from eve_ds.config_sections import OptimizerConfig
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.plan.live_bytes import LiveBytes
 

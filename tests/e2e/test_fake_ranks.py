@@ -33,7 +33,8 @@ def _one_run(ep_size: int, stage: int) -> dict[str, Any]:
     import torch.distributed as dist
     from deepspeed.utils import groups
 
-    from eve_ds.config import EngineConfig, PretrainConfig
+    from eve_ds.config import PretrainConfig
+    from eve_ds.config_sections import EngineConfig
     from eve_ds.engine import distributed, setup
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.optim import build_optimizer

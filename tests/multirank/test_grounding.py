@@ -74,7 +74,7 @@ def compare(stage: int, expected: dict[str, float]) -> None:
     """Evaluate, train a step at a learning rate of 0, and both again: nothing of either changes."""
     import deepspeed
 
-    from eve_ds.config import EngineConfig, OptimizerConfig
+    from eve_ds.config_sections import EngineConfig, OptimizerConfig
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE

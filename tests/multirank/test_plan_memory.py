@@ -23,7 +23,8 @@ CASES: list[Case] = [(1, 2, "fp32"), (2, 2, QUICK), (3, 1, QUICK)]
 
 
 def config_of(case: Case):
-    from eve_ds.config import EngineConfig, PretrainConfig
+    from eve_ds.config import PretrainConfig
+    from eve_ds.config_sections import EngineConfig
     from eve_ds.model.model_config import ModelConfig
     from eve_ds.tasks.masked_modeling import ObjectiveConfig
 

@@ -45,7 +45,7 @@ class Run:
         import torch.distributed as dist
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-        from eve_ds.config import EngineConfig, OptimizerConfig
+        from eve_ds.config_sections import EngineConfig, OptimizerConfig
         from eve_ds.engine import optim
         from eve_ds.engine.checkpoint_record import Topology
         from eve_ds.engine.deepspeed_config import load_deepspeed_config

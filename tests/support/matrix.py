@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eve_ds.config import EngineConfig, OptimizerConfig
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.masked_modeling import MaskedModeling
 from tests.support.pairwise import every_case, pairwise

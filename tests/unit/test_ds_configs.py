@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.config import EngineConfig, OptimizerConfig
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 
 STAGES = {"zero1.json": 1, "zero2.json": 2, "zero3.json": 3, "zero2_offload.json": 2}

@@ -27,6 +27,7 @@ LAYERS = {
     "eve_ds.recipes": 4,
     "eve_ds.options": 5,
     "eve_ds.tasks": 6,
+    "eve_ds.config_sections": 6,
     "eve_ds.config": 7,
     "eve_ds.engine": 8,
     "eve_ds.callbacks": 9,

@@ -20,7 +20,8 @@ from deepspeed.checkpoint import constants
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from eve_ds.callbacks.metrics import lines_until
-from eve_ds.config import EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig, parse
+from eve_ds.config import FinetuneConfig, PretrainConfig, parse
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.data.batch_reader import BatchReader
 from eve_ds.data.sampler import MicroBatchIndices
 from eve_ds.data.samples import CaptionSamples, Samples

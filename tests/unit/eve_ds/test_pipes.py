@@ -10,7 +10,8 @@ from pathlib import Path
 import deepspeed
 import pytest
 
-from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig, parse
+from eve_ds.config import PretrainConfig, parse
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.data.mapping import MappedFile
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eve_ds.config import EngineConfig, OptimizerConfig
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.deepspeed_keys import RULES
 from preprocessing.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from eve_ds import config as config_tree
-from eve_ds.config import EngineConfig, OptimizerConfig, PretrainConfig
+from eve_ds.config import PretrainConfig
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine import deepspeed_config
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config, precision_of, settle_precision
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eve_ds.config import DataConfig, EngineConfig, FinetuneConfig, OptimizerConfig, PretrainConfig
+from eve_ds.config import DataConfig, FinetuneConfig, PretrainConfig
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.data.data_config import DataSource
 from eve_ds.engine import batches, distributed, run_folder, setup
 from eve_ds.engine.deepspeed_config import _invalid, batch_shape, load_deepspeed_config

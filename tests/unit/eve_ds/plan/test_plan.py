@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eve_ds.config import EngineConfig, FinetuneConfig, FinetuneObjective, OptimizerConfig, PretrainConfig, parse
+from eve_ds.config import FinetuneConfig, FinetuneObjective, PretrainConfig, parse
+from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import check_world
 from eve_ds.model.model_config import ModelConfig

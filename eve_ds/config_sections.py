@@ -1,0 +1,150 @@
+"""Sections of the configuration that say how a run is optimized, spread, kept and logged, each with its checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from eve_ds.data.data_config import MOST_SECONDS
+from eve_ds.model.model_config import MOST
+from preprocessing.errors import UserError
+
+
+def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
+    """Raise UserError naming the first of ``settings`` that is below its least value."""
+    for name, lowest in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < lowest:
+            null = " or null" if getattr(type(settings), name) is None else ""
+            raise UserError(f"{section}.{name}={value} must be at least {lowest}{null}; see --help")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule. Biases, norms, LayerScale, tokens and position embeddings have no weight decay.
+
+    Args:
+        lr: peak learning rate.
+        head_lr_mult: factor on it for parameters outside the backbone.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay.
+        total_steps: optimizer steps of the run; null takes ``epochs``.
+        epochs: passes over the training split, if ``total_steps`` is null.
+        warmup: share of the steps over which the learning rate rises from zero.
+        schedule: what follows: a cosine or a line down to ``min_lr_ratio``, or constant.
+        min_lr_ratio: last learning rate as a share of the peak.
+        gradient_clipping: largest global gradient norm; 0 for none.
+        stop_on_divergence: end the run, before it saves again, when the loss has left its recent range by far and
+            stays there (eve_ds/engine/divergence.py); false tells it alone.
+    """
+
+    lr: float = 5e-4
+    head_lr_mult: float = 1.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    total_steps: int | None = None
+    epochs: float | None = None
+    warmup: float = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = 0.0
+    gradient_clipping: float = 3.0
+    stop_on_divergence: bool = False
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that no optimizer takes."""
+        ranges = {
+            "lr": 0 < self.lr < math.inf,
+            "head_lr_mult": 0 < self.head_lr_mult < math.inf,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": 0 < self.eps < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
+            "gradient_clipping": 0 <= self.gradient_clipping < math.inf,
+        }
+        for name, fits in ranges.items():
+            if not fits:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} is out of range; see --help")
+
+
+@dataclass
+class EngineConfig:
+    """How the work is spread.
+
+    Args:
+        global_batch_size: samples per optimizer step, over all ranks and accumulation steps.
+        micro_batch_size: most samples per rank and forward pass; null takes the whole share at once. What is missing
+            to the global batch is accumulated.
+        expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
+            ``model.num_experts``.
+        precision: bf16 (weights bf16, master copy and Adam fp32), fp32, or auto: bf16 where the device multiplies such
+            matrices by itself, else fp32; a resumed run keeps what it began with.
+        timeout_seconds: after so long without progress a rank says whom it waits for, writes its stacks, and ends.
+        seed: of initial weights, sample order, masks, augmentation, drop path.
+    """
+
+    global_batch_size: int = 256
+    micro_batch_size: int | None = None
+    expert_parallel_size: int = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    timeout_seconds: int = 600
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that spreads no work."""
+        at_least_one = ("global_batch_size", "micro_batch_size", "expert_parallel_size", "timeout_seconds")
+        _check_least("engine", self, dict.fromkeys(at_least_one, 1) | {"seed": 0})
+        for name, most in {"global_batch_size": MOST, "timeout_seconds": MOST_SECONDS}.items():
+            if getattr(self, name) > most:
+                raise UserError(f"engine.{name}={getattr(self, name)} must be at most {most}")
+        if self.seed >= 2**63:
+            raise UserError(f"engine.seed={self.seed} must be below 2**63")
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept.
+
+    Args:
+        every: steps between checkpoints; 0 saves at the end and on SIGTERM alone.
+        keep: newest checkpoints kept, at least 1.
+        resume: go on from the newest whole checkpoint when ``output_dir`` holds this run; false refuses such a folder.
+        export: write ``output_dir/model`` (safetensors, config, tokenizer) at the end.
+    """
+
+    every: int = 1000
+    keep: int = 2
+    resume: bool = True
+    export: bool = True
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that keeps nothing."""
+        _check_least("checkpoint", self, {"every": 0, "keep": 1})
+
+
+@dataclass
+class LoggingConfig:
+    """What is logged.
+
+    Args:
+        wandb: log to Weights & Biases; offline unless WANDB_API_KEY is set.
+        wandb_project: its project.
+        eval_every: steps between evaluations on ``data.val_split``; 0 evaluates at the end alone.
+        eval_samples: samples of that split looked at while training; null for all.
+        samples: images, words and answers stored for the report.
+        callbacks: import paths of your own callbacks, [my_package.mine:MyCallback] (docs/extending.md).
+    """
+
+    wandb: bool = True
+    wandb_project: str = "eve-ds"
+    eval_every: int = 1000
+    eval_samples: int | None = None
+    samples: int = 8
+    callbacks: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise UserError naming the first setting that makes no log."""
+        _check_least("logging", self, {"eval_every": 0, "eval_samples": 1, "samples": 0})
