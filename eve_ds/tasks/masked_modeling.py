@@ -80,7 +80,7 @@ class ObjectiveConfig(Objective):
 
 
 @dataclass
-class _Masks:
+class Masks:
     """What is hidden: kept [B, K] and masked [B, M] patches; words [B, L] bool; text_ids [B, L] with [MASK] there."""
 
     kept: Tensor
@@ -90,7 +90,7 @@ class _Masks:
 
 
 @dataclass
-class _PixelOutput:
+class PixelOutput:
     """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (mean 0, deviation 1 a patch); masked [B, M]."""
 
     predicted: Tensor
@@ -105,7 +105,7 @@ class _PixelOutput:
 
 
 @dataclass
-class _Words:
+class WordOutput:
     """Predicted words: scores [n, V] float32 and truth [n] at the n True places of mask [B, L]."""
 
     scores: Tensor
@@ -208,10 +208,10 @@ class MaskedModeling(Task):
             )
         return found
 
-    def _predict(self, batch: Batch) -> tuple[_PixelOutput, _Words, list[BackboneOutput]]:
+    def _predict(self, batch: Batch) -> tuple[PixelOutput, WordOutput, list[BackboneOutput]]:
         """Mask, encode (once or twice) and decode."""
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
-        masks = self._masks(batch)
+        masks = self.draw_masks(batch)
         noise = self.drop_path_noise(batch["sample_id"], 0)
         if self.objective.mode == "joint":
             for_pixels = for_words = self.encode(images, masks.text_ids, text_mask, masks.kept, noise)
@@ -222,8 +222,8 @@ class MaskedModeling(Task):
                 images, masks.text_ids, text_mask, noise=self.drop_path_noise(batch["sample_id"], 1)
             )
             passes = [for_pixels, for_words]
-        image = self._pixels(for_pixels, images, masks.kept, masks.masked)
-        return image, self._words(for_words, text_ids, masks.words), passes
+        image = self.rebuild(for_pixels, images, masks)
+        return image, self.score_words(for_words, text_ids, masks.words), passes
 
     @torch.no_grad()
     def _grounding(self, batch: Batch) -> Metrics:
@@ -233,38 +233,43 @@ class MaskedModeling(Task):
         other pair runs with its own and does not count.
         """
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
-        masks = self._masks(batch)
+        masks = self.draw_masks(batch)
         joint = self.objective.mode == "joint"
         other, has_other = another_image(batch["image_index"])
         wrong_image = self.encode(images[other], masks.text_ids, text_mask, masks.kept if joint else None)
-        metrics = self._words(wrong_image, text_ids, masks.words & has_other[:, None]).metrics("_shuffled")
+        metrics = self.score_words(wrong_image, text_ids, masks.words & has_other[:, None]).metrics("_shuffled")
         alone = self.encode(text_ids=masks.text_ids, text_mask=text_mask)
-        metrics |= self._words(alone, text_ids, masks.words).metrics("_no_image")
+        metrics |= self.score_words(alone, text_ids, masks.words).metrics("_no_image")
         other_text = (masks.text_ids if joint else text_ids)[other]
         wrong_text = self.encode(images, other_text, text_mask[other], masks.kept)
-        image = self._pixels(wrong_text, images, masks.kept, masks.masked)
-        counted = _PixelOutput(image.predicted[has_other], image.target[has_other], image.masked[has_other])
+        image = self.rebuild(wrong_text, images, masks)
+        counted = PixelOutput(image.predicted[has_other], image.target[has_other], image.masked[has_other])
         return metrics | counted.metrics("_shuffled")
 
-    def _masks(self, batch: Batch) -> _Masks:
+    def draw_masks(self, batch: Batch) -> Masks:
+        """What is hidden of each pair: a function of the seed and the sample id."""
         objective, sample_id = self.objective, batch["sample_id"]
         kept, masked = split_patches(objective.seed, sample_id, self.config.num_patches, objective.image_mask_ratio)
         words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio)
-        return _Masks(kept, masked, words, batch["text_ids"].masked_fill(words, self.mask_id))
+        return Masks(kept, masked, words, batch["text_ids"].masked_fill(words, self.mask_id))
 
-    def _pixels(self, output: BackboneOutput, images: Tensor, kept: Tensor, masked: Tensor) -> _PixelOutput:
-        predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], kept, masked).float()
-        pixels = patches(images.float(), self.config.patch_size)[_places(masked)]
-        return _PixelOutput(predicted, F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON), masked)
+    def rebuild(self, output: BackboneOutput, images: Tensor, masks: Masks) -> PixelOutput:
+        """The masked patches, rebuilt from a pass that saw ``masks.kept``."""
+        predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], masks.kept, masks.masked).float()
+        pixels = patches(images.float(), self.config.patch_size)[_places(masks.masked)]
+        return PixelOutput(predicted, F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON), masks.masked)
 
-    def _words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> _Words:
-        """Only the masked rows go through the projection to the vocabulary."""
+    def score_words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> WordOutput:
+        """Scores at the True places of ``mask`` [B, L], from a pass that saw [MASK] there.
+
+        Only these rows go through the projection to the vocabulary.
+        """
         text = output.hidden[:, output.num_image_tokens :][:, : mask.shape[1]]
         rows = text[mask]
         # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
         scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), self.backbone.text_embedding.words.weight)
-        return _Words(scores[: rows.shape[0]].float(), text_ids[mask], mask)
+        return WordOutput(scores[: rows.shape[0]].float(), text_ids[mask], mask)
 
 
 def another_image(image_index: Tensor) -> tuple[Tensor, Tensor]:
