@@ -132,19 +132,42 @@ class LoggingConfig:
     Args:
         wandb: log to Weights & Biases; offline unless WANDB_API_KEY is set.
         wandb_project: its project.
+        wandb_entity: the user or team there; null takes the account's default.
+        wandb_group: the group that the run belongs to there, such as the seeds of one experiment.
+        wandb_tags: its tags there.
+        wandb_notes: its description there.
+        wandb_mode: online, offline or disabled; null takes WANDB_MODE, or else online if WANDB_API_KEY is set.
+        tensorboard: write the same curves and images for TensorBoard, into ``output_dir/tensorboard``.
         eval_every: steps between evaluations on ``data.val_split``; 0 evaluates at the end alone.
         eval_samples: samples of that split looked at while training; null for all.
+        detail_every: steps between two records with expert load and speed in detail (``moe/``, ``perf/``); 0 for none.
+        peak_tflops: of one device, dense, in the run's precision, for ``perf/mfu``; null takes that of a GPU known to
+            eve_ds/callbacks/performance.py, and on others there is no such figure.
         samples: images, words and answers stored for the report.
+        images_every: pre-training: steps between two looks at the same held-out images, rebuilt, of which the newest
+            five stay in ``output_dir/samples``; 0 looks at the end alone.
         callbacks: import paths of your own callbacks, [my_package.mine:MyCallback] (docs/extending.md).
     """
 
     wandb: bool = True
     wandb_project: str = "eve-ds"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_notes: str | None = None
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    tensorboard: bool = False
     eval_every: int = 1000
     eval_samples: int | None = None
+    detail_every: int = 50
+    peak_tflops: float | None = None
     samples: int = 8
+    images_every: int = 0
     callbacks: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
-        _check_least("logging", self, {"eval_every": 0, "eval_samples": 1, "samples": 0})
+        least = {"eval_every": 0, "eval_samples": 1, "detail_every": 0, "samples": 0, "images_every": 0}
+        _check_least("logging", self, least)
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"logging.peak_tflops={self.peak_tflops} must be a positive number or null; see --help")

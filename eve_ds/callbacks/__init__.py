@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from eve_ds.callbacks.metrics import MetricsFile
+from eve_ds.callbacks.moe_load import MoELoad
+from eve_ds.callbacks.performance import Performance
 from eve_ds.callbacks.progress import Progress
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
@@ -20,12 +22,15 @@ OPTION = "--logging.callbacks"
 
 
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
-    """Metrics file and progress; Weights & Biases unless ``logging.wandb`` is false; those of ``logging.callbacks``.
+    """Those that add to the record; then metrics file, progress and dashboards; then those of ``logging.callbacks``.
 
     Raises:
         UserError: as ``own_callbacks``.
     """
-    callbacks: list[Callback] = [MetricsFile(), Progress()]
+    callbacks: list[Callback] = []
+    if every := config.logging.detail_every:
+        callbacks += [MoELoad(every), Performance(every, config.logging.peak_tflops)]
+    callbacks += [MetricsFile(), Progress()]
     if config.logging.wandb:
         callbacks.append(WandbLog(config.logging.wandb_project))
     return [*callbacks, *own_callbacks(config.logging.callbacks)]

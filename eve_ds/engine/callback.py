@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from preprocessing.errors import UserError
@@ -20,6 +21,8 @@ HOOKS = (
     "step_end",
     "evaluation_end",
     "checkpoint_saved",
+    "images_made",
+    "alert",
     "fit_end",
     "close",
 )
@@ -53,7 +56,8 @@ class Callback:
         """After an optimizer step, with the weights updated.
 
         ``record`` holds step, samples, loss, the task's metrics, lr, grad_norm, samples_per_second, step_seconds and
-        more. It is the same on every rank, except for the times.
+        more. It is the same on every rank, except for the times. What a callback adds to it, on rank 0 at least, those
+        after it see.
         """
 
     def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
@@ -61,6 +65,12 @@ class Callback:
 
     def checkpoint_saved(self, trainer: Trainer, path: Path) -> None:
         """After a checkpoint is complete on disk at ``path``."""
+
+    def images_made(self, trainer: Trainer, images: dict[str, np.ndarray]) -> None:
+        """Images of this step for dashboards, by name: uint8 [H, W, 3]. On rank 0 alone."""
+
+    def alert(self, trainer: Trainer, title: str, text: str) -> None:
+        """Something that whoever watches the run should hear of, such as a suspect loss. The same on every rank."""
 
     def fit_end(self, trainer: Trainer) -> None:
         """After the last step, or after the step in which a stop request was served. Not called after an exception."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -183,6 +184,10 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
+    def show_images(self, images: dict[str, np.ndarray]) -> None:
+        """Hand images of this step, uint8 [H, W, 3] by name, to the callbacks that show them. On rank 0 alone."""
+        self._call_hooks("images_made", images)
+
     def _train_step(self, batches: TrainingBatches) -> dict[str, float]:
         """One optimizer step. Returns its record: means over the global batch."""
         began = time.perf_counter()
@@ -278,6 +283,7 @@ class Trainer:
             shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
             count = len(samples)
             _log.warning("step %d: %s; its samples are %s (all %d: %s)", self.step, found, shown, count, suspects)
+        self._call_hooks("alert", "suspect loss", f"step {self.step}: {found}")
         if found.lasting and self.config.optimizer.stop_on_divergence:
             raise UserError(
                 f"the run has diverged: step {self.step}: {found}; {self._advice()} (it ends by "

@@ -13,6 +13,11 @@ def _grouped_mm_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *
     return 2 * x_shape[0] * x_shape[1] * weight_shape[-1]
 
 
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which also counts grouped products."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+
+
 def count_flops(run: Callable[[], object]) -> int:
     """Floating-point operations of all matrix products in ``run()``, forward and backward; a multiply-add is two.
 
@@ -21,6 +26,6 @@ def count_flops(run: Callable[[], object]) -> int:
     device, without activation checkpointing: there experts' rows are not padded, attention is not fused (PyTorch counts
     the scores that a fused backward pass recomputes), and nothing is recomputed.
     """
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops}) as counter:
+    with flop_counter() as counter:
         run()
     return int(counter.get_total_flops())

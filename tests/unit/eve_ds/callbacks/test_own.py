@@ -34,7 +34,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_classes_and_instances_follow_the_built_in_ones() -> None:
     paths = "[own_callbacks_of_a_test:Plain, own_callbacks_of_a_test:named]"
-    options = ["--logging.callbacks", paths, "--logging.wandb=false"]
+    options = ["--logging.callbacks", paths, "--logging.wandb=false", "--logging.detail_every=0"]
     for root in (PretrainConfig, FinetuneConfig):
         config = parse(root, options, "test")  # type: ignore[type-var]
         metrics, progress, plain, named = standard_callbacks(config)

@@ -21,6 +21,7 @@ from eve_ds.callbacks import Progress, WandbLog, standard_callbacks, wandb
 class Logging:
     wandb: bool = True
     wandb_project: str = "eve-ds-test"
+    detail_every: int = 0
     callbacks: tuple[str, ...] = ()
 
 
