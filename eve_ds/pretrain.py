@@ -55,7 +55,8 @@ def run(stop: StopRequest) -> int:
         first_weights.load_first_weights(task, config, load_head=False)
         callbacks = [*checks, *callbacks]  # checks first: a stop must not hide damaged data
         if held_out is not None and config.logging.samples > 0:
-            callbacks.append(PretrainExamples(config.spec, held_out, config.logging.samples))
+            shown = config.logging.samples, config.logging.images_every
+            callbacks.append(PretrainExamples(config.spec, held_out, *shown))
 
         def evaluate(trainer: Trainer) -> dict[str, float]:
             limit = config.logging.eval_samples

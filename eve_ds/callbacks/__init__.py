@@ -9,6 +9,7 @@ from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
 from eve_ds.callbacks.progress import Progress
+from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
 from eve_ds.options import import_object
@@ -25,14 +26,16 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
     """Those that add to the record; then metrics file, progress and dashboards; then those of ``logging.callbacks``.
 
     Raises:
-        UserError: as ``own_callbacks``.
+        UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
     """
     callbacks: list[Callback] = []
     if every := config.logging.detail_every:
         callbacks += [MoELoad(every), Performance(every, config.logging.peak_tflops)]
     callbacks += [MetricsFile(), Progress()]
     if config.logging.wandb:
-        callbacks.append(WandbLog(config.logging.wandb_project))
+        callbacks.append(WandbLog(config.logging))
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoardLog())
     return [*callbacks, *own_callbacks(config.logging.callbacks)]
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import re
 import secrets
 import ssl
+import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from eve_ds.callbacks.metric_groups import AXIS, grouped
+from eve_ds.callbacks.wandb_files import logged_since
+from eve_ds.config_sections import LoggingConfig
 from eve_ds.engine.callback import Callback
 from preprocessing.local_files import write_text
 
@@ -22,6 +31,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 ID_FILE = "wandb_id"
+ATTACHED = ("config.yaml", "report.html")  # of the run folder
 REACH_TIMEOUT_S = 5.0  # seconds for a first answer of the server, else the run is logged offline
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 120
@@ -30,20 +40,27 @@ FINISH_TIMEOUT_S = 120
 class WandbLog(Callback):
     """Sends every record to one wandb run, on rank 0. ``logging.wandb: false`` leaves this callback out.
 
-    Online if WANDB_API_KEY is set, else offline; WANDB_MODE takes precedence. If no server answers within five seconds,
-    the run is logged offline, with a warning. Files go to ``output_dir/wandb``. All curves are drawn over ``step``, the
-    optimizer step, so that steps repeated after a resume overwrite the earlier ones. The run's id is kept in
+    Online if WANDB_API_KEY is set, else offline; WANDB_MODE and then ``logging.wandb_mode`` take precedence. If no
+    server answers within five seconds, the run is logged offline, with a warning. Files go to ``output_dir/wandb``.
+    Curves are grouped (see ``metric_groups``) and drawn over ``step``, the optimizer step. The run's id is kept in
     ``output_dir/wandb_id``: a resumed run continues the same curves, and the offline parts become one run when uploaded
     (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
 
+    A step has one value of a metric: where a run resumes before steps that it has logged, the first values stay. Online
+    wandb itself ignores the second ones; offline what an earlier file of the run holds is left out here.
+
     A failure in here (no network, a full disk, wandb not installed) is logged as one warning and ends the logging to
     wandb, not the training.
+
+    Args:
+        settings: the section ``logging``.
     """
 
-    def __init__(self, project: str = "eve-ds") -> None:
-        self._project = project
+    def __init__(self, settings: LoggingConfig) -> None:
+        self._settings = settings
         self._run: Any = None
         self._finished = False
+        self._logged: dict[int, set[str]] = {}  # keys by step, in earlier offline files
 
     def fit_start(self, trainer: Trainer) -> None:
         if not trainer.is_main:
@@ -54,17 +71,19 @@ class WandbLog(Callback):
             self._give_up(error)
 
     def _init(self, trainer: Trainer) -> Any:
-        chosen = mode()
+        chosen = self._settings.wandb_mode or mode()
         if chosen == "online" and not reachable(base_url()):
             chosen = self._offline(trainer, f"{base_url()} does not answer")
+        if chosen == "offline":
+            self._logged = logged_since(trainer.output_dir / "wandb", run_id(trainer.output_dir), trainer.start_step)
         try:
             run = self._begin(trainer, chosen)
         except Exception as error:
             if chosen != "online":
                 raise
             run = self._begin(trainer, self._offline(trainer, " ".join(str(error).split())))
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+        run.define_metric(AXIS)
+        run.define_metric("*", step_metric=AXIS)
         return run
 
     def _offline(self, trainer: Trainer, reason: str) -> str:
@@ -76,7 +95,11 @@ class WandbLog(Callback):
         import wandb
 
         return wandb.init(
-            project=self._project,
+            project=self._settings.wandb_project,
+            entity=self._settings.wandb_entity,
+            group=self._settings.wandb_group,
+            tags=self._settings.wandb_tags or None,
+            notes=self._settings.wandb_notes,
             name=trainer.output_dir.resolve().name,
             id=run_id(trainer.output_dir),
             resume="allow",
@@ -93,28 +116,55 @@ class WandbLog(Callback):
         )
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
-        self._log(record)
+        self._log(record, int(record[AXIS]))
 
     def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
-        self._log(record)
+        self._log(record, int(record[AXIS]))
 
-    def _log(self, record: dict[str, float]) -> None:
+    def images_made(self, trainer: Trainer, images: dict[str, np.ndarray]) -> None:
         if self._run is None:
             return
-        try:
-            self._run.log(record, step=int(record["step"]))
-        except Exception as error:  # noqa: BLE001  # see the class
-            self._give_up(error)
+        import wandb
+
+        self._log({name: wandb.Image(pixels) for name, pixels in images.items()}, trainer.step)
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        known = self._logged.get(step, set()) - {AXIS}
+        new = {name: value for key, value in values.items() if (name := grouped(key)) not in known}
+        if self._run is None or not new.keys() - {AXIS}:
+            return
+        self._guarded(lambda: self._run.log({AXIS: step, **new}, step=step))
+
+    def alert(self, trainer: Trainer, title: str, text: str) -> None:
+        if self._run is not None:
+            self._guarded(lambda: self._run.alert(title, f"{trainer.output_dir}: {text}", level="WARN"))
 
     def fit_end(self, trainer: Trainer) -> None:
         self._finished = True
+        if trainer.stopped_early:
+            self.alert(trainer, "stopped", f"saved at step {trainer.step} on request; the same command goes on")
 
     def close(self, trainer: Trainer) -> None:
-        run, self._run = self._run, None
-        if run is None:
+        if self._run is None:
             return
+        if not self._finished and (error := sys.exc_info()[1]) is not None:  # the trainer closes in a finally clause
+            self.alert(trainer, "ended by an error", f"step {trainer.step}: {error}")
+        self._guarded(lambda: self._attach(trainer.output_dir))
+        run, self._run = self._run, None
+        if run is not None:
+            self._guarded(lambda: run.finish(exit_code=0 if self._finished else 1))
+
+    def _attach(self, folder: Path) -> None:
+        """The run's own config and report, if there is one; below the run's name, since wandb has a config.yaml."""
+        folder = folder.resolve()
+        with contextlib.redirect_stderr(io.StringIO()):  # it warns of the link that it makes, whatever ``silent`` says
+            for name in ATTACHED:
+                if (folder / name).exists():
+                    self._run.save(folder / name, base_path=folder.parent, policy="now")
+
+    def _guarded(self, call: Callable[[], object]) -> None:
         try:
-            run.finish(exit_code=0 if self._finished else 1)
+            call()
         except Exception as error:  # noqa: BLE001  # see the class
             self._give_up(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -12,7 +13,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eve_ds.callbacks import wandb_files
+from eve_ds.callbacks.metric_groups import GROUPS, grouped
 from tests.support import ranks
 
 STEPS = 6
@@ -28,7 +32,9 @@ GROUNDING = {
 @pytest.fixture(scope="module")
 def tiny_run(tiny_run: list[str]) -> list[str]:
     """With micro-batches of two images, which have two captions each: of one image alone nothing can be shuffled."""
-    return [*tiny_run, "--engine.global_batch_size=16", "--engine.micro_batch_size=4"]
+    dashboards = ["--logging.detail_every=3", "--logging.peak_tflops=1", "--logging.tensorboard=true"]
+    batches = ["--engine.global_batch_size=16", "--engine.micro_batch_size=4"]
+    return [*tiny_run, *batches, *dashboards, "--logging.images_every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,11 @@ def records(output: Path) -> list[dict[str, float]]:
 def learned(output: Path) -> list[dict[str, float]]:
     """What does not depend on the clock, of the training steps."""
     timed = ("samples_per_second", "step_seconds", "data/wait_fraction")
-    return [{k: v for k, v in record.items() if k not in timed} for record in records(output) if "lr" in record]
+    return [
+        {k: v for k, v in record.items() if k not in timed and not k.startswith("perf/")}
+        for record in records(output)
+        if "lr" in record
+    ]
 
 
 def same_weights(left: Path, right: Path) -> bool:
@@ -77,6 +87,44 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
     counts = samples["expert_load"]["layers"][0]["counts"]
     assert len(counts) == 2 and all(len(row) == 4 and sum(row) > 0 for row in counts)
     assert list((straight / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_run_draws_its_dashboards_while_it_trains(straight: Path) -> None:
+    """The same in wandb's files and TensorBoard's, each metric explained in docs/metrics.md."""
+    pictures = {path.name for path in (straight / "samples/step_00000002").iterdir()}
+    assert {path.name for path in (straight / "samples").glob("step_*")} == {f"step_0000000{n}" for n in (2, 4, 6)}
+    assert pictures >= {"p0_original.png", "p0_masked.png", "p0_rebuilt.png"}
+    (last,) = [record for record in records(straight) if record["step"] == STEPS and "lr" in record]
+    assert last.keys() >= {"moe/load_imbalance", "moe/layer_1/router_entropy", "perf/mfu", "perf/own_seconds_max"}
+    (line,) = [json.loads(line) for line in (straight / "expert_load.jsonl").read_text().splitlines()][1:]
+    # 3 steps of 16 pairs, 2 passes: 5 and 17 image tokens, 2 choices of each.
+    assert line["step"] == STEPS and sum(line["counts"][0][0]) == 3 * 16 * (5 + 17) * 2
+    logged = {key for record in records(straight) for key in record}
+    assert not {key for key in logged if pattern_of(key) not in documented()}
+    assert documented() >= GROUPS.keys()
+    board = EventAccumulator(str(straight / "tensorboard"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {grouped(key) for key in logged - {"step"}}
+    assert {"moe/expert_load", "samples/p0_rebuilt"} <= set(board.Tags()["images"])
+    (path,) = (straight / "wandb").glob("offline-run-*/*.wandb")
+    rows = list(wandb_files.history(path))
+    keys = {key for row in rows for key in row if not key.startswith("_")}
+    assert keys == {grouped(key) for key in logged} | set(board.Tags()["images"])
+
+
+def pattern_of(key: str) -> str:
+    return re.sub(r"moe/layer_\d+/", "moe/layer_N/", key)
+
+
+def documented() -> set[str]:
+    """The keys in the first column of the tables of docs/metrics.md; each row says unit, meaning and what to do."""
+    found: set[str] = set()
+    for line in (ranks.REPOSITORY / "docs/metrics.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            keys, unit, meaning, wrong = (cell.strip() for cell in line.strip("|").split("|"))
+            assert unit and meaning and wrong, line
+            found |= set(re.findall("`([^`]+)`", keys))
+    return found
 
 
 def test_the_model_folder_loads_without_a_process_group(straight: Path) -> None:

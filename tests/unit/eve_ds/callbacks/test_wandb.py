@@ -12,22 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from eve_ds.callbacks import Progress, WandbLog, standard_callbacks, wandb
-
-
-@dataclass
-class Logging:
-    wandb: bool = True
-    wandb_project: str = "eve-ds-test"
-    detail_every: int = 0
-    callbacks: tuple[str, ...] = ()
+from eve_ds.callbacks import Progress, WandbLog, standard_callbacks, wandb, wandb_files
+from eve_ds.config_sections import LoggingConfig
+from preprocessing.errors import UserError
 
 
 @dataclass
 class Config:
-    logging: Logging = field(default_factory=Logging)
+    logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="eve-ds-test", detail_every=0))
 
 
 @pytest.fixture(autouse=True)
@@ -36,18 +31,41 @@ def _no_account(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def trainer(folder: Path, is_main: bool = True) -> Any:
-    return SimpleNamespace(output_dir=folder, is_main=is_main, task_name="pretrain", config=Config(), world_size=2)
+def trainer(folder: Path, is_main: bool = True, start_step: int = 0, **settings: Any) -> Any:
+    state = SimpleNamespace(output_dir=folder, is_main=is_main, task_name="pretrain", config=Config(), world_size=2)
+    state.start_step = state.step = start_step
+    state.stopped_early = False
+    vars(state.config.logging).update(settings)
+    return state
 
 
-def train(state: Any, steps: range) -> None:
-    callback = WandbLog("eve-ds-test")
+def train(state: Any, steps: range, offset: float = 0.0) -> None:
+    callback = WandbLog(state.config.logging)
     callback.fit_start(state)
-    for step in steps:
-        callback.step_end(state, {"step": step, "loss": 1 / step})
+    for state.step in steps:
+        callback.step_end(state, {"step": state.step, "loss": 1 / state.step + offset})
     callback.evaluation_end(state, {"step": steps[-1], "val/loss": 0.5})
     callback.fit_end(state)
     callback.close(state)
+
+
+def pieces(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def records(path: Path) -> list[Any]:
+    """All records of a file, once wandb's own process has written it whole."""
+    from wandb.proto import wandb_internal_pb2
+
+    for _ in range(600):
+        found = []
+        for raw in wandb_files.raw_records(path):
+            found.append(wandb_internal_pb2.Record())
+            found[-1].ParseFromString(raw)
+        if found and found[-1].HasField("exit"):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
 
 
 def holds(path: Path, word: bytes) -> None:
@@ -61,7 +79,7 @@ def holds(path: Path, word: bytes) -> None:
 
 def test_offline_run_and_its_resume_share_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(trainer(tmp_path), range(1, 4))
-    train(trainer(tmp_path), range(4, 6))
+    train(trainer(tmp_path, start_step=3), range(4, 6))
     assert "Weights & Biases logs no more" not in caplog.text
     run_id = (tmp_path / "wandb_id").read_text().strip()
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -70,16 +88,104 @@ def test_offline_run_and_its_resume_share_one_id(tmp_path: Path, caplog: pytest.
         holds(files[0], word)
 
 
-def test_all_curves_are_drawn_over_the_optimizer_step_in_every_piece(tmp_path: Path) -> None:
-    from wandb.proto import wandb_internal_pb2 as records
-
+def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_one_value(tmp_path: Path) -> None:
     train(trainer(tmp_path), range(1, 8))
-    train(trainer(tmp_path), range(5, 9))  # from the checkpoint of step 4: 5 to 7 come again
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2
-    for path in files:
-        for metric in (records.MetricRecord(name="step"), records.MetricRecord(glob_name="*", step_metric="step")):
-            holds(path, metric.SerializeToString())
+    # From the checkpoint of step 4: steps 5 to 7 come again, and this time an evaluation follows step 8 as well.
+    train(trainer(tmp_path, start_step=4), range(5, 9), offset=100.0)
+    assert len(pieces(tmp_path)) == 2
+    found: dict[tuple[int, str], list[Any]] = {}
+    for path in pieces(tmp_path):
+        kept = records(path)
+        assert ("*", "step") in [(record.metric.glob_name, record.metric.step_metric) for record in kept]
+        for row in wandb_files.history(path):
+            assert row["step"] == row["_step"]
+            for key in row.keys() - {"step", "_step", "_runtime", "_timestamp"}:
+                found.setdefault((row["step"], key), []).append(row[key])
+    losses = {(step, "train/loss"): [pytest.approx(1 / step)] for step in range(1, 8)}
+    assert found == losses | {
+        (7, "val/loss"): [0.5],
+        (8, "train/loss"): [pytest.approx(100.125)],
+        (8, "val/loss"): [0.5],
+    }
+
+
+def test_within_a_run_wandb_itself_ignores_a_step_that_is_past(tmp_path: Path) -> None:
+    train(trainer(tmp_path), [1, 2, 3, 2, 4])  # type: ignore[arg-type]
+    (path,) = pieces(tmp_path)
+    records(path)
+    assert [row["step"] for row in wandb_files.history(path)] == [1, 2, 3, 4]
+
+
+def test_a_file_whose_end_is_lost_is_read_up_to_there(tmp_path: Path) -> None:
+    state = trainer(tmp_path)
+    callback = WandbLog(state.config.logging)
+    callback.fit_start(state)
+    for state.step in range(1, 4):
+        callback.step_end(state, {"step": state.step, "loss": 1.0, "words": "x" * 40_000})  # type: ignore[dict-item]
+    callback.close(state)
+    (path,) = pieces(tmp_path)
+    records(path)
+    whole = path.read_bytes()
+    assert len(whole) > 3 * 32 * 1024  # rows lie across blocks
+    assert [row["step"] for row in wandb_files.history(path)] == [1, 2, 3]
+    lengths = set()
+    for share in range(100):
+        path.write_bytes(whole[: len(whole) * share // 100])
+        rows = [row["step"] for row in wandb_files.history(path)]
+        assert rows == [1, 2, 3][: len(rows)]
+        lengths.add(len(rows))
+    assert lengths >= {0, 1, 2}
+    path.write_bytes(b"no file of wandb")
+    assert list(wandb_files.history(path)) == []
+
+
+def test_names_alerts_images_and_files_reach_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: {}\n")
+    (folder / "report.html").write_text("<html>")
+    state = trainer(
+        folder, wandb_entity="team", wandb_group="seeds", wandb_tags=["a", "b"], wandb_notes="why", wandb_mode="offline"
+    )
+    callback = WandbLog(state.config.logging)
+    callback.fit_start(state)
+    state.step = 3
+    callback.step_end(state, {"step": 3, "loss": 2.0, "lr": 1e-3})
+    callback.images_made(state, {"moe/expert_load": np.zeros((4, 6, 3), dtype=np.uint8)})
+    callback.alert(state, "suspect loss", "step 3: 9 is far out")
+    state.stopped_early = True
+    callback.fit_end(state)
+    callback.close(state)
+    (path,) = pieces(folder)
+    found = records(path)
+    (run,) = [record.run for record in found if record.HasField("run")][:1]
+    assert (run.entity, run.run_group, list(run.tags), run.notes) == ("team", "seeds", ["a", "b"], "why")
+    alerts = [(record.alert.title, record.alert.text) for record in found if record.HasField("alert")]
+    assert alerts == [
+        ("suspect loss", f"{folder}: step 3: 9 is far out"),
+        ("stopped", f"{folder}: saved at step 3 on request; the same command goes on"),
+    ]
+    saved = {file.path for record in found if record.HasField("files") for file in record.files.files}
+    assert {"base/config.yaml", "base/report.html"} <= saved
+    (row,) = wandb_files.history(path)
+    assert row.keys() >= {"step", "train/loss", "optim/lr", "moe/expert_load"}
+    assert capfd.readouterr().err == ""  # not even of wandb itself
+
+
+def test_a_run_that_ends_by_an_error_says_so(tmp_path: Path) -> None:
+    state = trainer(tmp_path)
+    callback = WandbLog(state.config.logging)
+    callback.fit_start(state)
+    with pytest.raises(UserError):
+        try:
+            raise UserError("the run has diverged")
+        finally:
+            callback.close(state)
+    found = records(pieces(tmp_path)[0])
+    assert [record.alert.text for record in found if record.HasField("alert")] == [
+        f"{tmp_path}: step 0: the run has diverged"
+    ]
+    assert found[-1].exit.exit_code == 1
 
 
 @contextlib.contextmanager
