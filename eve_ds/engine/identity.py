@@ -61,6 +61,9 @@ FREE_IN_A_BRANCH = (  # beside MUTABLE_ON_RESUME: settings that do not change na
     "objective.mode",  # but for those of ONE_DECODER
     "objective.image_mask_ratio",
     "objective.text_mask_ratio",
+    "objective.image_masking",
+    "objective.word_masking",
+    "objective.mask_replacement",
     "objective.pixel_target",
     "objective.seed",
     "objective.temperature",

@@ -25,10 +25,11 @@ from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Batch, Metrics, Task, TaskOutput, evaluating, global_counts, valid_rows
 from eve_ds.tasks.masked_examples import predicted_words, rebuilt_images, spelled
 from eve_ds.tasks.masked_parts import EPSILON, Masks, ObjectiveConfig, PixelOutput, WordOutput, patches_at
-from eve_ds.tasks.masking import choose_words, masked_patches, masked_words, split_patches
+from eve_ds.tasks.masking import choose_words, hide_words, masked_patches, masked_words, split_blocks, split_patches
 from eve_ds.tasks.spec import HeldOutExamples, Pass, PretrainSpec, stored_mask_id, stored_section
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
+from preprocessing.text.tokenizer import SPECIAL, Tokenizer
 
 __all__ = ["SPEC", "MaskedModeling", "MaskedSpec", "Masks", "ObjectiveConfig", "PixelOutput", "WordOutput"]
 
@@ -67,6 +68,23 @@ class MaskedModeling(Task):
         if objective.predicts_words:
             head = WordMLP if objective.word_head == "mlp" else WordDecoder
             self.word_decoder = head(config.dim, config.vocab_size)
+        # Of the vocabulary, see use_tokenizer: [V] does an entry continue a word, [n] the ids that random words have.
+        self.continues: Tensor
+        self.register_buffer("continues", torch.zeros(config.vocab_size, dtype=torch.bool), persistent=False)
+        self.ordinary: Tensor
+        self.register_buffer("ordinary", torch.arange(len(SPECIAL), config.vocab_size), persistent=False)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Whole words and random words are the tokenizer's. Until then every token is a word, and any word random.
+
+        Raises:
+            UserError: whole words are to be masked, and the tokenizer does not tell where they begin.
+        """
+        if self.objective.word_masking == "whole_words":
+            continues = torch.tensor(tokenizer.continues_word()[: self.config.vocab_size])
+            self.continues[: len(continues)] = continues
+        if self.objective.mask_replacement[1]:
+            self.ordinary = torch.tensor(tokenizer.ordinary_ids(), device=self.ordinary.device)
 
     def forward(self, batch: Batch) -> TaskOutput:
         """Squared error of pixels, mean over masked patches, + cross entropy, mean over masked words.
@@ -147,10 +165,16 @@ class MaskedModeling(Task):
 
     def draw_masks(self, batch: Batch) -> Masks:
         """What is hidden of each pair: a function of the seed and the sample id."""
-        objective, sample_id = self.objective, batch["sample_id"]
-        kept, masked = split_patches(objective.seed, sample_id, self.config.num_patches, objective.image_mask_ratio)
-        words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio)
-        return Masks(kept, masked, words, batch["text_ids"].masked_fill(words, self.mask_id))
+        objective, sample_id, text_ids = self.objective, batch["sample_id"], batch["text_ids"]
+        split = split_blocks if objective.image_masking == "blockwise" else split_patches
+        kept, masked = split(objective.seed, sample_id, self.config.num_patches, objective.image_mask_ratio)
+        continues = self.continues[text_ids] if objective.word_masking == "whole_words" else None
+        words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio, continues)
+        shares = objective.mask_replacement
+        if shares[0] == 1:
+            return Masks(kept, masked, words, text_ids.masked_fill(words, self.mask_id))
+        hidden = hide_words(objective.seed, sample_id, text_ids, words, self.mask_id, shares, self.ordinary)
+        return Masks(kept, masked, words, hidden)
 
     def rebuild(self, output: BackboneOutput, images: Tensor, masks: Masks) -> PixelOutput:
         """The masked patches, rebuilt from a pass that saw ``masks.kept``."""
@@ -161,7 +185,7 @@ class MaskedModeling(Task):
         return PixelOutput(predicted, target, masks.masked)
 
     def score_words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> WordOutput:
-        """Scores at the True places of ``mask`` [B, L], from a pass that saw [MASK] there.
+        """Scores at the True places of ``mask`` [B, L], from a pass that saw ``Masks.text_ids``.
 
         Only these rows go through the projection to the vocabulary.
         """
@@ -210,7 +234,10 @@ class MaskedSpec(PretrainSpec):
             task = read_run_config(files.config).get("task", self.name)
             if task == self.name or "pixel_decoder.embed.weight" in state:
                 objective = stored_section(ObjectiveConfig, files.config, "objective")
-        return MaskedModeling(backbone, objective, stored_mask_id(files))
+        task = MaskedModeling(backbone, objective, stored_mask_id(files))
+        if files.tokenizer is not None:
+            task.use_tokenizer(Tokenizer.load(files.tokenizer))
+        return task
 
     def held_out_examples(
         self, task: MaskedModeling, batch: Batch, dataset: Samples, chosen: Sequence[int]

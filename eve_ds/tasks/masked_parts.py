@@ -5,7 +5,7 @@ Legend: B samples, P patches, K kept, M masked, L text length, V vocabulary, p s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +22,15 @@ EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide 
 Mode = Literal["separate", "joint", "mim", "mlm"]
 PixelTarget = Literal["normalized", "raw"]
 WordHead = Literal["tied", "mlp"]
+ImageMasking = Literal["random", "blockwise"]
+WordMasking = Literal["tokens", "whole_words"]
+CHOICES = {
+    "mode": Mode,
+    "pixel_target": PixelTarget,
+    "word_head": WordHead,
+    "image_masking": ImageMasking,
+    "word_masking": WordMasking,
+}
 
 
 @dataclass
@@ -33,6 +42,11 @@ class ObjectiveConfig(Objective):
             with masked patches alone; mlm: the pass with masked words alone.
         image_mask_ratio: share of patches masked.
         text_mask_ratio: share of words masked; at least one a text.
+        image_masking: random: patches; blockwise: rectangles of them as in BEiT, of each image just as many patches.
+        word_masking: tokens: each on its own; whole_words: all tokens of a word or none, at most ``text_mask_ratio`` of
+            the text's tokens or one word.
+        mask_replacement: shares of the masked words that become [MASK], that become a random word, and that stay as
+            they are; BERT's are [0.8, 0.1, 0.1]. All of them are predicted.
         pixel_target: normalized: each patch with mean 0 and deviation 1, which MAE found better; raw: the pixels, from
             -1 to 1, as the paper says ("raw pixels").
         word_head: tied: BERT's head, the word embedding as its last layer; mlp: the paper's two-layer MLP, whose last
@@ -46,6 +60,9 @@ class ObjectiveConfig(Objective):
     mode: Mode = "separate"
     image_mask_ratio: float = 0.75
     text_mask_ratio: float = 0.5
+    image_masking: ImageMasking = "random"
+    word_masking: WordMasking = "tokens"
+    mask_replacement: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
     pixel_target: PixelTarget = "normalized"
     word_head: WordHead = "tied"
     decoder_dim: int = 512
@@ -55,11 +72,18 @@ class ObjectiveConfig(Objective):
 
     def check(self) -> None:
         """Raise UserError naming the first field that makes no objective."""
-        for name, kind in (("mode", Mode), ("pixel_target", PixelTarget), ("word_head", WordHead)):
-            _check_choice(name, getattr(self, name), get_args(kind))
+        for name, kind in CHOICES.items():
+            value, (*others, last) = getattr(self, name), get_args(kind)
+            if value not in (*others, last):
+                raise UserError(f"objective.{name}={value!r} must be {', '.join(others)} or {last}")
         for name in ("image_mask_ratio", "text_mask_ratio"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"objective.{name}={getattr(self, name)} must lie between 0 and 1")
+        shares = self.mask_replacement
+        if len(shares) != 3 or not all(0 <= share <= 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+            raise UserError(f"objective.mask_replacement={shares} must be three shares from 0 to 1 whose sum is 1")
+        if shares[2] == 1:
+            raise UserError(f"objective.mask_replacement={shares} hides no word")
         for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise UserError(f"objective.{name}={getattr(self, name)} must be at least 1 and at most {MOST}")
@@ -76,14 +100,12 @@ class ObjectiveConfig(Objective):
         return self.mode != "mim"
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"objective.{name}={value!r} must be {', '.join(choices[:-1])} or {choices[-1]}")
-
-
 @dataclass
 class Masks:
-    """What is hidden: kept [B, K] and masked [B, M] patches; words [B, L] bool; text_ids [B, L] with [MASK] there."""
+    """What is hidden: kept [B, K] and masked [B, M] patches; words [B, L] bool; text_ids [B, L], what is seen instead.
+
+    ``text_ids`` has [MASK] where ``words`` is True, or what ``ObjectiveConfig.mask_replacement`` puts there.
+    """
 
     kept: Tensor
     masked: Tensor

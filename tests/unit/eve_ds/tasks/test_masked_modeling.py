@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eve_ds.config import PretrainConfig
+from eve_ds.config_sections import EngineConfig
+from eve_ds.engine.setup import build_task
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, WordMLP, grid_positions, unpatchify
 from eve_ds.model.embeddings import patches
@@ -223,6 +226,33 @@ def test_the_planner_is_told_what_runs(mode: str, monkeypatch: pytest.MonkeyPatc
     assert SPEC.selected_rows(objective, 4, 12) == (len(words.truth) if words else 0)
 
 
+def test_a_run_masks_the_words_of_its_tokenizer(tmp_path: Path) -> None:
+    """Training takes them from the tokenizer, and so does who loads the model; without one each token is a word."""
+    tokenizer = train_tokenizer(["a red circle and another one"] * 3, 290)
+    model = dataclasses.replace(tiny_config(), vocab_size=300)
+    whole = dataclasses.replace(OBJECTIVE, word_masking="whole_words", mask_replacement=[0.5, 0.5, 0.0])
+    engine = EngineConfig(expert_parallel_size=1)
+    task = build_task(PretrainConfig(model=model, objective=whole, engine=engine), tokenizer)
+    assert isinstance(task, MaskedModeling)
+    assert task.continues.tolist() == tokenizer.continues_word() + [False] * (300 - tokenizer.vocab_size)
+    assert task.continues.any() and task.ordinary.tolist() == tokenizer.ordinary_ids()
+    ids = torch.tensor([tokenizer.encode("red anothers circles", 12)] * 40)
+    batch = {"text_ids": ids, "text_mask": torch.ones_like(ids), "sample_id": torch.arange(40)}
+    masks = task.draw_masks(batch)
+    for row, word in enumerate(masks.words):
+        kinds = zip(word.tolist()[2:-1], word.tolist()[1:-2], task.continues[ids[row]].tolist()[2:-1], strict=True)
+        assert all(mine == before for mine, before, continues in kinds if continues)
+    assert set(masks.text_ids[masks.words].tolist()) <= {MASK, *tokenizer.ordinary_ids()}
+    save_file(task.state_dict(), tmp_path / "model.safetensors")
+    stored = {"model": dataclasses.asdict(model), "objective": dataclasses.asdict(whole)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    loaded = load_task_model("pretrain", tmp_path)
+    assert not loaded.continues.any() and loaded.ordinary.tolist() == list(range(5, 300))  # type: ignore[union-attr]
+    tokenizer.save(tmp_path)
+    loaded = load_task_model("pretrain", tmp_path)
+    assert torch.equal(loaded.continues, task.continues) and torch.equal(loaded.ordinary, task.ordinary)  # type: ignore[arg-type]
+
+
 def test_the_papers_word_head_adds_a_table_of_its_own() -> None:
     tied, own = WordDecoder(8, 50), WordMLP(8, 50)
     counts = [sum(parameter.numel() for parameter in head.parameters()) for head in (tied, own)]
@@ -266,6 +296,12 @@ def test_pixel_decoder_does_not_mind_the_order_of_patches() -> None:
         ({"mode": "both"}, "objective.mode='both' must be separate, joint, mim or mlm"),
         ({"pixel_target": "hog"}, "objective.pixel_target='hog'"),
         ({"word_head": "bert"}, "objective.word_head='bert'"),
+        ({"image_masking": "stripes"}, "objective.image_masking='stripes' must be random or blockwise"),
+        ({"word_masking": "spans"}, "objective.word_masking='spans'"),
+        ({"mask_replacement": [0.8, 0.1]}, r"objective.mask_replacement=\[0.8, 0.1\] must be three shares"),
+        ({"mask_replacement": [0.8, 0.3, -0.1]}, "must be three shares from 0 to 1 whose sum is 1"),
+        ({"mask_replacement": [0.8, 0.1, 0.2]}, "must be three shares from 0 to 1 whose sum is 1"),
+        ({"mask_replacement": [0.0, 0.0, 1.0]}, "hides no word"),
     ],
 )
 def test_an_impossible_objective_is_named(change: dict[str, object], named: str) -> None:

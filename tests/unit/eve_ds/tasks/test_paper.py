@@ -19,7 +19,7 @@ from torch import Tensor
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
-from eve_ds.tasks.masking import choose_words, split_patches
+from eve_ds.tasks.masking import choose_words, hide_words, split_blocks, split_patches
 from tests.support.paper import (
     DECODER_DIM,
     HEADS,
@@ -48,6 +48,7 @@ class Case:
     kept: list[list[int]]
     masked: list[list[int]]
     words: list[list[int]]
+    seen: list[list[int]]  # texts as the pass with masked words sees them, padding included
     squares: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     entropies: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     patches: list[Tensor] = field(default_factory=list)
@@ -60,15 +61,20 @@ class Case:
         return self.mode == "joint"
 
     def text(self, row: int) -> tuple[list[int], list[int]]:
-        """A text without its padding; and with [MASK] in the places chosen."""
+        """A text without its padding; and with what stands in the places chosen."""
         ids = self.batch["text_ids"][row][self.batch["text_mask"][row]].tolist()
-        return ids, [MASK_ID if place in self.words[row] else word for place, word in enumerate(ids)]
+        return ids, self.seen[row][: len(ids)]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {  # of the objective, by the name of a case
     "joint": {"mode": "joint"},
     "mim": {"mode": "mim"},
     "mlm": {"mode": "mlm", "word_head": "mlp"},
+    "masked_otherwise": {
+        "image_masking": "blockwise",
+        "word_masking": "whole_words",
+        "mask_replacement": [0.5, 0.3, 0.2],
+    },
     "as_written": {"pixel_target": "raw", "word_head": "mlp"},
 }
 
@@ -92,8 +98,15 @@ def made(name: str) -> Case:
     batch["images"][0, :, : 2 * PATCH] = 0.5
     kept, masked = split_patches(SEED, batch["sample_id"], PLACES, 0.75)
     words = choose_words(SEED, batch["sample_id"], batch["text_mask"], 0.5)
+    seen = batch["text_ids"].masked_fill(words, MASK_ID)
+    if name == "masked_otherwise":
+        task.continues[::3], task.ordinary = True, torch.arange(20, 40)
+        kept, masked = split_blocks(SEED, batch["sample_id"], PLACES, 0.75)
+        words = choose_words(SEED, batch["sample_id"], batch["text_mask"], 0.5, batch["text_ids"] % 3 == 0)
+        ids, shares = batch["text_ids"], objective.mask_replacement
+        seen = hide_words(SEED, batch["sample_id"], ids, words, MASK_ID, shares, torch.arange(20, 40))
     places = [row.nonzero().flatten().tolist() for row in words]
-    case = Case(objective.mode, task, batch, kept.tolist(), masked.tolist(), places)
+    case = Case(objective.mode, task, batch, kept.tolist(), masked.tolist(), places, seen.tolist())
 
     w = {key: value.detach().double().requires_grad_() for key, value in task.state_dict().items()}
     passes: list[list[list[list[Tensor]]]] = [[] for _ in range(2 if case.mode == "separate" else 1)]
@@ -186,7 +199,8 @@ def test_loss_and_its_parts(case: Case) -> None:
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
     assert found["aux_loss"] == pytest.approx(case.aux, abs=1e-5)
     assert output.loss.item() == pytest.approx(sum(expected.values()) + AUX_WEIGHT * case.aux, abs=1e-5)
-    counts = {"mim_loss": 4 * 12, "mlm_loss": 1 + 2 + 3 + 4}
+    words = sum(map(len, case.words)) if case.task.objective.word_masking == "whole_words" else 1 + 2 + 3 + 4
+    counts = {"mim_loss": 4 * 12, "mlm_loss": words}
     assert {key: int(output.metrics[key][1]) for key in expected} == {key: counts[key] for key in expected}
 
 
@@ -220,6 +234,24 @@ def test_each_place_gets_its_own_prediction(case: Case) -> None:
         assert close(errors.flatten(), torch.stack(list(case.squares.values())))
         other = ~torch.eye(12, dtype=torch.bool)
         assert torch.cdist(patches.predicted, patches.predicted)[:, other].min().item() > 0.1
+
+
+def test_replaced_words_leak_nothing_and_those_left_are_seen() -> None:
+    """By design a share of the words to predict stays as it is; the others could be any word of the same kind."""
+    case = made("masked_otherwise")
+    ids, seen = case.batch["text_ids"], torch.tensor(case.seen)
+    words = torch.zeros_like(ids, dtype=torch.bool)
+    for row, places in enumerate(case.words):
+        words[row, places] = True
+    left = words & (seen == ids)
+    assert left.any() and (words & (seen == MASK_ID)).any() and (words & ~left & (seen != MASK_ID)).any()
+    other = 5 + (ids - 5 + 3) % 45  # continues a word if that did
+    before = case.task._predict(case.batch)[1]
+    for change, unseen in ((words & ~left, True), (left, False)):
+        after = case.task._predict(case.batch | {"text_ids": torch.where(change, other, ids)})[1]
+        assert before is not None and after is not None
+        assert torch.equal(before.scores, after.scores) == unseen
+        assert torch.equal(before.truth != after.truth, change[words])
 
 
 def test_nothing_masked_leaks_in_a_single_pass() -> None:
