@@ -58,12 +58,17 @@ FREE_IN_A_BRANCH = (  # beside MUTABLE_ON_RESUME: settings that do not change na
     "model.init_std",
     "model.position_std",
     "model.aux_loss_weight",
-    "objective.mode",
+    "objective.mode",  # but for those of ONE_DECODER
     "objective.image_mask_ratio",
     "objective.text_mask_ratio",
+    "objective.image_masking",
+    "objective.word_masking",
+    "objective.mask_replacement",
+    "objective.pixel_target",
     "objective.seed",
     "objective.temperature",
 )
+ONE_DECODER = ("mim", "mlm")  # values of objective.mode
 FREE_INPUTS = ("training data", "data of split", *WEIGHTS)  # a branch must keep all other inputs
 SHOWN = 4  # differences in a message, at most
 
@@ -118,6 +123,9 @@ class Identity:
     def for_a_branch(self) -> Identity:
         """The part that a branch must have in common with the run that it starts from."""
         kept = {key: value for key, value in self.settings.items() if not _within(key, FREE_IN_A_BRANCH)}
+        if "objective.mode" in self.settings:
+            mode = self.settings["objective.mode"]
+            kept["objective.mode"] = mode if mode in ONE_DECODER else "one with both decoders"
         kept.pop("weights of data.sources", None)
         return Identity(kept, {name: value for name, value in self.inputs.items() if not name.startswith(FREE_INPUTS)})
 

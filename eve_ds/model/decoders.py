@@ -127,3 +127,27 @@ class WordDecoder(nn.Module):
     def forward(self, tokens: Tensor, word_embedding: Tensor) -> Tensor:
         """tokens [n, D], word_embedding [V, D] (the backbone's own table) -> scores [n, V]."""
         return F.linear(self.norm(F.gelu(self.dense(tokens))), word_embedding, self.bias)
+
+
+class WordMLP(nn.Module):
+    """Word scores from tokens: the paper's "two-layer MLP with a softmax layer" (arXiv 2308.11971), GELU between.
+
+    The last layer is its own: V (D + 1) parameters, where ``WordDecoder`` has V + 2 D beside the word embedding.
+
+    Args:
+        dim: D.
+        vocab_size: V.
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.projection = nn.Linear(dim, vocab_size)
+        for layer in (self.dense, self.projection):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor, word_embedding: Tensor) -> Tensor:
+        """tokens [n, D] -> scores [n, V]; called as ``WordDecoder`` is, without use of the word embedding."""
+        scores: Tensor = self.projection(F.gelu(self.dense(tokens)))
+        return scores

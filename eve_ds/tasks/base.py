@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.parallel import all_reduce_sum, world_size
 from eve_ds.tasks.masking import DROP_PATH, random_bits, uniform
+from preprocessing.text.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, tuple[Tensor, Tensor]]  # named (sum, count) pairs of this rank, scalars
@@ -57,6 +58,13 @@ class Task(nn.Module):
         self.seed = 0
         self.pad_text_to: int | None = None
         self.held_out = False
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Take from the tokenizer what the task needs to know of its vocabulary: here nothing. Called before training.
+
+        Raises:
+            UserError: it does not tell.
+        """
 
     def forward(self, batch: Batch) -> TaskOutput:
         """Loss share and metrics of one micro-batch; random choices depend on ``batch["sample_id"]`` alone."""

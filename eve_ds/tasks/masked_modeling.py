@@ -1,15 +1,15 @@
 """EVE's pre-training (Chen et al., AAAI 2024, arXiv 2308.11971): masked pixels and masked words, and nothing else.
 
 Two passes a pair: 75 % of the patches dropped and rebuilt, text whole; then 50 % of the words masked and predicted,
-image whole. ``mode: joint`` masks both in one pass.
+image whole. ``mode: joint`` masks both in one pass; ``mim`` and ``mlm`` take one of the two passes alone.
 Legend: B samples, P patches, K kept, M masked, L text length, p side of a patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,114 +18,30 @@ from torch import Tensor
 
 from eve_ds.data.samples import Samples
 from eve_ds.model.backbone import Backbone, BackboneOutput
-from eve_ds.model.decoders import PixelDecoder, WordDecoder, unpatchify
+from eve_ds.model.decoders import PixelDecoder, WordDecoder, WordMLP
 from eve_ds.model.embeddings import patches
-from eve_ds.model.model_config import MOST, ModelConfig
-from eve_ds.tasks.base import (
-    Batch,
-    Metrics,
-    Task,
-    TaskOutput,
-    evaluating,
-    global_counts,
-    to_numpy,
-    valid_rows,
-)
-from eve_ds.tasks.masking import choose_words, masked_patches, masked_words, split_patches
-from eve_ds.tasks.spec import HeldOutExamples, Objective, Pass, PretrainSpec, stored_mask_id, stored_section
+from eve_ds.model.model_config import ModelConfig
+from eve_ds.recipes import read_run_config
+from eve_ds.tasks.base import Batch, Metrics, Task, TaskOutput, evaluating, global_counts, valid_rows
+from eve_ds.tasks.masked_examples import predicted_words, rebuilt_images, spelled
+from eve_ds.tasks.masked_parts import EPSILON, Masks, ObjectiveConfig, PixelOutput, WordOutput, patches_at
+from eve_ds.tasks.masking import choose_words, hide_words, masked_patches, masked_words, split_blocks, split_patches
+from eve_ds.tasks.spec import HeldOutExamples, Pass, PretrainSpec, stored_mask_id, stored_section
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
-from preprocessing.text.tokenizer import Tokenizer
+from preprocessing.text.tokenizer import SPECIAL, Tokenizer
 
-EPSILON = 1e-6  # beside the variance of a patch: a uniform one must not divide by zero
+__all__ = ["SPEC", "MaskedModeling", "MaskedSpec", "Masks", "ObjectiveConfig", "PixelOutput", "WordOutput"]
 
 WORD_ROW_MULTIPLE = 64
 
 
-@dataclass
-class ObjectiveConfig(Objective):
-    """Masked modeling.
-
-    Args:
-        mode: separate: two passes a pair, as EVE; joint: one pass with patches and words masked at once.
-        image_mask_ratio: share of patches masked.
-        text_mask_ratio: share of words masked; at least one a text.
-        decoder_dim: width of the pixel decoder; a multiple of 4 and of ``decoder_heads``.
-        decoder_depth: blocks of the pixel decoder.
-        decoder_heads: its attention heads.
-        seed: of the masks; the engine's seed is added to it.
-    """
-
-    mode: Literal["separate", "joint"] = "separate"
-    image_mask_ratio: float = 0.75
-    text_mask_ratio: float = 0.5
-    decoder_dim: int = 512
-    decoder_depth: int = 4
-    decoder_heads: int = 8
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise UserError naming the first field that makes no objective."""
-        if self.mode not in ("separate", "joint"):
-            raise UserError(f"objective.mode={self.mode!r} must be separate or joint")
-        for name in ("image_mask_ratio", "text_mask_ratio"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"objective.{name}={getattr(self, name)} must lie between 0 and 1")
-        for name in ("decoder_dim", "decoder_depth", "decoder_heads"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise UserError(f"objective.{name}={getattr(self, name)} must be at least 1 and at most {MOST}")
-        if self.decoder_dim % 4 or self.decoder_dim % self.decoder_heads:
-            heads = f"objective.decoder_heads={self.decoder_heads}"
-            raise UserError(f"objective.decoder_dim={self.decoder_dim} must be a multiple of 4 and of {heads}")
-
-
-@dataclass
-class Masks:
-    """What is hidden: kept [B, K] and masked [B, M] patches; words [B, L] bool; text_ids [B, L] with [MASK] there."""
-
-    kept: Tensor
-    masked: Tensor
-    words: Tensor
-    text_ids: Tensor
-
-
-@dataclass
-class PixelOutput:
-    """Rebuilt patches: predicted, target [B, M, 3 p p] float32 (mean 0, deviation 1 a patch); masked [B, M]."""
-
-    predicted: Tensor
-    target: Tensor
-    masked: Tensor
-
-    def metrics(self, suffix: str = "") -> Metrics:
-        """Squared error of normalized pixels, mean over a patch's values, summed over patches; with its gradient."""
-        error = F.mse_loss(self.predicted, self.target, reduction="sum") / self.target.shape[-1]
-        count = torch.tensor(float(self.masked.numel()), device=error.device)
-        return {f"mim_loss{suffix}": (error, count)}
-
-
-@dataclass
-class WordOutput:
-    """Predicted words: scores [n, V] float32 and truth [n] at the n True places of mask [B, L]."""
-
-    scores: Tensor
-    truth: Tensor
-    mask: Tensor
-
-    def metrics(self, suffix: str = "") -> Metrics:
-        """Cross entropy (nats; with its gradient) and right predictions, summed over masked words."""
-        entropy = F.cross_entropy(self.scores, self.truth, reduction="sum")
-        count = torch.tensor(float(self.truth.numel()), device=entropy.device)
-        right = (self.scores.argmax(dim=1) == self.truth).sum().float()
-        return {f"mlm_loss{suffix}": (entropy, count), f"mlm_accuracy{suffix}": (right, count)}
-
-
 class MaskedModeling(Task):
-    """Pixels and words from context.
+    """Pixels and words from context. A decoder that ``objective.mode`` does not use is not built.
 
     Args:
         backbone: the shared Transformer.
-        objective: ratios, mode and the decoder's size.
+        objective: ratios, mode, targets and the decoders.
         mask_id: id of [MASK].
     Raises:
         UserError: ``objective`` makes no objective, or the image has a single patch.
@@ -140,127 +56,136 @@ class MaskedModeling(Task):
         if config.num_patches < 2:
             raise UserError(f"model.image_size={config.image_size} gives a single patch; masking needs two or more")
         self.objective, self.mask_id = objective, mask_id
-        self.pixel_decoder = PixelDecoder(
-            config.dim,
-            config.num_patches,
-            config.patch_size,
-            objective.decoder_dim,
-            objective.decoder_depth,
-            objective.decoder_heads,
-        )
-        self.word_decoder = WordDecoder(config.dim, config.vocab_size)
+        if objective.predicts_pixels:
+            self.pixel_decoder = PixelDecoder(
+                config.dim,
+                config.num_patches,
+                config.patch_size,
+                objective.decoder_dim,
+                objective.decoder_depth,
+                objective.decoder_heads,
+            )
+        if objective.predicts_words:
+            head = WordMLP if objective.word_head == "mlp" else WordDecoder
+            self.word_decoder = head(config.dim, config.vocab_size)
+        # Of the vocabulary, see use_tokenizer: [V] does an entry continue a word, [n] the ids that random words have.
+        self.continues: Tensor
+        self.register_buffer("continues", torch.zeros(config.vocab_size, dtype=torch.bool), persistent=False)
+        self.ordinary: Tensor
+        self.register_buffer("ordinary", torch.arange(len(SPECIAL), config.vocab_size), persistent=False)
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Whole words and random words are the tokenizer's. Until then every token is a word, and any word random.
+
+        Raises:
+            UserError: whole words are to be masked, and the tokenizer does not tell where they begin.
+        """
+        if self.objective.word_masking == "whole_words":
+            continues = torch.tensor(tokenizer.continues_word()[: self.config.vocab_size])
+            self.continues[: len(continues)] = continues
+        if self.objective.mask_replacement[1]:
+            self.ordinary = torch.tensor(tokenizer.ordinary_ids(), device=self.ordinary.device)
 
     def forward(self, batch: Batch) -> TaskOutput:
-        """Squared error of normalized pixels, mean over masked patches, + cross entropy, mean over masked words.
+        """Squared error of pixels, mean over masked patches, + cross entropy, mean over masked words.
 
         While ``held_out`` is set, the metrics also tell whether words use the image, and pixels the text.
         """
         batch = valid_rows(batch)
         image, words, passes = self._predict(batch)
-        measured = image.metrics() | words.metrics()
-        (mim_sum, own_patches), (mlm_sum, own_words) = measured["mim_loss"], measured["mlm_loss"]
-        patch_count, word_count = global_counts(own_patches, own_words)
+        measured = (image.metrics() if image else {}) | (words.metrics() if words else {})
+        losses = [measured[name] for name in ("mim_loss", "mlm_loss") if name in measured]
+        counts = global_counts(*(count for _, count in losses))
         aux, metrics = self.aux_share(*passes)
         metrics |= {name: (total.detach(), count) for name, (total, count) in measured.items()}
         if self.held_out:
             metrics |= self._grounding(batch)
-        return TaskOutput(mim_sum / patch_count + mlm_sum / word_count + aux, metrics)
+        shares = [total / count for (total, _), count in zip(losses, counts, strict=True)]
+        return TaskOutput(torch.stack(shares).sum() + aux, metrics)
 
     def reconstruct(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Images for the report: ``original``, ``masked`` (gray where masked), ``rebuilt``; uint8 [B, H, W, 3].
-
-        Rebuilt patches have the mean and the contrast of the true ones, since those are not predicted.
-        """
+        """Images for the report, see ``rebuilt_images``; {} in a mode without pixels."""
         batch = valid_rows(batch)
         with evaluating(self):
             image = self._predict(batch)[0]
-        size, images = self.config.patch_size, batch["images"].float()
-        pixels = patches(images, size)
-        place = _places(image.masked)
-        variance, mean = torch.var_mean(pixels[place], dim=-1, correction=0, keepdim=True)
-        masked, rebuilt = pixels.clone(), pixels.clone()
-        masked[place] = 0
-        rebuilt[place] = image.predicted * (variance + EPSILON).sqrt() + mean
-        values = {"original": images, "masked": unpatchify(masked, size), "rebuilt": unpatchify(rebuilt, size)}
-        return to_numpy({name: _to_pixels(value) for name, value in values.items()})
+        if image is None:
+            return {}
+        return rebuilt_images(batch["images"], image, self.config.patch_size, self.objective.pixel_target)
 
     def predict_words(self, batch: Batch) -> list[dict[str, Any]]:
-        """Words for the report, one dict a sample.
-
-        ``sample_id``; ``text_ids``, the true text without padding; ``positions`` of the masked places in it; ``truth``
-        and ``predicted`` ids there.
-        """
+        """Words for the report, see ``predicted_words``; [] in a mode without words."""
         batch = valid_rows(batch)
         with evaluating(self):
             words = self._predict(batch)[1]
-        predicted = torch.zeros_like(batch["text_ids"])
-        predicted[words.mask] = words.scores.argmax(dim=1)
-        found = []
-        for row, mask in enumerate(words.mask):
-            found.append(
-                {
-                    "sample_id": int(batch["sample_id"][row]),
-                    "text_ids": batch["text_ids"][row][batch["text_mask"][row].bool()].tolist(),
-                    "positions": mask.nonzero()[:, 0].tolist(),
-                    "truth": batch["text_ids"][row][mask].tolist(),
-                    "predicted": predicted[row][mask].tolist(),
-                }
-            )
-        return found
+        return predicted_words(batch, words) if words else []
 
-    def _predict(self, batch: Batch) -> tuple[PixelOutput, WordOutput, list[BackboneOutput]]:
-        """Mask, encode (once or twice) and decode."""
+    def _predict(self, batch: Batch) -> tuple[PixelOutput | None, WordOutput | None, list[BackboneOutput]]:
+        """Mask, encode (once or twice) and decode; None for what the mode leaves out."""
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
-        masks = self.draw_masks(batch)
-        noise = self.drop_path_noise(batch["sample_id"], 0)
-        if self.objective.mode == "joint":
-            for_pixels = for_words = self.encode(images, masks.text_ids, text_mask, masks.kept, noise)
-            passes = [for_pixels]
-        else:
-            for_pixels = self.encode(images, text_ids, text_mask, masks.kept, noise)
-            for_words = self.encode(
-                images, masks.text_ids, text_mask, noise=self.drop_path_noise(batch["sample_id"], 1)
-            )
-            passes = [for_pixels, for_words]
-        image = self.rebuild(for_pixels, images, masks)
-        return image, self.score_words(for_words, text_ids, masks.words), passes
+        objective, masks = self.objective, self.draw_masks(batch)
+        image = words = None
+        passes = []
+        if objective.predicts_pixels:
+            seen = masks.text_ids if objective.mode == "joint" else text_ids
+            noise = self.drop_path_noise(batch["sample_id"], 0)
+            passes.append(self.encode(images, seen, text_mask, masks.kept, noise))
+        if objective.predicts_words and objective.mode != "joint":
+            noise = self.drop_path_noise(batch["sample_id"], 1)
+            passes.append(self.encode(images, masks.text_ids, text_mask, noise=noise))
+        if objective.predicts_pixels:
+            image = self.rebuild(passes[0], images, masks)
+        if objective.predicts_words:
+            words = self.score_words(passes[-1], text_ids, masks.words)
+        return image, words, passes
 
     @torch.no_grad()
     def _grounding(self, batch: Batch) -> Metrics:
         """The losses with another pair's image or text, and of the words without an image; the masks stay as they are.
 
-        Three passes of the backbone, whatever the batch holds, since each is a collective: a row for which there is no
-        other pair runs with its own and does not count.
+        As many passes of the backbone whatever the batch holds, since each is a collective: a row for which there is
+        no other pair runs with its own and does not count.
         """
         images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
         masks = self.draw_masks(batch)
         joint = self.objective.mode == "joint"
         other, has_other = another_image(batch["image_index"])
-        wrong_image = self.encode(images[other], masks.text_ids, text_mask, masks.kept if joint else None)
-        metrics = self.score_words(wrong_image, text_ids, masks.words & has_other[:, None]).metrics("_shuffled")
-        alone = self.encode(text_ids=masks.text_ids, text_mask=text_mask)
-        metrics |= self.score_words(alone, text_ids, masks.words).metrics("_no_image")
-        other_text = (masks.text_ids if joint else text_ids)[other]
-        wrong_text = self.encode(images, other_text, text_mask[other], masks.kept)
-        image = self.rebuild(wrong_text, images, masks)
-        counted = PixelOutput(image.predicted[has_other], image.target[has_other], image.masked[has_other])
-        return metrics | counted.metrics("_shuffled")
+        metrics: Metrics = {}
+        if self.objective.predicts_words:
+            wrong_image = self.encode(images[other], masks.text_ids, text_mask, masks.kept if joint else None)
+            metrics |= self.score_words(wrong_image, text_ids, masks.words & has_other[:, None]).metrics("_shuffled")
+            alone = self.encode(text_ids=masks.text_ids, text_mask=text_mask)
+            metrics |= self.score_words(alone, text_ids, masks.words).metrics("_no_image")
+        if self.objective.predicts_pixels:
+            other_text = (masks.text_ids if joint else text_ids)[other]
+            wrong_text = self.encode(images, other_text, text_mask[other], masks.kept)
+            image = self.rebuild(wrong_text, images, masks)
+            counted = PixelOutput(image.predicted[has_other], image.target[has_other], image.masked[has_other])
+            metrics |= counted.metrics("_shuffled")
+        return metrics
 
     def draw_masks(self, batch: Batch) -> Masks:
         """What is hidden of each pair: a function of the seed and the sample id."""
-        objective, sample_id = self.objective, batch["sample_id"]
-        kept, masked = split_patches(objective.seed, sample_id, self.config.num_patches, objective.image_mask_ratio)
-        words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio)
-        return Masks(kept, masked, words, batch["text_ids"].masked_fill(words, self.mask_id))
+        objective, sample_id, text_ids = self.objective, batch["sample_id"], batch["text_ids"]
+        split = split_blocks if objective.image_masking == "blockwise" else split_patches
+        kept, masked = split(objective.seed, sample_id, self.config.num_patches, objective.image_mask_ratio)
+        continues = self.continues[text_ids] if objective.word_masking == "whole_words" else None
+        words = choose_words(objective.seed, sample_id, batch["text_mask"], objective.text_mask_ratio, continues)
+        shares = objective.mask_replacement
+        if shares[0] == 1:
+            return Masks(kept, masked, words, text_ids.masked_fill(words, self.mask_id))
+        hidden = hide_words(objective.seed, sample_id, text_ids, words, self.mask_id, shares, self.ordinary)
+        return Masks(kept, masked, words, hidden)
 
     def rebuild(self, output: BackboneOutput, images: Tensor, masks: Masks) -> PixelOutput:
         """The masked patches, rebuilt from a pass that saw ``masks.kept``."""
         predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], masks.kept, masks.masked).float()
-        pixels = patches(images.float(), self.config.patch_size)[_places(masks.masked)]
-        return PixelOutput(predicted, F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON), masks.masked)
+        target = patches(images.float(), self.config.patch_size)[patches_at(masks.masked)]
+        if self.objective.pixel_target == "normalized":
+            target = F.layer_norm(target, target.shape[-1:], eps=EPSILON)
+        return PixelOutput(predicted, target, masks.masked)
 
     def score_words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> WordOutput:
-        """Scores at the True places of ``mask`` [B, L], from a pass that saw [MASK] there.
+        """Scores at the True places of ``mask`` [B, L], from a pass that saw ``Masks.text_ids``.
 
         Only these rows go through the projection to the vocabulary.
         """
@@ -290,16 +215,6 @@ def another_image(image_index: Tensor) -> tuple[Tensor, Tensor]:
     return (place + nearest) % max(count, 1), nearest < count
 
 
-def _places(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column to pick patches [B, M] out of [B, P, ...]: copies whole patches, which ``gather`` does not."""
-    return torch.arange(index.shape[0], device=index.device)[:, None], index
-
-
-def _to_pixels(images: Tensor) -> Tensor:
-    """[B, 3, H, W] with mean = std = 0.5 -> uint8 [B, H, W, 3]."""
-    return ((images * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
 class MaskedSpec(PretrainSpec):
     name = "pretrain"
     objective = ObjectiveConfig
@@ -310,16 +225,24 @@ class MaskedSpec(PretrainSpec):
         return MaskedModeling(backbone, replace(objective, seed=objective.seed + seed), mask_id)
 
     def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> MaskedModeling:
-        """Decoders that the file does not hold have default sizes and initial values (published files have none)."""
+        """As the run that wrote the file was set up; decoders that the file lacks have initial values.
+
+        Files without decoders, or with only the word decoder of another objective, get those of the default settings.
+        """
         objective = ObjectiveConfig()
-        if files.config is not None and "pixel_decoder.embed.weight" in state:
-            objective = stored_section(ObjectiveConfig, files.config, "objective")
-        return MaskedModeling(backbone, objective, stored_mask_id(files))
+        if files.config is not None and any(name.startswith(MaskedModeling.heads) for name in state):
+            task = read_run_config(files.config).get("task", self.name)
+            if task == self.name or "pixel_decoder.embed.weight" in state:
+                objective = stored_section(ObjectiveConfig, files.config, "objective")
+        task = MaskedModeling(backbone, objective, stored_mask_id(files))
+        if files.tokenizer is not None:
+            task.use_tokenizer(Tokenizer.load(files.tokenizer))
+        return task
 
     def held_out_examples(
         self, task: MaskedModeling, batch: Batch, dataset: Samples, chosen: Sequence[int]
     ) -> HeldOutExamples:
-        """Images rebuilt and words predicted."""
+        """Images rebuilt and words predicted, of what the mode predicts."""
         pixels, words = task.reconstruct(batch), task.predict_words(batch)
         examples = HeldOutExamples()
         rows = []
@@ -329,25 +252,21 @@ class MaskedSpec(PretrainSpec):
                 row[kind] = f"p{place}_{kind}.png"
                 examples.images[row[kind]] = images[place]
             rows.append(row)
-        examples.tree = {"images": rows, "words": [_spelled(entry, dataset.tokenizer) for entry in words]}
+        if task.objective.predicts_pixels:
+            examples.tree["images"] = rows
+        if task.objective.predicts_words:
+            examples.tree["words"] = [spelled(entry, dataset.tokenizer) for entry in words]
         return examples
 
     def passes(self, model: ModelConfig, objective: ObjectiveConfig, rows: int, text_length: int) -> list[Pass]:
         kept = model.num_patches - masked_patches(model.num_patches, objective.image_mask_ratio)
-        first = Pass(rows, kept, text_length)
-        return [first] if objective.mode == "joint" else [first, Pass(rows, model.num_patches, text_length)]
+        found = [Pass(rows, kept, text_length)] if objective.predicts_pixels else []
+        if objective.predicts_words and objective.mode != "joint":
+            found.append(Pass(rows, model.num_patches, text_length))
+        return found
 
     def selected_rows(self, objective: ObjectiveConfig, rows: int, text_length: int) -> int:
-        return rows * masked_words(text_length, objective.text_mask_ratio)
-
-
-def _spelled(entry: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[str]]:
-    """What ``predict_words`` gives for a text, in words; masked places read [MASK]."""
-    masked = list(entry["text_ids"])
-    for position in entry["positions"]:
-        masked[position] = tokenizer.mask_id
-    ids = {"text_masked": masked, "truth": entry["truth"], "predicted": entry["predicted"]}
-    return {name: [tokenizer.decode([token], skip_special=False) for token in found] for name, found in ids.items()}
+        return rows * masked_words(text_length, objective.text_mask_ratio) if objective.predicts_words else 0
 
 
 SPEC = MaskedSpec()

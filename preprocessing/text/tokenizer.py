@@ -23,6 +23,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0..4 of a traine
 FILE_NAME = "tokenizer.json"
 # The names of the same five tokens in RoBERTa, BART and others.
 _ALIASES = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte of a character that SentencePiece has no entry for
 _MOST_IDS = 10_000_000
 _SMALLEST_VOCABULARY = len(SPECIAL) + 256  # byte-level BPE needs every byte
 
@@ -102,6 +103,44 @@ class Tokenizer:
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The vocabulary entry of each id ("\u0120" marks a leading space in byte-level BPE)."""
         return [str(self._backend.id_to_token(int(i))) for i in ids]
+
+    def ordinary_ids(self) -> list[int]:
+        """All ids that have an entry but those of special tokens, ascending."""
+        added = self._backend.get_added_tokens_decoder()
+        special = {*self.special_ids, *(index for index, token in added.items() if token.special)}
+        return sorted(set(self._backend.get_vocab(with_added_tokens=True).values()) - special)
+
+    def continues_word(self) -> list[bool]:
+        """[vocab_size] Whether an entry belongs to the word of the token before it; never a special token.
+
+        Where words begin with a mark (byte-level BPE, SentencePiece), an entry continues one if it has no mark and
+        begins with a letter, a digit, or a byte of a longer character; so punctuation is a word of its own. In
+        WordPiece the entries that continue a word have a prefix ("##"). In a word-level vocabulary none does.
+
+        Raises:
+            UserError: the tokenizer has none of these marks.
+        """
+        prefix = getattr(self._backend.model, "continuing_subword_prefix", None)
+        mark = self._word_mark()
+        if not (mark or prefix or isinstance(self._backend.model, models.WordLevel)):
+            raise UserError(f"{self.path or 'the tokenizer'}: has no mark where words begin; train another tokenizer")
+        found = [False] * self.vocab_size
+        for index, entry in zip(ids := self.ordinary_ids(), self.tokens(ids), strict=True):
+            if mark:
+                found[index] = entry[0].isalnum() or _BYTE.fullmatch(entry) is not None or ord(entry[0]) >= 0x80
+                found[index] &= not entry.startswith(mark)
+            elif prefix:
+                found[index] = entry.startswith(prefix)
+        return found
+
+    def _word_mark(self) -> str:
+        """The character that begins a word after a space, "" if there is none."""
+        text = "a b"
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        if self._backend.pre_tokenizer is not None:
+            text = self._backend.pre_tokenizer.pre_tokenize_str(text)[-1][0]
+        return text[:-1][-1:]
 
     def difference(self, other: "Tokenizer") -> str | None:
         """How the ids of this tokenizer differ from those of `other`, for messages; None if they do not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,9 +26,39 @@ PER_TOKEN = ("text_ids", "text_mask")
 OBJECTIVE = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
 JOINT = ObjectiveConfig(mode="joint", decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
 
+
+def _amplified(task: MaskedModeling) -> MaskedModeling:
+    """With LayerScale at 1 and a decoder that amplifies: else the loss hardly tells what the backbone's branches do."""
+    with torch.no_grad():
+        task.pixel_decoder.embed.weight.mul_(4)
+        task.pixel_decoder.head.weight.mul_(2)
+        for block in task.backbone.blocks:
+            block.attention_scale.fill_(1)
+            block.mlp_scale.fill_(1)
+    return task
+
+
+def _masked_otherwise(backbone: Backbone) -> MaskedModeling:
+    """Every setting at other than its default value; every third token continues a word."""
+    objective = replace(
+        OBJECTIVE,
+        image_masking="blockwise",
+        word_masking="whole_words",
+        mask_replacement=[0.8, 0.1, 0.1],
+        pixel_target="raw",
+        word_head="mlp",
+    )
+    task = MaskedModeling(backbone, objective, MASK)
+    task.continues[::3] = True
+    return _amplified(task)
+
+
 TASKS: dict[str, Callable[[Backbone], Task]] = {
     "pretrain": lambda backbone: MaskedModeling(backbone, OBJECTIVE, MASK),
     "pretrain_joint": lambda backbone: MaskedModeling(backbone, JOINT, MASK),
+    "pretrain_mim": lambda backbone: _amplified(MaskedModeling(backbone, replace(OBJECTIVE, mode="mim"), MASK)),
+    "pretrain_mlm": lambda backbone: MaskedModeling(backbone, replace(OBJECTIVE, mode="mlm"), MASK),
+    "pretrain_masked_otherwise": _masked_otherwise,
     "retrieval": lambda backbone: Retrieval(backbone, embed_dim=16, seed=5),
     "vqa": lambda backbone: VQA(backbone, NUM_ANSWERS),
     "nlvr_plain": lambda backbone: NLVR(backbone),

@@ -354,11 +354,16 @@ def test_a_branch_keeps_what_its_tensors_need(data: Path) -> None:
     before = of(pretraining(data))
     free = changed(changed(pretraining(data), "optimizer.lr", 1.0), "engine.global_batch_size", 8)
     free = changed(changed(free, "data.flip", False), "model.drop_path", 0.5)
+    free = changed(changed(free, "objective.mode", "joint"), "objective.pixel_target", "raw")
+    free = changed(changed(free, "objective.image_masking", "blockwise"), "objective.word_masking", "whole_words")
+    free = changed(free, "objective.mask_replacement", [0.8, 0.1, 0.1])
     assert before.for_a_branch().differences(of(free).for_a_branch()) == []
     for key, value in (
         ("model.dim", 96),
         ("model.top_k", 1),
         ("objective.decoder_dim", 8),
+        ("objective.mode", "mlm"),
+        ("objective.word_head", "mlp"),
         ("engine.precision", "fp32"),
     ):
         found = before.for_a_branch().differences(of(changed(pretraining(data), key, value)).for_a_branch())

@@ -16,6 +16,7 @@ from tests.support.tiny_tasks import CLS, MASK, SEP, Batch, rows_of, tiny_batch,
 SHUFFLED = {"mlm_loss_shuffled", "mlm_accuracy_shuffled", "mim_loss_shuffled"}
 NO_IMAGE = {"mlm_loss_no_image", "mlm_accuracy_no_image"}
 MODES = ["pretrain", "pretrain_joint"]
+ALONE = {"pretrain_mim": "mim", "pretrain_mlm": "mlm"}
 
 
 def masked_task(name: str = "pretrain") -> MaskedModeling:
@@ -26,8 +27,9 @@ def masked_task(name: str = "pretrain") -> MaskedModeling:
         for block in task.backbone.blocks:
             block.attention_scale.fill_(1)
             block.mlp_scale.fill_(1)
-        task.pixel_decoder.embed.weight.mul_(4)
-        task.pixel_decoder.head.weight.mul_(2)
+        if task.objective.predicts_pixels:
+            task.pixel_decoder.embed.weight.mul_(4)
+            task.pixel_decoder.head.weight.mul_(2)
     return task.eval()
 
 
@@ -107,6 +109,17 @@ def test_values_are_those_of_plain_loops(name: str, image_index: list[int]) -> N
     for key in ("mlm_loss_shuffled", "mlm_loss_no_image", "mim_loss_shuffled"):
         true = found[key.removesuffix("_shuffled").removesuffix("_no_image")]
         assert abs(found[key] - true) > 1e-4  # ten times what the comparison forgives
+
+
+@pytest.mark.parametrize("name", list(ALONE))
+def test_a_single_pass_has_the_values_of_that_pass(name: str) -> None:
+    """With the decoder and the backbone of the mode with two passes, and nothing of the other decoder's."""
+    both, alone, batch = masked_task(), masked_task(name), tiny_batch(5)
+    alone.load_state_dict({key: both.state_dict()[key] for key in alone.state_dict()})
+    expected = {key: value for key, value in means(both, batch).items() if key.startswith(ALONE[name])}
+    found = means(alone, batch)
+    assert f"{ALONE[name]}_loss_shuffled" in expected and found.pop("aux_loss") > 0
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 @given(st.lists(st.integers(0, 3), max_size=9))

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
 
-from eve_ds.model.decoders import PixelDecoder, grid_positions, unpatchify
+from eve_ds.config import PretrainConfig
+from eve_ds.config_sections import EngineConfig
+from eve_ds.engine.setup import build_task
+from eve_ds.model.backbone import Backbone
+from eve_ds.model.decoders import PixelDecoder, WordDecoder, WordMLP, grid_positions, unpatchify
 from eve_ds.model.embeddings import patches
-from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks import load_task_model
+from eve_ds.tasks.masked_examples import rebuilt_images
+from eve_ds.tasks.masked_modeling import SPEC, MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.masked_parts import PixelOutput
 from eve_ds.tasks.masking import choose_words, split_patches
+from eve_ds.tasks.spec import Pass
 from preprocessing.errors import UserError
-from tests.support.tiny_tasks import JOINT, MASK, OBJECTIVE, Batch, rows_of, tiny_batch, tiny_task
+from preprocessing.text.tokenizer import train_tokenizer
+from tests.support.tiny_tasks import JOINT, MASK, OBJECTIVE, Batch, rows_of, tiny_batch, tiny_config, tiny_task
 
 
 def masked_task(name: str = "pretrain") -> MaskedModeling:
@@ -131,6 +144,124 @@ def test_words_for_the_report() -> None:
         assert found["sample_id"] == int(batch["sample_id"][row])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "mim", "pixel_target": "raw"},
+        {"mode": "mlm"},
+        {"mode": "mlm", "word_head": "mlp"},
+        {"word_head": "mlp"},
+    ],
+)
+def test_a_pretrained_model_comes_back_with_the_decoders_it_has(changes: dict[str, str], tmp_path: Path) -> None:
+    objective = dataclasses.replace(OBJECTIVE, **changes)
+    task = MaskedModeling(Backbone(tiny_config()), objective, MASK)
+    save_file({key: value.contiguous() for key, value in task.state_dict().items()}, tmp_path / "model.safetensors")
+    stored = {"model": dataclasses.asdict(tiny_config()), "objective": dataclasses.asdict(objective)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    loaded = load_task_model("pretrain", tmp_path)
+    assert isinstance(loaded, MaskedModeling) and loaded.objective == objective
+    state, batch = task.state_dict(), tiny_batch(3)
+    assert loaded.state_dict().keys() == state.keys()
+    with torch.no_grad():
+        assert torch.equal(loaded(batch).loss, task.eval()(batch).loss)
+
+
+def test_the_word_decoder_of_another_objective_does_not_need_its_settings(tmp_path: Path) -> None:
+    state = tiny_task("pretrain").state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("pixel_decoder.")}
+    save_file(state, tmp_path / "model.safetensors")
+    stored = {"task": "own:SPEC", "model": dataclasses.asdict(tiny_config()), "objective": {"rate": 0.3}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    loaded = load_task_model("pretrain", tmp_path)
+    assert torch.equal(loaded.state_dict()["word_decoder.dense.weight"], state["word_decoder.dense.weight"])
+
+
+def test_images_for_the_report_from_raw_pixels() -> None:
+    """What is predicted is shown as it is; a perfect prediction of either target gives the image back."""
+    batch = tiny_batch(3)
+    batch["images"] = batch["images"].clamp(-1, 1)
+    for target in ("normalized", "raw"):
+        task = MaskedModeling(Backbone(tiny_config()), dataclasses.replace(OBJECTIVE, pixel_target=target), MASK)
+        masks = task.draw_masks(batch)
+        truth = task.rebuild(task.encode(batch["images"], patch_keep=masks.kept), batch["images"], masks).target
+        output = PixelOutput(truth, truth, masks.masked)
+        shown = rebuilt_images(batch["images"], output, 8, target)
+        assert (abs(shown["rebuilt"].astype(int) - shown["original"]) <= 1).all()
+        flat = rebuilt_images(batch["images"], PixelOutput(truth * 0, truth, masks.masked), 8, target)["rebuilt"]
+        y, x = divmod(int(masks.masked[0, 0]), 4)
+        patch = (0, slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+        mean = shown["original"][patch].mean(axis=(0, 1), dtype=float).mean() if target == "normalized" else 128
+        assert abs(flat[patch].astype(float) - mean).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "left"), [("mim", {"images"}), ("mlm", {"words"}), ("joint", {"images", "words"})])
+def test_examples_are_those_of_the_mode(mode: str, left: set[str]) -> None:
+    class Captions:
+        tokenizer = train_tokenizer(["a b"], 300)
+
+        def text(self, sample: int) -> str:
+            return f"caption {sample}"
+
+    task = MaskedModeling(Backbone(tiny_config()), dataclasses.replace(OBJECTIVE, mode=mode), MASK)  # type: ignore[arg-type]
+    examples = SPEC.held_out_examples(task, tiny_batch(2), Captions(), [4, 7])  # type: ignore[arg-type]
+    assert examples.tree.keys() == left
+    assert len(examples.images) == (6 if "images" in left else 0)
+    assert all(len(entries) == 2 for entries in examples.tree.values())
+
+
+@pytest.mark.parametrize("mode", ["separate", "joint", "mim", "mlm"])
+def test_the_planner_is_told_what_runs(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = dataclasses.replace(OBJECTIVE, mode=mode)  # type: ignore[arg-type]
+    task, batch, seen = MaskedModeling(Backbone(tiny_config()), objective, MASK), tiny_batch(4), []
+    batch["text_mask"] = torch.ones(4, 12, dtype=torch.bool)
+
+    def encode(images: Tensor, text_ids: Tensor, text_mask: Tensor, keep: Tensor | None = None, noise: None = None):  # type: ignore[no-untyped-def]
+        seen.append(Pass(4, 16 if keep is None else keep.shape[1], text_ids.shape[1]))
+        return task.backbone(images, text_ids, text_mask, keep, noise)
+
+    monkeypatch.setattr(task, "encode", encode)
+    words = task._predict(batch)[1]
+    assert SPEC.passes(tiny_config(), objective, 4, 12) == seen
+    assert SPEC.selected_rows(objective, 4, 12) == (len(words.truth) if words else 0)
+
+
+def test_a_run_masks_the_words_of_its_tokenizer(tmp_path: Path) -> None:
+    """Training takes them from the tokenizer, and so does who loads the model; without one each token is a word."""
+    tokenizer = train_tokenizer(["a red circle and another one"] * 3, 290)
+    model = dataclasses.replace(tiny_config(), vocab_size=300)
+    whole = dataclasses.replace(OBJECTIVE, word_masking="whole_words", mask_replacement=[0.5, 0.5, 0.0])
+    engine = EngineConfig(expert_parallel_size=1)
+    task = build_task(PretrainConfig(model=model, objective=whole, engine=engine), tokenizer)
+    assert isinstance(task, MaskedModeling)
+    assert task.continues.tolist() == tokenizer.continues_word() + [False] * (300 - tokenizer.vocab_size)
+    assert task.continues.any() and task.ordinary.tolist() == tokenizer.ordinary_ids()
+    ids = torch.tensor([tokenizer.encode("red anothers circles", 12)] * 40)
+    batch = {"text_ids": ids, "text_mask": torch.ones_like(ids), "sample_id": torch.arange(40)}
+    masks = task.draw_masks(batch)
+    for row, word in enumerate(masks.words):
+        kinds = zip(word.tolist()[2:-1], word.tolist()[1:-2], task.continues[ids[row]].tolist()[2:-1], strict=True)
+        assert all(mine == before for mine, before, continues in kinds if continues)
+    assert set(masks.text_ids[masks.words].tolist()) <= {MASK, *tokenizer.ordinary_ids()}
+    save_file(task.state_dict(), tmp_path / "model.safetensors")
+    stored = {"model": dataclasses.asdict(model), "objective": dataclasses.asdict(whole)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    loaded = load_task_model("pretrain", tmp_path)
+    assert not loaded.continues.any() and loaded.ordinary.tolist() == list(range(5, 300))  # type: ignore[union-attr]
+    tokenizer.save(tmp_path)
+    loaded = load_task_model("pretrain", tmp_path)
+    assert torch.equal(loaded.continues, task.continues) and torch.equal(loaded.ordinary, task.ordinary)  # type: ignore[arg-type]
+
+
+def test_the_papers_word_head_adds_a_table_of_its_own() -> None:
+    tied, own = WordDecoder(8, 50), WordMLP(8, 50)
+    counts = [sum(parameter.numel() for parameter in head.parameters()) for head in (tied, own)]
+    assert counts == [8 * 8 + 8 + 2 * 8 + 50, 8 * 8 + 8 + 50 * (8 + 1)]
+    large = WordMLP(256, 2000)
+    assert all(layer.weight.std().item() == pytest.approx(0.02, rel=0.02) for layer in (large.dense, large.projection))
+    assert not large.dense.bias.any() and not large.projection.bias.any()
+
+
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 4]))
 @settings(max_examples=10, deadline=None)
 def test_unpatchify_undoes_patches(batch: int, side: int, patch: int) -> None:
@@ -162,7 +293,15 @@ def test_pixel_decoder_does_not_mind_the_order_of_patches() -> None:
         ({"text_mask_ratio": 0.0}, "objective.text_mask_ratio=0.0"),
         ({"decoder_dim": 18}, "objective.decoder_dim=18"),
         ({"decoder_depth": 0}, "objective.decoder_depth=0"),
-        ({"mode": "both"}, "objective.mode='both'"),
+        ({"mode": "both"}, "objective.mode='both' must be separate, joint, mim or mlm"),
+        ({"pixel_target": "hog"}, "objective.pixel_target='hog'"),
+        ({"word_head": "bert"}, "objective.word_head='bert'"),
+        ({"image_masking": "stripes"}, "objective.image_masking='stripes' must be random or blockwise"),
+        ({"word_masking": "spans"}, "objective.word_masking='spans'"),
+        ({"mask_replacement": [0.8, 0.1]}, r"objective.mask_replacement=\[0.8, 0.1\] must be three shares"),
+        ({"mask_replacement": [0.8, 0.3, -0.1]}, "must be three shares from 0 to 1 whose sum is 1"),
+        ({"mask_replacement": [0.8, 0.1, 0.2]}, "must be three shares from 0 to 1 whose sum is 1"),
+        ({"mask_replacement": [0.0, 0.0, 1.0]}, "hides no word"),
     ],
 )
 def test_an_impossible_objective_is_named(change: dict[str, object], named: str) -> None:

@@ -116,6 +116,63 @@ def test_byte_level_vocabularies(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def saved(folder: Path, kind: str) -> Tokenizer:
+    """A tokenizer of this kind, loaded from the files that others write."""
+    if kind == "trained":
+        return train_tokenizer(TEXTS, 300)
+    if kind == "bert":
+        word_piece = BertWordPieceTokenizer()
+        word_piece.train_from_iterator(TEXTS, vocab_size=80, show_progress=False, special_tokens=list(SPECIAL))
+        word_piece.save_model(str(folder))
+    elif kind == "roberta":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        byte_level = ByteLevelBPETokenizer(add_prefix_space=True)
+        byte_level.train_from_iterator(TEXTS, vocab_size=290, show_progress=False, special_tokens=special)
+        byte_level.save_model(str(folder))
+    else:
+        train_sentencepiece(
+            folder / "spiece.model", model_type=kind, byte_fallback=True, vocab_size=400, hard_vocab_limit=False
+        )
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["trained", "bert", "roberta", "unigram", "bpe"])
+def test_where_words_begin(tmp_path: Path, kind: str) -> None:
+    """As the library itself finds, by its pre-tokenizer; punctuation is a word of its own in all of them."""
+    tokenizer = saved(tmp_path, kind)
+    continues = tokenizer.continues_word()
+    assert len(continues) == tokenizer.vocab_size and not any(continues[index] for index in tokenizer.special_ids)
+    for text in ("the quick brown foxes jumped over circular edges", "Ünïcödé jumps"):
+        found = tokenizer._backend.encode(text, add_special_tokens=False)
+        words = found.word_ids
+        assert len(words) > len(set(words))  # some word has several pieces
+        known = [place for place, index in enumerate(found.ids) if index != tokenizer.unk_id and place]
+        assert [continues[found.ids[place]] for place in known] == [words[place] == words[place - 1] for place in known]
+    ids = tokenizer.encode("a cross, two dogs", 40)
+    comma = next(index for index in ids if "," in tokenizer.tokens([index])[0])
+    assert not continues[comma]
+
+
+def test_ordinary_entries_are_all_but_the_special_ones(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path / "spiece.model", control_symbols=["[MASK]", "[USER]"])
+    tokenizer = Tokenizer.load(tmp_path)
+    special = {*tokenizer.special_ids, tokenizer._backend.token_to_id("[USER]")}
+    assert len(special) == 6 and set(tokenizer.ordinary_ids()) == set(range(tokenizer.vocab_size)) - special
+    assert tokenizer.ordinary_ids() == sorted(tokenizer.ordinary_ids())
+
+
+def test_a_tokenizer_that_marks_the_ends_of_words_is_refused() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(list(SPECIAL))
+    with pytest.raises(UserError, match="no mark where words begin"):
+        Tokenizer(backend).continues_word()
+    words = {name: index for index, name in enumerate([*SPECIAL, "red", "circle"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    assert not any(Tokenizer(backend).continues_word())
+
+
 def test_the_library_s_own_file_comes_first(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "wrong"]))
     words = {name: index for index, name in enumerate([*SPECIAL, "right"])}
