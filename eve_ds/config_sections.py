@@ -27,6 +27,8 @@ class OptimizerConfig:
     Args:
         lr: peak learning rate.
         head_lr_mult: factor on it for parameters outside the backbone.
+        layer_decay: the learning rate of block i of n is multiplied by layer_decay ** (n - i), that of the embeddings
+            by layer_decay ** (n + 1) (BEiT); 1 for one rate in the whole backbone.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay.
@@ -42,6 +44,7 @@ class OptimizerConfig:
 
     lr: float = 5e-4
     head_lr_mult: float = 1.0
+    layer_decay: float = 1.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.05
@@ -58,6 +61,7 @@ class OptimizerConfig:
         ranges = {
             "lr": 0 < self.lr < math.inf,
             "head_lr_mult": 0 < self.head_lr_mult < math.inf,
+            "layer_decay": 0 < self.layer_decay <= 1,
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             "eps": 0 < self.eps < math.inf,
             "weight_decay": 0 <= self.weight_decay < math.inf,

@@ -205,7 +205,7 @@ def load(
         )
     settings = [_hyper_parameters(group) for group in engine.optimizer.param_groups]
     as_it_is = manifest.topology == topology and manifest.experts == experts
-    if as_it_is and (identity or _same_groups(engine, path, topology)):
+    if as_it_is and _same_groups(engine, path, topology):
         mark(f"the load of {path}")
         engine.load_checkpoint(str(path.parent), tag=path.name)
     else:

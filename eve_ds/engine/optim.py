@@ -1,25 +1,64 @@
-"""AdamW with its parameter groups, and the learning rate as a pure function of the step: nothing to store or resume."""
+"""AdamW with its parameter groups: what decays, which learning rate a parameter has, which ranks share it."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from eve_ds.config_sections import OptimizerConfig
 from eve_ds.kernels.adam import build_adamw
+from eve_ds.model.backbone import Backbone
+from preprocessing.errors import UserError
 
 CPU = torch.device("cpu")
-NO_DECAY = ("pos_embed", "position", "type_embed", "class_embed", "class_token", "layer_scale", "gamma", "experts.w3")
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)  # the last one: BatchNorm and InstanceNorm
 
 
-def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices decay; biases (experts' are in w3), norms, LayerScale, class token, types and positions do not."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) >= 2 and not any(word in name for word in NO_DECAY)
+def decayed(module: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay shrinks, by what they are: matrices, and more dimensions.
+
+    Not those of one dimension (biases, LayerScale, class and mask token, type vectors, temperatures), not those of
+    norms of any shape, and not those that their own module lists in an attribute ``without_weight_decay``, as
+    ``("positions",)``: tables of positions, and the experts' biases, which are a tensor of three dimensions.
+
+    Raises:
+        UserError: a module lists a parameter that it does not have.
+    """
+    exempt: set[int] = set()
+    for place, owner in module.named_modules():
+        listed = tuple(getattr(owner, "without_weight_decay", ()))
+        if missing := [name for name in listed if not hasattr(owner, name)]:
+            raise UserError(
+                f"{place or type(owner).__name__}: without_weight_decay lists {missing[0]!r}, but "
+                f"{type(owner).__name__} has no such parameter"
+            )
+        for name, parameter in owner.named_parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if len(shape) < 2 or isinstance(owner, NORMS) or name in listed:
+                exempt.add(id(parameter))
+    return {name for name, parameter in module.named_parameters() if id(parameter) not in exempt}
+
+
+def depth_factors(module: nn.Module, decay: float) -> dict[int, float]:
+    """{id of a parameter: ``decay ** (depth + 1 - layer)``}, for the embeddings (layer 0) and block i (layer i + 1).
+
+    All others, as the final norm and the heads, have the factor 1. From BEiT (Bao et al., arXiv 2106.08254, and
+    ``get_num_layer_for_vit`` in its optim_factory.py), as fine-tuning of BEiT-3 and MAE has it.
+    """
+    backbone = getattr(module, "backbone", None)
+    if decay == 1.0 or not isinstance(backbone, Backbone):
+        return {}
+    embeddings = nn.ModuleList([backbone.image_embedding, backbone.text_embedding, backbone.embedding_norm])
+    layers = [embeddings, *backbone.blocks]
+    return {
+        id(parameter): decay ** (len(layers) - layer)
+        for layer, part in enumerate(layers)
+        for parameter in part.parameters()
+    }
 
 
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -29,11 +68,13 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     ``moe: True``, as ZeRO needs them to reduce and partition their gradients among the ranks that share them.
     """
     groups: dict[str, dict[str, Any]] = {}
+    decays, factors = decayed(module), depth_factors(module, config.layer_decay)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        weight_decay = config.weight_decay if has_weight_decay(name, parameter) else 0.0
+        weight_decay = config.weight_decay if name in decays else 0.0
         lr = config.lr * (1.0 if name.startswith("backbone.") else config.head_lr_mult)
+        lr *= factors.get(id(parameter), 1.0)
         key = f"lr_{lr:g}_decay_{weight_decay:g}"  # as few groups as there are settings: ZeRO communicates for each
         group = groups.setdefault(
             key, {"name": key, "params": [], "weight_decay": weight_decay, "lr": lr, "peak_lr": lr}
@@ -50,18 +91,3 @@ def build_optimizer(
     states in host memory if ``offload``. A collective where there is a process group."""
     groups = parameter_groups(module, config)
     return build_adamw(groups, config.lr, (config.betas[0], config.betas[1]), config.eps, device, offload)
-
-
-def lr_factor(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate for optimizer step ``step`` (the first is 0).
-
-    Rises linearly over ``warmup * total_steps`` steps, then falls to ``min_lr_ratio`` along a cosine or a line.
-    """
-    warmup = round(config.warmup * total_steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape

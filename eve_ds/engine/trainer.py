@@ -26,7 +26,8 @@ from eve_ds.engine.deepspeed_config import load_deepspeed_config
 from eve_ds.engine.divergence import SUSPECTS, LossRange
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
-from eve_ds.engine.optim import build_optimizer, lr_factor
+from eve_ds.engine.optim import build_optimizer
+from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import StopError

@@ -42,6 +42,8 @@ class ImageEmbedding(nn.Module):
         num_patches: P.
     """
 
+    without_weight_decay = ("positions",)
+
     def __init__(self, dim: int, patch_size: int, num_patches: int) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -87,6 +89,8 @@ class TextEmbedding(nn.Module):
         num_positions: longest text, tokens.
         norm_eps: epsilon of the LayerNorm.
     """
+
+    without_weight_decay = ("positions",)
 
     def __init__(self, dim: int, vocab_size: int, num_positions: int, norm_eps: float) -> None:
         super().__init__()

@@ -55,6 +55,8 @@ class Experts(nn.Module):
         use_grouped_mm: see ``kernels.expert_mlp.expert_mlp``.
     """
 
+    without_weight_decay = ("w3",)
+
     def __init__(
         self, dim: int, hidden: int, count: int, activation: str, seed: int, first: int = 0, std: float = DRAWN_STD
     ) -> None:

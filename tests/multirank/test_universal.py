@@ -187,12 +187,13 @@ def check_report(root: Path, before: Case, after: Case, expected: list[float]) -
 
 def plain_losses() -> list[float]:
     """Of one process without DeepSpeed, from the step of the change on."""
-    from eve_ds.engine.optim import has_weight_decay
+    from eve_ds.engine.optim import decayed
 
     task = masked_task()
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    decays = decayed(task)
     for name, parameter in task.named_parameters():
-        groups[has_weight_decay(name, parameter)].append(parameter)
+        groups[name in decays].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": groups[decay], "weight_decay": 0.1 * decay} for decay in groups],
         lr=1e-2,

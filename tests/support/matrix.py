@@ -139,17 +139,17 @@ def arrays(task: MaskedModeling) -> dict[str, np.ndarray]:
 
 def one_process(precision: str, clipping: bool, accumulation: int) -> Trajectory:
     """A plain loop. In bf16: bf16 weights and gradients, an fp32 master copy which alone AdamW and the norm see."""
-    from eve_ds.engine.optim import has_weight_decay
+    from eve_ds.engine.optim import decayed
 
     options, task = optimizer_config(clipping), build(precision)
     if precision == "bf16":
         task.bfloat16()
     masters = {name: torch.nn.Parameter(value.detach().float()) for name, value in task.named_parameters()}
-    decayed = {name for name, value in task.named_parameters() if has_weight_decay(name, value)}
+    decays = decayed(task)
     optimizer = torch.optim.AdamW(
         [
-            {"params": [value for name, value in masters.items() if name in decayed]},
-            {"params": [value for name, value in masters.items() if name not in decayed], "weight_decay": 0.0},
+            {"params": [value for name, value in masters.items() if name in decays]},
+            {"params": [value for name, value in masters.items() if name not in decays], "weight_decay": 0.0},
         ],
         lr=options.lr,
         betas=tuple(options.betas),

@@ -18,7 +18,8 @@ from eve_ds.data.data_config import DataSource
 from eve_ds.engine import batches, distributed, run_folder, setup
 from eve_ds.engine.deepspeed_config import _invalid, batch_shape, load_deepspeed_config
 from eve_ds.engine.identity import identity_of
-from eve_ds.engine.optim import lr_factor, parameter_groups
+from eve_ds.engine.optim import parameter_groups
+from eve_ds.engine.schedule import lr_factor
 from eve_ds.errors import RankError
 from eve_ds.model.model_config import ModelConfig
 from preprocessing.errors import UserError

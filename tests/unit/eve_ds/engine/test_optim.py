@@ -1,0 +1,80 @@
+"""Which parameters decay, and the learning rate of each: by what they are and how deep they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eve_ds.config_sections import OptimizerConfig
+from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
+from eve_ds.engine.optim import decayed, parameter_groups
+from eve_ds.model.moe import MoE
+from preprocessing.errors import UserError
+from tests.support.tiny_tasks import TASKS, tiny_task
+
+# The rule before it looked at kinds: words in names.
+OLD_WORDS = ("pos_embed", "position", "type_embed", "class_embed", "class_token", "layer_scale", "gamma", "experts.w3")
+
+
+def by_old_rule(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() >= 2 and not any(word in name for word in OLD_WORDS)
+
+
+@pytest.mark.parametrize("layer", [MoE, partial(DeepSpeedMoE, ep_size=2, ep_rank=1)], ids=["torch", "deepspeed"])
+@pytest.mark.parametrize("name", TASKS)
+def test_the_same_parameters_decay_as_by_the_rule_on_names(name: str, layer: Callable[..., MoE]) -> None:
+    task = tiny_task(name, moe_layer=layer)
+    expected = {key for key, parameter in task.named_parameters() if by_old_rule(key, parameter)}
+    assert decayed(task) == expected
+    with torch.no_grad():  # as ZeRO 3 leaves parameters: empty, with their shape beside them
+        for parameter in task.parameters():
+            parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+            parameter.data = torch.empty(0)
+    assert decayed(task) == expected
+
+
+class Own(nn.Module):
+    """A module of a user's own: what its names say is not what its parameters are."""
+
+    without_weight_decay: tuple[str, ...] = ("table",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position_mlp = nn.Linear(3, 2)
+        self.gamma_head = nn.Linear(2, 1)
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.table = nn.Parameter(torch.zeros(5, 2))
+        self.grid_norm = nn.LayerNorm((4, 2))
+        self.words = nn.Embedding(6, 2)
+
+
+def test_kinds_decide_and_not_names() -> None:
+    own = nn.Sequential(Own())
+    assert decayed(own) == {"0.position_mlp.weight", "0.gamma_head.weight", "0.words.weight"}
+    own[0].without_weight_decay = ("tables",)
+    with pytest.raises(UserError, match="0: without_weight_decay lists 'tables', but Own has no such parameter"):
+        decayed(own)
+
+
+def test_rates_rise_with_depth() -> None:
+    task = tiny_task("vqa", moe_layer=partial(DeepSpeedMoE, ep_size=1, ep_rank=0))
+    config = OptimizerConfig(lr=1.0, head_lr_mult=7, layer_decay=0.5)
+    groups = parameter_groups(task, config)
+    peaks = {id(parameter): group["peak_lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in task.named_parameters():
+        part = name.removeprefix("backbone.")
+        if part == name:
+            expected = 7.0
+        elif part.startswith("blocks."):
+            expected = 0.5 ** (3 - int(part.split(".")[1]))
+        else:
+            expected = 1.0 if part.startswith("norm.") else 0.5**4
+        assert peaks[id(parameter)] == expected, name
+    # Two a layer, of its matrices and of the rest; two of the soft layer's experts; one of the final norm.
+    assert len(groups) == 2 * (1 + 3) + 2 + 1 + 2
+    assert sum(bool(group.get("moe")) for group in groups) == 2
+    assert len(parameter_groups(task, OptimizerConfig(head_lr_mult=7))) == 6
