@@ -161,6 +161,10 @@ def parse(
     except (ValueError, UserError) as error:
         raise UserError(str(error)) from error
     config.optimizer.check()
+    if config.optimizer.schedule == "cooldown" and not config.resume_from:
+        raise UserError(
+            "optimizer.schedule cooldown goes on from a checkpoint; name it: --resume_from RUN/checkpoints/step_N"
+        )
     config.engine.check()
     config.checkpoint.check()
     config.logging.check()

@@ -29,13 +29,17 @@ class OptimizerConfig:
         head_lr_mult: factor on it for parameters outside the backbone.
         layer_decay: the learning rate of block i of n is multiplied by layer_decay ** (n - i), that of the embeddings
             by layer_decay ** (n + 1) (BEiT); 1 for one rate in the whole backbone.
+        freeze: patterns of names of parameters that keep their values, [backbone.text_embedding.*]; in memory and time
+            they cost what trained ones do.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay.
         total_steps: optimizer steps of the run; null takes ``epochs``.
         epochs: passes over the training split, if ``total_steps`` is null.
         warmup: share of the steps over which the learning rate rises from zero.
-        schedule: what follows: a cosine or a line down to ``min_lr_ratio``, or constant.
+        schedule: what follows: a cosine or a line down to ``min_lr_ratio``, or constant; wsd: constant, then down over
+            the last steps; cooldown: no warm-up, down from the learning rate of the checkpoint in ``resume_from``.
+        decay: share of the steps over which wsd falls; null for 0.2.
         min_lr_ratio: last learning rate as a share of the peak.
         gradient_clipping: largest global gradient norm; 0 for none.
         stop_on_divergence: end the run, before it saves again, when the loss has left its recent range by far and
@@ -45,16 +49,23 @@ class OptimizerConfig:
     lr: float = 5e-4
     head_lr_mult: float = 1.0
     layer_decay: float = 1.0
+    freeze: list[str] = field(default_factory=list)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
     weight_decay: float = 0.05
     total_steps: int | None = None
     epochs: float | None = None
     warmup: float = 0.1
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd", "cooldown"] = "cosine"
+    decay: float | None = None
     min_lr_ratio: float = 0.0
     gradient_clipping: float = 3.0
     stop_on_divergence: bool = False
+
+    @property
+    def wsd_decay(self) -> float:
+        """``decay``, or its default."""
+        return 0.2 if self.decay is None else self.decay
 
     def check(self) -> None:
         """Raise UserError naming the first setting that no optimizer takes."""
@@ -66,12 +77,19 @@ class OptimizerConfig:
             "eps": 0 < self.eps < math.inf,
             "weight_decay": 0 <= self.weight_decay < math.inf,
             "warmup": 0 <= self.warmup < 1,
+            "decay": self.decay is None or 0 < self.decay <= 1,
             "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
             "gradient_clipping": 0 <= self.gradient_clipping < math.inf,
         }
         for name, fits in ranges.items():
             if not fits:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} is out of range; see --help")
+        if self.decay is not None and self.schedule != "wsd":
+            raise UserError(f"optimizer.decay={self.decay} is of schedule wsd; leave it out with {self.schedule}")
+        if self.schedule == "wsd" and self.warmup + self.wsd_decay > 1:
+            raise UserError(
+                f"optimizer.warmup={self.warmup} and decay={self.wsd_decay} are more than the whole run; lower one"
+            )
 
 
 @dataclass
@@ -150,6 +168,7 @@ class LoggingConfig:
         samples: images, words and answers stored for the report.
         images_every: pre-training: steps between two looks at the same held-out images, rebuilt, of which the newest
             five stay in ``output_dir/samples``; 0 looks at the end alone.
+        grad_norms_every: steps between logs of the gradient norm by kind of parameter; 0 for none.
         callbacks: import paths of your own callbacks, [my_package.mine:MyCallback] (docs/extending.md).
     """
 
@@ -167,11 +186,12 @@ class LoggingConfig:
     peak_tflops: float | None = None
     samples: int = 8
     images_every: int = 0
+    grad_norms_every: int = 0
     callbacks: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
-        least = {"eval_every": 0, "eval_samples": 1, "detail_every": 0, "samples": 0, "images_every": 0}
-        _check_least("logging", self, least)
+        steps = ("eval_every", "detail_every", "samples", "images_every", "grad_norms_every")
+        _check_least("logging", self, dict.fromkeys(steps, 0) | {"eval_samples": 1})
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise UserError(f"logging.peak_tflops={self.peak_tflops} must be a positive number or null; see --help")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from eve_ds.callbacks.grad_norms import GradNorms
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
@@ -18,7 +19,7 @@ from preprocessing.errors import UserError
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
 
-__all__ = ["MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
+__all__ = ["GradNorms", "MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
 OPTION = "--logging.callbacks"
 
 
@@ -31,6 +32,8 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
     callbacks: list[Callback] = []
     if every := config.logging.detail_every:
         callbacks += [MoELoad(every), Performance(every, config.logging.peak_tflops)]
+    if every := config.logging.grad_norms_every:
+        callbacks.append(GradNorms(every))
     callbacks += [MetricsFile(), Progress()]
     if config.logging.wandb:
         callbacks.append(WandbLog(config.logging))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,20 +64,44 @@ def depth_factors(module: nn.Module, decay: float) -> dict[int, float]:
     }
 
 
+def frozen(module: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the parameters that match one of the patterns, as ``backbone.blocks.0.*``.
+
+    Raises:
+        UserError: a pattern matches nothing, or together they leave nothing to train.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            known = [*(f"{place}.*" for place, _ in module.named_modules() if place), *names]
+            close = ", ".join(difflib.get_close_matches(pattern, known, cutoff=0.4)) or ", ".join(known[:3])
+            raise UserError(f"optimizer.freeze: {pattern!r} matches no parameter; close to it are {close}")
+        found.update(matching)
+    if found.issuperset(names):
+        raise UserError(f"optimizer.freeze: {', '.join(patterns)} leave no parameter to train; freeze fewer")
+    return found
+
+
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Groups by weight decay, learning rate and expert placement.
 
-    Each group has ``lr`` and ``peak_lr``: the schedule multiplies the latter. Experts stand in groups of their own with
+    Each group has ``lr`` and ``peak_lr``: the schedule multiplies the latter. Frozen parameters have a learning rate of
+    0 and no decay. Experts stand in groups of their own with
     ``moe: True``, as ZeRO needs them to reduce and partition their gradients among the ranks that share them.
     """
     groups: dict[str, dict[str, Any]] = {}
     decays, factors = decayed(module), depth_factors(module, config.layer_decay)
+    still = frozen(module, config.freeze)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         weight_decay = config.weight_decay if name in decays else 0.0
         lr = config.lr * (1.0 if name.startswith("backbone.") else config.head_lr_mult)
         lr *= factors.get(id(parameter), 1.0)
+        if name in still:
+            lr = weight_decay = 0.0
         key = f"lr_{lr:g}_decay_{weight_decay:g}"  # as few groups as there are settings: ZeRO communicates for each
         group = groups.setdefault(
             key, {"name": key, "params": [], "weight_decay": weight_decay, "lr": lr, "peak_lr": lr}
@@ -88,6 +115,15 @@ def build_optimizer(
     module: nn.Module, config: OptimizerConfig, offload: bool = False, device: torch.device = CPU
 ) -> torch.optim.Optimizer:
     """AdamW over ``parameter_groups``, by the kernel that ``kernels.adam`` picks for ``device``, with ZeRO's
-    states in host memory if ``offload``. A collective where there is a process group."""
+    states in host memory if ``offload``. A collective where there is a process group.
+
+    The gradients of frozen parameters are made zero in the backward pass, so that they neither count in the gradient
+    norm nor enter Adam's moments. They keep ``requires_grad``, since DeepSpeed's checkpoints lose experts without it
+    and its universal format everything; so a branch can freeze other ones, and fp32 masters stay what they were.
+    """
     groups = parameter_groups(module, config)
+    still = frozen(module, config.freeze)
+    for name, parameter in module.named_parameters():
+        if name in still:
+            parameter.register_hook(torch.zeros_like)
     return build_adamw(groups, config.lr, (config.betas[0], config.betas[1]), config.eps, device, offload)

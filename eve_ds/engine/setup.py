@@ -24,6 +24,7 @@ from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.distributed import decide, launched_world, rank_and_world
 from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
+from eve_ds.engine.schedule import cooldown_of
 from eve_ds.engine.trainer import Trainer
 from eve_ds.errors import OUTPUT
 from eve_ds.model.backbone import Backbone
@@ -214,6 +215,8 @@ def describe_training(config: Config, trainer: Trainer, training: Samples) -> in
     branch = None
     if not decide(lambda: first_weights.goes_on(config)):
         branch = first_weights.branch_point(config, trainer.identity, trainer.total_steps)
+        if branch:
+            cooldown_of(branch[1].state.get("schedule", {}), branch[1].step, config.optimizer, own=False)
     step, begins = _beginning(config, branch[0] if branch else None)
     batches = TrainingBatches(config, training, step)
     try:

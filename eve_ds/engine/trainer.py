@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.engine import checkpoint, first_weights, resume
+from eve_ds.engine import checkpoint, first_weights, resume, schedule
 from eve_ds.engine.batches import TrainingBatches, to_device
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
@@ -27,7 +27,6 @@ from eve_ds.engine.divergence import SUSPECTS, LossRange
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.optim import build_optimizer
-from eve_ds.engine.schedule import lr_factor
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import StopError
@@ -79,7 +78,8 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
         self.step = self.start_step = 0
-        self.lr = 0.0  # of the current step
+        self.lr = self.lr_factor = 0.0  # of the current step
+        self._cooldown: schedule.Cooldown | None = None  # where it began
         self.stopped_early = False  # stopped on request and saved, with steps or an evaluation left to do
         self.evaluation_due = False  # also after a resume, if a stop request prevented the evaluation
         self.skipped_steps = 0  # steps with non-finite gradients, in which DeepSpeed left the weights unchanged
@@ -94,6 +94,10 @@ class Trainer:
         zero = settings["zero_optimization"]
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
         offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        if offload and config.logging.grad_norms_every:
+            raise UserError(
+                "logging.grad_norms_every: with offload_optimizer gradients are not at hand by parameter; set it to 0"
+            )
         optimizer = build_optimizer(task, config.optimizer, offload, device)
         mark("the set-up of DeepSpeed")
         self.engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
@@ -122,6 +126,7 @@ class Trainer:
             for name in restore_states(self.callbacks, checkpoint.load_callback_states(path, manifest)):
                 _log.info("%s: holds a state of callback %s, which this run does not have; dropped", path, name)
             self._log_changes(path, manifest)
+            self._resume_schedule(path, manifest.state.get("schedule", {}), own=found is not None)
         return self.start_step
 
     def _log_changes(self, path: Path, manifest: Manifest) -> None:
@@ -136,6 +141,16 @@ class Trainer:
                 now,
                 before,
             )
+
+    def _resume_schedule(self, path: Path, state: dict[str, Any], own: bool) -> None:
+        options = self.config.optimizer
+        self._cooldown = schedule.cooldown_of(state, self.step, options, own)
+        following = self._scheduled_factor()
+        if (found := schedule.jump(state, following, self.total_steps, options)) and self.step < self.total_steps:
+            _log.warning("%s: %s", path, found)
+
+    def _scheduled_factor(self) -> float:
+        return schedule.lr_factor(self.step, self.total_steps, self.config.optimizer, self._cooldown)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -181,7 +196,7 @@ class Trainer:
 
         For a callback's ``step_start``. The configured schedule sets it again before each step.
         """
-        self.lr = self.config.optimizer.lr * factor
+        self.lr, self.lr_factor = self.config.optimizer.lr * factor, factor
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -192,7 +207,7 @@ class Trainer:
     def _train_step(self, batches: TrainingBatches) -> dict[str, float]:
         """One optimizer step. Returns its record: means over the global batch."""
         began = time.perf_counter()
-        self.set_lr_factor(lr_factor(self.step, self.total_steps, self.config.optimizer))
+        self.set_lr_factor(self._scheduled_factor())
         self._call_hooks("step_start")
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
         torch.manual_seed(seed % 2**63)  # dropout (only NLVR's head has it) repeats in a run resumed on as many ranks
@@ -337,6 +352,7 @@ class Trainer:
         state = {"step": self.step, "micro_batch_of_all_ranks": self.micro_batch_of_all_ranks}
         state |= {"counts": self._counts, "skipped_steps": self.skipped_steps, "identity": self.identity.tree()}
         state |= {"evaluation_due": self.evaluation_due, "loss_range": self._range.state()}
+        state["schedule"] = schedule.stored(self.lr_factor, self.total_steps, self.config.optimizer, self._cooldown)
         mark(f"saving step {self.step}")
         states = collect_states(self.callbacks)
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state, states)

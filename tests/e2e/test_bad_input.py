@@ -53,6 +53,10 @@ CASES = {
     "a folder of other things": (["--output_dir={root}/occupied"], ["occupied"]),
     "unknown split": (["--data.train_split=trian"], ["trian"]),
     "no DeepSpeed file": (["--deepspeed_config=none.json"], ["none.json"]),
+    "gradient norms that are not at hand": (
+        ["--logging.grad_norms_every=1", "--deepspeed_config=zero2_offload", "--engine.micro_batch_size=null"],
+        ["logging.grad_norms_every", "offload_optimizer"],
+    ),
     "half a sample per rank": (["--engine.micro_batch_size=3"], ["engine.micro_batch_size=3"]),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eve_ds.engine.whole_weights import consolidated_state
 from tests.support import ranks
 from tests.support.shards import make_vqa_set
 
@@ -19,7 +21,7 @@ ONE_RANK = ["--engine.expert_parallel_size=1", "--engine.precision=fp32", "--log
 @pytest.fixture(scope="module")
 def options(tiny_run: list[str]) -> list[str]:
     quiet = ["--logging.eval_every=0", "--logging.samples=0", "--data.val_split=null"]
-    return [*tiny_run, *ONE_RANK, *quiet, "--checkpoint.every=2", "--checkpoint.keep=5"]
+    return [*tiny_run, *ONE_RANK, *quiet, "--checkpoint.every=2", "--checkpoint.keep=5", "--logging.grad_norms_every=3"]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +42,24 @@ def unfinished(straight: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
-def losses(output: Path) -> dict[int, float]:
+def losses(output: Path, metric: str = "loss") -> dict[int, float]:
     found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {int(record["step"]): record["loss"] for record in found if "lr" in record}
+    return {int(record["step"]): record[metric] for record in found if "lr" in record}
 
 
 def same_weights(left: Path, right: Path) -> bool:
     a, b = (load_file(folder / "model" / "model.safetensors") for folder in (left, right))
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_gradient_norms_by_kind_add_up(straight: Path) -> None:
+    kinds = ("attention", "embeddings", "experts", "heads", "image_ffn", "norms", "router", "text_ffn")
+    for record in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines()):
+        found = {name: norm for name, norm in record.items() if name.startswith("optim/grad_norm/")}
+        assert sorted(found) == [f"optim/grad_norm/{kind}" for kind in kinds if record["step"] in (3, 6)]
+        if found:
+            assert all(norm > 0 for norm in found.values())
+            assert math.hypot(*found.values()) == pytest.approx(record["grad_norm"], rel=1e-5)
 
 
 def test_a_branch_without_changes_is_the_run_itself(straight: Path, options: list[str], tmp_path: Path) -> None:
@@ -59,14 +71,29 @@ def test_a_branch_without_changes_is_the_run_itself(straight: Path, options: lis
 
 
 def test_a_branch_takes_other_groups_of_parameters(straight: Path, options: list[str], tmp_path: Path) -> None:
-    """Without decay all parameters are one group: DeepSpeed's files are cut otherwise than the new engine's."""
+    """Without decay, with rates by depth and frozen words, DeepSpeed's files are cut otherwise than the new engine's.
+
+    The branch is a cooldown: it begins at the rate of the checkpoint, and resumes bit for bit.
+    """
     output = tmp_path / "branch"
-    changes = ["--optimizer.weight_decay=0", "--optimizer.lr=1e-3", "--optimizer.total_steps=7"]
+    changes = ["--optimizer.weight_decay=0", "--optimizer.layer_decay=0.9", "--optimizer.schedule=cooldown"]
+    changes += ["--optimizer.freeze=[backbone.text_embedding.*]", "--optimizer.total_steps=7"]
     branch = [f"--output_dir={output}", f"--resume_from={straight / 'checkpoints' / 'step_00000004'}"]
     ranks.run("eve_ds.pretrain", [*options, *branch, *changes], 1)
     found, expected = losses(output), losses(straight)
     assert found.keys() == {5, 6, 7}
     assert found[5] == pytest.approx(expected[5], abs=1e-6) and found[6] != expected[6]
+    assert losses(output, "lr")[5] == losses(straight, "lr")[4]
+    assert losses(output, "lr")[7] < losses(output, "lr")[6] < losses(output, "lr")[5]
+    trained = load_file(output / "model" / "model.safetensors")
+    for name, value in consolidated_state(straight / "checkpoints" / "step_00000004").items():
+        assert torch.equal(trained[name], value) == name.startswith("backbone.text_embedding."), name
+    shutil.rmtree(output / "checkpoints" / "step_00000007")
+    told = ranks.run("eve_ds.pretrain", [*options, *branch, *changes], 1)
+    assert "training from step 6 to step 7" in told
+    assert losses(output) == found and losses(output, "lr")[7] < losses(output, "lr")[6]
+    again = load_file(output / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in trained.items())
     assert {path.name for path in straight.glob("checkpoints/*")} == {f"step_0000000{step}" for step in (2, 4, 6)}
 
 
@@ -85,8 +112,6 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
 def test_fine_tuning_starts_from_an_unfinished_run_and_outlives_it(
     unfinished: Path, straight: Path, tmp_path: Path
 ) -> None:
-    from eve_ds.engine.whole_weights import consolidated_state
-
     for split in ("train", "test"):
         make_vqa_set(tmp_path / "vqa", rows=12, split=split)
     source, output = tmp_path / "source", tmp_path / "run"

@@ -7,8 +7,9 @@ tokens; in one layer half of the experts, so whole ranks of them, get no token, 
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ FACTORS: dict[str, list[Any]] = {
 }
 
 
+Reference = tuple[str, bool, int, tuple[str, ...]]
+
+
 @dataclass(frozen=True)
 class Case:
     """A setting of the engine.
@@ -54,17 +58,19 @@ class Case:
     clipping: bool = True
     accumulation: int = 1
     checkpointing: bool = False
+    freeze: tuple[str, ...] = ()
     zero: tuple[tuple[str, Any], ...] = ()
     file: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def reference(self) -> tuple[str, bool, int]:
+    def reference(self) -> Reference:
         """What one process has to know of the case: neither ranks nor recomputation change what is learned."""
-        return self.precision, self.clipping, self.accumulation
+        return self.precision, self.clipping, self.accumulation, self.freeze
 
     def __str__(self) -> str:
         extras = [name for name in ("clipping", "checkpointing") if getattr(self, name)]
         extras += [f"{name}={value}" for name, value in self.zero + self.file]
+        extras += [f"{pattern} frozen" for pattern in self.freeze]
         return ", ".join(
             [
                 f"ZeRO {self.stage}, EP {self.ep_size}, world {self.world_size}, {self.precision}",
@@ -76,12 +82,13 @@ class Case:
 
 @dataclass
 class Trajectory:
-    """Loss and gradient norm (before clipping) of each step; weights before and after, by name, fp32."""
+    """Loss and gradient norm (before clipping; also by kind) of each step; weights before and after, by name, fp32."""
 
     losses: list[float]
     norms: list[float]
     first: dict[str, np.ndarray]
     last: dict[str, np.ndarray]
+    kinds: list[dict[str, float]] = field(default_factory=list)
 
 
 def accepted(case: dict[str, Any]) -> bool:
@@ -97,9 +104,11 @@ def pairwise_cases() -> list[Case]:
     return [Case(**values) for values in pairwise(FACTORS, accepted)]
 
 
-def optimizer_config(clipping: bool) -> OptimizerConfig:
+def optimizer_config(clipping: bool, freeze: tuple[str, ...] = ()) -> OptimizerConfig:
     clip = CLIP if clipping else 0.0
-    return OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=0.1, gradient_clipping=clip, total_steps=STEPS)
+    return OptimizerConfig(
+        lr=1e-2, eps=1e-4, weight_decay=0.1, gradient_clipping=clip, total_steps=STEPS, freeze=list(freeze)
+    )
 
 
 def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> MaskedModeling:
@@ -137,14 +146,19 @@ def arrays(task: MaskedModeling) -> dict[str, np.ndarray]:
     return {name: value.detach().float().numpy().copy() for name, value in task.named_parameters()}
 
 
-def one_process(precision: str, clipping: bool, accumulation: int) -> Trajectory:
+def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple[str, ...] = ()) -> Trajectory:
     """A plain loop. In bf16: bf16 weights and gradients, an fp32 master copy which alone AdamW and the norm see."""
+    from eve_ds.callbacks.grad_norms import kind_of
     from eve_ds.engine.optim import decayed
 
     options, task = optimizer_config(clipping), build(precision)
     if precision == "bf16":
         task.bfloat16()
     masters = {name: torch.nn.Parameter(value.detach().float()) for name, value in task.named_parameters()}
+    for name, value in task.named_parameters():
+        frozen = any(fnmatch.fnmatch(name, pattern) for pattern in freeze)
+        value.requires_grad_(not frozen)
+        masters[name].requires_grad_(not frozen)
     decays = decayed(task)
     optimizer = torch.optim.AdamW(
         [
@@ -165,10 +179,17 @@ def one_process(precision: str, clipping: bool, accumulation: int) -> Trajectory
             (output.loss / accumulation).backward()
             loss += float(output.loss.detach()) / accumulation
             for name, value in task.named_parameters():
+                if not value.requires_grad:
+                    continue
                 assert value.grad is not None, name
                 master = masters[name]
                 master.grad = value.grad.float() if master.grad is None else master.grad + value.grad.float()
             task.zero_grad()
+        squares: dict[str, float] = {}
+        for name, master in masters.items():
+            square = 0.0 if master.grad is None else float(master.grad.double().square().sum())
+            squares[kind_of(name)] = squares.get(kind_of(name), 0.0) + square
+        trajectory.kinds.append({kind: math.sqrt(square) for kind, square in squares.items()})
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), CLIP if clipping else torch.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -181,11 +202,11 @@ def one_process(precision: str, clipping: bool, accumulation: int) -> Trajectory
     return trajectory
 
 
-def references(cases: list[Case]) -> dict[tuple[str, bool, int], Trajectory]:
+def references(cases: list[Case]) -> dict[Reference, Trajectory]:
     return {key: one_process(*key) for key in sorted({case.reference for case in cases})}
 
 
-def compare(cases: list[Case], expected: dict[tuple[str, bool, int], Trajectory]) -> None:
+def compare(cases: list[Case], expected: dict[Reference, Trajectory]) -> None:
     """Train each case on the ranks that call this; raise AssertionError naming all cases that differ, and in what."""
     from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.environment import prepare_environment
@@ -208,12 +229,13 @@ def under_deepspeed(case: Case) -> Trajectory:
     """As ``one_process``, each rank with its rows of the batch; the weights are those of rank 0's ``full_state``."""
     import deepspeed
 
+    from eve_ds.callbacks.grad_norms import norms_by_kind
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.optim import build_optimizer
     from eve_ds.engine.whole_weights import full_state
 
-    rank, world, options = dist.get_rank(), dist.get_world_size(), optimizer_config(case.clipping)
+    rank, world, options = dist.get_rank(), dist.get_world_size(), optimizer_config(case.clipping, case.freeze)
     share = ROWS // world
     task = build(case.precision, expert_parallel(DeepSpeedMoE, case.ep_size, rank), case.checkpointing)
     engine_config = EngineConfig(
@@ -234,6 +256,8 @@ def under_deepspeed(case: Case) -> Trajectory:
             output = engine(rows_of(batch, rank * share, (rank + 1) * share))
             check_ranks(task)
             engine.backward(output.loss * world)
+            if engine.is_gradient_accumulation_boundary():
+                trajectory.kinds.append(norms_by_kind(task, engine.optimizer))
             engine.step()
             loss += output.loss.detach() / case.accumulation
         dist.all_reduce(loss)
@@ -270,11 +294,21 @@ def differences(case: Case, got: Trajectory, expected: Trajectory) -> list[str]:
     for step, (mine, other) in enumerate(zip(got.norms, expected.norms, strict=True)):
         if not abs(mine / other - 1) < tolerance:
             faults.append(f"gradient norm of step {step} is {mine}, not {other}")
+    for step, (mine, other) in enumerate(zip(got.kinds, expected.kinds, strict=True)):
+        assert mine.keys() == other.keys()
+        for kind, norm in other.items():
+            if not abs(mine[kind] - norm) <= (tolerance if exact else BF16_TENSOR_TOLERANCE) * norm:
+                faults.append(f"gradient norm of {kind} in step {step} is {mine[kind]}, not {norm}")
     assert got.last.keys() == expected.last.keys()
+    still = [name for name in got.last if any(fnmatch.fnmatch(name, pattern) for pattern in case.freeze)]
+    assert bool(still) == bool(case.freeze)
+    for name in still:
+        if not np.array_equal(got.last[name], expected.first[name]):
+            faults.append(f"{name} was frozen and differs")
     if exact:
         errors = {name: float(np.abs(got.last[name] - other).max()) for name, other in expected.last.items()}
         return faults + [f"{name} differs by {error:.3g}" for name, error in errors.items() if not error < tolerance]
-    kinds = {kind: [name for name in expected.last if kind_of(name) == kind] for kind in ("dense", "expert", "router")}
+    kinds = {kind: [n for n in expected.last if sort_of(n) == kind] for kind in ("dense", "expert", "router")}
     limits = [(names, tolerance) for names in kinds.values()] + [
         ([name], BF16_TENSOR_TOLERANCE) for name in expected.last
     ]
@@ -285,7 +319,7 @@ def differences(case: Case, got: Trajectory, expected: Trajectory) -> list[str]:
     return faults
 
 
-def kind_of(name: str) -> str:
+def sort_of(name: str) -> str:
     if ".experts." in name:
         return "expert"
     return "router" if ".moe." in name else "dense"  # the modality vectors are the router's

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from functools import partial
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from eve_ds.config_sections import OptimizerConfig
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.engine.optim import decayed, parameter_groups
+from eve_ds.engine.optim import build_optimizer, decayed, parameter_groups
 from eve_ds.model.moe import MoE
 from preprocessing.errors import UserError
-from tests.support.tiny_tasks import TASKS, tiny_task
+from tests.support.tiny_tasks import TASKS, tiny_batch, tiny_task
 
 # The rule before it looked at kinds: words in names.
 OLD_WORDS = ("pos_embed", "position", "type_embed", "class_embed", "class_token", "layer_scale", "gamma", "experts.w3")
@@ -78,3 +79,42 @@ def test_rates_rise_with_depth() -> None:
     assert len(groups) == 2 * (1 + 3) + 2 + 1 + 2
     assert sum(bool(group.get("moe")) for group in groups) == 2
     assert len(parameter_groups(task, OptimizerConfig(head_lr_mult=7))) == 6
+
+
+FREEZE = ["backbone.blocks.0.*", "*.experts.w1", "backbone.text_embedding.words.weight"]
+
+
+def test_frozen_parameters_are_as_if_they_had_no_gradient() -> None:
+    """Beside plain PyTorch with ``requires_grad`` False, clipped, with decay and layer-wise rates."""
+    config = OptimizerConfig(lr=1e-2, eps=1e-4, weight_decay=0.1, layer_decay=0.9, freeze=FREEZE)
+    mine, plain = tiny_task("pretrain"), tiny_task("pretrain")
+    still = {name for name, _ in mine.named_parameters() if any(fnmatch.fnmatch(name, each) for each in FREEZE)}
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name not in still)
+    unfrozen = OptimizerConfig(**vars(config) | {"freeze": []})
+    reference = torch.optim.AdamW(parameter_groups(plain, unfrozen), betas=(0.9, 0.98), eps=1e-4)
+    norms: tuple[list[float], list[float]] = [], []
+    for task, optimizer, found in zip((mine, plain), (build_optimizer(mine, config), reference), norms, strict=True):
+        for step in range(3):
+            task(tiny_batch(4, seed=step)).loss.backward()
+            found.append(float(torch.nn.utils.clip_grad_norm_(task.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    first = dict(tiny_task("pretrain").named_parameters())
+    for (name, left), right in zip(mine.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(left, right, atol=1e-6), name
+        assert torch.equal(left, first[name]) == (name in still), name
+
+
+@pytest.mark.parametrize(
+    ("patterns", "told"),
+    [
+        (["backbone.text_embeding.*"], "'backbone.text_embeding.*' matches no parameter.* backbone.text_embedding.*"),
+        (["backbone.*", "head.*"], "'head.*' matches no parameter"),
+        (["*"], "leave no parameter to train"),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_all_are_refused(patterns: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        parameter_groups(tiny_task("vqa"), OptimizerConfig(freeze=patterns))
