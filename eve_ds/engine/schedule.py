@@ -102,6 +102,6 @@ def jump(state: Mapping[str, Any], factor: float, total_steps: int, config: Opti
     if abs(after - before) <= NOTED * config.lr:
         return None
     return (
-        f"the learning rate goes from {before:g} to {after:g}, since the schedule is along {total_steps} steps now and "
-        f"was along {state['total_steps']}; schedule wsd or cooldown goes on without a jump (docs/optimization.md)"
+        f"the learning rate goes from {before:.3g} to {after:.3g}, since the schedule is along {total_steps} steps now "
+        f"and was along {state['total_steps']}; how to go on without a jump: docs/optimization.md"
     )

@@ -105,6 +105,9 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
     assert "dry run: all is in order, nothing was written" in told
     assert f"branching from {straight / 'checkpoints' / 'step_00000006'}" in told
     assert "steps   6 to 9, each 4 x 2 samples a rank = 8" in told
+    no_fall = [*branch, "--optimizer.schedule=cooldown", "--optimizer.min_lr_ratio=0.9"]
+    codes, told = ranks.finish(ranks.start("eve_ds.pretrain", [*options, *no_fall], 1))
+    assert codes == [2] and "optimizer.schedule cooldown: the learning rate at step 6 is" in told
     assert not output.exists() and not list(tmp_path.iterdir())
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
@@ -128,3 +131,4 @@ def test_fine_tuning_starts_from_an_unfinished_run_and_outlives_it(
     shutil.rmtree(source)
     told = ranks.run("eve_ds.finetune", [*options, "--optimizer.total_steps=2", "--optimizer.lr=1e-9"], 1)
     assert "training from step 1 to step 2" in told
+    assert "the learning rate goes from 1e-09 to 5e-10, since the schedule is along 2 steps now" in told

@@ -93,7 +93,7 @@ def test_a_longer_run_tells_where_its_rate_jumps() -> None:
         return jump(state, lr_factor(100, 200, config), 200, config)
 
     cosine = told("cosine")
-    assert cosine is not None and "along 200 steps now and was along 100" in cosine
+    assert cosine is not None and "along 200 steps now and was along 100;" in cosine
     assert told("linear") is not None and told("constant") is None
     state = stored(1.0, 100, options("wsd"), None)  # of a step before its decay
     assert jump(state, lr_factor(79, 200, options("wsd")), 200, options("wsd")) is None
