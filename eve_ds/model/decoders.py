@@ -147,7 +147,7 @@ class WordMLP(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor, word_embedding: Tensor) -> Tensor:
-        """tokens [n, D] -> scores [n, V]; called as ``WordDecoder`` is, without use of the word embedding."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [n, D] -> scores [n, V]."""
         scores: Tensor = self.projection(F.gelu(self.dense(tokens)))
         return scores

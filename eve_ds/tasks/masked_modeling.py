@@ -193,7 +193,8 @@ class MaskedModeling(Task):
         rows = text[mask]
         # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
-        scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), self.backbone.text_embedding.words.weight)
+        tied = [self.backbone.text_embedding.words.weight] if self.objective.word_head == "tied" else []
+        scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), *tied)
         return WordOutput(scores[: rows.shape[0]].float(), text_ids[mask], mask)
 
 

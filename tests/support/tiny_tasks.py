@@ -49,7 +49,7 @@ def _masked_otherwise(backbone: Backbone) -> MaskedModeling:
         word_head="mlp",
     )
     task = MaskedModeling(backbone, objective, MASK)
-    task.continues[::3] = True
+    task.continues[1::3] = True
     return _amplified(task)
 
 

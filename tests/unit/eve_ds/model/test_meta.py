@@ -23,7 +23,7 @@ import eve_ds.tasks
 from eve_ds.kernels.permute import Layout
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import MLP, QKV, Attention, Block, HardBlock, SoftBlock, key_bias
-from eve_ds.model.decoders import DecoderBlock, PixelDecoder, WordDecoder
+from eve_ds.model.decoders import DecoderBlock, PixelDecoder, WordDecoder, WordMLP
 from eve_ds.model.embeddings import ImageEmbedding, PatchProjection, TextEmbedding
 from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
@@ -33,7 +33,7 @@ from eve_ds.tasks.masked_modeling import MaskedModeling
 from eve_ds.tasks.nlvr import NLVR, AttentionPool, CrossAttention
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.vqa import VQA
-from tests.support.tiny_tasks import JOINT, MASK, NUM_ANSWERS, OBJECTIVE, tiny_batch, tiny_config
+from tests.support.tiny_tasks import JOINT, MASK, NUM_ANSWERS, OBJECTIVE, TASKS, tiny_batch, tiny_config
 
 BASES = {Block, Task}  # have no forward of their own
 D, H, E, IMAGE_TOKENS = 32, 64, 4, 17  # as in tiny_config
@@ -129,11 +129,13 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
     DecoderBlock: {"": lambda: (DecoderBlock(D, 4), (floats(2, 5, D),))},
     PixelDecoder: {"": lambda: (PixelDecoder(D, 16, 8, 16, 1, 2), (floats(2, 4, D), ids(2, 3), ids(2, 13)))},
     WordDecoder: {"": lambda: (WordDecoder(D, 50), (floats(7, D), floats(50, D)))},
+    WordMLP: {"": lambda: (WordMLP(D, 50), (floats(7, D),))},
     CrossAttention: {"": lambda: (CrossAttention(D, 4, 0.1), (floats(2, 5, D), floats(2, 5, D), mask(2, 5)))},
     AttentionPool: {"": lambda: (AttentionPool(D, 0.1), (floats(2, 5, D), mask(2, 5)))},
     MaskedModeling: {
         "separate": lambda: task(lambda backbone: MaskedModeling(backbone, OBJECTIVE, MASK)),
         "joint": lambda: task(lambda backbone: MaskedModeling(backbone, JOINT, MASK)),
+        "masked otherwise": lambda: task(TASKS["pretrain_masked_otherwise"]),
     },
     Retrieval: {"": lambda: task(lambda backbone: Retrieval(backbone, embed_dim=16))},
     VQA: {
