@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from evaluation.common import InputError, read_json, read_text
 from eve_ds.tasks.registry import FINETUNE, PRETRAIN, find_spec, finetune_spec
 from eve_ds.tasks.spec import FinetuneSpec
+from eve_ds.weights.model_folder import starts
 from preprocessing.errors import UserError, without_secrets
 from preprocessing.local_files import load_json
 
@@ -64,7 +66,7 @@ class Run:
         metrics: metrics.json of the whole run, or a single run's scores under the name of their task.
         tasks: by their section of ``metrics``; of a single run its own task, which may be a user's.
         commands: commands.json.
-        versions: versions.json, None if there is none.
+        versions: versions.json, or of the newest start that recorded them; None if none did.
         stages: by name.
     """
 
@@ -110,9 +112,21 @@ def read_run(folder: Path) -> Run:
         metrics=metrics,
         tasks=tasks,
         commands=_rows(_optional(folder / "commands.json", list) or [], folder / "commands.json"),
-        versions=_optional(folder / "versions.json", dict),
+        versions=_optional(folder / "versions.json", dict) or _recorded_versions(stages.values()),
         stages=stages,
     )
+
+
+def newest_start(folder: Path) -> dict[str, Any]:
+    """What the newest start of the run in ``folder`` recorded; empty if none did, as in older versions."""
+    found = starts(folder)
+    record: dict[str, Any] = _optional(found[-1], dict) if found else {}
+    return record
+
+
+def _recorded_versions(stages: Iterable[Stage]) -> dict[str, Any] | None:
+    found = (newest_start(stage.folder).get("versions") for stage in stages)
+    return next((versions for versions in found if versions and isinstance(versions, dict)), None)
 
 
 def _read_stage(name: str, title: str, folder: Path) -> Stage:
