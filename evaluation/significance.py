@@ -6,6 +6,7 @@ Pure functions over per-example scores, numpy alone. N examples, in the same ord
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ class Interval:
     p: float
 
 
-def sign_test(first: NDArray[np.generic], second: NDArray[np.generic]) -> SignTest:
+def sign_test(first: NDArray[Any], second: NDArray[Any]) -> SignTest:
     """The exact sign test on paired scores [N]; of right and wrong (bool) it is McNemar's exact test.
 
     Ties tell nothing and are left out (McNemar, Psychometrika 1947; its exact form: Dixon & Mood, JASA 1946).
@@ -69,8 +70,8 @@ def _binomial_p(fewer: int, total: int) -> float:
 
 
 def paired_bootstrap(
-    first: NDArray[np.generic],
-    second: NDArray[np.generic],
+    first: NDArray[Any],
+    second: NDArray[Any],
     cluster: NDArray[np.integer] | None = None,
     draws: int = DRAWS,
     level: float = 0.95,
@@ -89,11 +90,11 @@ def paired_bootstrap(
         InputError: shapes that differ, or a score that is NaN.
     """
     _check(first, second)
-    difference = second.astype(np.float64) - first.astype(np.float64)
-    counts = np.ones(len(difference))
+    difference: NDArray[np.float64] = second.astype(np.float64) - first.astype(np.float64)
+    counts: NDArray[np.float64] = np.ones(len(difference))
     if cluster is not None:
         counts = np.bincount(cluster).astype(np.float64)
-        difference = np.bincount(cluster, weights=difference)
+        difference = np.bincount(cluster, weights=difference).astype(np.float64)
         difference, counts = difference[counts > 0], counts[counts > 0]
     generator, size = np.random.default_rng(seed), len(counts)
     means = np.empty(draws)
@@ -107,7 +108,7 @@ def paired_bootstrap(
     return Interval(float(difference.sum() / counts.sum()), float(low), float(high), p)
 
 
-def _check(first: NDArray[np.generic], second: NDArray[np.generic]) -> None:
+def _check(first: NDArray[Any], second: NDArray[Any]) -> None:
     if first.ndim != 1 or first.shape != second.shape or not len(first):
         shapes = f"{list(first.shape)} and {list(second.shape)}"
         raise InputError(f"paired scores must have one shape [N], N at least 1; these have {shapes}")
