@@ -62,14 +62,14 @@ def _head(runs: list[Compared]) -> Html:
             notes.append(tag("p", f"{run.name}: {run.stage.damaged} line(s) of metrics.jsonl could not be read."))
     rows = [
         tag("tr", tag("th", key(n), run.name), tag("td", run.task), tag("td", _length(run), class_="n"),
-            tag("td", _hours_text(run), class_="n"), tag("td", str(run.start.get("time", DASH))[:16].replace("T", " ")))
+            tag("td", _hours_text(run), class_="n"), tag("td", _started(run), class_="when"))
         for n, run in enumerate(runs)
     ]  # fmt: skip
     titles = (
         ("Run", None),
         ("Task", None),
         ("Steps", "n"),
-        ("Hours of training steps", "n"),
+        ("Hours", "n"),
         ("Newest start (UTC)", None),
     )
     head = tag("tr", [tag("th", title, class_=kind) for title, kind in titles])
@@ -94,6 +94,10 @@ def _length(run: Compared) -> str:
 def _hours_text(run: Compared) -> str:
     curve = run.stage.curves.get("step_seconds")
     return f"{np.nansum(curve.values) / 3600:.3g}" if curve else DASH
+
+
+def _started(run: Compared) -> str:
+    return str(run.start.get("time", DASH))[:16].replace("T", " ")
 
 
 def over_steps(run: Compared, curve: Curve) -> Curve:

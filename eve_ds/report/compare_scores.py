@@ -28,8 +28,8 @@ def compared_scores(runs: list[Compared]) -> Html:
         return section("scores", "Scores", missing("scores_*.json of a task and split that two of the runs share"))
     note = (
         "In percent, with the difference from the first run that is scored. p is two-sided, and not corrected for the "
-        "number of tests. Retrieval: bootstrap over images. VQA and NLVR: exact test on those examples where one run "
-        "scores higher (McNemar's, where answers are right or wrong)."
+        "number of tests. Retrieval: 95 % interval of the difference, by bootstrap over images. VQA and NLVR: exact "
+        "test on those examples where one run scores higher (McNemar's, where answers are right or wrong)."
     )
     return section("scores", "Scores", tag("p", note, class_="note"), parts)
 

@@ -53,7 +53,7 @@ def _retrieval(first: Compared, other: Compared, split: str) -> Tests:
         for k in retrieval.CUTOFFS:
             found = paired_bootstrap(a < k, b < k, image)
             tests[f"{name}_r{k}"] = (
-                f"95 % interval of the difference {100 * found.low:+.1f} to {100 * found.high:+.1f}, p {_p(found.p)}"
+                f"{100 * found.low:+.1f} to {100 * found.high:+.1f}, p\N{NO-BREAK SPACE}{_p(found.p)}"
             )
     return tests
 
@@ -137,8 +137,8 @@ def _same_keys(first: Mapping[Any, Any], other: Mapping[Any, Any], truths: Mappi
 
 def _sign(a: NDArray[Any], b: NDArray[Any], examples: str) -> str:
     found = sign_test(a, b)
-    return f"better on {found.second:,} {examples}, worse on {found.first:,}, p {_p(found.p)}"
+    return f"better on {found.second:,} {examples}, worse on {found.first:,}, p\N{NO-BREAK SPACE}{_p(found.p)}"
 
 
 def _p(value: float) -> str:
-    return f"= {value:.2g}" if value >= 0.0005 else "< 0.0005"
+    return f"=\N{NO-BREAK SPACE}{value:.2g}" if value >= 0.0005 else "<\N{NO-BREAK SPACE}0.0005"

@@ -54,7 +54,7 @@ tr.minor td { color: var(--muted); }
 table.sides { width: auto; min-width: min(100%, 40rem); }
 table.sides th, table.sides td { vertical-align: top; }
 table.sides td { min-width: 7rem; overflow-wrap: anywhere; }
-table.sides thead th { white-space: nowrap; }
+table.sides thead th, td.when { white-space: nowrap; }
 table.sides .last, table.sides .fine { color: var(--muted); font-size: 0.85rem; }
 .status { border-left: 3px solid var(--c1); padding: 0.15rem 0 0.15rem 0.8rem; }
 .bar { position: relative; min-width: 150px; height: 0.7rem; background: var(--grid); border-radius: 3px; }

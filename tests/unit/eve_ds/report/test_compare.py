@@ -46,7 +46,7 @@ def table(content: str, anchor: str) -> dict[str, list[str]]:
     part = content[content.index(f'<section id="{anchor}">') :].split("</section>")[0]
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", part)
     cells = [[Page(cell).text for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
-    return {row[0]: row[1:] for row in cells}
+    return {row[0]: [text.replace("\xa0", " ") for text in row[1:]] for row in cells}
 
 
 def test_hours_are_the_summed_steps_and_samples_those_seen_until_then(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_retrieval_runs_are_tested_by_resampling_images(tmp_path: Path) -> None:
         (folder / "scores_test.json").write_text(json.dumps({"img_r1": 100 * float(hits[name].mean())}))
     found = paired_bootstrap(hits["a"], hits["b"], index)
     cell = table(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"])), "scores")["image R@1"][1]
-    assert f"interval of the difference {100 * found.low:+.1f} to {100 * found.high:+.1f}, p < 0.0005" in cell
+    assert f"{100 * found.low:+.1f} to {100 * found.high:+.1f}, p < 0.0005" in cell
     with np.load(tmp_path / "b" / "predictions_test.npz") as arrays:
         np.savez(tmp_path / "b" / "predictions_test.npz", **dict(arrays) | {"text_image_index": index[::-1]})
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
