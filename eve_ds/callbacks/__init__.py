@@ -13,6 +13,7 @@ from eve_ds.callbacks.progress import Progress
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
+from eve_ds.engine.start_record import Provenance
 from eve_ds.options import import_object
 from preprocessing.errors import UserError
 
@@ -24,12 +25,12 @@ OPTION = "--logging.callbacks"
 
 
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
-    """Those that add to the record; then metrics file, progress and dashboards; then those of ``logging.callbacks``.
+    """Provenance; those that add to the record; metrics file, progress and dashboards; those of ``logging.callbacks``.
 
     Raises:
         UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
     """
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [Provenance()]
     if every := config.logging.detail_every:
         callbacks += [MoELoad(every), Performance(every, config.logging.peak_tflops)]
     if every := config.logging.grad_norms_every:

@@ -21,6 +21,7 @@ from eve_ds.weights.model_folder import (
     CONFIG,
     FILES,
     MODEL,
+    PROVENANCE,
     checkpoints,
     newer_checkpoint,
     run_of,
@@ -32,7 +33,7 @@ from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 LOCK, IDENTITY = ".lock", "identity.json"
-OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST, watchdog.FOLDER}  # what a failed start leaves
+OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST, watchdog.FOLDER, PROVENANCE}  # what a failed start leaves
 _held: list[int] = []  # descriptors of locks: closing one releases its lock
 
 

@@ -29,8 +29,10 @@ COLORS = {
     "#0a0b02": "var(--c2)",
     "#0a0b03": "var(--c3)",
     "#0a0b04": "var(--c4)",
+    "#0a0b05": "var(--c5)",
+    "#0a0b06": "var(--c6)",
 }
-SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
+SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
 WIDTH, HEIGHT = 4.1, 2.25  # inches of 72 points
 POINTS = 240  # maximum number drawn; longer curves are averaged over equal intervals
 SMOOTHED_FROM = 40  # minimum number of points for a running mean
@@ -47,6 +49,7 @@ class Line:
         color: index in the page's colors.
         dots: mark each point, as for the few evaluations of a run.
         smooth: draw a running mean on top of a long curve.
+        raw: draw the long curve itself beneath its running mean.
     """
 
     label: str
@@ -54,22 +57,24 @@ class Line:
     color: int = 0
     dots: bool = False
     smooth: bool = True
+    raw: bool = True
 
 
-def line_chart(name: str, lines: list[Line], zero: bool = False) -> Html:
+def line_chart(name: str, lines: list[Line], zero: bool = False, whole: bool = True) -> Html:
     """A chart of values over steps: a long curve is thin, with its running mean on top.
 
     Args:
         name: unique in the page; also read by screen readers.
         lines: at least one.
         zero: start the value axis at zero.
+        whole: the horizontal axis has whole numbers alone, such as steps; false for hours.
     """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "path.simplify": True}):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         drawn = [_draw(axes, line) for line in lines]
-        _style_axes(axes, drawn, zero)
+        _style_axes(axes, drawn, zero, whole)
         figure.subplots_adjust(left=0.13, right=0.985, top=0.96, bottom=0.13)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -85,13 +90,16 @@ def _draw(axes: Any, line: Line) -> NDArray[np.float64]:
         axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3.5)
         return values
     smooth = running_mean(values)
-    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+    if line.raw:
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
     axes.plot(steps, smooth, color=color, linewidth=1.7)
+    if not line.raw:
+        return smooth
     finite = values[np.isfinite(values)]
     return np.concatenate([smooth, np.percentile(finite, [1, 98])]) if len(finite) else smooth
 
 
-def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool) -> None:
+def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool, whole: bool) -> None:
     """Set limits, grid and ticks."""
     values = np.concatenate(drawn)
     values = values[np.isfinite(values)]
@@ -106,13 +114,15 @@ def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool) -> None
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0, pad=4)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
     axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.margins(x=0.02)
 
 
 def _thousands(value: float) -> str:
+    if abs(value) >= 1_000_000:
+        return f"{value / 1_000_000:g}M"
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 

@@ -50,13 +50,19 @@ def missing(what: str) -> Html:
     return tag("p", "Missing: ", what, class_="missing")
 
 
-def page(title: str, *body: Child) -> Html:
-    """A self-contained document."""
+def key(color: int) -> Html:
+    """A square in one of the page's colors, from 0, for a legend."""
+    return tag("span", class_="key", style=f"background: var(--c{color + 1})")
+
+
+def page(title: str, *body: Child, refresh: int | None = None) -> Html:
+    """A self-contained document. A browser reads it again every ``refresh`` seconds, if that is given."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", http_equiv="refresh", content=refresh) if refresh else None,
         tag("title", title),
         tag("style", Html(CSS)),
     )

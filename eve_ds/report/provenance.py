@@ -64,7 +64,7 @@ def _versions(run: Run) -> Html:
     if run.versions is not None:
         note, versions = "Versions recorded by the run.", {str(k): str(v) for k, v in run.versions.items()}
     else:
-        note = "The run recorded no versions.json; these are the versions on the machine that wrote this report."
+        note = "The run recorded none; these are the versions on the machine that wrote this report."
         versions = {"python": platform.python_version(), "platform": platform.platform()}
         for name in PACKAGES:
             try:

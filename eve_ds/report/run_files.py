@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from evaluation.common import InputError, read_json, read_text
 from eve_ds.tasks.registry import FINETUNE, PRETRAIN, find_spec, finetune_spec
 from eve_ds.tasks.spec import FinetuneSpec
+from eve_ds.weights.model_folder import starts
 from preprocessing.errors import UserError, without_secrets
 from preprocessing.local_files import load_json
 
@@ -64,7 +66,7 @@ class Run:
         metrics: metrics.json of the whole run, or a single run's scores under the name of their task.
         tasks: by their section of ``metrics``; of a single run its own task, which may be a user's.
         commands: commands.json.
-        versions: versions.json, None if there is none.
+        versions: versions.json, or of the newest start that recorded them; None if none did.
         stages: by name.
     """
 
@@ -95,24 +97,36 @@ def read_run(folder: Path) -> Run:
     else:
         found = [name for name in STAGES if (folder / name).is_dir()]
         stages = {name: _read_stage(name, STAGES[name], folder / name) for name in found}
-    metrics = _optional(folder / "metrics.json", dict) or {}
+    metrics = optional(folder / "metrics.json", dict) or {}
     tasks = {spec.name: spec for spec in map(finetune_spec, FINETUNE)}
     if not stages and not metrics:
         wanted = ", ".join(f"{name}/" for name in STAGES)
         raise InputError(f"--run {folder}: holds no run: neither metrics.jsonl nor metrics.json nor any of {wanted}")
     if single and not metrics:
         scores = _scores(folder)
-        spec = _task_of(stages[SINGLE], scores)
+        spec = task_of(stages[SINGLE], scores)
         if spec is not None and scores:
             tasks, metrics = {spec.name: spec}, {spec.name: scores}
     return Run(
         folder=folder,
         metrics=metrics,
         tasks=tasks,
-        commands=_rows(_optional(folder / "commands.json", list) or [], folder / "commands.json"),
-        versions=_optional(folder / "versions.json", dict),
+        commands=_rows(optional(folder / "commands.json", list) or [], folder / "commands.json"),
+        versions=optional(folder / "versions.json", dict) or _recorded_versions(stages.values()),
         stages=stages,
     )
+
+
+def newest_start(folder: Path) -> dict[str, Any]:
+    """What the newest start of the run in ``folder`` recorded; empty if none did, as in older versions."""
+    found = starts(folder)
+    record: dict[str, Any] = optional(found[-1], dict) if found else {}
+    return record
+
+
+def _recorded_versions(stages: Iterable[Stage]) -> dict[str, Any] | None:
+    found = (newest_start(stage.folder).get("versions") for stage in stages)
+    return next((versions for versions in found if versions and isinstance(versions, dict)), None)
 
 
 def _read_stage(name: str, title: str, folder: Path) -> Stage:
@@ -125,7 +139,7 @@ def _read_stage(name: str, title: str, folder: Path) -> Stage:
         config=without_secrets(read_text(config)) if config.is_file() else None,  # an older run's may hold some
         curves=curves,
         damaged=damaged,
-        samples=_optional(folder / "samples" / "samples.json", dict) or {},
+        samples=optional(folder / "samples" / "samples.json", dict) or {},
     )
 
 
@@ -160,7 +174,7 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _task_of(stage: Stage, scores: dict[str, Any]) -> FinetuneSpec | None:
+def task_of(stage: Stage, scores: dict[str, Any]) -> FinetuneSpec | None:
     """The task of a fine-tuning run, as its config says; without one, the built-in task that has such scores.
 
     None for pre-training, and if the task cannot be imported here.
@@ -182,11 +196,11 @@ def _task_of(stage: Stage, scores: dict[str, Any]) -> FinetuneSpec | None:
 def _scores(folder: Path) -> dict[str, Any]:
     """A fine-tuning run's scores_<split>.json: the test split's, if there are several."""
     paths = sorted(folder.glob("scores_*.json"), key=lambda path: (path.stem != "scores_test", path.name))
-    scores: dict[str, Any] = _optional(paths[0], dict) if paths else {}
+    scores: dict[str, Any] = optional(paths[0], dict) if paths else {}
     return scores
 
 
-def _optional(path: Path, kind: type) -> Any:
+def optional(path: Path, kind: type) -> Any:
     """The JSON value of a file, None if there is no such file.
 
     Raises:

@@ -6,13 +6,15 @@ CSS = """
 :root {
   color-scheme: light dark;
   --paper: #fbfaf8; --panel: #ffffff; --ink: #23262b; --muted: #6b7078; --line: #e3e1dc; --grid: #ecebe7;
-  --c1: #2f6690; --c2: #c0612b; --c3: #5b8c5a; --c4: #7d5ba6; --c1-rgb: 47, 102, 144; --c2-rgb: 192, 97, 43;
+  --c1: #2f6690; --c2: #c0612b; --c3: #5b8c5a; --c4: #7d5ba6; --c5: #b8962e; --c6: #3d9a9a;
+  --c1-rgb: 47, 102, 144; --c2-rgb: 192, 97, 43;
   --right: #3c7d4f; --wrong: #b3453a; --right-soft: #e6f1e9; --wrong-soft: #f8e8e5;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #17191c; --panel: #1e2125; --ink: #dfe1e4; --muted: #979ca5; --line: #33373d; --grid: #2a2e33;
-    --c1: #7fb2dc; --c2: #e8955e; --c3: #8fc08d; --c4: #b79ad6; --c1-rgb: 127, 178, 220; --c2-rgb: 232, 149, 94;
+    --c1: #7fb2dc; --c2: #e8955e; --c3: #8fc08d; --c4: #b79ad6; --c5: #dcc068; --c6: #74c7c7;
+    --c1-rgb: 127, 178, 220; --c2-rgb: 232, 149, 94;
     --right: #7fc493; --wrong: #e58a7f; --right-soft: #21352a; --wrong-soft: #3b2725;
   }
 }
@@ -49,6 +51,12 @@ thead th { color: var(--muted); font-weight: 500; font-size: 0.85rem; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 tbody th { font-weight: 620; white-space: nowrap; }
 tr.minor td { color: var(--muted); }
+table.sides { width: auto; min-width: min(100%, 40rem); }
+table.sides th, table.sides td { vertical-align: top; }
+table.sides td { min-width: 7rem; overflow-wrap: anywhere; }
+table.sides thead th, td.when { white-space: nowrap; }
+table.sides .last, table.sides .fine { color: var(--muted); font-size: 0.85rem; }
+.status { border-left: 3px solid var(--c1); padding: 0.15rem 0 0.15rem 0.8rem; }
 .bar { position: relative; min-width: 150px; height: 0.7rem; background: var(--grid); border-radius: 3px; }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--c1); border-radius: 3px; }
 .bar b { position: absolute; top: -0.2rem; bottom: -0.2rem; width: 2px; background: var(--c2); }

@@ -29,6 +29,7 @@ FILES = (*HASHED, HASHES)  # every file of a model folder
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 COMPLETE = "complete.json"  # written last: marks a complete checkpoint
+PROVENANCE = "provenance"  # folder of a run: a file for each start
 _MAX_LINKS = 42  # the limit of Linux is 40
 _CHECKPOINT = re.compile(r"step_\d+")
 
@@ -79,6 +80,17 @@ def metadata(step: int | None = None) -> dict[str, str]:
     It has a single entry, because safetensors writes several in random order, and equal weights must be equal files.
     """
     return {"format": FORMAT if step is None else f"{FORMAT} step {step}"}
+
+
+def starts(folder: Path) -> list[Path]:
+    """What the starts of the run in ``folder`` recorded, ``provenance/start_N.json``, the newest last."""
+    found = [path for path in (folder / PROVENANCE).glob("start_*.json") if re.fullmatch(r"start_\d+", path.stem)]
+    return sorted(found, key=start_number)
+
+
+def start_number(record: Path) -> int:
+    """N of ``start_N.json``."""
+    return int(record.stem.removeprefix("start_"))
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eve_ds.callbacks import wandb_files
 from eve_ds.callbacks.metric_groups import GROUPS, grouped
+from eve_ds.weights.model_folder import starts
 from tests.support import ranks
 
 STEPS = 6
@@ -87,6 +88,16 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
     counts = samples["expert_load"]["layers"][0]["counts"]
     assert len(counts) == 2 and all(len(row) == 4 and sum(row) > 0 for row in counts)
     assert list((straight / "wandb").glob("offline-run-*/*.wandb"))
+    (start,) = starts(straight)
+    found = json.loads(start.read_text())
+    assert found["config"] == yaml.safe_load((straight / "config.yaml").read_text())
+    batch = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+    assert found["deepspeed_config"].items() >= batch.items() and "auto" not in json.dumps(found["deepspeed_config"])
+    assert found["inputs"] == json.loads((straight / "identity.json").read_text())["inputs"]
+    assert found["topology"]["world_size"] == 2 and [rank["device"] for rank in found["ranks"]] == ["cpu", "cpu"]
+    assert found["seeds"].keys() == {"engine", "objective"} and found["variables"]["WORLD_SIZE"] == "2"
+    assert "-m eve_ds.pretrain --config=tests/e2e/tiny.yaml" in found["command"] and found["step"] == 0
+    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["cpu"]
 
 
 def test_a_run_draws_its_dashboards_while_it_trains(straight: Path) -> None:
@@ -179,8 +190,12 @@ def test_a_stop_within_an_evaluation_saves_and_the_next_start_makes_it_up(
     codes, text = ranks.finish(ranks.start("tests.support.spike", [*options, "--spike=evaluation"], 2))
     assert codes == [75, 75], text
     assert "step_00000003" in text and [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
+    assert learned(tmp_path / "run") == learned(straight)[:3]  # a second start of the same command: the same bits
     ranks.run("eve_ds.pretrain", options)
     assert learned(tmp_path / "run") == learned(straight)
+    weights = Path("model", "model.safetensors")
+    assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
+    assert [json.loads(start.read_text())["step"] for start in starts(tmp_path / "run")] == [0, 3]
     scores = [
         [
             {k: v for k, v in record.items() if k == "step" or k.startswith("val/")}

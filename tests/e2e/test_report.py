@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,18 @@ def test_the_command_says_what_it_leaves_out(tmp_path: Path, repository: Path) -
     assert done.stderr.startswith(
         f"WARNING: {run}: its scores are not shown: task gone.task:SPEC: there is no module gone"
     )
+
+
+def test_a_watched_run_ends_by_ctrl_c(tmp_path: Path, repository: Path) -> None:
+    run, out = make_run(tmp_path / "demo") / "vqa", tmp_path / "report.html"
+    command = [sys.executable, "-m", "eve_ds.report", "--run", str(run), "--out", str(out), "--watch", "1"]
+    watching = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == f"writing {out} every 1 s; Ctrl-C ends it\n"
+        watching.send_signal(signal.SIGINT)
+        _, told = watching.communicate(timeout=60)
+    finally:
+        watching.kill()
+    assert (watching.returncode, told) == (130, "")
+    assert "training, step 60, last record " in Page(out.read_text(encoding="utf-8")).text

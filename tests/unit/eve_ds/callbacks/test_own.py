@@ -9,6 +9,7 @@ import pytest
 from eve_ds.callbacks import MetricsFile, Progress, own_callbacks, standard_callbacks
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine.callback import Callback
+from eve_ds.engine.start_record import Provenance
 from preprocessing.errors import UserError
 
 MODULE = """
@@ -37,7 +38,8 @@ def test_classes_and_instances_follow_the_built_in_ones() -> None:
     options = ["--logging.callbacks", paths, "--logging.wandb=false", "--logging.detail_every=0"]
     for root in (PretrainConfig, FinetuneConfig):
         config = parse(root, options, "test")  # type: ignore[type-var]
-        metrics, progress, plain, named = standard_callbacks(config)
+        provenance, metrics, progress, plain, named = standard_callbacks(config)
+        assert isinstance(provenance, Provenance)
         assert isinstance(metrics, MetricsFile) and isinstance(progress, Progress)
         assert isinstance(plain, Callback) and named.steps == 3  # type: ignore[attr-defined]
     assert own_callbacks([]) == [] == PretrainConfig().logging.callbacks

@@ -288,6 +288,17 @@ def test_recorded_versions_are_preferred(run_folder: Path) -> None:
     assert "Versions recorded by the run" in text
 
 
+def test_versions_of_the_newest_start_are_shown(run_folder: Path) -> None:
+    assert "The run recorded none; these are the versions on the machine" in Page(build(run_folder)).text
+    (run_folder / "vqa" / "provenance").mkdir()
+    for number, version in ((9, "0.0.9"), (10, "0.0.10<cpu>")):
+        record = {"versions": {"torch": version}, "step": number}
+        (run_folder / "vqa" / "provenance" / f"start_{number}.json").write_text(json.dumps(record))
+    for folder in (run_folder / "vqa", run_folder):
+        text = Page(build(folder)).text
+        assert "0.0.10<cpu>" in text and "0.0.9" not in text and "Versions recorded by the run" in text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
