@@ -125,10 +125,11 @@ class Performance(Callback):
         self._slow = (slowest, self._slow[1] + 1 if self._slow[0] == slowest else 1)
         if self._slow[1] == PERSISTENT and trainer.is_main:
             _log.warning(
-                "step %d: rank %d on %s is slow: its own part of a micro-batch took %.3g s, the ranks' median %.3g s",
-                trainer.step,
+                "rank %d on %s is slow, at step %d again: its own part of a micro-batch took %.3g s, the ranks' median "
+                "%.3g s",
                 slowest,
                 ranks[slowest]["host"],
+                trainer.step,
                 own[slowest],
                 median,
             )
