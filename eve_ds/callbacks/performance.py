@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from eve_ds.engine.callback import Callback
@@ -56,8 +55,7 @@ class Performance(Callback):
         self.every, self.peak_tflops = every, peak_tflops
         self._hooks: list[Any] = []
         self._counter: FlopCounterMode | None = None
-        self._flops_per_sample: float | None = None
-        self._rows = 0
+        self._flops: float | None = None  # of a micro-batch
         self._began: Any = None  # when the forward pass that runs began
         self._slow = (-1, 0)  # the slowest rank of the last record if it was slow, and of how many records in a row
 
@@ -78,8 +76,8 @@ class Performance(Callback):
         if trainer.step % self.every:
             return
         ranks = gather(self._mine(trainer))
-        samples = len(self._steps) * trainer.config.engine.global_batch_size
-        record |= interval_metrics(ranks, samples, self._peak(trainer))
+        micro_batches = len(self._steps) * trainer.accumulation_steps
+        record |= interval_metrics(ranks, micro_batches, self._peak(trainer))
         self._name_the_slow(trainer, ranks)
         self._clear(trainer)
 
@@ -106,7 +104,7 @@ class Performance(Callback):
             "steps": self._steps,
             "own": statistics.median(own) if own else 0.0,
             "tokens": self._tokens.tolist(),
-            "flops_per_sample": self._flops_per_sample,
+            "flops": self._flops,
             "memory": memory,
         }
 
@@ -127,27 +125,27 @@ class Performance(Callback):
         self._slow = (slowest, self._slow[1] + 1 if self._slow[0] == slowest else 1)
         if self._slow[1] == PERSISTENT and trainer.is_main:
             _log.warning(
-                "step %d: rank %d on %s is slow: its own part of a micro-batch took %.3g s, the ranks' median %.3g s",
-                trainer.step,
+                "rank %d on %s is slow, at step %d again: its own part of a micro-batch took %.3g s, the ranks' median "
+                "%.3g s",
                 slowest,
                 ranks[slowest]["host"],
+                trainer.step,
                 own[slowest],
                 median,
             )
 
-    def _forward_begins(self, task: torch.nn.Module, inputs: tuple[dict[str, Tensor]]) -> None:
+    def _forward_begins(self, task: torch.nn.Module, inputs: Any) -> None:
         if not task.training:
             return
         self._began = self._now()
-        if self._flops_per_sample is None:
-            self._rows = len(inputs[0]["text_ids"])
+        if self._flops is None:
             self._counter = flop_counter()
             self._counter.__enter__()
 
     def _forward_ends(self, *_: Any) -> None:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self._flops_per_sample = BACKWARD * self._counter.get_total_flops() / max(self._rows, 1)
+            self._flops = BACKWARD * self._counter.get_total_flops()
             self._counter, self._began = None, None
 
     def _own_work_ends(self, *_: Any) -> None:
@@ -183,12 +181,12 @@ def peak_of(name: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def interval_metrics(ranks: list[dict[str, Any]], samples: int, peak_tflops: float | None) -> dict[str, float]:
+def interval_metrics(ranks: list[dict[str, Any]], micro_batches: int, peak_tflops: float | None) -> dict[str, float]:
     """The scalars of an interval.
 
     Args:
         ranks: what each rank found, see ``Performance._mine``.
-        samples: of all ranks in the interval.
+        micro_batches: of each rank in the interval.
         peak_tflops: of one device.
     """
     seconds = max(sum(each["steps"]) for each in ranks)
@@ -203,9 +201,9 @@ def interval_metrics(ranks: list[dict[str, Any]], samples: int, peak_tflops: flo
         "perf/own_seconds_max": max(own),
         "perf/slowest_rank": own.index(max(own)),
     }
-    flops = [each["flops_per_sample"] for each in ranks if each["flops_per_sample"] is not None]
+    flops = [each["flops"] for each in ranks if each["flops"] is not None]
     if flops:
-        found["perf/tflops_per_device"] = statistics.fmean(flops) * samples / seconds / len(ranks) / 1e12
+        found["perf/tflops_per_device"] = statistics.fmean(flops) * micro_batches / seconds / 1e12
         if peak_tflops:
             found["perf/mfu"] = found["perf/tflops_per_device"] / peak_tflops
     return found | {f"perf/{name}": max(each["memory"][name] for each in ranks) for name in ranks[0]["memory"]}

@@ -42,13 +42,20 @@ def raw_records(path: Path) -> Iterator[bytes]:
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows that were logged, in order: {key: value}, with "_step". Of an image some part of its description."""
+    """The rows that were logged, in order: {key: value}, with "_step". Of an image some part of its description.
+
+    It ends before a damaged record.
+    """
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2  # made when it is imported: no type checker knows what it holds
     for raw in raw_records(path):
         record = messages.Record()
-        record.ParseFromString(raw)
+        try:
+            record.ParseFromString(raw)
+        except DecodeError:
+            return
         if record.HasField("history"):
             yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
 

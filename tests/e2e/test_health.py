@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from eve_ds.callbacks import wandb_files
 from tests.support import ranks
 from tests.support.shards import make_caption_set
 
@@ -92,7 +93,8 @@ def test_a_finite_divergence_is_told_with_its_samples_and_ends_the_run_if_wished
     rising = ["--optimizer.total_steps=100", "--optimizer.warmup=0.99", "--optimizer.lr=20", "--logging.eval_every=0"]
     rising += ["--optimizer.gradient_clipping=0", "--optimizer.stop_on_divergence=true", "--checkpoint.every=30"]
     output = tmp_path / "run"
-    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", [*options, *rising, f"--output_dir={output}"], 2))
+    dashboard = ["--logging.wandb=true", "--logging.wandb_mode=offline", f"--output_dir={output}"]
+    codes, text = ranks.finish(ranks.start("eve_ds.pretrain", [*options, *rising, *dashboard], 2))
     assert codes == [2, 2], text
     suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
     lines = [line for line in text.splitlines() if line.startswith("WARNING: step ")]
@@ -104,6 +106,9 @@ def test_a_finite_divergence_is_told_with_its_samples_and_ends_the_run_if_wished
     last = suspects[-1]["step"]
     assert f"error: the run has diverged: step {last}: the loss has been around" in text
     assert "the last checkpoint is step_000000" in text and max(steps(output)) == last < 100
+    (path,) = (output / "wandb").glob("offline-run-*/*.wandb")
+    sent = b"".join(wandb_files.raw_records(path))
+    assert sent.count(b"suspect loss") == len(suspects) and sent.count(b"ended by an error") == 1
 
 
 def test_other_data_another_tokenizer_and_foreign_checkpoints_are_refused(

@@ -21,10 +21,11 @@ ROWS = 64
 
 
 def trainer_of(task: MaskedModeling) -> Any:
-    engine = SimpleNamespace(global_batch_size=ROWS, precision="fp32")
+    engine = SimpleNamespace(precision="fp32")
     return SimpleNamespace(
         task=task,
         step=0,
+        accumulation_steps=1,
         is_main=True,
         device=torch.device("cpu"),
         config=SimpleNamespace(engine=engine),
@@ -65,7 +66,8 @@ def test_tokens_times_and_memory_of_an_interval() -> None:
         assert 0.05 < record["perf/cpu_rss_gib"] < 100 and record["perf/slowest_rank"] == 0
 
 
-def test_operations_are_those_that_the_planner_counts() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_that_the_planner_counts(checkpointing: bool) -> None:
     """Within 3 %: there forward and backward are counted; here forward, times three, though images need no gradient."""
     options = ["--model.image_size=32", "--model.patch_size=8", "--model.dim=32", "--model.depth=3"]
     options += ["--model.num_heads=4", "--model.mlp_hidden=64", "--model.vocab_size=50", "--model.max_text_length=12"]
@@ -73,7 +75,7 @@ def test_operations_are_those_that_the_planner_counts() -> None:
     options += ["--objective.decoder_dim=32", "--objective.decoder_depth=1", "--objective.decoder_heads=4"]
     config = parse(PretrainConfig, [*options, "--engine.precision=fp32"], "test")
     expected = flops_per_sample(config, build(config, 0), 12, 0)
-    callback, trainer = Performance(1), trainer_of(masked_task())
+    callback, trainer = Performance(1), trainer_of(masked_task(checkpoint_activations=checkpointing))
     whole = caption_batch(ROWS)
     whole["text_mask"][:] = True
     callback.fit_start(trainer)
@@ -92,14 +94,14 @@ def rank(own: float, steps: list[float] | None = None, **memory: float) -> dict[
         "steps": steps or [1.0, 1.0],
         "own": own,
         "tokens": [30.0, 10.0],
-        "flops_per_sample": 2e12,
+        "flops": 2e12,
         "memory": memory or {"cpu_rss_gib": 1.0},
     }
 
 
 def test_ranks_are_taken_together() -> None:
     found = interval_metrics(
-        [rank(1.0, [1.0, 2.0], gpu_allocated_gib=3.0), rank(4.0, [1.0, 3.0], gpu_allocated_gib=2.0)], 16, 10.0
+        [rank(1.0, [1.0, 2.0], gpu_allocated_gib=3.0), rank(4.0, [1.0, 3.0], gpu_allocated_gib=2.0)], 8, 10.0
     )
     assert found == {
         "perf/tokens_per_second": 15.0,
@@ -109,7 +111,7 @@ def test_ranks_are_taken_together() -> None:
         "perf/own_seconds_p50": 2.5,
         "perf/own_seconds_max": 4.0,
         "perf/slowest_rank": 1,
-        "perf/tflops_per_device": 4.0,  # 16 samples of 2 TFLOP in 4 seconds on 2 devices
+        "perf/tflops_per_device": 4.0,  # 8 micro-batches of 2 TFLOP on each device in 4 seconds
         "perf/mfu": 0.4,
         "perf/gpu_allocated_gib": 3.0,
     }
@@ -136,7 +138,10 @@ def test_a_rank_that_stays_slow_is_named_once(
         trainer.step += 1
         callback.step_end(trainer, {"step_seconds": 1.0})
         assert len(caplog.records) == lines, own
-    assert "rank 1 on node1.3 is slow: " in caplog.text and "took 1.3 s, the ranks' median 1 s" in caplog.text
+    assert (
+        "rank 1 on node1.3 is slow, at step 5 again: " in caplog.text
+        and "took 1.3 s, the ranks' median 1 s" in caplog.text
+    )
     callback.close(trainer)
 
 

@@ -90,6 +90,7 @@ def test_offline_run_and_its_resume_share_one_id(tmp_path: Path, caplog: pytest.
 
 def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_one_value(tmp_path: Path) -> None:
     train(trainer(tmp_path), range(1, 8))
+    records(pieces(tmp_path)[0])
     # From the checkpoint of step 4: steps 5 to 7 come again, and this time an evaluation follows step 8 as well.
     train(trainer(tmp_path, start_step=4), range(5, 9), offset=100.0)
     assert len(pieces(tmp_path)) == 2
@@ -135,6 +136,9 @@ def test_a_file_whose_end_is_lost_is_read_up_to_there(tmp_path: Path) -> None:
         assert rows == [1, 2, 3][: len(rows)]
         lengths.add(len(rows))
     assert lengths >= {0, 1, 2}
+    at = whole.rindex(b"x" * 100)
+    path.write_bytes(whole[: at - 60] + b"\xff" * 60 + whole[at:])
+    assert [row["step"] for row in wandb_files.history(path)] in ([], [1], [1, 2])
     path.write_bytes(b"no file of wandb")
     assert list(wandb_files.history(path)) == []
 
