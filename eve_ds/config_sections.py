@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eve_ds.data.data_config import MOST_SECONDS
 from eve_ds.model.model_config import MOST
 from preprocessing.errors import UserError
+
+MOST_PROFILED = 50  # steps: a trace holds every operation, megabytes a step
 
 
 def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
@@ -151,6 +154,10 @@ class LoggingConfig:
         images_every: pre-training: steps between two looks at the same held-out images, rebuilt, of which the newest
             five stay in ``output_dir/samples``; 0 looks at the end alone.
         callbacks: import paths of your own callbacks, [my_package.mine:MyCallback] (docs/extending.md).
+        profile: steps to trace with torch.profiler, as in 10:20, both included and 50 at most: a trace per rank and a
+            summary go to ``output_dir/profile`` (docs/troubleshooting.md); null for none.
+        memory_snapshot: record a GPU's allocations, and write them to ``output_dir/profile`` when memory runs out. It
+            slows every step down.
     """
 
     wandb: bool = True
@@ -168,9 +175,30 @@ class LoggingConfig:
     samples: int = 8
     images_every: int = 0
     callbacks: list[str] = field(default_factory=list)
+    profile: str | None = None
+    memory_snapshot: bool = False
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace; empty without ``profile``.
+
+        Raises:
+            UserError: they are no such range.
+        """
+        if self.profile is None:
+            return range(0)
+        match = re.fullmatch(r"\s*(\d{1,12}):(\d{1,12})\s*", self.profile)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first <= last < first + MOST_PROFILED:
+            raise UserError(
+                f"logging.profile={self.profile} must be FIRST:LAST, two steps as in 10:20, from 1 on and "
+                f"{MOST_PROFILED} at most"
+            )
+        return range(first, last + 1)
 
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
+        _ = self.profiled
         least = {"eval_every": 0, "eval_samples": 1, "detail_every": 0, "samples": 0, "images_every": 0}
         _check_least("logging", self, least)
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from eve_ds.callbacks.memory_check import MemoryCheck
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
@@ -18,12 +19,14 @@ from preprocessing.errors import UserError
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
 
-__all__ = ["MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
+__all__ = ["MemoryCheck", "MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
 OPTION = "--logging.callbacks"
 
 
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
     """Those that add to the record; then metrics file, progress and dashboards; then those of ``logging.callbacks``.
+
+    A dry run has none, as they write, but those of ``logging.callbacks`` are looked up.
 
     Raises:
         UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
@@ -36,7 +39,8 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
         callbacks.append(WandbLog(config.logging))
     if config.logging.tensorboard:
         callbacks.append(TensorBoardLog())
-    return [*callbacks, *own_callbacks(config.logging.callbacks)]
+    callbacks += own_callbacks(config.logging.callbacks)
+    return [] if config.dry_run else callbacks
 
 
 def own_callbacks(paths: Iterable[str]) -> list[Callback]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eve_ds.engine.checkpoint import checkpoint_bytes
 from tests.support import ranks
 from tests.support.shards import make_vqa_set
 
@@ -75,9 +77,20 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
     output = tmp_path / "branch"
     branch = [f"--output_dir={output}", f"--resume_from={straight}", "--optimizer.total_steps=9", "--dry_run"]
     told = ranks.run("eve_ds.pretrain", [*options, *branch], 1)
+    assert "memory: " not in told and "training" not in told, "no callback is called"
     assert "dry run: all is in order, nothing was written" in told
     assert f"branching from {straight / 'checkpoints' / 'step_00000006'}" in told
     assert "steps   6 to 9, each 4 x 2 samples a rank = 8" in told
+    step, speed, left = map(
+        float, re.search(r"time +(\S+) s a step .* (\S+) samples/s; .*\n +left +(\S+) h", told).groups()
+    )
+    assert step * speed == pytest.approx(8, rel=0.01) and left == pytest.approx(3 * step / 3600, abs=0.006)
+    assert re.search(
+        r"memory  at most \d+ MiB beyond .* \(rank 0\), \d+ MiB .*; the plan forecasts \d+ MiB; \d+% of", told
+    )
+    parameters = int(re.search(r"model +([\d,]+) parameters", told)[1].replace(",", ""))
+    written = sum(file.stat().st_size for file in (straight / "checkpoints" / "step_00000006").iterdir())
+    assert 1 < written / checkpoint_bytes(parameters, "fp32", 2) < 1.3 and "a checkpoint takes 1 MiB" in told
     assert not output.exists() and not list(tmp_path.iterdir())
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
