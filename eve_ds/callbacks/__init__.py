@@ -9,6 +9,7 @@ from eve_ds.callbacks.memory_check import MemoryCheck
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
+from eve_ds.callbacks.profile import Profile
 from eve_ds.callbacks.progress import Progress
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
@@ -19,7 +20,7 @@ from preprocessing.errors import UserError
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
 
-__all__ = ["MemoryCheck", "MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
+__all__ = ["MemoryCheck", "MetricsFile", "Profile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
 OPTION = "--logging.callbacks"
 
 
@@ -39,6 +40,8 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
         callbacks.append(WandbLog(config.logging))
     if config.logging.tensorboard:
         callbacks.append(TensorBoardLog())
+    if config.logging.profile is not None:
+        callbacks.append(Profile(config.logging.profiled))
     callbacks += own_callbacks(config.logging.callbacks)
     return [] if config.dry_run else callbacks
 

@@ -54,8 +54,11 @@ def same_weights(left: Path, right: Path) -> bool:
 
 def test_a_branch_without_changes_is_the_run_itself(straight: Path, options: list[str], tmp_path: Path) -> None:
     output, start = tmp_path / "branch", straight / "checkpoints" / "step_00000004"
-    told = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={output}", f"--resume_from={start}"], 1)
-    assert "training from step 4 to step 6" in told
+    # The profiler changes no bit, either.
+    branch = [f"--output_dir={output}", f"--resume_from={start}", "--logging.profile=5:5"]
+    told = ranks.run("eve_ds.pretrain", [*options, *branch], 1)
+    assert "training from step 4 to step 6" in told and "step 5  memory: at most" in told
+    assert "profile: steps 5 to 5 of rank 0" in told
     assert losses(output) == {step: loss for step, loss in losses(straight).items() if step > 4}
     assert same_weights(output, straight)
 
