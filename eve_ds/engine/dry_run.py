@@ -96,7 +96,7 @@ def _trial(config: Config, trainer: Trainer, training: Samples, step: int) -> li
     try:
         for _ in range(TRIAL_STEPS):
             trainer.step = step
-            records.append(trainer.train_step(batches))
+            records.append(trainer._train_step(batches))
     except RuntimeError as error:
         if not is_lost_rank(error):
             raise

@@ -163,7 +163,7 @@ class Trainer:
                 self._call_hooks("fit_start")
                 self._evaluate()
                 while self.step < self.total_steps and not self.stopped_early:
-                    record = self.train_step(batches)
+                    record = self._train_step(batches)
                     self._call_hooks("step_end", record)
                     self._raise_if_diverged()
                     self._check_range(record["loss"], batches)
@@ -189,7 +189,7 @@ class Trainer:
         """Hand images of this step, uint8 [H, W, 3] by name, to the callbacks that show them. On rank 0 alone."""
         self._call_hooks("images_made", images)
 
-    def train_step(self, batches: TrainingBatches) -> dict[str, float]:
+    def _train_step(self, batches: TrainingBatches) -> dict[str, float]:
         """One optimizer step. Returns its record: means over the global batch."""
         began = time.perf_counter()
         self.set_lr_factor(lr_factor(self.step, self.total_steps, self.config.optimizer))
