@@ -53,11 +53,11 @@ def test_what_is_worth_a_warning(peak: float, free: float, forecast: float | Non
     assert all(part in warning for part, warning in zip(expected, warnings, strict=True))
 
 
-def test_a_forecast_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_forecast_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def forecast() -> int:
         raise NotImplementedError("my task has no meta batch")
 
-    logging.getLogger("eve_ds").propagate = True
+    monkeypatch.setattr(logging.getLogger("eve_ds"), "propagate", True)
     found = Gauge(CPU, forecast).report()
     assert found is not None and "; no forecast; " in found[0] and found[1] == []
     assert "no forecast of the memory: NotImplementedError: my task has no meta batch" in caplog.text
