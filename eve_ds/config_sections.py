@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eve_ds.data.data_config import MOST_SECONDS
 from eve_ds.model.model_config import MOST
 from preprocessing.errors import UserError
+
+MOST_PROFILED = 50  # steps: a trace holds every operation, megabytes a step
 
 
 def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
@@ -170,6 +173,10 @@ class LoggingConfig:
             five stay in ``output_dir/samples``; 0 looks at the end alone.
         grad_norms_every: steps between logs of the gradient norm by kind of parameter; 0 for none.
         callbacks: import paths of your own callbacks, [my_package.mine:MyCallback] (docs/extending.md).
+        profile: steps to trace with torch.profiler, as in 10:20, both included and 50 at most: a trace per rank and a
+            summary go to ``output_dir/profile`` (docs/troubleshooting.md); null for none.
+        memory_snapshot: record a GPU's allocations, and write them to ``output_dir/profile`` when memory runs out. It
+            slows every step down.
     """
 
     wandb: bool = True
@@ -188,9 +195,30 @@ class LoggingConfig:
     images_every: int = 0
     grad_norms_every: int = 0
     callbacks: list[str] = field(default_factory=list)
+    profile: str | None = None
+    memory_snapshot: bool = False
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace; empty without ``profile``.
+
+        Raises:
+            UserError: they are no such range.
+        """
+        if self.profile is None:
+            return range(0)
+        match = re.fullmatch(r"\s*(\d{1,12}):(\d{1,12})\s*", self.profile)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first <= last < first + MOST_PROFILED:
+            raise UserError(
+                f"logging.profile={self.profile} must be FIRST:LAST, two steps as in 10:20, from 1 on and "
+                f"{MOST_PROFILED} at most"
+            )
+        return range(first, last + 1)
 
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
+        _ = self.profiled
         steps = ("eval_every", "detail_every", "samples", "images_every", "grad_norms_every")
         _check_least("logging", self, dict.fromkeys(steps, 0) | {"eval_samples": 1})
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:

@@ -39,7 +39,11 @@ _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
     r"Cannot allocate memory|Storage size calculation overflowed"
 )
-_LESS_MEMORY = "of a run, make the model, the batch or a rank's share smaller (python -m eve_ds.plan tells what fits)"
+_LESS_MEMORY = (
+    "of a run, make the model, the batch or a rank's share smaller: lower engine.micro_batch_size, or set "
+    "--model.checkpoint_activations true, ZeRO stage 3 or offload (--deepspeed_config zero3, zero2_offload); python -m "
+    "eve_ds.plan tells what fits"
+)
 LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
 RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -202,7 +206,7 @@ def _failed_rank(error: Exception) -> int | None:
     if _LATE_RANK.search(str(error)):
         _report(f"rank {launched_rank()}: another rank does not answer, and nobody knew which")
         return 3
-    if not _LOST_RANK.search(str(error)):
+    if not is_lost_rank(error):
         return None
     _report(
         f"rank {launched_rank()}: another rank has ended; its message says why (without one it was killed, as for "
@@ -210,6 +214,11 @@ def _failed_rank(error: Exception) -> int | None:
     )
     time.sleep(LOST_RANK_SECONDS)
     return 3
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank has left."""
+    return bool(_LOST_RANK.search(str(error)))
 
 
 def _report(line: str) -> None:

@@ -26,14 +26,14 @@ def run(stop: StopRequest) -> int:
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     _check_evaluate(config)
-    prepare_environment()
-    # DeepSpeed takes seconds to import and reads the environment: after --help, bad options and the line above.
-    from eve_ds.callbacks import standard_callbacks
-    from eve_ds.engine import batches, distributed, first_weights, run_folder, setup, verification, watchdog
+    prepare_environment()  # DeepSpeed reads it, and takes seconds to import: after --help and bad options, too
+    from eve_ds.callbacks import MemoryCheck, standard_callbacks
+    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.scoring import Scorer
     from eve_ds.engine.trainer import Trainer
     from eve_ds.engine.whole_weights import export_model
+    from eve_ds.plan.forecast import memory_gauge
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
@@ -52,9 +52,10 @@ def run(stop: StopRequest) -> int:
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
             setup.store_companions(config, tokenizer)
-        read = [*([training] if training else []), *scored.values()]
+        read = [training, *scored.values()] if training else scored.values()
         shards = [shard for samples in read for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
+        gauge = memory_gauge(config, scored[config.split].num_classes, device)
         task = setup.build_task(config, tokenizer, scored[config.split].num_classes)
         with_head = config.load_head or config.evaluate
         if first_weights.load_first_weights(task, config, with_head) and with_head:
@@ -62,17 +63,16 @@ def run(stop: StopRequest) -> int:
         scorer = Scorer(config, scored, device, stop)
         if training is None or steps is None:
             if config.dry_run:
-                return setup.describe_scoring(config, task, scored[config.split])
+                return dry_run.describe_scoring(config, task, scored[config.split])
             setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, Path(config.output_dir))
             return 0
         evaluate = scorer.while_training if config.data.val_split else None
-        callbacks = [*checks, *callbacks]  # checks first: a stop must not hide damaged data
+        callbacks = [*checks, *callbacks, MemoryCheck(gauge)]  # checks first: a stop must not hide damaged data
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         if config.dry_run:
-            return setup.describe_training(config, trainer, training)
-        start = trainer.resume()
-        trainer.fit(batches.TrainingBatches(config, training, start))
+            return dry_run.describe_training(config, trainer, training, gauge)
+        trainer.fit(batches.TrainingBatches(config, training, trainer.resume()))
         if trainer.stopped_early:
             return STOPPED
         with trainer.whole_weights():

@@ -24,13 +24,14 @@ def run(stop: StopRequest) -> int:
     config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
     prepare_environment()
     # Imported late: DeepSpeed takes seconds to import, and it reads the environment that was just prepared.
-    from eve_ds.callbacks import standard_callbacks
+    from eve_ds.callbacks import MemoryCheck, standard_callbacks
     from eve_ds.callbacks.pretrain_examples import PretrainExamples
-    from eve_ds.engine import batches, distributed, first_weights, run_folder, setup, verification, watchdog
+    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.trainer import Trainer
     from eve_ds.engine.whole_weights import export_model
+    from eve_ds.plan.forecast import memory_gauge
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
@@ -51,9 +52,10 @@ def run(stop: StopRequest) -> int:
             setup.store_companions(config, tokenizer)
         shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards)
+        gauge = memory_gauge(config, training.num_classes, device)
         task = setup.build_task(config, tokenizer, training.num_classes)
         first_weights.load_first_weights(task, config, load_head=False)
-        callbacks = [*checks, *callbacks]  # checks first: a stop must not hide damaged data
+        callbacks = [*checks, *callbacks, MemoryCheck(gauge)]  # checks first: a stop must not hide damaged data
         if held_out is not None and config.logging.samples > 0:
             shown = config.logging.samples, config.logging.images_every
             callbacks.append(PretrainExamples(config.spec, held_out, *shown))
@@ -65,7 +67,7 @@ def run(stop: StopRequest) -> int:
 
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate if held_out else None, stop)
         if config.dry_run:
-            return setup.describe_training(config, trainer, training)
+            return dry_run.describe_training(config, trainer, training, gauge)
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from eve_ds.callbacks.grad_norms import GradNorms
+from eve_ds.callbacks.memory_check import MemoryCheck
 from eve_ds.callbacks.metrics import MetricsFile
 from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
+from eve_ds.callbacks.profile import Profile
 from eve_ds.callbacks.progress import Progress
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
@@ -20,12 +22,14 @@ from preprocessing.errors import UserError
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
 
-__all__ = ["GradNorms", "MetricsFile", "Progress", "WandbLog", "own_callbacks", "standard_callbacks"]
+__all__ = ["MemoryCheck", "own_callbacks", "standard_callbacks"]
 OPTION = "--logging.callbacks"
 
 
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
     """Provenance; those that add to the record; metrics file, progress and dashboards; those of ``logging.callbacks``.
+
+    A dry run has none, as they write, but those of ``logging.callbacks`` are looked up.
 
     Raises:
         UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
@@ -40,7 +44,10 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
         callbacks.append(WandbLog(config.logging))
     if config.logging.tensorboard:
         callbacks.append(TensorBoardLog())
-    return [*callbacks, *own_callbacks(config.logging.callbacks)]
+    if config.logging.profile is not None:
+        callbacks.append(Profile(config.logging.profiled))
+    callbacks += own_callbacks(config.logging.callbacks)
+    return [] if config.dry_run else callbacks
 
 
 def own_callbacks(paths: Iterable[str]) -> list[Callback]:

@@ -84,6 +84,18 @@ def save(
     return target
 
 
+def checkpoint_bytes(parameters: int, precision: str, zero_stage: int) -> int:
+    """Size of a checkpoint: Adam's two moments and the master copy in fp32, below ZeRO 3 also the weights themselves.
+
+    Args:
+        parameters: of the whole model.
+        precision: bf16 or fp32.
+        zero_stage: 1 to 3.
+    """
+    weights = 0 if zero_stage == 3 else 2 if precision == "bf16" else 4
+    return parameters * (3 * 4 + weights)
+
+
 def _make_way(target: Path) -> None:
     """Remove what a killed save left at ``target``. Raises RankError if it is a complete checkpoint."""
     if path_exists(target / COMPLETE):

@@ -1,5 +1,4 @@
-"""What both entry points build from the config: tokenizer, datasets, the task with its experts in place; and what
-``--dry_run`` prints, which builds and checks everything that a run does, and writes nothing."""
+"""What both entry points build from the config: tokenizer, datasets, the task with its experts in place."""
 
 from __future__ import annotations
 
@@ -20,23 +19,18 @@ from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
 from eve_ds.engine import distributed, first_weights
-from eve_ds.engine.batches import TrainingBatches
-from eve_ds.engine.distributed import decide, launched_world, rank_and_world
+from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
-from eve_ds.engine.schedule import cooldown_of
-from eve_ds.engine.trainer import Trainer
-from eve_ds.errors import OUTPUT
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.base import Task
-from eve_ds.weights.model_folder import ModelFolder, checkpoints, step_of
+from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError, printable
 from preprocessing.local_files import write_json
 from preprocessing.text.tokenizer import Tokenizer
 
 Config = PretrainConfig | FinetuneConfig
 _log = logging.getLogger(__name__)
-_output = logging.getLogger(OUTPUT)
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
@@ -202,72 +196,3 @@ def build_task(config: Config, tokenizer: Tokenizer, num_classes: int = 0) -> Ta
     task.seed = seed
     task.use_tokenizer(tokenizer)
     return task
-
-
-def describe_training(config: Config, trainer: Trainer, training: Samples) -> int:
-    """Read one micro-batch, check the checkpoint of a branch, and print what would run. Called by all ranks.
-
-    Returns:
-        the exit code, 0.
-    Raises:
-        UserError: as training itself would, at its start.
-    """
-    branch = None
-    if not decide(lambda: first_weights.goes_on(config)):
-        branch = first_weights.branch_point(config, trainer.identity, trainer.total_steps)
-        if branch:
-            cooldown_of(branch[1].state.get("schedule", {}), branch[1].step, config.optimizer, own=False)
-    step, begins = _beginning(config, branch[0] if branch else None)
-    batches = TrainingBatches(config, training, step)
-    try:
-        next(batches)
-    finally:
-        batches.close()
-    ranks, accumulated = trainer.world_size, trainer.accumulation_steps
-    micro = trainer.micro_batch_of_all_ranks // ranks
-    _say(
-        f"{trainer.task_name} on {ranks} rank(s), ZeRO {trainer.topology.zero_stage}, {config.engine.precision}",
-        f"data    {training.split.name}: {training.rows} rows, {len(training)} samples",
-        f"model   {parameters(trainer.task):,} parameters, {begins}",
-        f"steps   {step} to {trainer.total_steps}, each {accumulated} x {micro} samples a rank = "
-        f"{config.engine.global_batch_size}",
-        f"output  {config.output_dir}",
-    )
-    return 0
-
-
-def describe_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int:
-    """Print what ``--evaluate`` would score. Returns the exit code, 0."""
-    _say(
-        f"score {config.task} on {rank_and_world()[1]} rank(s), {config.engine.precision}",
-        f"data    {scored.split.name}: {scored.rows} rows, {len(scored)} samples",
-        f"model   {parameters(task):,} parameters, from {config.init_from}",
-        f"output  {config.output_dir}",
-    )
-    return 0
-
-
-def parameters(task: Task) -> int:
-    """Number of parameters of the whole model, with the experts of all ranks."""
-    local = {name: int(getattr(value, "ds_numel", value.numel())) for name, value in task.named_parameters()}
-    spread = {f"{name}.experts.": layer.ep_size for name, layer in task.named_modules() if hasattr(layer, "ep_size")}
-    return sum(
-        count * next((size for prefix, size in spread.items() if name.startswith(prefix)), 1)
-        for name, count in local.items()
-    )
-
-
-def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
-    """(first step, source of the weights in words)."""
-    if first_weights.goes_on(config):
-        newest = checkpoints(Path(config.output_dir))[-1]
-        return step_of(newest), f"going on from {newest}"
-    if branch is not None:
-        return step_of(branch), f"branching from {branch}"
-    return 0, f"from {config.init_from}" if config.init_from else "from initial values"
-
-
-def _say(*lines: str) -> None:
-    if launched_world()[0] == 0:
-        for line in ("dry run: all is in order, nothing was written", *(f"  {line}" for line in lines)):
-            _output.info("%s", line)

@@ -7,6 +7,7 @@ import functools
 import re
 from typing import Any
 
+from eve_ds.engine.checkpoint import checkpoint_bytes
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config
 from eve_ds.engine.distributed import check_world
 from eve_ds.plan.fit import largest
@@ -36,15 +37,7 @@ def make_plan(options: Any) -> dict[str, Any]:
     check_world(config.engine.expert_parallel_size, config.model.num_experts, options.world_size)
     settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
     on_gpu = options.device == "gpu"
-    zero = Zero(
-        stage=settings["zero_optimization"]["stage"],
-        world_size=options.world_size,
-        ep_size=config.engine.expert_parallel_size,
-        itemsize=2 if config.engine.precision == "bf16" else 4,
-        accumulation=settings["gradient_accumulation_steps"],
-        settings=settings["zero_optimization"],
-        whole_buffers=on_gpu,
-    )
+    zero = Zero.of_run(config, settings, options.world_size, on_gpu)
     length = options.text_length or config.model.max_text_length
     batch = Batch(settings["train_micro_batch_size_per_gpu"], length)
     limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
@@ -60,6 +53,7 @@ def make_plan(options: Any) -> dict[str, Any]:
         },
         "device_memory": parse_bytes(options.device_memory),
         "reserve": GPU_RESERVE if on_gpu else 0,
+        "checkpoint": checkpoint_bytes(count_parameters(whole).total, config.engine.precision, zero.stage),
         "sent_per_step": traffic(config, zero, plain.groups, batch),
         **_work(config, zero, whole, batch, options),
     }

@@ -32,6 +32,9 @@ def as_text(plan: dict[str, Any]) -> str:
         "Sent by a rank in a step",
         *(_line(name, _size(size)) for name, size in plan["sent_per_step"].items()),
         _line("together", _size(sum(plan["sent_per_step"].values()))),
+        "",
+        "On disk",
+        _line("a checkpoint, of all ranks together", _size(plan["checkpoint"])),
         *_work(plan),
     ]
     return "\n".join(lines)

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.config_sections import OptimizerConfig
 from eve_ds.engine.optim import parameter_groups
 from eve_ds.plan.live_bytes import LiveBytes
 
+Config = PretrainConfig | FinetuneConfig
 FP32, FP64 = 4, 8
 # DeepSpeed's defaults (runtime/zero/config.py), for what a DeepSpeed file leaves out.
 DEFAULTS = {
@@ -90,6 +92,19 @@ class Zero:
     accumulation: int
     settings: dict[str, Any]
     whole_buffers: bool
+
+    @classmethod
+    def of_run(cls, config: Config, settings: dict[str, Any], world_size: int, on_gpu: bool) -> Zero:
+        """Of a run with ``settings``, as ``load_deepspeed_config`` returns them; ``engine.precision`` is not auto."""
+        return cls(
+            stage=settings["zero_optimization"]["stage"],
+            world_size=world_size,
+            ep_size=config.engine.expert_parallel_size,
+            itemsize=2 if config.engine.precision == "bf16" else 4,
+            accumulation=settings["gradient_accumulation_steps"],
+            settings=settings["zero_optimization"],
+            whole_buffers=on_gpu,
+        )
 
     def setting(self, name: str) -> int:
         return int(self.settings.get(name, DEFAULTS[name]))

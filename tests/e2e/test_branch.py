@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eve_ds.engine.checkpoint import checkpoint_bytes
 from eve_ds.engine.whole_weights import consolidated_state
 from tests.support import ranks
 from tests.support.shards import make_vqa_set
@@ -64,8 +66,11 @@ def test_gradient_norms_by_kind_add_up(straight: Path) -> None:
 
 def test_a_branch_without_changes_is_the_run_itself(straight: Path, options: list[str], tmp_path: Path) -> None:
     output, start = tmp_path / "branch", straight / "checkpoints" / "step_00000004"
-    told = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={output}", f"--resume_from={start}"], 1)
-    assert "training from step 4 to step 6" in told
+    # The profiler changes no bit, either.
+    branch = [f"--output_dir={output}", f"--resume_from={start}", "--logging.profile=5:5"]
+    told = ranks.run("eve_ds.pretrain", [*options, *branch], 1)
+    assert "training from step 4 to step 6" in told and "step 5  memory: at most" in told
+    assert "profile: steps 5 to 5 of rank 0" in told
     assert losses(output) == {step: loss for step, loss in losses(straight).items() if step > 4}
     assert same_weights(output, straight)
 
@@ -102,9 +107,20 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
     output = tmp_path / "branch"
     branch = [f"--output_dir={output}", f"--resume_from={straight}", "--optimizer.total_steps=9", "--dry_run"]
     told = ranks.run("eve_ds.pretrain", [*options, *branch], 1)
+    assert "memory: " not in told and "training" not in told, "no callback is called"
     assert "dry run: all is in order, nothing was written" in told
     assert f"branching from {straight / 'checkpoints' / 'step_00000006'}" in told
     assert "steps   6 to 9, each 4 x 2 samples a rank = 8" in told
+    step, speed, left = map(
+        float, re.search(r"time +(\S+) s a step .* (\S+) samples/s; .*\n +left +(\S+) h", told).groups()
+    )
+    assert step * speed == pytest.approx(8, rel=0.01) and left == pytest.approx(3 * step / 3600, abs=0.006)
+    assert re.search(
+        r"memory  at most \d+ MiB beyond .* \(rank 0\), \d+ MiB .*; the plan forecasts \d+ MiB; \d+% of", told
+    )
+    parameters = int(re.search(r"model +([\d,]+) parameters", told)[1].replace(",", ""))
+    written = sum(file.stat().st_size for file in (straight / "checkpoints" / "step_00000006").iterdir())
+    assert 1 < written / checkpoint_bytes(parameters, "fp32", 2) < 1.3 and "a checkpoint takes 1 MiB" in told
     no_fall = [*branch, "--optimizer.schedule=cooldown", "--optimizer.min_lr_ratio=0.9"]
     codes, told = ranks.finish(ranks.start("eve_ds.pretrain", [*options, *no_fall], 1))
     assert codes == [2] and "optimizer.schedule cooldown: the learning rate at step 6 is" in told

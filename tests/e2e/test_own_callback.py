@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,20 @@ def expected(first: int, last: int) -> list[str]:
     return calls
 
 
+def check_profile(folder: Path, told: str) -> None:
+    """A trace per rank, with what each of them did; and shares of rank 0's time, told and stored."""
+    for rank in range(2):
+        with gzip.open(folder / f"rank_{rank}.json.gz") as file:
+            names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+        assert {"aten::mm", "aten::bmm", "aten::native_layer_norm", "Optimizer.step#AdamW.step"} <= names
+        assert any(name.startswith(("c10d::allreduce", "gloo:all_reduce")) for name in names)
+    text = (folder / "summary.txt").read_text()
+    assert text.startswith("profile: steps 3 to 4 of rank 0") and text in told
+    shares = {line[2:46].strip(): float(line[46:].split("%")[0]) for line in text.splitlines()[1:]}
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert min(shares[kind] for kind in ("matrix products", "attention", "collectives", "optimizer")) > 0
+
+
 def test_a_run_keeps_the_state_of_its_callbacks_over_a_stop_and_on_other_ranks(
     options: list[str], tmp_path: Path
 ) -> None:
@@ -102,7 +117,9 @@ def test_a_run_keeps_the_state_of_its_callbacks_over_a_stop_and_on_other_ranks(
     assert codes == [75], text
     assert (run / "checkpoints/step_00000002/callbacks.pt").is_file() and not (run / "ema.safetensors").exists()
 
-    text = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={run}", callbacks(*own)], world_size=2)
+    resumed = [*options, f"--output_dir={run}", callbacks(*own), "--logging.profile=3:4"]
+    text = ranks.run("eve_ds.pretrain", resumed, world_size=2)
+    check_profile(run / "profile", text)
     assert "world_size 1 (now 2); converted" in text
     assert json.loads((run / "calls.json").read_text()) == expected(0, 2) + expected(2, STEPS)
     left, right = (load_file(folder / "ema.safetensors") for folder in (straight, run))

@@ -34,6 +34,8 @@ def test_the_command(tmp_path: Path, repository: Path) -> None:
     assert "largest micro-batch that fits" in done.stdout
     plan = json.loads(out.read_text(encoding="utf-8"))
     assert (plan["run"]["micro_batch_size"], plan["run"]["zero_stage"]) == (32, 3)
+    total = plan["parameters"]["dense"] + plan["parameters"]["experts"]
+    assert plan["checkpoint"] == 12 * total and "a checkpoint, of all ranks together" in done.stdout  # ZeRO 3
     assert plan["days"] == pytest.approx(days(16e6, plan["flops_per_sample"], 4, 989, 0.4))
     bad = command("--config", recipe, "--world_size", "100", "--expert_parallel_size", "2")
     assert (bad.returncode, bad.stdout) == (2, "")

@@ -23,6 +23,7 @@ from preprocessing.errors import UserError
 @dataclass
 class Config:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="eve-ds-test", detail_every=0))
+    dry_run: bool = False
 
 
 @pytest.fixture(autouse=True)

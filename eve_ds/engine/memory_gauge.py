@@ -1,0 +1,119 @@
+"""What the ranks hold at most, of a GPU's tensors or of resident memory, beside what the plan forecasts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eve_ds.engine.distributed import gather, rank_and_world
+
+Forecast = Callable[[], int]  # bytes of a rank; plan.forecast makes it, which this layer may not import
+ABOVE = 1.1  # times the forecast: more is worth a warning
+# Bytes above the forecast that mean nothing: kernels and workspaces of libraries, which are no tensors of the step.
+SLACK = 256 * 2**20
+LEAST_FREE = 0.05  # of the device's memory: less is worth a warning
+LOWER = "a longer text may not fit: lower engine.micro_batch_size, or set --model.checkpoint_activations true"
+_PROCESS = Path("/proc/self")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank.
+
+    Attributes:
+        peak: most that tensors held on a GPU; on a CPU, by how much resident memory grew since the `Gauge` was made.
+        whole: most that torch reserved on a GPU; on a CPU, most that was resident, libraries included.
+        free: of the device's (the host's) memory, now.
+        total: the device's (the host's) memory.
+    """
+
+    peak: int
+    whole: int
+    free: int
+    total: int
+
+
+class Gauge:
+    """Make it before the model is built.
+
+    Args:
+        device: this rank's.
+        forecast: returns the bytes that a rank should hold at most. It is called on rank 0 alone.
+    """
+
+    def __init__(self, device: torch.device, forecast: Forecast) -> None:
+        self.device, self.forecast = device, forecast
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        with contextlib.suppress(OSError):  # where that is forbidden, an earlier peak counts, too
+            (_PROCESS / "clear_refs").write_text("5", encoding="ascii")  # the peak starts anew (proc(5))
+        self._before = _read(_PROCESS / "status", "VmRSS")
+
+    def read(self) -> Held:
+        """What was held at most since this gauge was made."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+            return Held(peak, reserved, free, total)
+        whole = _read(_PROCESS / "status", "VmHWM")
+        host = Path("/proc/meminfo")
+        return Held(max(whole - self._before, 0), whole, _read(host, "MemAvailable"), _read(host, "MemTotal"))
+
+    def report(self) -> tuple[str, list[str]] | None:
+        """(a line, warnings) on rank 0, None elsewhere. Called by all ranks."""
+        held = gather(self.read())
+        return told(held, self.device.type == "cuda", self._forecast_or_none()) if rank_and_world()[0] == 0 else None
+
+    def _forecast_or_none(self) -> int | None:
+        """None, with a warning, where there is no forecast: a task of the user's own may lack what the plan asks of it,
+        and nobody's training ends for a forecast."""
+        try:
+            return self.forecast()
+        except Exception as error:  # noqa: BLE001  code of others runs in it
+            _log.warning("no forecast of the memory: %s: %s", type(error).__name__, error)
+            return None
+
+
+def _read(file: Path, name: str) -> int:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def told(found: Sequence[Held], on_gpu: bool, forecast: int | None) -> tuple[str, list[str]]:
+    """(a line, warnings) on what the ranks hold.
+
+    Args:
+        found: of each rank, in rank order.
+        on_gpu: whether the ranks run on GPUs.
+        forecast: bytes by the plan; None where there is none.
+    """
+    fullest = max(range(len(found)), key=lambda rank: found[rank].peak)
+    held, tightest = found[fullest], min(found, key=lambda each: each.free / each.total)
+    what = "of tensors" if on_gpu else "beyond what was resident before the model was built"
+    whole = "reserved by torch" if on_gpu else "resident in all"
+    free = tightest.free / tightest.total
+    line = f"at most {size(held.peak)} {what} (rank {fullest}), {size(max(each.whole for each in found))} {whole}; "
+    line += "no forecast" if forecast is None else f"the plan forecasts {size(forecast)}"
+    warnings = []
+    if forecast is not None and held.peak > max(ABOVE * forecast, forecast + SLACK):
+        warnings.append(
+            f"memory: {size(held.peak)} are {held.peak / forecast - 1:.0%} more than the plan forecasts: experts that "
+            "are loaded unevenly, callbacks of your own, or an error of the plan"
+        )
+    if free < LEAST_FREE:
+        warnings.append(f"memory: {free:.1%} of the {'GPU' if on_gpu else 'host'}'s memory is free; {LOWER}")
+    return f"{line}; {free:.0%} of {size(tightest.total)} free", warnings
+
+
+def size(count: int) -> str:
+    """``1.50 GiB``, ``12.0 GiB`` or ``310 MiB``."""
+    if count < 2**30:
+        return f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.2f} GiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,93 @@
+"""The profiler's steps, and its summary against operations whose number is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from eve_ds.callbacks.profile import KINDS, OTHER, WAITING, Profile, Spent, by_kind, summary
+from eve_ds.config_sections import LoggingConfig
+from preprocessing.errors import UserError
+
+
+def trainer(folder: Path, start: int = 0, total: int = 6) -> SimpleNamespace:
+    names = {"output_dir": folder, "start_step": start, "step": start, "total_steps": total, "rank": 0}
+    return SimpleNamespace(**names, is_main=True, accumulation_steps=2, device=torch.device("cpu"))
+
+
+def run(callback: Profile, made: SimpleNamespace) -> None:
+    callback.fit_start(made)
+    while made.step < made.total_steps:
+        callback.step_start(made)
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        made.step += 1
+        callback.step_end(made, {"data/wait_fraction": 0.5, "step_seconds": 0.002})
+    callback.fit_end(made)
+    callback.close(made)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("10:20", range(10, 21)), ("1:1", range(1, 2)), ("5:54", range(5, 55)), (None, range(0))]
+)
+def test_steps(given: str | None, expected: range) -> None:
+    config = LoggingConfig(profile=given)
+    config.check()
+    assert config.profiled == expected
+
+
+@pytest.mark.parametrize("wrong", ["", "10", "20:10", "0:5", "5:55", "a:b", "1:2:3", "-3:4", "1-4"])
+def test_a_wrong_range_is_named(wrong: str) -> None:
+    with pytest.raises(UserError, match=r"logging.profile=.* must be FIRST:LAST, two steps as in 10:20.* 50 at most"):
+        LoggingConfig(profile=wrong).check()
+
+
+def test_steps_beyond_the_end(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logging\.profile=7:9: the run ends with step 6"):
+        Profile(range(7, 10)).fit_start(trainer(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "told"), [((2, 4), 0, "2 to 4"), ((2, 4), 2, "3 to 4"), ((5, 9), 0, "5 to 6"), ((2, 4), 4, "")]
+)
+def test_what_is_traced(steps: tuple[int, int], start: int, told: str, tmp_path: Path) -> None:
+    """From a fresh start, a resume within the steps and behind them, and with an end before theirs."""
+    run(Profile(range(steps[0], steps[1] + 1)), trainer(tmp_path, start))
+    text = tmp_path / "profile/summary.txt"
+    assert text.exists() == bool(told) and (tmp_path / "profile/rank_0.json.gz").exists() == bool(told)
+    if told:
+        first, last = map(int, told.split(" to "))
+        waited = next(line for line in text.read_text().splitlines() if WAITING in line)
+        assert f"steps {told} of rank 0" in text.read_text()
+        assert f"{0.001 * (last - first + 1):.3f} s" in waited and f"{2 * (last - first + 1)} calls" in waited
+
+
+def test_kinds() -> None:
+    """Each kind has the operations that were run, and nothing is counted twice or lost."""
+    weight = torch.nn.Parameter(torch.ones(32, 32))
+    weight.grad = torch.ones(32, 32)
+    optimizer = torch.optim.AdamW([weight], foreach=True)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as traced:
+        x = torch.ones(4, 32, 32)
+        for _ in range(3):
+            torch.mm(x[0], weight)
+        torch.bmm(x, x).softmax(-1)
+        F.layer_norm(x, [32])
+        F.gelu(x)
+        optimizer.step()
+    events = traced.events()
+    spent = by_kind(events, False, wall=10.0, waiting=Spent(2.0, 5))
+    assert set(spent) == {*KINDS, WAITING, OTHER}
+    calls = {kind: one.calls for kind, one in spent.items()}
+    assert (calls["matrix products"], calls["attention"], calls["optimizer"]) == (3, 2, 1)  # bmm and softmax
+    assert calls["norms, elementwise, copies"] == 1 + 3 + 2  # ones; x[0] three times; the norm, GELU
+    assert spent["collectives"] == Spent() and spent[WAITING] == Spent(2.0, 5)
+    assert sum(one.seconds for one in spent.values()) == pytest.approx(10.0)
+    operations = sum(event.self_cpu_time_total for event in events) / 1e6
+    assert spent[OTHER].seconds == pytest.approx(10.0 - 2.0 - operations, abs=operations / 2)
+    shares = [float(line.split("%")[0].split()[-1]) for line in summary(spent, 1, 2).splitlines()[1:]]
+    assert len(shares) == 7 and sum(shares) == pytest.approx(100, abs=0.5) and shares == sorted(shares, reverse=True)
