@@ -234,7 +234,7 @@ class MaskedSpec(PretrainSpec):
         if files.config is not None and any(name.startswith(MaskedModeling.heads) for name in state):
             task = read_run_config(files.config).get("task", self.name)
             if task == self.name or "pixel_decoder.embed.weight" in state:
-                objective = stored_section(ObjectiveConfig, files.config, "objective")
+                objective = stored_section(ObjectiveConfig, files.config, "objective", only_own=True)
         task = MaskedModeling(backbone, objective, stored_mask_id(files))
         if files.tokenizer is not None:
             task.use_tokenizer(Tokenizer.load(files.tokenizer))

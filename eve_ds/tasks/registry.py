@@ -23,7 +23,13 @@ from eve_ds.weights.published import from_published, is_published, published_con
 from preprocessing.errors import UserError
 
 _TASKS = "eve_ds.tasks"
-PRETRAIN = {"pretrain": f"{_TASKS}.masked_modeling:SPEC"}
+PRETRAIN = {
+    "pretrain": f"{_TASKS}.masked_modeling:SPEC",
+    "itc_itm": f"{_TASKS}.itc_itm:SPEC",
+    "itc_itm_mlm": f"{_TASKS}.itc_itm_mlm:SPEC",
+    "itc_itm_mlm_mim": f"{_TASKS}.itc_itm_mlm_mim:SPEC",
+    "itc_mlm_mim": f"{_TASKS}.itc_mlm_mim:SPEC",
+}
 FINETUNE = {
     "itr_coco": f"{_TASKS}.retrieval:SPEC",
     "itr_flickr": f"{_TASKS}.retrieval:SPEC",
@@ -93,7 +99,8 @@ def load_task_model(
     """Build a task and load its weights; evaluation mode, fp32, on the CPU.
 
     Args:
-        task: pretrain, retrieval, vqa or nlvr; or the import path of another task's spec, ``module:name``.
+        task: a key of BY_NAME (pretrain, itc_itm, retrieval, vqa ...), or the import path of another task's spec,
+            ``module:name``.
         checkpoint: a run folder, a model folder, or a weights file in EVE's published naming or EVE-DS's own. The size
             of the task's head is read off its tensors.
         vlmo_config: EVE's ``config_vlmo*.json``; None reads the ``config.yaml`` beside the weights.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -284,13 +284,21 @@ class PretrainSpec(TaskSpec):
         return HeldOutExamples()
 
 
-def stored_section(kind: type[Any], path: Path, section: str) -> Any:
+def stored_section(kind: type[Any], path: Path, section: str, only_own: bool = False) -> Any:
     """A section of the config that a run stores, as a dataclass ``kind``.
 
+    Args:
+        kind: the dataclass.
+        path: of the config.
+        section: its name.
+        only_own: settings that ``kind`` does not have are left out: the run may be of another task, with more of them.
     Raises:
         UserError: there is no such section, or it does not fit.
     """
-    return section_of(kind, read_run_config(path, section)[section], f"{path}: {section}")
+    values = read_run_config(path, section)[section]
+    if only_own:
+        values = {name: value for name, value in values.items() if name in {own.name for own in fields(kind)}}
+    return section_of(kind, values, f"{path}: {section}")
 
 
 def stored_mask_id(files: ModelFolder) -> int:

@@ -12,9 +12,14 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 from eve_ds.tasks import Task
+from eve_ds.tasks.itc_itm import ItcItm
+from eve_ds.tasks.itc_itm_mlm import ItcItmMlm
+from eve_ds.tasks.itc_itm_mlm_mim import ItcItmMlmMim
+from eve_ds.tasks.itc_mlm_mim import ItcMlmMim
 from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.rivals import RivalConfig
 from eve_ds.tasks.vqa import VQA
 
 Batch = dict[str, Tensor]
@@ -25,6 +30,7 @@ PER_TOKEN = ("text_ids", "text_mask")
 
 OBJECTIVE = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
 JOINT = ObjectiveConfig(mode="joint", decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
+RIVAL = RivalConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5, embed_dim=16)
 
 
 def _amplified(task: MaskedModeling) -> MaskedModeling:
@@ -63,7 +69,13 @@ TASKS: dict[str, Callable[[Backbone], Task]] = {
     "vqa": lambda backbone: VQA(backbone, NUM_ANSWERS),
     "nlvr_plain": lambda backbone: NLVR(backbone),
     "nlvr_biattn": lambda backbone: NLVR(backbone, biattn=True, head_dropout=0.0),
+    "itc_itm": lambda backbone: ItcItm(backbone, RIVAL, MASK),
+    "itc_itm_mlm": lambda backbone: ItcItmMlm(backbone, RIVAL, MASK),
+    "itc_itm_mlm_mim": lambda backbone: ItcItmMlmMim(backbone, RIVAL, MASK),
+    "itc_mlm_mim": lambda backbone: ItcMlmMim(backbone, RIVAL, MASK),
 }
+RIVALS = [name for name in TASKS if name.startswith("itc_")]
+CONTRASTING = ["retrieval", *RIVALS]
 
 
 def tiny_config(drop_path: float = 0.0) -> ModelConfig:
@@ -131,7 +143,7 @@ def rows_of(batch: Batch, rows: slice | Tensor) -> Batch:
     return part | {name: part[name][:, :width] for name in PER_TOKEN}
 
 
-PREDICTING = [name for name in TASKS if not name.startswith("pretrain")]
+PREDICTING = [name for name in TASKS if not name.startswith("pretrain") and name not in RIVALS]
 
 
 def predictions(task: Task, batch: Batch) -> dict[str, Tensor]:

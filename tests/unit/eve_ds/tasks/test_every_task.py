@@ -7,7 +7,7 @@ import torch
 
 from eve_ds.tasks import Task
 from eve_ds.tasks.registry import BY_NAME
-from tests.support.tiny_tasks import TASKS, Batch, rows_of, tiny_batch, tiny_task
+from tests.support.tiny_tasks import CONTRASTING, RIVALS, TASKS, Batch, rows_of, tiny_batch, tiny_task
 
 EVERY = pytest.mark.parametrize("name", list(TASKS))
 
@@ -18,7 +18,7 @@ def means(task: Task, batch: Batch) -> dict[str, float]:
 
 
 def test_registry_has_the_contracts_names() -> None:
-    assert set(BY_NAME) == {"pretrain", "retrieval", "vqa", "nlvr"}
+    assert set(BY_NAME) == {"pretrain", "retrieval", "vqa", "nlvr", *RIVALS}
 
 
 @EVERY
@@ -56,7 +56,7 @@ def test_repeated_rows_do_not_count(name: str) -> None:
     assert means(task, batch | {"valid": valid}) == pytest.approx(means(task, rows_of(batch, valid)), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "retrieval"])  # which needs a global batch
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in CONTRASTING])  # they need a global batch
 def test_a_batch_of_repeated_rows_alone_is_empty_not_an_error(name: str) -> None:
     task, batch = tiny_task(name), tiny_batch(2)
     output = task(batch | {"valid": torch.zeros(2, dtype=torch.bool)})

@@ -15,7 +15,7 @@ from eve_ds.tasks import FinetuneSpec, Objective, PretrainSpec
 from eve_ds.tasks.registry import BY_NAME, FINETUNE, PRETRAIN, find_spec, finetune_spec, pretrain_spec
 from preprocessing.errors import UserError
 from tests.support.tiny import caption_batch, model_config
-from tests.support.tiny_tasks import MASK
+from tests.support.tiny_tasks import MASK, RIVALS
 
 TASK, OBJECTIVE = "docs.examples.my_task:SPEC", "docs.examples.my_objective:SPEC"
 
@@ -25,7 +25,7 @@ def config(root: type, *options: str) -> Any:
 
 
 def test_names_are_those_of_the_contract() -> None:
-    assert list(FINETUNE) == ["itr_coco", "itr_flickr", "vqa", "nlvr"] and list(PRETRAIN) == ["pretrain"]
+    assert list(FINETUNE) == ["itr_coco", "itr_flickr", "vqa", "nlvr"] and list(PRETRAIN) == ["pretrain", *RIVALS]
     assert {name: find_spec(name).name for name in BY_NAME} == {name: name for name in BY_NAME}
     assert find_spec("itr_flickr") is find_spec("retrieval")
     assert find_spec(TASK) is finetune_spec(TASK) is my_task.SPEC and pretrain_spec(OBJECTIVE) is my_objective.SPEC
@@ -67,7 +67,7 @@ def test_a_recipe_names_the_task_and_the_command_line_wins(tmp_path: Path) -> No
     ("root", "task", "message"),
     [
         (FinetuneConfig, "itm", r"--task: expected one of itr_coco, itr_flickr, vqa, nlvr, or the import path of your"),
-        (PretrainConfig, "vqa", r"--task: expected one of pretrain, or the import path"),
+        (PretrainConfig, "vqa", r"--task: expected one of pretrain, itc_itm, .* or the import path"),
         (FinetuneConfig, "docs.examples.my_task:SPEK", r"docs\.examples\.my_task has no SPEK; check the spelling"),
         (FinetuneConfig, OBJECTIVE, r"expected an instance of eve_ds\.tasks\.FinetuneSpec, this is of type WordsSpec"),
         (PretrainConfig, TASK, r"expected an instance of eve_ds\.tasks\.PretrainSpec, this is of type ColorSpec"),

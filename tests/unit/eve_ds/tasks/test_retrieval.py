@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eve_ds.tasks.contrast import contrastive_sum, hard_negatives
 from eve_ds.tasks.masking import random_bits
-from eve_ds.tasks.retrieval import Retrieval, contrastive_sum, hard_negatives
+from eve_ds.tasks.retrieval import Retrieval
 from tests.support.tiny_tasks import Batch, rows_of, tiny_batch, tiny_task
 
 
