@@ -1,10 +1,11 @@
 """Benchmark the parts of EVE-DS on this machine against baselines, or test what a pre-trained model has learned.
 
-    python -m eve_ds.bench moe|attention|step|gemm|loader|probe|words [--json FILE] ...
+    python -m eve_ds.bench moe|attention|step|objective|gemm|loader|probe|words [--json FILE] ...
 
-Prints a table. The JSON file holds a list of rows with all figures (for loader: one dictionary). Milliseconds are
-medians, shares are fractions. Other load on the machine distorts the figures: every row holds the load average at the
-start of the run. probe and words measure no times: they test what a pre-trained model has learned of the shapes world.
+Prints a table. The JSON file holds a list of rows with all figures (for loader and objective: one dictionary).
+Milliseconds are medians, shares are fractions. Other load on the machine distorts the figures: every row holds the load
+average at the start of the run. probe and words measure no times: they test what a pre-trained model has learned of the
+shapes world.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
-from eve_ds.bench import attention, gemm, loader, machine, moe, probe, step, words
+from eve_ds.bench import attention, gemm, loader, machine, moe, objective, probe, step, words
 from eve_ds.bench.benchmark import Benchmark, print_table
 from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "moe": moe.BENCHMARK,
     "attention": attention.BENCHMARK,
     "step": step.BENCHMARK,
+    "objective": objective.BENCHMARK,
     "gemm": gemm.BENCHMARK,
     "loader": loader.BENCHMARK,
     "probe": probe.BENCHMARK,

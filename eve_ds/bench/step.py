@@ -35,7 +35,7 @@ from eve_ds.model.block import Attention
 from eve_ds.model.flops import count_flops
 from eve_ds.model.moe import MoE
 from eve_ds.plan.live_bytes import WithoutValues
-from eve_ds.tasks.base import Batch
+from eve_ds.tasks.base import Batch, Task
 from eve_ds.tasks.masked_modeling import WORD_ROW_MULTIPLE, MaskedModeling
 from eve_ds.tasks.masking import masked_words
 
@@ -94,13 +94,14 @@ def plain_version(task: MaskedModeling, capacity_factor: float = 1.0) -> MaskedM
 def _forward_backward(
     options: Namespace, config: PretrainConfig, tasks: dict[str, MaskedModeling], pairs: int, device: torch.device
 ) -> Row:
-    best = _peak(options, config, pairs, device)
+    best = peak_of_step(options, config, pairs, device)
     batch = make_batch(config, pairs, device)
     candidates = {name: _candidate(task, batch) for name, task in tasks.items()}
     taken = in_turn(candidates, device, options.repeats, options.warmup)
     ms = medians(taken)
     extra = {
-        name: extra_bytes(candidates[name], functools.partial(_gradients, task), device) for name, task in tasks.items()
+        name: extra_bytes(candidates[name], functools.partial(gradients_of, task), device)
+        for name, task in tasks.items()
     }
     for candidate in candidates.values():
         candidate.prepare()  # leaves no gradients behind
@@ -125,19 +126,24 @@ def _forward_backward(
     }
 
 
+def build_task(config: PretrainConfig, backbone: Backbone) -> Task:
+    """The task of a recipe over a backbone."""
+    return config.spec.build(backbone, config.objective, mask_id=MASK_ID, num_classes=0, seed=0)
+
+
 def flops_of(config: PretrainConfig, pairs: int) -> float:
     """Of the matrix products of one batch of ``make_batch``, forward and backward, without the padding of rows."""
     rows = WORD_ROW_MULTIPLE * config.model.num_experts
-    words = masked_words(config.model.max_text_length, config.objective.text_mask_ratio)
+    selected = config.spec.selected_rows(config.objective, rows, config.model.max_text_length)
     model = dataclasses.replace(config.model, checkpoint_activations=False)
     meta = torch.device("meta")
 
     def run() -> None:
-        with meta, WithoutValues(rows * words, scalar=0):
+        with meta, WithoutValues(selected, scalar=0):
             task(batch).loss.backward()
 
     with meta:
-        task = MaskedModeling(Backbone(model), config.objective, MASK_ID)
+        task = build_task(config, Backbone(model))
     batch = make_batch(config, rows, meta)
     return count_flops(run) / rows * pairs
 
@@ -150,10 +156,11 @@ def make_batch(config: PretrainConfig, pairs: int, device: torch.device) -> Batc
         "text_ids": torch.randint(FIRST_WORD, model.vocab_size, (pairs, length), device=device),
         "text_mask": torch.ones(pairs, length, dtype=torch.bool, device=device),
         "sample_id": torch.arange(pairs, device=device),
+        "image_index": torch.arange(pairs, device=device),
     }
 
 
-def _peak(options: Namespace, config: PretrainConfig, pairs: int, device: torch.device) -> Measured:
+def peak_of_step(options: Namespace, config: PretrainConfig, pairs: int, device: torch.device) -> Measured:
     """The best of the products that the step consists of, and of square ones."""
     model = config.model
     tokens = pairs * (1 + model.num_patches + model.max_text_length)
@@ -167,11 +174,11 @@ def _peak(options: Namespace, config: PretrainConfig, pairs: int, device: torch.
     return find_peak(options, products, DTYPES[config.engine.precision], device)[0]
 
 
-def _candidate(task: MaskedModeling, batch: Batch) -> Candidate:
+def _candidate(task: Task, batch: Batch) -> Candidate:
     return Candidate(lambda: task(batch).loss.backward(), lambda: task.zero_grad(set_to_none=True))
 
 
-def _gradients(task: nn.Module) -> list[Tensor]:
+def gradients_of(task: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
 
 

@@ -32,15 +32,8 @@ def make_plan(options: Any) -> dict[str, Any]:
     Raises:
         UserError: the run would be refused at its start, or an option of the plan makes no sense.
     """
-    config = _config(options)
-    _check(options)
-    check_world(config.engine.expert_parallel_size, config.model.num_experts, options.world_size)
-    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
+    config, zero, batch, limit = _prepared(options)
     on_gpu = options.device == "gpu"
-    zero = Zero.of_run(config, settings, options.world_size, on_gpu)
-    length = options.text_length or config.model.max_text_length
-    batch = Batch(settings["train_micro_batch_size_per_gpu"], length)
-    limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
     plain = _rehearse(config, zero, options, checkpointing=False)
     recomputed = _rehearse(config, zero, options, checkpointing=True)
     whole = build(with_checkpointing(config, on=False), options.num_answers)
@@ -57,6 +50,29 @@ def make_plan(options: Any) -> dict[str, Any]:
         "sent_per_step": traffic(config, zero, plain.groups, batch),
         **_work(config, zero, whole, batch, options),
     }
+
+
+def forecast(options: Any) -> dict[str, int]:
+    """Of ``make_plan``, the memory without activation checkpointing: bytes by kind, and the largest micro-batch.
+
+    Arguments and errors as there.
+    """
+    config, zero, batch, limit = _prepared(options)
+    return _memory(_rehearse(config, zero, options, checkpointing=False), batch, limit)
+
+
+def _prepared(options: Any) -> tuple[Config, Zero, Batch, int]:
+    """The run, how ZeRO divides it, one rank's micro-batch, and the bytes that it may take."""
+    config = _config(options)
+    _check(options)
+    check_world(config.engine.expert_parallel_size, config.model.num_experts, options.world_size)
+    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
+    on_gpu = options.device == "gpu"
+    zero = Zero.of_run(config, settings, options.world_size, on_gpu)
+    length = options.text_length or config.model.max_text_length
+    batch = Batch(settings["train_micro_batch_size_per_gpu"], length)
+    limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
+    return config, zero, batch, limit
 
 
 def _config(options: Any) -> Config:
