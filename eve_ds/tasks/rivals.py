@@ -9,7 +9,7 @@ joint pass over three rows a pair, as in EVE's published fine-tuning code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from eve_ds.tasks.retrieval import SPEC as RETRIEVAL
 from eve_ds.tasks.spec import HeldOutExamples, Pass, stored_mask_id, stored_section
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
+from preprocessing.text.tokenizer import Tokenizer
 
 MLM_USE, MIM_USE = DROP_PATH_USES, DROP_PATH_USES + 1
 
@@ -77,9 +78,10 @@ class Rival(Contrast, MaskedModeling):
     rebuilds: ClassVar[bool] = True
 
     def __init__(self, backbone: Backbone, objective: RivalConfig, mask_id: int) -> None:
-        super().__init__(backbone, objective, mask_id)
-        if not self.rebuilds:
-            del self.pixel_decoder  # a parameter without a gradient would stop ZeRO
+        # A decoder without use must not be built: a parameter without a gradient would stop ZeRO.
+        mode = {"mode": "separate" if self.rebuilds else "mlm"}
+        masked = {own.name: getattr(objective, own.name) for own in fields(ObjectiveConfig)}
+        super().__init__(backbone, ObjectiveConfig(**masked | mode), mask_id)
         self.seed = objective.seed
         self.add_pair_heads(objective.embed_dim, objective.temperature, self.matches)
 
@@ -119,11 +121,14 @@ class RivalSpec(MaskedSpec):
         objective = RivalConfig()
         if files.config is not None and "decoder_dim" in read_run_config(files.config, "objective")["objective"]:
             objective = stored_section(RivalConfig, files.config, "objective")
-        return self.task(backbone, replace(objective, embed_dim=width), stored_mask_id(files))
+        task = self.task(backbone, replace(objective, embed_dim=width), stored_mask_id(files))
+        if files.tokenizer is not None:
+            task.use_tokenizer(Tokenizer.load(files.tokenizer))
+        return task
 
     def held_out_examples(self, task: Any, batch: Batch, dataset: Samples, chosen: Sequence[int]) -> HeldOutExamples:
-        """Images rebuilt and words predicted, where the task has both decoders; else none."""
-        if not {"mlm", "mim"} <= set(self.losses):
+        """Images rebuilt and words predicted, of what the task predicts."""
+        if not isinstance(task, MaskedModeling):
             return HeldOutExamples()
         return super().held_out_examples(task, batch, dataset, chosen)
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from evaluation import nlvr, retrieval
+from eve_ds.tasks import load_task_model
+from eve_ds.tasks.itc_itm_mlm_mim import ItcItmMlmMim
 from tests.support import ranks
 from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make_vqa_set, tiny_tokenizer
 
@@ -29,6 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the rival with all losses, so that retrieval can take its heads."""
     output = tmp_path_factory.mktemp("pretrained") / "run"
     options = [
         "--config=tests/e2e/tiny.yaml",
@@ -37,9 +40,11 @@ def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     options += [
         f"--output_dir={output}",
+        "--task=itc_itm_mlm_mim",
+        "--objective.embed_dim=16",
         "--optimizer.total_steps=2",
         "--logging.wandb=false",
-        "--logging.eval_every=0",
+        "--logging.eval_every=2",
     ]
     ranks.run("eve_ds.pretrain", options)
     return output
@@ -58,10 +63,22 @@ def finetune(task: str, data: Path, checkpoint: Path, output: Path, *more: str, 
     return ranks.run("eve_ds.finetune", options, world_size)
 
 
+def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
+    records = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    (held_out,) = (record for record in records if "val/loss" in record)
+    losses = [held_out[f"val/{name}_loss"] for name in ("itc", "itm", "mlm", "mim")]
+    assert held_out["val/loss"] == pytest.approx(sum(losses))
+    assert 0 <= held_out["val/itm_accuracy"] <= 1
+    shown = json.loads((pretrained / "samples" / "samples.json").read_text())
+    assert len(shown["images"]) == len(shown["words"]) == 8
+    task = load_task_model("itc_itm_mlm_mim", pretrained)
+    assert isinstance(task, ItcItmMlmMim) and task.objective.decoder_dim == 32 and task.mask_id == 4
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretrained: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
-    finetune(task, data, pretrained, first)
+    finetune(task, data, pretrained, first, *(["--load_head"] if task == "itr_coco" else []))
     scores = json.loads((first / "scores_test.json").read_text())
     logged = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in logged if any(key.startswith("val/") for key in record)] == [2, 4]

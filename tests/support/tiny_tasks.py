@@ -30,7 +30,7 @@ PER_TOKEN = ("text_ids", "text_mask")
 
 OBJECTIVE = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
 JOINT = ObjectiveConfig(mode="joint", decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
-RIVAL = RivalConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5, embed_dim=16)
+RIVAL = RivalConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5, embed_dim=16, word_head="mlp")
 
 
 def _amplified(task: MaskedModeling) -> MaskedModeling:
