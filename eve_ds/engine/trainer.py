@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -23,7 +22,8 @@ from eve_ds.engine.batches import TrainingBatches, to_device
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
-from eve_ds.engine.divergence import SUSPECTS, LossRange
+from eve_ds.engine.distributed import gather
+from eve_ds.engine.divergence import NOT_FINITE, LossRange, add_suspect, not_finite
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.optim import build_optimizer
@@ -223,7 +223,10 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - began
         samples = self.config.engine.global_batch_size
+        share = float(totals["loss"][0])
         norm = self._record_finiteness(means["loss"])
+        if self._nonfinite_streak:
+            self._tell_nonfinite(means, share, batches)
         self.stopped_early = self.stopped_early and not self._nonfinite_streak  # the next finite step saves and stops
         return {
             "step": self.step,
@@ -272,9 +275,15 @@ class Trainer:
         self.skipped_steps += not applied
         finite = applied and math.isfinite(loss) and math.isfinite(norm)
         self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
-        if not finite and self.is_main:
-            _log.warning("step %d: the loss or its gradient is not finite; left out", self.step)
         return norm
+
+    def _tell_nonfinite(self, means: dict[str, float], share: float, batches: TrainingBatches) -> None:
+        """Log the last step, which is not finite, and store its samples. ``share``: this rank's, of the loss."""
+        shares = gather(share)
+        if self.is_main:
+            samples = batches.samples_of(self.step)
+            shown = add_suspect(self.output_dir, self.step, NOT_FINITE, samples, not_finite(means, shares))
+            _log.warning("step %d: the loss or its gradient is not finite; left out; %s", self.step, shown)
 
     def _raise_if_diverged(self) -> None:
         """Raise UserError after too many non-finite steps, before a checkpoint of them replaces a finite one."""
@@ -292,13 +301,8 @@ class Trainer:
         if found is None:
             return
         if self.is_main:
-            samples = batches.samples_of(self.step)
-            suspects = self.output_dir / SUSPECTS
-            with open(suspects, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **vars(found), "samples": samples}) + "\n")
-            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-            count = len(samples)
-            _log.warning("step %d: %s; its samples are %s (all %d: %s)", self.step, found, shown, count, suspects)
+            shown = add_suspect(self.output_dir, self.step, "loss", batches.samples_of(self.step), vars(found))
+            _log.warning("step %d: %s; %s", self.step, found, shown)
         self._call_hooks("alert", "suspect loss", f"step {self.step}: {found}")
         if found.lasting and self.config.optimizer.stop_on_divergence:
             raise UserError(

@@ -59,6 +59,10 @@ def test_a_step_left_out_is_counted_and_resumed_exactly(spiked: Path, options: l
     found = steps(spiked)
     assert found[2]["loss"] is None and "skipped_steps" not in found[1]
     assert [found[step]["skipped_steps"] for step in range(2, 7)] == [1] * 5
+    (suspect,) = map(json.loads, (spiked / "suspects.jsonl").read_text().splitlines())
+    assert (suspect["step"], suspect["kind"], suspect["not_finite"]) == (2, "not finite", ["loss"])
+    assert suspect["rank_losses"][0] > 0 and suspect["rank_losses"][1] is None  # it was rank 1's
+    assert len(suspect["samples"]) == 8 and max(suspect["samples"]) < 24 * 5
     assert all(found[step]["loss"] > 0 for step in (1, 3, 4, 5, 6))
     again = without_the_end(spiked, tmp_path / "run")
     assert "training from step 3 to step 6" in ranks.run("eve_ds.pretrain", [*options, f"--output_dir={again}"])
@@ -83,6 +87,9 @@ def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: lis
         "the run has diverged: since step 2 no loss or gradient was finite; nothing was saved since",
     )
     assert len(steps(output)) == 11 and not (output / "model").exists()
+    suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
+    assert [suspect["step"] for suspect in suspects] == list(range(2, 12))
+    assert all(suspect["kind"] == "not finite" and "loss" in suspect["not_finite"] for suspect in suspects)
     assert not list((output / "checkpoints").glob("*/complete.json"))
 
 
@@ -99,6 +106,7 @@ def test_a_finite_divergence_is_told_with_its_samples_and_ends_the_run_if_wished
     suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
     lines = [line for line in text.splitlines() if line.startswith("WARNING: step ")]
     assert len(lines) == len(suspects) >= 1 and suspects[-1]["lasting"]
+    assert all(suspect["kind"] == "loss" for suspect in suspects)
     for line, suspect in zip(lines, suspects, strict=True):
         assert f"step {suspect['step']}: the loss " in line and f"(all 8: {output / 'suspects.jsonl'})" in line
         assert len(suspect["samples"]) == 8 and max(suspect["samples"]) < 24 * 5
