@@ -26,6 +26,7 @@ from eve_ds.engine.distributed import gather
 from eve_ds.engine.divergence import NOT_FINITE, LossRange, add_suspect, not_finite
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
+from eve_ds.engine.loss_scale import can_fall, scale_of
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
@@ -212,6 +213,7 @@ class Trainer:
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
         torch.manual_seed(seed % 2**63)  # dropout (only NLVR's head has it) repeats in a run resumed on as many ranks
         self.engine.train()
+        scale, may_overflow = scale_of(self.engine), can_fall(self.engine)
         totals, waited = self._accumulate(batches)
         counts = batches.counts()
         # The mean over ranks: one rank's slow disk shows on the others as a slow collective only.
@@ -224,7 +226,7 @@ class Trainer:
         seconds = time.perf_counter() - began
         samples = self.config.engine.global_batch_size
         share = float(totals["loss"][0])
-        norm = self._record_finiteness(means["loss"])
+        norm = self._record_finiteness(means["loss"], may_overflow)
         if self._nonfinite_streak:
             self._tell_nonfinite(means, share, batches)
         self.stopped_early = self.stopped_early and not self._nonfinite_streak  # the next finite step saves and stops
@@ -238,6 +240,7 @@ class Trainer:
             "step_seconds": seconds,
             "data/wait_fraction": waited / seconds,
             **self._counts,
+            **({"optim/loss_scale": scale} if scale is not None else {}),
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
         }
 
@@ -267,13 +270,16 @@ class Trainer:
                 totals[name] = totals[name] + value if name in totals else value
         return totals, waited
 
-    def _record_finiteness(self, loss: float) -> float:
-        """Update ``skipped_steps`` and ``_nonfinite_streak``. Returns the gradient norm. The same on every rank."""
+    def _record_finiteness(self, loss: float, may_overflow: bool) -> float:
+        """Update ``skipped_steps`` and ``_nonfinite_streak``. Returns the gradient norm. The same on every rank.
+
+        ``may_overflow``: gradients that are not finite, of a finite loss, are how a loss scale finds its height.
+        """
         found = self.engine.get_global_grad_norm()
         norm = float(found) if found is not None else 0.0
         applied = self.engine.was_step_applied()
         self.skipped_steps += not applied
-        finite = applied and math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss) and ((applied and math.isfinite(norm)) or may_overflow)
         self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
         return norm
 

@@ -40,7 +40,7 @@ def make_plan(options: Any) -> dict[str, Any]:
         stage=settings["zero_optimization"]["stage"],
         world_size=options.world_size,
         ep_size=config.engine.expert_parallel_size,
-        itemsize=2 if config.engine.precision == "bf16" else 4,
+        itemsize=4 if config.engine.precision == "fp32" else 2,
         accumulation=settings["gradient_accumulation_steps"],
         settings=settings["zero_optimization"],
         whole_buffers=on_gpu,
