@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,14 +86,25 @@ def test_it_is_resumed_by_other_ranks_too(spiked: Path, options: list[str], tmp_
 def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     refused(
-        [*options, f"--output_dir={output}", "--optimizer.lr=1e20", "--optimizer.total_steps=50"],
+        [
+            *options,
+            f"--output_dir={output}",
+            "--optimizer.lr=1e20",
+            "--optimizer.total_steps=50",
+            "--checkpoint.every=1",
+        ],
         "the run has diverged: since step 2 no loss or gradient was finite; nothing was saved since",
     )
     assert len(steps(output)) == 11 and not (output / "model").exists()
     suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
     assert [suspect["step"] for suspect in suspects] == list(range(2, 12))
     assert all(suspect["kind"] == "not finite" and "loss" in suspect["not_finite"] for suspect in suspects)
-    assert not list((output / "checkpoints").glob("*/complete.json"))
+    assert [path.parent.name for path in (output / "checkpoints").glob("*/complete.json")] == ["step_00000001"]
+    replay = [sys.executable, "docs/examples/replay.py", str(output), "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ranks.REPOSITORY)}
+    told = subprocess.run(replay, capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
+    assert told.returncode == 0 and "first module: ['" in told.stdout, told.stdout + told.stderr
+    assert told.stdout.endswith("replayed 4 micro-batches of step 2 with step_00000001\n")
 
 
 def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(options: list[str], tmp_path: Path) -> None:
