@@ -105,8 +105,9 @@ class EngineConfig:
             to the global batch is accumulated.
         expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
             ``model.num_experts``.
-        precision: bf16 (weights bf16, master copy and Adam fp32), fp32, or auto: bf16 where the device multiplies such
-            matrices by itself, else fp32; a resumed run keeps what it began with.
+        precision: bf16 (weights bf16, master copy and Adam fp32), fp16 (likewise, with dynamic loss scaling: for V100
+            and T4, which have no bf16), fp32, or auto: bf16 where the device multiplies such matrices by itself, else
+            fp32; a resumed run keeps what it began with.
         timeout_seconds: after so long without progress a rank says whom it waits for, writes its stacks, and ends.
         seed: of initial weights, sample order, masks, augmentation, drop path.
     """
@@ -114,7 +115,7 @@ class EngineConfig:
     global_batch_size: int = 256
     micro_batch_size: int | None = None
     expert_parallel_size: int = 1
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     timeout_seconds: int = 600
     seed: int = 0
 

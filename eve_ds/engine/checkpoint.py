@@ -38,6 +38,7 @@ from eve_ds.engine.checkpoint_record import (
     model_file,
 )
 from eve_ds.engine.identity import Identity, summarized
+from eve_ds.engine.loss_scale import keep_settings
 from eve_ds.engine.resume import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.watchdog import mark
 from eve_ds.engine.whole_weights import ShardedState, write_common, write_parameters
@@ -216,6 +217,7 @@ def load(
             f"{path}: has experts in {saved}, the model in {wanted}; resume with the model that it was written for"
         )
     settings = [_hyper_parameters(group) for group in engine.optimizer.param_groups]
+    scaler = engine.optimizer.loss_scaler
     as_it_is = manifest.topology == topology and manifest.experts == experts
     if as_it_is and _same_groups(engine, path, topology):
         mark(f"the load of {path}")
@@ -224,6 +226,7 @@ def load(
         _load_universal(engine, path, manifest, scratch or path.parent)
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
+    keep_settings(engine, scaler)
     _set_steps(engine, manifest.step - manifest.skipped_steps)
 
 
@@ -236,11 +239,12 @@ def load_callback_states(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _same_groups(engine: Any, path: Path, topology: Topology) -> bool:
-    """Whether the checkpoint has the engine's parameter groups, which depend on learning rates and weight decay."""
+    """Whether the checkpoint has the engine's precision and parameter groups (these depend on lr and weight decay)."""
     saved = load_file(model_file(path, topology.zero_stage, dist.get_rank()))
     groups = [list(group) for group in engine._get_zero_param_shapes()]
-    bf16 = saved["ds_config"].get("bf16", {}).get("enabled", False)
-    return [list(group) for group in saved[PARAM_SHAPES]] == groups and bf16 == engine.bfloat16_enabled()
+    halves = [saved["ds_config"].get(name, {}).get("enabled", False) for name in ("bf16", "fp16")]
+    same_precision = halves == [engine.bfloat16_enabled(), engine.fp16_enabled()]
+    return [list(group) for group in saved[PARAM_SHAPES]] == groups and same_precision
 
 
 def identity_in(path: Path, manifest: Manifest) -> Identity:

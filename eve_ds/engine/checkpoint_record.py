@@ -22,7 +22,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.checkpoint.constants import AUTOEP_EXPERT_PLACEMENT, AUTOEP_LAYERS_KEY
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import nn
@@ -36,7 +36,7 @@ ABSENT = os.strerror(errno.ENOENT)
 _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its file system, and start again"
 _OWN_FILES = "its files are not all of one save: put back those that are, or go on from an older checkpoint"
 # The only classes in DeepSpeed's files that torch.load does not allow by itself.
-torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 Sizes = dict[str, int | str]  # file below the checkpoint: bytes, or why it cannot be opened
 Hashes = dict[str, tuple[int, str]]  # file below the checkpoint: bytes, SHA-256

@@ -1,6 +1,6 @@
 """Reads a DeepSpeed JSON file for ``deepspeed.initialize``: fills in "auto", and refuses settings known to be wrong.
 
-A run computes in bf16 where the device multiplies such matrices by itself, else in fp32.
+A run computes in bf16 where the device multiplies such matrices by itself, else in fp32; in fp16 where it is asked to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eve_ds.weights.model_folder import run_of, stored_setting
 from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import check_regular, load_json
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
 _log = logging.getLogger(__name__)
 # Keys that DeepSpeed 0.19.8 reads as JSON objects. It fails without a clear message on other values.
 SECTIONS = (
@@ -59,17 +59,25 @@ def precision_of(engine: EngineConfig) -> Precision:
 
 
 def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None:
-    """Put bf16 or fp32 in the place of ``engine.precision: auto``: that of the run in ``output_dir``, if it holds one,
+    """Put a precision in the place of ``engine.precision: auto``: that of the run in ``output_dir``, if it holds one,
     or of the run that this one branches from.
 
     A run goes on in the numbers that it began with, whatever machine it is moved to. A new one takes bf16 if it is
     quick on the devices of all ranks. Rank 0 warns of bf16 that was asked for where it is slow. Called by all ranks.
+
+    Raises:
+        UserError: fp16, and a rank's device does not compute in it.
     """
     if config.engine.precision == "auto":
         run = Path(config.resume_from or "")
         folders = [Path(config.output_dir or "."), *([run_of(run) or run] if config.resume_from else [])]
         stored: Precision | None = decide(lambda: next(filter(None, map(_stored, folders)), None))
         config.engine.precision = stored or _best_of_all_ranks()
+    if config.engine.precision == "fp16" and not all(gather(_takes_fp16())):
+        raise UserError(
+            "engine.precision=fp16: needs GPUs from the V100 on, or CPUs with AVX512-FP16, on all ranks; set "
+            "engine.precision=fp32"
+        )
     if rank == 0 and config.engine.precision == "bf16" and best_precision() == "fp32":
         _log.warning(
             "engine.precision=bf16: this device has no products of bf16 matrices, which run many times slower than "
@@ -81,11 +89,18 @@ def _best_of_all_ranks() -> Precision:
     return "fp32" if "fp32" in gather(best_precision()) else "bf16"
 
 
+def _takes_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 on this rank's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
 def _stored(folder: Path) -> Precision | None:
     if not holds_run(folder):
         return None
     stored = stored_setting(folder, "engine", "precision")  # of a config that cannot be read run_folder.claim tells
-    return stored if stored in ("bf16", "fp32") else None
+    return stored if stored in ("bf16", "fp16", "fp32") else None
 
 
 def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
@@ -137,7 +152,7 @@ def load_deepspeed_config(
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optimizer.gradient_clipping,
-        "bf16": {"enabled": precision_of(engine) == "bf16"},
+        **{name: {"enabled": precision_of(engine) == name} for name in ("bf16", "fp16")},
     }
     filled = _fill(raw, ours, path)
     if left := _unfilled(filled):
@@ -224,6 +239,7 @@ def refuse(config: dict[str, Any], path: str) -> None:
     stage = stage if isinstance(stage, int) else -1  # refuse_keys names it
     offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"  # refuse_keys names others
     bf16, in_fp32 = config["bf16"]["enabled"], config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    halves = bf16 or config["fp16"]["enabled"]
     reasons = {
         "zero_optimization.stage=0: with experts its clipping norm is wrong (DeepSpeed#8475); use stage 1": stage == 0,
         "zero_optimization.overlap_comm=true: at stage 1 with several micro-batches a step, all gradients but those of "
@@ -236,7 +252,7 @@ def refuse(config: dict[str, Any], path: str) -> None:
         and zero.get("offload_param", {}).get("device", "none") != "none",
         'data_types.grad_accum_dtype="fp32": at stage 1 the gradient\'s norm is wrong with experts; use stage 2': stage
         == 1
-        and bf16
+        and halves
         and in_fp32,
         'communication_data_type="bf16": loses bits of fp32 gradients; leave it out': not bf16
         and config.get("communication_data_type") == "bf16",

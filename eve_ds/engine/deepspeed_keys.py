@@ -97,7 +97,16 @@ _TOP: dict[str, Rule] = {
     "aio": (idle, "is for NVMe offload, whose checkpoints are not whole"),
     "datastates_ckpt": (only(False), "another writer of checkpoints, which are not whole"),
     "bfloat16": (off, "an old name; write bf16"),
-    "fp16": (off, "overflow steps would break exact resume; use bf16"),
+    "fp16": (off, ""),  # as below, unless it is off
+    "fp16.enabled": (anything, ""),  # must equal the config, as bf16.enabled must
+    "fp16.loss_scale": (only(0), "a fixed scale skips steps without end once gradients outgrow it; use 0, dynamic"),
+    "fp16.initial_scale_power": (anything, ""),
+    "fp16.loss_scale_window": (anything, ""),
+    "fp16.hysteresis": (steps, "must be a number of steps, 1 or more"),
+    "fp16.consecutive_hysteresis": (only(True, False), "must be true or false"),
+    "fp16.min_loss_scale": (anything, ""),
+    "fp16.auto_cast": (only(False), "the model casts by itself; targets of the losses stay in fp32"),
+    "fp16.fp16_master_weights_and_grads": (only(False), "needs an optimizer that the engine does not make"),
     "optimizer": (only(), "the engine makes its own (config section optimizer)"),
     "scheduler": (only(), "the engine has its own (optimizer.schedule)"),
     "bf16.immediate_grad_update": (only(False), _NOTHING),
@@ -207,7 +216,8 @@ def _entries(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         key = f"{prefix}{name}"
         if key not in RULES and key.startswith("zero_optimization.stage3_"):
             key = key.replace(".stage3_", ".")  # DeepSpeed accepts both names
-        found += _entries(value, f"{key}.") if key in _SECTIONS and isinstance(value, dict) else [(key, value)]
+        opened = key in _SECTIONS and isinstance(value, dict) and not (key in RULES and off(value))
+        found += _entries(value, f"{key}.") if opened else [(key, value)]
     return found
 
 

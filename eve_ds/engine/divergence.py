@@ -10,15 +10,19 @@ above median + 1.5 * (largest - median) had a z-score beyond 4.3, and no level e
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-SUSPECTS = "suspects.jsonl"  # steps whose loss was far out of its range, with the indices of their samples
+# Steps whose loss was far out of its range (kind "loss") or that were not finite, with the indices of their samples.
+SUSPECTS = "suspects.jsonl"
+NOT_FINITE = "not finite"
 RECENT = 100  # steps that form the range
 LEAST = 30  # steps needed before anything is reported
 LEVEL = 10  # steps whose median is the level
@@ -47,6 +51,31 @@ class Departure:
         what = f"has been around {self.loss:.4g} for {LEVEL} steps" if self.lasting else f"is {self.loss:.4g}"
         where = f"median {self.median:.4g}, largest {self.largest:.4g} of the {RECENT} steps before"
         return f"the loss {what}, far out of its recent range ({where}; robust z-score {self.z:.0f})"
+
+
+def add_suspect(folder: Path, step: int, kind: str, samples: Sequence[int], details: Mapping[str, Any]) -> str:
+    """Append a step to ``folder/suspects.jsonl``. Returns its samples in words, for the log."""
+    path = folder / SUSPECTS
+    line = json.dumps({"step": step, "kind": kind, **details, "samples": list(samples)})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+    return f"its samples are {shown} (all {len(samples)}: {path})"
+
+
+def not_finite(means: Mapping[str, float], rank_losses: Sequence[float]) -> dict[str, Any]:
+    """What a line of a step that is not finite says of it.
+
+    Args:
+        means: the step's loss and metrics, over all ranks.
+        rank_losses: each rank's share of the loss, summed over its micro-batches.
+    Returns:
+        not_finite: the losses and metrics that are not, or "gradient" if all of them are finite; rank_losses: with
+        null, as JSON has it, for those that are not finite.
+    """
+    names = sorted(name for name, value in means.items() if not math.isfinite(value))
+    shares = [share if math.isfinite(share) else None for share in rank_losses]
+    return {"not_finite": names or ["gradient"], "rank_losses": shares}
 
 
 class LossRange:

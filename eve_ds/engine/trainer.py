@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -23,9 +22,11 @@ from eve_ds.engine.batches import TrainingBatches, to_device
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.deepspeed_config import load_deepspeed_config
-from eve_ds.engine.divergence import SUSPECTS, LossRange
+from eve_ds.engine.distributed import gather
+from eve_ds.engine.divergence import NOT_FINITE, LossRange, add_suspect, not_finite
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
+from eve_ds.engine.loss_scale import can_fall, scale_of
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
@@ -212,6 +213,7 @@ class Trainer:
         seed = (self.config.engine.seed * 1_000_003 + self.step) * 65_536 + self.rank
         torch.manual_seed(seed % 2**63)  # dropout (only NLVR's head has it) repeats in a run resumed on as many ranks
         self.engine.train()
+        scale, may_overflow = scale_of(self.engine), can_fall(self.engine)
         totals, waited = self._accumulate(batches)
         counts = batches.counts()
         # The mean over ranks: one rank's slow disk shows on the others as a slow collective only.
@@ -223,7 +225,10 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - began
         samples = self.config.engine.global_batch_size
-        norm = self._record_finiteness(means["loss"])
+        share = float(totals["loss"][0])
+        norm = self._record_finiteness(means["loss"], may_overflow)
+        if self._nonfinite_streak:
+            self._tell_nonfinite(means, share, batches)
         self.stopped_early = self.stopped_early and not self._nonfinite_streak  # the next finite step saves and stops
         return {
             "step": self.step,
@@ -235,6 +240,7 @@ class Trainer:
             "step_seconds": seconds,
             "data/wait_fraction": waited / seconds,
             **self._counts,
+            **({"optim/loss_scale": scale} if scale is not None else {}),
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
         }
 
@@ -264,17 +270,26 @@ class Trainer:
                 totals[name] = totals[name] + value if name in totals else value
         return totals, waited
 
-    def _record_finiteness(self, loss: float) -> float:
-        """Update ``skipped_steps`` and ``_nonfinite_streak``. Returns the gradient norm. The same on every rank."""
+    def _record_finiteness(self, loss: float, may_overflow: bool) -> float:
+        """Update ``skipped_steps`` and ``_nonfinite_streak``. Returns the gradient norm. The same on every rank.
+
+        ``may_overflow``: gradients that are not finite, of a finite loss, are how a loss scale finds its height.
+        """
         found = self.engine.get_global_grad_norm()
         norm = float(found) if found is not None else 0.0
         applied = self.engine.was_step_applied()
         self.skipped_steps += not applied
-        finite = applied and math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss) and ((applied and math.isfinite(norm)) or may_overflow)
         self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
-        if not finite and self.is_main:
-            _log.warning("step %d: the loss or its gradient is not finite; left out", self.step)
         return norm
+
+    def _tell_nonfinite(self, means: dict[str, float], share: float, batches: TrainingBatches) -> None:
+        """Log the last step, which is not finite, and store its samples. ``share``: this rank's, of the loss."""
+        shares = gather(share)
+        if self.is_main:
+            samples = batches.samples_of(self.step)
+            shown = add_suspect(self.output_dir, self.step, NOT_FINITE, samples, not_finite(means, shares))
+            _log.warning("step %d: the loss or its gradient is not finite; left out; %s", self.step, shown)
 
     def _raise_if_diverged(self) -> None:
         """Raise UserError after too many non-finite steps, before a checkpoint of them replaces a finite one."""
@@ -292,13 +307,8 @@ class Trainer:
         if found is None:
             return
         if self.is_main:
-            samples = batches.samples_of(self.step)
-            suspects = self.output_dir / SUSPECTS
-            with open(suspects, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **vars(found), "samples": samples}) + "\n")
-            shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-            count = len(samples)
-            _log.warning("step %d: %s; its samples are %s (all %d: %s)", self.step, found, shown, count, suspects)
+            shown = add_suspect(self.output_dir, self.step, "loss", batches.samples_of(self.step), vars(found))
+            _log.warning("step %d: %s; %s", self.step, found, shown)
         self._call_hooks("alert", "suspect loss", f"step {self.step}: {found}")
         if found.lasting and self.config.optimizer.stop_on_divergence:
             raise UserError(

@@ -15,7 +15,7 @@ from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 
 # Finite, so that a row whose keys are all masked does not become NaN; its exponential relative to any score is 0.
-MASKED = -1e30
+MASKED = -1e30  # fp16 has no such number: there it is half of its largest
 ATTENTION, FEED_FORWARD = 0, 1
 # [2, B] in [0, 1), a row per branch: a sample's branch is dropped where its draw is below drop_path. None: drawn here.
 Draws = Tensor | None
@@ -23,7 +23,8 @@ Draws = Tensor | None
 
 def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive attention mask [B, 1, 1, N] from valid [B, N] bool: 0 where a token may be attended to, else MASKED."""
-    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, MASKED)
+    masked = max(MASKED, torch.finfo(dtype).min / 2)
+    bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, masked)
     return bias[:, None, None, :]
 
 

@@ -48,7 +48,7 @@ def build(config: Config, num_answers: int, ep_size: int = 1) -> Task:
     with META:
         backbone = Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=ep_size))
         task = config.spec.build(backbone, config.objective, mask_id=0, num_classes=num_answers, seed=0)
-    return task.to(torch.bfloat16) if config.engine.precision == "bf16" else task
+    return task.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.engine.precision, torch.float32))
 
 
 def count_parameters(task: Task) -> Parameters:

@@ -79,7 +79,7 @@ class Zero:
         stage: 1, 2 or 3.
         world_size: ranks.
         ep_size: ranks that share the experts.
-        itemsize: bytes of a weight: 2 in bf16, 4 in fp32.
+        itemsize: bytes of a weight: 4 in fp32, 2 in bf16 and fp16.
         accumulation: micro-batches an optimizer step.
         settings: the DeepSpeed file's ``zero_optimization``.
         whole_buffers: reserved memory counts, as on a GPU; else only what is written, as in resident memory of a CPU.
@@ -100,7 +100,7 @@ class Zero:
             stage=settings["zero_optimization"]["stage"],
             world_size=world_size,
             ep_size=config.engine.expert_parallel_size,
-            itemsize=2 if config.engine.precision == "bf16" else 4,
+            itemsize=4 if config.engine.precision == "fp32" else 2,
             accumulation=settings["gradient_accumulation_steps"],
             settings=settings["zero_optimization"],
             whole_buffers=on_gpu,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,9 +45,9 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "model" / "model.safetensors")
 
 
-def without_the_end(run: Path, copy: Path) -> Path:
+def without_the_end(run: Path, copy: Path, last: int = 6) -> Path:
     shutil.copytree(run, copy)
-    for late in ("checkpoints/step_00000006", "model", "samples"):
+    for late in (f"checkpoints/step_{last:08d}", "model", "samples"):
         shutil.rmtree(copy / late)
     return copy
 
@@ -59,6 +62,10 @@ def test_a_step_left_out_is_counted_and_resumed_exactly(spiked: Path, options: l
     found = steps(spiked)
     assert found[2]["loss"] is None and "skipped_steps" not in found[1]
     assert [found[step]["skipped_steps"] for step in range(2, 7)] == [1] * 5
+    (suspect,) = map(json.loads, (spiked / "suspects.jsonl").read_text().splitlines())
+    assert (suspect["step"], suspect["kind"], suspect["not_finite"]) == (2, "not finite", ["loss"])
+    assert suspect["rank_losses"][0] > 0 and suspect["rank_losses"][1] is None  # it was rank 1's
+    assert len(suspect["samples"]) == 8 and max(suspect["samples"]) < 24 * 5
     assert all(found[step]["loss"] > 0 for step in (1, 3, 4, 5, 6))
     again = without_the_end(spiked, tmp_path / "run")
     assert "training from step 3 to step 6" in ranks.run("eve_ds.pretrain", [*options, f"--output_dir={again}"])
@@ -79,11 +86,51 @@ def test_it_is_resumed_by_other_ranks_too(spiked: Path, options: list[str], tmp_
 def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     refused(
-        [*options, f"--output_dir={output}", "--optimizer.lr=1e20", "--optimizer.total_steps=50"],
+        [
+            *options,
+            f"--output_dir={output}",
+            "--optimizer.lr=1e20",
+            "--optimizer.total_steps=50",
+            "--checkpoint.every=1",
+        ],
         "the run has diverged: since step 2 no loss or gradient was finite; nothing was saved since",
     )
     assert len(steps(output)) == 11 and not (output / "model").exists()
-    assert not list((output / "checkpoints").glob("*/complete.json"))
+    suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
+    assert [suspect["step"] for suspect in suspects] == list(range(2, 12))
+    assert all(suspect["kind"] == "not finite" and "loss" in suspect["not_finite"] for suspect in suspects)
+    assert [path.parent.name for path in (output / "checkpoints").glob("*/complete.json")] == ["step_00000001"]
+    replay = [sys.executable, "docs/examples/replay.py", str(output), "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ranks.REPOSITORY)}
+    told = subprocess.run(replay, capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
+    assert told.returncode == 0 and "first module: ['" in told.stdout, told.stdout + told.stderr
+    assert told.stdout.endswith("replayed 4 micro-batches of step 2 with step_00000001\n")
+
+
+def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(options: list[str], tmp_path: Path) -> None:
+    """From 2**31, far above what fits: more than ten steps in a row are left out, of which the run must not end."""
+    file, output = tmp_path / "fp16.json", tmp_path / "run"
+    scaling = {"enabled": "auto", "initial_scale_power": 31, "hysteresis": 1, "loss_scale_window": 4}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": scaling}))
+    half = [*options, "--engine.precision=fp16", f"--deepspeed_config={file}", "--optimizer.total_steps=30"]
+    half += ["--checkpoint.every=22", "--logging.eval_every=0", "--spike=fp16"]
+    ranks.run(SPIKE, [*half, f"--output_dir={output}"])
+    found = steps(output)
+    scales, skipped = ([found[step].get(key, 0) for step in found] for key in ("optim/loss_scale", "skipped_steps"))
+    first = next(i for i, count in enumerate(skipped) if i and count == skipped[i - 1])  # the first that is applied
+    assert 10 < first < 19 and skipped[:first] == list(range(1, first + 1))
+    assert scales[: first + 1] == [2.0 ** (31 - i) for i in range(first + 1)]
+    # Rank 1's experts alone overflow in step 20: rank 0 leaves it out, too, and halves its scale.
+    assert skipped[19] == skipped[18] + 1 and scales[20] == scales[19] / 2 and found[20]["loss"] > 0
+    assert any(later == 2 * before for before, later in itertools.pairwise(scales))
+    assert not (output / "suspects.jsonl").exists() and all(record["loss"] > 0 for record in found.values())
+    again = without_the_end(output, tmp_path / "again", last=30)
+    assert "training from step 22 to step 30" in ranks.run(SPIKE, [*half, f"--output_dir={again}"])
+    for step in range(23, 31):
+        for key in ("loss", "grad_norm", "optim/loss_scale", "skipped_steps"):
+            assert steps(again)[step][key] == found[step][key]
+    left, right = weights(output), weights(again)
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_finite_divergence_is_told_with_its_samples_and_ends_the_run_if_wished(
@@ -99,6 +146,7 @@ def test_a_finite_divergence_is_told_with_its_samples_and_ends_the_run_if_wished
     suspects = [json.loads(line) for line in (output / "suspects.jsonl").read_text().splitlines()]
     lines = [line for line in text.splitlines() if line.startswith("WARNING: step ")]
     assert len(lines) == len(suspects) >= 1 and suspects[-1]["lasting"]
+    assert all(suspect["kind"] == "loss" for suspect in suspects)
     for line, suspect in zip(lines, suspects, strict=True):
         assert f"step {suspect['step']}: the loss " in line and f"(all 8: {output / 'suspects.jsonl'})" in line
         assert len(suspect["samples"]) == 8 and max(suspect["samples"]) < 24 * 5

@@ -30,7 +30,8 @@ def test_the_short_list_is_short_and_holds_every_pair() -> None:
 
 @pytest.mark.parametrize("world_size", FACTORS["world_size"])
 def test_every_pair_of_settings_equals_one_process(world_size: int) -> None:
-    cases = [case for case in pairwise_cases() if case.world_size == world_size]
+    fp16 = [Case(stage, ep_size=2, world_size=2, precision="fp16") for stage in (1, 2, 3)]
+    cases = [case for case in (*pairwise_cases(), *fp16) if case.world_size == world_size]
     run([*cases, *(FROZEN if world_size == 2 else ())])
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.masked_modeling import MaskedModeling
+from tests.support.fp16 import allow_fp16
 from tests.support.pairwise import every_case, pairwise
 from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
 
@@ -28,6 +29,7 @@ STEPS, ROWS, EXPERTS, CLIP = 3, 32, 8, 0.5
 # token: a token near a tie goes either way by rounding there, and one more token for an expert that has few tells.
 IDLE = ((4, 5, 6, 7), (7,))
 DECIDED = (((0, 1), (2, 3)), ((0, 4), (2, 6)))
+HALVES, FP16_SCALE = {"bf16": torch.bfloat16, "fp16": torch.float16}, 1024.0
 FP32_TOLERANCE, BF16_TOLERANCE, BF16_TENSOR_TOLERANCE = 1e-5, 2e-2, 3e-1
 
 FACTORS: dict[str, list[Any]] = {
@@ -123,7 +125,7 @@ def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> 
             weight = layer.router.weight.mul_(10)  # choices differ from token to token
             weight[:, :2] = 0.0
             weight[list(idle), 0] = -6.0
-            if precision == "bf16":
+            if precision != "fp32":
                 weight[list(image), 1], weight[list(text), 1] = 6.0, -6.0
             layer.image_vector[:2] = torch.tensor([5.0, 5.0])
             layer.text_vector[:2] = torch.tensor([5.0, -5.0])
@@ -147,13 +149,15 @@ def arrays(task: MaskedModeling) -> dict[str, np.ndarray]:
 
 
 def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple[str, ...] = ()) -> Trajectory:
-    """A plain loop. In bf16: bf16 weights and gradients, an fp32 master copy which alone AdamW and the norm see."""
+    """A plain loop. In bf16 and fp16: such weights and gradients, an fp32 master copy which alone AdamW and the norm
+    see; the loss is scaled in fp16."""
     from eve_ds.callbacks.grad_norms import kind_of
     from eve_ds.engine.optim import decayed
 
     options, task = optimizer_config(clipping), build(precision)
-    if precision == "bf16":
-        task.bfloat16()
+    if precision != "fp32":
+        task.to(HALVES[precision])
+    scale = FP16_SCALE if precision == "fp16" else 1.0
     masters = {name: torch.nn.Parameter(value.detach().float()) for name, value in task.named_parameters()}
     for name, value in task.named_parameters():
         frozen = any(fnmatch.fnmatch(name, pattern) for pattern in freeze)
@@ -176,14 +180,15 @@ def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple
         for micro in range(accumulation):
             output = task(caption_batch(ROWS, seed=step * accumulation + micro))
             check_idle(task, loads(task))
-            (output.loss / accumulation).backward()
+            (output.loss * (scale / accumulation)).backward()
             loss += float(output.loss.detach()) / accumulation
             for name, value in task.named_parameters():
                 if not value.requires_grad:
                     continue
                 assert value.grad is not None, name
                 master = masters[name]
-                master.grad = value.grad.float() if master.grad is None else master.grad + value.grad.float()
+                gradient = value.grad.float() / scale
+                master.grad = gradient if master.grad is None else master.grad + gradient
             task.zero_grad()
         squares: dict[str, float] = {}
         for name, master in masters.items():
@@ -247,6 +252,9 @@ def under_deepspeed(case: Case) -> Trajectory:
     settings = load_deepspeed_config(f"ds_configs/zero{case.stage}.json", engine_config, options, world)
     settings["zero_optimization"] |= dict(case.zero)
     settings |= dict(case.file)
+    if case.precision == "fp16":
+        allow_fp16()
+        settings["fp16"] |= {"initial_scale_power": 10}  # FP16_SCALE: no step is left out
     engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
     trajectory = Trajectory([], [], {}, {})
     for step in range(STEPS):

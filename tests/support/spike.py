@@ -1,8 +1,9 @@
 """``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or it is asked to stop in that step, too
 (unsound); or ranks are asked to stop at once, or in the first evaluation; or, from the second step on, they take each
-other for stuck after six seconds (impatient).
+other for stuck after six seconds (impatient); or, in a run in fp16, the gradient of rank 1's experts alone overflows in
+step 20 (fp16).
 
-python -m tests.support.spike [--spike=stop|evaluation|unsound|impatient] OPTIONS
+python -m tests.support.spike [--spike=stop|evaluation|unsound|impatient|fp16] OPTIONS
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from eve_ds.errors import run_command
 
 def main() -> int:
     prepare_environment()
+    import torch
+
     from eve_ds import pretrain
     from eve_ds.engine import watchdog
     from eve_ds.engine.trainer import Trainer
     from eve_ds.tasks.masked_modeling import MaskedModeling
+    from tests.support.fp16 import allow_fp16
 
     forward, train_step = MaskedModeling.forward, Trainer._train_step
     incident = next((word.partition("=")[2] for word in sys.argv if word.startswith("--spike=")), "loss")
@@ -52,7 +56,20 @@ def main() -> int:
             watchdog._watchdog.seconds, watchdog._watchdog.interval = 6.0, 0.6
         return train_step(trainer, *arguments)
 
-    if incident == "impatient":
+    def overflowing(trainer: Trainer, *arguments: Any) -> Any:
+        handles = []
+        if trainer.step == 19 and os.environ["RANK"] == "1":
+            for layer in trainer.task.backbone.moe_layers():
+                handles += [part.register_hook(lambda gradient: gradient * torch.inf) for part in [layer.experts.w1]]
+        record = train_step(trainer, *arguments)
+        for handle in handles:
+            handle.remove()
+        return record
+
+    if incident == "fp16":
+        allow_fp16()
+        Trainer._train_step = overflowing  # type: ignore[method-assign]
+    elif incident == "impatient":
         Trainer._train_step = impatient  # type: ignore[method-assign]
     elif incident == "stop":
         Trainer._train_step = stopped  # type: ignore[method-assign]

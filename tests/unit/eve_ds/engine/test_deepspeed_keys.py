@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Asked(dict[str, Any]):
 
 def test_every_key_that_deepspeed_asks_for_is_decided() -> None:
     from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero import offload_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -62,6 +63,7 @@ def test_every_key_that_deepspeed_asks_for_is_decided() -> None:
     assert asked.names - roots - set(_REMOVED_TOP_LEVEL_CONFIG_KEYS) == set()
     for prefix, model in (
         ("bf16", DeepSpeedBF16Config),
+        ("fp16", DeepSpeedFP16Config),
         ("zero_optimization", DeepSpeedZeroConfig),
         ("zero_optimization.offload_param", offload_config.DeepSpeedZeroOffloadParamConfig),
         ("zero_optimization.offload_optimizer", offload_config.DeepSpeedZeroOffloadOptimizerConfig),
@@ -84,6 +86,23 @@ def test_values_that_stand_at_deepspeeds_defaults_are_taken(tmp_path: Path) -> N
     entries = {key: value for key, value in stated.items() if value is not None and key not in (*old, "leaf_module")}
     assert len(entries) > 30
     assert settings(tmp_path, {"zero_optimization": entries})["zero_optimization"] == entries
+
+
+def test_the_loss_scale_of_fp16_is_the_files(tmp_path: Path) -> None:
+    scaling = {"initial_scale_power": 12, "loss_scale_window": 500, "hysteresis": 1, "min_loss_scale": 2}
+    found = settings(tmp_path, {"fp16": {"enabled": "auto", **scaling}}, precision="fp16")
+    assert found["fp16"] == {"enabled": True, **scaling} and found["bf16"] == {"enabled": False}
+    off = {"enabled": False, "loss_scale": 128, "auto_cast": True}  # of no effect, so of no harm
+    assert settings(tmp_path, {"fp16": off})["fp16"] == off
+    for key, value, words in (
+        ("loss_scale", 128, "fp16.loss_scale=128: a fixed scale"),
+        ("auto_cast", True, "fp16.auto_cast=true: the model casts by itself"),
+        ("min_loss_scale", 0, "fp16.min_loss_scale must be > 0"),
+        ("hysteresis", 0, "fp16.hysteresis=0: must be a number of steps, 1 or more"),
+        ("scale_window", 500, "'fp16.scale_window'"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            settings(tmp_path, {"fp16": {"enabled": "auto", key: value}}, precision="fp16")
 
 
 @pytest.mark.parametrize("steps", [1, 1000.0, 1e9, None])

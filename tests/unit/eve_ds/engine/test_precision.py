@@ -13,6 +13,7 @@ from eve_ds.config import PretrainConfig
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine import deepspeed_config
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config, precision_of, settle_precision
+from preprocessing.errors import UserError
 
 
 def seconds(dtype: torch.dtype) -> float:
@@ -83,3 +84,16 @@ def test_rank_0_warns_of_slow_numbers(monkeypatch: pytest.MonkeyPatch, caplog: p
         settle_precision(PretrainConfig(engine=EngineConfig(precision=named)), rank)  # type: ignore[arg-type]
         assert words in caplog.text and len(caplog.messages) == bool(words)
         caplog.clear()
+
+
+def test_fp16_goes_on_where_it_can_and_is_refused_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = PretrainConfig(output_dir=str(tmp_path), engine=EngineConfig(precision="fp16"))
+    config_tree.save(begun, tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(deepspeed_config, "_takes_fp16", lambda: True)
+    resumed = PretrainConfig(output_dir=str(tmp_path))
+    settle_precision(resumed, rank=0)
+    assert resumed.engine.precision == "fp16"
+    monkeypatch.setattr(deepspeed_config, "_takes_fp16", lambda: False)
+    with pytest.raises(UserError, match=r"engine\.precision=fp16: needs GPUs from the V100 on"):
+        settle_precision(begun, rank=0)

@@ -59,7 +59,7 @@ def test_shipped_settings_are_filled_in(name: str) -> None:
         ({"zero_optimization": {"stage": 2, "reduce_scatter": False}}, ["reduce_scatter"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "1, 2 or 3"]),
-        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, ["fp16", "use bf16"]),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, ["fp16.enabled=True", 'write "auto"']),
         ({"zero_optimization": {"stage": 1}, "optimizer": {"type": "Adam"}}, ["optimizer"]),
         ({"zero_optimization": {"stage": 1}, "scheduler": {"type": "WarmupLR"}}, ["scheduler", "optimizer.schedule"]),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, ["bf16.enabled=False", "True"]),

@@ -32,6 +32,17 @@ def test_a_fully_masked_sample_is_finite() -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_fit_in_16_bits(dtype: torch.dtype) -> None:
+    valid = torch.tensor([[True, False, True], [False, False, False]])
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, dtype=dtype)
+    layer = Attention(4, 2).to(dtype)
+    out = layer(x, key_bias(valid, dtype))
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:1, ::2], layer(x[:1, ::2], None), rtol=1e-2, atol=1e-2)
+
+
 def test_keys_have_no_bias_and_queries_and_values_do() -> None:
     qkv = Attention(4, 2).qkv
     with torch.no_grad():
