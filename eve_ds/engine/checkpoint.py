@@ -90,10 +90,10 @@ def checkpoint_bytes(parameters: int, precision: str, zero_stage: int) -> int:
 
     Args:
         parameters: of the whole model.
-        precision: bf16 or fp32.
+        precision: bf16, fp16 or fp32.
         zero_stage: 1 to 3.
     """
-    weights = 0 if zero_stage == 3 else 2 if precision == "bf16" else 4
+    weights = 0 if zero_stage == 3 else 4 if precision == "fp32" else 2
     return parameters * (3 * 4 + weights)
 
 
