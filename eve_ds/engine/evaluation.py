@@ -15,7 +15,7 @@ from eve_ds.engine.batches import to_device
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import StopError
-from eve_ds.tasks.base import Task, measuring_held_out
+from eve_ds.tasks.base import ROUTING, Task, measuring_held_out
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
@@ -62,7 +62,7 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
             trainer.step,
             ", ".join(f"{prefix}/{name}" for name in vanished),
         )
-    losses = [value for name, value in means.items() if name.endswith("_loss") and name != "aux_loss"]
+    losses = [value for name, value in means.items() if name.endswith("_loss") and name not in ROUTING]
     if losses:
         means["loss"] = sum(losses)
     return {f"{prefix}/{name}": value for name, value in means.items()}

@@ -58,6 +58,8 @@ FREE_IN_A_BRANCH = (  # beside MUTABLE_ON_RESUME: settings that do not change na
     "model.init_std",
     "model.position_std",
     "model.aux_loss_weight",
+    "model.router_z_loss_weight",
+    "model.router_jitter",
     "objective.mode",  # but for those of ONE_DECODER
     "objective.image_mask_ratio",
     "objective.text_mask_ratio",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eve_ds.kernels.layer_norm import LayerNorm
-from eve_ds.model.block import HardBlock, SoftBlock, key_bias
+from eve_ds.model.block import Block, HardBlock, SharedBlock, SoftBlock, key_bias
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT, MoE
@@ -28,6 +28,8 @@ class BackboneOutput(NamedTuple):
         aux_per_layer: [soft layers] float32, this rank's share of each layer's load-balancing loss, unweighted.
         aux_loss: their mean, float32 scalar; 0 without soft layers.
         num_image_tokens: tokens of the image, class token included; 0 for text alone.
+        router_z_loss: this rank's share of the router z-loss, unweighted, mean over the soft layers, float32 scalar; 0
+            if its weight is 0.
     """
 
     hidden: Tensor
@@ -35,6 +37,7 @@ class BackboneOutput(NamedTuple):
     aux_per_layer: Tensor
     aux_loss: Tensor
     num_image_tokens: int
+    router_z_loss: Tensor
 
 
 class Backbone(nn.Module):
@@ -65,11 +68,11 @@ class Backbone(nn.Module):
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         self._initialize(config.init_std, config.position_std)
 
-    def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> HardBlock | SoftBlock:
+    def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> Block:
         config = self.config
         drop_path = config.drop_path * index / max(1, config.depth - 1)
         if index not in config.soft_layers:
-            return HardBlock(config, drop_path)
+            return (SharedBlock if index in config.shared_layers else HardBlock)(config, drop_path)
         moe = moe_layer(
             dim=config.dim,
             hidden=config.mlp_hidden,
@@ -81,6 +84,9 @@ class Backbone(nn.Module):
             published_routing=published_routing,
             seed=int(torch.randint(2**31, (), device="cpu")),
             init_std=config.init_std,
+            modality_routing=config.modality_routing,
+            z_loss=config.router_z_loss_weight > 0,
+            jitter=config.router_jitter,
         )
         return SoftBlock(config, drop_path, moe)
 
@@ -119,7 +125,8 @@ class Backbone(nn.Module):
             text_mask: [B, L] bool or int, true on words, false on padding. None: no padding.
             patch_keep: [B, K] int64, the visible patches, encoded in this order. None: all.
             draws: [2 depth, B] float between 0 and 1, which decide on drop path in training: of each block's attention,
-                then of its feed-forward part. None: from torch's generator.
+                then of its feed-forward part. With ``router_jitter`` another row for each block, [3 depth, B]: its
+                router's jitter comes from it. None: from torch's generator.
         Raises:
             ValueError: neither images nor texts, or sizes that do not fit the model.
         """
@@ -136,9 +143,10 @@ class Backbone(nn.Module):
         modality = torch.full((x.shape[1],), TEXT, device=x.device)
         modality[:num_image_tokens] = IMAGE
         x, aux = self._through_blocks(x, valid, modality, num_image_tokens, draws)
-        aux_per_layer = torch.stack(aux) if aux else torch.zeros(0, device=x.device)
-        aux_loss = aux_per_layer.sum() / max(1, len(aux))
-        return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, num_image_tokens)
+        shares = torch.stack(aux) if aux else torch.zeros(0, device=x.device)
+        aux_per_layer, z_per_layer = shares.unbind(1) if shares.ndim == 2 else (shares, torch.zeros_like(shares))
+        aux_loss, z_loss = (share.sum() / max(1, len(aux)) for share in (aux_per_layer, z_per_layer))
+        return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, num_image_tokens, z_loss)
 
     def _through_blocks(
         self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int, draws: Tensor | None
@@ -147,7 +155,10 @@ class Backbone(nn.Module):
         aux = []
         for number, block in enumerate(self.blocks):
             soft = isinstance(block, SoftBlock)
-            own = None if draws is None else draws[2 * number : 2 * number + 2]
+            own = draws
+            if draws is not None:
+                jitter = 2 * self.config.depth + number
+                own = torch.cat([draws[2 * number : 2 * number + 2], draws[jitter : jitter + 1]])
             args = (x, bias, modality, valid, own) if soft else (x, bias, num_image_tokens, own)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 out = checkpoint(block, *args, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""A Transformer block: attention, then a feed-forward part that routes hard by modality or softly among experts.
+"""A Transformer block: attention, then a feed-forward part that routes hard by modality, softly among experts or not.
 
 Shapes: B samples, N tokens (image tokens first, then text), D dim, h heads, d = D / h, H hidden.
 """
@@ -16,8 +16,9 @@ from eve_ds.model.moe import MoE
 
 # Finite, so that a row whose keys are all masked does not become NaN; its exponential relative to any score is 0.
 MASKED = -1e30  # fp16 has no such number: there it is half of its largest
-ATTENTION, FEED_FORWARD = 0, 1
-# [2, B] in [0, 1), a row per branch: a sample's branch is dropped where its draw is below drop_path. None: drawn here.
+ATTENTION, FEED_FORWARD, JITTER = 0, 1, 2
+# [2, B] in [0, 1), a row per branch: a sample's branch is dropped where its draw is below drop_path. With router jitter
+# a third one, from which a soft block's router takes the sample's jitter. None: drawn here.
 Draws = Tensor | None
 
 
@@ -149,6 +150,20 @@ class HardBlock(Block):
         return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD)
 
 
+class SharedBlock(Block):
+    """No routing: image and text tokens to the same MLP, after the same LayerNorm."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.shared_norm = LayerNorm(config.dim, eps=config.norm_eps)
+        self.shared_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
+
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, draws: Draws = None) -> Tensor:
+        """As ``HardBlock.forward``."""
+        x = self.attend(x, bias, draws)
+        return self.add(x, self.shared_mlp(self.shared_norm(x)), self.mlp_scale, draws, FEED_FORWARD)
+
+
 class SoftBlock(Block):
     """Soft routing: all tokens, after one LayerNorm, to a mixture of experts."""
 
@@ -160,7 +175,8 @@ class SoftBlock(Block):
     def forward(
         self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None, draws: Draws = None
     ) -> tuple[Tensor, Tensor]:
-        """x [B, N, D], modality [N], valid [B, N] bool or None -> ([B, N, D], share of the load-balancing loss)."""
+        """x [B, N, D], modality [N], valid [B, N] bool or None -> ([B, N, D], shares of losses as from ``MoE``)."""
         x = self.attend(x, bias, draws)
-        branch, aux = self.moe(self.moe_norm(x), modality, valid)
+        jitter = draws[JITTER] if self.moe.jitter and draws is not None else None
+        branch, aux = self.moe(self.moe_norm(x), modality, valid, jitter)
         return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD), aux

@@ -36,18 +36,27 @@ class ModelConfig:
         vocab_size: word pieces, special tokens included.
         max_text_length: longest text, tokens, [CLS] and [SEP] included; longer ones are cut.
         text_positions: rows of the learned text position table (the published files have 196).
-        soft_layers: indices of the blocks that route softly among experts; all others route hard by modality.
+        soft_layers: indices of the blocks that route softly among experts; all others but ``shared_layers`` route hard
+            by modality. An empty list: all of them.
+        shared_layers: indices of the blocks with one feed-forward network for both modalities, which route nothing.
         num_experts: experts E of a softly routing block.
         top_k: experts that a token visits there.
         capacity_factor: None drops no token; a number limits an expert to ceil(k T / E x factor) tokens, at least 4.
-        modality_to_experts: experts see token + modality vector (as the published files need), not the router alone.
+        modality_routing: the router sees token + a learned vector of the token's modality. False: there are no such
+            vectors, and router and experts see the token alone.
+        modality_to_experts: experts see token + modality vector (as the published files need), not the router alone;
+            without effect if ``modality_routing`` is False.
         activation: of all feed-forward networks.
         drop_path: largest probability of dropping a residual branch; rises linearly with depth.
         layer_scale: first value of the learned per-channel scale on each residual branch.
         init_std: deviation of first weights; 0.02 as BEiT and EVE; narrow models learn sooner with about dim ** -0.5.
         position_std: deviation of first positions, type vectors and class token; 0.02 as BEiT and EVE.
         norm_eps: epsilon of every LayerNorm in the backbone.
-        aux_loss_weight: weight of the load-balancing loss in the training loss.
+        aux_loss_weight: weight of the load-balancing loss in the training loss; 0 logs it and trains without it.
+        router_z_loss_weight: weight of the router z-loss in the training loss, the mean over tokens of the squared
+            logsumexp of the router's scores (ST-MoE, arXiv 2202.08906, equation 5; there 0.001). 0: not computed.
+        router_jitter: in training multiply what the router sees, number by number, by uniform noise between
+            1 - router_jitter and 1 + router_jitter (Switch Transformers, arXiv 2101.03961; there 0.01). 0: none.
         checkpoint_activations: recompute each block in the backward pass to save memory.
     """
 
@@ -61,9 +70,11 @@ class ModelConfig:
     max_text_length: int = 40
     text_positions: int = 196
     soft_layers: list[int] = field(default_factory=lambda: [10, 11])
+    shared_layers: list[int] = field(default_factory=list)
     num_experts: int = 32
     top_k: int = 2
     capacity_factor: float | None = None
+    modality_routing: bool = True
     modality_to_experts: bool = True
     activation: Activation = "quick_gelu"
     drop_path: float = 0.1
@@ -72,6 +83,8 @@ class ModelConfig:
     position_std: float = 0.02
     norm_eps: float = 1e-6
     aux_loss_weight: float = 0.001
+    router_z_loss_weight: float = 0.0
+    router_jitter: float = 0.0
     checkpoint_activations: bool = False
 
     @property
@@ -88,7 +101,7 @@ class ModelConfig:
         for name in ("init_std", "position_std", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a finite number above 0")
-        for name in ("layer_scale", "aux_loss_weight"):
+        for name in ("layer_scale", "aux_loss_weight", "router_z_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a finite number, 0 or more")
         if self.image_size % self.patch_size:
@@ -104,17 +117,22 @@ class ModelConfig:
                 f"model.max_text_length={self.max_text_length} must lie between 3 and"
                 f" model.text_positions={self.text_positions}"
             )
-        bad = [i for i in self.soft_layers if not 0 <= i < self.depth]
-        if bad or len(set(self.soft_layers)) != len(self.soft_layers):
+        for name in ("soft_layers", "shared_layers"):
+            layers = getattr(self, name)
+            if any(not 0 <= i < self.depth for i in layers) or len(set(layers)) != len(layers):
+                raise UserError(f"model.{name}={layers} must be distinct indices below model.depth={self.depth}")
+        if both := sorted(set(self.soft_layers) & set(self.shared_layers)):
             raise UserError(
-                f"model.soft_layers={self.soft_layers} must be distinct indices below model.depth={self.depth}"
+                f"model.shared_layers={self.shared_layers} and model.soft_layers={self.soft_layers} both hold {both}; "
+                "a block is one or the other"
             )
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise UserError(
                 f"model.capacity_factor={self.capacity_factor} must be positive and finite, or null to drop no token"
             )
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"model.drop_path={self.drop_path} must be at least 0 and below 1")
+        for name in ("drop_path", "router_jitter"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 0 and below 1")
 
     @classmethod
     def from_vlmo(cls, path: str | Path, image_size: int | None = None) -> ModelConfig:
@@ -149,7 +167,7 @@ class ModelConfig:
                 activation=raw["hidden_act"],
                 drop_path=raw["drop_path_rate"],
                 aux_loss_weight=raw.get("moe_lossweight", 0.001),
-                modality_to_experts=bool(moe.get("type_route", True)),
+                modality_routing=bool(moe.get("type_route", True)),
             )
         except KeyError as error:
             raise UserError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
@@ -165,5 +183,10 @@ class ModelConfig:
             raise UserError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
         if raw.get("relative_position_embed"):
             raise UserError(f"{path}: relative_position_embed=true is not EVE's model; set it to false")
+        if raw.get("ffn_type", "moe") != "moe":
+            raise UserError(
+                f"{path}: ffn_type={shortened(repr(raw['ffn_type']))} is not EVE's model: its last blocks hold a"
+                " network for pairs and others for images and for texts alone; 'moe' is (nearest: model.shared_layers)"
+            )
         config.check()
         return config

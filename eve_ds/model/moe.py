@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from eve_ds import parallel
 from eve_ds.kernels.permute import combine, permute, sort_by_expert
 from eve_ds.model.experts import Experts
-from eve_ds.model.router import Router, balance_share, renormalize, within_capacity
+from eve_ds.model.router import Router, balance_share, jitter_noise, renormalize, within_capacity, z_share
 
 IMAGE, TEXT = 0, 1  # modality ids
 
@@ -56,6 +56,9 @@ class MoE(nn.Module):
         capacity_factor: None drops no token; see ``router.capacity``. Counted over this rank's tokens.
         modality_to_experts: the experts see token + modality vector as well (as EVE's published files need).
         published_routing: route and count padding like any token, as the published code does.
+        modality_routing: False: there are no modality vectors, router and experts see the tokens alone.
+        z_loss: give the share of the router z-loss as well.
+        jitter: in training the router's input is multiplied by noise between 1 - jitter and 1 + jitter.
         seed: of this layer's experts (the router and the modality vectors draw from torch's global generator).
         init_std: standard deviation of the experts' initial weights.
         ep_size: ranks that share the experts; divides E.
@@ -70,6 +73,9 @@ class MoE(nn.Module):
     Raises:
         ValueError: ep_size does not divide num_experts, or top_k is not in 1..num_experts.
     """
+
+    image_vector: nn.Parameter | None
+    text_vector: nn.Parameter | None
 
     def __init__(
         self,
@@ -86,6 +92,9 @@ class MoE(nn.Module):
         ep_size: int = 1,
         ep_rank: int = 0,
         experts_type: Callable[..., Any] = Experts,
+        modality_routing: bool = True,
+        z_loss: bool = False,
+        jitter: float = 0.0,
     ) -> None:
         nn.Module.__init__(self)  # not super(): engine/moe_deepspeed.py has a second base with another signature
         if num_experts % ep_size:
@@ -97,7 +106,8 @@ class MoE(nn.Module):
         self.modality_to_experts, self.published_routing = modality_to_experts, published_routing
         self.ep_size, self.ep_rank = ep_size, ep_rank
         self.ep_group: dist.ProcessGroup | None = None
-        self.router = Router(dim, num_experts, top_k)
+        self.jitter = jitter
+        self.router = Router(dim, num_experts, top_k, log_z=z_loss)
         self.experts: Experts = experts_type(
             dim=dim,
             hidden=hidden,
@@ -107,30 +117,32 @@ class MoE(nn.Module):
             first=ep_rank * self.num_local_experts,
             std=init_std,
         )
-        self.image_vector = nn.Parameter(torch.empty(dim))
-        self.text_vector = nn.Parameter(torch.empty(dim))
-        for vector in (self.image_vector, self.text_vector):
-            nn.init.trunc_normal_(vector, std=0.02)
+        for name in ("image_vector", "text_vector"):
+            vector = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.02)) if modality_routing else None
+            self.register_parameter(name, vector)
         self.last_load = torch.zeros(2, num_experts, dtype=torch.float64)
 
-    def forward(self, x: Tensor, modality: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, modality: Tensor, valid: Tensor | None = None, draw: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Route and transform tokens. A collective: of all ranks for the loss, of ``ep_group`` if ep_size > 1.
 
         Args:
             x: [B, N, D].
             modality: [N] or [B, N] int64, IMAGE or TEXT.
             valid: [B, N] bool, False on padding, which is routed to no expert and gives zeros. None: no padding.
+            draw: [B] float32 between 0 and 1, from which a sample's jitter comes. None: from torch's generator.
         Returns:
-            y [B, N, D] in x's dtype, and this rank's share (float32 scalar) of the load-balancing loss.
+            y [B, N, D] in x's dtype, and this rank's share (float32 scalar) of the load-balancing loss; with ``z_loss``
+            [2], the shares of that and of the router z-loss.
         """
-        # Both vectors take part whatever the batch holds, so both always have a gradient (ZeRO reduces all parameters).
-        # A product with 0 and 1, not an index: the backward pass of an index adds row by row on the CPU.
-        kind = F.one_hot(modality, 2).to(x.dtype)
-        seen = x + kind @ torch.stack([self.image_vector, self.text_vector]).to(x.dtype)
+        seen = self._with_modality(x, modality)
         tokens = (seen if self.modality_to_experts else x).flatten(0, 1)
         valid = None if valid is None or self.published_routing else valid.flatten()
-        routing = self.router(seen.flatten(0, 1))
+        routing = self.router(self._jittered(seen, draw).flatten(0, 1))
         aux = balance_share(routing.gates, routing.experts[:, 0], valid)
+        if routing.log_z is not None:
+            aux = torch.stack([aux, z_share(routing.log_z, valid)])
         chosen, weights = routing.experts, routing.weights
         keep = None if valid is None else valid.unsqueeze(1)
         if self.capacity_factor is not None:
@@ -146,6 +158,22 @@ class MoE(nn.Module):
             layout = sort_by_expert(chosen.flatten(), _to_host(counts, chosen.numel()))
             y = self.experts(tokens, weights, layout)
         return y.view_as(x), aux
+
+    def _with_modality(self, x: Tensor, modality: Tensor) -> Tensor:
+        """Each token + the vector of its modality, if the layer has these."""
+        if self.image_vector is None or self.text_vector is None:
+            return x
+        # Both vectors take part whatever the batch holds, so both always have a gradient (ZeRO reduces all parameters).
+        # A product with 0 and 1, not an index: the backward pass of an index adds row by row on the CPU.
+        kind = F.one_hot(modality, 2).to(x.dtype)
+        return x + kind @ torch.stack([self.image_vector, self.text_vector]).to(x.dtype)
+
+    def _jittered(self, seen: Tensor, draw: Tensor | None) -> Tensor:
+        """The router's input [B, N, D]; with noise in float32, since bf16 would round most of it away."""
+        if not self.jitter or not self.training:
+            return seen
+        draw = torch.rand(len(seen), device=seen.device) if draw is None else draw
+        return seen.float() * jitter_noise(draw, seen.shape[1], seen.shape[2], self.jitter)
 
     def _through_ranks(self, tokens: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """Tokens [T, D] -> weighted sums [T, D] of what their experts give, wherever those live. A collective.

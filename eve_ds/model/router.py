@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from eve_ds import parallel
+from eve_ds.model.counter_random import random_bits, uniform
 
 MIN_CAPACITY = 4  # of an expert, tokens; EVE's published code
 
@@ -24,11 +25,13 @@ class Routing(NamedTuple):
         gates: [T, E] float32, softmax over the experts; differentiable.
         experts: [T, k] int64, best first.
         weights: [T, k] float32, of each choice in the token's output; differentiable.
+        log_z: [T] float32, logsumexp of the scores, if the router was asked for it; differentiable.
     """
 
     gates: Tensor
     experts: Tensor
     weights: Tensor
+    log_z: Tensor | None = None
 
 
 class _Scores(torch.autograd.Function):
@@ -54,11 +57,12 @@ class Router(nn.Module):
         dim: width of the tokens.
         num_experts: experts to choose from.
         top_k: choices per token.
+        log_z: give ``Routing.log_z``.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, dim: int, num_experts: int, top_k: int, log_z: bool = False) -> None:
         super().__init__()
-        self.top_k = top_k
+        self.top_k, self.log_z = top_k, log_z
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
@@ -68,9 +72,10 @@ class Router(nn.Module):
         With k = 1 the weight is the gate itself, as in Switch Transformers (Fedus et al. 2021): divided by itself it
         would be 1, and the router would have no gradient.
         """
-        gates = _Scores.apply(tokens, self.weight).softmax(dim=-1)
+        scores = _Scores.apply(tokens, self.weight)
+        gates = scores.softmax(dim=-1)
         chosen, experts = gates.topk(self.top_k, dim=-1)
-        return Routing(gates, experts, renormalize(chosen))
+        return Routing(gates, experts, renormalize(chosen), scores.logsumexp(dim=-1) if self.log_z else None)
 
 
 def renormalize(chosen: Tensor) -> Tensor:
@@ -127,3 +132,39 @@ def balance_share(gates: Tensor, first: Tensor, valid: Tensor | None) -> Tensor:
     total = counts[num_experts].clamp_min(1)
     gate_sum = gates.sum(dim=0) if valid is None else valid.to(gates.dtype) @ gates
     return num_experts * torch.dot(gate_sum / total, counts[:num_experts] / total)
+
+
+def z_share(log_z: Tensor, valid: Tensor | None) -> Tensor:
+    """This rank's share of the router z-loss, the mean over tokens of the squared logsumexp of their scores.
+
+    ST-MoE (Zoph et al. 2022, arXiv 2202.08906, equation 5). The mean is over the tokens of all ranks, as in
+    ``balance_share``: the ranks' shares add up to the loss of one process. A collective.
+
+    Args:
+        log_z: [T] float32.
+        valid: [T] bool, tokens that count. None: all.
+    Returns:
+        float32 scalar.
+    """
+    kept = torch.ones_like(log_z) if valid is None else valid.to(log_z.dtype)
+    total = parallel.all_reduce_sum(kept.sum(dtype=torch.float64)).clamp_min(1).to(log_z.dtype)
+    return torch.dot(kept, log_z.square()) / total
+
+
+def jitter_noise(draw: Tensor, tokens: int, dim: int, size: float) -> Tensor:
+    """Uniform factors between 1 - size and 1 + size (Switch Transformers, Fedus et al. 2021, arXiv 2101.03961).
+
+    A pure function of a sample's draw, the token's place and the channel: the same whatever else is in the batch, on
+    any rank, and when a block is computed again.
+
+    Args:
+        draw: [B] float32 between 0 and 1, of each sample.
+        tokens: N.
+        dim: D.
+        size: below 1.
+    Returns:
+        [B, N, D] float32.
+    """
+    place = torch.arange(tokens * dim, device=draw.device).view(tokens, dim)
+    bits = random_bits(0, 0, draw.float().view(torch.int32).long()[:, None, None], place)
+    return 1 + size * (2 * uniform(bits) - 1)

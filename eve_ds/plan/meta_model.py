@@ -62,7 +62,11 @@ def count_parameters(task: Task) -> Parameters:
             unused += _size(block.text_mlp) + _size(block.text_norm)  # as large as the image network
         elif isinstance(block, SoftBlock):
             held = _size(block.moe.experts)
-            unused += held - held * top_k // task.config.num_experts + block.moe.text_vector.numel()
+            unused += (
+                held
+                - held * top_k // task.config.num_experts
+                + (0 if (vector := block.moe.text_vector) is None else vector.numel())
+            )
     image, text = backbone.image_embedding, backbone.text_embedding
     # An image's patch goes through the projection, a word through one row of the table: the latter is not counted.
     tables = _size(text) + image.positions.numel()

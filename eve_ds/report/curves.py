@@ -23,6 +23,7 @@ TITLES = {
     "itc_loss": "Contrastive loss",
     "itm_loss": "Matching loss",
     "aux_loss": "Load balancing loss (1: balanced)",
+    "router_z_loss": "Router z-loss",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "samples_per_second": "Samples per second",
@@ -34,7 +35,7 @@ TITLES = {
 BY_INPUT = re.compile(r"(?P<metric>.+)_(?P<input>shuffled|no_image)")  # a held-out metric with other inputs
 ORDER = ["loss", "mim_loss", "mlm_loss", "mlm_accuracy"]
 ORDER += ["mim_loss by input", "mlm_loss by input", "mlm_accuracy by input", "itc_loss", "itm_loss"]
-ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_loss"]
+ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_loss", "router_z_loss"]
 FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy", "mlm_accuracy by input"}
 NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
 SPLITS = {"": "training", "val": "held out", "test": "test"}

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.parallel import all_reduce_sum, world_size
-from eve_ds.tasks.masking import DROP_PATH, random_bits, uniform
+from eve_ds.tasks.masking import DROP_PATH, ROUTER_JITTER, random_bits, uniform
 from preprocessing.text.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, tuple[Tensor, Tensor]]  # named (sum, count) pairs of this rank, scalars
+ROUTING = ("aux_loss", "router_z_loss")  # metrics of the routers, not of what a task is scored by
 
 
 @dataclass
@@ -97,27 +98,40 @@ class Task(nn.Module):
         return self.backbone(images, text_ids, text_mask, patch_keep, noise)
 
     def drop_path_noise(self, sample_id: Tensor, *uses: int) -> Tensor | None:
-        """Random numbers that decide on drop path: a function of the sample alone, whatever rank it lies on.
+        """Random numbers for drop path and router jitter: a function of the sample alone, whatever rank it lies on.
 
         Args:
             sample_id: [B] int64.
             uses: a number for each time that a step encodes the sample. Several stand for a pass of so many times B
                 rows: the samples for the first use, then for the second, and so on.
         Returns:
-            [2 depth, B x uses] float32 for the backbone; None where nothing is dropped.
+            [2 depth, B x uses] float32 for the backbone, with router jitter [3 depth, B x uses]; None where nothing is
+            random.
         """
-        if not self.training or self.config.drop_path == 0:
+        jitters = self.config.router_jitter > 0
+        if not self.training or (self.config.drop_path == 0 and not jitters):
             return None
         branches = 2 * self.config.depth
         places = torch.arange(branches, device=sample_id.device)[:, None]
         parts = [random_bits(self.seed, DROP_PATH, sample_id, use * branches + places) for use in uses]
+        if jitters:
+            blocks = places[: self.config.depth]
+            more = [random_bits(self.seed, ROUTER_JITTER, sample_id, use * branches + blocks) for use in uses]
+            return uniform(torch.cat([torch.cat(parts, dim=1), torch.cat(more, dim=1)]))
         return uniform(torch.cat(parts, dim=1))
 
     def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, Metrics]:
-        """Weighted load-balancing share (mean over the step's passes, as in EVE's code), and its metric."""
+        """Weighted shares of the routers' losses (means over the step's passes, as in EVE's code), and their metrics.
+
+        The router z-loss is among them if its weight is above 0.
+        """
         aux = torch.stack([output.aux_loss.float() for output in passes]).mean()
-        metric = (aux.detach(), torch.tensor(1.0 / world_size(), device=aux.device))
-        return self.config.aux_loss_weight * aux, {"aux_loss": metric}
+        one = torch.tensor(1.0 / world_size(), device=aux.device)
+        loss, metrics = self.config.aux_loss_weight * aux, {"aux_loss": (aux.detach(), one)}
+        if (weight := self.config.router_z_loss_weight) > 0:
+            z = torch.stack([output.router_z_loss.float() for output in passes]).mean()
+            loss, metrics["router_z_loss"] = loss + weight * z, (z.detach(), one)
+        return loss, metrics
 
 
 def joint_first_text(output: BackboneOutput) -> Tensor:

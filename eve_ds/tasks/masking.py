@@ -13,46 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eve_ds.model.counter_random import mix as mix
+from eve_ds.model.counter_random import random_bits as random_bits
+from eve_ds.model.counter_random import shift_right
+from eve_ds.model.counter_random import uniform as uniform
+
 # One stream of random numbers per use, so that the uses are independent of one another.
 PATCHES, WORDS, NEGATIVE_TEXTS, NEGATIVE_IMAGES, DROP_PATH = 1, 2, 3, 4, 5
 BLOCKS, SCATTERED, REPLACEMENT, RANDOM_WORD = 11, 12, 13, 14
+ROUTER_JITTER = 16
 RECTANGLES = 32  # of 75 % of 196 patches, 0.05 % of the images need more
 SMALLEST_ASPECT = 0.3  # of a rectangle, and its inverse the largest (BEiT)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same bits as an unsigned 64-bit number."""
-    value &= 2**64 - 1
-    return value - 2**64 if value >= 2**63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; int64's own drags the sign along."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def mix(x: Tensor) -> Tensor:
-    """One splitmix64 step (Steele, Lea and Flood, OOPSLA 2014): int64 in, int64 out, products wrap around."""
-    x = x + _GOLDEN
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
-    """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast."""
-    start = torch.tensor(_signed(seed), dtype=torch.int64, device=first.device)
-    return mix(mix(mix(mix(start) ^ stream) ^ first) ^ second)
-
-
-def uniform(bits: Tensor) -> Tensor:
-    """Random int64 to float32 strictly between 0 and 1 (top 23 bits: one more and the largest would round to 1)."""
-    return (_shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def masked_patches(num_patches: int, ratio: float) -> int:
@@ -117,7 +88,7 @@ def split_blocks(seed: int, sample_id: Tensor, num_patches: int, ratio: float) -
     position = torch.arange(num_patches, device=device)
     within = torch.where(draws[:, -1:] < 0.5, position, num_patches - 1 - position)
     # 40 bits beside at most 33 x P: no overflow, and hardly ever equal.
-    scattered = _shift_right(random_bits(seed, SCATTERED, sample_id[:, None], position), 24)
+    scattered = shift_right(random_bits(seed, SCATTERED, sample_id[:, None], position), 24)
     last = torch.where(taken.flatten(1), within, scattered)
     order = ((RECTANGLES - since.flatten(1)) * num_patches + last).argsort(dim=1, stable=True)
     return order[:, count:].sort(dim=1).values, order[:, :count].sort(dim=1).values
@@ -149,7 +120,7 @@ def choose_words(
     count = torch.minimum((words.double() * ratio + 0.5).floor().long().clamp(min=1), words)
     position = torch.arange(text_mask.shape[1], device=text_mask.device)
     # Halved, so that the places that may not be masked sort behind all others.
-    key = _shift_right(random_bits(seed, WORDS, sample_id[:, None], position), 1)
+    key = shift_right(random_bits(seed, WORDS, sample_id[:, None], position), 1)
     if continues is not None:  # a word's tokens share the key of its first
         begins = ~continues | (place <= 2)
         first = torch.where(begins, position, 0).cummax(dim=1).values
@@ -181,6 +152,6 @@ def hide_words(
     """
     position = torch.arange(text_ids.shape[1], device=text_ids.device)
     draw = uniform(random_bits(seed, REPLACEMENT, sample_id[:, None], position))
-    number = _shift_right(random_bits(seed, RANDOM_WORD, sample_id[:, None], position), 1) % others.shape[0]
+    number = shift_right(random_bits(seed, RANDOM_WORD, sample_id[:, None], position), 1) % others.shape[0]
     swapped = words & (draw >= shares[0]) & (draw < shares[0] + shares[1])
     return torch.where(swapped, others[number], text_ids.masked_fill(words & (draw < shares[0]), mask_id))

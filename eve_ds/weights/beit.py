@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import HardBlock
+from eve_ds.model.block import HardBlock, SoftBlock
 from eve_ds.weights.load import interpolate_positions
 from preprocessing.errors import UserError, listed
 
@@ -127,16 +127,15 @@ def _targets(backbone: Backbone) -> dict[str, list[Target]]:
         targets["patch_embed.proj.bias"] = [("image_embedding.projection.bias", image.projection.bias)]
     for index, block in enumerate(backbone.blocks):
         names = {theirs: [ours] for theirs, ours in _ATTENTION.items()}
-        hard = isinstance(block, HardBlock)
+        soft = isinstance(block, SoftBlock)
+        networks = ("image", "text") if isinstance(block, HardBlock) else ("moe",) if soft else ("shared",)
         for kind in ("weight", "bias"):
-            names[f"norm2.{kind}"] = [
-                f"{norm}.{kind}" for norm in (("image_norm", "text_norm") if hard else ("moe_norm",))
-            ]
-        if hard:
-            names |= {f"mlp.{name}": [f"image_mlp.{name}", f"text_mlp.{name}"] for name in _NETWORK}
+            names[f"norm2.{kind}"] = [f"{network}_norm.{kind}" for network in networks]
+        if not soft:
+            names |= {f"mlp.{name}": [f"{network}_mlp.{name}" for network in networks] for name in _NETWORK}
         for theirs, ours in names.items():
             targets[f"blocks.{index}.{theirs}"] = [(f"blocks.{index}.{o}", block.get_parameter(o)) for o in ours]
-        if not hard:
+        if soft:
             w1, w2, w3 = (block.get_parameter(f"moe.experts.{name}") for name in ("w1", "w2", "w3"))
             hidden = w1.shape[1]
             parts = {"fc1.weight": w1, "fc2.weight": w2, "fc1.bias": w3[:, 0, :hidden], "fc2.bias": w3[:, 0, hidden:]}

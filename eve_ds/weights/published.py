@@ -58,10 +58,16 @@ _HARD = {
     )
     for name in names
 }
+_SHARED = {  # with the names of the published code's ``ffn_type: "vl"``, which EVE did not use
+    "norm2_vl.weight": "shared_norm.weight",
+    "norm2_vl.bias": "shared_norm.bias",
+} | {f"mlp_vl.{name}": f"shared_mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")}
 _SOFT = {
     "norm2_vl.weight": "moe_norm.weight",
     "norm2_vl.bias": "moe_norm.bias",
     "mlp_moe.moe.gate.wg.weight": "moe.router.weight",
+}
+_MODALITY = {
     "mlp_moe.moe.vision_embed": "moe.image_vector",
     "mlp_moe.moe.text_embed": "moe.text_vector",
 }
@@ -76,9 +82,15 @@ def direct_names(config: ModelConfig) -> dict[str, str]:
     """Published name -> EVE-DS name of every tensor that is only renamed."""
     names = {PREFIX + theirs: PREFIX + ours for theirs, ours in _TOP.items()}
     for index in range(config.depth):
-        for theirs, ours in (_LAYER | (_SOFT if index in config.soft_layers else _HARD)).items():
+        for theirs, ours in (_LAYER | _feed_forward(config, index)).items():
             names[f"{PREFIX}encoder.layers.{index}.{theirs}"] = f"{PREFIX}blocks.{index}.{ours}"
     return names
+
+
+def _feed_forward(config: ModelConfig, index: int) -> dict[str, str]:
+    if index in config.soft_layers:
+        return _SOFT | _MODALITY if config.modality_routing else _SOFT
+    return _SHARED if index in config.shared_layers else _HARD
 
 
 def expert_prefixes(config: ModelConfig) -> dict[str, list[str]]:

@@ -57,7 +57,7 @@ def check_gather() -> None:
 def make_moe(ep_size: int, ep_rank: int, starve: bool) -> MoE:
     """The same layer at any size; ``starve``: all of the last rank's experts get no token."""
     torch.manual_seed(0)
-    moe = MoE(DIM, 12, EXPERTS, 2, seed=7, ep_size=ep_size, ep_rank=ep_rank)
+    moe = MoE(DIM, 12, EXPERTS, 2, seed=7, ep_size=ep_size, ep_rank=ep_rank, z_loss=True)
     with torch.no_grad():
         moe.router.weight.normal_()
         moe.experts.w3.fill_(0.1)
@@ -83,7 +83,7 @@ def moe_batch(size: int, case: str) -> dict[str, Tensor]:
 def moe_step(moe: MoE, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     x = batch["x"].clone().requires_grad_()
     y, aux = moe(x, torch.tensor([0, 0, 0, 1, 1]), batch["valid"])
-    ((y * batch["weight"]).sum() + 3 * aux).backward()
+    ((y * batch["weight"]).sum() + 3 * aux.sum()).backward()
     grads = {name: parameter.grad for name, parameter in moe.named_parameters()}
     return {"y": y.detach(), "aux": aux.detach(), "load": moe.last_load, "x.grad": x.grad, **grads}
 
@@ -117,9 +117,9 @@ def backbone_step(backbone: Backbone, rows: slice, aux_weight: float = 0.5) -> d
     images = torch.randn(7, 3, 16, 16, generator=generator)[rows]
     ids = torch.randint(5, 20, (7, 6), generator=generator)[rows]
     mask = (torch.arange(6) < torch.randint(1, 7, (7, 1), generator=generator))[rows]
-    out = backbone(images, ids, mask)
+    out = backbone(images, ids, mask, draws=torch.rand(12, 7, generator=generator)[:, rows])  # for the jitter
     hidden = torch.where(torch.cat([mask.new_ones(len(ids), 5), mask], 1)[..., None], out.hidden, 0)
-    loss = hidden.pow(3).mean(dim=-1).sum() / 50 + aux_weight * out.aux_loss
+    loss = hidden.pow(3).mean(dim=-1).sum() / 50 + aux_weight * (out.aux_loss + out.router_z_loss)
     loss.backward()
     grads = {name: parameter.grad for name, parameter in backbone.named_parameters()}
     return {"hidden": hidden.detach(), "loss": loss.detach(), **grads}
@@ -127,8 +127,9 @@ def backbone_step(backbone: Backbone, rows: slice, aux_weight: float = 0.5) -> d
 
 def make_backbone(checkpointed: bool, **moe: int) -> Backbone:
     config = ModelConfig(
-        image_size=16, patch_size=8, dim=16, depth=3, num_heads=2, mlp_hidden=24, vocab_size=20, max_text_length=8,
-        text_positions=8, soft_layers=[1, 2], num_experts=EXPERTS, drop_path=0.0, checkpoint_activations=checkpointed,
+        image_size=16, patch_size=8, dim=16, depth=4, num_heads=2, mlp_hidden=24, vocab_size=20, max_text_length=8,
+        text_positions=8, soft_layers=[2, 3], num_experts=EXPERTS, drop_path=0.0, checkpoint_activations=checkpointed,
+        shared_layers=[1], modality_routing=False, router_jitter=0.1, router_z_loss_weight=1.0,
     )  # fmt: skip
     torch.manual_seed(5)
     return Backbone(config, partial(MoE, **moe))

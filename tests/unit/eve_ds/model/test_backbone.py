@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eve_ds.callbacks.pretrain_examples import expert_load
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import SoftBlock
+from eve_ds.model.block import HardBlock, SharedBlock, SoftBlock
 from eve_ds.model.model_config import ModelConfig
 from preprocessing.errors import UserError
 
@@ -81,15 +81,68 @@ def test_every_parameter_but_the_absent_modality_has_a_gradient() -> None:
     assert not any(".moe." in name for name in without)
 
 
+@pytest.mark.parametrize("changes", [{"shared_layers": [0]}, {"modality_routing": False}, {"router_jitter": 0.1}])
+def test_no_switch_leaves_a_parameter_unused(changes: dict[str, object]) -> None:
+    backbone = make(**changes)
+    out = backbone(torch.randn(1, 3, 16, 16), torch.randint(0, 20, (1, 5)))
+    (out.hidden.sum() + out.aux_loss).backward()
+    assert [name for name, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("num_image_tokens", [0, 3, 5])
+def test_a_shared_block_is_a_hard_one_with_twice_the_same_network(num_image_tokens: int) -> None:
+    block = make(shared_layers=[0]).blocks[0]
+    assert isinstance(block, SharedBlock)
+    hard, state = HardBlock(CONFIG, 0.0), block.state_dict()
+    copies = {name.replace("shared", kind): value for name, value in state.items() for kind in ("image", "text")}
+    hard.load_state_dict(copies)
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(block(x, None, num_image_tokens), hard(x, None, num_image_tokens))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(32, 1), (32, 2), (4, 1)])
+def test_jitter_is_the_samples_own_and_rests_in_evaluation(num_experts: int, top_k: int) -> None:
+    backbone = make(num_experts=num_experts, top_k=top_k, router_jitter=0.5, drop_path=0.0)
+    images, ids, draws = torch.randn(3, 3, 16, 16), torch.randint(0, 20, (3, 5)), torch.rand(9, 3)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    batch = backbone(images, ids, mask, draws=draws).hidden
+    for row, length in enumerate([5, 3, 4]):
+        rows = slice(row, row + 1)
+        alone = backbone(images[rows], ids[rows, :length], draws=draws[:, rows]).hidden
+        torch.testing.assert_close(batch[row, : alone.shape[1]], alone[0], atol=1e-5, rtol=1e-5)
+    others = draws.clone()
+    others[:7] = torch.rand(7, 3)  # drop path is 0 here, and the first block has no router
+    plain = make(num_experts=num_experts, top_k=top_k).eval()
+    assert torch.equal(backbone(images, ids, mask, draws=others).hidden, batch)
+    assert not torch.allclose(backbone(images, ids, mask, draws=1 - draws).hidden, batch)
+    assert not torch.allclose(backbone(images, ids, mask).hidden, batch)
+    assert torch.equal(backbone.eval()(images, ids, mask, draws=draws).hidden, plain(images, ids, mask).hidden)
+
+
+def test_router_z_loss_is_the_mean_over_layers_and_words() -> None:
+    backbone, ids = make(router_z_loss_weight=0.1).eval(), torch.randint(0, 20, (2, 6))
+    seen: list[torch.Tensor] = []
+    for layer in backbone.moe_layers():
+        layer.router.register_forward_hook(lambda router, args, out: seen.append(args[0] @ router.weight.t()))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    out = backbone(None, ids, mask)
+    words = mask.flatten().bool()
+    plain = [(scores.exp().sum(-1).log()[words] ** 2).mean() for scores in seen]
+    torch.testing.assert_close(out.router_z_loss, torch.stack(plain).mean())
+    torch.testing.assert_close(out.aux_per_layer, make().eval()(None, ids, mask).aux_per_layer)
+    assert make().eval()(None, ids, mask).router_z_loss == 0
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_training_repeats_exactly_with_the_same_seed(checkpointed: bool) -> None:
-    backbone = make(drop_path=0.5, checkpoint_activations=checkpointed).train()
-    reference = make(drop_path=0.5).train()
+    options = {"drop_path": 0.5, "router_jitter": 0.2, "router_z_loss_weight": 1.0, "shared_layers": [0]}
+    backbone = make(**options, checkpoint_activations=checkpointed).train()
+    reference = make(**options).train()
     images, ids = torch.randn(4, 3, 16, 16), torch.randint(0, 20, (4, 5))
     for model in (backbone, reference):
         torch.manual_seed(3)
         out = model(images, ids)
-        (out.hidden.square().mean() + out.aux_loss).backward()
+        (out.hidden.square().mean() + out.aux_loss + out.router_z_loss).backward()
     for (name, mine), other in zip(backbone.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -151,7 +204,8 @@ def test_nothing_to_encode_is_an_error() -> None:
     "changes",
     [
         {"image_size": 20}, {"num_heads": 3}, {"patch_size": 0}, {"top_k": 5}, {"soft_layers": [3]},
-        {"max_text_length": 9}, {"capacity_factor": 0.0}, {"drop_path": 1.0},
+        {"max_text_length": 9}, {"capacity_factor": 0.0}, {"drop_path": 1.0}, {"shared_layers": [3]},
+        {"shared_layers": [1]}, {"router_jitter": 1.0}, {"router_z_loss_weight": -1.0},
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_model_names_its_field(changes: dict[str, object]) -> None:

@@ -22,7 +22,7 @@ import eve_ds.model
 import eve_ds.tasks
 from eve_ds.kernels.permute import Layout
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import MLP, QKV, Attention, Block, HardBlock, SoftBlock, key_bias
+from eve_ds.model.block import MLP, QKV, Attention, Block, HardBlock, SharedBlock, SoftBlock, key_bias
 from eve_ds.model.decoders import DecoderBlock, PixelDecoder, WordDecoder, WordMLP
 from eve_ds.model.embeddings import ImageEmbedding, PatchProjection, TextEmbedding
 from eve_ds.model.experts import Experts
@@ -71,8 +71,8 @@ def soft_block(valid: bool) -> Built:
     return block, (floats(2, 5, D), None if some is None else key_bias(some, torch.float32), ids(5), some)
 
 
-def hard_block(num_image_tokens: int) -> Built:
-    return HardBlock(CONFIG, 0.5), (floats(2, 5, D), key_bias(mask(2, 5), torch.float32), num_image_tokens)
+def hard_block(num_image_tokens: int, kind: type[Block] = HardBlock) -> Built:
+    return kind(CONFIG, 0.5), (floats(2, 5, D), key_bias(mask(2, 5), torch.float32), num_image_tokens)
 
 
 def task(build: Callable[[Backbone], Task], **columns: Tensor) -> Built:
@@ -102,6 +102,7 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "images": lambda: hard_block(5),
         "texts": lambda: hard_block(0),
     },
+    SharedBlock: {"": lambda: hard_block(3, SharedBlock)},
     SoftBlock: {"unpadded": lambda: soft_block(False), "padded": lambda: soft_block(True)},
     Experts: {
         "": lambda: (
@@ -116,6 +117,8 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "published routing": lambda: moe(capacity_factor=1.0, published_routing=True),
         "top 1": lambda: moe(top_k=1),
         "router alone sees the modality": lambda: moe(modality_to_experts=False),
+        "nobody sees the modality": lambda: moe(modality_routing=False),
+        "z-loss and jitter": lambda: moe(z_loss=True, jitter=0.1),
     },
     Backbone: {
         "pairs": lambda: backbone(),
@@ -125,6 +128,7 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "capacity": lambda: backbone(capacity_factor=1.0),
         "recomputed": lambda: backbone(checkpoint_activations=True),
         "no soft layers": lambda: backbone(soft_layers=[]),
+        "shared layers": lambda: backbone(soft_layers=[2], shared_layers=[1]),
     },
     DecoderBlock: {"": lambda: (DecoderBlock(D, 4), (floats(2, 5, D),))},
     PixelDecoder: {"": lambda: (PixelDecoder(D, 16, 8, 16, 1, 2), (floats(2, 4, D), ids(2, 3), ids(2, 13)))},

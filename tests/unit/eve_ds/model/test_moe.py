@@ -23,7 +23,8 @@ def layer(num_experts: int, top_k: int, **options: object) -> MoE:
 
 def token_by_token(moe: MoE, x: Tensor, modality: Tensor, valid: Tensor) -> Tensor:
     """What the layer means, in the plainest form (dropless)."""
-    vectors = torch.stack([moe.image_vector, moe.text_vector])
+    none = x.new_zeros(x.shape[-1])
+    vectors = torch.stack([none if vector is None else vector for vector in (moe.image_vector, moe.text_vector)])
     out = torch.zeros_like(x)
     for sample in range(x.shape[0]):
         for token in range(x.shape[1]):
@@ -47,7 +48,8 @@ def token_by_token(moe: MoE, x: Tensor, modality: Tensor, valid: Tensor) -> Tens
 def test_layer_is_the_loop_over_tokens(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 6))
     top_k = data.draw(st.integers(1, min(3, num_experts)))
-    moe = layer(num_experts, top_k, modality_to_experts=data.draw(st.booleans()))
+    routing = {name: data.draw(st.booleans()) for name in ("modality_to_experts", "modality_routing")}
+    moe = layer(num_experts, top_k, **routing)
     batch, image, text = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     modality = torch.tensor([IMAGE] * image + [TEXT] * text, dtype=torch.int64)
     x = torch.randn(batch, image + text, 4, dtype=torch.float64, requires_grad=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eve_ds.model.router import Router, balance_share, renormalize, within_capacity
+from eve_ds.model.router import Router, balance_share, jitter_noise, renormalize, within_capacity, z_share
 
 
 def test_weights_are_the_best_gates_over_their_sum() -> None:
@@ -74,3 +75,25 @@ def test_balance_loss_counts_valid_tokens_alone(tokens: int, num_experts: int, s
     expected = num_experts * (kept.sum(0) / count * top1).sum()
     torch.testing.assert_close(balance_share(gates, first, valid), expected)
     torch.testing.assert_close(balance_share(kept, first[valid], None), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(0, 20), seed=st.integers(0, 1000))
+def test_z_loss_is_the_mean_square_of_log_z_over_valid_tokens(tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(tokens, 5, generator=generator)
+    valid = torch.rand(tokens, generator=generator) < 0.6
+    squares = [math.log(sum(math.exp(score) for score in row)) ** 2 for row in scores[valid].tolist()]
+    expected = sum(squares) / max(1, len(squares))
+    assert z_share(scores.logsumexp(-1), valid).item() == pytest.approx(expected, rel=1e-4)
+    assert z_share(scores[valid].logsumexp(-1), None).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_jitter_is_uniform_around_one_and_a_function_of_draw_place_and_channel() -> None:
+    draws = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    noise = jitter_noise(draws, 20, 8, 0.1)
+    assert noise.shape == (50, 20, 8) and noise.min() > 0.9 and noise.max() < 1.1
+    assert noise.mean().item() == pytest.approx(1, abs=2e-3)
+    assert noise.std().item() == pytest.approx(0.2 / 12**0.5, rel=0.02)
+    assert noise.unique().numel() > 0.98 * noise.numel()
+    assert torch.equal(jitter_noise(draws[7:8], 12, 8, 0.1)[0], noise[7, :12])

@@ -65,11 +65,13 @@ def test_base_has_the_parameters_of_the_formula() -> None:
     assert found.active == visited + 2 * (soft - dim + 2 * mlp)
 
 
-def test_parameters_equal_those_of_the_model() -> None:
+@pytest.mark.parametrize("changes", [{}, {"shared_layers": [0]}, {"modality_routing": False}])
+def test_parameters_equal_those_of_the_model(changes: dict[str, Any]) -> None:
     from eve_ds.model.backbone import Backbone
     from eve_ds.tasks.vqa import VQA
 
     config = finetune("vqa")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     real = VQA(Backbone(config.model), ANSWERS)
     assert count_parameters(build(config, ANSWERS)).total == sum(p.numel() for p in real.parameters())
 

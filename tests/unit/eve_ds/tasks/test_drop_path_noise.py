@@ -35,5 +35,9 @@ def test_every_branch_use_and_sample_has_a_number_of_its_own() -> None:
     assert noise.unique().numel() > 0.99 * noise.numel()
     assert float(noise.mean()) == pytest.approx(0.5, abs=0.02)
     assert torch.corrcoef(torch.cat([noise[:, :1000], noise[:, 1000:]])).fill_diagonal_(0).abs().max() < 0.15
+    task.backbone.config.router_jitter = 0.1
+    more = task.drop_path_noise(sample_id, 0, 1)
+    assert more is not None and more.shape == (3 * 3, 2000) and torch.equal(more[: 2 * 3], noise)
+    assert torch.corrcoef(torch.cat([more[:, :1000], more[:, 1000:]])).fill_diagonal_(0).abs().max() < 0.15
     assert task.eval().drop_path_noise(sample_id, 0) is None
     assert tiny_task("vqa").train().drop_path_noise(sample_id, 0) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import HardBlock, SoftBlock
+from eve_ds.model.block import HardBlock, SharedBlock, SoftBlock
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT
 from eve_ds.weights.beit import Origins, fill_from_beit
@@ -99,15 +100,15 @@ def filled(state: dict[str, Tensor], config: ModelConfig = CONFIG) -> tuple[Back
     return backbone, fill_from_beit(backbone, state)
 
 
-@pytest.mark.parametrize("num_image_tokens", [10, 0, 6])
-def test_every_block_computes_what_beit_computes_for_images_and_texts(num_image_tokens: int) -> None:
+@pytest.mark.parametrize(("num_image_tokens", "shared"), [(10, []), (0, []), (6, []), (6, [1])])
+def test_every_block_computes_what_beit_computes_for_images_and_texts(num_image_tokens: int, shared: list[int]) -> None:
     state = beit()
-    backbone, _ = filled(state)
+    backbone, _ = filled(state, replace(CONFIG, shared_layers=shared))
     x = torch.randn(2, 10, DIM, generator=torch.Generator().manual_seed(1))
     modality = torch.full((10,), TEXT)
     modality[:num_image_tokens] = IMAGE
     for index, block in enumerate(backbone.blocks):
-        if isinstance(block, HardBlock):
+        if isinstance(block, HardBlock | SharedBlock):
             out = block(x, None, num_image_tokens)
         else:
             assert isinstance(block, SoftBlock)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +49,23 @@ def test_our_names_are_those_of_the_model(published: dict[str, Tensor]) -> None:
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"soft_layers": [3], "shared_layers": [2]}, {"norm2_vl.weight", "mlp_vl.fc1.weight", "mlp_vl.fc2.bias"}),
+        ({"modality_routing": False}, {"norm2_vl.weight", "mlp_moe.moe.gate.wg.weight"}),
+    ],
+)
+def test_models_of_the_ablations_have_the_published_codes_names(changes: dict[str, Any], names: set[str]) -> None:
+    config = replace(CONFIG, **changes)
+    state = {f"backbone.{name}": value for name, value in Backbone(config).state_dict().items()}
+    published = to_published(state, config)
+    own = {name.split("layers.2.")[1] for name in published if ".layers.2." in name}
+    assert names <= own and not any("_embed" in name or "_imag" in name for name in own)
+    back = from_published(published, config)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], value) for name, value in state.items())
 
 
 def test_experts_are_packed_in_order(published: dict[str, Tensor]) -> None:

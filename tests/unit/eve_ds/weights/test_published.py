@@ -46,3 +46,13 @@ def test_an_ill_typed_value_is_named(tmp_path: Path) -> None:
 def test_positions_of_another_shape_are_ignored(shape: tuple[int, ...]) -> None:
     state = {"backbone.pos_embed_vision": torch.zeros(shape)}
     assert sized_as(ModelConfig(), state) == ModelConfig()
+
+
+def test_ffn_type_and_type_route_mean_what_they_mean_in_eves_code(tmp_path: Path) -> None:
+    values = json.loads((ASSETS / "vlmo_config.json").read_text())
+    (tmp_path / "vlmo.json").write_text(json.dumps(values | {"ffn_type": "vl"}))
+    with pytest.raises(UserError, match=r"vlmo\.json: ffn_type='vl' is not EVE's model: .*model\.shared_layers"):
+        ModelConfig.from_vlmo(tmp_path / "vlmo.json")
+    (tmp_path / "vlmo.json").write_text(json.dumps(values | {"moe_param": values["moe_param"] | {"type_route": False}}))
+    assert not ModelConfig.from_vlmo(tmp_path / "vlmo.json").modality_routing
+    assert ModelConfig.from_vlmo(ASSETS / "vlmo_config.json").modality_routing

@@ -1,0 +1,44 @@
+"""Counter-based random numbers: pure functions of (seed, stream, two numbers), the same on any rank and device.
+
+splitmix64's finalizer over the four; a batch is one vectorized call on its own device, and there is no state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as an unsigned 64-bit number."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1 = _signed(0xBF58476D1CE4E5B9)
+_MIX_2 = _signed(0x94D049BB133111EB)
+
+
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift; int64's own drags the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """One splitmix64 step (Steele, Lea and Flood, OOPSLA 2014): int64 in, int64 out, products wrap around."""
+    x = x + _GOLDEN
+    x = (x ^ shift_right(x, 30)) * _MIX_1
+    x = (x ^ shift_right(x, 27)) * _MIX_2
+    return x ^ shift_right(x, 31)
+
+
+def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
+    """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast."""
+    start = torch.tensor(_signed(seed), dtype=torch.int64, device=first.device)
+    return mix(mix(mix(mix(start) ^ stream) ^ first) ^ second)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Random int64 to float32 strictly between 0 and 1 (top 23 bits: one more and the largest would round to 1)."""
+    return (shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
