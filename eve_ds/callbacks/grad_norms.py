@@ -23,11 +23,14 @@ BLOCK = {
     "image_mlp": "image_ffn",
     "text_norm": "text_ffn",
     "text_mlp": "text_ffn",
+    "shared_norm": "shared_ffn",
+    "shared_mlp": "shared_ffn",
 }
 
 
 def kind_of(name: str) -> str:
-    """The kind of a task's parameter: embeddings, attention, image_ffn, text_ffn, experts, router, norms, heads.
+    """The kind of a task's parameter: embeddings, attention, image_ffn, text_ffn, shared_ffn, experts,
+    router, norms, heads.
 
     LayerScale and norms count with their branch; those that both modalities share, and the final norm, are ``norms``.
     """

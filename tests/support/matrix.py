@@ -252,6 +252,7 @@ def under_deepspeed(case: Case) -> Trajectory:
     settings = load_deepspeed_config(f"ds_configs/zero{case.stage}.json", engine_config, options, world)
     settings["zero_optimization"] |= dict(case.zero)
     settings |= dict(case.file)
+    offloads = "offload_optimizer" in settings["zero_optimization"]  # with which a run has no norms by kind
     if case.precision == "fp16":
         allow_fp16()
         settings["fp16"] |= {"initial_scale_power": 10}  # FP16_SCALE: no step is left out
@@ -264,7 +265,7 @@ def under_deepspeed(case: Case) -> Trajectory:
             output = engine(rows_of(batch, rank * share, (rank + 1) * share))
             check_ranks(task)
             engine.backward(output.loss * world)
-            if engine.is_gradient_accumulation_boundary():
+            if engine.is_gradient_accumulation_boundary() and not offloads:
                 trajectory.kinds.append(norms_by_kind(task, engine.optimizer))
             engine.step()
             loss += output.loss.detach() / case.accumulation
@@ -302,7 +303,8 @@ def differences(case: Case, got: Trajectory, expected: Trajectory) -> list[str]:
     for step, (mine, other) in enumerate(zip(got.norms, expected.norms, strict=True)):
         if not abs(mine / other - 1) < tolerance:
             faults.append(f"gradient norm of step {step} is {mine}, not {other}")
-    for step, (mine, other) in enumerate(zip(got.kinds, expected.kinds, strict=True)):
+    assert got.kinds or "offload_optimizer" in dict(case.zero)
+    for step, (mine, other) in enumerate(zip(got.kinds, expected.kinds[: len(got.kinds)], strict=True)):
         assert mine.keys() == other.keys()
         for kind, norm in other.items():
             if not abs(mine[kind] - norm) <= (tolerance if exact else BF16_TENSOR_TOLERANCE) * norm:
