@@ -21,7 +21,7 @@ from tests.support.tiny import caption_batch, masked_task
 def trainer(tmp_path: Path) -> Iterator[Any]:
     """What the metrics need of a trainer: a task, its engine and a device, in a group of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    task = masked_task().eval()
+    task = masked_task(router_z_loss_weight=0.1).eval()
     yield SimpleNamespace(engine=task, task=task, device=torch.device("cpu"), stop=StopRequest())
     dist.destroy_process_group()
 
@@ -29,6 +29,7 @@ def trainer(tmp_path: Path) -> Iterator[Any]:
 def test_no_loss_is_told_of_no_batches(trainer: Any) -> None:
     assert held_out_metrics(trainer, []) == {}
     found = held_out_metrics(trainer, [caption_batch(2)])
+    assert found["val/router_z_loss"] > 0  # a loss of the routers', as the auxiliary loss: not among those
     assert found["val/loss"] == pytest.approx(found["val/mim_loss"] + found["val/mlm_loss"])
 
 
