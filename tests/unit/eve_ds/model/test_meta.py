@@ -29,13 +29,19 @@ from eve_ds.model.experts import Experts
 from eve_ds.model.moe import MoE
 from eve_ds.model.router import Router
 from eve_ds.tasks import Task
+from eve_ds.tasks.contrast import Contrast
+from eve_ds.tasks.itc_itm import ItcItm
+from eve_ds.tasks.itc_itm_mlm import ItcItmMlm
+from eve_ds.tasks.itc_itm_mlm_mim import ItcItmMlmMim
+from eve_ds.tasks.itc_mlm_mim import ItcMlmMim
 from eve_ds.tasks.masked_modeling import MaskedModeling
 from eve_ds.tasks.nlvr import NLVR, AttentionPool, CrossAttention
 from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.rivals import Rival
 from eve_ds.tasks.vqa import VQA
 from tests.support.tiny_tasks import JOINT, MASK, NUM_ANSWERS, OBJECTIVE, TASKS, tiny_batch, tiny_config
 
-BASES = {Block, Task}  # have no forward of their own
+BASES = {Block, Task, Contrast, Rival}  # have no forward of their own
 D, H, E, IMAGE_TOKENS = 32, 64, 4, 17  # as in tiny_config
 CONFIG = replace(tiny_config(), drop_path=0.5)
 
@@ -141,6 +147,10 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "joint": lambda: task(lambda backbone: MaskedModeling(backbone, JOINT, MASK)),
         "masked otherwise": lambda: task(TASKS["pretrain_masked_otherwise"]),
     },
+    ItcItm: {"": lambda: task(TASKS["itc_itm"])},
+    ItcItmMlm: {"": lambda: task(TASKS["itc_itm_mlm"])},
+    ItcItmMlmMim: {"": lambda: task(TASKS["itc_itm_mlm_mim"])},
+    ItcMlmMim: {"": lambda: task(TASKS["itc_mlm_mim"])},
     Retrieval: {"": lambda: task(lambda backbone: Retrieval(backbone, embed_dim=16))},
     VQA: {
         "": lambda: task(lambda backbone: VQA(backbone, NUM_ANSWERS)),
