@@ -132,6 +132,13 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
 
 
+def test_a_dry_run_tells_of_steps_that_are_not_finite_and_writes_nothing(options: list[str], tmp_path: Path) -> None:
+    bold = ["--optimizer.lr=1e30", "--optimizer.warmup=0", "--optimizer.gradient_clipping=0", "--dry_run"]
+    told = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={tmp_path / 'run'}", *bold], 1)
+    assert "WARNING: step 1: the loss or its gradient is not finite; left out; not finite: " in told
+    assert not list(tmp_path.iterdir())
+
+
 def test_fine_tuning_starts_from_an_unfinished_run_and_outlives_it(
     unfinished: Path, straight: Path, tmp_path: Path
 ) -> None:
