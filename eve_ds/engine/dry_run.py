@@ -13,7 +13,7 @@ from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.checkpoint import checkpoint_bytes
 from eve_ds.engine.distributed import decide, launched_world, rank_and_world
 from eve_ds.engine.memory_gauge import Gauge, size
-from eve_ds.engine.schedule import cooldown_of
+from eve_ds.engine.schedule import Cooldown, cooldown_of
 from eve_ds.engine.trainer import Trainer
 from eve_ds.errors import OUTPUT, RankError, is_lost_rank
 from eve_ds.tasks.base import Task
@@ -43,12 +43,14 @@ def describe_training(config: Config, trainer: Trainer, training: Samples, gauge
         UserError: as training itself would, at its start or in these steps.
         RankError: another rank ended in these steps, most likely for want of memory.
     """
-    branch = None
+    branch = cooldown = None
     if not decide(lambda: first_weights.goes_on(config)):
         branch = first_weights.branch_point(config, trainer.identity, trainer.total_steps)
         if branch:
-            cooldown_of(branch[1].state.get("schedule", {}), branch[1].step, config.optimizer, own=False)
+            state = branch[1].state.get("schedule", {})
+            cooldown = cooldown_of(state, branch[1].step, config.optimizer, own=False)
     step, begins = _beginning(config, branch[0] if branch else None)
+    trainer._cooldown = cooldown or Cooldown(step, 1.0)  # of a run that goes on: any, as its weights are not loaded
     ranks, accumulated = trainer.world_size, trainer.accumulation_steps
     micro = trainer.micro_batch_of_all_ranks // ranks
     count = parameters(trainer.task)

@@ -284,11 +284,15 @@ class Trainer:
         return norm
 
     def _tell_nonfinite(self, means: dict[str, float], share: float, batches: TrainingBatches) -> None:
-        """Log the last step, which is not finite, and store its samples. ``share``: this rank's, of the loss."""
-        shares = gather(share)
+        """Log the last step, which is not finite, and store its samples (a dry run stores nothing).
+
+        ``share``: this rank's, of the loss.
+        """
+        found = not_finite(means, gather(share))
         if self.is_main:
-            samples = batches.samples_of(self.step)
-            shown = add_suspect(self.output_dir, self.step, NOT_FINITE, samples, not_finite(means, shares))
+            shown = f"not finite: {', '.join(found['not_finite'])}"
+            if not self.config.dry_run:
+                shown = add_suspect(self.output_dir, self.step, NOT_FINITE, batches.samples_of(self.step), found)
             _log.warning("step %d: the loss or its gradient is not finite; left out; %s", self.step, shown)
 
     def _raise_if_diverged(self) -> None:

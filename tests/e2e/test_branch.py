@@ -94,6 +94,8 @@ def test_a_branch_takes_other_groups_of_parameters(straight: Path, options: list
     for name, value in consolidated_state(straight / "checkpoints" / "step_00000004").items():
         assert torch.equal(trained[name], value) == name.startswith("backbone.text_embedding."), name
     shutil.rmtree(output / "checkpoints" / "step_00000007")
+    told = ranks.run("eve_ds.pretrain", [*options, *branch, *changes, "--dry_run"], 1)
+    assert "steps   6 to 7" in told and "going on from" in told
     told = ranks.run("eve_ds.pretrain", [*options, *branch, *changes], 1)
     assert "training from step 6 to step 7" in told
     assert losses(output) == found and losses(output, "lr")[7] < losses(output, "lr")[6]
@@ -124,8 +126,17 @@ def test_a_dry_run_builds_all_and_writes_nothing(straight: Path, options: list[s
     no_fall = [*branch, "--optimizer.schedule=cooldown", "--optimizer.min_lr_ratio=0.9"]
     codes, told = ranks.finish(ranks.start("eve_ds.pretrain", [*options, *no_fall], 1))
     assert codes == [2] and "optimizer.schedule cooldown: the learning rate at step 6 is" in told
+    told = ranks.run("eve_ds.pretrain", [*options, *branch, "--optimizer.schedule=cooldown"], 1)
+    assert "steps   6 to 9" in told and "time " in told
     assert not output.exists() and not list(tmp_path.iterdir())
     assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+def test_a_dry_run_tells_of_steps_that_are_not_finite_and_writes_nothing(options: list[str], tmp_path: Path) -> None:
+    bold = ["--optimizer.lr=1e30", "--optimizer.warmup=0", "--optimizer.gradient_clipping=0", "--dry_run"]
+    told = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={tmp_path / 'run'}", *bold], 1)
+    assert "WARNING: step 1: the loss or its gradient is not finite; left out; not finite: " in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_fine_tuning_starts_from_an_unfinished_run_and_outlives_it(
