@@ -39,7 +39,8 @@ class Interval:
     Attributes:
         difference: mean of the second model minus that of the first.
         low, high: ends of the confidence interval of the difference.
-        p: two-sided, by inversion of the interval; at least 1 / (draws + 1).
+        p: two-sided, by inversion of the interval; at least 2 / (draws + 1), and at least 2 / 2^n with n clusters
+            that differ: the smallest p that an exact test of so few has, where resamples alone would tell nothing.
     """
 
     difference: float
@@ -104,7 +105,7 @@ def paired_bootstrap(
         means[begin : begin + len(drawn)] = difference[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     beyond = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-    p = min(1.0, 2 * (beyond + 1) / (draws + 1))
+    p = min(1.0, max(2 * (float(beyond) + 1) / (draws + 1), 2.0 ** (1 - np.count_nonzero(difference))))
     return Interval(float(difference.sum() / counts.sum()), float(low), float(high), p)
 
 

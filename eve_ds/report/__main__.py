@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     content = build(options.run) if options.run else build_comparison(options.runs)
     write_text(options.out, content)
-    print(f"wrote {options.out} ({len(content.encode()) / 1e6:.1f} MB)")
+    print(f"wrote {options.out} ({len(content.encode(errors='replace')) / 1e6:.1f} MB)")
 
 
 def _seconds(text: str) -> int:

@@ -95,7 +95,7 @@ def read_training(folder: Path, name: str | None = None) -> Compared:
     (stage,) = read_run(folder).stages.values()
     try:
         tree = yaml.safe_load(stage.config or "")
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-45
         raise InputError(f"{folder / 'config.yaml'}: is no YAML that can be read ({type(error).__name__})") from error
     start = newest_start(folder)
     return Compared(name or folder.name, stage, flat(tree), start, _recorded(folder, start))
@@ -121,7 +121,7 @@ def _recorded(folder: Path, start: dict[str, Any]) -> dict[str, Any]:
         found = {"code.commit": str(code.get("commit"))[:12], "code.branch": code.get("branch")}
         diff = code.get("diff")
         found["code.uncommitted changes"] = f"yes, SHA-256 {_hash(diff)}" if diff else "no"
-        ranks = [rank for rank in start.get("ranks") or () if isinstance(rank, dict)]
+        ranks = [rank for rank in _list(start, "ranks") if isinstance(rank, dict)]
         found["hosts"] = ", ".join(sorted({str(rank.get("host")) for rank in ranks}))
         found |= flat({key: start.get(key) for key in ("topology", "machine", "versions", "deepspeed_config")})
         found |= {"starts": len(starts(folder)), "command": start.get("command")}
@@ -138,6 +138,11 @@ def _recorded(folder: Path, start: dict[str, Any]) -> dict[str, Any]:
 def _part(tree: dict[str, Any], name: str) -> dict[str, Any]:
     found = tree.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _list(tree: dict[str, Any], name: str) -> list[Any]:
+    found = tree.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _hash(text: Any) -> str:

@@ -118,7 +118,7 @@ def _truths(
     """What ``read`` makes of each sample of the split, from the data set of the first run or else that of the other."""
     tried = []
     for run in (first, other):
-        home = run.config.get("data.path") or ""
+        home = str(run.config.get("data.path") or "")
         for folder in (Path(home), Path(str(run.start.get("directory", ""))) / home):
             try:
                 found = open_split(folder, split, kind)

@@ -72,6 +72,17 @@ def test_the_bootstrap_agrees_with_theory() -> None:
     assert paired_bootstrap(first, second, draws=100) == paired_bootstrap(first, second, draws=100)
 
 
+@pytest.mark.parametrize(("examples", "p"), [(1, 1.0), (2, 0.5), (3, 0.25), (5, 0.0625)])
+def test_few_examples_prove_little(examples: int, p: float) -> None:
+    """The second model is right on all, the first on none: p is that of the exact test, not that of the draws."""
+    first, second = np.zeros(examples, dtype=bool), np.ones(examples, dtype=bool)
+    assert paired_bootstrap(first, second).p == p == pytest.approx(sign_test(first, second).p)
+    assert paired_bootstrap(np.append(first, True), np.append(second, True)).p >= p  # a tie adds nothing
+    five = (np.repeat(first, 5), np.repeat(second, 5), np.repeat(np.arange(examples), 5))
+    assert paired_bootstrap(*five).p == p  # texts of one image are one observation
+    assert paired_bootstrap(second, second).p == 1
+
+
 @pytest.mark.parametrize(("first", "second", "words"), [
     ([1.0, 0.0], [1.0], r"one shape \[N\].* \[2\] and \[1\]"),
     ([], [], r"\[0\] and \[0\]"),

@@ -209,19 +209,34 @@ def test_retrieval_runs_are_tested_by_resampling_images(tmp_path: Path) -> None:
         (["a", "b", "x/../a"], "{}/a and {}/x/../a are the same folder; name each run once"),
         (["a"] * 7, "7 runs are too many for one page; name at most 6"),
         (["a", "bad"], "{}/bad/config.yaml: is no YAML that can be read (ParserError)"),
+        (["a", "date"], "{}/date/config.yaml: is no YAML that can be read (ValueError)"),
     ],
 )
 def test_bad_folders_exit_with_2_and_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: list[str], words: str
 ) -> None:
-    for name in ("a", "b", "bad"):
+    for name in ("a", "b", "bad", "date"):
         made(tmp_path / name)
+    (tmp_path / "date" / "config.yaml").write_text("note: 2026-13-45\n")
     (tmp_path / "bad" / "config.yaml").write_text("model: [\n")
     for name in ("x", "demo/vqa", "demo/pretrain"):
         (tmp_path / name).mkdir(parents=True)
     assert run(main, [*(str(tmp_path / name) for name in runs), "--out", str(tmp_path / "page.html")]) == 2
     assert capsys.readouterr().err == f"error: {words.replace('{}', str(tmp_path))}\n"
     assert not (tmp_path / "page.html").exists()
+
+
+def test_what_no_run_writes_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record of other kinds, half a character of UTF-16, a path that is a number: the page is written."""
+    a, b = (made(tmp_path / name, task="vqa", data={"path": 5}, note="\ud800") for name in ("a", "b"))
+    started(b, 1, ranks=5, code=7, versions=[1], topology="x", time=None)
+    for folder in (a, b):
+        (folder / "scores_test.json").write_text(json.dumps({"soft_accuracy": 50.0}))
+        (folder / "predictions_test.json").write_text("[]")
+    assert run(main, [str(a), str(b), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.startswith("wrote ")
+    text = Page((tmp_path / "page.html").read_text()).text
+    assert "b is not tested against a: the right answers cannot be read: " in text
 
 
 @pytest.mark.parametrize(("options", "words"), [
