@@ -217,6 +217,13 @@ class LoggingConfig:
             )
         return range(first, last + 1)
 
+    def check_steps(self, total_steps: int) -> None:
+        """Raise UserError if the steps to trace are all behind the end of the run."""
+        if (steps := self.profiled) and steps[0] > total_steps:
+            raise UserError(
+                f"logging.profile={self.profile}: the run ends with step {total_steps}; name steps before that"
+            )
+
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
         _ = self.profiled
