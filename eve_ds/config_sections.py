@@ -229,5 +229,7 @@ class LoggingConfig:
         _ = self.profiled
         steps = ("eval_every", "detail_every", "samples", "images_every", "grad_norms_every")
         _check_least("logging", self, dict.fromkeys(steps, 0) | {"eval_samples": 1})
+        if self.images_every and not self.samples:
+            raise UserError(f"logging.images_every={self.images_every}: logging.samples=0 shows no image; raise it")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise UserError(f"logging.peak_tflops={self.peak_tflops} must be a positive number or null; see --help")
