@@ -217,10 +217,19 @@ class LoggingConfig:
             )
         return range(first, last + 1)
 
+    def check_steps(self, total_steps: int) -> None:
+        """Raise UserError if the steps to trace are all behind the end of the run."""
+        if (steps := self.profiled) and steps[0] > total_steps:
+            raise UserError(
+                f"logging.profile={self.profile}: the run ends with step {total_steps}; name steps before that"
+            )
+
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
         _ = self.profiled
         steps = ("eval_every", "detail_every", "samples", "images_every", "grad_norms_every")
         _check_least("logging", self, dict.fromkeys(steps, 0) | {"eval_samples": 1})
+        if self.images_every and not self.samples:
+            raise UserError(f"logging.images_every={self.images_every}: logging.samples=0 shows no image; raise it")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise UserError(f"logging.peak_tflops={self.peak_tflops} must be a positive number or null; see --help")

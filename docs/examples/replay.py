@@ -48,7 +48,12 @@ def main(run: Path, line: int) -> None:
     tokenizer = setup.build_tokenizer(config)
     samples = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     task = setup.build_task(config, tokenizer, samples.num_classes)
-    checkpoint = [path for path in complete_checkpoints(run / "checkpoints") if step_of(path) < suspect["step"]][-1]
+    earlier = [path for path in complete_checkpoints(run / "checkpoints") if step_of(path) < suspect["step"]]
+    if not earlier:
+        sys.exit(
+            f"error: {run}: no checkpoint is from before step {suspect['step']}; run with a lower checkpoint.every"
+        )
+    checkpoint = earlier[-1]
     task.load_state_dict(consolidated_state(checkpoint))
     found = watch(task)
     batches = TrainingBatches(config, samples, suspect["step"] - 1)

@@ -15,7 +15,6 @@ from torch.profiler import ProfilerActivity, profile
 from eve_ds.callbacks.memory_check import FOLDER
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.watchdog import mark
-from preprocessing.errors import UserError
 from preprocessing.local_files import write_text
 
 if TYPE_CHECKING:
@@ -67,11 +66,6 @@ class Profile(Callback):
         self._waits = self._first = 0
 
     def fit_start(self, trainer: Trainer) -> None:
-        if self.steps[0] > trainer.total_steps:
-            raise UserError(
-                f"logging.profile={self.steps[0]}:{self.steps[-1]}: the run ends with step {trainer.total_steps}; name "
-                "steps before that"
-            )
         if self.steps[-1] <= trainer.start_step and trainer.is_main:
             _log.info("logging.profile: the run goes on from step %d, so nothing is traced", trainer.start_step)
 

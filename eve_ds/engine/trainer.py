@@ -89,6 +89,7 @@ class Trainer:
         self.identity = identity
         self._counts: dict[str, float] = {}  # the loader's counts, summed over ranks, since the run began
         self._counts_before: dict[str, float] = {}  # the part of them from before this process
+        config.logging.check_steps(total_steps)  # here, so that a dry run tells it and nothing is written
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.micro_batch_of_all_ranks = settings["train_micro_batch_size_per_gpu"] * self.world_size  # samples

@@ -57,6 +57,10 @@ CASES = {
         ["--logging.grad_norms_every=1", "--deepspeed_config=zero2_offload", "--engine.micro_batch_size=null"],
         ["logging.grad_norms_every", "offload_optimizer"],
     ),
+    "steps to trace after the end, in a dry run, too": (
+        ["--logging.profile=7:9", "--dry_run"],
+        ["logging.profile=7:9", "the run ends with step 6"],
+    ),
     "half a sample per rank": (["--engine.micro_batch_size=3"], ["engine.micro_batch_size=3"]),
 }
 

@@ -108,6 +108,7 @@ def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path: Path) -> Non
         (["--logging.eval_samples", "-1"], ["logging.eval_samples=-1", "at least 1 or null"]),
         (["--logging.detail_every", "-1"], ["logging.detail_every=-1", "at least 0"]),
         (["--logging.images_every", "-1"], ["logging.images_every=-1", "at least 0"]),
+        (["--logging.images_every", "2", "--logging.samples", "0"], ["logging.images_every=2", "logging.samples=0"]),
         (["--logging.peak_tflops", "0"], ["logging.peak_tflops=0", "positive number or null"]),
         (["--logging.samples", "-1"], ["logging.samples=-1", "at least 0"]),
     ],
