@@ -105,6 +105,8 @@ def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: lis
     told = subprocess.run(replay, capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
     assert told.returncode == 0 and "first module: ['" in told.stdout, told.stdout + told.stderr
     assert told.stdout.endswith("replayed 4 micro-batches of step 2 with step_00000001\n")
+    told = subprocess.run([*replay[:-1], "11"], capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
+    assert told.returncode == 1 and told.stderr.endswith("suspects.jsonl: has no line 11; it has 10\n")
 
 
 def test_fp16_finds_its_scale_and_a_resumed_run_keeps_it(options: list[str], tmp_path: Path) -> None:
