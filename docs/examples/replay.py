@@ -3,6 +3,7 @@
 python docs/examples/replay.py RUN LINE        (LINE of RUN/suspects.jsonl, from 1 on; pre-training)
 
 Takes the newest checkpoint before the step, in fp32, and the step's own batches: the same samples, crops and masks.
+Contrast and matching (--task itc_...) see the negatives of one rank's micro-batch alone.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ def watch(task: nn.Module) -> list[str]:
 
 
 def main(run: Path, line: int) -> None:
-    suspect = json.loads((run / "suspects.jsonl").read_text().splitlines()[line - 1])
+    lines = (run / "suspects.jsonl").read_text().splitlines()
+    if not 1 <= line <= len(lines):
+        sys.exit(f"{run}/suspects.jsonl: has no line {line}; it has {len(lines)}")
+    suspect = json.loads(lines[line - 1])
+    before = [path for path in complete_checkpoints(run / "checkpoints") if step_of(path) < suspect["step"]]
+    if not before:
+        sys.exit(f"{run}/checkpoints: holds none of a step before {suspect['step']}; see checkpoint.every and .keep")
+    checkpoint = before[-1]
     config = parse(PretrainConfig, ["--config", str(run / "config.yaml"), "--engine.expert_parallel_size=1"], "replay")
     tokenizer = setup.build_tokenizer(config)
     samples = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     task = setup.build_task(config, tokenizer, samples.num_classes)
-    earlier = [path for path in complete_checkpoints(run / "checkpoints") if step_of(path) < suspect["step"]]
-    if not earlier:
-        sys.exit(
-            f"error: {run}: no checkpoint is from before step {suspect['step']}; run with a lower checkpoint.every"
-        )
-    checkpoint = earlier[-1]
     task.load_state_dict(consolidated_state(checkpoint))
     found = watch(task)
     batches = TrainingBatches(config, samples, suspect["step"] - 1)

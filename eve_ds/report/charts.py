@@ -114,7 +114,7 @@ def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool, whole: 
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0, pad=4)
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1 if whole else 2))
     axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.margins(x=0.02)

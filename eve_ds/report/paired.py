@@ -88,7 +88,7 @@ def _questions(first: Compared, other: Compared, split: str) -> Tests:
 def _answers(path: Path) -> dict[Any, str]:
     rows = read_json(path)
     try:
-        return {row["question_id"]: row["answer"] for row in rows}
+        return {row["question_id"]: str(row["answer"]) for row in rows}
     except (TypeError, KeyError) as error:
         raise NotTested(f"{path} is no list of answers") from error
 

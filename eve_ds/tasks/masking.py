@@ -22,7 +22,7 @@ from eve_ds.model.counter_random import uniform as uniform
 PATCHES, WORDS, NEGATIVE_TEXTS, NEGATIVE_IMAGES, DROP_PATH = 1, 2, 3, 4, 5
 BLOCKS, SCATTERED, REPLACEMENT, RANDOM_WORD = 11, 12, 13, 14
 ROUTER_JITTER = 16
-RECTANGLES = 32  # of 75 % of 196 patches, 0.05 % of the images need more
+RECTANGLES = 32  # of 75 % of 196 patches, 0.09 % of the images need more
 SMALLEST_ASPECT = 0.3  # of a rectangle, and its inverse the largest (BEiT)
 
 

@@ -114,8 +114,9 @@ class Tokenizer:
         """[vocab_size] Whether an entry belongs to the word of the token before it; never a special token.
 
         Where words begin with a mark (byte-level BPE, SentencePiece), an entry continues one if it has no mark and
-        begins with a letter, a digit, or a byte of a longer character; so punctuation is a word of its own. In
-        WordPiece the entries that continue a word have a prefix ("##"). In a word-level vocabulary none does.
+        begins with a letter, a digit, or a byte of a longer character. So punctuation begins a word, to which letters
+        that follow without a space belong. In WordPiece the entries that continue a word have a prefix ("##"), and
+        punctuation is a word of its own. In a word-level vocabulary none continues one.
 
         Raises:
             UserError: the tokenizer has none of these marks.

@@ -105,9 +105,11 @@ def test_a_run_that_diverges_stops_before_it_spoils_its_checkpoints(options: lis
     told = subprocess.run(replay, capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
     assert told.returncode == 0 and "first module: ['" in told.stdout, told.stdout + told.stderr
     assert told.stdout.endswith("replayed 4 micro-batches of step 2 with step_00000001\n")
+    told = subprocess.run([*replay[:-1], "11"], capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
+    assert told.returncode == 1 and told.stderr.endswith("suspects.jsonl: has no line 11; it has 10\n")
     shutil.rmtree(output / "checkpoints")
     told = subprocess.run(replay, capture_output=True, text=True, env=environment, cwd=ranks.REPOSITORY)
-    assert told.returncode == 1 and "no checkpoint is from before step 2" in told.stderr, told.stderr
+    assert told.returncode == 1 and "checkpoints: holds none of a step before 2" in told.stderr, told.stderr
     assert "Traceback" not in told.stderr
 
 

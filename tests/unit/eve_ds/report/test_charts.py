@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,13 @@ def test_colors_come_from_the_page() -> None:
     svg = line_chart("x", [Line("training", curve([1.0, 2.0])), Line("held out", curve([1.0, 2.0]), 1)])
     for variable in ("var(--c1)", "var(--c2)", "var(--grid)", "var(--muted)"):
         assert variable in svg
+
+
+def test_a_single_evaluation_is_at_a_whole_step() -> None:
+    line, fractions = Line("held out", Curve([3.0], [1.5]), dots=True), r">(?:2|3)\.\d+<"
+    svg = line_chart("x", [line])
+    assert ">3<" in svg and not re.search(fractions, svg)
+    assert re.search(fractions, line_chart("x", [line], whole=False))
 
 
 def test_curves_of_one_name_share_a_chart_and_losses_come_first() -> None:

@@ -174,6 +174,9 @@ def test_vqa_runs_are_tested_on_their_questions(tmp_path: Path) -> None:
         "accuracy over the answer list"
     ][1]
     assert cell.endswith(words)
+    odd = [row | {"answer": ["no", "text"]} for row in given["b"]]
+    (tmp_path / "b" / "predictions_test.json").write_text(json.dumps(odd))
+    assert "better on 0 questions" in Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     (tmp_path / "b" / "predictions_test.json").write_text(json.dumps(given["b"][1:]))
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     assert "b is not tested against a: their predictions are of other examples." in text

@@ -17,12 +17,14 @@ from eve_ds.plan.memory import Rehearsal
 from eve_ds.plan.work import passes
 from eve_ds.plan.zero_states import Zero
 from eve_ds.tasks import Task, load_task_model
+from eve_ds.tasks.itc_itm_mlm import ItcItmMlm
 from eve_ds.tasks.masked_modeling import MaskedModeling
 from eve_ds.tasks.registry import pretrain_spec
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.rivals import RivalConfig
 from eve_ds.weights.save import write_weights
 from preprocessing.errors import UserError
+from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.tiny_tasks import CLS, MASK, OBJECTIVE, RIVAL, RIVALS, Batch, tiny_batch, tiny_config, tiny_task
 
 ROWS = 5
@@ -123,6 +125,19 @@ def test_weights_load_by_the_tasks_name_and_as_others(name: str, tmp_path: Path)
     masked = load_task_model("pretrain", folder)  # as bench probe and bench words do
     assert isinstance(masked, MaskedModeling) and masked.config == tiny_config()
     assert all(torch.equal(value, expected[key]) for key, value in masked.state_dict().items() if key in expected)
+
+
+def test_a_loaded_rival_masks_the_words_of_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a red circle and another one"] * 3, 290)
+    model = dataclasses.replace(tiny_config(), vocab_size=300)
+    objective = dataclasses.replace(RIVAL, word_masking="whole_words", mask_replacement=[0.5, 0.5, 0.0])
+    write_weights(tmp_path / "model.safetensors", ItcItmMlm(Backbone(model), objective, MASK).state_dict(), {})
+    tree = {"task": "itc_itm_mlm", "model": dataclasses.asdict(model), "objective": dataclasses.asdict(objective)}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    tokenizer.save(tmp_path)
+    loaded = load_task_model("itc_itm_mlm", tmp_path)
+    assert isinstance(loaded, ItcItmMlm) and loaded.ordinary.tolist() == tokenizer.ordinary_ids()
+    assert loaded.continues.tolist() == tokenizer.continues_word() + [False] * (300 - tokenizer.vocab_size)
 
 
 @EVERY

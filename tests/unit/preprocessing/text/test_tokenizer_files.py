@@ -138,7 +138,7 @@ def saved(folder: Path, kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["trained", "bert", "roberta", "unigram", "bpe"])
 def test_where_words_begin(tmp_path: Path, kind: str) -> None:
-    """As the library itself finds, by its pre-tokenizer; punctuation is a word of its own in all of them."""
+    """As the library itself finds, by its pre-tokenizer; punctuation begins a word in all of them."""
     tokenizer = saved(tmp_path, kind)
     continues = tokenizer.continues_word()
     assert len(continues) == tokenizer.vocab_size and not any(continues[index] for index in tokenizer.special_ids)
@@ -151,6 +151,9 @@ def test_where_words_begin(tmp_path: Path, kind: str) -> None:
     ids = tokenizer.encode("a cross, two dogs", 40)
     comma = next(index for index in ids if "," in tokenizer.tokens([index])[0])
     assert not continues[comma]
+    ids = tokenizer.encode("a cross ,two dogs", 40)
+    after = 1 + next(place for place, index in enumerate(ids) if "," in tokenizer.tokens([index])[0])
+    assert continues[ids[after]] == (kind != "bert")  # letters right after it are another word in WordPiece alone
 
 
 def test_ordinary_entries_are_all_but_the_special_ones(tmp_path: Path) -> None:
