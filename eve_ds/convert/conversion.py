@@ -15,7 +15,7 @@ from eve_ds import config as config_tree
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import RECIPES, find_recipe, read_run_config, read_yaml, suggest_file
-from eve_ds.tasks.registry import BY_NAME, build_for, find_spec
+from eve_ds.tasks.registry import BY_NAME, PRETRAIN, build_for, find_spec
 from eve_ds.weights.beit import fill_from_beit
 from eve_ds.weights.load import check_fit, load_weights
 from eve_ds.weights.model_folder import (
@@ -75,8 +75,9 @@ def published_to_folder(
     files = ModelFolder(source, find_recipe(config) if config else None, None)
     tree: dict[str, Any] = {"model": dataclasses.asdict(model)}
     tasks = _tasks_of(ours, model, files)
-    if "pretrain" in tasks:
-        tree["objective"] = read_yaml(find_recipe(str(config)))["objective"]
+    if files.config and PRETRAIN.keys() & tasks:  # the shape of decoders is in no tensor
+        stored = read_yaml(files.config)
+        tree |= {name: stored[name] for name in ("task", "objective") if name in stored}
     _write_folder(target, ours, yaml.safe_dump(tree, sort_keys=False), tokenizer)
     heads = f"with the head of {' and '.join(tasks)}" if tasks else "a backbone without a task's head"
     print(f"{target}: {len(state)} tensors as {len(ours)} of EVE-DS, {heads}")
@@ -226,12 +227,14 @@ def _check_backbone(state: State, model: ModelConfig, source: Path) -> None:
 def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]:
     """The tasks whose complete heads are in a state with EVE-DS names.
 
+    Without those whose heads are a part of another task's there; of tasks with the same heads, the last in `BY_NAME`.
+
     Raises:
         UserError: the backbone does not fit the model, or names belong to no such head (all are listed).
     """
     _check_backbone(state, model, files.weights)
     unplaced = {name for name in state if not name.startswith(PREFIX)}
-    tasks = []
+    complete: dict[str, set[str]] = {}
     for task in BY_NAME:
         if task == "pretrain" and files.config is None:
             continue  # the shape of decoders is only in the config of their run
@@ -244,14 +247,16 @@ def _tasks_of(state: State, model: ModelConfig, files: ModelFolder) -> list[str]
                 raise
         heads = {name: value for name, value in own.items() if not name.startswith(PREFIX)}
         if all(name in state and state[name].shape == value.shape for name, value in heads.items()):
-            tasks.append(task)
+            complete = {other: names for other, names in complete.items() if not names <= heads.keys()}
+            if not any(heads.keys() <= names for names in complete.values()):
+                complete[task] = set(heads)
             unplaced -= heads.keys()
     if unplaced:
         raise UserError(
             f"--checkpoint {files.weights}: not part of the model or of a complete head for {', '.join(BY_NAME)}:"
             f" {listed(unplaced)}; leave them out with --drop, or give the --config of their run"
         )
-    return tasks
+    return list(complete)
 
 
 def _find_checkpoint(path: Path) -> Path:

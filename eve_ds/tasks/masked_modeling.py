@@ -233,9 +233,9 @@ class MaskedSpec(PretrainSpec):
         objective = ObjectiveConfig()
         if files.config is not None and any(name.startswith(MaskedModeling.heads) for name in state):
             tree = read_run_config(files.config)
-            ours = tree.get("task", self.name) == self.name or "word_head" in (tree.get("objective") or {})
-            if ours or "pixel_decoder.embed.weight" in state:
-                objective = stored_section(ObjectiveConfig, files.config, "objective", only_own=True)
+            ours = tree.get("task", self.name) == self.name
+            if ours or "word_head" in (tree.get("objective") or {}) or "pixel_decoder.embed.weight" in state:
+                objective = stored_section(ObjectiveConfig, files.config, "objective", only_own=not ours)
         task = MaskedModeling(backbone, objective, stored_mask_id(files))
         if files.tokenizer is not None:
             task.use_tokenizer(Tokenizer.load(files.tokenizer))

@@ -119,7 +119,7 @@ class RivalSpec(MaskedSpec):
         """As the run that wrote the file was set up. Raises KeyError if the file lacks the contrastive heads."""
         width = state["itc_vision_proj_head.weight"].shape[0]
         objective = RivalConfig()
-        if files.config is not None and "decoder_dim" in read_run_config(files.config, "objective")["objective"]:
+        if files.config is not None and "decoder_dim" in (read_run_config(files.config).get("objective") or {}):
             objective = stored_section(RivalConfig, files.config, "objective")
         task = self.task(backbone, replace(objective, embed_dim=width), stored_mask_id(files))
         if files.tokenizer is not None:

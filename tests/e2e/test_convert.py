@@ -26,7 +26,7 @@ from eve_ds.tasks import load_task_model
 from eve_ds.weights.load import load_weights
 from tests.support import ranks
 from tests.support.shards import make_caption_set, make_vqa_set, tiny_tokenizer
-from tests.support.tiny_tasks import OBJECTIVE, tiny_config, tiny_task
+from tests.support.tiny_tasks import OBJECTIVE, RIVAL, RIVALS, tiny_config, tiny_task
 
 ASSETS = Path("tests/assets")
 VLMO = str(ASSETS / "vlmo_config.json")
@@ -139,6 +139,24 @@ def beit_file(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     options = argparse.Namespace(model="beit_base_patch16_224_8k_vocab_cls_pt")
     torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 299, "args": options}, folder / "beit.pth")
     return folder / "beit.pth", state
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rivals_heads_are_named_by_its_task_alone(name: str, convert: Convert, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    state = tiny_task(name).state_dict()
+    save_file(state, run / "model.safetensors")
+    sections = {"task": name, "model": dataclasses.asdict(tiny_config()), "objective": dataclasses.asdict(RIVAL)}
+    (run / "config.yaml").write_text(yaml.safe_dump(sections))
+    assert convert("to-published", "--checkpoint", run, "--out", tmp_path / "eve.th").code == 0
+    back = tmp_path / "back"
+    told = convert(
+        "from-published", "--checkpoint", tmp_path / "eve.th", "--config", run / "config.yaml", "--out", back
+    )
+    same = "retrieval" if name == "itc_itm" else name
+    assert told.code == 0 and told.output.endswith(f"with the head of {same}\n"), told
+    assert_equal(load_task_model(name, back).state_dict(), state)
 
 
 def test_beit_initializes_a_model_and_lists_all_tensors(convert: Convert, tmp_path: Path) -> None:
