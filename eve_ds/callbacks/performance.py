@@ -33,6 +33,7 @@ PEAK_TFLOPS = {
 }
 BACKWARD = 3.0  # forward and backward over forward: each product has two in the backward pass
 SLOW = 1.2  # a rank's own time over the ranks' median, from which it is slow
+LEAST_LAG = 0.01  # seconds: what a rank of a tiny model is behind is noise
 PERSISTENT = 2  # records in a row
 GIB = 2**30
 _log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class Performance(Callback):
         own = [each["own"] for each in ranks]
         slowest = max(range(len(own)), key=own.__getitem__)
         median = statistics.median_low(own)  # of two ranks the faster one
-        if not median or own[slowest] <= SLOW * median:
+        if own[slowest] <= max(SLOW * median, median + LEAST_LAG):
             self._slow = (-1, 0)
             return
         self._slow = (slowest, self._slow[1] + 1 if self._slow[0] == slowest else 1)

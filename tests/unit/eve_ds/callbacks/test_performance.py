@@ -133,6 +133,9 @@ def test_a_rank_that_stays_slow_is_named_once(
         ([1, 1, 1], 1),
         ([1, 2, 1], 1),
         ([1, 2, 1], 2),  # anew
+        ([0.003, 0.005, 0.003], 2),  # milliseconds
+        ([0.003, 0.005, 0.003], 2),
+        ([0.003, 0.005, 0.003], 2),
     ]:
         monkeypatch.setattr(performance, "gather", lambda mine, own=own: [rank(value) for value in own])
         trainer.step += 1
