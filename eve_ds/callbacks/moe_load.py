@@ -82,7 +82,7 @@ class MoELoad(Callback):
         choices, entropy, tokens = (
             values.view(part.shape) for values, part in zip(total.split([p.numel() for p in parts]), parts, strict=True)
         )
-        numbers = trainer.task.config.soft_layers
+        numbers = sorted(trainer.task.config.soft_layers)
         record |= load_metrics(choices.numpy(), entropy.numpy(), tokens.numpy(), numbers)
         if trainer.is_main:
             line = {

@@ -97,7 +97,7 @@ class PretrainExamples(Callback):
             Image.fromarray(pixels).save(folder / name)
         layers = [
             {"layer": layer, "counts": counts}
-            for layer, counts in zip(trainer.config.model.soft_layers, load, strict=True)
+            for layer, counts in zip(sorted(trainer.config.model.soft_layers), load, strict=True)
         ]
         write_json(folder / "samples.json", {**examples.tree, "expert_load": {"layers": layers}})
 

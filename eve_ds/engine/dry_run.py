@@ -49,7 +49,7 @@ def describe_training(config: Config, trainer: Trainer, training: Samples, gauge
         if branch:
             state = branch[1].state.get("schedule", {})
             cooldown = cooldown_of(state, branch[1].step, config.optimizer, own=False)
-    step, begins = _beginning(config, branch[0] if branch else None)
+    step, begins = decide(lambda: _beginning(config, branch[0] if branch else None))
     trainer._cooldown = cooldown or Cooldown(step, 1.0)  # of a run that goes on: any, as its weights are not loaded
     ranks, accumulated = trainer.world_size, trainer.accumulation_steps
     micro = trainer.micro_batch_of_all_ranks // ranks

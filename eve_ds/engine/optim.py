@@ -124,6 +124,6 @@ def build_optimizer(
     groups = parameter_groups(module, config)
     still = frozen(module, config.freeze)
     for name, parameter in module.named_parameters():
-        if name in still:
+        if name in still and parameter.requires_grad:
             parameter.register_hook(torch.zeros_like)
     return build_adamw(groups, config.lr, (config.betas[0], config.betas[1]), config.eps, device, offload)

@@ -171,12 +171,14 @@ class SoftBlock(Block):
         super().__init__(config, drop_path)
         self.moe_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.moe = moe
+        self.jitters = config.router_jitter > 0
 
     def forward(
         self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None, draws: Draws = None
     ) -> tuple[Tensor, Tensor]:
         """x [B, N, D], modality [N], valid [B, N] bool or None -> ([B, N, D], shares of losses as from ``MoE``)."""
         x = self.attend(x, bias, draws)
-        jitter = draws[JITTER] if self.moe.jitter and draws is not None else None
-        branch, aux = self.moe(self.moe_norm(x), modality, valid, jitter)
+        # By name, and only where it is needed: layers of other classes take three arguments, as hooks do.
+        drawn = {"draw": draws[JITTER]} if self.jitters and draws is not None else {}
+        branch, aux = self.moe(self.moe_norm(x), modality, valid, **drawn)
         return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD), aux

@@ -13,7 +13,7 @@ class ItcItm(Retrieval):
 
     Args:
         backbone: the shared Transformer.
-        objective: width, temperature and seed; settings of masks and decoders have no effect.
+        objective: width and temperature; settings of masks and decoders have no effect.
         mask_id: not used.
     """
 
