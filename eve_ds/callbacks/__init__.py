@@ -12,10 +12,10 @@ from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
 from eve_ds.callbacks.profile import Profile
 from eve_ds.callbacks.progress import Progress
+from eve_ds.callbacks.start_record import Provenance
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
-from eve_ds.engine.start_record import Provenance
 from eve_ds.options import import_object
 from preprocessing.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Where the experts' tokens come from while a run trains: load, imbalance, dead experts, router entropy.
+"""Where tokens go while a run trains: load, imbalance, dead experts, router entropy.
 
 Shapes: S softly routing layers, E experts, 2 modalities (image, text).
 """

@@ -40,7 +40,7 @@ FINISH_TIMEOUT_S = 120
 class WandbLog(Callback):
     """Sends every record to one wandb run, on rank 0. ``logging.wandb: false`` leaves this callback out.
 
-    Online if WANDB_API_KEY is set, else offline; WANDB_MODE and then ``logging.wandb_mode`` take precedence. If no
+    Online if WANDB_API_KEY is set, else offline; WANDB_MODE overrides that, and ``logging.wandb_mode`` both. If no
     server answers within five seconds, the run is logged offline, with a warning. Files go to ``output_dir/wandb``.
     Curves are grouped (see ``metric_groups``) and drawn over ``step``, the optimizer step. The run's id is kept in
     ``output_dir/wandb_id``: a resumed run continues the same curves, and the offline parts become one run when uploaded

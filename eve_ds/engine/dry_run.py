@@ -34,7 +34,7 @@ def describe_training(config: Config, trainer: Trainer, training: Samples, gauge
 
     Args:
         config: the resolved tree.
-        trainer: without callbacks, which would write.
+        trainer: its callbacks are not called but for the hooks of a step, since they would write.
         training: the dataset.
         gauge: made before the model was built.
     Returns:
@@ -69,13 +69,15 @@ def describe_training(config: Config, trainer: Trainer, training: Samples, gauge
         lines += [f"memory  {memory}", f"saved   a checkpoint takes {size(saved)}; {kept}"]
         for warning in warnings:
             _log.warning("%s", warning)
-    _say(*lines, f"output  {config.output_dir}")
+    verdict = "the trial steps were NOT finite" if trainer.nonfinite_streak else "all is in order"
+    _say(verdict, *lines, f"output  {config.output_dir}")
     return 0
 
 
 def describe_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int:
     """Print what ``--evaluate`` would score. Returns the exit code, 0."""
     _say(
+        "all is in order",
         f"score {config.task} on {rank_and_world()[1]} rank(s), {config.engine.precision}",
         f"data    {scored.split.name}: {scored.rows} rows, {len(scored)} samples",
         f"model   {parameters(task):,} parameters, from {config.init_from}",
@@ -137,7 +139,7 @@ def _beginning(config: Config, branch: Path | None) -> tuple[int, str]:
     return 0, f"from {config.init_from}" if config.init_from else "from initial values"
 
 
-def _say(*lines: str) -> None:
+def _say(found: str, *lines: str) -> None:
     if launched_world()[0] == 0:
-        for line in ("dry run: all is in order, nothing was written", *(f"  {line}" for line in lines)):
+        for line in (f"dry run: {found}, nothing was written", *(f"  {line}" for line in lines)):
             _output.info("%s", line)

@@ -88,19 +88,19 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     """Groups by weight decay, learning rate and expert placement.
 
     Each group has ``lr`` and ``peak_lr``: the schedule multiplies the latter. Frozen parameters have a learning rate of
-    0 and no decay. Experts stand in groups of their own with
-    ``moe: True``, as ZeRO needs them to reduce and partition their gradients among the ranks that share them.
+    0 and no decay. Experts stand in groups of their own with ``moe: True``, as ZeRO needs them to reduce and partition
+    their gradients among the ranks that share them.
     """
     groups: dict[str, dict[str, Any]] = {}
-    decays, factors = decayed(module), depth_factors(module, config.layer_decay)
-    still = frozen(module, config.freeze)
+    decayed_names, lr_factors = decayed(module), depth_factors(module, config.layer_decay)
+    frozen_names = frozen(module, config.freeze)
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        weight_decay = config.weight_decay if name in decays else 0.0
+        weight_decay = config.weight_decay if name in decayed_names else 0.0
         lr = config.lr * (1.0 if name.startswith("backbone.") else config.head_lr_mult)
-        lr *= factors.get(id(parameter), 1.0)
-        if name in still:
+        lr *= lr_factors.get(id(parameter), 1.0)
+        if name in frozen_names:
             lr = weight_decay = 0.0
         key = f"lr_{lr:g}_decay_{weight_decay:g}"  # as few groups as there are settings: ZeRO communicates for each
         group = groups.setdefault(
@@ -118,12 +118,12 @@ def build_optimizer(
     states in host memory if ``offload``. A collective where there is a process group.
 
     The gradients of frozen parameters are made zero in the backward pass, so that they neither count in the gradient
-    norm nor enter Adam's moments. They keep ``requires_grad``, since DeepSpeed's checkpoints lose experts without it
-    and its universal format everything; so a branch can freeze other ones, and fp32 masters stay what they were.
+    norm nor enter Adam's moments. They keep ``requires_grad``: without it, DeepSpeed leaves frozen experts out of
+    checkpoints and all frozen parameters out of universal ones, so that no branch could free them again.
     """
     groups = parameter_groups(module, config)
-    still = frozen(module, config.freeze)
+    frozen_names = frozen(module, config.freeze)
     for name, parameter in module.named_parameters():
-        if name in still and parameter.requires_grad:
+        if name in frozen_names and parameter.requires_grad:
             parameter.register_hook(torch.zeros_like)
     return build_adamw(groups, config.lr, (config.betas[0], config.betas[1]), config.eps, device, offload)

@@ -84,7 +84,7 @@ class Trainer:
         self.stopped_early = False  # stopped on request and saved, with steps or an evaluation left to do
         self.evaluation_due = False  # also after a resume, if a stop request prevented the evaluation
         self.skipped_steps = 0  # steps with non-finite gradients, in which DeepSpeed left the weights unchanged
-        self._nonfinite_streak = 0  # consecutive steps, up to the last one, with a non-finite loss or gradient
+        self.nonfinite_streak = 0  # consecutive steps, up to the last one, with a non-finite loss or gradient
         self._range = LossRange()
         self.identity = identity
         self._counts: dict[str, float] = {}  # the loader's counts, summed over ranks, since the run began
@@ -228,9 +228,9 @@ class Trainer:
         samples = self.config.engine.global_batch_size
         share = float(totals["loss"][0])
         norm = self._record_finiteness(means["loss"], may_overflow)
-        if self._nonfinite_streak:
+        if self.nonfinite_streak:
             self._tell_nonfinite(means, share, batches)
-        self.stopped_early = self.stopped_early and not self._nonfinite_streak  # the next finite step saves and stops
+        self.stopped_early = self.stopped_early and not self.nonfinite_streak  # the next finite step saves and stops
         return {
             "step": self.step,
             "samples": self.step * samples,
@@ -272,7 +272,7 @@ class Trainer:
         return totals, waited
 
     def _record_finiteness(self, loss: float, may_overflow: bool) -> float:
-        """Update ``skipped_steps`` and ``_nonfinite_streak``. Returns the gradient norm. The same on every rank.
+        """Update ``skipped_steps`` and ``nonfinite_streak``. Returns the gradient norm. The same on every rank.
 
         ``may_overflow``: gradients that are not finite, of a finite loss, are how a loss scale finds its height.
         """
@@ -281,7 +281,7 @@ class Trainer:
         applied = self.engine.was_step_applied()
         self.skipped_steps += not applied
         finite = math.isfinite(loss) and ((applied and math.isfinite(norm)) or may_overflow)
-        self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
+        self.nonfinite_streak = 0 if finite else self.nonfinite_streak + 1
         return norm
 
     def _tell_nonfinite(self, means: dict[str, float], share: float, batches: TrainingBatches) -> None:
@@ -298,10 +298,10 @@ class Trainer:
 
     def _raise_if_diverged(self) -> None:
         """Raise UserError after too many non-finite steps, before a checkpoint of them replaces a finite one."""
-        if self._nonfinite_streak < (MAX_NONFINITE_STREAK if self.step < self.total_steps else 1):
+        if self.nonfinite_streak < (MAX_NONFINITE_STREAK if self.step < self.total_steps else 1):
             return
         raise UserError(
-            f"the run has diverged: since step {self.step - self._nonfinite_streak + 1} no loss or gradient was "
+            f"the run has diverged: since step {self.step - self.nonfinite_streak + 1} no loss or gradient was "
             f"finite; nothing was saved since, {self._advice()}"
         )
 
@@ -345,7 +345,7 @@ class Trainer:
         self.evaluation_due = last or (every > 0 and self.step % every == 0)
         self._evaluate()
         every = self.config.checkpoint.every
-        if not self._nonfinite_streak and (last or self.stopped_early or (every and self.step % every == 0)):
+        if not self.nonfinite_streak and (last or self.stopped_early or (every and self.step % every == 0)):
             self._save()
             self.stopped_early = self.stopped_early or stop_agreed(self.stop, self.device)
 
@@ -358,7 +358,7 @@ class Trainer:
         try:
             found = self.evaluate(self)
         except StopError:
-            self.stopped_early = not self._nonfinite_streak
+            self.stopped_early = not self.nonfinite_streak
             return
         self.evaluation_due = False
         self._call_hooks("evaluation_end", {"step": self.step, **found})

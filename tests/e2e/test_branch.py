@@ -136,6 +136,7 @@ def test_a_dry_run_tells_of_steps_that_are_not_finite_and_writes_nothing(options
     bold = ["--optimizer.lr=1e30", "--optimizer.warmup=0", "--optimizer.gradient_clipping=0", "--dry_run"]
     told = ranks.run("eve_ds.pretrain", [*options, f"--output_dir={tmp_path / 'run'}", *bold], 1)
     assert "WARNING: step 1: the loss or its gradient is not finite; left out; not finite: " in told
+    assert "dry run: the trial steps were NOT finite, nothing was written" in told
     assert not list(tmp_path.iterdir())
 
 

@@ -38,13 +38,6 @@ engine: {precision: fp32}
 """
 
 
-@pytest.fixture(autouse=True)
-def same_threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "tiny.yaml"

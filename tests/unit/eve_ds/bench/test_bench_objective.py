@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from jsonargparse import Namespace
 
 from eve_ds.bench import __main__ as bench
@@ -27,13 +25,6 @@ objective: {decoder_dim: 16, decoder_depth: 2, decoder_heads: 2}
 engine: {precision: fp32, global_batch_size: 64, micro_batch_size: 8}
 """
 QUICK = ["--repeats", "2", "--warmup", "1", "--threads", "1", "--device", "cpu", "--squares", "64"]
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from eve_ds.callbacks import MetricsFile, Progress, own_callbacks, standard_callbacks
+from eve_ds.callbacks.start_record import Provenance
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine.callback import Callback
-from eve_ds.engine.start_record import Provenance
 from preprocessing.errors import UserError
 
 MODULE = """

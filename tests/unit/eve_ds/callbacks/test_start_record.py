@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.engine import run_folder, start_record
+from eve_ds.callbacks import start_record
+from eve_ds.engine import run_folder
 from eve_ds.weights.model_folder import starts
 
 IDENTITY = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
