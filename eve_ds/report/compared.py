@@ -118,9 +118,10 @@ def _recorded(folder: Path, start: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if start:
         code = _part(start, "code")
-        found = {"code.commit": str(code.get("commit"))[:12], "code.branch": code.get("branch")}
-        diff = code.get("diff")
-        found["code.uncommitted changes"] = f"yes, SHA-256 {_hash(diff)}" if diff else "no"
+        if commit := code.get("commit"):  # not of a start outside of a checkout
+            diff = code.get("diff")
+            found = {"code.commit": str(commit)[:12], "code.branch": code.get("branch")}
+            found["code.uncommitted changes"] = f"yes, SHA-256 {_hash(diff)}" if diff else "no"
         ranks = [rank for rank in _list(start, "ranks") if isinstance(rank, dict)]
         found["hosts"] = ", ".join(sorted({str(rank.get("host")) for rank in ranks}))
         found |= flat({key: start.get(key) for key in ("topology", "machine", "versions", "deepspeed_config")})

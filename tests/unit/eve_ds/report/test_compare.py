@@ -94,6 +94,13 @@ def test_the_page_shows_what_differs_and_only_that(tmp_path: Path) -> None:
     assert table(content, "held-out")["step"] == ["20", "20"]
 
 
+def test_a_start_outside_of_a_checkout_has_no_code(tmp_path: Path) -> None:
+    runs = made(tmp_path / "a"), made(tmp_path / "b")
+    started(runs[0], 1, code={}, topology={"world_size": 2})
+    recorded = read_compared(runs)[0].recorded
+    assert "topology.world_size" in recorded and not [key for key in recorded if key.startswith("code.")]
+
+
 def test_held_out_metrics_have_their_difference_from_the_first_run(tmp_path: Path) -> None:
     for name, values in (("a", [3.0, 2.0]), ("b", [2.5, 1.5]), ("c", [2.0, None])):
         made(tmp_path / name)
