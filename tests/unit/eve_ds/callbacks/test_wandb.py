@@ -113,6 +113,8 @@ def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_on
         (8, "train/loss"): [pytest.approx(100.125)],
         (8, "val/loss"): [0.5],
     }
+    known = wandb_files.logged_since(tmp_path / "wandb", wandb.run_id(tmp_path), 7)
+    assert known.keys() == {7, 8} and known[7] >= {"train/loss", "val/loss"}
 
 
 def test_within_a_run_wandb_itself_ignores_a_step_that_is_past(tmp_path: Path) -> None:
@@ -202,6 +204,14 @@ def test_a_run_that_ends_by_an_error_says_so(tmp_path: Path) -> None:
         f"{tmp_path}: step 0: the run has diverged"
     ]
     assert found[-1].exit.exit_code == 1
+
+
+def test_files_that_are_not_there_are_not_attached(tmp_path: Path) -> None:
+    callback, saved = WandbLog(LoggingConfig()), []
+    callback._run = SimpleNamespace(save=lambda path, **_: saved.append(path.name))
+    (tmp_path / "config.yaml").touch()
+    callback._attach(tmp_path)
+    assert saved == ["config.yaml"]
 
 
 @contextlib.contextmanager
