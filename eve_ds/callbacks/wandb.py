@@ -126,10 +126,11 @@ class WandbLog(Callback):
             return
         import wandb
 
-        self._log({name: wandb.Image(pixels) for name, pixels in images.items()}, trainer.step)
+        # Made inside: each is a file.
+        self._guarded(lambda: self._log({name: wandb.Image(pixels) for name, pixels in images.items()}, trainer.step))
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        known = self._logged.get(step, set()) - {AXIS}
+        known = self._logged.get(step, set())
         new = {name: value for key, value in values.items() if (name := grouped(key)) not in known}
         if self._run is None or not new.keys() - {AXIS}:
             return

@@ -69,7 +69,8 @@ def logged_since(folder: Path, run_id: str, first_step: int) -> dict[int, set[st
         first_step: optimizer step.
     """
     found: dict[int, set[str]] = {}
-    for path in sorted(folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")):
+    # A folder's name may go on after the id: of two that begin in one second the later one has a suffix.
+    for path in sorted(folder.glob(f"offline-run-*/run-{run_id}.wandb")):
         for row in history(path):
             if (step := int(row.get("_step", -1))) >= first_step:
                 found.setdefault(step, set()).update(row)

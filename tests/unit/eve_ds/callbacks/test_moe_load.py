@@ -48,7 +48,8 @@ def train(task: Task, folder: Path, first: int, last: int) -> list[dict[str, flo
     callback.close(trainer)
     assert len(images) == (STEPS // EVERY if trainer.is_main else 0)
     task.train()
-    task(rows_of(caption_batch(ROWS), first, last))  # nothing of the callback is left in the model
+    task(rows_of(caption_batch(ROWS), first, last))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in task.modules())
     return records
 
 
@@ -123,12 +124,28 @@ def test_two_ranks_that_share_the_experts_count_what_one_process_counts(tmp_path
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path: Path) -> None:
-    train(masked_task(), tmp_path, 0, ROWS)
+    train(masked_task(soft_layers=[2, 1]), tmp_path, 0, ROWS)
     trainer: Any = SimpleNamespace(
-        task=masked_task(), output_dir=tmp_path, is_main=True, start_step=3, device=torch.device("cpu")
+        task=masked_task(), output_dir=tmp_path, is_main=False, start_step=3, device=torch.device("cpu")
     )
     MoELoad(EVERY).fit_start(trainer)
-    assert [json.loads(line)["step"] for line in (tmp_path / "expert_load.jsonl").read_text().splitlines()] == [2]
+    assert len((tmp_path / "expert_load.jsonl").read_text().splitlines()) == 2  # rank 0 alone writes
+    trainer.is_main = True
+    MoELoad(EVERY).fit_start(trainer)
+    lines = [json.loads(line) for line in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["layers"]) for line in lines] == [(2, [1, 2])]  # in the order of the blocks
+
+
+def test_a_model_without_soft_layers_has_no_load(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(
+        task=masked_task(soft_layers=[]), output_dir=tmp_path, is_main=True, start_step=0, step=EVERY
+    )
+    trainer.device = torch.device("cpu")
+    callback, record = MoELoad(EVERY), {"step": 2.0}
+    callback.fit_start(trainer)
+    callback.step_end(trainer, record)
+    callback.close(trainer)
+    assert record == {"step": 2.0} and list(tmp_path.iterdir()) == []
 
 
 def test_dead_experts_and_a_modality_without_tokens() -> None:
@@ -138,10 +155,14 @@ def test_dead_experts_and_a_modality_without_tokens() -> None:
     assert found["moe/layer_11/load_imbalance_text"] == 4.0 == found["moe/load_imbalance_text"]
     assert found["moe/layer_10/dead_experts"] == 0.5 and found["moe/dead_experts"] == 0.25
     assert found["moe/layer_10/router_entropy"] == 2.0 and found["moe/router_entropy"] == 1.5
+    none = load_metrics(np.zeros((1, 2, 1)), np.zeros((1, 2)), np.zeros((1, 2)), [3])
+    assert none["moe/router_entropy"] == 0 and none["moe/dead_experts"] == 1 and none["moe/load_imbalance"] == 0
+    assert "moe/router_entropy_share" not in none  # of a single expert
 
 
 def test_the_heat_map_has_a_row_for_each_layer_and_modality() -> None:
-    image = heat_map(np.array([[[6.0, 0, 2, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [4, 0, 0, 0]]]), [10, 11])
+    with np.errstate(all="raise"):  # a modality without tokens
+        image = heat_map(np.array([[[6.0, 0, 2, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [4, 0, 0, 0]]]), [10, 11])
     assert image.shape == (4 * CELL, LABEL + 4 * CELL, 3) and image.dtype == np.uint8
     cells = image[CELL // 2 :: CELL, LABEL + CELL // 2 :: CELL, 0]
     assert cells.tolist() == [[255, 0, 85, 0], [85, 85, 85, 85], [0, 0, 0, 0], [255, 0, 0, 0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -83,9 +84,38 @@ def test_operations_are_those_that_the_planner_counts(checkpointing: bool) -> No
     record = {"step_seconds": 2.0}
     trainer.step = 1
     callback.step_end(trainer, record)
+    trainer.accumulation_steps = 3
+    nothing = {"step_seconds": 1.0}  # of the step before nothing is left
+    callback.step_end(trainer, nothing)
+    assert nothing["perf/tokens_per_second"] == nothing["perf/own_seconds_max"] == 0
+    assert nothing["perf/step_seconds_max"] == 1
+    assert nothing["perf/tflops_per_device"] == pytest.approx(2 * 3 * record["perf/tflops_per_device"])
     callback.close(trainer)
     assert record["perf/tflops_per_device"] == pytest.approx(expected * ROWS / 2 / 1e12, rel=0.03)
     assert "perf/mfu" not in record  # a CPU's peak is unknown
+
+
+@pytest.mark.parametrize("soft_layers", [[1, 2], []])
+def test_own_time_ends_at_the_first_experts_or_the_last_norm(soft_layers: list[int]) -> None:
+    callback, trainer, batch = Performance(9), trainer_of(masked_task(soft_layers=soft_layers)), caption_batch(2)
+    callback.fit_start(trainer)
+    clock = itertools.count()
+    callback._now = lambda: next(clock)  # type: ignore[method-assign]
+    with torch.no_grad():
+        for trains in (True, True, False, True):
+            trainer.task.train(trains)(batch)  # two passes through the backbone
+    assert callback._own == [1, 1]  # not of the first one, whose operations were counted, nor of an evaluation
+    callback.close(trainer)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.task.modules())
+
+
+def test_a_mask_may_be_passed_by_name() -> None:
+    callback, trainer, batch = Performance(9), trainer_of(masked_task()), caption_batch(2)
+    callback.fit_start(trainer)
+    real = int(batch["text_mask"].sum())
+    with torch.no_grad():
+        trainer.task.backbone.train()(None, batch["text_ids"], text_mask=batch["text_mask"])
+    assert callback._tokens.tolist() == [real, batch["text_mask"].numel() - real]
 
 
 def rank(own: float, steps: list[float] | None = None, **memory: float) -> dict[str, Any]:
@@ -101,7 +131,12 @@ def rank(own: float, steps: list[float] | None = None, **memory: float) -> dict[
 
 def test_ranks_are_taken_together() -> None:
     found = interval_metrics(
-        [rank(1.0, [1.0, 2.0], gpu_allocated_gib=3.0), rank(4.0, [1.0, 3.0], gpu_allocated_gib=2.0)], 8, 10.0
+        [
+            rank(1.0, [1.0, 2.0], gpu_allocated_gib=3.0) | {"flops": 1e12},
+            rank(4.0, [1.0, 3.0], gpu_allocated_gib=2.0) | {"flops": 3e12},
+        ],
+        8,
+        10.0,
     )
     assert found == {
         "perf/tokens_per_second": 15.0,
@@ -115,6 +150,7 @@ def test_ranks_are_taken_together() -> None:
         "perf/mfu": 0.4,
         "perf/gpu_allocated_gib": 3.0,
     }
+    assert "perf/tflops_per_device" not in interval_metrics([rank(1.0) | {"flops": None}], 8, 10.0)
 
 
 def test_a_rank_that_stays_slow_is_named_once(
@@ -137,6 +173,8 @@ def test_a_rank_that_stays_slow_is_named_once(
         ([0.003, 0.005, 0.003], 2),  # milliseconds
         ([0.003, 0.005, 0.003], 2),
         ([0.003, 0.005, 0.003], 2),
+        ([1, 1.3], 2),  # beside the faster one of two
+        ([1, 1.3], 3),
     ]:
         monkeypatch.setattr(performance, "gather", lambda mine, own=own: [rank(value) for value in own])
         trainer.step += 1
@@ -146,7 +184,28 @@ def test_a_rank_that_stays_slow_is_named_once(
         "rank 1 on node1.3 is slow, at step 5 again: " in caplog.text
         and "took 1.3 s, the ranks' median 1 s" in caplog.text
     )
+    trainer.is_main = False
+    for own in ([1, 1, 1], [1, 2, 1], [1, 2, 1]):
+        monkeypatch.setattr(performance, "gather", lambda mine, own=own: [rank(value) for value in own])
+        callback.step_end(trainer, {"step_seconds": 1.0})
+    assert len(caplog.records) == 3  # rank 0 tells
     callback.close(trainer)
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "peak"), [("bf16", None, 989.0), ("fp16", None, 989.0), ("fp32", None, None), ("fp32", 5, 5)]
+)
+def test_the_peak_is_that_of_16_bits_or_the_given_one(
+    monkeypatch: pytest.MonkeyPatch, precision: str, given: float | None, peak: float | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    callback, trainer = Performance(1, given), trainer_of(masked_task())
+    callback.fit_start(trainer)
+    assert callback._peak(trainer) == given  # on the CPU
+    callback._on_gpu, trainer.config.engine.precision = True, precision
+    assert callback._peak(trainer) == peak
+    callback.peak_tflops = 7.0
+    assert callback._peak(trainer) == 7.0
 
 
 @pytest.mark.parametrize(

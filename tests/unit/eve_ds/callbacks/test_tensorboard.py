@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eve_ds.callbacks.metric_groups import grouped
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from preprocessing.errors import UserError
 
@@ -24,6 +25,18 @@ def train(folder: Path, start_step: int, stop: int, offset: float = 0.0, is_main
         callback.images_made(trainer, {"moe/expert_load": np.zeros((4, 6, 3), dtype=np.uint8)})
     callback.evaluation_end(trainer, {"step": trainer.step, "val/loss": 3.0})
     callback.close(trainer)
+
+
+@pytest.mark.parametrize(
+    ("group", "keys"),
+    [
+        ("optim", ["lr", "grad_norm", "skipped_steps"]),
+        ("perf", ["samples_per_second", "step_seconds"]),
+        ("train", ["loss"]),
+    ],
+)
+def test_metrics_have_groups(group: str, keys: list[str]) -> None:
+    assert [grouped(key) for key in keys] == [f"{group}/{key}" for key in keys]
 
 
 def read(folder: Path) -> EventAccumulator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -99,9 +100,12 @@ def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_on
     for path in pieces(tmp_path):
         kept = records(path)
         assert ("*", "step") in [(record.metric.glob_name, record.metric.step_metric) for record in kept]
+        assert kept[-1].exit.exit_code == 0 and not any(record.HasField("alert") for record in kept)
         for row in wandb_files.history(path):
             assert row["step"] == row["_step"]
-            for key in row.keys() - {"step", "_step", "_runtime", "_timestamp"}:
+            keys = row.keys() - {"step", "_step", "_runtime", "_timestamp"}
+            assert keys
+            for key in keys:
                 found.setdefault((row["step"], key), []).append(row[key])
     losses = {(step, "train/loss"): [pytest.approx(1 / step)] for step in range(1, 8)}
     assert found == losses | {
@@ -109,12 +113,19 @@ def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_on
         (8, "train/loss"): [pytest.approx(100.125)],
         (8, "val/loss"): [0.5],
     }
+    last = pieces(tmp_path)[1].parent
+    last.rename(f"{last}-1")  # as wandb calls the later one of two that begin in one second
+    known = wandb_files.logged_since(tmp_path / "wandb", wandb.run_id(tmp_path), 7)
+    assert known.keys() == {7, 8} and known[7] >= {"train/loss", "val/loss"}
 
 
 def test_within_a_run_wandb_itself_ignores_a_step_that_is_past(tmp_path: Path) -> None:
-    train(trainer(tmp_path), [1, 2, 3, 2, 4])  # type: ignore[arg-type]
+    try:
+        raise UserError("of a program that trains while it handles this")
+    except UserError:
+        train(trainer(tmp_path), [1, 2, 3, 2, 4])  # type: ignore[arg-type]
     (path,) = pieces(tmp_path)
-    records(path)
+    assert not any(record.HasField("alert") for record in records(path))
     assert [row["step"] for row in wandb_files.history(path)] == [1, 2, 3, 4]
 
 
@@ -144,7 +155,10 @@ def test_a_file_whose_end_is_lost_is_read_up_to_there(tmp_path: Path) -> None:
     assert list(wandb_files.history(path)) == []
 
 
-def test_names_alerts_images_and_files_reach_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_names_alerts_images_and_files_reach_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # the setting takes precedence
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.yaml").write_text("model: {}\n")
@@ -181,6 +195,7 @@ def test_a_run_that_ends_by_an_error_says_so(tmp_path: Path) -> None:
     state = trainer(tmp_path)
     callback = WandbLog(state.config.logging)
     callback.fit_start(state)
+    assert callback._run.settings.run_tags is None  # an empty list would take away those that a resumed run has
     with pytest.raises(UserError):
         try:
             raise UserError("the run has diverged")
@@ -191,6 +206,14 @@ def test_a_run_that_ends_by_an_error_says_so(tmp_path: Path) -> None:
         f"{tmp_path}: step 0: the run has diverged"
     ]
     assert found[-1].exit.exit_code == 1
+
+
+def test_files_that_are_not_there_are_not_attached(tmp_path: Path) -> None:
+    callback, saved = WandbLog(LoggingConfig()), []
+    callback._run = SimpleNamespace(save=lambda path, **_: saved.append(path.name))
+    (tmp_path / "config.yaml").touch()
+    callback._attach(tmp_path)
+    assert saved == ["config.yaml"]
 
 
 @contextlib.contextmanager
@@ -247,9 +270,54 @@ def test_a_failing_init_warns_once_and_training_goes_on(
     assert caplog.text.count("Weights & Biases logs no more of this run: ") == 1
 
 
-def test_other_ranks_do_nothing(tmp_path: Path) -> None:
-    train(trainer(tmp_path, is_main=False), range(1, 3))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("fails", ["Image", "save"])
+def test_a_failure_of_wandb_is_one_warning(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr({"Image": "wandb.Image", "save": "wandb.sdk.wandb_run.Run.save"}[fails], full)
+    (tmp_path / "config.yaml").write_text("model: {}\n")
+    state = trainer(tmp_path)
+    callback = WandbLog(state.config.logging)
+    callback.fit_start(state)
+    run = callback._run
+    callback.images_made(state, {"moe/expert_load": np.zeros((4, 6, 3), dtype=np.uint8)})
+    callback.close(state)
+    run.finish()
+    told = [record.message for record in caplog.records if record.name == wandb.__name__]
+    assert told == ["Weights & Biases logs no more of this run: No space left on device"]
+
+
+def test_other_ranks_do_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # nor do they import it
+    state = trainer(tmp_path, is_main=False)
+    train(state, range(1, 3))
+    callback = WandbLog(state.config.logging)
+    callback.images_made(state, {"moe/expert_load": np.zeros((4, 6, 3), dtype=np.uint8)})
+    callback.alert(state, "suspect loss", "far out")
+    assert list(tmp_path.iterdir()) == [] and caplog.records == []
+
+
+def test_records_lie_in_blocks_as_leveldb_has_them(tmp_path: Path) -> None:
+    """A rest of 6 bytes in a block is zeros, one of 7 a fragment without data."""
+
+    def fragment(kind: int, data: bytes) -> bytes:
+        return wandb_files.FRAGMENT.pack(0, len(data), kind) + data
+
+    whole = wandb_files.BLOCK - wandb_files.HEADER.size - wandb_files.FRAGMENT.size
+    split = fragment(wandb_files.FIRST, b"") + fragment(wandb_files.LAST, b"bcd")
+    path = tmp_path / "run.wandb"
+    for rest in (0, 1, 6, 7):
+        data = wandb_files.HEADER.pack(wandb_files.MAGIC, 0, 0) + fragment(wandb_files.FULL, b"a" * (whole - rest))
+        data += split if rest == 7 else bytes(rest) + fragment(wandb_files.FULL, b"bcd")
+        path.write_bytes(data)
+        assert list(wandb_files.raw_records(path)) == [b"a" * (whole - rest), b"bcd"], rest
+    path.write_bytes(data + bytes(7) + fragment(wandb_files.FULL, b"after zeros"))
+    assert len(list(wandb_files.raw_records(path))) == 2
 
 
 def test_mode_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,10 @@ def test_other_precisions_have_none(dtype: torch.dtype) -> None:
     keep_settings(run, run.optimizer.loss_scaler)
 
 
+def test_an_optimizer_without_a_scaler_has_none() -> None:
+    assert scale_of(SimpleNamespace(optimizer=SimpleNamespace())) is None
+
+
 def test_a_resumed_run_has_the_files_settings_and_the_checkpoints_scale() -> None:
     own, run = engine(scale_window=7, min_scale=1, delayed_shift=3, consecutive_hysteresis=True), engine()
     run.optimizer.loss_scaler.update_scale(True)

@@ -56,6 +56,7 @@ class Own(nn.Module):
 def test_kinds_decide_and_not_names() -> None:
     own = nn.Sequential(Own())
     assert decayed(own) == {"0.position_mlp.weight", "0.gamma_head.weight", "0.words.weight"}
+    assert [group["lr"] for group in parameter_groups(own, OptimizerConfig(lr=1.0, layer_decay=0.5))] == [1.0, 1.0]
     own[0].without_weight_decay = ("tables",)
     with pytest.raises(UserError, match="0: without_weight_decay lists 'tables', but Own has no such parameter"):
         decayed(own)
@@ -82,6 +83,16 @@ def test_rates_rise_with_depth() -> None:
 
 
 FREEZE = ["backbone.blocks.0.*", "*.experts.w1", "backbone.text_embedding.words.weight"]
+
+
+def test_frozen_parameters_have_no_rate_and_no_decay() -> None:
+    task = tiny_task("vqa")
+    next(task.parameters()).requires_grad_(False)  # by an own task: it is in no group, and has no gradient to make zero
+    groups = build_optimizer(task, OptimizerConfig(freeze=["backbone.*"])).param_groups
+    (still,) = [group for group in groups if group["peak_lr"] == 0]
+    assert still["weight_decay"] == 0
+    backbone = [parameter for name, parameter in task.named_parameters() if name.startswith("backbone.")]
+    assert {id(each) for each in still["params"]} == {id(each) for each in backbone[1:]}
 
 
 def test_frozen_parameters_are_as_if_they_had_no_gradient() -> None:

@@ -48,7 +48,9 @@ def test_wsd_rises_stays_and_falls_as_one_minus_a_root() -> None:
     for step in range(76, 101):
         assert factors[step] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt((step - 75) / 25)), abs=1e-12)
     assert factors[100] == 0.1
+    assert lr_factor(101, 100, config) == 0.1
     assert lr_factor(79, 100, options("wsd")) == 1.0 and lr_factor(81, 100, options("wsd")) < 1.0  # 0.2 by default
+    assert [lr_factor(step, 2, options("wsd", warmup=0.0)) for step in range(2)] == [1.0, 1.0]  # no step to fall over
 
 
 def test_a_cooldown_begins_at_the_rate_of_the_checkpoint_and_ends_at_the_least() -> None:
@@ -68,6 +70,10 @@ def test_a_cooldown_begins_at_the_rate_of_the_checkpoint_and_ends_at_the_least()
     again = cooldown_of(state, 40, other, own=False)
     assert 6e-4 * lr_factor(40, 60, other, again) == pytest.approx(3e-4 * last, rel=1e-12)
     assert cooldown_of(state, 40, trunk, own=False) is None
+    # A run may take the schedule itself when it resumes: then its own checkpoint does not tell where that began.
+    assert cooldown_of(state, 40, branch, own=True) == begin
+    odd = Cooldown(40, 0.45)  # 0.1 + (0.45 - 0.1) is another number
+    assert lr_factor(40, 60, options("cooldown", min_lr_ratio=0.1), odd) == 0.45 != 0.1 + (0.45 - 0.1)
 
 
 def test_a_cooldown_of_a_stable_run_is_the_end_of_a_wsd_run() -> None:
@@ -84,6 +90,10 @@ def test_a_cooldown_needs_a_rate_to_fall_from() -> None:
         cooldown_of({}, 40, branch, own=False)
     with pytest.raises(UserError, match="learning rate at step 100 is 5e-06, not above that of the end"):
         cooldown_of(stored(0.01, 100, options("cosine"), None), 100, branch, own=False)
+    with pytest.raises(UserError, match="not above that of the end"):
+        cooldown_of(stored(0.1, 100, options("cosine"), None), 100, branch, own=False)
+    with pytest.raises(ValueError, match="without where it began"):
+        lr_factor(40, 60, branch)
 
 
 def test_a_longer_run_tells_where_its_rate_jumps() -> None:
@@ -101,6 +111,10 @@ def test_a_longer_run_tells_where_its_rate_jumps() -> None:
     config = options("cosine", lr=1e-3)
     assert jump(stored(0.0, 100, config, None), 1.0, 100, config) is None, "its own schedule"
     assert jump({}, 1.0, 200, config) is None, "an older checkpoint"
+    shorter = jump(stored(1.0, 200, config, None), 0.5, 100, config)
+    assert shorter is not None and shorter.startswith("the learning rate goes from 0.001 to 0.0005,")
+    assert jump(stored(0.5, 200, options("cosine", lr=2e-3), None), 1.0, 100, config) is None, "another peak"
+    assert jump(stored(0.01, 200, config, None), 0.05, 100, config) is None, "little of the peak"
 
 
 @pytest.mark.parametrize(

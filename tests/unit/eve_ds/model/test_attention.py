@@ -40,6 +40,7 @@ def test_masks_fit_in_16_bits(dtype: torch.dtype) -> None:
     layer = Attention(4, 2).to(dtype)
     out = layer(x, key_bias(valid, dtype))
     assert out.isfinite().all()
+    assert (key_bias(valid, dtype) + torch.finfo(dtype).min / 4).isfinite().all()  # with scores added to it
     torch.testing.assert_close(out[:1, ::2], layer(x[:1, ::2], None), rtol=1e-2, atol=1e-2)
 
 

@@ -13,6 +13,7 @@ from eve_ds.callbacks.pretrain_examples import expert_load
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import HardBlock, SharedBlock, SoftBlock
 from eve_ds.model.model_config import ModelConfig
+from eve_ds.model.moe import MoE
 from preprocessing.errors import UserError
 
 CONFIG = ModelConfig(
@@ -93,11 +94,15 @@ def test_no_switch_leaves_a_parameter_unused(changes: dict[str, object]) -> None
 def test_a_shared_block_is_a_hard_one_with_twice_the_same_network(num_image_tokens: int) -> None:
     block = make(shared_layers=[0]).blocks[0]
     assert isinstance(block, SharedBlock)
-    hard, state = HardBlock(CONFIG, 0.0), block.state_dict()
+    hard, state = HardBlock(CONFIG, 0.5), block.state_dict()
+    block.drop_path = 0.5
     copies = {name.replace("shared", kind): value for name, value in state.items() for kind in ("image", "text")}
     hard.load_state_dict(copies)
     x = torch.randn(2, 5, 16)
-    torch.testing.assert_close(block(x, None, num_image_tokens), hard(x, None, num_image_tokens))
+    # Attention is dropped of one sample, the feed-forward part of the other, and a key is masked.
+    draws, bias = torch.tensor([[0.1, 0.9], [0.9, 0.1]]), torch.tensor([0.0, 0, -9, 0, 0])
+    given = (bias.view(1, 1, 1, 5).expand(2, 1, 1, 5), num_image_tokens, draws)
+    torch.testing.assert_close(block(x, *given), hard(x, *given))
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(32, 1), (32, 2), (4, 1)])
@@ -117,6 +122,22 @@ def test_jitter_is_the_samples_own_and_rests_in_evaluation(num_experts: int, top
     assert not torch.allclose(backbone(images, ids, mask, draws=1 - draws).hidden, batch)
     assert not torch.allclose(backbone(images, ids, mask).hidden, batch)
     assert torch.equal(backbone.eval()(images, ids, mask, draws=draws).hidden, plain(images, ids, mask).hidden)
+
+
+class OfThree(MoE):
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, modality: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x, modality, valid)
+
+
+def test_a_layer_of_three_arguments_serves_where_there_is_no_jitter() -> None:
+    images, draws = torch.randn(2, 3, 16, 16), torch.rand(6, 2)
+    hidden = []
+    for layer in (MoE, OfThree):
+        torch.manual_seed(0)
+        hidden.append(Backbone(replace(CONFIG, drop_path=0.5), moe_layer=layer)(images, draws=draws).hidden)
+    assert torch.equal(*hidden)
 
 
 def test_router_z_loss_is_the_mean_over_layers_and_words() -> None:
@@ -205,7 +226,8 @@ def test_nothing_to_encode_is_an_error() -> None:
     [
         {"image_size": 20}, {"num_heads": 3}, {"patch_size": 0}, {"top_k": 5}, {"soft_layers": [3]},
         {"max_text_length": 9}, {"capacity_factor": 0.0}, {"drop_path": 1.0}, {"shared_layers": [3]},
-        {"shared_layers": [1]}, {"router_jitter": 1.0}, {"router_z_loss_weight": -1.0},
+        {"shared_layers": [1]}, {"shared_layers": [0, 0]}, {"soft_layers": [1, 1]}, {"shared_layers": [-1]},
+        {"router_jitter": 1.0}, {"router_z_loss_weight": -1.0},
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_model_names_its_field(changes: dict[str, object]) -> None:
