@@ -106,7 +106,11 @@ def test_one_image_has_no_negatives_and_they_do_not_count() -> None:
     scores = task.match(batch["images"], batch["text_ids"], batch["text_mask"])
     expected = F.cross_entropy(scores, torch.ones(2, dtype=torch.int64), reduction="sum")
     assert torch.allclose(output.metrics["itm_loss"][0], expected, atol=1e-5)
-    assert float(output.metrics["itm_accuracy"][0]) == int((scores.argmax(dim=1) == 1).sum())
+    for answer in (0, 1):
+        with torch.no_grad():
+            task.itm_head.bias[answer] += 100
+        assert [float(value) for value in task(batch).metrics["itm_accuracy"]] == [2 * answer, 2]
+        task.itm_head.bias.data[answer] -= 100
 
 
 def test_a_row_without_a_negative_takes_its_own_pair(monkeypatch: pytest.MonkeyPatch) -> None:
