@@ -171,7 +171,7 @@ def test_scores_that_a_run_lacks(tmp_path: Path) -> None:
     """Of a measure that the first run lacks there is no difference; one that a single run has is left out. Runs whose
     config is gone are of the task that has such scores."""
     for name, scores in (
-        ("a", {"accuracy": 0.5, "unbalanced_consistency": 0.3}),
+        ("a", {"accuracy": 0.5}),
         ("b", {"accuracy": 0.75, "consistency": 0.25}),
         ("c", {"accuracy": 0.25, "consistency": 0.125}),
     ):
@@ -184,6 +184,9 @@ def test_scores_that_a_run_lacks(tmp_path: Path) -> None:
         "accuracy": ["50.0", "75.0 +25.0", "25.0 -25.0"],
         "consistency": ["\N{EN DASH}", "25.0", "12.5"],
     }
+    (tmp_path / "c" / "scores_val.json").write_text(json.dumps({"accuracy": 0.25}))
+    cells = table(compared_scores(read_compared([tmp_path / name for name in "abc"])), "scores")
+    assert cells.keys() == {"Measure", "accuracy"}
 
 
 def test_runs_of_different_tasks_are_compared_in_what_they_share(tmp_path: Path) -> None:
