@@ -153,8 +153,8 @@ def common_curves(runs: list[Compared]) -> tuple[list[str], list[str]]:
     found: dict[str, int] = {}
     for run in runs:
         for name, curve in run.stage.curves.items():
-            metric = name.rpartition("/")[2]
-            chart = not NO_CHART.fullmatch(metric) and name != "data/samples"
+            split, _, metric = name.rpartition("/")
+            chart = split != "data/samples" and not NO_CHART.fullmatch(metric)
             if chart and any(math.isfinite(value) for value in curve.values):
                 found[name] = found.get(name, 0) + 1
 

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from evaluation import significance
 from evaluation.common import InputError
 from evaluation.significance import paired_bootstrap, sign_test
 
@@ -38,7 +39,7 @@ def test_soft_scores_count_by_which_is_higher() -> None:
     assert (found.first, found.second, found.p) == (1, 2, 1.0)
 
 
-def test_the_bootstrap_equals_a_plain_one_draw_by_draw() -> None:
+def test_the_bootstrap_equals_a_plain_one_draw_by_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     image = rng.integers(40, size=150)
     image[:40] = np.arange(40)
@@ -51,6 +52,11 @@ def test_the_bootstrap_equals_a_plain_one_draw_by_draw() -> None:
     found = paired_bootstrap(first, second, image, draws=500, seed=3)
     assert found.difference == pytest.approx(second.mean() - first.mean())
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+    assert paired_bootstrap(first, second, 3 * image + 2, draws=500, seed=3) == found  # numbers without clusters
+    monkeypatch.setattr(significance, "_CELLS", 7 * 40)
+    assert paired_bootstrap(first, second, image, draws=500, seed=3) == found  # seven draws at a time
+    monkeypatch.setattr(significance, "_CELLS", 39)
+    assert paired_bootstrap(first, second, image, draws=500, seed=3) == found
     below = sum(value <= 0 for value in draws)
     assert found.p == pytest.approx(min(1.0, 2 * (min(below, sum(v >= 0 for v in draws)) + 1) / 501))
 

@@ -41,11 +41,14 @@ def figures(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_rows_and_document(tmp_path: Path, recipe: str) -> None:
+def test_rows_and_document(tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "best_precision", lambda device: {"cpu": "fp32"}[device])
+    Path(recipe).write_text(RECIPE.replace("precision: fp32", "precision: auto"), encoding="utf-8")
     found = figures(tmp_path, "--config", recipe, "--pairs", "3", "--decoders", "1x8", "--no_forecast")
     rows = {row["objective"]: row for row in found["rows"]}
     assert list(rows) == [*NAMES, "separate_1x8"]
     first = rows["separate"]
+    assert first["dtype"] == "fp32"
     for name, row in rows.items():
         assert found[name] == row["samples_per_second"] == pytest.approx(3000 / row["ms"])
         assert row["ms"] == statistics.median(row["all_ms"]) and len(row["all_ms"]) == 2
@@ -68,6 +71,13 @@ def test_rows_and_document(tmp_path: Path, recipe: str) -> None:
         assert rows[less]["flops_per_sample"] < rows[more]["flops_per_sample"], (less, more)
     assert rows["separate_1x8"]["parameters"] < rows["separate"]["parameters"]
     assert rows["separate"]["extra_bytes"] < rows["itc_itm"]["extra_bytes"]
+
+
+def test_between_steps_there_are_no_gradients() -> None:
+    module = torch.nn.Linear(2, 2)
+    module(torch.ones(1, 2)).sum().backward()
+    objective._forget_gradients({"one": module})
+    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 def test_the_largest_micro_batch_is_the_planners(recipe: str) -> None:

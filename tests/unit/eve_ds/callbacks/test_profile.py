@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from eve_ds.callbacks.profile import KINDS, OTHER, WAITING, Profile, Spent, by_kind, summary
@@ -15,9 +18,16 @@ from eve_ds.config_sections import LoggingConfig
 from preprocessing.errors import UserError
 
 
-def trainer(folder: Path, start: int = 0, total: int = 6) -> SimpleNamespace:
-    names = {"output_dir": folder, "start_step": start, "step": start, "total_steps": total, "rank": 0}
-    return SimpleNamespace(**names, is_main=True, accumulation_steps=2, device=torch.device("cpu"))
+def trainer(folder: Path, start: int = 0, total: int = 6, rank: int = 0) -> SimpleNamespace:
+    names = {"output_dir": folder, "start_step": start, "step": start, "total_steps": total, "rank": rank}
+    return SimpleNamespace(**names, is_main=rank == 0, accumulation_steps=2, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("eve_ds"), "propagate", True)
+    caplog.set_level(logging.INFO, "eve_ds")
+    return caplog
 
 
 def run(callback: Profile, made: SimpleNamespace) -> None:
@@ -55,7 +65,9 @@ def test_steps_beyond_the_end() -> None:
 @pytest.mark.parametrize(
     ("steps", "start", "told"), [((2, 4), 0, "2 to 4"), ((2, 4), 2, "3 to 4"), ((5, 9), 0, "5 to 6"), ((2, 4), 4, "")]
 )
-def test_what_is_traced(steps: tuple[int, int], start: int, told: str, tmp_path: Path) -> None:
+def test_what_is_traced(
+    steps: tuple[int, int], start: int, told: str, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     """From a fresh start, a resume within the steps and behind them, and with an end before theirs."""
     run(Profile(range(steps[0], steps[1] + 1)), trainer(tmp_path, start))
     text = tmp_path / "profile/summary.txt"
@@ -65,6 +77,52 @@ def test_what_is_traced(steps: tuple[int, int], start: int, told: str, tmp_path:
         waited = next(line for line in text.read_text().splitlines() if WAITING in line)
         assert f"steps {told} of rank 0" in text.read_text()
         assert f"{0.001 * (last - first + 1):.3f} s" in waited and f"{2 * (last - first + 1)} calls" in waited
+    assert ("the run goes on from step 4, so nothing is traced" in log.text) == (not told)
+
+
+def test_other_ranks_have_traces_and_no_summary(tmp_path: Path) -> None:
+    run(Profile(range(2, 3)), trainer(tmp_path, rank=1))
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["rank_1.json.gz"]
+
+
+def test_a_trace_that_cannot_be_written_ends_no_training(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "profile").write_text("")
+    run(Profile(range(2, 3)), trainer(tmp_path))
+    assert f"{tmp_path / 'profile'}: no trace of this rank: File exists" in log.text
+
+
+def test_a_training_that_fails_ends_the_profiler(tmp_path: Path) -> None:
+    callback = Profile(range(1, 3))
+    callback.step_start(trainer(tmp_path))  # type: ignore[arg-type]
+    assert torch.autograd._profiler_enabled()
+    callback.close(trainer(tmp_path))  # type: ignore[arg-type]
+    assert not torch.autograd._profiler_enabled() and not list(tmp_path.iterdir())
+    callback.close(trainer(tmp_path))  # type: ignore[arg-type]
+
+
+def event(name: str, thread: int, cpu: float, device: float = 0.0, **other: Any) -> SimpleNamespace:
+    """An operation of so many seconds."""
+    times = {"self_cpu_time_total": 1e6 * cpu, "self_device_time_total": 1e6 * device}
+    own = {"name": name, "thread": thread, "device_type": DeviceType.CPU, "cpu_parent": None}
+    return SimpleNamespace(**times, **(own | other))
+
+
+def test_whose_time_counts() -> None:
+    """That of the busiest thread, or that of the kernels of all threads (the backward pass has one of its own)."""
+    events = [
+        event("aten::mm", 1, cpu=3.0, device=2.0),
+        event("gloo:all_reduce", 2, cpu=2.5, device=0.5),
+        event("aten::mul", 1, cpu=1.0, device=1.0),
+        event("kernel", 1, cpu=20.0, device=20.0, device_type=DeviceType.CUDA),
+    ]
+    names = ("matrix products", "collectives", "norms, elementwise, copies", WAITING, OTHER)
+    for on_gpu, wall, expected in (
+        (False, 6.0, [3.0, 0.0, 1.0, 0.5, 1.5]),
+        (False, 2.0, [3.0, 0.0, 1.0, 0.5, 0.0]),  # the clocks differ: nothing is less than none
+        (True, 6.0, [2.0, 0.5, 1.0, 0.5, 2.0]),
+    ):
+        spent = by_kind(events, on_gpu, wall, Spent(0.5, 1))
+        assert [spent[name].seconds for name in names] == pytest.approx(expected)
 
 
 def test_kinds() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +53,17 @@ def test_changes_are_recorded_without_passwords_and_new_files_by_name(checkout: 
     assert "+private" in start_record.code(checkout)["diff"]
 
 
+def test_a_renamed_file_is_a_change_and_of_many_new_ones_some_are_named(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(checkout, "mv", "model.py", "net.py")
+    for name in "abc":
+        (checkout / name).write_text("")
+    monkeypatch.setattr(start_record, "MAX_NAMES", 2)
+    found = start_record.code(checkout)
+    assert found["dirty"] and "rename from model.py" in found["diff"] and found["untracked"] == ["a", "b"]
+
+
 def test_a_large_diff_is_cut_at_a_line(checkout: Path) -> None:
     (checkout / "model.py").write_text("s3://me:sEcReT@bucket/data\n" * 50_000)
     found = start_record.code(checkout)
@@ -90,6 +104,39 @@ def test_versions_are_those_that_are_imported() -> None:
             assert name == "eve-ds" and name not in found
         else:
             assert found[name] == expected
+
+
+def test_of_a_package_that_is_there_twice_the_one_that_is_imported_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/my_pack-1.dist-info", "b/My.Pack-2.dist-info", "b/other-3.egg-info", "b/editable.egg-info"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert start_record.versions().keys() == {"python", "my-pack", "other"}
+    assert start_record.versions().items() >= {("my-pack", "1"), ("other", "3")}
+
+
+def test_a_record_tells_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "s3://me:sEcReT@bucket/data"
+    monkeypatch.setattr(start_record, "code", lambda root: {})
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "eve_ds.pretrain", f"--data.path={address}"])
+    for name in ("RANK_OF_KEYS", "MY_NCCL_KEY", "SLURM_JWT", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "sEcReT")
+    tree = dataclasses.make_dataclass("Tree", ["data", "engine"])
+    trainer = SimpleNamespace(
+        config=tree({"path": address, "all": [address, 0.5, None], "file": Path("x")}, {"seed": 3}),
+        engine=SimpleNamespace(config={"nvme_path": address}),
+        identity=SimpleNamespace(tree=lambda: {"inputs": {}}),
+        topology=tree(1, 2),
+        start_step=4,
+        total_steps=9,
+    )
+    found = start_record.start_record(trainer, [])  # type: ignore[arg-type]
+    assert "sEcReT" not in json.dumps(found)
+    assert found["command"].endswith("--data.path=s3://***@bucket/data")
+    assert found["variables"]["WORLD_SIZE"] == "2" and found["seeds"] == {"engine": 3}
+    safe = "s3://***@bucket/data"
+    assert found["config"]["data"] == {"path": safe, "all": [safe, 0.5, None], "file": "x"}
 
 
 def test_each_start_has_a_file_of_its_own_and_makes_no_run_of_a_folder(tmp_path: Path) -> None:

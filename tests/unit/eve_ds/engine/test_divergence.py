@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.engine.divergence import LEAST, LEVEL, RECENT, Departure, LossRange
+from eve_ds.engine.divergence import LEAST, LEVEL, RECENT, SUSPECTS, Departure, LossRange, add_suspect, not_finite
 
 Curves = dict[str, list[float]]
 
@@ -84,3 +84,24 @@ def test_little_history_says_nothing_and_what_is_not_finite_is_left_to_others() 
     for loss in [1.0, 1.1, math.nan, math.inf] * 50:
         assert watch.add(loss) is None
     assert len(watch.state()["losses"]) == 100 and all(map(math.isfinite, watch.state()["losses"]))
+
+
+def test_suspects_are_added_to_those_before_and_the_log_names_eight_samples(tmp_path: Path) -> None:
+    file = tmp_path / SUSPECTS
+    said = add_suspect(tmp_path, 3, "loss", range(8), {"z": 9.5})
+    assert said == f"its samples are 0, 1, 2, 3, 4, 5, 6, 7 (all 8: {file})"
+    said = add_suspect(tmp_path, 5, "not finite", range(1, 10), {})
+    assert said == f"its samples are 1, 2, 3, 4, 5, 6, 7, 8, ... (all 9: {file})"
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"step": 3, "kind": "loss", "z": 9.5, "samples": list(range(8))},
+        {"step": 5, "kind": "not finite", "samples": list(range(1, 10))},
+    ]
+
+
+def test_what_is_not_finite_is_named() -> None:
+    """A gradient alone, too: its losses are finite."""
+    assert not_finite({"mlm_loss": math.nan, "loss": math.inf, "mim_loss": 1.0}, [math.nan, 2.0]) == {
+        "not_finite": ["loss", "mlm_loss"],
+        "rank_losses": [None, 2.0],
+    }
+    assert not_finite({"loss": 3.0}, [1.0, 2.0]) == {"not_finite": ["gradient"], "rank_losses": [1.0, 2.0]}

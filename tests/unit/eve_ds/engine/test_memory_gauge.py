@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from eve_ds.engine.memory_gauge import SLACK, Gauge, Held, told
+from eve_ds.callbacks.memory_check import MOST_EVENTS, MemoryCheck
+from eve_ds.engine import memory_gauge
+from eve_ds.engine.memory_gauge import SLACK, Gauge, Held, size, told
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -26,12 +32,41 @@ def test_a_gauge_sees_what_was_held_for_a_moment() -> None:
 
 
 def test_the_fullest_rank_and_the_least_free_one_are_told() -> None:
-    line, warnings = told([held(10), held(12, free=50), held(11, free=30)], on_gpu=True, forecast=12 * GIB)
+    small = Held(GIB, 14 * GIB, 20 * GIB, 40 * GIB)  # half of it is free, though these are the fewest bytes
+    ranks = [held(10), held(12, free=50), held(11, free=30), small]
+    line, warnings = told(ranks, on_gpu=True, forecast=12 * GIB)
     assert line == (
-        "at most 12.0 GiB of tensors (rank 1), 13.0 GiB reserved by torch; the plan forecasts 12.0 GiB; 38% of "
+        "at most 12.0 GiB of tensors (rank 1), 14.0 GiB reserved by torch; the plan forecasts 12.0 GiB; 38% of "
         "80.0 GiB free"
     )
     assert warnings == []
+    line, (warning,) = told([Held(310 << 20, GIB, GIB // 2, 20 * GIB)], on_gpu=False, forecast=None)
+    assert line == (
+        "at most 310 MiB beyond what was resident before the model was built (rank 0), 1.00 GiB resident in all; "
+        "no forecast; 2% of 20.0 GiB free"
+    )
+    assert warning.startswith("memory: 2.5% of the host's memory is free")
+
+
+def test_sizes_have_three_digits() -> None:
+    assert [size(int(count * GIB)) for count in (0.5, 1, 9.99, 10, 120)] == [
+        "512 MiB",
+        "1.00 GiB",
+        "9.99 GiB",
+        "10.0 GiB",
+        "120.0 GiB",
+    ]
+
+
+def test_an_earlier_peak_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_gauge, "_PROCESS", tmp_path)
+    (tmp_path / "status").write_text("VmHWM:\t  900 kB\nVmRSS:\t  500 kB\n")
+    gauge = Gauge(CPU, lambda: 1)
+    assert (tmp_path / "clear_refs").read_text() == "5"  # proc(5): sets the peak to what is resident now
+    for peak, beyond in ((900, 400), (450, 0)):
+        (tmp_path / "status").write_text(f"VmHWM:\t  {peak} kB\nVmRSS:\t  300 kB\n")
+        found = gauge.read()
+        assert (found.peak, found.whole) == (beyond * 1024, peak * 1024)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +96,52 @@ def test_a_forecast_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture, mo
     found = Gauge(CPU, forecast).report()
     assert found is not None and "; no forecast; " in found[0] and found[1] == []
     assert "no forecast of the memory: NotImplementedError: my task has no meta batch" in caplog.text
+
+
+def trainer(folder: Path, device: str, snapshot: bool = True) -> Any:
+    config = SimpleNamespace(logging=SimpleNamespace(memory_snapshot=snapshot))
+    steps = {"start_step": 4, "step": 4, "task_name": "vqa"}
+    return SimpleNamespace(config=config, device=torch.device(device), output_dir=folder, rank=1, **steps)
+
+
+def test_the_first_step_of_a_process_is_compared_and_no_other(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    made, reports = trainer(tmp_path, "cpu"), iter([("little", ["too much"])])
+    check = MemoryCheck(SimpleNamespace(report=lambda: next(reports)))  # type: ignore[arg-type]
+    with caplog.at_level(logging.INFO, "eve_ds.callbacks.memory_check"):
+        logging.getLogger("eve_ds.callbacks.memory_check").addHandler(caplog.handler)
+        try:
+            for made.step in (5, 6):
+                check.step_end(made, {})
+        finally:
+            logging.getLogger("eve_ds.callbacks.memory_check").removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"vqa: step 5  memory: little", "too much"}
+
+
+@pytest.mark.parametrize(
+    ("device", "snapshot", "error", "written"),
+    [
+        ("cuda", True, torch.cuda.OutOfMemoryError("out of memory"), True),
+        ("cuda", True, ValueError("another error"), False),
+        ("cuda", True, None, False),
+        ("cuda", False, torch.cuda.OutOfMemoryError("out of memory"), False),
+        ("cpu", True, torch.cuda.OutOfMemoryError("out of memory"), False),
+    ],
+)
+def test_allocations_are_recorded_where_asked_and_written_when_memory_runs_out(
+    device: str, snapshot: bool, error: Exception | None, written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **given: calls.append(given))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_text("it"))
+    check = MemoryCheck(SimpleNamespace())  # type: ignore[arg-type]
+    check.fit_start(made := trainer(tmp_path, device, snapshot))
+    with contextlib.suppress(ValueError, torch.cuda.OutOfMemoryError):
+        try:
+            if error is not None:
+                raise error
+        finally:
+            check.close(made)
+    check.close(made)
+    recorded = device == "cuda" and snapshot
+    assert calls == ([{"max_entries": MOST_EVENTS}, {"enabled": None}] if recorded else [])
+    assert [path.name for path in tmp_path.rglob("*.pickle")] == (["memory_rank_1.pickle"] if written else [])

@@ -17,6 +17,7 @@ from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import check_world
 from eve_ds.model.model_config import ModelConfig
+from eve_ds.plan import figures
 from eve_ds.plan.__main__ import PretrainPlan, main
 from eve_ds.plan.figures import make_plan, parse_bytes
 from eve_ds.plan.fit import largest
@@ -274,3 +275,11 @@ def test_optimizer_groups_are_the_engines() -> None:
     groups = groups_of(build(config, ANSWERS, ep_size=2), config.optimizer, zero())
     assert sorted((group.experts, group.ranks) for group in groups) == [(False, 8), (False, 8), (True, 4), (True, 4)]
     assert ModelConfig().num_experts % 2 == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_texts_are_as_long_as_asked_and_a_gpu_has_a_reserve(device: str) -> None:
+    argv = ["--config", "pretrain_base", "--text_length", "7", "--device_memory", "9GiB", "--device", device]
+    _, _, batch, limit = figures._prepared(parse(PretrainPlan, argv, "test"))
+    assert batch.text_length == 7
+    assert limit == 9 * 2**30 - (figures.GPU_RESERVE if device == "gpu" else 0)

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from eve_ds.report.charts import Line, condense, line_chart, running_mean
+from eve_ds.report.charts import Line, _thousands, condense, line_chart, running_mean
 from eve_ds.report.curves import group_curves
 from eve_ds.report.run_files import Curve
 
@@ -60,6 +60,17 @@ def test_colors_come_from_the_page() -> None:
     svg = line_chart("x", [Line("training", curve([1.0, 2.0])), Line("held out", curve([1.0, 2.0]), 1)])
     for variable in ("var(--c1)", "var(--c2)", "var(--grid)", "var(--muted)"):
         assert variable in svg
+
+
+def test_of_a_curve_that_is_not_drawn_itself_the_running_mean_sets_the_axis() -> None:
+    noisy = curve([float(300 * (-1) ** step) for step in range(100)])
+    assert ">200<" in line_chart("x", [Line("run", noisy)])
+    assert ">200<" not in line_chart("x", [Line("run", noisy, raw=False)])
+
+
+def test_large_numbers_of_steps_are_short() -> None:
+    values = (0, 0.5, 9_999, 10_000, 999_000, 1_000_000, 2_500_000)
+    assert [_thousands(value) for value in values] == ["0", "0.5", "9999", "10k", "999k", "1M", "2.5M"]
 
 
 def test_a_single_evaluation_is_at_a_whole_step() -> None:

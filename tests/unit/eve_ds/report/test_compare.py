@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +19,13 @@ import yaml
 from evaluation.common import run
 from evaluation.significance import paired_bootstrap, sign_test
 from eve_ds.data.sources import open_split
+from eve_ds.report import compare
 from eve_ds.report.__main__ import main
+from eve_ds.report.charts import Line
 from eve_ds.report.compare import build_comparison, common_curves, over_hours, over_samples
 from eve_ds.report.compare_scores import compared_scores
-from eve_ds.report.compared import read_compared
+from eve_ds.report.compared import flat, read_compared
+from eve_ds.report.html import Html
 from eve_ds.report.run_files import Curve
 from tests.support.made_run import curves
 from tests.support.page import Page
@@ -59,6 +65,8 @@ def test_hours_are_the_summed_steps_and_samples_those_seen_until_then(tmp_path: 
     assert over_hours(run, run.stage.curves["loss"]) == Curve(pytest.approx([0.01, 0.03, 0.06]), [4.0, 3.0, 2.0])
     assert over_samples(run, run.stage.curves["val/loss"]) == Curve([16.0], [3.5])
     assert over_hours(run, run.stage.curves["val/loss"]) == Curve(pytest.approx([0.03]), [3.5])
+    run.stage.curves["step_seconds"] = Curve([3.0, 1.0, 2.0], [108.0, 36.0, math.nan])  # a resumed run's
+    assert over_hours(run, run.stage.curves["loss"]).steps == pytest.approx([0.01, 0.01, 0.04])
     del run.stage.curves["step_seconds"]
     assert over_hours(run, run.stage.curves["loss"]).steps == []
 
@@ -108,6 +116,84 @@ def test_held_out_metrics_have_their_difference_from_the_first_run(tmp_path: Pat
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     found = table(build_comparison([tmp_path / name for name in "abc"]), "held-out")
     assert found["loss"] == ["2", "1.5 -0.5", "2 +0"]
+    (tmp_path / "c" / "metrics.jsonl").write_text('{"step": 1, "val/loss": null}\n')
+    found = table(compare._held_out(read_compared([tmp_path / name for name in "cab"])), "held-out")
+    assert found["loss"] == ["\N{EN DASH}", "2", "1.5"]
+
+
+def test_losses_come_first_and_counts_have_no_chart() -> None:
+    def recorded(*names: str) -> Any:
+        return SimpleNamespace(stage=SimpleNamespace(curves={name: Curve([1.0], [2.0]) for name in names}))
+
+    names = ["lr", "odd", "a/loss", "loss", "samples", "data/samples/coco", "data/wait_fraction", "mlm_loss", "gone"]
+    runs = [recorded(*names, "only"), recorded(*names)]
+    for made_up in runs:
+        made_up.stage.curves["gone"].values[0] = math.nan
+    charts = ["loss", "a/loss", "mlm_loss", "odd", "lr", "data/wait_fraction"]
+    assert common_curves(runs) == (charts, ["only"])
+
+
+def test_evaluations_are_dots_and_rates_are_not_smoothed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, tuple[Line, bool, bool]] = {}
+
+    def line_chart(name: str, lines: list[Line], zero: bool, whole: bool) -> Html:
+        drawn[name] = lines[0], zero, whole
+        return Html("")
+
+    monkeypatch.setattr(compare, "line_chart", line_chart)
+    build_comparison([made(tmp_path / "a"), made(tmp_path / "b")])
+    assert [name for name, (line, _, _) in drawn.items() if line.dots] == [
+        f"{name} over {axis}"
+        for name in ("val/loss", "val/mim_loss", "val/mlm_loss", "val/mlm_accuracy")
+        for axis in ("steps", "samples", "hours")
+    ]
+    assert {name.split()[0] for name, (line, _, _) in drawn.items() if not line.smooth} == {"lr"}
+    assert {name.split()[0] for name, (_, zero, _) in drawn.items() if zero} == {
+        "lr",
+        "samples_per_second",
+        "val/mlm_accuracy",
+    }
+    assert all(whole == (not name.endswith("hours")) for name, (_, _, whole) in drawn.items())
+    assert all(line.raw for line, _, _ in drawn.values())
+
+
+def test_a_single_run_that_recorded_something_cannot_be_compared(tmp_path: Path) -> None:
+    a, b = made(tmp_path / "a"), made(tmp_path / "b")
+    for folder in (a, b):
+        (folder / "metrics.jsonl").unlink()
+    started(a, 1, code={}, ranks=[])
+    text = Page(build_comparison([a, b])).text
+    assert "Nothing can be compared." in text and "Missing: provenance/ of b" in text
+    started(b, 1, code={}, ranks=[])
+    text = Page(build_comparison([a, b])).text
+    assert "Nothing differs." in text and "Nothing can be compared." not in text
+
+
+def test_an_empty_section_is_a_value() -> None:
+    assert flat({"a": {"b": {}, "c": [{"d": 1}]}, "e": None}) == {"a.b": {}, "a.c": [{"d": 1}], "e": None}
+    assert flat([1]) == {}
+
+
+def test_scores_that_a_run_lacks(tmp_path: Path) -> None:
+    """Of a measure that the first run lacks there is no difference; one that a single run has is left out. Runs whose
+    config is gone are of the task that has such scores."""
+    for name, scores in (
+        ("a", {"accuracy": 0.5}),
+        ("b", {"accuracy": 0.75, "consistency": 0.25}),
+        ("c", {"accuracy": 0.25, "consistency": 0.125}),
+    ):
+        folder = made(tmp_path / name, task="nlvr")
+        (folder / "scores_val.json").write_text(json.dumps(scores))
+        (folder / "config.yaml").unlink()
+    cells = table(compared_scores(read_compared([tmp_path / name for name in "abc"])), "scores")
+    assert cells == {
+        "Measure": ["a", "b", "c"],
+        "accuracy": ["50.0", "75.0 +25.0", "25.0 -25.0"],
+        "consistency": ["\N{EN DASH}", "25.0", "12.5"],
+    }
+    (tmp_path / "c" / "scores_val.json").write_text(json.dumps({"accuracy": 0.25}))
+    cells = table(compared_scores(read_compared([tmp_path / name for name in "abc"])), "scores")
+    assert cells.keys() == {"Measure", "accuracy"}
 
 
 def test_runs_of_different_tasks_are_compared_in_what_they_share(tmp_path: Path) -> None:
@@ -187,6 +273,11 @@ def test_vqa_runs_are_tested_on_their_questions(tmp_path: Path) -> None:
     (tmp_path / "b" / "predictions_test.json").write_text(json.dumps(given["b"][1:]))
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     assert "b is not tested against a: their predictions are of other examples." in text
+    for name in given:  # of a question that the data set does not have
+        more = [*given[name], {"question_id": 10**9, "answer": "yes"}]
+        (tmp_path / name / "predictions_test.json").write_text(json.dumps(more))
+    text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
+    assert "b is not tested against a: their predictions are of other examples." in text
 
 
 def test_retrieval_runs_are_tested_by_resampling_images(tmp_path: Path) -> None:
@@ -207,6 +298,13 @@ def test_retrieval_runs_are_tested_by_resampling_images(tmp_path: Path) -> None:
         np.savez(tmp_path / "b" / "predictions_test.npz", **dict(arrays) | {"text_image_index": index[::-1]})
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     assert "b is not tested against a: their predictions are of other images and texts." in text
+    with np.load(tmp_path / "a" / "predictions_test.npz") as arrays:
+        np.savez(tmp_path / "b" / "predictions_test.npz", **dict(arrays) | {"image_to_text": truth[:, :-1]})
+    text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
+    assert "b is not tested against a: " in text and "cannot be read" not in text
+    (tmp_path / "b" / "predictions_test.npz").write_bytes(b"PK")
+    text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
+    assert f"b is not tested against a: {tmp_path / 'b' / 'predictions_test.npz'} cannot be read (" in text
 
 
 @pytest.mark.parametrize(

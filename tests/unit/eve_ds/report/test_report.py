@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from evaluation.common import run
 from eve_ds.report.__main__ import build, main
+from eve_ds.report.run_files import read_run
 from eve_ds.weights.model_folder import metadata
 from tests.support.made_run import make_run
 from tests.support.page import Page
@@ -297,6 +298,8 @@ def test_versions_of_the_newest_start_are_shown(run_folder: Path) -> None:
     for folder in (run_folder / "vqa", run_folder):
         text = Page(build(folder)).text
         assert "0.0.10<cpu>" in text and "0.0.9" not in text and "Versions recorded by the run" in text
+    (run_folder / "vqa" / "provenance" / "start_11.json").write_text(json.dumps({"versions": ["torch"]}))
+    assert read_run(run_folder / "vqa").versions is None
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_a_page_says_how_far_the_run_is_and_reloads_itself(tmp_path: Path) -> No
     state = progress(run, 7, now=written + 12)
     assert state.refresh == 7
     assert state.status.startswith("training, step 3 of 4, last record 12 seconds ago (written at ")
+    assert "last record 0 seconds ago" in progress(run, 7, now=written - 5).status  # another machine's clock
     content = build(run, state)
     assert "step 3 of 4, last record 12 seconds ago" in Page(content).text
     assert '<meta http-equiv="refresh" content="7">' in content
@@ -59,6 +60,8 @@ def test_the_newest_start_says_how_long_the_run_is(tmp_path: Path) -> None:
     assert state.status.startswith("finished at step 3 of 3") and state.refresh is None
     (run / "provenance" / "start_0002.json").write_text(json.dumps({"total_steps": 9}))  # extended
     assert progress(run, 7).status.startswith("training, step 3 of 9")
+    trained(run, 9, "task: pretrain\noptimizer: {epochs: 2}\n")
+    assert progress(run, 7).status.startswith("training, step 9 of 9")  # the model is still that of step 3
 
 
 def test_a_run_without_export_ends_with_its_last_checkpoint_or_its_scores(tmp_path: Path) -> None:
@@ -73,6 +76,9 @@ def test_a_run_without_export_ends_with_its_last_checkpoint_or_its_scores(tmp_pa
     for split, finished in (("val", False), ("test", True)):
         (run / f"predictions_{split}.csv").write_text("")
         assert (progress(run, 7).refresh is None) is finished
+    (run / "provenance").mkdir()
+    (run / "provenance" / "start_0002.json").write_text(json.dumps({"total_steps": 9}))  # extended
+    assert progress(run, 7).refresh == 7
 
 
 def test_a_stage_of_the_demo_is_named(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from eve_ds.tasks import load_task_model
 from eve_ds.tasks.masked_examples import rebuilt_images
 from eve_ds.tasks.masked_modeling import SPEC, MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.masked_parts import PixelOutput
-from eve_ds.tasks.masking import choose_words, split_patches
+from eve_ds.tasks.masking import choose_words, split_blocks, split_patches
 from eve_ds.tasks.spec import Pass
 from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import train_tokenizer
@@ -236,13 +236,17 @@ def test_a_run_masks_the_words_of_its_tokenizer(tmp_path: Path) -> None:
     assert isinstance(task, MaskedModeling)
     assert task.continues.tolist() == tokenizer.continues_word() + [False] * (300 - tokenizer.vocab_size)
     assert task.continues.any() and task.ordinary.tolist() == tokenizer.ordinary_ids()
+    small = MaskedModeling(Backbone(dataclasses.replace(model, vocab_size=280)), whole, MASK)
+    small.use_tokenizer(tokenizer)  # the data set refuses it
+    assert small.continues.tolist() == tokenizer.continues_word()[:280]
     ids = torch.tensor([tokenizer.encode("red anothers circles", 12)] * 40)
     batch = {"text_ids": ids, "text_mask": torch.ones_like(ids), "sample_id": torch.arange(40)}
     masks = task.draw_masks(batch)
     for row, word in enumerate(masks.words):
         kinds = zip(word.tolist()[2:-1], word.tolist()[1:-2], task.continues[ids[row]].tolist()[2:-1], strict=True)
         assert all(mine == before for mine, before, continues in kinds if continues)
-    assert set(masks.text_ids[masks.words].tolist()) <= {MASK, *tokenizer.ordinary_ids()}
+    seen = set(masks.text_ids[masks.words].tolist())
+    assert MASK in seen and len(seen) > 2 and seen <= {MASK, *tokenizer.ordinary_ids()}
     save_file(task.state_dict(), tmp_path / "model.safetensors")
     stored = {"model": dataclasses.asdict(model), "objective": dataclasses.asdict(whole)}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
@@ -251,6 +255,23 @@ def test_a_run_masks_the_words_of_its_tokenizer(tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     loaded = load_task_model("pretrain", tmp_path)
     assert torch.equal(loaded.continues, task.continues) and torch.equal(loaded.ordinary, task.ordinary)  # type: ignore[arg-type]
+
+
+def test_the_engines_seed_is_added_to_that_of_the_masks() -> None:
+    task = SPEC.build(Backbone(tiny_config()), OBJECTIVE, mask_id=MASK, num_classes=0, seed=7)
+    assert (OBJECTIVE.seed, task.objective.seed) == (5, 12)
+
+
+def test_blocks_are_masked_where_asked() -> None:
+    objective, batch = dataclasses.replace(OBJECTIVE, image_masking="blockwise"), tiny_batch(3)
+    masks = MaskedModeling(Backbone(tiny_config()), objective, MASK).draw_masks(batch)
+    kept, masked = split_blocks(5, batch["sample_id"], 16, 0.75)
+    assert torch.equal(masks.kept, kept) and torch.equal(masks.masked, masked)
+
+
+def test_an_image_of_a_single_patch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.image_size=32 gives a single patch"):
+        MaskedModeling(Backbone(dataclasses.replace(tiny_config(), patch_size=32)), OBJECTIVE, MASK)
 
 
 def test_the_papers_word_head_adds_a_table_of_its_own() -> None:
@@ -292,7 +313,9 @@ def test_pixel_decoder_does_not_mind_the_order_of_patches() -> None:
         ({"image_mask_ratio": 1.0}, "objective.image_mask_ratio=1.0"),
         ({"text_mask_ratio": 0.0}, "objective.text_mask_ratio=0.0"),
         ({"decoder_dim": 18}, "objective.decoder_dim=18"),
+        ({"decoder_dim": 20, "decoder_heads": 8}, "objective.decoder_dim=20 must be a multiple of 4 and of"),
         ({"decoder_depth": 0}, "objective.decoder_depth=0"),
+        ({"decoder_depth": 1 << 21}, "objective.decoder_depth=2097152 must be at least 1 and at most 1048576"),
         ({"mode": "both"}, "objective.mode='both' must be separate, joint, mim or mlm"),
         ({"pixel_target": "hog"}, "objective.pixel_target='hog'"),
         ({"word_head": "bert"}, "objective.word_head='bert'"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from eve_ds.model.backbone import BackboneOutput
 from eve_ds.tasks.contrast import contrastive_sum, hard_negatives
 from eve_ds.tasks.masking import random_bits
 from eve_ds.tasks.retrieval import Retrieval
@@ -103,6 +106,30 @@ def test_one_image_has_no_negatives_and_they_do_not_count() -> None:
     scores = task.match(batch["images"], batch["text_ids"], batch["text_mask"])
     expected = F.cross_entropy(scores, torch.ones(2, dtype=torch.int64), reduction="sum")
     assert torch.allclose(output.metrics["itm_loss"][0], expected, atol=1e-5)
+    for answer in (0, 1):
+        with torch.no_grad():
+            task.itm_head.bias[answer] += 100
+        assert [float(value) for value in task(batch).metrics["itm_accuracy"]] == [2 * answer, 2]
+        task.itm_head.bias.data[answer] -= 100
+
+
+def test_a_row_without_a_negative_takes_its_own_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are as long as the longest of the batch, whatever its padding."""
+    task, batch, seen = retrieval_task(), tiny_batch(2), []
+    batch["images"] = torch.randn_like(batch["images"])  # two crops of one image
+    batch["text_mask"][:, 8:] = False
+    original = task.encode
+
+    def encode(*given: torch.Tensor, **named: Any) -> BackboneOutput:
+        seen.append(given)
+        return original(*given, **named)
+
+    monkeypatch.setattr(task, "encode", encode)
+    task(batch)
+    ((images, text_ids, text_mask),) = [given for given in seen if len(given) == 3]
+    assert torch.equal(images, batch["images"].repeat(3, 1, 1, 1))
+    assert torch.equal(text_ids, batch["text_ids"].repeat(3, 1)[:, :8])
+    assert torch.equal(text_mask, batch["text_mask"].repeat(3, 1)[:, :8])
 
 
 def test_the_order_of_the_rows_does_not_matter() -> None:
@@ -114,12 +141,14 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
 
 def test_the_temperature_is_clamped_and_can_come_back() -> None:
     task, batch = retrieval_task(), tiny_batch(4)
-    with torch.no_grad():
-        task.itc_temp.fill_(0.9)
-    assert task._temperature().item() == pytest.approx(0.5)
-    task(batch).loss.backward()
-    assert task.itc_temp.grad is not None
-    assert float(task.itc_temp.grad) != 0
+    for value, clamped in ((-0.1, 0.001), (0.9, 0.5)):
+        with torch.no_grad():
+            task.itc_temp.fill_(value)
+        task.zero_grad()
+        assert task._temperature().item() == pytest.approx(clamped, rel=1e-4)
+        task(batch).loss.backward()
+        assert task.itc_temp.grad is not None
+        assert float(task.itc_temp.grad) != 0
 
 
 def test_predictions_encode_each_image_once() -> None:

@@ -160,6 +160,29 @@ def test_weights_without_contrastive_heads_are_refused(tmp_path: Path) -> None:
         load_task_model("itc_itm", folder)
 
 
+def test_contrastive_heads_of_another_task_have_their_width(tmp_path: Path) -> None:
+    """Its settings are not a rival's: those of the heads that it lacks are the defaults."""
+    folder = stored("itc_itm", tmp_path / "model")
+    tree = yaml.safe_load((folder / "config.yaml").read_text()) | {"task": "own:SPEC", "objective": {"rate": 0.3}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    loaded, expected = load_task_model("itc_itm", folder), tiny_task("itc_itm", seed=3).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.state_dict().items())
+
+
+@EVERY
+def test_the_engines_seed_is_added_to_the_objectives(name: str) -> None:
+    task = pretrain_spec(name).build(Backbone(tiny_config()), RIVAL, mask_id=MASK, num_classes=0, seed=7)
+    assert task.seed == RIVAL.seed + 7 == 12
+    if isinstance(task, MaskedModeling):
+        assert task.objective.seed == 12
+
+
+def test_without_masks_there_are_no_examples() -> None:
+    spec, task = pretrain_spec("itc_itm"), tiny_task("itc_itm")
+    examples = spec.held_out_examples(task, tiny_batch(2), None, [0, 1])
+    assert not examples.images and not examples.tree
+
+
 @EVERY
 def test_the_recipe_of_eve_serves_its_rivals(name: str) -> None:
     config = parse(PretrainConfig, ["--config", "pretrain_base", "--task", name], "test")

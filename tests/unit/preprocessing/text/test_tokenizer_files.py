@@ -176,6 +176,17 @@ def test_a_tokenizer_that_marks_the_ends_of_words_is_refused() -> None:
     assert not any(Tokenizer(backend).continues_word())
 
 
+def test_a_normalizer_may_set_the_mark_of_words() -> None:
+    """LLaMA's files: it puts the mark before the text and in place of spaces, and nothing cuts the text."""
+    mark = "\N{LOWER ONE EIGHTH BLOCK}"
+    words = {name: index for index, name in enumerate([*SPECIAL, f"{mark}a", "b", f"{mark}b", mark])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token="[UNK]"))
+    normalizers = tokenizers.normalizers
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(" ", mark)])
+    backend.add_special_tokens(list(SPECIAL))
+    assert Tokenizer(backend).continues_word() == [False] * 6 + [True, False, False]
+
+
 def test_the_library_s_own_file_comes_first(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "wrong"]))
     words = {name: index for index, name in enumerate([*SPECIAL, "right"])}
