@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import Namespace
 
 from eve_ds.bench import __main__ as bench
