@@ -32,7 +32,7 @@ SECOND_AFTER = 5.0  # seconds
 UNWIND_SECONDS = 5.0  # given to the main thread to end by itself; it may hang in a collective
 LAUNCHERS = (
     *("deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"),
-    *("eve-launching", "eve-demo"),
+    *("eve-launching", "eve-demo", "eve-sweep"),
 )
 LAUNCHER_MODULES = (
     "deepspeed.launcher.runner",
@@ -40,6 +40,7 @@ LAUNCHER_MODULES = (
     "torch.distributed.run",
     "eve_ds.launching",
     "eve_ds.demo",
+    "eve_ds.sweep",
 )
 SET_BY_LAUNCHERS = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # by deepspeed and torchrun, only for their ranks
 

@@ -256,9 +256,9 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("module", ["eve_ds.demo", "eve_ds.launching"])
+@pytest.mark.parametrize("module", ["eve_ds.demo", "eve_ds.launching", "eve_ds.sweep"])
 def test_a_module_that_starts_ranks_is_a_launcher(module: str) -> None:
-    """The demo too: killed by itself, it would leave its ranks to train on."""
+    """The demo and a sweep too: killed by themselves, they would leave their ranks to train on."""
     asleep = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(60)", "-m", module]
     with subprocess.Popen(asleep, stdout=subprocess.PIPE, text=True) as process:
         try:
