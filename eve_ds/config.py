@@ -60,8 +60,9 @@ class PretrainConfig(_Common):
     """A pre-training run.
 
     Args:
-        task: pretrain, which is EVE's masked modeling; itc_itm, itc_itm_mlm, itc_itm_mlm_mim or itc_mlm_mim, its rivals
-            (docs/objectives.md); or the import path of your own objective, as in my_package.my_objective:SPEC.
+        task: pretrain, which is EVE's masked modeling; itc_itm, itc_itm_mlm, itc_itm_mlm_mim, itc_mlm_mim or
+            mlm_mim_codes, its rivals (docs/objectives.md); or the import path of your own objective, as in
+            my_package.my_objective:SPEC.
         init_from: backbone to start from: a run folder, a model folder (``eve_ds.convert`` makes one of BEiT v2), or a
             file in EVE's or our naming; null for initial values. Of an unfinished run, its newest checkpoint.
         output_dir: folder of the run: checkpoints, metrics, samples, resolved config.

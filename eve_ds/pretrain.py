@@ -43,6 +43,7 @@ def run(stop: StopRequest) -> int:
     val_split = config.data.val_split
     held_out = setup.build_dataset(config, val_split, tokenizer, train=False) if val_split else None
     setup.check_apart(config, training, {} if held_out is None else {str(val_split): held_out})
+    setup.check_classes(training, held_out)
 
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from preprocessing.commands import duplicates, inspect, tokenizer_command, verify
+from preprocessing.commands import codes, duplicates, inspect, tokenizer_command, verify
 from preprocessing.errors import UserError, printable
 from preprocessing.local_files import replace_surrogates
 from preprocessing.running.pool import run_under_mpi, started_by_mpi
@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "easy-vqa": (easy_vqa, "the PyPI package easy-vqa -> VQA shards"),
     "verify": (verify, "check a prepared data set: hashes, schema, every row"),
     "duplicates": (duplicates, "find images of one prepared data set in another"),
+    "codes": (codes, "add a visual tokenizer's codes to caption shards"),
     "inspect": (inspect, "show schema, counts and rows of a prepared data set"),
     "tokenizer": (tokenizer_command, "train or inspect a tokenizer"),
 }

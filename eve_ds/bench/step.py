@@ -38,6 +38,7 @@ from eve_ds.plan.live_bytes import WithoutValues
 from eve_ds.tasks.base import Batch, Task
 from eve_ds.tasks.masked_modeling import WORD_ROW_MULTIPLE, MaskedModeling
 from eve_ds.tasks.masking import masked_words
+from eve_ds.tasks.mlm_mim_codes import BEIT_V2_CODES
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain_base.yaml"
 MASK_ID, FIRST_WORD = 4, 5  # any ids do
@@ -157,6 +158,7 @@ def make_batch(config: PretrainConfig, pairs: int, device: torch.device) -> Batc
         "text_mask": torch.ones(pairs, length, dtype=torch.bool, device=device),
         "sample_id": torch.arange(pairs, device=device),
         "image_index": torch.arange(pairs, device=device),
+        "codes": torch.randint(BEIT_V2_CODES, (pairs, model.num_patches), device=device),
     }
 
 

@@ -99,6 +99,15 @@ def check_apart(config: Config, training: Samples | None, held_out: Mapping[str,
             _refuse(config, found, mend, few=not is_fault)
 
 
+def check_classes(training: Samples, held_out: Samples | None) -> None:
+    """Raise UserError where a held-out split has other classes than the head that is trained."""
+    if held_out is not None and held_out.num_classes != training.num_classes:
+        raise UserError(
+            f"{held_out.split.name}: has {held_out.num_classes} classes, {training.split.name} has "
+            f"{training.num_classes}; prepare both alike, or leave it out: --data.val_split null"
+        )
+
+
 def _refuse(config: Config, found: str, mend: str, few: bool = False) -> None:
     """Raise UserError where something was found, unless it is ``few`` or ``data.allow_overlap`` lets it pass."""
     if found and not (few or config.data.allow_overlap):

@@ -70,9 +70,19 @@ class PixelDecoder(nn.Module):
         decoder_dim: d, a multiple of 4 and of ``heads``.
         depth: blocks.
         heads: attention heads.
+        values: what is predicted of each patch; None: its pixels, 3 p p.
     """
 
-    def __init__(self, dim: int, num_patches: int, patch_size: int, decoder_dim: int, depth: int, heads: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_patches: int,
+        patch_size: int,
+        decoder_dim: int,
+        depth: int,
+        heads: int,
+        values: int | None = None,
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(decoder_dim))
@@ -81,7 +91,7 @@ class PixelDecoder(nn.Module):
         self.positions: Tensor
         self.blocks = nn.ModuleList(DecoderBlock(decoder_dim, heads) for _ in range(depth))
         self.norm = LayerNorm(decoder_dim, eps=1e-6)
-        self.head = nn.Linear(decoder_dim, 3 * patch_size**2)
+        self.head = nn.Linear(decoder_dim, values or 3 * patch_size**2)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -97,7 +107,7 @@ class PixelDecoder(nn.Module):
             kept: [B, K] int64, their places.
             masked: [B, M] int64, the places to predict.
         Returns:
-            [B, M, 3 p p], in the order of ``masked``.
+            [B, M, values], in the order of ``masked``.
         """
         positions = self.positions.to(encoded.dtype)
         place = F.pad(kept + 1, (1, 0))

@@ -32,6 +32,7 @@ from eve_ds.errors import run_command
 from eve_ds.finetune_options import expand_options
 from eve_ds.options import values_of
 from eve_ds.recipes import read_yaml, split_options
+from eve_ds.tasks.mlm_mim_codes import BEIT_V2_CODES
 from eve_ds.tasks.registry import PRETRAIN, find_spec
 from eve_ds.tasks.spec import PretrainSpec
 from preprocessing.local_files import write_json
@@ -51,7 +52,8 @@ class PlanOptions:
         device: gpu (fused attention, all reserved memory counts) or cpu (what is resident).
         device_memory: of one device, as in 80GiB or 24e9.
         text_length: tokens of a text; null takes the longest, model.max_text_length.
-        num_answers: VQA's classes.
+        num_answers: classes of the head where the data tell them: VQA's answers; the codes of --task mlm_mim_codes
+            (8192 in pre-training).
         pairs: samples that the whole run sees (pairs, questions or statements), for the days; null: those of its steps.
         mfu: share of the devices' peak that the model's operations reach.
         peak_tflops: of one device, dense, for the run's precision; 989 is an H100's in bf16.
@@ -75,6 +77,8 @@ class PlanOptions:
 @dataclass
 class PretrainPlan(PlanOptions, PretrainConfig):
     """The plan of a pre-training run."""
+
+    num_answers: int = BEIT_V2_CODES
 
 
 @dataclass

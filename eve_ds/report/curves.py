@@ -15,9 +15,13 @@ from eve_ds.report.run_files import SINGLE, STAGES, Curve, Run, Stage, number
 TITLES = {
     "loss": "Loss",
     "mim_loss": "Masked patches: loss",
+    "mim_code_loss": "Codes of masked patches: loss",
+    "mim_code_accuracy": "Codes of masked patches: accuracy",
     "mlm_loss": "Masked words: loss",
     "mlm_accuracy": "Masked words: accuracy",
     "mim_loss by input": "Masked patches: held-out loss, by text given",
+    "mim_code_loss by input": "Codes of masked patches: held-out loss, by text given",
+    "mim_code_accuracy by input": "Codes of masked patches: held-out accuracy, by text given",
     "mlm_loss by input": "Masked words: held-out loss, by image given",
     "mlm_accuracy by input": "Masked words: held-out accuracy, by image given",
     "itc_loss": "Contrastive loss",
@@ -33,10 +37,11 @@ TITLES = {
     "soft_accuracy": "VQA accuracy over the answer list",
 }
 BY_INPUT = re.compile(r"(?P<metric>.+)_(?P<input>shuffled|no_image)")  # a held-out metric with other inputs
-ORDER = ["loss", "mim_loss", "mlm_loss", "mlm_accuracy"]
+ORDER = ["loss", "mim_loss", "mim_code_loss", "mim_code_accuracy", "mlm_loss", "mlm_accuracy"]
 ORDER += ["mim_loss by input", "mlm_loss by input", "mlm_accuracy by input", "itc_loss", "itm_loss"]
 ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_loss", "router_z_loss"]
 FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy", "mlm_accuracy by input"}
+FROM_ZERO |= {"mim_code_accuracy", "mim_code_accuracy by input"}
 NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
 SPLITS = {"": "training", "val": "held out", "test": "test"}
 INPUTS = {"true": "true", "shuffled": "shuffled", "no_image": "none"}

@@ -51,17 +51,24 @@ def find_rows(stage: Stage, key: str) -> Rows:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
+RESULTS = {  # what the third of an objective's images shows
+    "rebuilt": "the model's reconstruction of these patches",
+    "right": "those of these patches whose code the model predicted",
+}
+
+
 def _reconstructions(rows: Rows, images: Images) -> Html:
+    result = "right" if any("right" in row for row in rows) else "rebuilt"
     note = (
-        "Held-out images: the original, the input with masked patches in gray, and the model's reconstruction of these "
-        "patches. The model was given the whole caption."
+        f"Held-out images: the original, the input with masked patches in gray, and {RESULTS[result]}. The model was "
+        "given the whole caption."
     )
     cards = []
     for row in rows:
         caption = str(row.get("caption", ""))
         strip = [
             tag("figure", images.show(row.get(kind), f"{kind}: {caption}"), tag("figcaption", kind))
-            for kind in ("original", "masked", "rebuilt")
+            for kind in ("original", "masked", result)
         ]
         cards.append(tag("div", tag("div", strip, class_="strip three"), tag("p", caption), class_="card"))
     return Html(tag("p", note, class_="note") + tag("div", cards, class_="cards"))

@@ -57,14 +57,7 @@ class MaskedModeling(Task):
             raise UserError(f"model.image_size={config.image_size} gives a single patch; masking needs two or more")
         self.objective, self.mask_id = objective, mask_id
         if objective.predicts_pixels:
-            self.pixel_decoder = PixelDecoder(
-                config.dim,
-                config.num_patches,
-                config.patch_size,
-                objective.decoder_dim,
-                objective.decoder_depth,
-                objective.decoder_heads,
-            )
+            self.add_patch_decoder()
         if objective.predicts_words:
             head = WordMLP if objective.word_head == "mlp" else WordDecoder
             self.word_decoder = head(config.dim, config.vocab_size)
@@ -73,6 +66,16 @@ class MaskedModeling(Task):
         self.register_buffer("continues", torch.zeros(config.vocab_size, dtype=torch.bool), persistent=False)
         self.ordinary: Tensor
         self.register_buffer("ordinary", torch.arange(len(SPECIAL), config.vocab_size), persistent=False)
+
+    def add_patch_decoder(self) -> None:
+        """Build what ``rebuild`` needs."""
+        self.pixel_decoder = self.new_patch_decoder()
+
+    def new_patch_decoder(self, values: int | None = None) -> PixelDecoder:
+        """A decoder of this objective, see ``PixelDecoder``."""
+        config, objective = self.config, self.objective
+        size = (objective.decoder_dim, objective.decoder_depth, objective.decoder_heads)
+        return PixelDecoder(config.dim, config.num_patches, config.patch_size, *size, values)
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Whole words and random words are the tokenizer's. Until then every token is a word, and any word random.
@@ -94,7 +97,7 @@ class MaskedModeling(Task):
         batch = valid_rows(batch)
         image, words, passes = self._predict(batch)
         measured = (image.metrics() if image else {}) | (words.metrics() if words else {})
-        losses = [measured[name] for name in ("mim_loss", "mlm_loss") if name in measured]
+        losses = [pair for name, pair in measured.items() if name.endswith("_loss")]
         counts = global_counts(*(count for _, count in losses))
         aux, metrics = self.aux_share(*passes)
         metrics |= {name: (total.detach(), count) for name, (total, count) in measured.items()}
@@ -133,7 +136,7 @@ class MaskedModeling(Task):
             noise = self.drop_path_noise(batch["sample_id"], 1)
             passes.append(self.encode(images, masks.text_ids, text_mask, noise=noise))
         if objective.predicts_pixels:
-            image = self.rebuild(passes[0], images, masks)
+            image = self.rebuild(passes[0], batch, masks)
         if objective.predicts_words:
             words = self.score_words(passes[-1], text_ids, masks.words)
         return image, words, passes
@@ -158,9 +161,7 @@ class MaskedModeling(Task):
         if self.objective.predicts_pixels:
             other_text = (masks.text_ids if joint else text_ids)[other]
             wrong_text = self.encode(images, other_text, text_mask[other], masks.kept)
-            image = self.rebuild(wrong_text, images, masks)
-            counted = PixelOutput(image.predicted[has_other], image.target[has_other], image.masked[has_other])
-            metrics |= counted.metrics("_shuffled")
+            metrics |= self.rebuild(wrong_text, batch, masks).of_rows(has_other).metrics("_shuffled")
         return metrics
 
     def draw_masks(self, batch: Batch) -> Masks:
@@ -176,10 +177,10 @@ class MaskedModeling(Task):
         hidden = hide_words(objective.seed, sample_id, text_ids, words, self.mask_id, shares, self.ordinary)
         return Masks(kept, masked, words, hidden)
 
-    def rebuild(self, output: BackboneOutput, images: Tensor, masks: Masks) -> PixelOutput:
-        """The masked patches, rebuilt from a pass that saw ``masks.kept``."""
+    def rebuild(self, output: BackboneOutput, batch: Batch, masks: Masks) -> Any:
+        """The masked patches, predicted from a pass that saw ``masks.kept``: a ``PixelOutput``, or like one."""
         predicted = self.pixel_decoder(output.hidden[:, : output.num_image_tokens], masks.kept, masks.masked).float()
-        target = patches(images.float(), self.config.patch_size)[patches_at(masks.masked)]
+        target = patches(batch["images"].float(), self.config.patch_size)[patches_at(masks.masked)]
         if self.objective.pixel_target == "normalized":
             target = F.layer_norm(target, target.shape[-1:], eps=EPSILON)
         return PixelOutput(predicted, target, masks.masked)

@@ -5,7 +5,7 @@ Legend: B samples, P patches, K kept, M masked, L text length, V vocabulary, p s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -127,6 +127,10 @@ class PixelOutput:
         count = torch.tensor(float(self.masked.numel()), device=error.device)
         return {f"mim_loss{suffix}": (error, count)}
 
+    def of_rows(self, rows: Tensor) -> PixelOutput:
+        """Those of some samples, by rows [B] bool."""
+        return replace(self, **{name: value[rows] for name, value in vars(self).items()})
+
 
 @dataclass
 class WordOutput:
@@ -138,10 +142,16 @@ class WordOutput:
 
     def metrics(self, suffix: str = "") -> Metrics:
         """Cross entropy (nats; with its gradient) and right predictions, summed over masked words."""
-        entropy = F.cross_entropy(self.scores, self.truth, reduction="sum")
-        count = torch.tensor(float(self.truth.numel()), device=entropy.device)
-        right = (self.scores.argmax(dim=1) == self.truth).sum().float()
-        return {f"mlm_loss{suffix}": (entropy, count), f"mlm_accuracy{suffix}": (right, count)}
+        loss, accuracy = classified(self.scores, self.truth)
+        return {f"mlm_loss{suffix}": loss, f"mlm_accuracy{suffix}": accuracy}
+
+
+def classified(scores: Tensor, truth: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(sum, count) of the cross entropy (nats; with its gradient) and of right ones; scores [n, V], truth [n]."""
+    entropy = F.cross_entropy(scores, truth, reduction="sum")
+    count = torch.tensor(float(truth.numel()), device=entropy.device)
+    right = (scores.argmax(dim=1) == truth).sum().float()
+    return (entropy, count), (right, count)
 
 
 def patches_at(index: Tensor) -> tuple[Tensor, Tensor]:

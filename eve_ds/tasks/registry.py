@@ -29,6 +29,7 @@ PRETRAIN = {
     "itc_itm_mlm": f"{_TASKS}.itc_itm_mlm:SPEC",
     "itc_itm_mlm_mim": f"{_TASKS}.itc_itm_mlm_mim:SPEC",
     "itc_mlm_mim": f"{_TASKS}.itc_mlm_mim:SPEC",
+    "mlm_mim_codes": f"{_TASKS}.mlm_mim_codes:SPEC",
 }
 FINETUNE = {
     "itr_coco": f"{_TASKS}.retrieval:SPEC",

@@ -95,7 +95,7 @@ class Rival(Contrast, MaskedModeling):
         """A pass with a quarter of the patches and the whole text."""
         noise = self.drop_path_noise(batch["sample_id"], MIM_USE)
         output = self.encode(batch["images"], batch["text_ids"], batch["text_mask"], masks.kept, noise)
-        return self.rebuild(output, batch["images"], masks).metrics(), [output]
+        return self.rebuild(output, batch, masks).metrics(), [output]
 
 
 class RivalSpec(MaskedSpec):

@@ -16,12 +16,14 @@ from preprocessing.shards.reader import batches_of
 from preprocessing.shards.schema import (
     ANSWER_LIST,
     ANSWER_LIST_HASH,
+    CODES,
     ID_COLUMNS,
     IDS,
     IMAGE_COLUMNS,
     KINDS,
     PILLOW_PIXELS,
     SAMPLE_COLUMN,
+    CodeGrid,
     answers_sha256,
     distinct,
     id_key,
@@ -58,6 +60,7 @@ class ShardReport:
     changed: bool = False  # the bytes differ from the manifest
     access_denied: bool = False  # the file exists, but cannot be read
     ids: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # column -> hashes, rows [n]
+    grid: CodeGrid | None = None  # of its codes
 
     def lines(self) -> Iterator[str]:
         """Each fault as a line that names the shard and, if it is the fault of one, the row."""
@@ -82,8 +85,9 @@ def check_shard(path: StoragePath, record: dict[str, Any] | None, facts: SplitFa
     keys: dict[str, list[bytes]] = {column: [] for column in ID_COLUMNS[facts.kind]}
     key_rows: dict[str, list[int]] = {column: [] for column in ID_COLUMNS[facts.kind]}
     for batch in batches_of(path, KINDS[facts.kind], unreadable):
+        report.grid = CodeGrid.of(batch.schema)
         for row in batch.to_pylist():
-            faults = list(row_faults(row, facts))
+            faults = list(row_faults(row, facts, report.grid))
             if faults:
                 report.row_faults[report.rows] = faults
             for column, ids in ids_of(row, facts.kind):
@@ -113,8 +117,8 @@ def _compare_with_record(report: ShardReport, record: dict[str, Any] | None) -> 
         report.changed = True
 
 
-def row_faults(row: dict[str, Any], facts: SplitFacts) -> Iterator[str]:
-    """The faults of a row. Duplicate ids are not checked here."""
+def row_faults(row: dict[str, Any], facts: SplitFacts, grid: CodeGrid | None = None) -> Iterator[str]:
+    """The faults of a row, whose codes, if it has some, are of `grid`. Duplicate ids are not checked here."""
     kind = facts.kind
     empty = [name for name, value in row.items() if value is None]
     if empty:
@@ -125,6 +129,8 @@ def row_faults(row: dict[str, Any], facts: SplitFacts) -> Iterator[str]:
             decode_image(row[column], PILLOW_PIXELS)
         except BadImage as error:
             yield f"{column} {error}"
+    if grid is not None and (fault := grid.fault(row[CODES])):
+        yield fault
     if row["split"] != facts.split:
         yield f"split is {row['split']!r}, the manifest says {facts.split!r}"
     lost = [name for name in ID_COLUMNS[kind] if isinstance(row[name], list) and None in row[name]]
@@ -217,6 +223,15 @@ def ids_fault(folder: StoragePath, manifest: dict[str, Any], reports: Sequence[S
         if not np.array_equal(distinct(np.concatenate([np.zeros(0, np.uint64), *found])), listed[column]):
             return f"{folder / IDS}: has other values of {column} than the shards"
     return ""
+
+
+def grid_faults(reports: Sequence[ShardReport]) -> Iterator[str]:
+    """A fault for each shard whose codes are of another form than those of the first."""
+    sound = [report for report in reports if report.rows]
+    for report in sound[1:]:
+        if report.grid != sound[0].grid:
+            first, own = (one.grid or "no codes" for one in (sound[0], report))
+            yield f"{report.path}: has {own}, {sound[0].path.name} has {first}; add them again to the whole split"
 
 
 def answers_fault(folder: StoragePath, manifest: dict[str, Any], facts: SplitFacts) -> str:

@@ -14,8 +14,16 @@ from preprocessing.formats.annotations import read_json
 from preprocessing.images.decoding import BadImage, decode_image
 from preprocessing.local_files import write_atomic
 from preprocessing.running.storage import StoragePath, storage_path
-from preprocessing.shards.reader import read_rows, split_folders
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, PILLOW_PIXELS, PROVENANCE, SAMPLE_COLUMN, read_manifest
+from preprocessing.shards.reader import code_grid, read_rows, split_folders
+from preprocessing.shards.schema import (
+    CODES,
+    IMAGE_COLUMNS,
+    KINDS,
+    PILLOW_PIXELS,
+    PROVENANCE,
+    SAMPLE_COLUMN,
+    read_manifest,
+)
 
 _ROWS, _PAGE_ROWS = 3, 48
 _THUMBNAIL = 160  # pixels, the longer side
@@ -69,6 +77,8 @@ def _summary(folder: StoragePath, manifest: dict[str, Any]) -> list[str]:
         f"  {manifest['rows']} rows, {manifest['samples']} samples, {len(manifest['shards'])} shards, {size:.1f} MB",
         "  columns: " + ", ".join(f"{column.name} {column.type}" for column in KINDS[manifest["kind"]]),
     ]
+    if grid := code_grid(folder, manifest):
+        lines.append(f"  and {CODES} {grid.field.type}: {grid}")
     lines += [f"  dropped: {count} ({reason})" for reason, count in sorted(manifest["dropped"].items())]
     if (folder / PROVENANCE).exists():
         lines.append(f"  made by: {_made_by(folder / PROVENANCE)}")
@@ -86,8 +96,11 @@ def _made_by(path: StoragePath) -> str:
 
 
 def _described(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a description in the place of each image."""
-    return {name: _describe(value) if isinstance(value, bytes) else value for name, value in row.items()}
+    """The row with a description in the place of each image, and of its codes."""
+    shown = {name: _describe(value) if isinstance(value, bytes) else value for name, value in row.items()}
+    if row.get(CODES):
+        shown[CODES] = f"{len(row[CODES])} codes, {len(set(row[CODES]))} of them different"
+    return shown
 
 
 def _describe(data: bytes) -> str:

@@ -177,7 +177,7 @@ def _rewrite_shard(repair: _Repair, new: Path, record: dict[str, Any], report: S
     def name(number: int) -> str:
         return path.name if number == 0 else f"{path.stem}_r{number}.arrow"
 
-    with ShardWriter(new, repair.facts.kind, repair.facts.split, name=name) as writer:
+    with ShardWriter(new, repair.facts.kind, repair.facts.split, name=name, grid=report.grid) as writer:
         number = 0
         for batch in batches_of(path, KINDS[repair.facts.kind], []):
             for row in batch.to_pylist():

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from preprocessing.commands.checks import answers_fault, check_shards, ids_fault, shard_paths, split_facts
+from preprocessing.commands.checks import answers_fault, check_shards, grid_faults, ids_fault, shard_paths, split_facts
 from preprocessing.commands.repair import repair_split
 from preprocessing.errors import UserError, printable
 from preprocessing.running.output_folder import recover
@@ -86,6 +86,7 @@ def find_faults(folder: StoragePath, workers: int = 1) -> Iterator[str]:
     reports = check_shards(folder, manifest["shards"], facts, workers)
     for report in reports:
         yield from report.lines()
+    yield from grid_faults(reports)
     if fault := ids_fault(folder, manifest, reports):
         yield fault
     if fault := answers_fault(folder, manifest, facts):

@@ -80,7 +80,7 @@ class HashList:
                 return cls(*(arrays[name] for name in _ARRAYS))._checked()
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; make it with `python -m preprocessing duplicates hash`") from None
-        except _DAMAGE as error:
+        except NPZ_DAMAGE as error:
             message = " ".join(str(error).split())
             raise UserError(f"{path}: is no list of hashes ({message}); make it again") from None
 
@@ -110,7 +110,7 @@ class HashList:
 
 
 _ARRAYS = ("keys", "dhash", "phash", "names")
-_DAMAGE = (  # what NumPy and zipfile raise on a damaged .npz file, or on a file that is none
+NPZ_DAMAGE = (  # what NumPy and zipfile raise on a damaged .npz file, or on a file that is none
     OSError,
     ValueError,
     KeyError,

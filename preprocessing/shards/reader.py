@@ -14,12 +14,14 @@ from preprocessing.local_files import check_regular
 from preprocessing.running.pool import run_tasks
 from preprocessing.running.storage import StoragePath, open_input
 from preprocessing.shards.schema import (
+    CODES,
     IMAGE_COLUMNS,
     KINDS,
     MANIFEST,
     PILLOW_PIXELS,
     SAMPLE_COLUMN,
     SPLITS,
+    CodeGrid,
     read_manifest,
 )
 
@@ -55,8 +57,8 @@ def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Itera
         faults.append(f"is no Arrow file ({_error_text(error)}); prepare it again")
         yield from _read_stream(path, schema)
         return
-    if not reader.schema.equals(schema):
-        faults.append("its columns are not those that its kind has; prepare it again")
+    if fault := _schema_fault(reader.schema, schema):
+        faults.append(fault)
         return
     for index in range(reader.num_record_batches):
         try:
@@ -74,12 +76,23 @@ def _read_stream(path: StoragePath, schema: pa.Schema) -> Iterator[pa.RecordBatc
         with open_input(path) as file:
             file.seek(_START)
             stream = pa.ipc.open_stream(file)
-            if stream.schema.equals(schema):
+            if not _schema_fault(stream.schema, schema):
                 for batch in stream:
                     batch.validate(full=True)
                     yield batch
     except _UNREADABLE:
         return  # the caller has reported the truncated file
+
+
+def _schema_fault(found: pa.Schema, schema: pa.Schema) -> str:
+    """What is wrong with the columns of a file; "" if they are those of `schema`, or caption's with codes as well."""
+    if schema is KINDS["caption"] and CODES in found.names:
+        try:
+            CodeGrid.of(found)
+        except ValueError as error:
+            return f"{error}; add its codes again"
+        schema = schema.append(found.field(CODES))
+    return "" if found.equals(schema) else "its columns are not those that its kind has; prepare it again"
 
 
 def _error_text(error: Exception) -> str:
@@ -114,6 +127,14 @@ def read_rows(path: StoragePath, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of one shard as Python values (None for null). Raises UserError when the shard is damaged."""
     for _, batch in sound_batches(path, kind):
         yield from batch.to_pylist()
+
+
+def code_grid(folder: StoragePath, manifest: dict[str, Any]) -> CodeGrid | None:
+    """That of the codes in a split's first shard; None without. Raises UserError when the shard is damaged."""
+    for shard in manifest["shards"]:
+        for _, batch in sound_batches(folder / shard["file"], manifest["kind"]):
+            return CodeGrid.of(batch.schema)
+    return None
 
 
 def read_texts(directory: StoragePath) -> Iterator[str]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,6 +67,55 @@ NLVR_SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
+
+CODES = "codes"  # an optional column of caption shards, see CodeGrid
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """What the optional column `codes` of a caption shard holds: what a visual tokenizer makes of each image.
+
+    A cell is a list<uint16> (or list<int32>) of `side` x `side` codes, row by row, each from 0 to `vocabulary` - 1, of
+    the image resized to a square. The metadata of the column hold both numbers as text.
+    """
+
+    side: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        return f"{self.side} x {self.side} codes below {self.vocabulary}"
+
+    @property
+    def field(self) -> pa.Field:
+        """The column in a schema."""
+        dtype = pa.uint16() if self.vocabulary <= 1 << 16 else pa.int32()
+        return pa.field(CODES, pa.list_(dtype), metadata={name: str(value) for name, value in vars(self).items()})
+
+    @classmethod
+    def of(cls, schema: pa.Schema) -> "CodeGrid | None":
+        """That of a shard; None if it has no such column. Raises ValueError when the column is another one."""
+        if CODES not in schema.names:
+            return None
+        field = schema.field(CODES)
+        if field.type not in (pa.list_(pa.uint16()), pa.list_(pa.int32())):
+            raise ValueError(f"column {CODES!r} is {field.type}, not a list of uint16 or int32")
+        try:
+            grid = cls(*(int((field.metadata or {})[name]) for name in (b"side", b"vocabulary")))
+        except (KeyError, ValueError):
+            grid = cls(0, 0)
+        if grid.side < 1 or grid.vocabulary < 1:
+            raise ValueError(f"the metadata of column {CODES!r} tell no side and vocabulary of its codes")
+        return grid
+
+    def fault(self, codes: Sequence[int | None] | None) -> str:
+        """What is wrong with a cell; "" for nothing."""
+        if codes is None or None in codes:
+            return f"{CODES} is null, or holds a null"
+        if len(codes) != self.side**2:
+            return f"{CODES} has {len(codes)} entries, the grid {self.side} x {self.side}"
+        wrong = next((code for code in codes if not 0 <= code < self.vocabulary), None)  # type: ignore[operator]
+        return "" if wrong is None else f"{CODES} holds {wrong}, which is not from 0 to {self.vocabulary - 1}"
+
 
 KINDS: dict[str, pa.Schema] = {"caption": CAPTION_SCHEMA, "vqa": VQA_SCHEMA, "nlvr": NLVR_SCHEMA}
 IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {"caption": ("image",), "vqa": ("image",), "nlvr": ("image_0", "image_1")}

@@ -28,6 +28,7 @@ from preprocessing.shards.schema import (
     SAMPLE_COLUMN,
     SCHEMA_VERSION,
     SPLITS,
+    CodeGrid,
     read_manifest,
 )
 
@@ -62,12 +63,15 @@ class ShardWriter:
         split: str,
         shard_bytes: int = SHARD_BYTES,
         name: Callable[[int], str] = shard_name,
+        grid: CodeGrid | None = None,
     ) -> None:
+        """`grid`: of the codes, where rows have some."""
         self._folder = folder
         self._kind = kind
         self._shard_bytes = shard_bytes
         self._name = name
-        self._filling, self._spare = _Batch(kind, split), _Batch(kind, split)
+        self._schema = KINDS[kind] if grid is None else KINDS[kind].append(grid.field)
+        self._filling, self._spare = (_Batch(kind, self._schema, split) for _ in range(2))
         self._shards: list[dict[str, Any]] = []
         self._file: HashedFile | None = None
         self._arrow: Any = None
@@ -121,7 +125,7 @@ class ShardWriter:
             name = self._name(len(self._shards))
             self._file = HashedFile(self._folder / name)
             self._shards.append({"file": name, "rows": 0, "samples": 0})
-            self._arrow = pa.ipc.new_file(self._file, KINDS[self._kind])
+            self._arrow = pa.ipc.new_file(self._file, self._schema)
         self._arrow.write_batch(batch.to_arrow())
         self._shards[-1]["rows"] += batch.rows
         self._shards[-1]["samples"] += batch.samples()
@@ -139,8 +143,8 @@ class ShardWriter:
 class _Batch:
     """The rows of a record batch that is being filled."""
 
-    def __init__(self, kind: str, split: str) -> None:
-        self._schema = KINDS[kind]
+    def __init__(self, kind: str, schema: pa.Schema, split: str) -> None:
+        self._schema = schema
         self._sample_column = SAMPLE_COLUMN[kind]
         self._split = split
         self._images = {name: _Images() for name in IMAGE_COLUMNS[kind]}

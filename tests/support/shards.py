@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from PIL import Image
 from eve_ds.data.sources import AnySplit
 from eve_ds.data.transforms import build_transform
 from preprocessing.local_files import dump_json, write_atomic
-from preprocessing.shards.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION
+from preprocessing.shards.schema import ANSWER_LIST, KINDS, MANIFEST, SAMPLE_COLUMN, SCHEMA_VERSION, CodeGrid
 from preprocessing.text.tokenizer import Tokenizer, train_tokenizer
 
 COLORS = ("red", "green", "blue", "yellow")
 ANSWERS = ("yes", "no", *COLORS)
 FIRST_ID = {"train": 0, "val": 100_000, "test": 200_000}  # no id stands in two splits
 _RGB = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "yellow": (230, 220, 50)}
+GRID = CodeGrid(4, 11)  # of the codes of `make_code_set`
 EVAL = build_transform(32, train=False)
 FLIP = build_transform(32, train=True, crop_scale=None)  # no crop: only flips
 
@@ -56,14 +57,19 @@ def write_split(
     shard_rows: int = 8,
     batch_rows: int = 3,
     split: str | None = None,
+    grid: CodeGrid | None = None,
 ) -> Path:
-    """Write rows (column -> value) as shards with their manifest; `folder` is the split's own. Returns it."""
+    """Write rows (column -> value) as shards with their manifest; `folder` is the split's own. Returns it.
+
+    grid: of the codes, if the rows have some.
+    """
+    schema = KINDS[kind] if grid is None else KINDS[kind].append(grid.field)
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = []
     for start in range(0, len(rows), shard_rows):
         part = list(rows[start : start + shard_rows])
         path = folder / f"shard-{len(shards):05d}.arrow"
-        table = pa.Table.from_pylist(part, schema=KINDS[kind])
+        table = pa.Table.from_pylist(part, schema=schema)
         with pa.ipc.new_file(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=batch_rows)
         shards.append(shard_record(path, len(part), sum(len(row[SAMPLE_COLUMN[kind]]) for row in part)))
@@ -107,7 +113,12 @@ def make_caption_set(
     root: Path, rows: int = 10, split: str = "train", captions: int = 2, image_size: int = 32, **layout: int
 ) -> Path:
     """`rows` images with `captions` captions each in root/split; layout: shard_rows, batch_rows. Returns it."""
-    table = [
+    return write_split(root / split, "caption", caption_rows(rows, split, captions, image_size), split=split, **layout)
+
+
+def caption_rows(rows: int, split: str, captions: int = 2, image_size: int = 32) -> list[dict[str, Any]]:
+    """The rows of `make_caption_set`."""
+    return [
         {
             "image": image_of(i, image_size),
             "caption": [f"image {i} caption {c} shows a {COLORS[i % 4]} square" for c in range(captions)],
@@ -116,7 +127,26 @@ def make_caption_set(
         }
         for i in range(rows)
     ]
-    return write_split(root / split, "caption", table, split=split, **layout)
+
+
+def code_of(index: int, places: int = 16) -> list[int]:
+    """The codes of image `index`, from 0 to 10."""
+    return [(7 * index + 3 * place) % 11 for place in range(places)]
+
+
+def make_code_set(
+    root: Path,
+    rows: int = 10,
+    split: str = "train",
+    grid: CodeGrid = GRID,
+    changed: Mapping[int, Any] | None = None,
+) -> Path:
+    """As `make_caption_set`, with the codes of `code_of`, but for the rows in `changed`."""
+    table = [
+        row | {"codes": (changed or {}).get(index, code_of(index, grid.side**2))}
+        for index, row in enumerate(caption_rows(rows, split))
+    ]
+    return write_split(root / split, "caption", table, split=split, grid=grid)
 
 
 def make_vqa_set(root: Path, rows: int = 10, split: str = "train", image_size: int = 32, **layout: int) -> Path:

@@ -17,6 +17,7 @@ from eve_ds.tasks.itc_itm_mlm import ItcItmMlm
 from eve_ds.tasks.itc_itm_mlm_mim import ItcItmMlmMim
 from eve_ds.tasks.itc_mlm_mim import ItcMlmMim
 from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.mlm_mim_codes import MaskedCodes
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.rivals import RivalConfig
@@ -26,6 +27,7 @@ Batch = dict[str, Tensor]
 
 CLS, SEP, MASK = 2, 3, 4
 NUM_ANSWERS = 7
+NUM_CODES = 11
 PER_TOKEN = ("text_ids", "text_mask")
 
 OBJECTIVE = ObjectiveConfig(decoder_dim=16, decoder_depth=1, decoder_heads=2, seed=5)
@@ -65,6 +67,7 @@ TASKS: dict[str, Callable[[Backbone], Task]] = {
     "pretrain_mim": lambda backbone: _amplified(MaskedModeling(backbone, replace(OBJECTIVE, mode="mim"), MASK)),
     "pretrain_mlm": lambda backbone: MaskedModeling(backbone, replace(OBJECTIVE, mode="mlm"), MASK),
     "pretrain_masked_otherwise": _masked_otherwise,
+    "pretrain_codes": lambda backbone: MaskedCodes(backbone, OBJECTIVE, MASK, NUM_CODES),
     "retrieval": lambda backbone: Retrieval(backbone, embed_dim=16, seed=5),
     "vqa": lambda backbone: VQA(backbone, NUM_ANSWERS),
     "nlvr_plain": lambda backbone: NLVR(backbone),
@@ -133,6 +136,7 @@ def tiny_batch(rows: int, seed: int = 0) -> Batch:
         "question_index": torch.arange(rows) + 10,
         "answer_targets": torch.rand(rows, NUM_ANSWERS, generator=draw) * (torch.rand(rows, 1, generator=draw) < 0.7),
         "label": label,
+        "codes": torch.randint(0, NUM_CODES, (rows, 16), generator=draw),
     }
 
 

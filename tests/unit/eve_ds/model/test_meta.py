@@ -35,6 +35,7 @@ from eve_ds.tasks.itc_itm_mlm import ItcItmMlm
 from eve_ds.tasks.itc_itm_mlm_mim import ItcItmMlmMim
 from eve_ds.tasks.itc_mlm_mim import ItcMlmMim
 from eve_ds.tasks.masked_modeling import MaskedModeling
+from eve_ds.tasks.mlm_mim_codes import MaskedCodes
 from eve_ds.tasks.nlvr import NLVR, AttentionPool, CrossAttention
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.rivals import Rival
@@ -147,6 +148,7 @@ CASES: dict[type[nn.Module], dict[str, Case]] = {
         "joint": lambda: task(lambda backbone: MaskedModeling(backbone, JOINT, MASK)),
         "masked otherwise": lambda: task(TASKS["pretrain_masked_otherwise"]),
     },
+    MaskedCodes: {"": lambda: task(TASKS["pretrain_codes"])},
     ItcItm: {"": lambda: task(TASKS["itc_itm"])},
     ItcItmMlm: {"": lambda: task(TASKS["itc_itm_mlm"])},
     ItcItmMlmMim: {"": lambda: task(TASKS["itc_itm_mlm_mim"])},

@@ -18,7 +18,7 @@ def means(task: Task, batch: Batch) -> dict[str, float]:
 
 
 def test_registry_has_the_contracts_names() -> None:
-    assert set(BY_NAME) == {"pretrain", "retrieval", "vqa", "nlvr", *RIVALS}
+    assert set(BY_NAME) == {"pretrain", "mlm_mim_codes", "retrieval", "vqa", "nlvr", *RIVALS}
 
 
 @EVERY

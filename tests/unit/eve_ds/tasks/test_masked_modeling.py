@@ -184,7 +184,7 @@ def test_images_for_the_report_from_raw_pixels() -> None:
     for target in ("normalized", "raw"):
         task = MaskedModeling(Backbone(tiny_config()), dataclasses.replace(OBJECTIVE, pixel_target=target), MASK)
         masks = task.draw_masks(batch)
-        truth = task.rebuild(task.encode(batch["images"], patch_keep=masks.kept), batch["images"], masks).target
+        truth = task.rebuild(task.encode(batch["images"], patch_keep=masks.kept), batch, masks).target
         output = PixelOutput(truth, truth, masks.masked)
         shown = rebuilt_images(batch["images"], output, 8, target)
         assert (abs(shown["rebuilt"].astype(int) - shown["original"]) <= 1).all()
