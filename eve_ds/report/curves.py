@@ -38,7 +38,7 @@ ORDER += ["mim_loss by input", "mlm_loss by input", "mlm_accuracy by input", "it
 ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_loss", "router_z_loss"]
 FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy", "mlm_accuracy by input"}
 NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
-SPLITS = {"": "training", "val": "held out", "test": "test"}
+SPLITS = {"": "training", "val": "held out", "val_ema": "held out, averaged weights", "test": "test"}
 INPUTS = {"true": "true", "shuffled": "shuffled", "no_image": "none"}
 COLORS = {"": 0, "val": 1, "true": 1, "no_image": 3}  # index in the page's colors; 2 for any other
 
@@ -86,6 +86,8 @@ def group_curves(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
         if NO_CHART.fullmatch(name) or not any(math.isfinite(value) for value in curve.values):
             continue
         if found := BY_INPUT.fullmatch(name):
+            if split == "val_ema":  # their lines are those of the weights
+                continue
             name, split = f"{found['metric']} by input", found["input"]
         groups.setdefault(name, {})[split] = curve
     for name, group in groups.items():
