@@ -47,6 +47,8 @@ class OptimizerConfig:
         gradient_clipping: largest global gradient norm; 0 for none.
         stop_on_divergence: end the run, before it saves again, when the loss has left its recent range by far and
             stays there (eve_ds/engine/divergence.py); false tells it alone.
+        ema: decay of a moving average of the weights, as 0.9999, which is evaluated (val_ema/) and exported (model_ema)
+            beside them, for 4 bytes a parameter over all ranks (docs/optimization.md); 0 for none.
     """
 
     lr: float = 5e-4
@@ -64,6 +66,7 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0
     gradient_clipping: float = 3.0
     stop_on_divergence: bool = False
+    ema: float = 0.0
 
     @property
     def wsd_decay(self) -> float:
@@ -83,6 +86,7 @@ class OptimizerConfig:
             "decay": self.decay is None or 0 < self.decay <= 1,
             "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
             "gradient_clipping": 0 <= self.gradient_clipping < math.inf,
+            "ema": 0 <= self.ema < 1,
         }
         for name, fits in ranges.items():
             if not fits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from eve_ds.callbacks.ema import EMA
 from eve_ds.callbacks.grad_norms import GradNorms
 from eve_ds.callbacks.memory_check import MemoryCheck
 from eve_ds.callbacks.metrics import MetricsFile
@@ -29,12 +30,14 @@ OPTION = "--logging.callbacks"
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
     """Provenance; those that add to the record; metrics file, progress and dashboards; those of ``logging.callbacks``.
 
-    A dry run has none, as they write, but those of ``logging.callbacks`` are looked up.
+    A dry run has none, as they write, but the EMA, as it takes memory; those of ``logging.callbacks`` are looked up.
 
     Raises:
         UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
     """
     callbacks: list[Callback] = [Provenance()]
+    averages: list[Callback] = [EMA(config.optimizer.ema)] if config.optimizer.ema else []
+    callbacks += averages
     if every := config.logging.detail_every:
         callbacks += [MoELoad(every), Performance(every, config.logging.peak_tflops)]
     if every := config.logging.grad_norms_every:
@@ -47,7 +50,7 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
     if config.logging.profile is not None:
         callbacks.append(Profile(config.logging.profiled))
     callbacks += own_callbacks(config.logging.callbacks)
-    return [] if config.dry_run else callbacks
+    return averages if config.dry_run else callbacks
 
 
 def own_callbacks(paths: Iterable[str]) -> list[Callback]:

@@ -12,13 +12,16 @@ from torch import Tensor
 from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
+    from eve_ds.engine.checkpoint_record import Manifest
     from eve_ds.engine.trainer import Trainer
 
 HOOKS = (
+    "checkpoint_loaded",
     "fit_start",
     "step_start",
     "backward_end",
     "step_end",
+    "evaluating",
     "evaluation_end",
     "checkpoint_saved",
     "images_made",
@@ -39,6 +42,10 @@ class Callback:
     ``whole_weights()``. They change nothing in it, except through ``trainer.set_lr_factor``.
     """
 
+    def checkpoint_loaded(self, trainer: Trainer, path: Path, manifest: Manifest) -> None:
+        """After a run that resumes or branches has loaded the checkpoint ``path`` (weights, Adam's moments, callback
+        states): for what `rank_files` put into it. It may be of another topology."""
+
     def fit_start(self, trainer: Trainer) -> None:
         """Before the first step of this process. ``start_step`` is set, weights and callback states are loaded."""
 
@@ -58,6 +65,11 @@ class Callback:
         ``record`` holds step, samples, loss, the task's metrics, lr, grad_norm, samples_per_second, step_seconds and
         more. It is the same on every rank, except for the times. What a callback adds to it, on rank 0 at least, those
         after it see.
+        """
+
+    def evaluating(self, trainer: Trainer, found: dict[str, float]) -> None:
+        """In an evaluation, after ``trainer.evaluate``. ``found`` holds its metrics by split (``val/loss``), complete
+        on rank 0; what a callback adds to them is recorded, too. May raise StopError, on all ranks together.
         """
 
     def evaluation_end(self, trainer: Trainer, record: dict[str, float]) -> None:
@@ -82,6 +94,13 @@ class Callback:
         """What a checkpoint keeps of this callback: tensors, numbers, strings, None, and lists and dicts of these.
 
         Called on every rank; the state of rank 0 is stored. An empty dict stores nothing.
+        """
+        return {}
+
+    def rank_files(self) -> dict[str, Any]:
+        """{file name: content} that this rank adds to a checkpoint: what `state_dict` may hold, of any size.
+
+        Called on every rank; no two ranks name the same file.
         """
         return {}
 

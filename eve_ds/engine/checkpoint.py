@@ -61,6 +61,7 @@ def save(
     topology: Topology,
     state: dict[str, Any],
     callback_states: Mapping[str, Any] | None = None,
+    rank_files: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save ``engine`` as ``folder/step_NNNNNNNN``, mark it complete and return that folder. Called by all ranks.
 
@@ -69,6 +70,7 @@ def save(
     Args:
         state: the trainer's own, as JSON holds it.
         callback_states: {name: state}; those of rank 0 are stored, in a file of their own.
+        rank_files: {file name: content} of this rank, to be stored beside DeepSpeed's files.
     """
     tag = tag_of(step)
     target = folder / tag
@@ -78,6 +80,8 @@ def save(
             engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
             if callback_states and dist.get_rank() == 0:
                 engine.checkpoint_engine.save(dict(callback_states), str(target / CALLBACKS))
+            for name, content in (rank_files or {}).items():
+                engine.checkpoint_engine.save(content, str(target / name))
             mine = hash_share(target, _shares_by_host(target, written))
     hashes = joined(mine)  # after this, the files of all ranks are on disk
     manifest = Manifest(step, topology, experts_of(engine.module), deepspeed.__version__, state, hashes)
@@ -85,16 +89,17 @@ def save(
     return target
 
 
-def checkpoint_bytes(parameters: int, precision: str, zero_stage: int) -> int:
+def checkpoint_bytes(parameters: int, precision: str, zero_stage: int, averages: bool = False) -> int:
     """Size of a checkpoint: Adam's two moments and the master copy in fp32, below ZeRO 3 also the weights themselves.
 
     Args:
         parameters: of the whole model.
         precision: bf16, fp16 or fp32.
         zero_stage: 1 to 3.
+        averages: of the weights (``optimizer.ema``), fp32, are in it, too.
     """
     weights = 0 if zero_stage == 3 else 4 if precision == "fp32" else 2
-    return parameters * (3 * 4 + weights)
+    return parameters * (3 * 4 + weights + 4 * averages)
 
 
 def _make_way(target: Path) -> None:
@@ -218,8 +223,7 @@ def load(
         )
     settings = [_hyper_parameters(group) for group in engine.optimizer.param_groups]
     scaler = engine.optimizer.loss_scaler
-    as_it_is = manifest.topology == topology and manifest.experts == experts
-    if as_it_is and _same_groups(engine, path, topology):
+    if same_layout(engine, path, manifest, topology):
         mark(f"the load of {path}")
         engine.load_checkpoint(str(path.parent), tag=path.name)
     else:
@@ -236,6 +240,12 @@ def load_callback_states(path: Path, manifest: Manifest) -> dict[str, Any]:
     The tensors are read, not mapped: a callback may keep them until after the checkpoint is deleted.
     """
     return load_file(path / CALLBACKS, mmap=False) if CALLBACKS in manifest.files else {}
+
+
+def same_layout(engine: Any, path: Path, manifest: Manifest, topology: Topology) -> bool:
+    """Whether the flat tensors in a checkpoint's files are those of ``engine``, rank by rank."""
+    as_it_is = manifest.topology == topology and manifest.experts == experts_of(engine.module)
+    return as_it_is and _same_groups(engine, path, topology)
 
 
 def _same_groups(engine: Any, path: Path, topology: Topology) -> bool:

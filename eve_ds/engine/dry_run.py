@@ -64,7 +64,9 @@ def describe_training(config: Config, trainer: Trainer, training: Samples, gauge
     lines += _trial(config, trainer, training, step)
     if found := gauge.report():
         memory, warnings = found
-        saved = checkpoint_bytes(count, config.engine.precision, trainer.topology.zero_stage)
+        saved = checkpoint_bytes(
+            count, config.engine.precision, trainer.topology.zero_stage, averages=config.optimizer.ema > 0
+        )
         kept = f"{config.checkpoint.keep} are kept, and one more while saving"
         lines += [f"memory  {memory}", f"saved   a checkpoint takes {size(saved)}; {kept}"]
         for warning in warnings:

@@ -29,6 +29,7 @@ MUTABLE_ON_RESUME = (  # sections and keys that do not change what is learned, a
     "optimizer.total_steps",
     "optimizer.epochs",
     "optimizer.stop_on_divergence",
+    "optimizer.ema",
     "engine.expert_parallel_size",
     "engine.micro_batch_size",
     "model.checkpoint_activations",

@@ -21,6 +21,7 @@ from eve_ds.weights.model_folder import (
     CONFIG,
     FILES,
     MODEL,
+    MODEL_EMA,
     PROVENANCE,
     checkpoints,
     newer_checkpoint,
@@ -132,7 +133,8 @@ def _take(folder: Path) -> None:
 def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
     folder = Path(config.output_dir)
     names = rf"\.({'|'.join(map(re.escape, FILES))}|predictions_[\w-]+\.(npz|json|csv))\.[0-9a-f]{{8}}"
-    for left in (*folder.glob(".predictions_*"), *(folder / MODEL).glob(".*")):
+    exported = [left for model in (MODEL, MODEL_EMA) for left in (folder / model).glob(".*")]
+    for left in (*folder.glob(".predictions_*"), *exported):
         if re.fullmatch(names, left.name):  # of write_atomic, from an export or a scoring that was killed
             with contextlib.suppress(OSError):
                 left.unlink()

@@ -127,6 +127,7 @@ class Trainer:
                 self._range = LossRange(manifest.state.get("loss_range"))
             for name in restore_states(self.callbacks, checkpoint.load_callback_states(path, manifest)):
                 _log.info("%s: holds a state of callback %s, which this run does not have; dropped", path, name)
+            self._call_hooks("checkpoint_loaded", path, manifest)
             self._log_changes(path, manifest)
             self._resume_schedule(path, manifest.state.get("schedule", {}), own=found is not None)
         return self.start_step
@@ -357,6 +358,7 @@ class Trainer:
         mark(f"the evaluation after step {self.step}")
         try:
             found = self.evaluate(self)
+            self._call_hooks("evaluating", found)
         except StopError:
             self.stopped_early = not self.nonfinite_streak
             return
@@ -370,7 +372,8 @@ class Trainer:
         state["schedule"] = schedule.stored(self.lr_factor, self.total_steps, self.config.optimizer, self._cooldown)
         mark(f"saving step {self.step}")
         states = collect_states(self.callbacks)
-        path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state, states)
+        files = {name: content for callback in self.callbacks for name, content in callback.rank_files().items()}
+        path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state, states, files)
         if self.is_main:
             checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
         self._call_hooks("checkpoint_saved", path)

@@ -75,6 +75,12 @@ class ShardedState:
         self._fragments = self._fragments_by_group if self.stage == 3 else self._fragments_by_mapping
         self.names = list(self._group)
 
+    def with_masters(self, parts: list[list[Tensor]]) -> ShardedState:
+        """This, with other values in place of the master weights: flat fp32 tensors, by rank and parameter group."""
+        for shard, own in zip(self._shards, parts, strict=True):
+            shard |= {"single_partition_of_fp32_groups": own, "fp32_flat_groups": own}
+        return self
+
     @property
     def step(self) -> float:
         """Adam's step count. Raises UserError unless it is the same for all parameters."""

@@ -46,7 +46,9 @@ def make_plan(options: Any) -> dict[str, Any]:
         },
         "device_memory": parse_bytes(options.device_memory),
         "reserve": GPU_RESERVE if on_gpu else 0,
-        "checkpoint": checkpoint_bytes(count_parameters(whole).total, config.engine.precision, zero.stage),
+        "checkpoint": checkpoint_bytes(
+            count_parameters(whole).total, config.engine.precision, zero.stage, zero.averages
+        ),
         "sent_per_step": traffic(config, zero, plain.groups, batch),
         **_work(config, zero, whole, batch, options),
     }

@@ -7,7 +7,7 @@ from typing import Any
 WIDTH = 44
 MEMORY = {
     "weights": "weights",
-    "optimizer": "optimizer (master copy, moments)",
+    "optimizer": "optimizer (master copy, moments, averages)",
     "gradients": "gradients",
     "communication": "communication buffers",
     "activations": "activations and intermediate results",

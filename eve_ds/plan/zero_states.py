@@ -83,6 +83,7 @@ class Zero:
         accumulation: micro-batches an optimizer step.
         settings: the DeepSpeed file's ``zero_optimization``.
         whole_buffers: reserved memory counts, as on a GPU; else only what is written, as in resident memory of a CPU.
+        averages: of the weights are kept (``optimizer.ema``).
     """
 
     stage: int
@@ -92,6 +93,7 @@ class Zero:
     accumulation: int
     settings: dict[str, Any]
     whole_buffers: bool
+    averages: bool = False
 
     @classmethod
     def of_run(cls, config: Config, settings: dict[str, Any], world_size: int, on_gpu: bool) -> Zero:
@@ -104,6 +106,7 @@ class Zero:
             accumulation=settings["gradient_accumulation_steps"],
             settings=settings["zero_optimization"],
             whole_buffers=on_gpu,
+            averages=config.optimizer.ema > 0,
         )
 
     def setting(self, name: str) -> int:
@@ -147,7 +150,7 @@ def steady(groups: list[Group], zero: Zero) -> dict[str, int]:
         bucket = zero.setting("reduce_bucket_size")
         bucket = bucket if zero.whole_buffers else min(bucket, whole)
         master = part * FP32 if zero.itemsize != FP32 else 0  # fp32 weights are their own master copy
-    optimizer = master + 2 * part * FP32
+    optimizer = master + (2 + zero.averages) * part * FP32
     return {
         "weights": weights * zero.itemsize,
         "gradients": gradients * zero.itemsize,

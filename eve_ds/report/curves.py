@@ -43,7 +43,7 @@ ORDER_LAST = ["lr", "samples_per_second", "grad_norm", "wait_fraction", "aux_los
 FROM_ZERO = {"lr", "samples_per_second", "wait_fraction", "mlm_accuracy", "mlm_accuracy by input"}
 FROM_ZERO |= {"mim_code_accuracy", "mim_code_accuracy by input"}
 NO_CHART = re.compile(r"replaced|step|epoch|samples|step_seconds|(txt|img)_(r5|r10|r_mean)|time")
-SPLITS = {"": "training", "val": "held out", "test": "test"}
+SPLITS = {"": "training", "val": "held out", "val_ema": "held out, averaged weights", "test": "test"}
 INPUTS = {"true": "true", "shuffled": "shuffled", "no_image": "none"}
 COLORS = {"": 0, "val": 1, "true": 1, "no_image": 3}  # index in the page's colors; 2 for any other
 
@@ -91,6 +91,8 @@ def group_curves(curves: dict[str, Curve]) -> dict[str, dict[str, Curve]]:
         if NO_CHART.fullmatch(name) or not any(math.isfinite(value) for value in curve.values):
             continue
         if found := BY_INPUT.fullmatch(name):
+            if split == "val_ema":  # their lines are those of the weights
+                continue
             name, split = f"{found['metric']} by input", found["input"]
         groups.setdefault(name, {})[split] = curve
     for name, group in groups.items():

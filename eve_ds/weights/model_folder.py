@@ -28,6 +28,7 @@ HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
 FILES = (*HASHED, HASHES)  # every file of a model folder
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
+MODEL_EMA = "model_ema"  # as MODEL, with the moving averages of the weights (``optimizer.ema``)
 COMPLETE = "complete.json"  # written last: marks a complete checkpoint
 PROVENANCE = "provenance"  # folder of a run: a file for each start
 _MAX_LINKS = 42  # the limit of Linux is 40

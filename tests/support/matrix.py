@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.model.moe import MoE
 from eve_ds.tasks.masked_modeling import MaskedModeling
+from tests.support.averages import EMA_DECAY, evaluate, moving
 from tests.support.fp16 import allow_fp16
 from tests.support.pairwise import every_case, pairwise
 from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
@@ -84,13 +87,15 @@ class Case:
 
 @dataclass
 class Trajectory:
-    """Loss and gradient norm (before clipping; also by kind) of each step; weights before and after, by name, fp32."""
+    """Loss and gradient norm (before clipping; also by kind) of each step, and of a held-out batch the losses with the
+    last weights and with the averages; weights before and after, and their moving averages, by name, fp32."""
 
     losses: list[float]
     norms: list[float]
     first: dict[str, np.ndarray]
     last: dict[str, np.ndarray]
     kinds: list[dict[str, float]] = field(default_factory=list)
+    averages: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def accepted(case: dict[str, Any]) -> bool:
@@ -148,10 +153,24 @@ def arrays(task: MaskedModeling) -> dict[str, np.ndarray]:
     return {name: value.detach().float().numpy().copy() for name, value in task.named_parameters()}
 
 
+def held_out_batch() -> dict[str, Tensor]:
+    return caption_batch(ROWS, seed=99)
+
+
+def norms_of(masters: dict[str, torch.nn.Parameter]) -> dict[str, float]:
+    """Of the gradients, by kind of parameter."""
+    from eve_ds.callbacks.grad_norms import kind_of
+
+    squares: dict[str, float] = {}
+    for name, master in masters.items():
+        square = 0.0 if master.grad is None else float(master.grad.double().square().sum())
+        squares[kind_of(name)] = squares.get(kind_of(name), 0.0) + square
+    return {kind: math.sqrt(square) for kind, square in squares.items()}
+
+
 def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple[str, ...] = ()) -> Trajectory:
     """A plain loop. In bf16 and fp16: such weights and gradients, an fp32 master copy which alone AdamW and the norm
     see; the loss is scaled in fp16."""
-    from eve_ds.callbacks.grad_norms import kind_of
     from eve_ds.engine.optim import decayed
 
     options, task = optimizer_config(clipping), build(precision)
@@ -175,6 +194,9 @@ def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple
         weight_decay=options.weight_decay,
     )
     trajectory = Trajectory([], [], arrays(task), {})
+    weights = torch.nn.ParameterList(masters.values())
+    averaged = AveragedModel(weights, avg_fn=moving)
+    averaged.update_parameters(weights)
     for step in range(STEPS):
         loss = 0.0
         for micro in range(accumulation):
@@ -190,20 +212,24 @@ def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple
                 gradient = value.grad.float() / scale
                 master.grad = gradient if master.grad is None else master.grad + gradient
             task.zero_grad()
-        squares: dict[str, float] = {}
-        for name, master in masters.items():
-            square = 0.0 if master.grad is None else float(master.grad.double().square().sum())
-            squares[kind_of(name)] = squares.get(kind_of(name), 0.0) + square
-        trajectory.kinds.append({kind: math.sqrt(square) for kind, square in squares.items()})
+        trajectory.kinds.append(norms_of(masters))
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), CLIP if clipping else torch.inf)
         optimizer.step()
         optimizer.zero_grad()
+        averaged.update_parameters(weights)
         with torch.no_grad():
             for name, value in task.named_parameters():
                 value.copy_(masters[name])
         trajectory.losses.append(loss)
         trajectory.norms.append(float(norm))
-    trajectory.last = {name: value.detach().numpy() for name, value in masters.items()}
+    trajectory.last = {name: value.detach().numpy().copy() for name, value in masters.items()}  # in fp32 the task's own
+    averages = dict(zip(masters, averaged.module, strict=True))
+    for values in (masters, averages):
+        with torch.no_grad():
+            for name, value in task.named_parameters():
+                value.copy_(values[name])
+            trajectory.losses.append(float(task.eval()(held_out_batch()).loss))
+    trajectory.averages = {name: value.detach().numpy() for name, value in averages.items()}
     return trajectory
 
 
@@ -234,11 +260,12 @@ def under_deepspeed(case: Case) -> Trajectory:
     """As ``one_process``, each rank with its rows of the batch; the weights are those of rank 0's ``full_state``."""
     import deepspeed
 
+    from eve_ds.callbacks.ema import EMA
     from eve_ds.callbacks.grad_norms import norms_by_kind
+    from eve_ds.engine.callback import Callback
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.optim import build_optimizer
-    from eve_ds.engine.whole_weights import full_state
 
     rank, world, options = dist.get_rank(), dist.get_world_size(), optimizer_config(case.clipping, case.freeze)
     share = ROWS // world
@@ -257,8 +284,10 @@ def under_deepspeed(case: Case) -> Trajectory:
         allow_fp16()
         settings["fp16"] |= {"initial_scale_power": 10}  # FP16_SCALE: no step is left out
     engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
-    trajectory = Trajectory([], [], {}, {})
+    trajectory, trainer = Trajectory([], [], {}, {}), SimpleNamespace(engine=engine)
+    ema = EMA(EMA_DECAY) if settings["zero_optimization"]["stage"] else Callback()
     for step in range(STEPS):
+        ema.step_start(trainer)  # type: ignore[arg-type]
         loss = torch.zeros(())
         for micro in range(case.accumulation):
             batch = caption_batch(ROWS, seed=step * case.accumulation + micro)
@@ -272,7 +301,9 @@ def under_deepspeed(case: Case) -> Trajectory:
         dist.all_reduce(loss)
         trajectory.losses.append(float(loss))
         trajectory.norms.append(float(engine.get_global_grad_norm() or math.nan))  # stage 0 tells none
-    trajectory.last = {name: value.numpy() for name, value in full_state(task).items()}
+        ema.step_end(trainer, {})  # type: ignore[arg-type]
+    rows = rows_of(held_out_batch(), rank * share, (rank + 1) * share)
+    trajectory.last, trajectory.averages = evaluate(trainer, ema, rows, trajectory.losses)
     engine.destroy()
     return trajectory
 
@@ -297,6 +328,8 @@ def differences(case: Case, got: Trajectory, expected: Trajectory) -> list[str]:
     exact = case.precision == "fp32"
     tolerance = FP32_TOLERANCE if exact else BF16_TOLERANCE
     faults = []
+    if dict(case.zero).get("stage") == 0:  # it has no masters to average
+        expected = replace(expected, losses=expected.losses[:-1], averages={})
     for step, (mine, other) in enumerate(zip(got.losses, expected.losses, strict=True)):
         if not abs(mine - other) < tolerance * (1 if exact else abs(other)):
             faults.append(f"loss of step {step} is {mine}, not {other}")
@@ -315,15 +348,27 @@ def differences(case: Case, got: Trajectory, expected: Trajectory) -> list[str]:
     for name in still:
         if not np.array_equal(got.last[name], expected.first[name]):
             faults.append(f"{name} was frozen and differs")
-    if exact:
-        errors = {name: float(np.abs(got.last[name] - other).max()) for name, other in expected.last.items()}
-        return faults + [f"{name} differs by {error:.3g}" for name, error in errors.items() if not error < tolerance]
-    kinds = {kind: [n for n in expected.last if sort_of(n) == kind] for kind in ("dense", "expert", "router")}
-    limits = [(names, tolerance) for names in kinds.values()] + [
-        ([name], BF16_TENSOR_TOLERANCE) for name in expected.last
+    assert got.averages.keys() == expected.averages.keys()
+    faults += strays(got.last, expected.last, expected.first, exact)
+    return faults + [
+        f"of the averages, {fault}" for fault in strays(got.averages, expected.averages, expected.first, exact)
     ]
+
+
+def strays(
+    got: dict[str, np.ndarray], expected: dict[str, np.ndarray], first: dict[str, np.ndarray], exact: bool
+) -> list[str]:
+    """What differs of weights that came from ``first``: see ``differences``."""
+    if exact:
+        errors = {name: float(np.abs(got[name] - other).max()) for name, other in expected.items()}
+        return [f"{name} differs by {error:.3g}" for name, error in errors.items() if not error < FP32_TOLERANCE]
+    kinds = {kind: [n for n in expected if sort_of(n) == kind] for kind in ("dense", "expert", "router")}
+    limits = [(names, BF16_TOLERANCE) for names in kinds.values()] + [
+        ([name], BF16_TENSOR_TOLERANCE) for name in expected
+    ]
+    faults = []
     for names, limit in limits:
-        error = distance(got.last, expected.last, names) / distance(expected.first, expected.last, names)
+        error = distance(got, expected, names) / distance(first, expected, names)
         if not error < limit:
             faults.append(f"{names[0]} and {len(names) - 1} more differ by {error:.3g} of their way")
     return faults

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from eve_ds.callbacks import MetricsFile, Progress, own_callbacks, standard_callbacks
+from eve_ds.callbacks.ema import EMA
 from eve_ds.callbacks.start_record import Provenance
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.engine.callback import Callback
@@ -43,6 +44,15 @@ def test_classes_and_instances_follow_the_built_in_ones() -> None:
         assert isinstance(metrics, MetricsFile) and isinstance(progress, Progress)
         assert isinstance(plain, Callback) and named.steps == 3  # type: ignore[attr-defined]
     assert own_callbacks([]) == [] == PretrainConfig().logging.callbacks
+
+
+def test_averages_come_before_what_writes_records_and_are_kept_in_a_dry_run() -> None:
+    options = ["--optimizer.ema=0.5", "--logging.wandb=false", "--logging.detail_every=0"]
+    _, ema, metrics, _ = standard_callbacks(parse(PretrainConfig, options, "test"))
+    assert isinstance(ema, EMA) and ema.decay == 0.5 and isinstance(metrics, MetricsFile)
+    (alone,) = standard_callbacks(parse(PretrainConfig, [*options, "--dry_run"], "test"))
+    assert isinstance(alone, EMA)
+    assert standard_callbacks(parse(PretrainConfig, [*options[1:], "--dry_run"], "test")) == []
 
 
 @pytest.mark.parametrize(
