@@ -170,6 +170,7 @@ def parse(
     config.checkpoint.check()
     config.logging.check()
     config.objective.check()
+    config.spec.check_sources(config.objective, config.data.sources or ())
     return config
 
 

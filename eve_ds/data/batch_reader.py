@@ -121,7 +121,8 @@ def to_batch(arrays: Arrays) -> Batch:
 
 def _pad(texts: Sequence[np.ndarray], pad_id: int, max_length: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.array([len(text) for text in texts])
-    width = min(-(-int(lengths.max()) // multiple) * multiple, max(max_length, int(lengths.max())))
+    longest = max(int(lengths.max()), 1)  # of images alone, too, one column: so every part of a model has a gradient
+    width = min(-(-longest // multiple) * multiple, max(max_length, longest))
     ids = np.full((len(texts), width), pad_id, dtype=np.int64)
     mask = np.arange(width) < lengths[:, None]
     ids[mask] = np.concatenate(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from eve_ds.data.sampler import WINDOW_BLOCKS
 from eve_ds.data.transforms import Augmentation
@@ -23,10 +24,13 @@ class DataSource:
     Args:
         path: prepared dataset, as ``data.path``.
         weight: relative sampling weight; null in all sources draws every sample equally often.
+        modality: pairs; image: its images alone, each once in an epoch; text: its captions alone. What it holds of the
+            other modality is not read.
     """
 
     path: str
     weight: float | None = None
+    modality: Literal["pairs", "image", "text"] = "pairs"
 
 
 @dataclass
@@ -37,7 +41,9 @@ class DataConfig:
         path: prepared dataset: a folder with a shard folder per split (train, val, test), see preprocessing/README.md;
             or a folder of Arrow files written by ViLT's or EVE's scripts.
         sources: train on several datasets, as in ``[{path: data/coco, weight: 2}, {path: data/cc12m, weight: 3}]``;
-            null uses ``path`` only. Held-out splits and the answer list come from ``path``, or from the first source.
+            null uses ``path`` only. Held-out splits and the answer list come from ``path``, or from the first source
+            (of pairs, if there is one). With ``modality: image`` or ``modality: text`` a source of pre-training is one
+            of images or texts alone.
         tokenizer: folder with tokenizer.json; null: fine-tuning uses the one next to its checkpoint.
         train_split: folder under ``path`` to train on.
         val_split: folder under ``path`` for held-out losses and scores; null for none.
@@ -81,7 +87,8 @@ class DataConfig:
     @property
     def home(self) -> str:
         """The dataset with the held-out splits and the answer list."""
-        return self.path or (self.sources[0].path if self.sources else "")
+        pairs_first = sorted(self.sources or (), key=lambda source: source.modality != "pairs")  # else in their order
+        return self.path or (pairs_first[0].path if pairs_first else "")
 
     def check(self) -> None:
         """Raise UserError that names the first invalid setting."""

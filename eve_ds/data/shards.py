@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from eve_ds.data.mapping import MappedFile, binary_cell, check_offsets, check_size, not_arrow_error
 from preprocessing.errors import UserError
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, read_manifest
+from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, SAMPLE_COLUMN, check_modality, read_manifest
 
 # Maximum number of mapped shards: each holds two file descriptors, and a common limit per process is 1,024.
 OPEN_SHARDS = 128
@@ -157,6 +157,8 @@ class Split:
             also: a shard is not Arrow, lacks a column, or its counts differ from the manifest.
     """
 
+    modality, counted = "pairs", "samples"  # see modalities.py; the field of Shard that counts its samples
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -174,7 +176,7 @@ class Split:
         else:
             self._count(files)
         self._first_row = _starts([shard.rows for shard in self._shards])
-        self._first_sample = _starts([shard.samples for shard in self._shards])
+        self._first_sample = _starts([getattr(shard, self.counted) for shard in self._shards])
         self.rows = int(self._first_row[-1])
         self.samples = int(self._first_sample[-1])
         if not self.samples:
@@ -184,7 +186,7 @@ class Split:
 
     def __reduce__(self) -> tuple[type[Split], tuple[Any, ...]]:
         # A spawned worker maps the files again.
-        return (Split, self._arguments)
+        return (type(self), self._arguments)
 
     @property
     def parts(self) -> list[tuple[str, int]]:
@@ -273,6 +275,7 @@ class Split:
 
     def _read_manifest(self) -> None:
         manifest = self.manifest = read_manifest(self.directory)
+        check_modality(self.directory, manifest, self.modality)
         self.kind: str = manifest["kind"]
         self._shards = [
             Shard(self.directory / record["file"], record["bytes"], record["rows"], record["samples"], record["sha256"])

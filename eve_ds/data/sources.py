@@ -46,7 +46,11 @@ _OURS = re.compile(r"shard-\d+\.arrow")
 
 
 def open_split(
-    root: str | os.PathLike[str], split: str, kind: str | None = None, open_shards: int = OPEN_SHARDS
+    root: str | os.PathLike[str],
+    split: str,
+    kind: str | None = None,
+    open_shards: int = OPEN_SHARDS,
+    made_as: type[Split] = Split,
 ) -> Split:
     """Open a split of a dataset: ``root/split`` with its manifest, or Arrow files without one, there or in ``root``.
 
@@ -58,12 +62,13 @@ def open_split(
         split: train, val, test or another split. Without a manifest also the name of a file, without .arrow.
         kind: without a manifest, read only files of this kind: ViLT keeps all kinds in one folder.
         open_shards: maximum number of mapped shards.
+        made_as: class of the result, one of modalities.py.
     Raises:
         UserError: there is no such split, or it is broken (see Split).
     """
     folder = Path(root) / split
     if (folder / MANIFEST).is_file():
-        return Split(folder, open_shards=open_shards)
+        return made_as(folder, open_shards=open_shards)
     inside = folder.is_dir()
     found = _natural(folder.glob("*.arrow") if inside else Path(root).glob("*.arrow"))
     files = found if inside else _files_of(found, split)
@@ -75,11 +80,11 @@ def open_split(
     if not files or any(_OURS.fullmatch(path.name) for path in files):
         if hint := _suggest_folder(Path(root), split):
             raise UserError(f"{folder / MANIFEST}: no such file; {hint}")
-        return Split(folder, open_shards=open_shards)  # raises the error for the missing manifest
+        return made_as(folder, open_shards=open_shards)  # raises the error for the missing manifest
     files = [path for path in files if kind is None or shard_kind(path) == kind] or files
     if split == "train" and not inside:
         _check_train_files(files)
-    return Split(folder if inside else root, files, open_shards)
+    return made_as(folder if inside else root, files, open_shards)
 
 
 def _suggest_folder(root: Path, split: str) -> str:

@@ -130,6 +130,7 @@ class Identity:
             mode = self.settings["objective.mode"]
             kept["objective.mode"] = mode if mode in ONE_DECODER else "one with both decoders"
         kept.pop("weights of data.sources", None)
+        kept.pop("modalities of data.sources", None)
         return Identity(kept, {name: value for name, value in self.inputs.items() if not name.startswith(FREE_INPUTS)})
 
     def merged(self, now: Identity) -> Identity:
@@ -196,6 +197,8 @@ def _bound(tree: dict[str, Any]) -> dict[str, Any]:
     listed = sources if isinstance(sources, list) else []
     weights = [source.get("weight") for source in listed if isinstance(source, dict)]
     flat["weights of data.sources"] = weights if any(weight is not None for weight in weights) else None
+    kinds = [source.get("modality", "pairs") for source in listed if isinstance(source, dict)]
+    flat["modalities of data.sources"] = kinds if any(kind != "pairs" for kind in kinds) else None
     if flat.get("objective.head_hidden", 0) is None and isinstance(flat.get("model.dim"), int):
         flat["objective.head_hidden"] = 2 * flat["model.dim"]  # the default of the heads
     return flat

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
+from eve_ds.data.data_config import DataSource
+from eve_ds.data.modalities import SPLITS
 from eve_ds.data.overlap import SplitIds
 from eve_ds.data.samples import Samples
 from eve_ds.data.shards import Split
@@ -69,9 +71,11 @@ def build_dataset(config: Config, split: str, tokenizer: Tokenizer, train: bool)
     transform = build_transform(
         model.image_size, train, data.augmentation, scale, data.flip, config.engine.seed, max_pixels=data.max_pixels
     )
-    roots = [source.path for source in data.sources] if train and data.sources else [data.home]
-    splits = [open_split(root, split, config.spec.samples.kind) for root in roots]
+    sources = data.sources if train and data.sources else [DataSource(data.home)]
+    kind = config.spec.samples.kind
+    splits = [open_split(one.path, split, kind, made_as=SPLITS[one.modality]) for one in sources]
     joined = splits[0] if len(splits) == 1 else JoinedSplit(splits)
+    roots = [one.path for one in sources]
     dataset: Samples = config.spec.build_dataset(joined, tokenizer, transform, model, data.home, roots)
     return dataset
 

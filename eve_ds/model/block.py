@@ -76,7 +76,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if x.is_cuda:
+        if x.is_cuda and batch:  # fused kernels may refuse a pass without a row
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
             out = plain_attention(q, k, v, bias)

@@ -16,13 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eve_ds.data.data_config import DataSource
+from eve_ds.data.modalities import IMAGE, PAIRS, TEXT, MixedSamples, modalities_of
 from eve_ds.data.samples import Samples
+from eve_ds.data.sources import AnySplit
+from eve_ds.data.transforms import Transform
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.decoders import PixelDecoder, WordDecoder, WordMLP
 from eve_ds.model.embeddings import patches
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Batch, Metrics, Task, TaskOutput, evaluating, global_counts, valid_rows
+from eve_ds.tasks.batch_parts import Part, parts_of
 from eve_ds.tasks.masked_examples import predicted_words, rebuilt_images, spelled
 from eve_ds.tasks.masked_parts import EPSILON, Masks, ObjectiveConfig, PixelOutput, WordOutput, patches_at
 from eve_ds.tasks.masking import choose_words, hide_words, masked_patches, masked_words, split_blocks, split_patches
@@ -123,23 +128,33 @@ class MaskedModeling(Task):
         return predicted_words(batch, words) if words else []
 
     def _predict(self, batch: Batch) -> tuple[PixelOutput | None, WordOutput | None, list[BackboneOutput]]:
-        """Mask, encode (once or twice) and decode; None for what the mode leaves out."""
-        images, text_ids, text_mask = batch["images"], batch["text_ids"], batch["text_mask"]
-        objective, masks = self.objective, self.draw_masks(batch)
+        """Mask, encode (once or twice; texts alone once more) and decode; None for what the mode leaves out."""
+        objective = self.objective
+        with_image, pairs, texts = parts_of(batch, self.draw_masks(batch))
         image = words = None
         passes = []
         if objective.predicts_pixels:
-            seen = masks.text_ids if objective.mode == "joint" else text_ids
-            noise = self.drop_path_noise(batch["sample_id"], 0)
-            passes.append(self.encode(images, seen, text_mask, masks.kept, noise))
+            part, masks = with_image.batch, with_image.masks
+            seen = masks.text_ids if objective.mode == "joint" else part["text_ids"]
+            noise = self.drop_path_noise(part["sample_id"], 0)
+            passes.append(self.encode(part["images"], seen, part["text_mask"], masks.kept, noise))
         if objective.predicts_words and objective.mode != "joint":
-            noise = self.drop_path_noise(batch["sample_id"], 1)
-            passes.append(self.encode(images, masks.text_ids, text_mask, noise=noise))
+            part, masks = pairs.batch, pairs.masks
+            noise = self.drop_path_noise(part["sample_id"], 1)
+            passes.append(self.encode(part["images"], masks.text_ids, part["text_mask"], noise=noise))
         if objective.predicts_pixels:
-            image = self.rebuild(passes[0], batch, masks)
+            image = self.rebuild(passes[0], with_image.batch, with_image.masks)
         if objective.predicts_words:
-            words = self.score_words(passes[-1], text_ids, masks.words)
+            asked = with_image if objective.mode == "joint" else pairs
+            alone = None if texts is None else (self._encode_texts(texts), texts)
+            words = self.score_words(passes[-1], asked.batch["text_ids"], asked.masks.words, alone)
+            passes += [] if alone is None else [alone[0]]
         return image, words, passes
+
+    def _encode_texts(self, texts: Part) -> BackboneOutput:
+        """A pass of texts alone, with words masked."""
+        noise = self.drop_path_noise(texts.batch["sample_id"], 1)
+        return self.encode(text_ids=texts.masks.text_ids, text_mask=texts.batch["text_mask"], noise=noise)
 
     @torch.no_grad()
     def _grounding(self, batch: Batch) -> Metrics:
@@ -185,18 +200,28 @@ class MaskedModeling(Task):
             target = F.layer_norm(target, target.shape[-1:], eps=EPSILON)
         return PixelOutput(predicted, target, masks.masked)
 
-    def score_words(self, output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> WordOutput:
+    def score_words(
+        self, output: BackboneOutput, text_ids: Tensor, mask: Tensor, alone: tuple[BackboneOutput, Part] | None = None
+    ) -> WordOutput:
         """Scores at the True places of ``mask`` [B, L], from a pass that saw ``Masks.text_ids``.
 
-        Only these rows go through the projection to the vocabulary.
+        Only these rows go through the projection to the vocabulary; after them those of texts ``alone``, from theirs.
         """
-        text = output.hidden[:, output.num_image_tokens :][:, : mask.shape[1]]
-        rows = text[mask]
+        rows, truth = _states_at(output, mask), text_ids[mask]
+        if alone is not None:
+            others, texts = alone[0], alone[1].batch["text_ids"]
+            rows = torch.cat([rows, _states_at(others, alone[1].masks.words)])
+            truth = torch.cat([truth, texts[alone[1].masks.words]])
         # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
         tied = [self.backbone.text_embedding.words.weight] if self.objective.word_head == "tied" else []
         scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), *tied)
-        return WordOutput(scores[: rows.shape[0]].float(), text_ids[mask], mask)
+        return WordOutput(scores[: rows.shape[0]].float(), truth, mask)
+
+
+def _states_at(output: BackboneOutput, mask: Tensor) -> Tensor:
+    """[n, D] the text tokens of a pass at the True places of ``mask`` [B, L]."""
+    return output.hidden[:, output.num_image_tokens :][:, : mask.shape[1]][mask]
 
 
 def another_image(image_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,6 +266,28 @@ class MaskedSpec(PretrainSpec):
         if files.tokenizer is not None:
             task.use_tokenizer(Tokenizer.load(files.tokenizer))
         return task
+
+    def build_dataset(
+        self,
+        split: AnySplit,
+        tokenizer: Tokenizer,
+        transform: Transform,
+        model: ModelConfig,
+        home: str,
+        roots: Sequence[str],
+    ) -> Samples:
+        kind = self.samples if set(modalities_of(split)) == {PAIRS} else MixedSamples
+        return kind(split, tokenizer, transform, model.max_text_length, model.vocab_size)
+
+    def check_sources(self, objective: ObjectiveConfig, sources: Sequence[DataSource]) -> None:
+        """Raise UserError for a source in which the mode predicts nothing."""
+        unused = {"mim": TEXT, "mlm": IMAGE}.get(objective.mode)
+        for source in sources:
+            if source.modality == unused:
+                raise UserError(
+                    f"data.sources: {source.path} has modality: {unused}, and objective.mode={objective.mode} predicts "
+                    "nothing of it; leave it out, or choose mode separate or joint"
+                )
 
     def held_out_examples(
         self, task: MaskedModeling, batch: Batch, dataset: Samples, chosen: Sequence[int]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eve_ds.data.data_config import DataSource
 from eve_ds.data.samples import CaptionSamples, Key, Sample
 from eve_ds.data.shards import Row, RowError
 from eve_ds.data.sources import AnySplit, JoinedSplit
@@ -172,6 +173,10 @@ class CodesSpec(MaskedSpec):
         objective = replace(objective, seed=objective.seed + seed)
         return MaskedCodes(backbone, objective, mask_id, num_classes or BEIT_V2_CODES)
 
+    def check_sources(self, objective: ObjectiveConfig, sources: Sequence[DataSource]) -> None:
+        """Codes are read with pairs."""
+        TaskSpec.check_sources(self, objective, sources)
+
     def num_classes_of(self, state: Mapping[str, Tensor]) -> int:
         return state["code_decoder.head.weight"].shape[0]
 
@@ -191,7 +196,7 @@ class CodesSpec(MaskedSpec):
         home: str,
         roots: Sequence[str],
     ) -> CodeSamples:
-        dataset: CodeSamples = super().build_dataset(split, tokenizer, transform, model, home, roots)
+        dataset: Any = super().build_dataset(split, tokenizer, transform, model, home, roots)
         side = model.image_size // model.patch_size
         if dataset.grid.side != side:
             raise UserError(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from eve_ds.data.data_config import DataSource
 from eve_ds.data.samples import Samples
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.model_config import MOST, ModelConfig
@@ -22,7 +23,7 @@ from eve_ds.tasks.base import Batch, Metrics
 from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, Contrast
 from eve_ds.tasks.masked_modeling import MaskedModeling, MaskedSpec, Masks, ObjectiveConfig
 from eve_ds.tasks.retrieval import SPEC as RETRIEVAL
-from eve_ds.tasks.spec import HeldOutExamples, Pass, stored_mask_id, stored_section
+from eve_ds.tasks.spec import HeldOutExamples, Pass, TaskSpec, stored_mask_id, stored_section
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import Tokenizer
@@ -142,6 +143,10 @@ class RivalSpec(MaskedSpec):
             "mim": [masked_patches],
         }
         return [one for loss in self.losses for one in of[loss]]
+
+    def check_sources(self, objective: Any, sources: Sequence[DataSource]) -> None:
+        """Contrast needs pairs."""
+        TaskSpec.check_sources(self, objective, sources)
 
     def gathered_values(self, model: ModelConfig, rows: int) -> dict[str, int]:
         return RETRIEVAL.gathered_values(model, rows) if "itm" in self.losses else {}

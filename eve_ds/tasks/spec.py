@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from eve_ds.data.data_config import DataSource
 from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.sources import AnySplit
 from eve_ds.data.transforms import Transform
@@ -175,6 +176,20 @@ class TaskSpec(ABC):
             UserError: the data are broken, or do not go with the model or with one another.
         """
         return self.samples(split, tokenizer, transform, model.max_text_length, model.vocab_size)
+
+    def check_sources(self, objective: Any, sources: Sequence[DataSource]) -> None:
+        """Raise UserError naming a source of a ``modality`` that the task cannot learn from: here all but pairs.
+
+        Args:
+            objective: the section of the config.
+            sources: of the training data.
+        """
+        for source in sources:
+            if source.modality != "pairs":
+                raise UserError(
+                    f"data.sources: {source.path} has modality: {source.modality}, and task {self.name} learns from "
+                    "pairs alone; leave it out, or take --task pretrain"
+                )
 
     def read_companion(self, folder: str | Path, name: str) -> Any:
         """The content of a companion file in ``folder``. Raises UserError if there is none, or a broken one."""

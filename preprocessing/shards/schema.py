@@ -128,6 +128,9 @@ ID_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Field "modality" of a manifest, none for pairs: of "image" the captions are empty lists, of "text" the images are b"".
+MODALITIES = {"pairs": "pairs", "image": "images without captions", "text": "texts without images"}
+
 MAX_PIXELS = 50_000_000  # larger than any photo of the usual sets; decoding one takes 150 MB
 PILLOW_PIXELS = 178_956_970  # twice Image.MAX_IMAGE_PIXELS: beyond it Pillow itself refuses to open a file
 
@@ -174,6 +177,9 @@ def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str,
     _check_fields(path, "", manifest, _FIELDS)
     if manifest["kind"] not in KINDS:
         raise UserError(f"{path}: kind {manifest['kind']!r} is none of {', '.join(KINDS)}; prepare the split again")
+    if manifest.get("modality", "pairs") not in tuple(MODALITIES):
+        known = ", ".join(MODALITIES)
+        raise UserError(f"{path}: modality {manifest['modality']!r} is none of {known}; prepare the split again")
     for index, shard in enumerate(manifest["shards"]):
         _check_fields(path, f"shards[{index}].", shard, _SHARD_FIELDS)
     dropped_list = manifest.get("dropped_list")
@@ -181,6 +187,14 @@ def read_manifest(directory: str | os.PathLike[str] | RemoteFolder) -> dict[str,
         _check_file_name(path, record.get("file"))
     checked: dict[str, Any] = manifest
     return checked
+
+
+def check_modality(directory: Path, manifest: Mapping[str, Any], wanted: str) -> None:
+    """Raise UserError where the split of this manifest lacks what `wanted`, one of MODALITIES, needs."""
+    found = manifest.get("modality", "pairs")
+    if found not in ("pairs", wanted):
+        use = f"it can be pre-trained on, as a source of data.sources with modality: {found}"
+        raise UserError(f"{directory}: holds {MODALITIES[found]}, {MODALITIES[wanted]} are needed; {use}")
 
 
 def _check_fields(path: Path, prefix: str, record: Any, fields: dict[str, type]) -> None:

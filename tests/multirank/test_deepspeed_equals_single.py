@@ -16,6 +16,8 @@ from tests.support.pairwise import pairs_of
 # Dense parameters and experts that keep their values, whatever share of them a rank holds.
 FREEZE = ("backbone.text_embedding.*", "backbone.blocks.0.*", "*.experts.*")
 FROZEN = [Case(stage=stage, ep_size=2, world_size=2, freeze=FREEZE) for stage in (1, 2, 3)]
+# Images and pairs on one rank, texts on the other: of the three passes each rank has one or two without a row.
+MIXED = [Case(stage=stage, ep_size=2, world_size=2, kinds="ip" * 8 + "t" * 16) for stage in (2, 3)]
 
 
 def run(cases: list[Case]) -> None:
@@ -32,7 +34,7 @@ def test_the_short_list_is_short_and_holds_every_pair() -> None:
 def test_every_pair_of_settings_equals_one_process(world_size: int) -> None:
     fp16 = [Case(stage, ep_size=2, world_size=2, precision="fp16") for stage in (1, 2, 3)]
     cases = [case for case in (*pairwise_cases(), *fp16) if case.world_size == world_size]
-    run([*cases, *(FROZEN if world_size == 2 else ())])
+    run([*cases, *((*FROZEN, *MIXED) if world_size == 2 else ())])
 
 
 @pytest.mark.long

@@ -7,15 +7,19 @@ import torch
 import torch.distributed as dist
 
 from tests.support.distributed import run_distributed_test
+from tests.support.tiny import mixed
 from tests.support.tiny_tasks import TASKS, rows_of, tiny_batch, tiny_task
 
 ROWS = 7  # odd on purpose: one image's captions lie on two ranks, and the ranks hold different numbers of rows
 FIRST_RANKS = 3
+# Modalities of the rows, by task: no rank has all, and the first has no text alone, the other no pair.
+MIXED = {"pretrain mixed": "pipttti", "pretrain_joint mixed": "pipttti", "pretrain_mlm mixed": "ppptttt"}
 
 
 def _gradients(name: str, rows: slice) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    task = tiny_task(name)
-    output = task(rows_of(tiny_batch(ROWS), rows))
+    task = tiny_task(name.removesuffix(" mixed"))
+    batch = mixed(tiny_batch(ROWS), MIXED[name]) if name in MIXED else tiny_batch(ROWS)
+    output = task(rows_of(batch, rows))
     output.loss.backward()
     gradients = {key: value.grad for key, value in task.named_parameters() if value.grad is not None}
     metrics = {key: torch.stack([part.double() for part in pair]) for key, pair in output.metrics.items()}
@@ -55,11 +59,11 @@ def _evaluates_unevenly(names: list[str], expected: dict[str, tuple]) -> None:
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, tuple]:
-    return {name: _gradients(name, slice(0, ROWS)) for name in TASKS}
+    return {name: _gradients(name, slice(0, ROWS)) for name in (*TASKS, *MIXED)}
 
 
 def test_shares_and_gradients_add_up(single: dict[str, tuple]) -> None:
-    run_distributed_test(_shares_add_up, 2, args=(list(TASKS), single))
+    run_distributed_test(_shares_add_up, 2, args=([*TASKS, *MIXED], single))
 
 
 def test_a_rank_without_valid_rows_takes_part(single: dict[str, tuple]) -> None:

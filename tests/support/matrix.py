@@ -25,7 +25,7 @@ from eve_ds.tasks.masked_modeling import MaskedModeling
 from tests.support.averages import EMA_DECAY, evaluate, moving
 from tests.support.fp16 import allow_fp16
 from tests.support.pairwise import every_case, pairwise
-from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
+from tests.support.tiny import caption_batch, expert_parallel, masked_task, mixed, rows_of
 
 STEPS, ROWS, EXPERTS, CLIP = 3, 32, 8, 0.5
 # Per softly routing layer: experts that never win; and in bf16 the two of every image token and the two of every text
@@ -46,7 +46,7 @@ FACTORS: dict[str, list[Any]] = {
 }
 
 
-Reference = tuple[str, bool, int, tuple[str, ...]]
+Reference = tuple[str, bool, int, tuple[str, ...], str]
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,20 @@ class Case:
     accumulation: int = 1
     checkpointing: bool = False
     freeze: tuple[str, ...] = ()
+    kinds: str = ""  # of ``tiny.mixed``: modalities of the rows; none: pairs alone
     zero: tuple[tuple[str, Any], ...] = ()
     file: tuple[tuple[str, Any], ...] = ()
 
     @property
     def reference(self) -> Reference:
         """What one process has to know of the case: neither ranks nor recomputation change what is learned."""
-        return self.precision, self.clipping, self.accumulation, self.freeze
+        return self.precision, self.clipping, self.accumulation, self.freeze, self.kinds
 
     def __str__(self) -> str:
         extras = [name for name in ("clipping", "checkpointing") if getattr(self, name)]
         extras += [f"{name}={value}" for name, value in self.zero + self.file]
         extras += [f"{pattern} frozen" for pattern in self.freeze]
+        extras += [f"rows {self.kinds}"] if self.kinds else []
         return ", ".join(
             [
                 f"ZeRO {self.stage}, EP {self.ep_size}, world {self.world_size}, {self.precision}",
@@ -137,6 +139,12 @@ def build(precision: str, moe_layer: Any = MoE, checkpointing: bool = False) -> 
     return task
 
 
+def micro_batch(number: int, kinds: str) -> dict[str, Tensor]:
+    """Of all ranks."""
+    batch = caption_batch(ROWS, seed=number)
+    return mixed(batch, kinds) if kinds else batch
+
+
 def check_idle(task: MaskedModeling, load: list[Tensor]) -> None:
     """Over all ranks (``load`` [2, E] a layer) the idle experts had no token, and several others had some."""
     for layer, (idle, total) in enumerate(zip(IDLE, load, strict=True)):
@@ -168,7 +176,9 @@ def norms_of(masters: dict[str, torch.nn.Parameter]) -> dict[str, float]:
     return {kind: math.sqrt(square) for kind, square in squares.items()}
 
 
-def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple[str, ...] = ()) -> Trajectory:
+def one_process(
+    precision: str, clipping: bool, accumulation: int, freeze: tuple[str, ...] = (), kinds: str = ""
+) -> Trajectory:
     """A plain loop. In bf16 and fp16: such weights and gradients, an fp32 master copy which alone AdamW and the norm
     see; the loss is scaled in fp16."""
     from eve_ds.engine.optim import decayed
@@ -200,7 +210,7 @@ def one_process(precision: str, clipping: bool, accumulation: int, freeze: tuple
     for step in range(STEPS):
         loss = 0.0
         for micro in range(accumulation):
-            output = task(caption_batch(ROWS, seed=step * accumulation + micro))
+            output = task(micro_batch(step * accumulation + micro, kinds))
             check_idle(task, loads(task))
             (output.loss * (scale / accumulation)).backward()
             loss += float(output.loss.detach()) / accumulation
@@ -290,7 +300,7 @@ def under_deepspeed(case: Case) -> Trajectory:
         ema.step_start(trainer)  # type: ignore[arg-type]
         loss = torch.zeros(())
         for micro in range(case.accumulation):
-            batch = caption_batch(ROWS, seed=step * case.accumulation + micro)
+            batch = micro_batch(step * case.accumulation + micro, case.kinds)
             output = engine(rows_of(batch, rank * share, (rank + 1) * share))
             check_ranks(task)
             engine.backward(output.loss * world)

@@ -66,12 +66,18 @@ def window(place: int) -> tuple[slice, slice, slice]:
 
 
 def encode(
-    w: Weights, image: Tensor, keep: list[int], ids: list[int], to_experts: bool = True
+    w: Weights, image: Tensor | None, keep: list[int], ids: list[int], to_experts: bool = True
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """States of the class token, the patches in ``keep`` and the words; gates[soft layer][token]."""
+    """States of the class token, the patches in ``keep`` and the words; gates[soft layer][token].
+
+    Without an image there is no class token.
+    """
     name = "backbone.image_embedding"
-    tokens = [w[f"{name}.class_token"] + w[f"{name}.positions"][0] + w[f"{name}.type_vector"]]
+    tokens = []
+    if image is not None:
+        tokens.append(w[f"{name}.class_token"] + w[f"{name}.positions"][0] + w[f"{name}.type_vector"])
     for place in keep:
+        assert image is not None
         pixels = image[window(place)].flatten()
         patch = w[f"{name}.projection.weight"].flatten(1) @ pixels + w[f"{name}.projection.bias"]
         tokens.append(patch + w[f"{name}.positions"][1 + place] + w[f"{name}.type_vector"])
@@ -80,7 +86,7 @@ def encode(
         vector = norm(w, f"{name}.norm", w[f"{name}.words.weight"][word])
         tokens.append(vector + w[f"{name}.positions"][place] + w[f"{name}.type_vector"])
     tokens = [norm(w, "backbone.embedding_norm", x) for x in tokens]
-    kinds = ["image"] * (1 + len(keep)) + ["text"] * len(ids)
+    kinds = ["image"] * (len(tokens) - len(ids)) + ["text"] * len(ids)
     routed = []
     for name in (f"backbone.blocks.{layer}" for layer in range(LAYERS)):
         branches = attention(w, name, tokens)

@@ -64,8 +64,22 @@ def caption_batch(rows: int, seed: int = 0, longest: int = 12) -> dict[str, Tens
     }
 
 
+def mixed(batch: dict[str, Tensor], kinds: str) -> dict[str, Tensor]:
+    """The batch as sources of several modalities give it: a letter a row, over and over, p a pair, i an image alone, t
+    a text alone."""
+    letters = [kinds[row % len(kinds)] for row in range(len(batch["sample_id"]))]
+    has_image, has_text = (torch.tensor([letter != lacking for letter in letters]) for lacking in "ti")
+    return batch | {
+        "images": batch["images"] * has_image[:, None, None, None],
+        "text_ids": batch["text_ids"] * has_text[:, None],
+        "text_mask": batch["text_mask"] & has_text[:, None],
+        "has_image": has_image.long(),
+        "has_text": has_text.long(),
+    }
+
+
 def rows_of(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
     """Rows [start, stop), the texts cut to their longest, as a loader makes them."""
     part = {key: value[start:stop] for key, value in batch.items()}
-    longest = int(part["text_mask"].sum(1).max())
+    longest = max(int(part["text_mask"].sum(1).max()), 1)
     return part | {key: part[key][:, :longest] for key in ("text_ids", "text_mask")}

@@ -61,6 +61,9 @@ def test_every_setting_names_its_type(tmp_path: Path) -> None:
     assert len(leaves) > 50
 
 
+SOURCE = "(path, weight, modality)"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -79,8 +82,14 @@ def test_every_setting_names_its_type(tmp_path: Path) -> None:
         (["--model.dim"], "--model.dim: no value follows"),
         (["--model.dim", "--optimizer.lr", "1"], "--model.dim: no value follows"),
         (["--output_dir", "my", "run"], "run: no option takes this; see --help"),
-        (["--data.sources", "a"], "--data.sources: expected a list of mappings (path, weight) or null, got 'a'"),
-        (["--data.sources", "[[1]]"], "--data.sources: data.sources[0]: expected a mapping (path, weight), got [1]"),
+        (
+            ["--data.sources", "a"],
+            "--data.sources: expected a list of mappings (path, weight, modality) or null, got 'a'",
+        ),
+        (
+            ["--data.sources", "[[1]]"],
+            "--data.sources: data.sources[0]: expected a mapping (path, weight, modality), got [1]",
+        ),
         (["--data.sources", "[{weight: 2}]"], "--data.sources: data.sources[0]: has no key 'path'"),
     ],
 )
