@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eve_ds.callbacks.metric_groups import AXIS, grouped
+from eve_ds.callbacks.metrics import FILE, lines_until
 from eve_ds.callbacks.wandb_files import logged_since
 from eve_ds.config_sections import LoggingConfig
 from eve_ds.engine.callback import Callback
@@ -46,8 +48,10 @@ class WandbLog(Callback):
     ``output_dir/wandb_id``: a resumed run continues the same curves, and the offline parts become one run when uploaded
     (``wandb sync OUTPUT_DIR/wandb/offline-run-*``).
 
-    A step has one value of a metric: where a run resumes before steps that it has logged, the first values stay. Online
-    wandb itself ignores the second ones; offline what an earlier file of the run holds is left out here.
+    A step has one value of a metric: where a run resumes before steps that it has logged, the first values stay, online
+    those that the server has, offline those of the run's earlier files. wandb's own process writes and sends every 15
+    seconds: what a killed one took along is logged again from ``metrics.jsonl`` when the run resumes, up to the
+    checkpoint; images are not.
 
     A failure in here (no network, a full disk, wandb not installed) is logged as one warning and ends the logging to
     wandb, not the training.
@@ -61,30 +65,50 @@ class WandbLog(Callback):
         self._run: Any = None
         self._finished = False
         self._logged: dict[int, set[str]] = {}  # keys by step, in earlier offline files
+        self._sent = -1  # the last step that the server had when the run was resumed
 
     def fit_start(self, trainer: Trainer) -> None:
         if not trainer.is_main:
             return
         try:
-            self._run = self._init(trainer)
+            self._init(trainer)
         except Exception as error:  # noqa: BLE001  # see the class
             self._give_up(error)
 
-    def _init(self, trainer: Trainer) -> Any:
+    def _init(self, trainer: Trainer) -> None:
         chosen = self._settings.wandb_mode or mode()
         if chosen == "online" and not reachable(base_url()):
             chosen = self._offline(trainer, f"{base_url()} does not answer")
-        if chosen == "offline":
-            self._logged = logged_since(trainer.output_dir / "wandb", run_id(trainer.output_dir), trainer.start_step)
+        last = self._look_back(trainer) if chosen == "offline" else None
         try:
             run = self._begin(trainer, chosen)
         except Exception as error:
             if chosen != "online":
                 raise
-            run = self._begin(trainer, self._offline(trainer, " ".join(str(error).split())))
+            chosen = self._offline(trainer, " ".join(str(error).split()))
+            last = self._look_back(trainer)
+            run = self._begin(trainer, chosen)
+        self._run = run
         run.define_metric(AXIS)
         run.define_metric("*", step_metric=AXIS)
-        return run
+        if chosen == "online" and run.resumed:
+            last = self._sent = run.starting_step - 1
+        if last is not None and last < trainer.start_step:
+            self._catch_up(trainer, last)
+
+    def _look_back(self, trainer: Trainer) -> int | None:
+        """The last step in the run's earlier offline files, if there are any."""
+        found = logged_since(trainer.output_dir / "wandb", run_id(trainer.output_dir), trainer.start_step)
+        self._logged = found.keys
+        return found.last
+
+    def _catch_up(self, trainer: Trainer, last: int) -> None:
+        """Log the records of the steps after ``last`` up to the checkpoint, which a killed process took with it."""
+        path = trainer.output_dir / FILE
+        for line in lines_until(path, trainer.start_step) if path.exists() else []:
+            record = json.loads(line)
+            if record[AXIS] > last:
+                self._log({key: value for key, value in record.items() if value is not None}, int(record[AXIS]))
 
     def _offline(self, trainer: Trainer, reason: str) -> str:
         folder = trainer.output_dir / "wandb"
@@ -132,7 +156,7 @@ class WandbLog(Callback):
     def _log(self, values: Mapping[str, Any], step: int) -> None:
         known = self._logged.get(step, set())
         new = {name: value for key, value in values.items() if (name := grouped(key)) not in known}
-        if self._run is None or not new.keys() - {AXIS}:
+        if self._run is None or step <= self._sent or not new.keys() - {AXIS}:
             return
         self._guarded(lambda: self._run.log({AXIS: step, **new}, step=step))
 
@@ -181,8 +205,10 @@ def mode() -> Any:
 
 
 def base_url() -> str:
-    """The server's URL."""
-    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    """The server's URL: WANDB_BASE_URL, that of ``wandb login --host``, or wandb's own."""
+    from wandb.sdk import wandb_setup
+
+    return os.environ.get("WANDB_BASE_URL") or wandb_setup.singleton().settings.base_url
 
 
 def reachable(url: str) -> bool:

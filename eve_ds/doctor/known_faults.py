@@ -17,6 +17,7 @@ from eve_ds.doctor.software import Package, last_line, run
 NCCL_SHM = 2**30  # what NCCL's documentation asks for in a container, where Docker's default is 64 MiB
 LEAST_FREE_SHM = 2**24  # semaphores of loader workers
 FEWEST_FILES = 1024
+WANDB_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # names of one server: wandb 0.31's own, and the older one
 OPTIONAL = ("mpi4py",)  # read only by ranks that mpirun started without MASTER_ADDR
 
 # Variables that slow every step or take safety away, with the values that do.
@@ -201,11 +202,12 @@ def wandb_without_login(facts: Facts) -> list[Fault]:
     if facts.environ.get("WANDB_MODE") != "online" or facts.environ.get("WANDB_API_KEY"):
         return []
     path = Path(facts.environ.get("NETRC") or Path(facts.environ.get("HOME", "~")).expanduser() / ".netrc")
-    host = facts.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0].split(":")[0]
+    own = facts.environ.get("WANDB_BASE_URL", "").split("//")[-1].split("/")[0].split(":")[0]
+    hosts = (own,) if own else WANDB_HOSTS
     try:
-        if netrc.netrc(path).authenticators(host):
+        if any(netrc.netrc(path).authenticators(host) for host in hosts):
             return []
-        reason = f"{path} has no login for {host}"
+        reason = f"{path} has no login for {' or '.join(hosts)}"
     except (OSError, netrc.NetrcParseError) as error:
         reason = last_line(str(error)) or str(path)
     mend = "wandb login, or export WANDB_MODE=offline and `wandb sync` later"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import sys
 import threading
 import time
@@ -116,7 +117,8 @@ def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_on
     last = pieces(tmp_path)[1].parent
     last.rename(f"{last}-1")  # as wandb calls the later one of two that begin in one second
     known = wandb_files.logged_since(tmp_path / "wandb", wandb.run_id(tmp_path), 7)
-    assert known.keys() == {7, 8} and known[7] >= {"train/loss", "val/loss"}
+    assert known.last == 8 and known.keys.keys() == {7, 8} and known.keys[7] >= {"train/loss", "val/loss"}
+    assert wandb_files.logged_since(tmp_path / "wandb", "another", 7) == wandb_files.Logged(None, {})
 
 
 def test_within_a_run_wandb_itself_ignores_a_step_that_is_past(tmp_path: Path) -> None:
@@ -153,6 +155,41 @@ def test_a_file_whose_end_is_lost_is_read_up_to_there(tmp_path: Path) -> None:
     assert [row["step"] for row in wandb_files.history(path)] in ([], [1], [1, 2])
     path.write_bytes(b"no file of wandb")
     assert list(wandb_files.history(path)) == []
+
+
+def test_what_a_killed_process_took_along_is_logged_again_up_to_the_checkpoint(tmp_path: Path) -> None:
+    train(trainer(tmp_path), range(1, 8))
+    (first,) = pieces(tmp_path)
+    records(first)
+    whole = first.read_bytes()
+    cut = [number for number, row in enumerate(wandb_files.history(first)) if row["step"] == 4]
+    ends = [end for raw, end in wandb_files._placed_records(first) if wandb_files._parsed(raw).HasField("history")]
+    first.write_bytes(whole[: ends[cut[0]] + 20])  # in the midst of step 5
+    lines = [{"step": step, "loss": 1 / step, "not": None} for step in range(1, 8)]
+    lines.insert(6, {"step": 6, "val/loss": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(trainer(tmp_path, start_step=6), range(7, 9), offset=100.0)
+    assert first.stat().st_size == ends[cut[0]] and whole.startswith(first.read_bytes())
+    records(pieces(tmp_path)[1])
+    rows = [row for path in pieces(tmp_path) for row in wandb_files.history(path)]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["train/loss"] for row in rows] == pytest.approx([1 / s for s in range(1, 7)] + [100 + 1 / 7, 100.125])
+    assert [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row] == [(6, 0.25), (8, 0.5)]
+    assert not any("train/not" in row for row in rows)
+
+
+def test_a_file_that_names_no_run_is_set_aside(tmp_path: Path) -> None:
+    """As wandb leaves it for its first 15 seconds: `wandb sync` uploads nothing beside it."""
+    train(trainer(tmp_path), range(1, 3))
+    (path,) = pieces(tmp_path)
+    records(path)
+    whole = path.read_bytes()
+    wandb_files.mend(path)
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:7])
+    found = wandb_files.logged_since(tmp_path / "wandb", wandb.run_id(tmp_path), 1)
+    assert found == wandb_files.Logged(-1, {}) and pieces(tmp_path) == []
+    assert path.with_name(f"{path.name}.empty").read_bytes() == whole[:7]
 
 
 def test_names_alerts_images_and_files_reach_the_run(
@@ -318,6 +355,14 @@ def test_records_lie_in_blocks_as_leveldb_has_them(tmp_path: Path) -> None:
         assert list(wandb_files.raw_records(path)) == [b"a" * (whole - rest), b"bcd"], rest
     path.write_bytes(data + bytes(7) + fragment(wandb_files.FULL, b"after zeros"))
     assert len(list(wandb_files.raw_records(path))) == 2
+
+
+def test_the_server_asked_is_the_one_that_wandb_talks_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.sdk import wandb_setup
+
+    assert wandb.base_url() == wandb_setup.singleton().settings.base_url
+    monkeypatch.setenv("WANDB_BASE_URL", "http://own.example.org")
+    assert wandb.base_url() == "http://own.example.org"
 
 
 def test_mode_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

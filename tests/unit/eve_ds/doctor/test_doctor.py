@@ -137,10 +137,16 @@ def test_a_fault_is_found_with_its_mend(name: str) -> None:
 
 
 def test_wandb_with_a_login(tmp_path: Path) -> None:
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password made-up\n", encoding="utf-8")
-    (tmp_path / ".netrc").chmod(0o600)
-    for environ in ({"WANDB_API_KEY": "made-up"}, {"HOME": str(tmp_path)}, {"WANDB_MODE": "offline"}):
-        assert find_faults(Facts(**HEALTHY | {"environ": {"PATH": "", "WANDB_MODE": "online"} | environ})) == []
+    def found(**environ: str) -> list[Any]:
+        return find_faults(Facts(**HEALTHY | {"environ": {"PATH": "", "WANDB_MODE": "online"} | environ}))
+
+    assert found(WANDB_API_KEY="made-up") == found(WANDB_MODE="offline") == []
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):
+        (tmp_path / ".netrc").write_text(f"machine {host} login user password made-up\n", encoding="utf-8")
+        (tmp_path / ".netrc").chmod(0o600)
+        assert found(HOME=str(tmp_path)) == []
+        (fault,) = found(HOME=str(tmp_path), WANDB_BASE_URL="https://wandb.example.org:8080")
+        assert "has no login for wandb.example.org)" in fault.found
 
 
 def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
