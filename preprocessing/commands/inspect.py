@@ -15,7 +15,15 @@ from preprocessing.images.decoding import BadImage, decode_image
 from preprocessing.local_files import write_atomic
 from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.shards.reader import read_rows, split_folders
-from preprocessing.shards.schema import IMAGE_COLUMNS, KINDS, PILLOW_PIXELS, PROVENANCE, SAMPLE_COLUMN, read_manifest
+from preprocessing.shards.schema import (
+    IMAGE_COLUMNS,
+    KINDS,
+    MODALITIES,
+    PILLOW_PIXELS,
+    PROVENANCE,
+    SAMPLE_COLUMN,
+    read_manifest,
+)
 
 _ROWS, _PAGE_ROWS = 3, 48
 _THUMBNAIL = 160  # pixels, the longer side
@@ -65,7 +73,8 @@ def _rows(folder: StoragePath, manifest: dict[str, Any]) -> Iterator[dict[str, A
 def _summary(folder: StoragePath, manifest: dict[str, Any]) -> list[str]:
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lines = [
-        f"{folder}: {manifest['kind']}, split {manifest['split']}",
+        f"{folder}: {manifest['kind']}, split {manifest['split']}"
+        + (f", {MODALITIES[manifest['modality']]}" if "modality" in manifest else ""),
         f"  {manifest['rows']} rows, {manifest['samples']} samples, {len(manifest['shards'])} shards, {size:.1f} MB",
         "  columns: " + ", ".join(f"{column.name} {column.type}" for column in KINDS[manifest["kind"]]),
     ]
@@ -91,6 +100,8 @@ def _described(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(data: bytes) -> str:
+    if not data:
+        return "none"
     try:
         image = decode_image(data, PILLOW_PIXELS)
     except BadImage as error:
@@ -133,8 +144,8 @@ def _scored(answers: list[str | None] | None, scores: list[float | None] | None)
 
 
 def _thumbnail(data: bytes | None) -> str:
-    if data is None:
-        return "<em>is null</em>"
+    if not data:
+        return "<em>is null</em>" if data is None else ""
     try:
         image = decode_image(data, PILLOW_PIXELS).convert("RGB")
     except BadImage as error:
