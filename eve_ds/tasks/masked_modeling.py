@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eve_ds.data.data_config import DataSource
 from eve_ds.data.modalities import IMAGE, PAIRS, TEXT, MixedSamples, modalities_of
-from eve_ds.data.samples import Samples
+from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.sources import AnySplit
 from eve_ds.data.transforms import Transform
 from eve_ds.model.backbone import Backbone, BackboneOutput
@@ -280,7 +280,9 @@ class MaskedSpec(PretrainSpec):
         return kind(split, tokenizer, transform, model.max_text_length, model.vocab_size)
 
     def check_sources(self, objective: ObjectiveConfig, sources: Sequence[DataSource]) -> None:
-        """Raise UserError for a source in which the mode predicts nothing."""
+        """Raise UserError for a source in which the mode predicts nothing, or that a dataset of its own cannot read."""
+        if self.samples is not CaptionSamples:
+            super().check_sources(objective, sources)
         unused = {"mim": TEXT, "mlm": IMAGE}.get(objective.mode)
         for source in sources:
             if source.modality == unused:

@@ -44,6 +44,7 @@ class SplitFacts:
     kind: str
     split: str
     answers: Sequence[str] = ()  # VQA: the answers that labels index
+    modality: str = "pairs"  # as the manifest has it
 
 
 @dataclass
@@ -125,6 +126,10 @@ def row_faults(row: dict[str, Any], facts: SplitFacts, grid: CodeGrid | None = N
         yield f"column {empty[0]} is null"
         return
     for column in IMAGE_COLUMNS[kind]:
+        if facts.modality == "text":
+            if row[column]:
+                yield f"{column} is not empty, and the manifest says modality text"
+            continue
         try:
             decode_image(row[column], PILLOW_PIXELS)
         except BadImage as error:
@@ -137,7 +142,10 @@ def row_faults(row: dict[str, Any], facts: SplitFacts, grid: CodeGrid | None = N
     if lost:
         yield f"{lost[0]} holds a null"
     texts = row[SAMPLE_COLUMN[kind]]
-    if not texts or not all(texts):
+    if facts.modality == "image":
+        if texts:
+            yield f"{SAMPLE_COLUMN[kind]} is not empty, and the manifest says modality image"
+    elif not texts or not all(texts):
         yield f"{SAMPLE_COLUMN[kind]} is empty, or a text in it is"
     uneven = [name for name in _PER_SAMPLE[kind] if len(row[name]) != len(texts)]
     if uneven:
@@ -242,9 +250,10 @@ def answers_fault(folder: StoragePath, manifest: dict[str, Any], facts: SplitFac
     return f"{folder.parent / ANSWER_LIST}: {what}"
 
 
-def split_facts(folder: StoragePath, kind: str, split: str) -> SplitFacts:
+def split_facts(folder: StoragePath, manifest: dict[str, Any]) -> SplitFacts:
     """What the rows of the split in `folder` must conform to. Raises UserError when a VQA set has no answer list."""
-    return SplitFacts(kind, split, read_answer_list(folder.parent / ANSWER_LIST) if kind == "vqa" else ())
+    answers = read_answer_list(folder.parent / ANSWER_LIST) if manifest["kind"] == "vqa" else ()
+    return SplitFacts(manifest["kind"], manifest["split"], answers, manifest.get("modality", "pairs"))
 
 
 def shard_paths(folder: StoragePath) -> list[StoragePath]:

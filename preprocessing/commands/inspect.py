@@ -19,6 +19,7 @@ from preprocessing.shards.schema import (
     CODES,
     IMAGE_COLUMNS,
     KINDS,
+    MODALITIES,
     PILLOW_PIXELS,
     PROVENANCE,
     SAMPLE_COLUMN,
@@ -73,7 +74,8 @@ def _rows(folder: StoragePath, manifest: dict[str, Any]) -> Iterator[dict[str, A
 def _summary(folder: StoragePath, manifest: dict[str, Any]) -> list[str]:
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lines = [
-        f"{folder}: {manifest['kind']}, split {manifest['split']}",
+        f"{folder}: {manifest['kind']}, split {manifest['split']}"
+        + (f", {MODALITIES[manifest['modality']]}" if "modality" in manifest else ""),
         f"  {manifest['rows']} rows, {manifest['samples']} samples, {len(manifest['shards'])} shards, {size:.1f} MB",
         "  columns: " + ", ".join(f"{column.name} {column.type}" for column in KINDS[manifest["kind"]]),
     ]
@@ -104,6 +106,8 @@ def _described(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(data: bytes) -> str:
+    if not data:
+        return "none"
     try:
         image = decode_image(data, PILLOW_PIXELS)
     except BadImage as error:
@@ -146,8 +150,8 @@ def _scored(answers: list[str | None] | None, scores: list[float | None] | None)
 
 
 def _thumbnail(data: bytes | None) -> str:
-    if data is None:
-        return "<em>is null</em>"
+    if not data:
+        return "<em>is null</em>" if data is None else ""
     try:
         image = decode_image(data, PILLOW_PIXELS).convert("RGB")
     except BadImage as error:

@@ -68,7 +68,7 @@ def _repair_split(folder: Path, target: Path, workers: int, accept_changed: bool
     """`repair_split` of a locked split; `target` is `folder` with links resolved."""
     actions: list[str] = []
     manifest = _manifest_of(folder, actions)
-    facts = split_facts(folder, manifest["kind"], manifest["split"])
+    facts = split_facts(folder, manifest)
     if answers_fault(folder, manifest, facts):  # which no change of rows can repair
         raise UserError(answers_fault(folder, manifest, facts))
     reports = check_shards(folder, manifest["shards"], facts, workers)
@@ -119,23 +119,27 @@ def _manifest_of(folder: Path, actions: list[str]) -> dict[str, Any]:
     except UserError as error:
         paths = shard_paths(folder)
         for path in paths:
-            found = _kind_and_split(path)
-            if found is not None:
+            found = _facts_in(path)
+            if found:
                 why = "was missing" if not (folder / MANIFEST).exists() else "could not be read"
                 actions.append(f"{MANIFEST} {why}: made anew from {len(paths)} shards; what was dropped is not known")
-                kind, split = found
                 shards = [{"file": path.name} for path in paths]
-                return {"kind": kind, "split": split, "shards": shards, "dropped": {}, "dropped_items": []}
+                return {**found, "shards": shards, "dropped": {}, "dropped_items": []}
         raise error from None
 
 
-def _kind_and_split(path: StoragePath) -> tuple[str, str] | None:
-    """Kind and split by the content of a shard; None if it cannot be read."""
+def _facts_in(path: StoragePath) -> dict[str, str]:
+    """Kind, split and, but for pairs, modality by the content of a shard; {} if it cannot be read."""
     for kind, schema in KINDS.items():
         for batch in batches_of(path, schema, []):
             if batch.num_rows:
-                return kind, batch.column("split")[0].as_py()
-    return None
+                lacking = [
+                    {"modality": modality}
+                    for modality, column in (("image", "caption"), ("text", "image"))
+                    if kind == "caption" and not any(batch.column(column).to_pylist())
+                ]
+                return {"kind": kind, "split": batch.column("split")[0].as_py(), **(lacking[0] if lacking else {})}
+    return {}
 
 
 def _repair_shard(repair: _Repair, new: Path, record: dict[str, Any], report: ShardReport) -> None:
@@ -209,7 +213,7 @@ def _finish(repair: _Repair, new: Path) -> None:
     for total in ("rows", "samples"):
         if total in old and old[total] != sum(shard.get(total, 0) for shard in old["shards"]):
             repair.actions.append(f"{MANIFEST}: its {total} were not the sum of its shards', they are now")
-    kept = {name: old[name] for name in ("source", "dropped_list", ANSWER_LIST_HASH) if name in old}
+    kept = {name: old[name] for name in ("source", "dropped_list", ANSWER_LIST_HASH, "modality") if name in old}
     numbered = numbered_columns({"ids": old.get("ids"), "kind": repair.facts.kind})
     found = {"kind": repair.facts.kind, "shards": repair.shards, "ids": {"numbered": numbered}}
     write_manifest(

@@ -66,7 +66,7 @@ def find_faults(folder: StoragePath, workers: int = 1) -> Iterator[str]:
     """Each fault of a split folder as a line that names the shard and, if it is the fault of one, the row."""
     try:
         manifest = read_manifest(folder)
-        facts = split_facts(folder, manifest["kind"], manifest["split"])
+        facts = split_facts(folder, manifest)
     except UserError as error:
         yield str(error)
         return

@@ -50,7 +50,7 @@ class ParquetRows(ShardRows):
         try:
             with open_input(shard) as file:
                 table = pq.ParquetFile(file)
-                image, captions = _columns(shard, table.schema_arrow, self._wanted.columns)
+                image, captions = _columns(shard, table.schema_arrow, self._wanted.columns, self._wanted.images_only)
                 there = table.schema_arrow.names
                 split = split_field(there)
                 if split is not None:
@@ -112,7 +112,7 @@ class ParquetRows(ShardRows):
     def read_entry(self, shard: str, key: str, entry: Any) -> tuple[Sequence[str], ImageRef]:
         group, row = int(entry["group"]), int(entry["row"])
         try:
-            image, names, columns = _captions(shard, group, tuple(self._wanted.columns))
+            image, names, columns = _captions(shard, group, tuple(self._wanted.columns), self._wanted.images_only)
             captions = captions_in({name: columns.column(name)[row].as_py() for name in names}, names)
         except (OSError, pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
             raise UserError(f"{shard}: changed since the run began ({error}); start again") from None
@@ -120,11 +120,11 @@ class ParquetRows(ShardRows):
 
 
 @lru_cache(maxsize=2)
-def _captions(shard: str, group: int, wanted: tuple[str, ...]) -> tuple[str, list[str], pa.Table]:
+def _captions(shard: str, group: int, wanted: tuple[str, ...], images_only: bool) -> tuple[str, list[str], pa.Table]:
     """The name of the image column, those of the caption columns, and the caption columns of a row group."""
     with open_input(shard) as file:
         table = pq.ParquetFile(file)
-        image, captions = _columns(shard, table.schema_arrow, wanted)
+        image, captions = _columns(shard, table.schema_arrow, wanted, images_only)
         return image, captions, table.read_row_group(group, columns=captions)
 
 
@@ -165,8 +165,9 @@ def _paths(column: pa.ChunkedArray) -> list[Any]:
     return [value if isinstance(value, str) else None for value in _values(pc.struct_field(column, "path"))]
 
 
-def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str, list[str]]:
-    """The image column and the caption columns. Raises UserError when one is missing or of another type."""
+def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str], images_only: bool) -> tuple[str, list[str]]:
+    """The image column and the caption columns, with `images_only` none. Raises UserError when one is missing or of
+    another type."""
     image = next((name for name in _IMAGE_COLUMNS if name in schema.names), None)
     if image is None:
         known = ", ".join(_IMAGE_COLUMNS)
@@ -177,11 +178,11 @@ def _columns(shard: str, schema: pa.Schema, wanted: Sequence[str]) -> tuple[str,
             "fix the file"
         )
     missing = next((name for name in wanted if name not in schema.names), None)
-    captions = caption_columns(schema.names, wanted)
+    captions = [] if images_only else caption_columns(schema.names, wanted)
     there = ", ".join(schema.names)
     if missing is not None:
         raise UserError(f"{shard}: has no column {missing}, which --caption-column names; it has {there}")
-    if not captions:
+    if not captions and not images_only:
         known = ", ".join(CAPTION_COLUMNS)
         raise UserError(f"{shard}: has no column of captions ({known}), but {there}; name it with --caption-column")
     split = split_field(schema.names)

@@ -34,6 +34,7 @@ class Wanted:
     cleaning: TextCleaning = field(default_factory=TextCleaning)
     excluded: ImageList = field(default_factory=lambda: ImageList(()))
     columns: Sequence[str] = ()  # --caption-column
+    images_only: bool = False  # --images-only
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class ShardRows(LazyRows):
             source.faults.add(found.fault)
         elif self._wanted.excluded.match(found.key, *found.names):
             source.left_out[EXCLUDED] += 1
+        elif self._wanted.images_only:
+            return True
         elif self._wanted.cleaning.captions(found.captions, faults):
             source.left_out.update(faults)
             return True
@@ -150,8 +153,8 @@ class ShardRows(LazyRows):
         key, shard = os.fsdecode(entry["key"]), self._shards[number]
         captions, image = self.read_entry(shard.path, key, entry)
         image_id = replace_surrogates(key if self._unique or not shard.name else f"{shard.name}/{key}")
-        kept = self._wanted.cleaning.captions(captions)
-        if not kept:
+        kept = [] if self._wanted.images_only else self._wanted.cleaning.captions(captions)
+        if not kept and not self._wanted.images_only:
             where = f"{shard.path}: image {image_id}"
             raise UserError(f"{where}: has no caption any more; it changed since the run began, start again")
         return Row(image_id, (image,), {"caption": kept, "image_id": image_id})

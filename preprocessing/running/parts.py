@@ -103,8 +103,8 @@ def begin_part(job: PartJob, index: int, rows: Sequence[Row], digest: str) -> Ca
             try:
                 images = [
                     job.policy.apply(read_image(image, writer.image_buffer(column)))
-                    for column, image in zip(columns, row.images, strict=True)
-                ]
+                    for column, image in (zip(columns, row.images, strict=True) if row.images else ())
+                ] or [b""] * len(columns)
             except BadImage as error:
                 dropped.append({"item": without_secrets(row.name), "reason": f"image {error}"})
                 if not isinstance(error, ExcludedImage):

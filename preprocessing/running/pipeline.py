@@ -147,6 +147,8 @@ def _finish(source: Source, args: argparse.Namespace, work: Work, parts: int) ->
     work.check_only_writer()
     work.clean([shard["file"] for shard in shards])
     fields: dict[str, Any] = {"dropped": dict(dropped), "dropped_items": items, "source": source.counts}
+    if source.modality != "pairs":
+        fields["modality"] = source.modality
     if listed > LISTED:
         fields["dropped_list"] = _write_dropped(source, work, parts)
     fields["ids"] = write_ids(work.shards, join_keys(source.kind, keys), source.numbered)

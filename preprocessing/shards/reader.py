@@ -164,6 +164,8 @@ def _shards_of(directory: StoragePath) -> Iterator[tuple[StoragePath, str]]:
     """(file, kind of data) of every shard."""
     for folder in split_folders(directory):
         manifest = read_manifest(folder)
+        if manifest.get("modality") == "text":
+            raise UserError(f"{folder}: holds texts without images; name a data set of images")
         yield from ((folder / shard["file"], manifest["kind"]) for shard in manifest["shards"])
 
 

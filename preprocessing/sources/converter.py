@@ -25,8 +25,11 @@ _PROBED = 100  # the least number of rows looked at to tell a wrong image folder
 _CHANCE = 1e-12  # of refusing a good data set by these rows
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = True) -> None:
-    """Declare the options that every converter has; --images is required, optional (None) or not among them (False)."""
+def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = True, texts_only: bool = False) -> None:
+    """Declare the options that every converter has; --images is required, optional (None) or not among them (False).
+
+    With `texts_only` those for images are not among them, and have their defaults.
+    """
     if images is not False:
         what = "folder or URI that holds the image files"
         parser.add_argument("--images", required=images is True, metavar="DIR", help=what)
@@ -51,7 +54,12 @@ def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = 
         metavar="N",
         help="the most raw rows in a shard, and in a unit of work (default: rows/64, from 256 to 4096)",
     )
-    add_image_arguments(parser)
+    if not texts_only:
+        add_image_arguments(parser)
+        return
+    of_images = argparse.ArgumentParser()
+    add_image_arguments(of_images)
+    parser.set_defaults(**vars(of_images.parse_args([])))
 
 
 def check_common_arguments(args: argparse.Namespace, kind: str) -> None:
@@ -99,7 +107,8 @@ def write_split(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     for note in source.notes:
         print(printable(note))
     _report_repeated(source)
-    _check_images_exist(source.rows, args.max_dropped)
+    if source.modality != "text":
+        _check_images_exist(source.rows, args.max_dropped)
     manifest = build_split(source, args)
     size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     lost = "".join(f", {count} dropped: {reason}" for reason, count in sorted(manifest["dropped"].items()))

@@ -4,6 +4,9 @@ webdataset   00000.tar with KEY.jpg, KEY.txt and KEY.json, in any order; any web
 parquet      00000.parquet with the columns key, jpg, txt and what is known of the address; Hugging Face's with
              image {bytes, path} too; of a column split the rows of --split
 files        00000/KEY.jpg, KEY.txt and KEY.json
+With --images-only each image becomes a row, whether it has a caption or not, and none is stored: for pre-training on
+images alone, a source of `data.sources` with `modality: image`.
+
 00000_stats.json beside each shard counts the URLs without an image. Shards may be in subfolders. If their names contain
 splits (train-00000.tar, validation/00000.tar), those of --split are used.
 """
@@ -41,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `img2dataset`."""
     parser.add_argument("--format", choices=FORMATS, default="auto", help="of the folder (default: detected)")
     add_caption_column_argument(parser)
+    parser.add_argument("--images-only", action="store_true", help="images alone: captions are not needed nor stored")
     add_exclude_argument(parser)
     add_text_argument(parser)
     add_common_arguments(parser)
@@ -53,12 +57,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def wanted_rows(args: argparse.Namespace) -> Wanted:
-    """The options that select rows. Raises UserError naming the exclusion list at fault."""
-    return Wanted(args.split, text_cleaning(args), excluded_images(args), tuple(args.caption_column))
+    """The options that select rows. Raises UserError naming the list or option at fault."""
+    images_only = getattr(args, "images_only", False)  # of img2dataset alone
+    if images_only and args.caption_column:
+        raise UserError("--images-only: stores no captions; leave it or --caption-column out")
+    return Wanted(args.split, text_cleaning(args), excluded_images(args), tuple(args.caption_column), images_only)
 
 
 def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
-    """A row for each image that has a caption and is not excluded, in the order of the shards and of their images.
+    """A row for each image that has a caption (or may lack one) and is not excluded, in the order of the shards.
 
     Shards may be in subfolders. Raises UserError when the folder holds no such files, and naming the file at fault.
     """
@@ -77,7 +84,8 @@ def read_folder(folder: str, layout: str, wanted: Wanted) -> Source:
     others = {name.removesuffix(ending) for name in names} - {shard.name for shard in shards}  # of other splits
     counted = [name for name in found.statistics if name.removesuffix(_STATISTICS) not in others]
     statistics = [join(folder, name) for name in counted]
-    source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",))
+    modality = "image" if wanted.images_only else "pairs"
+    source = Source("caption", [], statistics, {"images": 0}, numbered=("image_id",), modality=modality)
     rows = _ROWS[kind](shards, wanted, source)
     source.rows = rows
     rows.splits.report(source, folder)

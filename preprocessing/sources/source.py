@@ -16,7 +16,10 @@ LISTED = 10_000  # the most dropped rows and bad records that a manifest lists
 
 @dataclass(frozen=True)
 class Row:
-    """One row to write: `images` in the order of the schema's image columns, `columns` the others except split."""
+    """One row to write: `images` in the order of the schema's image columns, `columns` the others except split.
+
+    Of a text without an image, `images` is empty.
+    """
 
     name: str  # in messages
     images: tuple[ImageRef, ...]
@@ -95,6 +98,7 @@ class Source:
     numbered: tuple[str, ...] = ()  # id columns with numbers that we made up: see shards/ids.py
     notes: list[str] = field(default_factory=list)  # lines to print for the user
     faults: Faults = field(default_factory=Faults)
+    modality: str = "pairs"  # one of MODALITIES: of "image" the rows have no captions, of "text" no images
 
     @property
     def total(self) -> int:

@@ -1,4 +1,4 @@
-"""Pre-training on several data sets at once, one of them as ViLT's scripts wrote it; and what the log says of them."""
+"""Pre-training on several data sets at once: pairs, images alone from files of ViLT's scripts, texts alone; its log."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from preprocessing.__main__ import main
 from tests.support import foreign_shards, ranks
 from tests.support.shards import make_caption_set, tiny_tokenizer
+
+NAMES = ("ours", "vilt", "texts")
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +20,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_caption_set(root / "ours", rows=20)
     make_caption_set(root / "ours", rows=8, split="val")
     foreign_shards.vilt_coco(root / "vilt", rows=6)
+    (root / "lines.txt").write_text("\n".join(f"{i} images show a red square" for i in range(9)))
+    assert main(["texts", "--texts", f"{root}/lines.txt", "--split", "train", "--out", f"{root}/texts"]) == 0
     tiny_tokenizer(root / "tokenizer")
     return root
 
@@ -24,7 +29,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(root: Path, out: Path, **more: object) -> list[str]:
     chosen = {
         "config": "tests/e2e/tiny.yaml",
-        "data.sources": f"[{{path: {root}/ours, weight: 3}}, {{path: {root}/vilt, weight: 1}}]",
+        "data.sources": f"[{{path: {root}/vilt, weight: 1, modality: image}}, {{path: {root}/ours, weight: 2}}, "
+        f"{{path: {root}/texts, weight: 1, modality: text}}]",
         "data.tokenizer": root / "tokenizer",
         "logging.wandb": "false",
         "output_dir": out,
@@ -45,15 +51,18 @@ def test_sources_are_counted_and_a_resumed_run_counts_on(prepared: Path, tmp_pat
     assert len(whole) == 6
     for record in whole:
         assert 0 <= record["data/wait_fraction"] <= 1 and record["data/replaced"] == 0
-        assert record["data/samples/ours"] + record["data/samples/vilt"] == record["samples"]
-    assert 0.6 < whole[-1]["data/samples/ours"] / whole[-1]["samples"] < 0.9
+        assert sum(record[f"data/samples/{name}"] for name in NAMES) == record["samples"]
+    shares = [whole[-1][f"data/samples/{name}"] / whole[-1]["samples"] for name in NAMES]
+    assert 0.35 < shares[0] < 0.65 and min(shares[1:]) > 0.15
+    validated = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"val/mim_loss", "val/mlm_loss", "val/mlm_loss_no_image"} <= validated.keys()  # of pairs
     for step in sorted((tmp_path / "whole" / "checkpoints").glob("step_*"))[1:]:
         for file in sorted(step.rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         step.rmdir()
     ranks.run("eve_ds.pretrain", options(prepared, tmp_path / "whole", **window))
     again = records(tmp_path / "whole")[-3:]
-    kept = ("step", "loss", "data/samples/ours", "data/samples/vilt")
+    kept = ("step", "loss", "mim_loss", "mlm_loss", *(f"data/samples/{name}" for name in NAMES))
     assert [[record[key] for key in kept] for record in again] == [
         [record[key] for key in kept] for record in whole[3:]
     ]
@@ -67,6 +76,7 @@ def test_sources_are_counted_and_a_resumed_run_counts_on(prepared: Path, tmp_pat
         ("[{path: a, weight: -1}]", "each must be positive"),
         ("[{path: a, wieght: 1}]", "wieght"),
         ("[{path: a}, {path: ./a}]", "more than once"),
+        ("[{path: a, modality: sound}]", "data.sources[0].modality: expected one of pairs, image, text"),
         ("[{path: /nowhere/a}]", "/nowhere/a/train/manifest.json: no such file"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from eve_ds.data.batch_reader import collate
 from eve_ds.data.data_config import DataConfig, DataSource
 from eve_ds.data.loader import build_loader
+from eve_ds.data.mapping import MappedFile
 from eve_ds.data.modalities import SPLITS, ImageSplit, MixedSamples, TextSplit, modalities_of
 from eve_ds.data.sources import JoinedSplit, open_split
 from eve_ds.data.transforms import build_transform
@@ -172,6 +173,14 @@ def test_a_corrupt_image_alone_is_named_and_replaced(tmp_path: Path) -> None:
     loader = build_loader(data, 3, max_corrupt=0.5)
     batch = next(iter(loader))
     assert sorted(batch["image_index"].tolist()) == [1, 1, 2] and loader.replaced == 1
+
+
+def test_no_image_of_a_text_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the kernel the length 0 of an empty image means all the rest of the file."""
+    data, asked = mixed_samples(tmp_path), set()
+    monkeypatch.setattr(MappedFile, "will_need", lambda file, start, end: asked.add(file.path.parent.parent.name))
+    data.split.read_ahead(range(len(data)))
+    assert asked == {"pairs", "images"}
 
 
 def test_the_first_pairs_are_home() -> None:

@@ -124,18 +124,6 @@ def test_a_setting_that_changes_the_result_is_named(key: str, value: object, wor
     assert json.loads((data / "run" / "identity.json").read_text()) == of(config).tree()  # as it was
 
 
-def test_another_modality_of_the_same_data_is_another_run(data: Path) -> None:
-    config = changed(pretraining(data), "data.sources", [DataSource(str(data / "captions"))])
-    begun(data / "run", config)
-    stored = json.loads((data / "run" / "identity.json").read_text())
-    del stored["settings"]["modalities of data.sources"]  # as a run of an older version has it
-    assert Identity.from_tree(stored).differences(of(config)) == []
-    other = changed(config, "data.sources", [DataSource(str(data / "captions"), modality="image")])
-    (difference,) = Identity.from_tree(stored).differences(of(other))
-    assert difference == "modalities of data.sources is None there and ['image'] here"
-    assert Identity.from_tree(stored).for_a_branch().differences(of(other).for_a_branch()) == []
-
-
 def test_other_data_at_the_same_place_are_told(data: Path) -> None:
     config = pretraining(data)
     begun(data / "run", config)

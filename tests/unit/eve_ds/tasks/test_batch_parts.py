@@ -13,9 +13,10 @@ from torch import Tensor
 
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.data.data_config import DataSource
+from eve_ds.data.samples import CaptionImages
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.batch_parts import Part, parts_of
-from eve_ds.tasks.masked_modeling import SPEC, MaskedModeling, ObjectiveConfig
+from eve_ds.tasks.masked_modeling import SPEC, MaskedModeling, MaskedSpec, ObjectiveConfig
 from eve_ds.tasks.registry import PRETRAIN, finetune_spec, pretrain_spec
 from preprocessing.errors import UserError
 from tests.support.paper import (
@@ -188,11 +189,18 @@ def test_the_rows_of_each_part(sources: str, rows: list[list[int] | None]) -> No
             assert all(torch.equal(found[name], whole[name][chosen]) for name in whole)
 
 
+class OwnSamples(MaskedSpec):
+    """A dataset that knows no modalities."""
+
+    name, samples = "with own samples", CaptionImages
+
+
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_sources_that_a_task_cannot_learn_from(modality: str) -> None:
     sources = [DataSource("b"), DataSource("a", modality=modality)]
     words = {f"task {name} learns from pairs alone": pretrain_spec(name) for name in PRETRAIN if name != "pretrain"}
     words |= {f"task {name} learns from pairs alone": finetune_spec(name) for name in ("vqa", "nlvr")}
+    words |= {"task with own samples learns from pairs alone": OwnSamples()}
     blind = {"image": "mlm", "text": "mim"}[modality]
     for message, spec in {**words, f"objective.mode={blind} predicts nothing of it": SPEC}.items():
         objective = ObjectiveConfig(mode=blind) if spec is SPEC else spec.objective()

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from preprocessing.__main__ import main
 from preprocessing.errors import UserError
 from preprocessing.formats.shard_rows import Wanted
 from preprocessing.shards.schema import read_manifest
@@ -99,6 +100,37 @@ def test_all_three_formats_give_the_same_rows(tmp_path: Path, layout: str, comma
     manifest = read_manifest(tmp_path / "out/train")
     assert manifest["source"] == counts
     assert manifest["dropped"] == ({"image is null": 4} if layout == "parquet" else {})
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet", "files"])
+def test_images_alone(
+    tmp_path: Path, layout: str, capsys: pytest.CaptureFixture[str], refuse: Callable[..., str]
+) -> None:
+    """The captions that are there are not stored, and an image without one, or an unlike folder of images, will do."""
+    write_output(tmp_path / "raw", layout)
+    if layout == "files":
+        (tmp_path / "raw/more/deep").mkdir(parents=True)
+        (tmp_path / "raw/more/deep/x.PNG").write_bytes(image_of(50, "PNG"))
+    elif layout == "parquet":
+        pq.write_table(pa.table({"image": [image_of(50, "PNG")]}), tmp_path / "raw/x.parquet")
+    else:
+        with tarfile.open(tmp_path / "raw/x.tar", "w") as tar:
+            add(tar, "x.png", image_of(50, "PNG"))
+    options = ("--images", tmp_path / "raw", "--split", "train", "--out", tmp_path / "out")
+    convert("img2dataset", "--images-only", *options)
+    rows, manifest = rows_of(tmp_path / "out/train"), read_manifest(tmp_path / "out/train")
+    numbers = [(shard, number) for shard in GOT for number in GOT[shard]]
+    assert [row["image"] for row in rows] == [*(image(*pair) for pair in numbers), image_of(50, "PNG")]
+    assert [row["caption"] for row in rows] == [[]] * 5
+    assert (manifest["modality"], manifest["rows"], manifest["samples"]) == ("image", 5, 0)
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert "out/train: caption, split train, images without captions\n  5 rows, 0 samples" in said
+    assert (tmp_path / "page.html").read_text().count("<img") == 5
+    words = refuse("img2dataset", "--images-only", "--caption-column", "txt", *options, "--overwrite")
+    assert "--images-only: stores no captions; leave it or --caption-column out" in words
 
 
 def test_other_webdatasets(tmp_path: Path) -> None:
