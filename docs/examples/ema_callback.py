@@ -1,4 +1,6 @@
-"""An exponential moving average (EMA) of the weights, kept in the checkpoints.
+"""An exponential moving average (EMA) of the weights, kept in the checkpoints: a callback with a state, as an example.
+
+``--optimizer.ema`` is the built-in one, for experts on several ranks, too.
 
 PYTHONPATH=docs/examples ... -m eve_ds.pretrain ... --logging.callbacks "[ema_callback:EMA]"
 """

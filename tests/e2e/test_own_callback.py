@@ -126,10 +126,17 @@ def test_a_run_keeps_the_state_of_its_callbacks_over_a_stop_and_on_other_ranks(
     assert left.keys() == right.keys() and len(left) > 20
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-5
 
-    more = [f"--output_dir={run}", f"--optimizer.total_steps={STEPS + 1}"]
+    more = [f"--output_dir={run}", f"--optimizer.total_steps={STEPS + 1}", "--optimizer.ema=0.5"]
     text = ranks.run("eve_ds.pretrain", [*options, *more], world_size=2)
     assert "holds a state of callback callbacks_of_mine:Recorder, which this run does not have; dropped" in text
-    assert not (run / f"checkpoints/step_{STEPS + 1:08d}/callbacks.pt").exists()
+    told = "holds no averages of the weights, as optimizer.ema was 0; they start as the weights of step 4"
+    assert text.count(told) == 1
+    assert {"callbacks.pt", "averages_rank_0.pt", "averages_rank_1.pt"} <= {
+        path.name for path in (run / f"checkpoints/step_{STEPS + 1:08d}").iterdir()
+    }
+    text = ranks.run("eve_ds.pretrain", [*options, more[0], f"--optimizer.total_steps={STEPS + 2}"], world_size=2)
+    assert "holds a state of callback eve_ds.callbacks.ema:EMA, which this run does not have; dropped" in text
+    assert not {path.name for path in (run / f"checkpoints/step_{STEPS + 2:08d}").glob("[ac]*.pt")}
 
 
 def test_a_wrong_path_is_an_error_in_one_line(options: list[str], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def tiny_run(tiny_run: list[str]) -> list[str]:
     """With micro-batches of two images, which have two captions each: of one image alone nothing can be shuffled."""
     dashboards = ["--logging.detail_every=3", "--logging.peak_tflops=1", "--logging.tensorboard=true"]
     batches = ["--engine.global_batch_size=16", "--engine.micro_batch_size=4"]
-    return [*tiny_run, *batches, *dashboards, "--logging.images_every=2"]
+    return [*tiny_run, *batches, *dashboards, "--logging.images_every=2", "--optimizer.ema=0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,10 @@ def learned(output: Path) -> list[dict[str, float]]:
 
 
 def same_weights(left: Path, right: Path) -> bool:
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (left, right))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    pairs = [
+        [load_file(run / model / "model.safetensors") for run in (left, right)] for model in ("model", "model_ema")
+    ]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
 def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
@@ -77,12 +79,11 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
         assert record["val/loss"] == pytest.approx(record["val/mim_loss"] + record["val/mlm_loss"])
     assert yaml.safe_load((straight / "config.yaml").read_text())["engine"]["global_batch_size"] == 16
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
-    assert {path.name for path in (straight / "model").iterdir()} == {
-        "model.safetensors",
-        "config.yaml",
-        "tokenizer.json",
-        "hashes.json",
-    }
+    files = {"model.safetensors", "config.yaml", "tokenizer.json", "hashes.json"}
+    assert all({path.name for path in (straight / folder).iterdir()} == files for folder in ("model", "model_ema"))
+    for record in held_out:
+        assert {key for key in record if "ema" in key} == {f"val_ema{key[3:]}" for key in record if key[:4] == "val/"}
+        assert record["val_ema/loss"] != record["val/loss"]
     samples = json.loads((straight / "samples" / "samples.json").read_text())
     assert samples["images"] and samples["words"]
     counts = samples["expert_load"]["layers"][0]["counts"]
@@ -150,7 +151,7 @@ def test_the_model_folder_loads_without_a_process_group(straight: Path) -> None:
 def test_resume_is_exact_bit_for_bit(straight: Path, tiny_run: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(straight, output)
-    for late in ("checkpoints/step_00000006", "model", "samples"):
+    for late in ("checkpoints/step_00000006", "model", "model_ema", "samples"):
         shutil.rmtree(output / late)
     text = ranks.run("eve_ds.pretrain", [*tiny_run, f"--output_dir={output}"])
     assert "training from step 3 to step 6" in text

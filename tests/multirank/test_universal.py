@@ -1,7 +1,7 @@
 """Checkpoints into other worlds: written by one number of ranks, expert placement and ZeRO stage, read by another.
 
 Compared are the losses of the five steps after the change with those of one plain process that never stopped, and,
-bit for bit, the master weights and Adam moments before and after the change, experts included.
+bit for bit, the master weights, Adam moments and moving averages before and after the change, experts included.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Run:
 
         from eve_ds.config_sections import EngineConfig, OptimizerConfig
         from eve_ds.engine import optim
+        from eve_ds.engine.averages import Averages
         from eve_ds.engine.checkpoint_record import Topology
         from eve_ds.engine.deepspeed_config import load_deepspeed_config
         from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
@@ -67,6 +68,7 @@ class Run:
         self.engine, *_ = deepspeed.initialize(
             model=self.task, optimizer=optim.build_optimizer(self.task, options), config=settings
         )
+        self.averages = Averages(self.engine)
 
     def train(self, steps: range) -> list[float]:
         import torch.distributed as dist
@@ -76,6 +78,7 @@ class Run:
             output = self.engine(rows_of(caption_batch(ROWS, seed=step), self.rank * share, (self.rank + 1) * share))
             self.engine.backward(output.loss * self.case.world)
             self.engine.step()
+            self.averages.update(0.5)
             loss = output.loss.detach().double()
             dist.all_reduce(loss)
             losses.append(float(loss))
@@ -84,7 +87,8 @@ class Run:
     def save(self, step: int) -> Path:
         from eve_ds.engine import checkpoint
 
-        return checkpoint.save(self.engine, self.folder, step, self.topology, {"step": step})
+        files = self.averages.files()
+        return checkpoint.save(self.engine, self.folder, step, self.topology, {"step": step}, rank_files=files)
 
     def load(self, path: Path) -> None:
         from eve_ds.engine import checkpoint, resume
@@ -92,6 +96,7 @@ class Run:
         manifest = resume.check(path)
         assert manifest.step == BEFORE
         checkpoint.load(self.engine, path, manifest, self.topology, {})
+        assert self.averages.load(path, manifest, self.topology)
 
     def close(self) -> None:
         """A process of ours has one expert-parallel size: DeepSpeed takes the largest that it ever made for its own."""
@@ -160,14 +165,20 @@ def read(root: Path, before: Case, after: Case) -> None:
 
 
 def differing_states(left: Path, right: Path) -> list[str]:
-    from eve_ds.engine.checkpoint_record import Manifest
-    from eve_ds.engine.whole_weights import STATES, ShardedState
+    from eve_ds.engine.checkpoint_record import Manifest, load_file
+    from eve_ds.engine.whole_weights import MASTER, STATES, ShardedState
 
     a, b = (ShardedState(path, Manifest.read(path)) for path in (left, right))
     assert set(a.names) == set(b.names)
+    masters = {name: a.whole(name) for name in a.names}
     experts = [name for name in a.names if a.num_experts(name)]
     assert len(experts) == 6 and all(float(a.whole(name, "exp_avg_sq").sum()) > 0 for name in experts)
-    return [f"{key} of {name}" for name in a.names for key in STATES if not _equal(a, b, name, key)]
+    found = [f"{key} of {name}" for name in a.names for key in STATES if not _equal(a, b, name, key)]
+    for state in (a, b):
+        ranks = range(state.world_size)
+        state.with_masters([load_file(state.path / f"averages_rank_{rank}.pt")["averages"] for rank in ranks])
+    assert not any(torch.equal(a.whole(name), masters[name]) for name in a.names)
+    return found + [f"average of {name}" for name in a.names if not _equal(a, b, name, MASTER)]
 
 
 def _equal(a: Any, b: Any, name: str, key: str) -> bool:

@@ -165,6 +165,14 @@ def held_out_batch() -> dict[str, Tensor]:
     return caption_batch(ROWS, seed=99)
 
 
+@torch.no_grad()
+def held_out_loss(task: MaskedModeling, values: dict[str, torch.nn.Parameter]) -> float:
+    """With these weights, which ``task`` keeps."""
+    for name, parameter in task.named_parameters():
+        parameter.copy_(values[name])
+    return float(task.eval()(held_out_batch()).loss)
+
+
 def norms_of(masters: dict[str, torch.nn.Parameter]) -> dict[str, float]:
     """Of the gradients, by kind of parameter."""
     from eve_ds.callbacks.grad_norms import kind_of
@@ -234,11 +242,7 @@ def one_process(
         trajectory.norms.append(float(norm))
     trajectory.last = {name: value.detach().numpy().copy() for name, value in masters.items()}  # in fp32 the task's own
     averages = dict(zip(masters, averaged.module, strict=True))
-    for values in (masters, averages):
-        with torch.no_grad():
-            for name, value in task.named_parameters():
-                value.copy_(values[name])
-            trajectory.losses.append(float(task.eval()(held_out_batch()).loss))
+    trajectory.losses += [held_out_loss(task, values) for values in (masters, averages)]
     trajectory.averages = {name: value.detach().numpy() for name, value in averages.items()}
     return trajectory
 

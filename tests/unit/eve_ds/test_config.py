@@ -73,6 +73,8 @@ def test_the_command_line_wins_wherever_the_recipe_stands(tmp_path: Path) -> Non
         (["--optimizer.lr", "0"], ["optimizer.lr=0"]),
         (["--optimizer.betas", "[0.9]"], ["optimizer.betas=[0.9]"]),
         (["--optimizer.warmup", "2"], ["optimizer.warmup=2"]),
+        (["--optimizer.ema", "1"], ["optimizer.ema=1.0"]),
+        (["--optimizer.ema", "-0.1"], ["optimizer.ema=-0.1"]),
         (["--data.num_workers", "-1"], ["data.num_workers=-1"]),
         (["--data.shuffle_window", "15"], ["data.shuffle_window=15", "at least 16"]),
         (["--data.max_corrupt", "1"], ["data.max_corrupt=1"]),

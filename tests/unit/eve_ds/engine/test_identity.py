@@ -89,6 +89,7 @@ def one_source(data: Path) -> Config:
 def what_is_not_learned(data: Path) -> Config:
     config = changed(changed(pretraining(data), "logging.samples", 3), "data.val_split", None)
     config = changed(changed(config, "optimizer.epochs", 9.0), "data.num_workers", 2)
+    config = changed(config, "optimizer.ema", 0.9)
     return changed(changed(config, "model.checkpoint_activations", True), "engine.micro_batch_size", 1)
 
 
@@ -336,14 +337,15 @@ def test_what_a_killed_export_left_is_gone_at_the_next_start(tmp_path: Path) -> 
         ".predictions_test.npz.mine",
     }
     kept |= theirs
-    for path in (model / "model.safetensors", model / "config.yaml", tmp_path / "run/predictions_test.npz"):
+    averaged = tmp_path / "run/model_ema/model.safetensors"
+    for path in (model / "model.safetensors", model / "config.yaml", averaged, tmp_path / "run/predictions_test.npz"):
         assert subprocess.run([sys.executable, "-c", script, path]).returncode == 9
         assert list(path.parent.glob(f".{path.name}.*"))
     for name in kept:
         (model.parent if name.startswith("p") or ".npz" in name or ".html" in name else model).joinpath(name).touch()
     config.dry_run = True
     run_folder.claim(config, identity_of(config, {}))
-    assert len(list((tmp_path / "run").rglob(".*.*"))) == 4 + len(theirs), "a dry run deletes nothing"
+    assert len(list((tmp_path / "run").rglob(".*.*"))) == 5 + len(theirs), "a dry run deletes nothing"
     config.dry_run = False
     run_folder.claim(config, identity_of(config, {}))
     left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}

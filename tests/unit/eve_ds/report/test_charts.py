@@ -98,6 +98,13 @@ def test_curves_of_one_name_share_a_chart_and_losses_come_first() -> None:
     assert list(groups["loss"]) == ["", "val"]
 
 
+def test_averaged_weights_have_lines_of_their_own() -> None:
+    names = ("loss", "val/loss", "val_ema/loss", "val/mlm_loss_shuffled", "val_ema/mlm_loss_shuffled")
+    groups = group_curves({name: curve([float(place)]) for place, name in enumerate(names)})
+    assert list(groups["loss"]) == ["", "val", "val_ema"]
+    assert groups["mlm_loss by input"]["shuffled"].values == [3.0] and len(groups) == 2
+
+
 def test_loader_metrics_belong_to_training() -> None:
     names = ("data/wait_fraction", "data/replaced", "data/samples/coco", "loss", "val/loss")
     groups = group_curves({name: curve([1.0]) for name in names})
