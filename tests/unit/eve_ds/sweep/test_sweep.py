@@ -286,6 +286,7 @@ def test_printed_commands_are_those_that_are_left(
     assert told == ["# Drawing the data set, as raw files", "# Raw files to Arrow shards", "# Training the tokenizer",
                     "# off, seed 0: pre-training", "# off, seed 0: fine-tuning on itr_coco"]  # fmt: skip
     assert all(line.startswith(("# ", "python -m ")) for line in lines)
+    assert sum("--optimizer.total_steps 800 " in line for line in lines) == 1  # of the pre-training
     write(out / "world/tokenizer/tokenizer.json", {})
     write(run_folder(out, "off", 0, "pretrain") / "model/hashes.json", {})  # run by hand
     assert typed(monkeypatch, *argv, "--data", "captions", "--tokenizer", "t") == 0
