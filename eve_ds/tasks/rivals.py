@@ -19,7 +19,7 @@ from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Batch, Metrics
-from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, Contrast
+from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, Contrast, check_temperature
 from eve_ds.tasks.masked_modeling import MaskedModeling, MaskedSpec, Masks, ObjectiveConfig
 from eve_ds.tasks.retrieval import SPEC as RETRIEVAL
 from eve_ds.tasks.spec import HeldOutExamples, Pass, stored_mask_id, stored_section
@@ -36,7 +36,7 @@ class RivalConfig(ObjectiveConfig):
 
     Args:
         embed_dim: width of the contrastive vectors.
-        temperature: first value of the learned temperature.
+        temperature: first value of the learned temperature, which stays within 0.001 and 0.5.
     """
 
     embed_dim: int = 256
@@ -53,6 +53,7 @@ class RivalConfig(ObjectiveConfig):
         for name in ("embed_dim", "temperature"):
             if not 0 < getattr(self, name) <= MOST:
                 raise UserError(f"objective.{name}={getattr(self, name)} must be a positive number, at most {MOST}")
+        check_temperature(self.temperature)
 
 
 Part = tuple[Metrics, list[BackboneOutput]]  # losses with their gradient, and the passes behind them
@@ -82,7 +83,7 @@ class Rival(Contrast, MaskedModeling):
         mode = {"mode": "separate" if self.rebuilds else "mlm"}
         masked = {own.name: getattr(objective, own.name) for own in fields(ObjectiveConfig)}
         super().__init__(backbone, ObjectiveConfig(**masked | mode), mask_id)
-        self.seed = objective.seed
+        self.seed = self.negatives_seed = objective.seed
         self.add_pair_heads(objective.embed_dim, objective.temperature, self.matches)
 
     def mask_words(self, batch: Batch, masks: Masks) -> Part:

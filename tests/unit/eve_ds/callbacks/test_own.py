@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,26 @@ def test_classes_and_instances_follow_the_built_in_ones() -> None:
         assert isinstance(metrics, MetricsFile) and isinstance(progress, Progress)
         assert isinstance(plain, Callback) and named.steps == 3  # type: ignore[attr-defined]
     assert own_callbacks([]) == [] == PretrainConfig().logging.callbacks
+
+
+@pytest.mark.parametrize(
+    ("root", "options", "told"),
+    [
+        (PretrainConfig, ["--data.val_split=val"], None),
+        (PretrainConfig, ["--data.val_split=null"], "there are no held-out images; name them by data.val_split"),
+        (FinetuneConfig, ["--data.val_split=val"], "fine-tuning rebuilds no images"),
+    ],
+)
+def test_images_that_nobody_makes_are_told(
+    root: Any, options: list[str], told: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("eve_ds"), "propagate", True)
+    standard_callbacks(parse(root, options, "test"))
+    config = parse(root, [*options, "--logging.images_every=5"], "test")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        standard_callbacks(config)
+    assert caplog.messages == ([f"logging.images_every=5 shows nothing: {told}"] if told else [])
 
 
 @pytest.mark.parametrize(
