@@ -45,14 +45,14 @@ def lr_factor(step: int, total_steps: int, config: OptimizerConfig, cooldown: Co
 
 
 def check_steps(total_steps: int, config: OptimizerConfig) -> None:
-    """Raise UserError if a run of so many steps has no step at the peak, or none to fall over, as ``wsd`` asks for."""
-    if config.schedule != "wsd":
-        return
-    warmup, decay = round(config.warmup * total_steps), round(config.wsd_decay * total_steps)
-    if warmup >= total_steps or decay == 0:
+    """Raise UserError if a run of so many steps has none over which ``wsd`` falls.
+
+    If it has one, it also has a step at the peak, since warm-up and decay are at most the whole run.
+    """
+    if config.schedule == "wsd" and round(config.wsd_decay * total_steps) == 0:
         raise UserError(
-            f"optimizer.schedule wsd: of {total_steps} steps, warmup={config.warmup} takes {warmup} and "
-            f"decay={config.wsd_decay} {decay}; both need a step to end in: train longer, or change them"
+            f"optimizer.schedule wsd: decay={config.wsd_decay} of {total_steps} steps is no step; train longer, raise "
+            "it, or take schedule constant"
         )
 
 
