@@ -19,7 +19,7 @@ from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Batch, Metrics
-from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, Contrast, check_temperature
+from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, MATCHING_HEAD, Contrast, check_temperature
 from eve_ds.tasks.masked_modeling import MaskedModeling, MaskedSpec, Masks, ObjectiveConfig
 from eve_ds.tasks.retrieval import SPEC as RETRIEVAL
 from eve_ds.tasks.spec import HeldOutExamples, Pass, stored_mask_id, stored_section
@@ -70,21 +70,18 @@ class Rival(Contrast, MaskedModeling):
         UserError: as ``MaskedModeling``.
 
     Attributes:
-        matches: whether there is a matching head.
-        rebuilds: whether there is a pixel decoder.
+        heads: what is built; a subclass adds the matching head or leaves the pixel decoder out.
     """
 
     heads: ClassVar[tuple[str, ...]] = (*CONTRAST_HEADS, *MaskedModeling.heads)  # type: ignore[assignment]  # as many
-    matches: ClassVar[bool] = True
-    rebuilds: ClassVar[bool] = True
 
     def __init__(self, backbone: Backbone, objective: RivalConfig, mask_id: int) -> None:
         # A decoder without use must not be built: a parameter without a gradient would stop ZeRO.
-        mode = {"mode": "separate" if self.rebuilds else "mlm"}
+        mode = {"mode": "separate" if "pixel_decoder." in self.heads else "mlm"}
         masked = {own.name: getattr(objective, own.name) for own in fields(ObjectiveConfig)}
         super().__init__(backbone, ObjectiveConfig(**masked | mode), mask_id)
         self.seed = self.negatives_seed = objective.seed
-        self.add_pair_heads(objective.embed_dim, objective.temperature, self.matches)
+        self.add_pair_heads(objective.embed_dim, objective.temperature, MATCHING_HEAD in self.heads)
 
     def mask_words(self, batch: Batch, masks: Masks) -> Part:
         """A pass with half of the words masked and the whole image."""
