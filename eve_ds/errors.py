@@ -115,12 +115,14 @@ class StopError(BaseException):
 
     Args:
         number: the signal that this rank received outside training and scoring; None if the ranks agreed to stop.
+        saves: False in a dry run, which has no checkpoint to go on from.
     """
 
-    def __init__(self, number: int | None = None) -> None:
+    def __init__(self, number: int | None = None, saves: bool = True) -> None:
         self.code = STOPPED if number in (None, signal.SIGUSR1) else -int(number or 0)
         name = f"{signal.Signals(number).name}: " if number else ""
-        super().__init__(f"{name}stopped on request; the same command goes on from the last checkpoint")
+        after = "the same command goes on from the last checkpoint" if saves else "a dry run saves nothing"
+        super().__init__(f"{name}stopped on request; {after}")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -26,6 +26,7 @@ def run(stop: StopRequest) -> int:
     argv, defaults = expand_options(sys.argv[1:])
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     _check_evaluate(config)
+    stop.saves = not config.dry_run
     prepare_environment()  # DeepSpeed reads it, and takes seconds to import: after --help and bad options, too
     from eve_ds.callbacks import MemoryCheck, standard_callbacks
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
@@ -52,8 +53,7 @@ def run(stop: StopRequest) -> int:
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
             setup.store_companions(config, tokenizer)
-        read = [training, *scored.values()] if training else scored.values()
-        shards = [shard for samples in read for shard in samples.split.hashed_shards]
+        shards = [shard for samples in (training, *scored.values()) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         gauge = memory_gauge(config, scored[config.split].num_classes, device)
         task = setup.build_task(config, tokenizer, scored[config.split].num_classes)

@@ -22,6 +22,7 @@ def main() -> int:
 def run(stop: StopRequest) -> int:
     """Train, while ``stop`` collects stop requests. Returns the exit code."""
     config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
+    stop.saves = not config.dry_run
     prepare_environment()
     # Imported late: DeepSpeed takes seconds to import, and it reads the environment that was just prepared.
     from eve_ds.callbacks import MemoryCheck, standard_callbacks

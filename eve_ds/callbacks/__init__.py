@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ from eve_ds.callbacks.start_record import Provenance
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
 from eve_ds.engine.callback import Callback
+from eve_ds.environment import launched_rank
 from eve_ds.options import import_object
+from eve_ds.tasks.spec import PretrainSpec
 from preprocessing.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +28,20 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryCheck", "own_callbacks", "standard_callbacks"]
 OPTION = "--logging.callbacks"
+_log = logging.getLogger(__name__)
 
 
 def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback]:
     """Provenance; those that add to the record; metrics file, progress and dashboards; those of ``logging.callbacks``.
 
     A dry run has none, as they write, but the EMA, as it takes memory; those of ``logging.callbacks`` are looked up.
+    Logs a warning on rank 0 if images are asked for that nobody makes.
 
     Raises:
         UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
     """
+    if config.logging.images_every and launched_rank() == 0:
+        _warn_without_images(config)
     callbacks: list[Callback] = [Provenance()]
     averages: list[Callback] = [EMA(config.optimizer.ema)] if config.optimizer.ema else []
     callbacks += averages
@@ -51,6 +58,15 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
         callbacks.append(Profile(config.logging.profiled))
     callbacks += own_callbacks(config.logging.callbacks)
     return averages if config.dry_run else callbacks
+
+
+def _warn_without_images(config: PretrainConfig | FinetuneConfig) -> None:
+    """``logging.images_every`` shows held-out images as `PretrainExamples` does, which pre-training alone has."""
+    setting = f"logging.images_every={config.logging.images_every} shows nothing"
+    if not isinstance(config.spec, PretrainSpec):
+        _log.warning("%s: fine-tuning rebuilds no images", setting)
+    elif not config.data.val_split:
+        _log.warning("%s: there are no held-out images; name them by data.val_split", setting)
 
 
 def own_callbacks(paths: Iterable[str]) -> list[Callback]:

@@ -78,7 +78,7 @@ def mend(path: Path) -> None:
     """Make a file that a killed process left one that ``wandb sync`` takes: cut off an incomplete record.
 
     wandb 0.31 would upload no later file of the run. A file that does not even name its run, which keeps it from
-    uploading anything, is set aside as ``.wandb.empty``.
+    uploading anything, is set aside as ``.wandb.empty``. The process that wrote it must have ended.
     """
     end, named = 0, False
     for raw, place in _placed_records(path):

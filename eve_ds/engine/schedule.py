@@ -37,11 +37,23 @@ def lr_factor(step: int, total_steps: int, config: OptimizerConfig, cooldown: Co
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "wsd":
-        start = total_steps - round(config.wsd_decay * total_steps)
+        start = max(warmup, total_steps - round(config.wsd_decay * total_steps))  # both may have been rounded up
         return _fallen(_one_minus_sqrt(step, start, total_steps), 1.0, config.min_lr_ratio)
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+def check_steps(total_steps: int, config: OptimizerConfig) -> None:
+    """Raise UserError if a run of so many steps has none over which ``wsd`` falls.
+
+    If it has one, it also has a step at the peak, since warm-up and decay are at most the whole run.
+    """
+    if config.schedule == "wsd" and round(config.wsd_decay * total_steps) == 0:
+        raise UserError(
+            f"optimizer.schedule wsd: decay={config.wsd_decay} of {total_steps} steps is no step; train longer, raise "
+            "it, or take schedule constant"
+        )
 
 
 def _one_minus_sqrt(step: int, start: int, end: int) -> float:

@@ -50,10 +50,11 @@ class StopRequest:
 
     Attributes:
         requested: whether this rank was asked to stop. A rank acts on it only after all ranks agree (evaluation.py).
+        saves: False in a dry run: what is said does not speak of checkpoints.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self.saves = False, True
         self._number = 0  # the last signal
         self._deferred = 0
         self._handling = self._acted_on = self._announced = False
@@ -99,7 +100,7 @@ class StopRequest:
     def _raise_if_due(self) -> None:
         if self.requested and self._handling and not self._deferred:
             self._handling = False  # cleanup is not interrupted again
-            raise StopError(self._number)
+            raise StopError(self._number, self.saves)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Runs in the main thread, as soon as that is back in Python code."""
@@ -114,7 +115,7 @@ class StopRequest:
                     self._arrived(number)
             if not all(alive(*each) for each in self._launchers):
                 self._launchers = []
-                say("the launcher was killed; this rank saves what there is and ends")
+                say(f"the launcher was killed; this rank {'saves what there is and ends' if self.saves else 'ends'}")
                 if not self.requested:  # else SIGTERM would count as a second signal
                     os.kill(os.getpid(), signal.SIGTERM)
             if self._end_at is not None and time.monotonic() > self._end_at[0]:
@@ -126,7 +127,7 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         first = self._first.setdefault(number == signal.SIGUSR1, now)
         if now - first > SECOND_AFTER:
-            say(f"{name} again: ended at once; what was saved stands")
+            say(f"{name} again: ended at once{'; what was saved stands' if self.saves else ''}")
             end(STOPPED if self._acted_on else 128 + number)
         if self._acted_on:
             return

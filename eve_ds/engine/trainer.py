@@ -90,9 +90,18 @@ class Trainer:
         self._counts: dict[str, float] = {}  # the loader's counts, summed over ranks, since the run began
         self._counts_before: dict[str, float] = {}  # the part of them from before this process
         config.logging.check_steps(total_steps)  # here, so that a dry run tells it and nothing is written
+        schedule.check_steps(total_steps, config.optimizer)
         settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, self.world_size)
         self.accumulation_steps = settings["gradient_accumulation_steps"]
         self.micro_batch_of_all_ranks = settings["train_micro_batch_size_per_gpu"] * self.world_size  # samples
+        if task.in_batch_negatives and self.accumulation_steps > 1 and self.is_main:
+            _log.warning(
+                "negatives come from one micro-batch of all ranks, %d of the %d samples of a step; "
+                "engine.micro_batch_size=%d, where memory allows it, takes them from all",
+                self.micro_batch_of_all_ranks,
+                config.engine.global_batch_size,
+                config.engine.global_batch_size // self.world_size,
+            )
         zero = settings["zero_optimization"]
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
         offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"

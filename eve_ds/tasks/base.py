@@ -44,6 +44,7 @@ class Task(nn.Module):
 
     Attributes:
         heads: prefixes of the names of what the task adds to the backbone.
+        in_batch_negatives: whether the loss of a sample depends on the others of its micro-batch, of all ranks.
         seed: of drop path.
         pad_text_to: pad every text to this length first, as the published code does; None leaves it as it comes.
         held_out: True within ``measuring_held_out``: ``forward`` adds the metrics that only validation pays for, if the
@@ -51,6 +52,7 @@ class Task(nn.Module):
     """
 
     heads: ClassVar[tuple[str, ...]] = ()
+    in_batch_negatives: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()

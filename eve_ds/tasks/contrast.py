@@ -30,6 +30,7 @@ from eve_ds.tasks.base import (
     valid_rows,
 )
 from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS, random_bits, uniform
+from preprocessing.errors import UserError
 
 CONTRAST_HEADS = ("itc_temp", "itc_vision_proj_head.", "itc_text_proj_head.")
 MATCHING_HEAD = "itm_head."
@@ -96,10 +97,16 @@ class MatchingOutput:
 
 
 class Contrast(Task):
-    """A task with vectors to rank by and, if it wants one, a matching head. Its ``seed`` draws the negatives.
+    """A task with vectors to rank by and, if it wants one, a matching head.
 
     It has no ``__init__`` of its own, so that it can stand beside another task among the bases of a class.
+
+    Attributes:
+        negatives_seed: draws the negatives; None for ``seed``.
     """
+
+    in_batch_negatives = True
+    negatives_seed: int | None = None
 
     def add_pair_heads(self, embed_dim: int, temperature: float, matching: bool = True) -> None:
         """Make the heads: vectors of width E = ``embed_dim``; ``temperature`` is the first value of the learned one."""
@@ -164,27 +171,14 @@ class Contrast(Task):
 
     def match_negatives(self, batch: Batch, contrast: ContrastOutput) -> MatchingOutput:
         """One joint pass over pairs, (image, negative text) and (negative image, text)."""
-        rows, same = contrast.rows, contrast.same
-        images, sample_id = batch["images"].to(self.dtype), batch["sample_id"][:, None]
-        text_bits = random_bits(self.seed, NEGATIVE_TEXTS, sample_id, rows.sample_id)
-        image_bits = random_bits(self.seed, NEGATIVE_IMAGES, sample_id, rows.sample_id)
-        text_column, found = hard_negatives(contrast.to_text, same, text_bits)
-        image_column, _ = hard_negatives(contrast.to_image, same, image_bits)
-        with torch.no_grad():
-            all_images = gather_with_gradient(images.flatten(1)).view(-1, *images.shape[1:])
-        # A row without a negative takes its own pair, whatever the order of the ranks, and does not count.
-        other_images = torch.where(found[:, None, None, None], all_images[image_column], images)
-        width = rows.text_ids.shape[1]
-        own_ids, own_mask = (
-            F.pad(part, (0, width - part.shape[1])) for part in (batch["text_ids"], batch["text_mask"].bool())
-        )
-        other_ids = torch.where(found[:, None], rows.text_ids[text_column], own_ids)
-        other_mask = torch.where(found[:, None], rows.text_mask[text_column], own_mask)
+        text_column, image_column, found = self._draw_negatives(batch["sample_id"], contrast)
+        images = batch["images"].to(self.dtype)
+        own_ids, own_mask, other_ids, other_mask = texts_at(text_column, batch, contrast.rows, found)
         text_mask = torch.cat([own_mask, other_mask, own_mask])
         # The meta device knows no lengths: all texts are taken to be the longest.
-        longest = width if text_mask.is_meta else max(int(text_mask.any(dim=0).sum()), 1)
+        longest = text_mask.shape[1] if text_mask.is_meta else max(int(text_mask.any(dim=0).sum()), 1)
         output = self.encode(
-            torch.cat([images, images, other_images]),
+            torch.cat([images, images, images_at(image_column, images, found)]),
             torch.cat([own_ids, other_ids, own_ids])[:, :longest],
             text_mask[:, :longest],
             noise=self.drop_path_noise(batch["sample_id"], 2, 3, 4),
@@ -194,6 +188,16 @@ class Contrast(Task):
         label[: len(images)] = 1
         kept = torch.cat([torch.ones_like(found), found, found]).float()
         return MatchingOutput(logits, label, kept, [output])
+
+    def _draw_negatives(self, sample_id: Tensor, contrast: ContrastOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Column [b] of a negative text and of a negative image for each row; found [b], False where there is none."""
+        seed = self.seed if self.negatives_seed is None else self.negatives_seed
+        pairs = sample_id[:, None], contrast.rows.sample_id
+        text_bits = random_bits(seed, NEGATIVE_TEXTS, *pairs)
+        image_bits = random_bits(seed, NEGATIVE_IMAGES, *pairs)
+        text_column, found = hard_negatives(contrast.to_text, contrast.same, text_bits)
+        image_column, _ = hard_negatives(contrast.to_image, contrast.same, image_bits)
+        return text_column, image_column, found
 
     def sum_losses(self, measured: Metrics, passes: Sequence[BackboneOutput]) -> TaskOutput:
         """Every ``*_loss`` of ``measured`` with weight 1, as a mean over the global batch; + the auxiliary loss."""
@@ -225,6 +229,16 @@ class Contrast(Task):
         return GlobalRows(rows[:, 0], rows[:, 1], text_ids, text_mask.bool())
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise UserError for a first value that the clamp would replace."""
+    least, most = TEMPERATURE_RANGE
+    if not least <= temperature <= most:
+        raise UserError(
+            f"objective.temperature={temperature} is out of range: the learned temperature stays within {least} and "
+            f"{most}"
+        )
+
+
 def contrastive_sum(logits: Tensor, same: Tensor) -> Tensor:
     """Cross entropy of each row with equal weights over the columns that show the same image, summed over rows.
 
@@ -234,6 +248,27 @@ def contrastive_sum(logits: Tensor, same: Tensor) -> Tensor:
     """
     targets = same.float() / same.sum(dim=1, keepdim=True)
     return -(logits.log_softmax(dim=1) * targets).sum()
+
+
+def images_at(column: Tensor, images: Tensor, found: Tensor) -> Tensor:
+    """Images [b, 3, H, W] of the global batch's rows ``column``. A collective; no gradient passes.
+
+    A row without a negative takes its own pair, whatever the order of the ranks, and does not count.
+    """
+    with torch.no_grad():
+        all_images = gather_with_gradient(images.flatten(1)).view(-1, *images.shape[1:])
+    return torch.where(found[:, None, None, None], all_images[column], images)
+
+
+def texts_at(column: Tensor, batch: Batch, rows: GlobalRows, found: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids and mask [b, W] of this rank's texts, and of those of the global batch's rows ``column``, as `images_at`."""
+    width = rows.text_ids.shape[1]
+    own_ids, own_mask = (
+        F.pad(part, (0, width - part.shape[1])) for part in (batch["text_ids"], batch["text_mask"].bool())
+    )
+    other_ids = torch.where(found[:, None], rows.text_ids[column], own_ids)
+    other_mask = torch.where(found[:, None], rows.text_mask[column], own_mask)
+    return own_ids, own_mask, other_ids, other_mask
 
 
 def hard_negatives(logits: Tensor, same: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ class ItcItm(Retrieval):
 
     def __init__(self, backbone: Backbone, objective: RivalConfig, mask_id: int) -> None:
         super().__init__(backbone, objective.embed_dim, objective.temperature, objective.seed)
+        self.negatives_seed = objective.seed
 
 
 SPEC = RivalSpec("itc_itm", ItcItm, "itc", "itm")

@@ -9,7 +9,6 @@ from eve_ds.tasks.rivals import Rival, RivalSpec
 
 class ItcItmMlm(Rival):
     heads = (*CONTRAST_HEADS, MATCHING_HEAD, "word_decoder.")
-    rebuilds = False
 
     def forward(self, batch: Batch) -> TaskOutput:
         """Four passes: image alone, text alone, three joint rows a pair, and one with masked words."""

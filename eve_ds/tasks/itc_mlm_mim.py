@@ -7,8 +7,6 @@ from eve_ds.tasks.rivals import Rival, RivalSpec
 
 
 class ItcMlmMim(Rival):
-    matches = False
-
     def forward(self, batch: Batch) -> TaskOutput:
         """Four passes: image alone, text alone, masked words, masked patches."""
         batch = valid_rows(batch)

@@ -54,7 +54,7 @@ class ObjectiveConfig(Objective):
         decoder_dim: width of the pixel decoder; a multiple of 4 and of ``decoder_heads``.
         decoder_depth: blocks of the pixel decoder.
         decoder_heads: its attention heads.
-        seed: of the masks; the engine's seed is added to it.
+        seed: of the masks, and of a rival's negatives; the engine's seed is added to it.
     """
 
     mode: Mode = "separate"

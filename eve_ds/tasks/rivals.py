@@ -20,7 +20,7 @@ from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config
 from eve_ds.tasks.base import Batch, Metrics
-from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, Contrast
+from eve_ds.tasks.contrast import CONTRAST_HEADS, DROP_PATH_USES, MATCHING_HEAD, Contrast, check_temperature
 from eve_ds.tasks.masked_modeling import MaskedModeling, MaskedSpec, Masks, ObjectiveConfig
 from eve_ds.tasks.retrieval import SPEC as RETRIEVAL
 from eve_ds.tasks.spec import HeldOutExamples, Pass, TaskSpec, stored_mask_id, stored_section
@@ -37,7 +37,7 @@ class RivalConfig(ObjectiveConfig):
 
     Args:
         embed_dim: width of the contrastive vectors.
-        temperature: first value of the learned temperature.
+        temperature: first value of the learned temperature, which stays within 0.001 and 0.5.
     """
 
     embed_dim: int = 256
@@ -54,6 +54,7 @@ class RivalConfig(ObjectiveConfig):
         for name in ("embed_dim", "temperature"):
             if not 0 < getattr(self, name) <= MOST:
                 raise UserError(f"objective.{name}={getattr(self, name)} must be a positive number, at most {MOST}")
+        check_temperature(self.temperature)
 
 
 Part = tuple[Metrics, list[BackboneOutput]]  # losses with their gradient, and the passes behind them
@@ -70,21 +71,18 @@ class Rival(Contrast, MaskedModeling):
         UserError: as ``MaskedModeling``.
 
     Attributes:
-        matches: whether there is a matching head.
-        rebuilds: whether there is a pixel decoder.
+        heads: what is built; a subclass adds the matching head or leaves the pixel decoder out.
     """
 
     heads: ClassVar[tuple[str, ...]] = (*CONTRAST_HEADS, *MaskedModeling.heads)  # type: ignore[assignment]  # as many
-    matches: ClassVar[bool] = True
-    rebuilds: ClassVar[bool] = True
 
     def __init__(self, backbone: Backbone, objective: RivalConfig, mask_id: int) -> None:
         # A decoder without use must not be built: a parameter without a gradient would stop ZeRO.
-        mode = {"mode": "separate" if self.rebuilds else "mlm"}
+        mode = {"mode": "separate" if "pixel_decoder." in self.heads else "mlm"}
         masked = {own.name: getattr(objective, own.name) for own in fields(ObjectiveConfig)}
         super().__init__(backbone, ObjectiveConfig(**masked | mode), mask_id)
-        self.seed = objective.seed
-        self.add_pair_heads(objective.embed_dim, objective.temperature, self.matches)
+        self.seed = self.negatives_seed = objective.seed
+        self.add_pair_heads(objective.embed_dim, objective.temperature, MATCHING_HEAD in self.heads)
 
     def mask_words(self, batch: Batch, masks: Masks) -> Part:
         """A pass with half of the words masked and the whole image."""

@@ -26,6 +26,7 @@ from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
+from eve_ds.tasks.contrast import check_temperature
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
 from preprocessing.local_files import load_json
@@ -78,7 +79,7 @@ class FinetuneObjective(Objective):
     Args:
         biattn: NLVR: bi-attention head in place of the plain one.
         embed_dim: retrieval: width of the contrastive vectors.
-        temperature: retrieval: first value of the learned temperature.
+        temperature: retrieval: first value of the learned temperature, which stays within 0.001 and 0.5.
         head_hidden: VQA and NLVR: hidden width of the head; null takes twice the backbone's.
     """
 
@@ -93,6 +94,7 @@ class FinetuneObjective(Objective):
             value = getattr(self, name)
             if value is not None and not 0 < value <= MOST:
                 raise UserError(f"objective.{name}={value} must be a positive number, at most {MOST}")
+        check_temperature(self.temperature)
 
 
 @dataclass(frozen=True)

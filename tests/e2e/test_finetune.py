@@ -46,7 +46,7 @@ def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--logging.wandb=false",
         "--logging.eval_every=2",
     ]
-    ranks.run("eve_ds.pretrain", options)
+    (output.parent / "printed").write_text(ranks.run("eve_ds.pretrain", options))
     return output
 
 
@@ -69,6 +69,8 @@ def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
     losses = [held_out[f"val/{name}_loss"] for name in ("itc", "itm", "mlm", "mim")]
     assert held_out["val/loss"] == pytest.approx(sum(losses))
     assert 0 <= held_out["val/itm_accuracy"] <= 1
+    told = "negatives come from one micro-batch of all ranks, 4 of the 8 samples of a step; engine.micro_batch_size=4, "
+    assert (pretrained.parent / "printed").read_text().count(told) == 1
     shown = json.loads((pretrained / "samples" / "samples.json").read_text())
     assert len(shown["images"]) == len(shown["words"]) == 8
     task = load_task_model("itc_itm_mlm_mim", pretrained)
@@ -78,7 +80,8 @@ def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretrained: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
-    finetune(task, data, pretrained, first, *(["--load_head"] if task == "itr_coco" else []))
+    printed = finetune(task, data, pretrained, first, *(["--load_head"] if task == "itr_coco" else []))
+    assert "negatives" not in printed  # a step is one micro-batch
     scores = json.loads((first / "scores_test.json").read_text())
     logged = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in logged if any(key.startswith("val/") for key in record)] == [2, 4]

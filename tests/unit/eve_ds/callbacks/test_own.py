@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,26 @@ def test_averages_come_before_what_writes_records_and_are_kept_in_a_dry_run() ->
     (alone,) = standard_callbacks(parse(PretrainConfig, [*options, "--dry_run"], "test"))
     assert isinstance(alone, EMA)
     assert standard_callbacks(parse(PretrainConfig, [*options[1:], "--dry_run"], "test")) == []
+
+
+@pytest.mark.parametrize(
+    ("root", "options", "told"),
+    [
+        (PretrainConfig, ["--data.val_split=val"], None),
+        (PretrainConfig, ["--data.val_split=null"], "there are no held-out images; name them by data.val_split"),
+        (FinetuneConfig, ["--data.val_split=val"], "fine-tuning rebuilds no images"),
+    ],
+)
+def test_images_that_nobody_makes_are_told(
+    root: Any, options: list[str], told: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("eve_ds"), "propagate", True)
+    standard_callbacks(parse(root, options, "test"))
+    config = parse(root, [*options, "--logging.images_every=5"], "test")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        standard_callbacks(config)
+    assert caplog.messages == ([f"logging.images_every=5 shows nothing: {told}"] if told else [])
 
 
 @pytest.mark.parametrize(

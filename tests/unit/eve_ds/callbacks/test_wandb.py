@@ -82,6 +82,7 @@ def holds(path: Path, word: bytes) -> None:
 
 def test_offline_run_and_its_resume_share_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(trainer(tmp_path), range(1, 4))
+    records(pieces(tmp_path)[0])
     train(trainer(tmp_path, start_step=3), range(4, 6))
     assert "Weights & Biases logs no more" not in caplog.text
     run_id = (tmp_path / "wandb_id").read_text().strip()

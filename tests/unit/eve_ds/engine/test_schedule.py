@@ -11,7 +11,7 @@ import pytest
 
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.config_sections import OptimizerConfig
-from eve_ds.engine.schedule import Cooldown, cooldown_of, jump, lr_factor, stored
+from eve_ds.engine.schedule import Cooldown, check_steps, cooldown_of, jump, lr_factor, stored
 from preprocessing.errors import UserError
 
 
@@ -51,6 +51,30 @@ def test_wsd_rises_stays_and_falls_as_one_minus_a_root() -> None:
     assert lr_factor(101, 100, config) == 0.1
     assert lr_factor(79, 100, options("wsd")) == 1.0 and lr_factor(81, 100, options("wsd")) < 1.0  # 0.2 by default
     assert [lr_factor(step, 2, options("wsd", warmup=0.0)) for step in range(2)] == [1.0, 1.0]  # no step to fall over
+
+
+def test_in_a_short_run_the_fall_begins_where_the_warm_up_ends_and_both_have_a_step() -> None:
+    """Rounded up both, warm-up and decay would overlap: the peak is reached all the same, and then left."""
+    refused = set()
+    for total, tenths in itertools.product(range(1, 13), range(10)):
+        warmup, decay = tenths / 10, (10 - tenths) / 10
+        config = options("wsd", warmup=warmup, decay=decay)
+        try:
+            check_steps(total, config)
+        except UserError as error:
+            assert f"decay={decay} of {total} steps is no step" in str(error)
+            refused.add((total, tenths))
+            continue
+        factors = [lr_factor(step, total, config) for step in range(total + 1)]
+        risen = round(warmup * total)
+        assert factors[:risen] == [(step + 1) / (risen + 1) for step in range(risen)]
+        assert factors[risen] == 1.0 and factors[-1] == 0.0
+        assert factors[risen:] == sorted(factors[risen:], reverse=True) and len(set(factors)) > 1
+    assert {(3, 9), (1, 6), (4, 9)} <= refused and (3, 5) not in refused
+    assert not any(tenths < 5 for _, tenths in refused)
+    with pytest.raises(UserError, match=r"wsd: decay=0\.2 of 2 steps is no step; train longer"):
+        check_steps(2, options("wsd"))
+    check_steps(1, options("cosine"))
 
 
 def test_a_cooldown_begins_at_the_rate_of_the_checkpoint_and_ends_at_the_least() -> None:

@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from eve_ds import finetune, pretrain
 from eve_ds.engine import signals
+from eve_ds.errors import StopError
 
 RANK = """
 import ctypes, sys, threading, time
@@ -92,6 +95,22 @@ def test_each_signal_in_start_up_in_training_and_while_the_main_thread_is_held_u
     assert {case: code for case, (_, code) in found.items()} == expected
     assert found[START_UP, TERM][0].startswith("rank 0: SIGTERM: stopped on request; the same command goes on")
     assert all("Traceback" not in text for text, _ in found.values())
+
+
+@pytest.mark.parametrize("module", [pretrain, finetune])
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_dry_run_speaks_of_no_checkpoint(module: Any, dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def signal_comes() -> None:
+        stop._handling = True
+        stop._on_signal(TERM, None)
+
+    stop = signals.StopRequest()
+    monkeypatch.setattr(module, "prepare_environment", signal_comes)
+    monkeypatch.setattr(sys, "argv", ["train", *(["--dry_run"] if dry else [])])
+    after = "a dry run saves nothing" if dry else "the same command goes on from the last checkpoint"
+    with pytest.raises(StopError, match=f"^SIGTERM: stopped on request; {after}$") as caught:
+        module.run(stop)
+    assert caught.value.code == -TERM
 
 
 def test_a_signal_that_follows_at_once_is_the_same_request_and_a_later_one_ends() -> None:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from eve_ds.model.backbone import BackboneOutput
-from eve_ds.tasks.contrast import contrastive_sum, hard_negatives
+from eve_ds.tasks.contrast import TEMPERATURE_RANGE, contrastive_sum, hard_negatives
 from eve_ds.tasks.masking import random_bits
 from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.spec import FinetuneObjective
+from preprocessing.errors import UserError
 from tests.support.tiny_tasks import Batch, rows_of, tiny_batch, tiny_task
 
 
@@ -149,6 +151,14 @@ def test_the_temperature_is_clamped_and_can_come_back() -> None:
         task(batch).loss.backward()
         assert task.itc_temp.grad is not None
         assert float(task.itc_temp.grad) != 0
+
+
+def test_a_first_temperature_that_the_clamp_would_replace_is_refused() -> None:
+    for value in TEMPERATURE_RANGE:
+        FinetuneObjective(temperature=value).check()
+    for value in (0.0009, 0.501, 7.0):
+        with pytest.raises(UserError, match=f"^objective.temperature={value} is out of range: .* 0.001 and 0.5$"):
+            FinetuneObjective(temperature=value).check()
 
 
 def test_predictions_encode_each_image_once() -> None:

@@ -177,6 +177,24 @@ def test_the_engines_seed_is_added_to_the_objectives(name: str) -> None:
         assert task.objective.seed == 12
 
 
+@EVERY
+def test_negatives_are_drawn_with_both_seeds_as_masks_are(name: str) -> None:
+    """Whatever ``seed`` the run gives the task for drop path."""
+
+    def losses(objective_seed: int, seed: int) -> dict[str, float]:
+        torch.manual_seed(0)
+        objective = dataclasses.replace(RIVAL, seed=objective_seed)
+        task = pretrain_spec(name).build(Backbone(tiny_config()), objective, mask_id=MASK, num_classes=0, seed=seed)
+        task.seed = seed  # as engine/setup.py does
+        return measured(task.eval(), tiny_batch(ROWS))
+
+    first = losses(0, 3)
+    assert losses(3, 0) == losses(1, 2) == first
+    other = losses(1, 3)
+    assert all(other[f"{loss}_loss"] != first[f"{loss}_loss"] for loss in LOSSES[name] if loss != "itc")
+    assert other["itc_loss"] == first["itc_loss"]
+
+
 def test_without_masks_there_are_no_examples() -> None:
     spec, task = pretrain_spec("itc_itm"), tiny_task("itc_itm")
     examples = spec.held_out_examples(task, tiny_batch(2), None, [0, 1])
@@ -193,6 +211,7 @@ def test_the_recipe_of_eve_serves_its_rivals(name: str) -> None:
         (("mode", "joint"), r"objective\.mode='joint' is for --task pretrain"),
         (("embed_dim", "0"), r"objective\.embed_dim=0 must be a positive number"),
         (("temperature", "-1"), r"objective\.temperature=-1\.0 must be a positive number"),
+        (("temperature", "0.51"), r"objective\.temperature=0\.51 is out of range: .* stays within 0\.001 and 0\.5"),
         (("image_mask_ratio", "1"), r"objective\.image_mask_ratio=1\.0 must lie between"),
     ):
         with pytest.raises(UserError, match=message):
