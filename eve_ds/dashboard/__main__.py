@@ -60,9 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise InputError(f"the dashboard needs a package that is not installed; pip install {PACKAGE}")
-    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
-
     import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
     try:
         if not (entity := options.entity or wandb.Api().default_entity):
