@@ -17,6 +17,8 @@ from tests.support.shards import FIRST_ID, make_caption_set, make_nlvr_set, make
 ROWS = 9  # 18 samples on 4 ranks of 2: the last block has fewer than ranks, and repeats must not count
 KINDS = {"captions": make_caption_set, "vqa": make_vqa_set, "nlvr": make_nlvr_set}
 TASKS = {"itr_coco": "captions", "vqa": "vqa", "nlvr": "nlvr"}
+NAMES = {"itr_coco": "retrieval"}  # for ``load_task_model``
+VAL = ("val/", "val_ema/")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ def finetune(task: str, data: Path, checkpoint: Path, output: Path, *more: str, 
         "--optimizer.total_steps=4",
         "--optimizer.lr=1e-3",
         "--objective.embed_dim=16",
+        "--optimizer.ema=0.9",
         "--logging.eval_every=2",
     ]
     options += ["--logging.wandb=false", "--engine.expert_parallel_size=2", *more]
@@ -84,7 +87,15 @@ def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretr
     assert "negatives" not in printed  # a step is one micro-batch
     scores = json.loads((first / "scores_test.json").read_text())
     logged = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in logged if any(key.startswith("val/") for key in record)] == [2, 4]
+    held_out = [record for record in logged if any(key.startswith("val/") for key in record)]
+    assert [record["step"] for record in held_out] == [2, 4]
+    for record in held_out:
+        keys = {group: {key.removeprefix(group) for key in record if key.startswith(group)} for group in VAL}
+        assert keys["val/"] == keys["val_ema/"]
+    assert {path.name for path in (first / "model_ema").iterdir()} == {
+        path.name for path in (first / "model").iterdir()
+    }
+    load_task_model(NAMES.get(task, task), first / "model_ema")
     assert json.loads((first / "samples" / "samples.json").read_text())
     finetune(task, data, first, again, "--evaluate", world_size=4)
     repeated = json.loads((again / "scores_test.json").read_text())
