@@ -36,6 +36,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _panel("loss", "train/loss"),
         _panel("masked patches and words", "train/mim_loss", "train/mlm_loss"),
         _panel("masked words predicted", "train/mlm_accuracy"),
+        _panel("codes of masked patches", "train/mim_code_loss", "train/mim_code_accuracy"),
         _panel("contrast and matching", "train/itc_loss", "train/itm_loss"),
         _panel("pairs judged right", "train/itm_accuracy"),
         _panel("VQA", "train/vqa_loss", "train/vqa_score"),
@@ -51,6 +52,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _panel("retrieval", pattern="^val/(txt|img)_r"),
         _panel("retrieval, mean recall", "val/r_mean"),
         _panel("VQA and NLVR2", "val/soft_accuracy", "val/accuracy", "val/consistency"),
+        _panel("averages of the weights", pattern="^val_ema/"),
         _panel("all", pattern="^val/"),
     ),
     "optim": (

@@ -187,8 +187,7 @@ def norms_of(masters: dict[str, torch.nn.Parameter]) -> dict[str, float]:
 def one_process(
     precision: str, clipping: bool, accumulation: int, freeze: tuple[str, ...] = (), kinds: str = ""
 ) -> Trajectory:
-    """A plain loop. In bf16 and fp16: such weights and gradients, an fp32 master copy which alone AdamW and the norm
-    see; the loss is scaled in fp16."""
+    """A plain loop. In bf16 and fp16 AdamW and the norm see an fp32 copy alone; in fp16 the loss is scaled."""
     from eve_ds.engine.optim import decayed
 
     options, task = optimizer_config(clipping), build(precision)

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 from eve_ds.callbacks import Progress, WandbLog, standard_callbacks, wandb, wandb_files
-from eve_ds.config_sections import LoggingConfig
+from eve_ds.config_sections import LoggingConfig, OptimizerConfig
 from preprocessing.errors import UserError
 
 
 @dataclass
 class Config:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="eve-ds-test", detail_every=0))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     dry_run: bool = False
 
 
