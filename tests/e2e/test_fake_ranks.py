@@ -6,6 +6,7 @@ Everything up to and with ``deepspeed.initialize`` is the engine's own. Collecti
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
 
@@ -18,40 +19,58 @@ class _Tokenizer:
     mask_id = 4
 
 
-def set_up(rank: int) -> list[dict[str, Any]]:
-    """In a process of its own: join as ``rank``, set up a run for each expert-parallel size, tell what came of it."""
+def set_up(rank: int, configs: Callable[[], list[Any]]) -> list[dict[str, Any]]:
+    """In a process of its own: join as ``rank``, set up a run for each config, tell what came of it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": str(rank % 8)}
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=WORLD, store=FakeStore())
-    return [_one_run(ep_size, stage) for ep_size, stage in STAGES.items()]
+    return [_one_run(config) for config in configs()]
 
 
-def _one_run(ep_size: int, stage: int) -> dict[str, Any]:
+def configs() -> list[Any]:
+    """Tiny models."""
+    from eve_ds.config import PretrainConfig
+    from eve_ds.config_sections import EngineConfig
+    from eve_ds.tasks.masked_modeling import ObjectiveConfig
+    from tests.support.tiny import model_config
+
+    return [
+        PretrainConfig(
+            model=model_config(num_experts=EXPERTS),
+            objective=ObjectiveConfig(decoder_dim=32, decoder_depth=1, decoder_heads=4),
+            engine=EngineConfig(global_batch_size=4 * WORLD, micro_batch_size=2, expert_parallel_size=ep_size),
+            deepspeed_config=f"ds_configs/zero{stage}.json",
+        )
+        for ep_size, stage in STAGES.items()
+    ]
+
+
+def eve_large() -> list[Any]:
+    """The recipe as the paper's largest model takes it, in bf16."""
+    from eve_ds.config import PretrainConfig, parse
+
+    options = ["--config=pretrain_large", "--config=sources_16m", "--engine.micro_batch_size=4"]
+    return [parse(PretrainConfig, [*options, "--engine.precision=bf16"], "test")]
+
+
+def _one_run(config: Any) -> dict[str, Any]:
     import deepspeed
     import torch.distributed as dist
     from deepspeed.utils import groups
 
-    from eve_ds.config import PretrainConfig
-    from eve_ds.config_sections import EngineConfig
     from eve_ds.engine import distributed, setup
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.optim import build_optimizer
     from eve_ds.plan.zero_states import Zero, groups_of
-    from eve_ds.tasks.masked_modeling import ObjectiveConfig
-    from tests.support.tiny import model_config
 
-    config = PretrainConfig(
-        model=model_config(num_experts=EXPERTS),
-        objective=ObjectiveConfig(decoder_dim=32, decoder_depth=1, decoder_heads=4),
-        engine=EngineConfig(global_batch_size=4 * WORLD, micro_batch_size=2, expert_parallel_size=ep_size),
-        deepspeed_config=f"ds_configs/zero{stage}.json",
-    )
-    distributed.check_world(ep_size, EXPERTS)
+    ep_size = config.engine.expert_parallel_size
+    distributed.check_world(ep_size, config.model.num_experts)
     task = setup.build_task(config, _Tokenizer())  # type: ignore[arg-type]
     settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, WORLD)
     experts = task.backbone.moe_layers()[0].experts.fc1_weight.detach().clone()
+    stage = settings["zero_optimization"]["stage"]
     zero = Zero(stage, WORLD, ep_size, 2, 2, settings["zero_optimization"], whole_buffers=True)
     planned = [group.partition for group in groups_of(task, config.optimizer, zero)]
     made = _count_new_groups()
@@ -97,8 +116,20 @@ def runs() -> dict[int, list[dict[str, Any]]]:
     found = {}
     for rank in (0, 7, WORLD - 1):
         with context.Pool(1) as pool:
-            found[rank] = pool.apply(set_up, (rank,))
+            found[rank] = pool.apply(set_up, (rank, configs))
     return found
+
+
+@pytest.mark.long
+def test_set_up_of_eve_large_as_one_of_512() -> None:
+    """In its real size: 1.4 billion parameters, of which a rank holds half and optimizes a 512th."""
+    rank = 17
+    with get_context("spawn").Pool(1) as pool:
+        (run,) = pool.apply(set_up, (rank, eve_large))
+    assert run["experts"].shape[0] == 32 // 8 and run["ep_group"] == list(range(16, 24))
+    assert run["copies"] == list(range(rank % 8, WORLD, 8)) and run["accumulation"] == 1
+    assert 0 <= sum(run["partitions"]) - sum(run["planned"]) <= 64
+    assert sum(run["partitions"]) == pytest.approx(600.5e6 / WORLD + 805.8e6 / WORLD, rel=0.01)
 
 
 @pytest.mark.parametrize("rank", [0, 7, WORLD - 1])
