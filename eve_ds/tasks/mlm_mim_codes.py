@@ -165,7 +165,6 @@ def _grid(row: Row) -> CodeGrid:
 class CodesSpec(MaskedSpec):
     name = "mlm_mim_codes"
     samples = CodeSamples
-    head_may_be_missing = False
 
     def build(
         self, backbone: Backbone, objective: ObjectiveConfig, *, mask_id: int, num_classes: int, seed: int
