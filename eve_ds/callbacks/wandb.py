@@ -91,8 +91,8 @@ class WandbLog(Callback):
         self._run = run
         run.define_metric(AXIS)
         run.define_metric("*", step_metric=AXIS)
-        if chosen == "online" and run.resumed:
-            last = self._sent = run.starting_step - 1
+        if chosen == "online":  # a server that was not reached before has nothing
+            last = self._sent = run.starting_step - 1 if run.resumed else -1
         if last is not None and last < trainer.start_step:
             self._catch_up(trainer, last)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # As in eve_ds/callbacks/metric_groups.py and in the section ``logging``: to import those would import torch.
 AXIS, PROJECT = "step", "eve-ds"
-KINDS = ("original", "masked", "rebuilt")  # of a held-out image
+KINDS = ("original", "masked", "rebuilt", "right")  # of a held-out image; right for codes, in place of rebuilt
 SHOWN = 8  # of the held-out images: as many as ``logging.samples`` asks for by default
 
 
@@ -49,6 +49,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         _panel("masked patches", "val/mim_loss", "val/mim_loss_shuffled"),
         _panel("masked words", "val/mlm_loss", "val/mlm_loss_shuffled", "val/mlm_loss_no_image"),
         _panel("masked words predicted", "val/mlm_accuracy", "val/mlm_accuracy_shuffled", "val/mlm_accuracy_no_image"),
+        _panel("codes of masked patches", "val/mim_code_loss", "val/mim_code_loss_shuffled", "val/mim_code_accuracy"),
         _panel("retrieval", pattern="^val/(txt|img)_r"),
         _panel("retrieval, mean recall", "val/r_mean"),
         _panel("VQA and NLVR2", "val/soft_accuracy", "val/accuracy", "val/consistency"),

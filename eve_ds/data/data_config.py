@@ -114,7 +114,9 @@ class DataConfig:
         paths = [Path(source.path).resolve() for source in self.sources]
         if len(set(paths)) < len(paths):
             twice = next(path for path in paths if paths.count(path) > 1)
-            raise UserError(f"data.sources names {twice} more than once; name it once, with a larger weight")
+            raise UserError(
+                f"data.sources names {twice} more than once; name it once, with a larger weight and one modality"
+            )
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise UserError(f"data.sources: weights are {weights}; give one to every source, or to none")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -33,6 +34,7 @@ from preprocessing.local_files import make_folder, write_json
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
+_log = logging.getLogger(__name__)
 LOCK, IDENTITY = ".lock", "identity.json"
 OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST, watchdog.FOLDER, PROVENANCE}  # what a failed start leaves
 _held: list[int] = []  # descriptors of locks: closing one releases its lock
@@ -138,6 +140,8 @@ def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
         if re.fullmatch(names, left.name):  # of write_atomic, from an export or a scoring that was killed
             with contextlib.suppress(OSError):
                 left.unlink()
+    if not config.optimizer.ema and (folder / MODEL_EMA).exists():
+        _log.warning("%s stays as it is: this run keeps no averages (optimizer.ema=0)", folder / MODEL_EMA)
     watchdog.forget(folder)
     config_tree.save(config, folder / CONFIG)
     write_json(folder / IDENTITY, identity.tree())

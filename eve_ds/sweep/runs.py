@@ -73,20 +73,28 @@ def run(lanes: Sequence[Sequence[Stage]], jobs: int, ranks: int) -> None:
         finally:
             for process in running:
                 process.terminate()  # it saves and ends
-            for process in running:
+            for process, (stage, _, start) in running.items():
                 process.wait()
+                _add_time(stage, time.monotonic() - start)
 
 
 def _start(stage: Stage, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     print(f"{stage.title}\n    {stage.shown}", flush=True)
     make_folder(stage.folder.parent)
-    write_json(stage.record, {"command": stage.shown})
+    write_json(stage.record, {"seconds": 0.0} | read_json(stage.record) | {"command": stage.shown})
     command = [sys.executable if word == "python" else word for word in stage.command]
     with stage.log.open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
+def _add_time(stage: Stage, seconds: float) -> None:
+    """A stage that was stopped and goes on has taken the time of all its processes."""
+    record = read_json(stage.record)
+    write_json(stage.record, record | {"seconds": round(record["seconds"] + seconds, 1)})
+
+
 def _finish(stage: Stage, code: int, seconds: float) -> None:
+    _add_time(stage, seconds)
     if code == STOPPED:
         raise StopError
     if code or not stage.product.is_file():
@@ -97,7 +105,6 @@ def _finish(stage: Stage, code: int, seconds: float) -> None:
             f"{stage.title} ended with exit code {code}{missing}: {shortened(last, 300)}; all of its output: "
             f"{stage.log}; its command: {stage.shown}"
         )
-    write_json(stage.record, {"command": stage.shown, "seconds": round(seconds, 1)})
 
 
 @contextlib.contextmanager

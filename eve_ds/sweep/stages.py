@@ -74,7 +74,7 @@ class Stage:
 
     @property
     def record(self) -> Path:
-        """{"command"}, and "seconds" once it is done. Not there for a run that was started by hand."""
+        """{"command", "seconds" of its processes that have ended}. Not there for a run that was started by hand."""
         return self.folder.with_suffix(".json")
 
 

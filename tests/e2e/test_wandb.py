@@ -67,25 +67,27 @@ def test_pieces_of_a_run_arrive_as_one_run(server: WandbServer, tmp_path: Path) 
     """Offline, the first piece is killed before wandb has written anything, and synced with the second, from step 4 on.
 
     Online, the second piece goes back from step 7 to step 4 and is killed before wandb has sent its first step, 8; the
-    third goes on from there.
+    third goes on from there. Late, the first piece did not reach the server.
     """
-    offline, online = tmp_path / "offline", tmp_path / "online"
-    offline.mkdir()
-    online.mkdir()
+    offline, online, late = (tmp_path / name for name in ("offline", "online", "late"))
+    for folder in (offline, online, late):
+        folder.mkdir()
     pieces = [piece(offline, "offline", 0, 7, killed=True), piece(offline, "offline", 4, 9)]
     pieces += [piece(online, "online", 0, 7), piece(online, "online", 4, 9, killed=True)]
-    pieces += [piece(online, "online", 8, 10)]
+    pieces += [piece(online, "online", 8, 10), piece(late, "offline", 0, 3), piece(late, "online", 3, 4)]
     printed = started(
         server, "tests.support.wandb_pieces", json.dumps(pieces),
         WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL="0", WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="3600",
     )  # fmt: skip
-    assert "WARNING" not in printed and [run.attributes["displayName"] for run in server.runs.values()] == ["online"]
+    sent, caught_up = server.runs.values()
+    assert "WARNING" not in printed and sent.attributes["displayName"] == "online"
+    check(caught_up, late, [1.0, 2, 3, 3 + 4])
     told = started(server, "wandb", "sync", *map(str, sorted(offline.glob("wandb/offline-run-*"))))
     assert told.count("Finished syncing") == 1 and "ERROR" not in told, told
-    synced, sent = server.runs[(offline / "wandb_id").read_text().strip()], next(iter(server.runs.values()))
+    synced = server.runs[(offline / "wandb_id").read_text().strip()]
     check(synced, offline, [1.0, 2, 3, 4, 4 + 5, 4 + 6, 4 + 7, 4 + 8, 4 + 9])
     check(sent, online, [1.0, 2, 3, 4, 5, 6, 7, 4 + 8, 8 + 9, 8 + 10])
-    assert (synced.exit_codes, sent.exit_codes) == ([0], [0, 0]) and len(server.runs) == 2
+    assert (synced.exit_codes, sent.exit_codes) == ([0], [0, 0]) and len(server.runs) == 3
     assert [row["step"] for row in synced.history if "val/loss" in row] == [9]
     assert [row["step"] for row in sent.history if "val/loss" in row] == [7, 10]
 

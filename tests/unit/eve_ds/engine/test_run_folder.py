@@ -27,6 +27,17 @@ def test_signs_of_life_of_an_earlier_start_are_gone(data: Path) -> None:
     assert [path.name for path in ranks.iterdir()] == ["rank_1.stacks"]
 
 
+def test_averages_of_an_earlier_part_are_no_part_of_the_run(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = pretraining(data)
+    begun(data / "run", config)
+    (data / "run" / "model_ema").mkdir()
+    for ema, warnings in ((0.5, 0), (0.0, 1)):
+        config.optimizer.ema = ema
+        run_folder.claim(config, of(config))
+        run_folder._held.clear()
+        assert sum("model_ema stays as it is" in message for message in caplog.messages) == warnings
+
+
 def test_a_run_among_another_ones_checkpoints_is_refused(data: Path) -> None:
     begun(data / "run", pretraining(data))
     config = pretraining(data, data / "run" / "checkpoints" / "step_00000010")
