@@ -17,7 +17,7 @@ from preprocessing.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
-GROUP = "val_ema/"  # of the metrics of the averages, beside val/
+GROUP = "val_ema/"  # prefix of the averages' metrics; val/ has those of the trained weights
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +31,7 @@ class EMA(Callback):
     ``optimizer.ema`` adds it, before the callbacks that write records.
 
     Args:
-        decay: share of the average that a step keeps, in the long run.
+        decay: upper bound of d, which it reaches after many steps; as 0.9999.
     """
 
     def __init__(self, decay: float) -> None:
@@ -49,15 +49,15 @@ class EMA(Callback):
             )
 
     def step_start(self, trainer: Trainer) -> None:
-        self._of(trainer)  # the weights before the first step; and a dry run measures the memory
+        self._of(trainer)  # makes them before the first step changes the weights, and for a dry run to measure
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
         if trainer.engine.was_step_applied():
             self.updates += 1
-            self._of(trainer).update(1 - min(self.decay, (1 + self.updates) / (10 + self.updates)))
+            self._of(trainer).update(min(self.decay, (1 + self.updates) / (10 + self.updates)))
 
     def evaluating(self, trainer: Trainer, found: dict[str, float]) -> None:
-        """A collective: the same evaluation, of the averages."""
+        """Evaluate again with the averages in the model. A collective."""
         assert trainer.evaluate is not None
         mark(f"the evaluation of the averages after step {trainer.step}")
         with self._of(trainer).swapped_in():

@@ -23,7 +23,7 @@ import numpy as np
 
 from eve_ds.callbacks.metric_groups import AXIS, grouped
 from eve_ds.callbacks.metrics import FILE, lines_until
-from eve_ds.callbacks.wandb_files import logged_since
+from eve_ds.callbacks.wandb_files import mend_and_read
 from eve_ds.config_sections import LoggingConfig
 from eve_ds.engine.callback import Callback
 from preprocessing.local_files import write_text
@@ -98,7 +98,7 @@ class WandbLog(Callback):
 
     def _look_back(self, trainer: Trainer) -> int | None:
         """The last step in the run's earlier offline files, if there are any."""
-        found = logged_since(trainer.output_dir / "wandb", run_id(trainer.output_dir), trainer.start_step)
+        found = mend_and_read(trainer.output_dir / "wandb", run_id(trainer.output_dir), trainer.start_step)
         self._logged = found.keys
         return found.last
 

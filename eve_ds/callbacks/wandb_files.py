@@ -2,7 +2,7 @@
 
 A file is a log of protobuf records, framed as LevelDB's (https://github.com/google/leveldb, doc/log_format.md): a
 header of 7 bytes, then blocks of 32 KiB (the first one counts the header), in which each fragment has a CRC of 4
-bytes, a length of 2 and a type.
+bytes, a length of 2 and a type. The CRC is not checked.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _parsed(raw: bytes) -> Any:
 
 
 def history(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows that were logged, in order: {key: value}, with "_step". Of an image some part of its description.
+    """The rows that were logged, in order: {key: value}, with "_step"; of a nested key the first part.
 
     It ends before a damaged record.
     """
@@ -103,8 +103,8 @@ class Logged:
     keys: dict[int, set[str]]
 
 
-def logged_since(folder: Path, run_id: str, first_step: int) -> Logged:
-    """What the earlier offline files of a run hold, with the keys from ``first_step`` on. The files are mended.
+def mend_and_read(folder: Path, run_id: str, first_step: int) -> Logged:
+    """Mend the earlier offline files of a run, see `mend`. What they hold, with the keys from ``first_step`` on.
 
     Args:
         folder: ``RUN/wandb``.

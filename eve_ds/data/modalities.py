@@ -1,6 +1,6 @@
 """Sources of images alone and of texts alone beside pairs, as VLMo (arXiv 2111.02358) and BEiT-3 (2208.10442) mix them.
 
-Any caption split serves as one: what it holds of the other modality is not read.
+Any caption split can be one: its texts, or its images, are then not read.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 DeepSpeed 0.19.8's ZeRO keeps the fp32 master weights of a rank in one flat tensor per parameter group. An average is
 taken value by value, so that each rank averages its own part: dense weights and experts alike, at any stage, padding
-included. To evaluate or export the averages, they and the masters change places.
+included. To evaluate or export the averages, they and the masters are swapped.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from eve_ds.engine.checkpoint_record import Manifest, Topology, load_file
 from eve_ds.engine.whole_weights import ShardedState
 from eve_ds.errors import StopError
 
-CHUNK = 2**24  # values that change places at once: a copy of them is held meanwhile
+CHUNK = 2**24  # values swapped at a time: the copy that it takes is 64 MiB
 _KEY = "averages"
 
 
 def file_name(rank: int) -> str:
-    """Of a rank's averages in a checkpoint."""
+    """Name of the file of a rank's averages in a checkpoint."""
     return f"averages_rank_{rank}.pt"
 
 
 class Averages:
-    """Those of this rank; at first the weights themselves. Memory: 4 bytes per master weight of the rank.
+    """The averages of this rank's master weights; at first these themselves. Memory: 4 bytes for each.
 
     Args:
         engine: DeepSpeed's, of ZeRO 1, 2 or 3; its optimizer may be offloaded to the host, where the averages are then.
@@ -47,16 +47,16 @@ class Averages:
         name = "fp32_partitioned_groups_flat" if self._by_parameter else "single_partition_of_fp32_groups"
         return [master.data for master in getattr(self.optimizer, name)]
 
-    def update(self, weight: float) -> None:
-        """``average += weight * (master - average)``."""
-        torch._foreach_lerp_(self.values, self._masters, weight)
+    def update(self, decay: float) -> None:
+        """``average = decay * average + (1 - decay) * master``, in place."""
+        torch._foreach_lerp_(self.values, self._masters, 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """While open, masters and weights of the model are the averages; then every bit is what it was.
 
         A collective at both ends. StopError, which all ranks raise together, may end the block. After any other error
-        nothing is put back: it may be this rank's alone, and ends the run.
+        the averages stay in the model: swapping back would wait for ranks that have no error; and the run ends.
         """
         self._exchange()
         try:
@@ -68,14 +68,14 @@ class Averages:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Values, not tensors, change places: DeepSpeed holds views of the masters."""
+        """Swap values, not tensors: DeepSpeed holds views of the masters."""
         if self._by_parameter:
             self.optimizer.checkpoint_event_prologue()  # releases parameters that are gathered, with their old values
         for average, master in zip(self.values, self._masters, strict=True):
-            for left, right in zip(average.split(CHUNK), master.split(CHUNK), strict=True):
-                kept = left.clone()
-                left.copy_(right)
-                right.copy_(kept)
+            for ours, theirs in zip(average.split(CHUNK), master.split(CHUNK), strict=True):
+                kept = ours.clone()
+                ours.copy_(theirs)
+                theirs.copy_(kept)
         if self._by_parameter:
             for group in range(len(self.values)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -88,7 +88,7 @@ class Averages:
         return {file_name(dist.get_rank()): {_KEY: self.values}}
 
     def load(self, path: Path, manifest: Manifest, topology: Topology) -> bool:
-        """Take over the averages of the checked checkpoint ``path``, bit for bit, whatever its topology.
+        """Take over the averages of the verified checkpoint ``path``, bit for bit, whatever its topology.
 
         Returns:
             False if it holds none; then nothing has changed.
@@ -105,7 +105,7 @@ class Averages:
             for group, start, first, count in self._places(parameter):
                 whole = state.whole(name)
                 if state.num_experts(name):
-                    ep_size = topology.expert_parallel_size
+                    ep_size = topology.expert_parallel_size  # ranks of an expert-parallel group are neighbors
                     whole = whole.chunk(ep_size)[dist.get_rank() % ep_size]
                 self.values[group].narrow(0, start, count).copy_(whole.flatten().narrow(0, first, count))
         return True

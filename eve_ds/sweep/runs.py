@@ -1,4 +1,7 @@
-"""Runs the stages of a sweep, some side by side. What is done stays done; a stop or a failure ends all of them."""
+"""Runs the stages of a sweep, some side by side. What is done stays done; a stop or a failure ends all of them.
+
+A lane is a list of stages of which each needs the one before.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +52,9 @@ def run(lanes: Sequence[Sequence[Stage]], jobs: int, ranks: int) -> None:
         StopError: this process or a run was asked to stop.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # a value that the user has set wins
     if "WANDB_API_KEY" not in environment:
-        environment.setdefault("WANDB_MODE", "disabled")  # dozens of runs would leave logs that nobody asked for
+        environment.setdefault("WANDB_MODE", "disabled")  # one run would log offline; dozens of those pile up
     waiting = [list(lane) for lane in lanes]
     total, done, began = sum(map(len, waiting)), 0, time.monotonic()
     running: dict[subprocess.Popen[bytes], tuple[Stage, list[Stage], float]] = {}
@@ -72,7 +75,7 @@ def run(lanes: Sequence[Sequence[Stage]], jobs: int, ranks: int) -> None:
                         waiting.insert(0, later)
         finally:
             for process in running:
-                process.terminate()  # it saves and ends
+                process.terminate()  # a run saves a checkpoint, then exits
             for process, (stage, _, start) in running.items():
                 process.wait()
                 _add_time(stage, time.monotonic() - start)

@@ -102,14 +102,14 @@ def scores_file(folder: Path) -> Path:
 
 
 def lanes(settings: Settings, table: Table, rows: Collection[str], seeds: int, check: bool = True) -> list[list[Stage]]:
-    """Stages that follow each other, for each seed and row. Seed by seed, so that half of a sweep compares all rows.
+    """A lane for each seed and row: pre-training, fine-tunings. Seed by seed, so that half a sweep compares all rows.
 
     Args:
         settings: of all runs.
         table: which sweep it is.
         rows: names of the chosen rows; FIRST is the fine-tuning without pre-training.
         seeds: number of seeds; they are 0, 1, ...
-        check: parse all options now, not only when their run starts; half a second a row.
+        check: parse all options now, not only when their run starts.
     Raises:
         UserError: the recipe or an option is not one, or the options of a row do not fit the recipe.
     """
@@ -144,7 +144,7 @@ def options(row: Row, model: ModelConfig) -> list[str]:
 def shape(model: ModelConfig, recipe: str) -> str:
     """The value of ``--model`` for a fine-tuning without a checkpoint: what differs from the defaults.
 
-    What its recipe says of the model, such as larger images, wins over it, as it does over a checkpoint's.
+    What the fine-tuning's recipe sets of the model is left out: the recipe wins, as it does over a checkpoint.
     """
     tree = read_yaml(find_recipe(recipe), "--finetune_config")
     decided = (tree.get("model") if isinstance(tree, dict) else None) or {}
@@ -162,6 +162,7 @@ def _arguments(stage: Stage, module: str) -> list[str]:
 
 
 def _pretraining(settings: Settings, row: str, seed: int, own: list[str]) -> Stage:
+    """A later option wins: ``extra`` over --steps and the seed, the row's ``own`` over ``extra``."""
     folder = run_folder(settings.out, row, seed, "pretrain")
     words = ["--config", settings.config, "--data.path", settings.data, "--data.tokenizer", settings.tokenizer]
     words += [*_common(settings, seed, settings.steps), *settings.extra, *own, "--output_dir", str(folder)]
@@ -188,7 +189,7 @@ def _finetunings(settings: Settings, row: str, seed: int, start: Path | ModelCon
 def _launcher(ranks: int) -> list[str]:
     if ranks == 1:
         return ["python", "-m"]
-    # The guard hands signals past torchrun, which would kill ranks that save.
+    # The guard sends signals to the ranks themselves: torchrun would kill them while they save.
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "--module"]
     return ["python", "-m", "eve_ds.launching", "python", "-m", *torchrun]
 
@@ -198,5 +199,5 @@ def _common(settings: Settings, seed: int, steps: int | None) -> list[str]:
     if steps is not None:
         words += ["--optimizer.total_steps", str(steps)]
     if settings.ranks == 1:
-        words += ["--engine.expert_parallel_size", "1"]  # the recipes of the demo have 2
+        words += ["--engine.expert_parallel_size", "1"]  # the demo's recipes have 2, which one rank cannot hold
     return words

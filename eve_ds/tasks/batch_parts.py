@@ -16,7 +16,7 @@ from eve_ds.tasks.masked_parts import Masks
 
 @dataclass
 class Part:
-    """Some rows of a micro-batch, and what is hidden of them."""
+    """Some rows of a micro-batch, and what is hidden of them; rows are the first dimension of every tensor."""
 
     batch: Batch
     masks: Masks
@@ -31,8 +31,8 @@ class Part:
 def parts_of(batch: Batch, masks: Masks) -> tuple[Part, Part, Part | None]:
     """The rows with an image, the pairs, and the texts alone; None where no source of the run has such texts.
 
-    An image alone is a row whose text is all padding. Without a source of one modality all rows are pairs, and the
-    first two parts are the batch itself.
+    The first part includes the second. A row with ``has_text`` 0 is an image alone; its text is all padding. Without
+    sources of one modality all rows are pairs, and the first two parts are the batch itself.
     """
     whole = with_image = Part(batch, masks)
     texts = None

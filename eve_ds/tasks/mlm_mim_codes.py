@@ -1,5 +1,5 @@
-"""MLM + MIM with token targets (table 1 of the paper: 3.09 hours an epoch): masked patches are told by the code that a
-frozen visual tokenizer gives them, as in BEiT v2 (arXiv 2208.06366), in place of their pixels.
+"""MLM + MIM with token targets: the target of a masked patch is the code that a frozen visual tokenizer gives it, as in
+BEiT v2 (arXiv 2208.06366), in place of its pixels. The row "MIM tokens" of the paper's table 1.
 
 Codes come with the data (``python -m preprocessing codes``), so no tokenizer runs here. BEiT v2 sends mask tokens
 through the whole encoder; this keeps EVE's form: only visible patches are encoded, and the light decoder, with a linear
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eve_ds.data.data_config import DataSource
 from eve_ds.data.samples import CaptionSamples, Key, Sample
 from eve_ds.data.shards import Row, RowError
 from eve_ds.data.sources import AnySplit, JoinedSplit
@@ -35,7 +34,7 @@ from preprocessing.errors import UserError
 from preprocessing.shards.schema import CODES, CodeGrid
 from preprocessing.text.tokenizer import Tokenizer
 
-BEIT_V2_CODES = 8192  # of its tokenizer; K where no data tell another one
+BEIT_V2_CODES = 8192  # codes of its tokenizer; K if the data do not give one
 _MEND = "add codes with `python -m preprocessing codes`"
 
 
@@ -74,7 +73,7 @@ class MaskedCodes(MaskedModeling):
     def __init__(self, backbone: Backbone, objective: ObjectiveConfig, mask_id: int, num_codes: int) -> None:
         if not objective.predicts_pixels:
             raise UserError(f"objective.mode={objective.mode!r} masks no patch: use it with --task pretrain")
-        self.num_codes = num_codes
+        self.num_codes = num_codes  # before add_patch_decoder, which the next line calls
         super().__init__(backbone, objective, mask_id)
 
     def add_patch_decoder(self) -> None:
@@ -104,8 +103,8 @@ class CodeSamples(CaptionSamples):
     dataset[sample, epoch] -> those of ``CaptionSamples``, codes [P] int64
 
     Raises:
-        UserError: as ``CaptionSamples``; a source has no codes, or others than the first; or ``transform`` moves what
-            is in the image, whose codes belong to the whole of it.
+        UserError: as ``CaptionSamples``; a source has no codes, or those of another grid or size; or ``transform`` moves
+            what is in the image, whose codes belong to the whole of it.
     """
 
     def __init__(
@@ -171,10 +170,6 @@ class CodesSpec(MaskedSpec):
     ) -> MaskedCodes:
         objective = replace(objective, seed=objective.seed + seed)
         return MaskedCodes(backbone, objective, mask_id, num_classes or BEIT_V2_CODES)
-
-    def check_sources(self, objective: ObjectiveConfig, sources: Sequence[DataSource]) -> None:
-        """Codes are read with pairs."""
-        TaskSpec.check_sources(self, objective, sources)
 
     def num_classes_of(self, state: Mapping[str, Tensor]) -> int:
         return state["code_decoder.head.weight"].shape[0]

@@ -118,9 +118,9 @@ def test_all_curves_are_drawn_over_the_optimizer_step_and_a_repeated_step_has_on
     }
     last = pieces(tmp_path)[1].parent
     last.rename(f"{last}-1")  # as wandb calls the later one of two that begin in one second
-    known = wandb_files.logged_since(tmp_path / "wandb", wandb.run_id(tmp_path), 7)
+    known = wandb_files.mend_and_read(tmp_path / "wandb", wandb.run_id(tmp_path), 7)
     assert known.last == 8 and known.keys.keys() == {7, 8} and known.keys[7] >= {"train/loss", "val/loss"}
-    assert wandb_files.logged_since(tmp_path / "wandb", "another", 7) == wandb_files.Logged(None, {})
+    assert wandb_files.mend_and_read(tmp_path / "wandb", "another", 7) == wandb_files.Logged(None, {})
 
 
 def test_within_a_run_wandb_itself_ignores_a_step_that_is_past(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_file_that_names_no_run_is_set_aside(tmp_path: Path) -> None:
     wandb_files.mend(path)
     assert path.read_bytes() == whole
     path.write_bytes(whole[:7])
-    found = wandb_files.logged_since(tmp_path / "wandb", wandb.run_id(tmp_path), 1)
+    found = wandb_files.mend_and_read(tmp_path / "wandb", wandb.run_id(tmp_path), 1)
     assert found == wandb_files.Logged(-1, {}) and pieces(tmp_path) == []
     assert path.with_name(f"{path.name}.empty").read_bytes() == whole[:7]
 

@@ -30,7 +30,7 @@ def test_averages_and_masters_change_places_and_back_bit_for_bit(monkeypatch: py
     (weights, empty), found = run.optimizer.single_partition_of_fp32_groups, Averages(run)
     view = weights.data[2:4]  # as DeepSpeed has them of each parameter
     weights.data.div_(3)
-    found.update(0.25)
+    found.update(0.75)
     kept = weights.data.clone()
     average = torch.arange(7.0).lerp(kept, 0.25)
     assert torch.equal(found.values[0], average)
