@@ -103,7 +103,7 @@ class CodeSamples(CaptionSamples):
     dataset[sample, epoch] -> those of ``CaptionSamples``, codes [P] int64
 
     Raises:
-        UserError: as ``CaptionSamples``; a source has no codes, or those of another grid or size; or ``transform`` moves
+        UserError: as ``CaptionSamples``; a source has no codes, or those of another grid or size; ``transform`` moves
             what is in the image, whose codes belong to the whole of it.
     """
 
