@@ -151,10 +151,9 @@ class TaskSpec(ABC):
             KeyError: a tensor that tells the head's shape is missing; names it.
             UserError: the stored config is not that of a run.
         """
+        classes = self.num_classes_of(state)  # first: without this head the config may be of another task
         objective = stored_section(self.objective, files.config, "objective") if files.config else self.objective()
-        return self.build(
-            backbone, objective, mask_id=stored_mask_id(files), num_classes=self.num_classes_of(state), seed=0
-        )
+        return self.build(backbone, objective, mask_id=stored_mask_id(files), num_classes=classes, seed=0)
 
     def build_dataset(
         self,
