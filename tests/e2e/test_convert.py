@@ -141,13 +141,14 @@ def beit_file(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / "beit.pth", state
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", [*RIVALS, "mlm_mim_codes"])
 def test_a_rivals_heads_are_named_by_its_task_alone(name: str, convert: Convert, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    state = tiny_task(name).state_dict()
+    own, objective = (name, RIVAL) if name in RIVALS else ("pretrain_codes", OBJECTIVE)
+    state = tiny_task(own).state_dict()
     save_file(state, run / "model.safetensors")
-    sections = {"task": name, "model": dataclasses.asdict(tiny_config()), "objective": dataclasses.asdict(RIVAL)}
+    sections = {"task": name, "model": dataclasses.asdict(tiny_config()), "objective": dataclasses.asdict(objective)}
     (run / "config.yaml").write_text(yaml.safe_dump(sections))
     assert convert("to-published", "--checkpoint", run, "--out", tmp_path / "eve.th").code == 0
     back = tmp_path / "back"
