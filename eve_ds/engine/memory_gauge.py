@@ -103,9 +103,10 @@ def told(found: Sequence[Held], on_gpu: bool, forecast: int | None) -> tuple[str
     line += "no forecast" if forecast is None else f"the plan forecasts {size(forecast)}"
     warnings = []
     if forecast is not None and held.peak > max(ABOVE * forecast, forecast + SLACK):
+        kept = "" if on_gpu else "freed memory that glibc keeps, "
         warnings.append(
             f"memory: {size(held.peak)} are {held.peak / forecast - 1:.0%} more than the plan forecasts: experts that "
-            "are loaded unevenly, callbacks of your own, or an error of the plan"
+            f"are loaded unevenly, the loading of a checkpoint, callbacks of your own, {kept}or an error of the plan"
         )
     if free < LEAST_FREE:
         warnings.append(f"memory: {free:.1%} of the {'GPU' if on_gpu else 'host'}'s memory is free; {LOWER}")

@@ -177,6 +177,7 @@ class GradientBuckets:
     """What becomes of each gradient once autograd has made it, acted out on a ``LiveBytes``.
 
     It is copied into a bucket; a full bucket is copied flat, reduced, and what belongs to this rank's part is kept.
+    ZeRO 1 that does not overlap does this only when the last micro-batch's backward pass has ended.
 
     Args:
         groups: of the task.
@@ -187,16 +188,20 @@ class GradientBuckets:
     def __init__(self, groups: list[Group], zero: Zero, meter: LiveBytes) -> None:
         self.groups, self.zero, self.meter = groups, zero, meter
         self.capacity = zero.setting("reduce_bucket_size")
-        self.own = {g.ids[i] for g in groups for i in g.busiest()} if zero.stage < 3 else set()
+        # What is still to be kept, by id: of ZeRO 3 and of offloading, nothing.
+        kept = () if zero.stage == 3 or zero.offload else groups
+        self.own = {group.ids[i]: group.sizes[i] for group in kept for i in group.busiest()}
         self.filled = self.index = 0
         self.written = [0] * zero.buckets
         self.waiting: list[Tensor] = []
+        self.late = zero.stage == 1 and not zero.settings.get("overlap_comm", False)
+        self.trained: list[Tensor] = []
 
     @contextmanager
     def attached(self, task: nn.Module) -> Iterator[None]:
         """Within it, every gradient that is made is taken."""
-        trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-        hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in trained]
+        self.trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(self._made) for parameter in self.trained]
         try:
             yield
         finally:
@@ -205,22 +210,33 @@ class GradientBuckets:
 
     def begin(self) -> None:
         """Before the backward pass: buffers, and what earlier micro-batches of this step have left."""
-        groups = self.groups
         if self.zero.accumulation > 1:
             if self.zero.stage == 1:
-                self.meter.hold(sum(group.elements for group in groups) * self.zero.itemsize, "gradients")
-            elif self.zero.stage == 2 and not self.zero.offload:
-                kept = sum(group.sizes[i] for group in groups for i in group.busiest())
-                self.meter.hold(kept * self.zero.itemsize, "gradients")
+                self._hold(sum(group.elements for group in self.groups), "gradients")
+            elif self.zero.stage == 2:
+                self._hold(sum(self.own.values()), "gradients")
         if self.zero.whole_buffers and self.zero.stage < 3:
-            self.meter.hold(self.zero.buckets * self.capacity * self.zero.itemsize, "communication")
+            self._hold(self.zero.buckets * self.capacity, "communication")
 
     def end(self) -> None:
         """After the backward pass."""
+        for parameter in self.trained if self.late else ():
+            self._take(parameter)
         self._reduce()
 
+    def _hold(self, elements: int, kind: str) -> None:
+        self.meter.hold(elements * self.zero.itemsize, kind)
+
+    def _made(self, parameter: Tensor) -> None:
+        if not self.late:
+            self._take(parameter)
+            return
+        if self.zero.accumulation == 1:  # else the sum that it is added to is held already
+            self._hold(parameter.numel(), "gradients")
+        parameter.grad = None
+
     def _take(self, parameter: Tensor) -> None:
-        elements, itemsize = parameter.numel(), self.zero.itemsize
+        elements = parameter.numel()
         if self.filled and self.filled + elements > self.capacity:
             self._reduce()
             self.index = (self.index + 1) % self.zero.buckets
@@ -229,14 +245,24 @@ class GradientBuckets:
         if elements <= self.capacity:
             fresh = self.zero.stage < 3 and not self.zero.whole_buffers
             if fresh and self.filled > self.written[self.index]:
-                self.meter.hold((self.filled - self.written[self.index]) * itemsize, "communication")
+                self._hold(self.filled - self.written[self.index], "communication")
                 self.written[self.index] = self.filled
-            parameter.grad = None
+            self._free(parameter)
+
+    def _free(self, parameter: Tensor) -> None:
+        """A gradient that is in the bucket, or reduced as it is too large for one."""
+        if self.late:
+            self._hold(-parameter.numel(), "gradients")
+        parameter.grad = None
 
     def _reduce(self) -> None:
         self.meter.spike(self.filled * self.zero.itemsize)
         for parameter in self.waiting:
-            if id(parameter) in self.own and not self.zero.offload:
-                self.meter.hold(parameter.numel() * self.zero.itemsize, "gradients")
-            parameter.grad = None
+            kept = self.own.pop(id(parameter), 0)
+            if kept and self.zero.whole_buffers:  # one buffer of all, made with the first
+                kept += sum(self.own.values())
+                self.own.clear()
+            self._hold(kept, "gradients")
+            if parameter.numel() > self.capacity:
+                self._free(parameter)
         self.waiting, self.filled = [], 0

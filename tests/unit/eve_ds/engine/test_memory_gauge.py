@@ -46,6 +46,9 @@ def test_the_fullest_rank_and_the_least_free_one_are_told() -> None:
         "no forecast; 2% of 20.0 GiB free"
     )
     assert warning.startswith("memory: 2.5% of the host's memory is free")
+    for on_gpu in (True, False):  # a CPU's resident memory is more than its tensors
+        _, (warning,) = told([held(12)], on_gpu, forecast=10 * GIB)
+        assert ("that glibc keeps" in warning) is not on_gpu
 
 
 def test_sizes_have_three_digits() -> None:
