@@ -81,6 +81,12 @@ TABLES = {
         *(Row(f"text_{share}", f"{_TEXT} {share}") for share in (0.25, 0.4, 0.6, 0.75)),
         Row("recipe", f"{_IMAGE} 0.75 {_TEXT} 0.5"),
     )),
+    "pixel_target": Table("target of masked patches: raw pixels, or normalized patch by patch", "normalized", (
+        Row("mim_raw", "--objective.mode mim --objective.pixel_target raw"),
+        Row("mim_normalized", "--objective.mode mim --objective.pixel_target normalized"),
+        Row("raw", "--objective.pixel_target raw"),
+        Row("normalized", "--objective.pixel_target normalized"),
+    ), "The paper says raw pixels and compares no targets."),
     "last_blocks": Table("feed-forward networks of the last blocks", "soft", (
         Row("shared", f"{_SHARED} {{last}}", Paper(80.1, 93.5, 80.1, 77.0)),
         Row("shared_deeper", f"--model.depth {{deeper}} {_SHARED} {{later}}", Paper(80.2, 93.9, 80.6, 77.1)),

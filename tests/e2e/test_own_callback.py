@@ -134,6 +134,7 @@ def test_a_run_keeps_the_state_of_its_callbacks_over_a_stop_and_on_other_ranks(
     assert {"callbacks.pt", "averages_rank_0.pt", "averages_rank_1.pt"} <= {
         path.name for path in (run / f"checkpoints/step_{STEPS + 1:08d}").iterdir()
     }
+    assert not (run / "model_ema").exists()  # as checkpoint.export is false
     text = ranks.run("eve_ds.pretrain", [*options, more[0], f"--optimizer.total_steps={STEPS + 2}"], world_size=2)
     assert "holds a state of callback eve_ds.callbacks.ema:EMA, which this run does not have; dropped" in text
     assert not {path.name for path in (run / f"checkpoints/step_{STEPS + 2:08d}").glob("[ac]*.pt")}

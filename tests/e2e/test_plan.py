@@ -29,13 +29,16 @@ def command(*argv: str) -> subprocess.CompletedProcess[str]:
 def test_the_command(tmp_path: Path, repository: Path) -> None:
     out = tmp_path / "plan.json"
     recipe = str(repository / "eve_ds/configs/tiny_shapes.yaml")
-    done = command("--config", recipe, *CHOSEN, "--zero", "3", "--pairs", "16e6", "--json", str(out))
+    averaging = ("--optimizer.ema", "0.9", "--engine.precision", "fp32")
+    done = command("--config", recipe, *CHOSEN, *averaging, "--zero", "3", "--pairs", "16e6", "--json", str(out))
     assert done.returncode == 0, done.stderr
     assert "largest micro-batch that fits" in done.stdout
     plan = json.loads(out.read_text(encoding="utf-8"))
     assert (plan["run"]["micro_batch_size"], plan["run"]["zero_stage"]) == (32, 3)
     total = plan["parameters"]["dense"] + plan["parameters"]["experts"]
-    assert plan["checkpoint"] == 12 * total and "a checkpoint, of all ranks together" in done.stdout  # ZeRO 3
+    # ZeRO 3: a master copy, two moments, the averages; in fp32 the weights are the master copy.
+    assert plan["checkpoint"] == 16 * total and "a checkpoint, of all ranks together" in done.stdout
+    assert plan["memory"]["without_checkpointing"]["optimizer"] == pytest.approx(12 * total / 4, rel=0.01)
     assert plan["days"] == pytest.approx(days(16e6, plan["flops_per_sample"], 4, 989, 0.4))
     bad = command("--config", recipe, "--world_size", "100", "--expert_parallel_size", "2")
     assert (bad.returncode, bad.stdout) == (2, "")

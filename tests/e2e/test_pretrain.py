@@ -17,6 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eve_ds.callbacks import wandb_files
 from eve_ds.callbacks.metric_groups import GROUPS, grouped
+from eve_ds.engine.checkpoint_record import Manifest
+from eve_ds.engine.checkpoint_record import load_file as load_part
+from eve_ds.engine.whole_weights import ShardedState
 from eve_ds.weights.model_folder import starts
 from tests.support import ranks
 
@@ -81,6 +84,11 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
     files = {"model.safetensors", "config.yaml", "tokenizer.json", "hashes.json"}
     assert all({path.name for path in (straight / folder).iterdir()} == files for folder in ("model", "model_ema"))
+    last = straight / "checkpoints/step_00000006"
+    averages = [load_part(last / f"averages_rank_{rank}.pt")["averages"] for rank in range(2)]
+    state = ShardedState(last, Manifest.read(last)).with_masters(averages)
+    exported = load_file(straight / "model_ema/model.safetensors")
+    assert exported.keys() == set(state.names) and all(torch.equal(exported[n], state.whole(n)) for n in state.names)
     for record in held_out:
         assert {key for key in record if "ema" in key} == {f"val_ema{key[3:]}" for key in record if key[:4] == "val/"}
         assert record["val_ema/loss"] != record["val/loss"]
@@ -178,7 +186,7 @@ def test_sigterm_saves_and_the_run_goes_on_where_it_was(straight: Path, tiny_run
         "expert_parallel_size": 2,
         "zero_stage": 2,
     }
-    assert not (output / "model").exists()
+    assert not any((output / model).exists() for model in ("model", "model_ema"))
     text = ranks.run("eve_ds.pretrain", [*options, f"--optimizer.total_steps={int(last) + 2}"])
     assert f"training from step {int(last)} to step" in text
     assert [record["step"] for record in learned(output)] == list(range(1, int(last) + 3))
@@ -194,12 +202,11 @@ def test_a_stop_within_an_evaluation_saves_and_the_next_start_makes_it_up(
     assert learned(tmp_path / "run") == learned(straight)[:3]  # a second start of the same command: the same bits
     ranks.run("eve_ds.pretrain", options)
     assert learned(tmp_path / "run") == learned(straight)
-    weights = Path("model", "model.safetensors")
-    assert (tmp_path / "run" / weights).read_bytes() == (straight / weights).read_bytes()
+    assert same_weights(tmp_path / "run", straight)
     assert [json.loads(start.read_text())["step"] for start in starts(tmp_path / "run")] == [0, 3]
     scores = [
         [
-            {k: v for k, v in record.items() if k == "step" or k.startswith("val/")}
+            {k: v for k, v in record.items() if k == "step" or k.startswith(("val/", "val_ema/"))}
             for record in records(run)
             if "lr" not in record
         ]

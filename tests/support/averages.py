@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eve_ds.engine.callback import Callback
+from eve_ds.errors import StopError
 
 EMA_DECAY = 0.26  # below what the bound that grows with the steps allows for the third of them
 Batch = dict[str, Tensor]
@@ -23,8 +25,8 @@ def moving(average: Tensor, value: Tensor, updates: Tensor) -> Tensor:
 
 
 def evaluate(trainer: Any, ema: Callback, rows: Batch, losses: list[float]) -> tuple[State, State]:
-    """As a trainer, with the weights and with the averages, whose losses are added to ``losses``; then with the weights
-    once more: every bit is as it was.
+    """As a trainer, with the weights and with the averages, whose losses are added to ``losses``; then, after an
+    evaluation of the averages that is stopped, with the weights once more: every bit is as it was.
 
     Args:
         trainer: has ``engine``.
@@ -45,13 +47,22 @@ def evaluate(trainer: Any, ema: Callback, rows: Batch, losses: list[float]) -> t
         states.append({name: value.numpy() for name, value in full_state(trainer.engine.module).items()})
         return {"val/loss": float(loss)}
 
+    def stop(trainer: Any) -> dict[str, float]:
+        raise StopError
+
     trainer.step, trainer.evaluate = 0, held_out
     found = held_out(trainer)
+    held = [value.numel() for value in trainer.engine.module.parameters()]
     ema.evaluating(trainer, found)
+    after = [value.numel() for value in trainer.engine.module.parameters()]
+    assert all(now >= before for now, before in zip(after, held, strict=True))  # ZeRO 3 keeps small ones whole
     losses += found.values()
     if len(states) == 1:
         return states[0], {}
     assert found.keys() == {"val/loss", "val_ema/loss"} and found["val_ema/loss"] != found["val/loss"]
+    trainer.evaluate = stop
+    with pytest.raises(StopError):
+        ema.evaluating(trainer, {})
     assert held_out(trainer)["val/loss"] == found["val/loss"]
     last, averages, again = states
     assert all(np.array_equal(last[name], again[name]) for name in last)

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eve_ds.engine.callback import Callback
 from eve_ds.engine.evaluation import held_out_metrics, predict
 from eve_ds.engine.signals import StopRequest
+from eve_ds.engine.trainer import Trainer
 from eve_ds.errors import StopError
 from tests.support.tiny import caption_batch, masked_task
 
@@ -49,3 +51,16 @@ def test_a_request_to_stop_is_met_between_two_batches(trainer: Any) -> None:
     with pytest.raises(StopError):
         predict(task, batches(), trainer.device, trainer.stop)  # type: ignore[arg-type]
     assert seen == [0, 1, 0, 1]
+
+
+def test_a_stop_in_what_a_callback_adds_to_an_evaluation_leaves_it_due() -> None:
+    class Stops(Callback):
+        def evaluating(self, trainer: Trainer, found: dict[str, float]) -> None:
+            raise StopError
+
+    run, recorded = Trainer.__new__(Trainer), []
+    run.engine, run.step, run.nonfinite_streak = SimpleNamespace(eval=lambda: None), 3, 0
+    run.evaluate, run.evaluation_due, run.stopped_early = lambda _: {"val/loss": 1.0}, True, False
+    run._hooks = {"evaluating": [Stops().evaluating], "evaluation_end": [lambda _, record: recorded.append(record)]}
+    run._evaluate()
+    assert run.stopped_early and run.evaluation_due and recorded == []
