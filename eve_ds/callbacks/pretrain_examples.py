@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 
+_log = logging.getLogger(__name__)
 KEPT = 5  # folders ``samples/step_N``
 
 
@@ -48,6 +50,7 @@ class PretrainExamples(Callback):
             first.setdefault(int(held_out.split.sample(sample)[0]), sample)
         self.chosen = list(first.values())
         self.load: torch.Tensor | None = None
+        self._warned = False
 
     def step_end(self, trainer: Trainer, record: dict[str, float]) -> None:
         """Counts the tokens of the last tenth of the run. A collective where images are due."""
@@ -59,7 +62,12 @@ class PretrainExamples(Callback):
 
     def _show_images(self, trainer: Trainer) -> None:
         images = self._examples(trainer).images
-        if not trainer.is_main or not images:
+        if not trainer.is_main:
+            return
+        if not images:
+            if not self._warned:
+                _log.warning("logging.images_every=%d shows nothing: no patches are masked", self.images_every)
+            self._warned = True
             return
         folder = trainer.output_dir / "samples"
         own = folder / f"step_{trainer.step:08d}"

@@ -74,10 +74,14 @@ def test_the_newest_pictures_are_kept_and_all_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"is_main": False}, {"pictures": False}, {"images_every": 0}])
-def test_other_ranks_and_objectives_without_pictures_write_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_other_ranks_and_objectives_without_pictures_write_none(
+    tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     callback, trainer = made(tmp_path, **{"images_every": 2} | changes)
     train(callback, trainer, 5)
     assert list(tmp_path.iterdir()) == [] and trainer.shown == []
+    told = ["logging.images_every=2 shows nothing: no patches are masked"] if "pictures" in changes else []
+    assert caplog.messages == told  # once
 
 
 def test_the_load_at_the_end_is_of_the_last_tenth_in_order_of_the_blocks(tmp_path: Path) -> None:
