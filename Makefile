@@ -27,8 +27,8 @@ setup: $(RUN_READY) ## make .venv
 demo: setup ## the whole pipeline on a small embedded data set; ends with runs/demo/report.html
 	@.venv/bin/python -m eve_ds.demo --seed $(SEED)
 
-test: $(DEV_READY) test-packages ## what CI runs
-	$(PYTEST) -m "not long" tests
+test: $(DEV_READY) test-packages test-unit ## what CI runs: the unit tests, then all others one by one
+	$(PYTEST) -m "not long" --ignore tests/unit tests
 
 test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
 	$(PYTEST) -n auto --maxprocesses 8 -m "not long" tests/unit
