@@ -177,7 +177,8 @@ class GradientBuckets:
     """What becomes of each gradient once autograd has made it, acted out on a ``LiveBytes``.
 
     It is copied into a bucket; a full bucket is copied flat, reduced, and what belongs to this rank's part is kept.
-    ZeRO 1 that does not overlap does this only when the last micro-batch's backward pass has ended.
+    ZeRO 1 that does not overlap does this only when the last micro-batch's backward pass has ended. Gradients have the
+    dtype of the weights: a DeepSpeed file's ``data_types`` and ``communication_data_type`` do not count.
 
     Args:
         groups: of the task.
@@ -195,13 +196,13 @@ class GradientBuckets:
         self.written = [0] * zero.buckets
         self.waiting: list[Tensor] = []
         self.late = zero.stage == 1 and not zero.settings.get("overlap_comm", False)
-        self.trained: list[Tensor] = []
+        self.made: list[Tensor] = []  # weights with a gradient that is late
 
     @contextmanager
     def attached(self, task: nn.Module) -> Iterator[None]:
         """Within it, every gradient that is made is taken."""
-        self.trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-        hooks = [parameter.register_post_accumulate_grad_hook(self._made) for parameter in self.trained]
+        trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        hooks = [parameter.register_post_accumulate_grad_hook(self._made) for parameter in trained]
         try:
             yield
         finally:
@@ -220,7 +221,7 @@ class GradientBuckets:
 
     def end(self) -> None:
         """After the backward pass."""
-        for parameter in self.trained if self.late else ():
+        for parameter in self.made:
             self._take(parameter)
         self._reduce()
 
@@ -231,9 +232,10 @@ class GradientBuckets:
         if not self.late:
             self._take(parameter)
             return
+        self.made.append(parameter)
+        parameter.grad = None
         if self.zero.accumulation == 1:  # else the sum that it is added to is held already
             self._hold(parameter.numel(), "gradients")
-        parameter.grad = None
 
     def _take(self, parameter: Tensor) -> None:
         elements = parameter.numel()

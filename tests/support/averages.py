@@ -55,7 +55,7 @@ def evaluate(trainer: Any, ema: Callback, rows: Batch, losses: list[float]) -> t
     held = [value.numel() for value in trainer.engine.module.parameters()]
     ema.evaluating(trainer, found)
     after = [value.numel() for value in trainer.engine.module.parameters()]
-    assert all(now >= before for now, before in zip(after, held, strict=True))  # ZeRO 3 keeps small ones whole
+    assert all(now >= before for now, before in zip(after, held, strict=True))  # ZeRO 3 gathers small ones again
     losses += found.values()
     if len(states) == 1:
         return states[0], {}
