@@ -26,6 +26,7 @@ from eve_ds.engine.distributed import gather
 from eve_ds.engine.divergence import NOT_FINITE, LossRange, add_suspect, not_finite
 from eve_ds.engine.evaluation import stop_agreed
 from eve_ds.engine.identity import Identity
+from eve_ds.engine.initialize import initialize
 from eve_ds.engine.loss_scale import can_fall, scale_of
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.signals import StopRequest
@@ -111,7 +112,7 @@ class Trainer:
             )
         optimizer = build_optimizer(task, config.optimizer, offload, device)
         mark("the set-up of DeepSpeed")
-        self.engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
+        self.engine = initialize(task, optimizer, settings)
 
     @property
     def checkpoint_dir(self) -> Path:

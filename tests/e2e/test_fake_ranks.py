@@ -6,6 +6,7 @@ Everything up to and with ``deepspeed.initialize`` is the engine's own. Collecti
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 from typing import Any
@@ -62,6 +63,7 @@ def _one_run(config: Any) -> dict[str, Any]:
 
     from eve_ds.engine import distributed, setup
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
+    from eve_ds.engine.initialize import initialize
     from eve_ds.engine.optim import build_optimizer
     from eve_ds.plan.zero_states import Zero, groups_of
 
@@ -76,7 +78,7 @@ def _one_run(config: Any) -> dict[str, Any]:
     made = _count_new_groups()
     distributed.disable_shm_operation()
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, config.optimizer), config=settings)
+    engine = initialize(task, build_optimizer(task, config.optimizer), settings)
     layer = task.backbone.moe_layers()[-1]
     copies = groups._get_expert_data_parallel_group(layer.ep_group_name)
     masters = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else None
@@ -91,6 +93,7 @@ def _one_run(config: Any) -> dict[str, Any]:
         "stage": engine.zero_optimization_stage(),
         "partitions": [part.numel() for part in masters],
         "planned": planned,
+        "inductor": "torch._inductor.compile_fx" in sys.modules,
     }
 
 
@@ -158,3 +161,8 @@ def test_the_plan_partitions_as_deepspeed_does(runs: dict[int, list[dict[str, An
         assert len(run["planned"]) == len(run["partitions"])
         for planned, held in zip(run["planned"], run["partitions"], strict=True):
             assert 0 <= held - planned <= 64
+
+
+def test_nothing_is_compiled_in_vain(runs: dict[int, list[dict[str, Any]]]) -> None:
+    """Torch's inductor is a second and more of every rank's start (eve_ds.engine.initialize)."""
+    assert not any(run["inductor"] for ranks in runs.values() for run in ranks)

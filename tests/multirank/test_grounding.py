@@ -72,11 +72,11 @@ def evaluate(expected: dict[str, float]) -> None:
 
 def compare(stage: int, expected: dict[str, float]) -> None:
     """Evaluate, train a step at a learning rate of 0, and both again: nothing of either changes."""
-    import deepspeed
 
     from eve_ds.config_sections import EngineConfig, OptimizerConfig
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.evaluation import held_out_metrics
+    from eve_ds.engine.initialize import initialize
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.optim import build_optimizer
     from eve_ds.engine.signals import StopRequest
@@ -85,7 +85,7 @@ def compare(stage: int, expected: dict[str, float]) -> None:
     task = tiny_task(expert_parallel(DeepSpeedMoE, WORLD_SIZE, rank))
     config = EngineConfig(global_batch_size=ROWS * WORLD_SIZE, expert_parallel_size=WORLD_SIZE, precision="fp32")
     settings = load_deepspeed_config(f"ds_configs/zero{stage}.json", config, options, WORLD_SIZE)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
+    engine = initialize(task, build_optimizer(task, options), settings)
     for group in engine.optimizer.param_groups:
         group["lr"] = 0.0
     trainer: Any = SimpleNamespace(engine=engine, task=task, device=torch.device("cpu"), stop=StopRequest())

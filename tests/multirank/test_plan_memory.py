@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from eve_ds.engine.deepspeed_config import best_precision
@@ -21,7 +22,7 @@ WORLD, ROWS, TEXT, TOLERANCE = 2, 12, 16, 0.15
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 Case = tuple[int, int, str, int]  # ZeRO stage, expert-parallel size, precision, micro-batches a step
 QUICK = best_precision("cpu")  # bf16 where it is quick: elsewhere these few steps take minutes
-CASES: list[Case] = [(1, 2, "fp32", 1), (2, 2, QUICK, 2), (3, 1, QUICK, 1)]
+CASES: list[Case] = [(3, 1, QUICK, 1), (1, 2, "fp32", 1), (2, 2, QUICK, 2)]  # what is profiled comes last
 BUCKET = 1_000_000  # elements: a step of ZeRO 1 and 2 reduces several
 
 
@@ -76,25 +77,25 @@ def settings_of(config) -> dict[str, Any]:
     return settings
 
 
-def train(case: Case, steps: int) -> tuple[int, int]:
-    """A short run, of at least two steps if it is measured.
+def train(case: Case, steps: int, profiled: int) -> tuple[int, int]:
+    """A short run of ``steps`` steps, and ``profiled`` more under the profiler.
 
     Returns:
-        The most resident bytes between the engine's start and its end; the most bytes that the last step's forward and
-        backward passes allocated beyond what was there before them.
+        The most resident bytes in the former; the most bytes that forward and backward passes of one of the latter
+        allocated beyond what was there before, the least of these steps.
     """
-    import deepspeed
     import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
 
     from eve_ds.engine import setup
+    from eve_ds.engine.initialize import initialize
     from eve_ds.engine.optim import build_optimizer
 
     config = config_of(case)
     settings = settings_of(config)
     task = setup.build_task(config, _Tokenizer())  # type: ignore[arg-type]
     optimizer = build_optimizer(task, config.optimizer)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
+    engine = initialize(task, optimizer, settings)
     batch = {
         "images": torch.randn(ROWS, 3, 64, 64),
         "text_ids": torch.randint(5, 50, (ROWS, TEXT)),
@@ -103,25 +104,29 @@ def train(case: Case, steps: int) -> tuple[int, int]:
     }
     collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts anew
-    for _ in range(steps - 1):
+    for _ in range(steps):
         for _ in range(case[-1]):
             engine.backward(engine(batch).loss * WORLD)
             engine.step()
     most = status("VmHWM")  # the profiler's own memory does not count
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _ in range(case[-1] - 1):
+    allocated = []
+    for _ in range(profiled):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            for _ in range(case[-1] - 1):
+                engine.backward(engine(batch).loss * WORLD)
+                engine.step()
             engine.backward(engine(batch).loss * WORLD)
-            engine.step()
-        engine.backward(engine(batch).loss * WORLD)
-    engine.step()
+        engine.step()
+        allocated.append(most_allocated(profiler))
     engine.destroy()
-    return most, most_allocated(profiler)
+    return most, min(allocated, default=0)
 
 
 def most_allocated(profiler: Any) -> int:
     """The most bytes, of those allocated while ``profiler`` was on, that were held at once.
 
-    What another thread frees, as gloo's may a reduced bucket, is not seen; its address tells when it is used again.
+    What another thread frees, as gloo's may a reduced bucket, is seen only when its address is used again: by chance
+    the result is some buckets too large, never too small.
     """
     waiting, changes = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while waiting:
@@ -159,12 +164,13 @@ def compare(cases: list[Case]) -> None:
     disable_shm_operation()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     for case in cases:
-        train(case, steps=1)  # oneDNN keeps a kernel for every shape of product that it has met
+        train(case, steps=0, profiled=1)  # oneDNN keeps a kernel for every shape of product that it has met
         collect()
         before = status("VmRSS")
-        resident, allocated = train(case, steps=3)
+        passes_compared = case[0] < 3 and case[2] == "fp32"  # in ZeRO 3 gathered weights are a part of it
+        resident, allocated = train(case, steps=2, profiled=3 if passes_compared else 0)
         near(f"{case}, resident", forecast(case, whole_buffers=False).peak, resident - before, TOLERANCE)
-        if case[0] < 3 and case[2] == "fp32":  # in ZeRO 3 gathered weights are a part of it
+        if passes_compared:
             passes = forecast(case, whole_buffers=True)
             held = passes.gradients + passes.communication + passes.activations
             near(f"{case}, allocated", held, allocated, TOLERANCE / 3, slack=2 * BUCKET * 4)
@@ -186,5 +192,6 @@ def near(what: str, forecasted: int, measured: int, tolerance: float, slack: int
     assert abs(forecasted - measured) < tolerance * measured + slack, told
 
 
+@pytest.mark.timeout(900)
 def test_forecast_is_near_what_is_measured() -> None:
-    run_distributed_test(compare, WORLD, args=(CASES,), timeout=280)
+    run_distributed_test(compare, WORLD, args=(CASES,), timeout=800)

@@ -41,7 +41,6 @@ class Run:
     def __init__(self, root: Path, case: Case) -> None:
         import functools
 
-        import deepspeed
         import torch.distributed as dist
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
@@ -50,6 +49,7 @@ class Run:
         from eve_ds.engine.averages import Averages
         from eve_ds.engine.checkpoint_record import Topology
         from eve_ds.engine.deepspeed_config import load_deepspeed_config
+        from eve_ds.engine.initialize import initialize
         from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 
         self.case, self.folder, self.rank = case, root / case.name, dist.get_rank()
@@ -65,9 +65,7 @@ class Run:
         optim.split_params_into_different_moe_groups_for_optimizer = functools.partial(  # type: ignore[assignment]
             split_params_into_different_moe_groups_for_optimizer, max_group_size=case.groups
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=self.task, optimizer=optim.build_optimizer(self.task, options), config=settings
-        )
+        self.engine = initialize(self.task, optim.build_optimizer(self.task, options), settings)
         self.averages = Averages(self.engine)
 
     def train(self, steps: range) -> list[float]:

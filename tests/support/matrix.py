@@ -271,12 +271,12 @@ def compare(cases: list[Case], expected: dict[Reference, Trajectory]) -> None:
 
 def under_deepspeed(case: Case) -> Trajectory:
     """As ``one_process``, each rank with its rows of the batch; the weights are those of rank 0's ``full_state``."""
-    import deepspeed
 
     from eve_ds.callbacks.ema import EMA
     from eve_ds.callbacks.grad_norms import norms_by_kind
     from eve_ds.engine.callback import Callback
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
+    from eve_ds.engine.initialize import initialize
     from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
     from eve_ds.engine.optim import build_optimizer
 
@@ -296,7 +296,7 @@ def under_deepspeed(case: Case) -> Trajectory:
     if case.precision == "fp16":
         allow_fp16()
         settings["fp16"] |= {"initial_scale_power": 10}  # FP16_SCALE: no step is left out
-    engine, *_ = deepspeed.initialize(model=task, optimizer=build_optimizer(task, options), config=settings)
+    engine = initialize(task, build_optimizer(task, options), settings)
     trajectory, trainer = Trajectory([], [], {}, {}), SimpleNamespace(engine=engine)
     ema = EMA(EMA_DECAY) if settings["zero_optimization"]["stage"] else Callback()
     for step in range(STEPS):
