@@ -6,6 +6,9 @@ when the ranks build the same graph (also on a rank without rows: a tensor of sh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,10 +16,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, the collectives of this thread act as in a world of size 1: what runs on one rank must not wait for
+    the others."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
 
 def is_initialized() -> bool:
-    """Whether this process belongs to a process group; false in builds of PyTorch without ``torch.distributed``."""
-    return dist.is_available() and dist.is_initialized()
+    """Whether this process belongs to a process group and is not ``alone``; false in builds of PyTorch without
+    ``torch.distributed``."""
+    return not _alone.get() and dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from eve_ds.model.model_config import ModelConfig
+from eve_ds.parallel import alone
 from eve_ds.plan.live_bytes import LiveBytes
 from eve_ds.plan.meta_model import Config, build, even_batch, prepare
 from eve_ds.plan.zero_states import GradientBuckets, Zero, groups_of, steady, step_peak
@@ -81,7 +82,8 @@ class Rehearsal:
         known = [*self.task.parameters(), *self.task.buffers(), *inputs.values()]
         meter = LiveBytes(known, selected=selected, scalar=batch.text_length)
         buckets = GradientBuckets(self.groups, self.zero, meter)
-        with torch.device("meta"), meter, buckets.attached(self.task):
+        # In a run the other ranks do not take part, and what they send is in _gathered.
+        with torch.device("meta"), alone(), meter, buckets.attached(self.task):
             loss = self.task(inputs).loss
             forward = meter.live
             buckets.begin()

@@ -73,7 +73,8 @@ def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
     assert held_out["val/loss"] == pytest.approx(sum(losses))
     assert 0 <= held_out["val/itm_accuracy"] <= 1
     told = "negatives come from one micro-batch of all ranks, 4 of the 8 samples of a step; engine.micro_batch_size=4, "
-    assert (pretrained.parent / "printed").read_text().count(told) == 1
+    printed = (pretrained.parent / "printed").read_text()
+    assert printed.count(told) == 1 and "; the plan forecasts " in printed
     shown = json.loads((pretrained / "samples" / "samples.json").read_text())
     assert len(shown["images"]) == len(shown["words"]) == 8
     task = load_task_model("itc_itm_mlm_mim", pretrained)
@@ -85,6 +86,7 @@ def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretr
     first, again = tmp_path / "first", tmp_path / "again"
     printed = finetune(task, data, pretrained, first, *(["--load_head"] if task == "itr_coco" else []))
     assert "negatives" not in printed  # a step is one micro-batch
+    assert "; the plan forecasts " in printed and "no forecast" not in printed
     scores = json.loads((first / "scores_test.json").read_text())
     logged = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     held_out = [record for record in logged if any(key.startswith("val/") for key in record)]

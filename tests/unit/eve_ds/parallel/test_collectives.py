@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from eve_ds import parallel
+
+
+@pytest.fixture
+def among_four() -> Iterator[None]:
+    """This process is rank 1 of 4."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def place() -> tuple[int, int]:
+    return parallel.rank(), parallel.world_size()
 
 
 def test_a_world_of_one() -> None:
@@ -22,3 +39,15 @@ def test_a_world_of_one() -> None:
 def test_rows_and_counts_must_agree() -> None:
     with pytest.raises(ValueError, match="3 rows"):
         parallel.all_to_all_uneven(torch.zeros(3, 2), [2], [2])
+
+
+def test_alone_is_a_world_of_one_for_this_thread_alone(among_four: None) -> None:
+    assert place() == (1, 4)
+    with ThreadPoolExecutor(1) as other, pytest.raises(KeyError), parallel.alone():
+        test_a_world_of_one()
+        with parallel.alone():
+            pass
+        assert place() == (0, 1)
+        assert other.submit(place).result() == (1, 4)
+        raise KeyError
+    assert place() == (1, 4)
