@@ -1,4 +1,4 @@
-"""``deepspeed.initialize`` for a task that trains, without what it imports and compiles in vain."""
+"""``deepspeed.initialize`` for a task that trains, without an import that takes a second and serves no run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from eve_ds.tasks.base import Task
 
-_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read whenever something is to be compiled
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read whenever torch.compile is called
 _MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
@@ -30,9 +30,9 @@ def initialize(task: Task, optimizer: Optimizer, settings: dict[str, Any]) -> De
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon optimizer uncompiled: ZeRO compares ours with it, and no run uses it.
+    """Import DeepSpeed's Muon optimizer with torch.compile off: ZeRO compares ours with it, and no run uses it.
 
-    It is compiled when it is imported, and that imports torch's inductor on every rank: a second and more.
+    Its functions are wrapped with torch.compile, which imports torch's inductor on every rank: a second and more.
     """
     before = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"

@@ -15,6 +15,7 @@ from tests.support import ranks
 EXAMPLES = ranks.REPOSITORY / "docs/examples"
 MODULE = """
 import json
+import sys
 from eve_ds.engine.callback import Callback
 
 class Recorder(Callback):
@@ -23,6 +24,7 @@ class Recorder(Callback):
 
     def fit_start(self, trainer):
         self.calls.append(f"fit_start {trainer.step}")
+        assert "torch._inductor.compile_fx" not in sys.modules  # eve_ds/engine/initialize.py
 
     def step_start(self, trainer):
         self.calls.append(f"step_start {trainer.step}")

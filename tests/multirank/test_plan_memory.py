@@ -22,7 +22,7 @@ WORLD, ROWS, TEXT, TOLERANCE = 2, 12, 16, 0.15
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 Case = tuple[int, int, str, int]  # ZeRO stage, expert-parallel size, precision, micro-batches a step
 QUICK = best_precision("cpu")  # bf16 where it is quick: elsewhere these few steps take minutes
-CASES: list[Case] = [(3, 1, QUICK, 1), (1, 2, "fp32", 1), (2, 2, QUICK, 2)]  # what is profiled comes last
+CASES: list[Case] = [(3, 1, QUICK, 1), (1, 2, "fp32", 1), (2, 2, QUICK, 2)]  # ZeRO 3 before what is profiled thrice
 BUCKET = 1_000_000  # elements: a step of ZeRO 1 and 2 reduces several
 
 
@@ -81,8 +81,8 @@ def train(case: Case, steps: int, profiled: int) -> tuple[int, int]:
     """A short run of ``steps`` steps, and ``profiled`` more under the profiler.
 
     Returns:
-        The most resident bytes in the former; the most bytes that forward and backward passes of one of the latter
-        allocated beyond what was there before, the least of these steps.
+        The most resident bytes in the former. Of each of the latter, the most bytes that its forward and backward
+        passes allocated beyond what was there before; of these the least, 0 if there are none.
     """
     import torch.distributed as dist
     from torch.profiler import ProfilerActivity, profile
@@ -126,7 +126,7 @@ def most_allocated(profiler: Any) -> int:
     """The most bytes, of those allocated while ``profiler`` was on, that were held at once.
 
     What another thread frees, as gloo's may a reduced bucket, is seen only when its address is used again: by chance
-    the result is some buckets too large, never too small.
+    the result is some buckets too large.
     """
     waiting, changes = list(profiler.profiler.kineto_results.experimental_event_tree()), []
     while waiting:
