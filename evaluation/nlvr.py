@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evaluation import intervals
 from evaluation.common import (
     InputError,
     Parser,
@@ -36,6 +37,11 @@ def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]])
     Raises:
         InputError: an example without prediction, a duplicate identifier, a value that is neither true nor false.
     """
+    return summary(per_example(predictions, examples))
+
+
+def per_example(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """{identifier: whether its prediction is right}, in the order of the examples. As ``score``."""
     if not examples:
         raise InputError("there are no examples to score")
     labels: dict[str, str] = {}
@@ -47,16 +53,27 @@ def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]])
     missing = [identifier for identifier in labels if identifier not in predictions]
     if missing:
         raise InputError(f"{len(missing)} of {len(labels)} examples have no prediction: {first_few(missing)}")
-    consistent: dict[tuple[str, ...], bool] = {}
-    right = 0
+    right = {}
     for identifier, label in labels.items():
         if (answer := predictions[identifier].lower()) not in TRUTHS:
             raise InputError(f"prediction of {identifier!r} is {predictions[identifier]!r}, neither True nor False")
-        right += answer == label
-        parts = identifier.split("-")
-        sentence = (*parts[:2], *parts[3:])
-        consistent[sentence] = consistent.get(sentence, True) and answer == label
-    return {"accuracy": right / len(labels), "consistency": sum(consistent.values()) / len(consistent)}
+        right[identifier] = answer == label
+    return right
+
+
+def summary(right: Mapping[str, bool]) -> dict[str, float]:
+    """What ``score`` returns, of the examples that are right or wrong."""
+    consistent: dict[tuple[str, ...], bool] = {}
+    for identifier, answered in right.items():
+        sentence = sentence_of(identifier)
+        consistent[sentence] = consistent.get(sentence, True) and answered
+    return {"accuracy": sum(right.values()) / len(right), "consistency": sum(consistent.values()) / len(consistent)}
+
+
+def sentence_of(identifier: str) -> tuple[str, ...]:
+    """What examples of one sentence have in common: the identifier without its third field, the pair."""
+    parts = identifier.split("-")
+    return (*parts[:2], *parts[3:])
 
 
 def _read_example(example: Any, row: int) -> tuple[str, str]:
@@ -103,14 +120,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", required=True, metavar="M.json", help="where accuracy and consistency go, as fractions"
     )
+    intervals.add_option(parser)
     options = parser.parse_args(arguments)
     predictions = read_predictions(options.predictions)
     examples = read_json_rows(options.annotations)
     try:
-        scores = score(predictions, examples)
+        right = per_example(predictions, examples)
     except InputError as error:
         raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
-    write_scores(options.out, scores, " ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    scores = summary(right)
+    parts = intervals.nlvr_parts(list(right.values()), [sentence_of(identifier) for identifier in right])
+    found = intervals.confidence(parts) if options.intervals else {}
+    line = " ".join(f"{name} {intervals.shown(value, found.get(name), '.4f')}" for name, value in scores.items())
+    write_scores(options.out, intervals.beside(scores, found), line)
     if len(predictions) > len(examples):
         extra = len(predictions) - len(examples)
         print(

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation import intervals
 from evaluation.common import InputError, Parser, check_regular, run, write_scores
 
 CUTOFFS = (1, 5, 10)
@@ -124,7 +125,14 @@ def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.g
 
 
 def score_file(path: str) -> dict[str, float]:
-    """``recalls`` of an .npz file. Holds one of its two score arrays in memory at a time.
+    """``recalls`` of an .npz file. Raises as ``file_ranks``."""
+    return summary(*file_ranks(path)[:2])
+
+
+def file_ranks(path: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
+    """``text_ranks`` and ``image_ranks`` of an .npz file, and its ``text_image_index``.
+
+    Holds one of its two score arrays in memory at a time.
 
     Raises:
         InputError: the file is missing or no .npz, and as ``recalls``.
@@ -145,7 +153,7 @@ def score_file(path: str) -> dict[str, float]:
             images = image_ranks(_load(archive, "text_to_image"), index)  # type: ignore[arg-type]
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    return summary(texts, images)
+    return texts, images, index  # type: ignore[return-value]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -153,9 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m evaluation.retrieval", description=__doc__)
     parser.add_argument("--scores", required=True, metavar="S.npz", help=f"arrays {', '.join(ARRAYS)}")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the recalls go, in percent")
+    intervals.add_option(parser)
     options = parser.parse_args(arguments)
-    scores = score_file(options.scores)
-    write_scores(options.out, scores, " ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+    texts, images, index = file_ranks(options.scores)
+    scores = summary(texts, images)
+    found = intervals.confidence(intervals.retrieval_parts(texts, images, index, CUTOFFS)) if options.intervals else {}
+    line = " ".join(f"{name} {intervals.shown(value, found.get(name), '.2f')}" for name, value in scores.items())
+    write_scores(options.out, intervals.beside(scores, found), line)
 
 
 if __name__ == "__main__":

@@ -103,10 +103,22 @@ def paired_bootstrap(
     for begin in range(0, draws, at_a_time):
         drawn = generator.integers(size, size=(min(at_a_time, draws - begin), size))
         means[begin : begin + len(drawn)] = difference[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    beyond = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-    p = min(1.0, max(2 * (float(beyond) + 1) / (draws + 1), 2.0 ** (1 - np.count_nonzero(difference))))
-    return Interval(float(difference.sum() / counts.sum()), float(low), float(high), p)
+    return interval_of(means, float(difference.sum() / counts.sum()), int(np.count_nonzero(difference)), level)
+
+
+def interval_of(differences: NDArray[np.float64], difference: float, differing: int, level: float) -> Interval:
+    """The percentile interval of ``differences`` [draws], which resamples gave, and its p.
+
+    Args:
+        differences: of the two models' scores, in each resample.
+        difference: the one that was observed.
+        differing: clusters of examples in which the models differ.
+        level: of the interval.
+    """
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p = min(1.0, max(2 * (float(beyond) + 1) / (len(differences) + 1), 2.0 ** (1 - differing)))
+    return Interval(difference, float(low), float(high), p)
 
 
 def _check(first: NDArray[Any], second: NDArray[Any]) -> None:

@@ -45,7 +45,6 @@ def run(stop: StopRequest) -> int:
     training = None if config.evaluate else setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
-
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
         steps = setup.total_steps(config, len(training)) if training is not None else None
@@ -76,10 +75,11 @@ def run(stop: StopRequest) -> int:
         if trainer.stopped_early:
             return STOPPED
         with trainer.whole_weights():
-            scorer.score(task, config.split, Path(config.output_dir))
+            scorer.score(task, config.split, Path(config.output_dir), trainer.step)
         if config.checkpoint.export:
             companions = config.spec.companions(config.data.home)
             export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, companions)
+            scorer.add_exported(config.split, Path(config.output_dir))
     return 0
 
 

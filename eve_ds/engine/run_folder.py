@@ -134,9 +134,11 @@ def _take(folder: Path) -> None:
 
 def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
     folder = Path(config.output_dir)
-    names = rf"\.({'|'.join(map(re.escape, FILES))}|predictions_[\w-]+\.(npz|json|csv))\.[0-9a-f]{{8}}"
+    names = (
+        rf"\.({'|'.join(map(re.escape, FILES))}|(predictions|details)_[\w-]+\.(npz|json|csv|parquet))\.[0-9a-f]{{8}}"
+    )
     exported = [left for model in (MODEL, MODEL_EMA) for left in (folder / model).glob(".*")]
-    for left in (*folder.glob(".predictions_*"), *exported):
+    for left in (*folder.glob(".predictions_*"), *folder.glob(".details_*"), *exported):
         if re.fullmatch(names, left.name):  # of write_atomic, from an export or a scoring that was killed
             with contextlib.suppress(OSError):
                 left.unlink()

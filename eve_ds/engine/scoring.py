@@ -2,8 +2,9 @@
 
 Files written below the run folder, rank 0 alone:
 
-    scores_<split>.json                       the metrics; "incomplete" says what the split lacks of its raw data, if so
+    scores_<split>.json                       the metrics, their intervals, and what they are of (score_record.py)
     predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
+    details_<split>.parquet                   each prediction with its confidence, for the page of errors
     samples/                                  examples for the report
 """
 
@@ -15,12 +16,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from evaluation.common import InputError
+from evaluation.intervals import shown
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
-from eve_ds.engine import batches
+from eve_ds.engine import batches, score_record
+from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
@@ -78,8 +83,15 @@ class Scorer:
         return {f"val/{name}": value for name, value in scores.items()}
 
     @_user_errors()
-    def score(self, task: Task, split: str, folder: Path) -> None:
-        """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
+    def score(self, task: Task, split: str, folder: Path, step: int | None = None) -> None:
+        """Predict ``split`` and write predictions, metrics and examples. Called by all ranks.
+
+        Args:
+            task: with the weights to score.
+            split: of the dataset.
+            folder: the run's.
+            step: of the run in training that scores its weights; None for those that ``--checkpoint`` names.
+        """
         mark(f"the scoring of {split}")
         with self.stop.deferred():
             arrays = self.predict(task, split)
@@ -87,11 +99,14 @@ class Scorer:
             return
         spec, dataset = self.config.spec, self.datasets[split]
         scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
+        intervals = spec.intervals(arrays, dataset) if scores else {}
         if scores:  # logged before anything is written: the disk may be full
-            values = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            values = "  ".join(f"{name} {shown(value, intervals.get(name), '.4g')}" for name, value in scores.items())
             _output.info("%s: %s%s", split, values, _incomplete_note(lack))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
+        if details := spec.details(arrays, dataset):
+            write_atomic(folder / f"details_{split}.parquet", parquet(details))
         if not scores:
             _output.info(
                 "%s: predictions written; the split has no answers to score them by%s", split, _incomplete_note(lack)
@@ -100,7 +115,23 @@ class Scorer:
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
             write_json(thumbnails.folder / "samples.json", examples)
-        write_json(folder / f"scores_{split}.json", scores | ({"incomplete": lack} if lack else {}))
+        record = score_record.about(self.config, dataset, split, spec.counts(dataset), folder, step)
+        beside = {score_record.INTERVALS: intervals, score_record.INCOMPLETE: lack, score_record.ABOUT: record}
+        found = {name: value for name, value in beside.items() if value}
+        write_json(folder / f"scores_{split}.json", scores | found)
+
+    def add_exported(self, split: str, folder: Path) -> None:
+        """Name the model that the run in ``folder`` has exported in the scores that it wrote before. On rank 0."""
+        if launched_world()[0] == 0:
+            score_record.add_exported(folder, split)
+
+
+def parquet(columns: Mapping[str, Any]) -> bytes:
+    """A Parquet file of columns of one length."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(dict(columns)), buffer, compression="zstd")
+    content: bytes = buffer.getvalue().to_pybytes()
+    return content
 
 
 def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation import nlvr
+from evaluation.intervals import confidence, nlvr_parts
 from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.transforms import may_mirror
@@ -229,6 +231,21 @@ class NlvrSpec(FinetuneSpec):
         found = identified(arrays, dataset)
         labels = zip(found, arrays["label"].tolist(), strict=True)
         return nlvr.score(found, [{"identifier": key, "label": str(bool(label))} for key, label in labels])
+
+    def intervals(self, arrays: Arrays, dataset: NlvrSamples) -> dict[str, list[float]]:
+        sentences = [nlvr.sentence_of(identifier) for identifier in identified(arrays, dataset)]
+        return confidence(nlvr_parts((arrays["prediction"] == arrays["label"]).tolist(), sentences))
+
+    def details(self, arrays: Arrays, dataset: NlvrSamples) -> dict[str, Any]:
+        true, known = arrays["probability"], arrays["label"] >= 0
+        right = (arrays["prediction"] == arrays["label"]).astype(np.float32)
+        return {
+            "sample": arrays["question_index"],
+            "identifier": list(identified(arrays, dataset)),
+            "prediction": [str(bool(prediction)) for prediction in arrays["prediction"].tolist()],
+            "confidence": np.where(arrays["prediction"] == 1, true, 1 - true),
+            "score": pa.array(right, mask=~known),
+        }
 
     def predictions(self, arrays: Arrays, dataset: NlvrSamples) -> tuple[str, bytes]:
         lines = [f"{identifier},{prediction}\n" for identifier, prediction in identified(arrays, dataset).items()]

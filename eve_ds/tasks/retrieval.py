@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from evaluation import retrieval
+from evaluation.intervals import confidence, retrieval_parts
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
@@ -64,6 +65,29 @@ class RetrievalSpec(FinetuneSpec):
 
     def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, float]:
         return retrieval.recalls(**similarity(arrays))
+
+    def intervals(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, list[float]]:
+        scores = similarity(arrays)
+        index = scores["text_image_index"]
+        texts = retrieval.text_ranks(scores["image_to_text"], index)
+        images = retrieval.image_ranks(scores["text_to_image"], index)
+        return confidence(retrieval_parts(texts, images, index, retrieval.CUTOFFS))
+
+    def details(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
+        """Texts that ask for an image, then images that ask for a text; ``sample`` and ``prediction`` are numbers of
+        what asks and of what is found first, ``rank`` is that of the right one, from 1."""
+        scores = similarity(arrays)
+        index, by_text, by_image = scores["text_image_index"], scores["text_to_image"], scores["image_to_text"]
+        rank = np.concatenate([retrieval.image_ranks(by_text, index), retrieval.text_ranks(by_image, index)])
+        texts, images = by_image.shape[1], len(by_image)
+        return {
+            "sample": np.concatenate([np.arange(texts), np.arange(images)]),
+            "query": ["text"] * texts + ["image"] * images,
+            "prediction": np.concatenate([by_text.argmax(axis=1), by_image.argmax(axis=1)]),
+            "confidence": np.concatenate([by_text.max(axis=1), by_image.max(axis=1)]),
+            "rank": rank + 1,
+            "score": (rank == 0).astype(np.float32),
+        }
 
     def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, bytes]:
         buffer = io.BytesIO()

@@ -265,6 +265,18 @@ class FinetuneSpec(TaskSpec):
         """About ``count`` predictions for the report (``samples/samples.json``); empty for none."""
         return {}
 
+    def intervals(self, arrays: Arrays, dataset: Any) -> dict[str, list[float]]:
+        """95 % confidence intervals of the metrics, {metric: [low, high]}, as of evaluation/intervals.py; or none."""
+        return {}
+
+    def details(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:
+        """Columns of the file ``details_SPLIT.parquet``, one row a prediction; none for no file.
+
+        eve_ds/report/errors.py reads ``sample`` (int64), ``prediction``, ``confidence`` (0 to 1, or a similarity) and
+        ``score`` (0 to 1, null where the answer is not known).
+        """
+        return {}
+
     def counts(self, dataset: Any) -> dict[str, int]:
         """How much is scored, by the names that manifests have in "source"."""
         return {dataset.plural: len(dataset)}

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.intervals import Parts, confidence, numbered
 from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards
@@ -73,12 +75,14 @@ class VQA(Task):
         return TaskOutput(loss_sum / count + aux, metrics)
 
     def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """``question_id``, ``answer`` (its index), ``probability``, soft ``score``, ``known`` (has answers); [B]."""
+        """``sample``, ``question_id``, ``answer`` (its index) and its ``probability``, soft ``score``, ``known`` (has
+        answers); [B] each."""
         batch = valid_rows(batch)
         with evaluating(self):
             logits = self.predict(batch["images"], batch["text_ids"], batch["text_mask"])
         probability, answer = logits.float().sigmoid().max(dim=1)
         values = {
+            "sample": batch["sample_id"],
             "question_id": batch["question_id"],
             "answer": answer,
             "probability": probability,
@@ -242,6 +246,21 @@ class VqaSpec(FinetuneSpec):
         if not arrays["known"].any():  # a test split without answers
             return {}
         return {"soft_accuracy": 100 * float(arrays["score"].mean())}
+
+    def intervals(self, arrays: Arrays, dataset: VqaSamples) -> dict[str, list[float]]:
+        image = numbered(dataset.split.sample_rows()[arrays["sample"]].tolist())  # questions about it are one cluster
+        column = {"soft_accuracy": (100 * arrays["score"].astype(np.float64), image)}
+        return confidence(Parts(column, int(image.max()) + 1))
+
+    def details(self, arrays: Arrays, dataset: VqaSamples) -> dict[str, Any]:
+        known = arrays["known"].astype(bool)
+        return {
+            "sample": arrays["sample"],
+            "question_id": arrays["question_id"],
+            "prediction": [dataset.answer_list[answer] for answer in arrays["answer"].tolist()],
+            "confidence": arrays["probability"],
+            "score": pa.array(arrays["score"], mask=~known),
+        }
 
     def predictions(self, arrays: Arrays, dataset: VqaSamples) -> tuple[str, bytes]:
         return "json", json_text(result_rows(arrays, dataset.answer_list)).encode()

@@ -88,6 +88,10 @@ def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretr
     assert "negatives" not in printed  # a step is one micro-batch
     assert "; the plan forecasts " in printed and "no forecast" not in printed
     scores = json.loads((first / "scores_test.json").read_text())
+    about, intervals = scores.pop("about"), scores.pop("intervals")
+    hashes = json.loads((first / "model" / "hashes.json").read_text())
+    assert about["checkpoint"]["sha256"] == hashes["model.safetensors"] and about["checkpoint"]["step"] == 4
+    assert intervals.keys() == scores.keys()
     logged = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
     held_out = [record for record in logged if any(key.startswith("val/") for key in record)]
     assert [record["step"] for record in held_out] == [2, 4]
@@ -101,6 +105,8 @@ def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretr
     assert json.loads((first / "samples" / "samples.json").read_text())
     finetune(task, data, first, again, "--evaluate", world_size=4)
     repeated = json.loads((again / "scores_test.json").read_text())
+    read, _ = repeated.pop("about"), repeated.pop("intervals")
+    assert read["checkpoint"]["sha256"] == hashes["model.safetensors"] and read["data"] == about["data"]
     assert repeated.keys() == scores.keys()
     if task == "itr_coco":
         arrays = np.load(first / "predictions_test.npz")

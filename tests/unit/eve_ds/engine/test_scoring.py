@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save
 
 from eve_ds.config import FinetuneConfig
-from eve_ds.engine import setup
+from eve_ds.engine import checkout, setup
 from eve_ds.engine.scoring import Scorer
 from eve_ds.engine.signals import StopRequest
 from eve_ds.errors import setup_logging
@@ -22,6 +27,7 @@ from eve_ds.tasks import Task
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.vqa import VQA
+from eve_ds.weights.model_folder import write_hashes
 from preprocessing.__main__ import main
 from preprocessing.errors import UserError
 from tests.support.console import logging_restored
@@ -110,6 +116,8 @@ def test_a_test_split_that_lacks_an_image(task: str, tmp_path: Path, capsys: pyt
     )
     assert line.endswith(f"(over {whole}; dropped in preparation: 1 image is missing)")
     written = json.loads((tmp_path / "run" / "scores_test.json").read_text())
+    counts = {name: part["scored"] for name, part in PARTS[task].items()}
+    assert written["about"]["examples"] == counts
     assert written.pop("incomplete") == PARTS[task] | {"dropped": {"image is missing": 1}}
     assert prepare(tmp_path, task, "--overwrite", lost=None) == 0
     score(tmp_path, task, tmp_path / "again")
@@ -163,3 +171,86 @@ def test_scores_that_are_nan_are_one_line(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(task=made, whole_weights=contextlib.nullcontext)  # all that is asked of a trainer
     with pytest.raises(UserError, match="is nan: scores must be real numbers"):
         ours.while_training(trainer)
+
+
+@pytest.mark.parametrize("task", PARTS)
+def test_scores_say_what_they_are_of_and_how_sure_they_are(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(tmp_path, task, lost=None) == 0
+    ours, made = scorer(tmp_path, task)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(save({"weight": torch.zeros(2)}, metadata={"format": "eve-ds step 7"}))
+    ours.config.init_from = str(model)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("task: something\n")
+    before = datetime.now(UTC).replace(microsecond=0)
+    ours.score(made, "test", run)
+    written = json.loads((run / "scores_test.json").read_text())
+    intervals, about = written.pop("intervals"), written.pop("about")
+    assert intervals.keys() == written.keys()
+    line = capsys.readouterr().out.splitlines()[-1]
+    for name, (low, high) in intervals.items():
+        assert low - 1e-6 <= written[name] <= high + 1e-6
+        assert f"{name} {written[name]:.4g} [{low:.4g}, {high:.4g}]" in line
+    assert (about["task"], about["split"]) == (ours.config.task, "test")
+    assert about["checkpoint"] == {
+        "path": str(model), "weights": str(model / "model.safetensors"), "step": 7,
+        "sha256": sha256((model / "model.safetensors").read_bytes()).hexdigest(),
+    }  # fmt: skip
+    assert about["config_sha256"] == sha256((run / "config.yaml").read_bytes()).hexdigest()
+    fingerprint = ours.datasets["test"].split.fingerprint
+    assert about["data"] == {"path": str(tmp_path / "data" / "test"), "fingerprint": fingerprint}
+    state = checkout.code(checkout.ROOT)
+    assert (about["commit"], about["dirty"]) == (state.get("commit"), state.get("dirty"))
+    assert about["version"] == checkout.own_version() != "absent"
+    assert before <= datetime.fromisoformat(about["date"]) <= datetime.now(UTC)
+
+
+def test_the_model_that_a_run_exports_is_named_in_the_scores_that_it_wrote_before(tmp_path: Path) -> None:
+    assert prepare(tmp_path, "vqa", lost=None) == 0
+    ours, made = scorer(tmp_path, "vqa")
+    run, model = tmp_path / "run", tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    ours.score(made, "test", run, step=40)
+    scores = json.loads((run / "scores_test.json").read_text())
+    assert scores["about"]["checkpoint"] == {"path": str(run), "weights": None, "sha256": None, "step": 40}
+    ours.add_exported("test", run)  # it has exported nothing
+    assert json.loads((run / "scores_test.json").read_text()) == scores
+    (model / "model.safetensors").write_bytes(save({"weight": torch.zeros(2)}))
+    write_hashes(model, ("model.safetensors",))
+    ours.add_exported("test", run)
+    weights = model / "model.safetensors"
+    scores["about"]["checkpoint"] |= {"weights": str(weights), "sha256": sha256(weights.read_bytes()).hexdigest()}
+    assert json.loads((run / "scores_test.json").read_text()) == scores
+
+
+@pytest.mark.parametrize("task", PARTS)
+def test_each_prediction_is_stored_with_its_confidence(task: str, tmp_path: Path) -> None:
+    assert prepare(tmp_path, task, lost=None) == 0
+    score(tmp_path, task, tmp_path / "run")
+    rows = pq.read_table(tmp_path / "run" / "details_test.parquet").to_pylist()
+    scores = json.loads((tmp_path / "run" / "scores_test.json").read_text())
+    assert [row["sample"] for row in rows] == [*range(12), *(range(6) if task == "retrieval" else ())]
+    mean = {
+        key: 100 * np.mean([row["score"] for row in rows if row.get("query") == key])
+        for key in {row.get("query") for row in rows}
+    }
+    if task == "retrieval":
+        assert (mean["text"], mean["image"]) == (pytest.approx(scores["img_r1"]), pytest.approx(scores["txt_r1"]))
+        assert all((row["rank"] == 1) == row["score"] for row in rows)
+    else:
+        expected = scores["soft_accuracy"] if task == "vqa" else 100 * scores["accuracy"]
+        assert mean[None] == pytest.approx(expected)
+        assert all(0 <= row["confidence"] <= 1 and isinstance(row["prediction"], str) for row in rows)
+
+
+def test_predictions_without_answers_have_details_without_scores(tmp_path: Path) -> None:
+    asked = [{key: value for key, value in record.items() if key != "answer"} for record in records("vqa")]
+    (tmp_path / "raw.json").write_text(json.dumps(asked))
+    assert prepare(tmp_path, "vqa", lost=None) == 0
+    score(tmp_path, "vqa", tmp_path / "run")
+    rows = pq.read_table(tmp_path / "run" / "details_test.parquet").to_pylist()
+    assert len(rows) == 12 and all(row["score"] is None for row in rows)
