@@ -41,11 +41,14 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse; also an error if an output is one of the inputs or the other output."""
         options = super().parse_args(args, namespace)
-        paths = {name: value for name, value in vars(options).items() if isinstance(value, str)}
-        for output in OUTPUTS & paths.keys():
+        values = vars(options).items()
+        paths = {f"--{name}": value for name, value in values if isinstance(value, str)}
+        listed = {name: value for name, value in values if isinstance(value, list)}  # without an option of their own
+        paths |= {f"{name} {n}": path for name, value in listed.items() for n, path in enumerate(value, 1)}
+        for output in {f"--{name}" for name in OUTPUTS} & paths.keys():
             for name in paths.keys() - {output}:
                 if _same_file(paths[output], paths[name]):
-                    self.error(f"--{output} and --{name} are one file, {paths[name]}")
+                    self.error(f"{output} and {name} are one file, {paths[name]}")
         return options
 
     def error(self, message: str) -> NoReturn:

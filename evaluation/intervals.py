@@ -80,18 +80,23 @@ def retrieval_parts(
     return Parts(columns, len(own), means | {"r_mean": ("txt_r_mean", "img_r_mean")})
 
 
-def vqa_parts(by_question: Mapping[Hashable, float], annotations: Sequence[Mapping[str, Any]]) -> Parts:
+def vqa_parts(
+    by_question: Mapping[Hashable, float],
+    annotations: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str] = ("answer_type", "question_type"),
+) -> Parts:
     """Accuracies in percent, overall and by type; a cluster is an image, or a question where images are not named.
 
     Args:
         by_question: accuracy of each question.
         annotations: the official objects of these questions; all of them may have an ``image_id``.
+        kinds: of the types.
     """
     values = np.array([by_question[row["question_id"]] for row in annotations])
     images = [row.get("image_id") for row in annotations]
     cluster = numbered(images) if all(isinstance(image, int | str) for image in images) else np.arange(len(values))
     columns: dict[str, Column] = {"overall": (values, cluster)}
-    for key in ("answer_type", "question_type"):
+    for key in kinds:
         of = [row[key] for row in annotations]
         number = numbered(of)
         names = dict(zip(number.tolist(), of, strict=True))

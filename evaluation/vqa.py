@@ -152,6 +152,12 @@ def read_list(path: str, key: str | None) -> list[Any]:
     return value
 
 
+def read_annotations(path: str, questions: str | None) -> list[Any]:
+    """The official annotations in a file; with a file of questions those of these alone."""
+    annotations = read_list(path, "annotations")
+    return _restrict(annotations, read_list(questions, "questions"), questions) if questions else annotations
+
+
 def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[Any]:
     """The annotations of the questions listed in file ``path``, each of which must have one."""
     try:
@@ -178,11 +184,8 @@ def main(arguments: list[str] | None = None) -> None:
     intervals.add_option(parser)
     options = parser.parse_args(arguments)
     predictions = read_list(options.predictions, None)
-    annotations = read_list(options.annotations, "annotations")
-    against = options.annotations
-    if options.questions:
-        annotations = _restrict(annotations, read_list(options.questions, "questions"), options.questions)
-        against += f" restricted to {options.questions}"
+    annotations = read_annotations(options.annotations, options.questions)
+    against = options.annotations + (f" restricted to {options.questions}" if options.questions else "")
     try:
         by_question = per_question(predictions, annotations)
     except InputError as error:

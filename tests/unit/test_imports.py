@@ -198,6 +198,7 @@ def test_files_and_functions_are_short() -> None:
 SAME_NAME = {"__init__", "__main__"}
 SAME_THING = {
     "attention",  # the layer, and its benchmark
+    "compare",  # files of predictions, and runs in a page
     "errors",  # the one class of a user's mistake, and what a command makes of it
     "loader",  # training's, and its benchmark
     "moe",  # the layer, and its benchmark
