@@ -3,6 +3,7 @@
     python -m eve_ds.report --run runs/demo --out report.html
     python -m eve_ds.report --run runs/base --out report.html --watch
     python -m eve_ds.report runs/A runs/B --out compare.html
+    python -m eve_ds.report errors --run runs/vqa --html errors.html     (--help says more)
 
 --run takes the folder of the demo (metrics.json, commands.json and the stages pretrain/ itr/ vqa/ nlvr/) or of one
 training run. The page lists missing parts as missing. With --watch it is written again and again while the run trains,
@@ -21,6 +22,7 @@ from evaluation.common import Parser, run, write_text
 from eve_ds.errors import setup_logging
 from eve_ds.report.compare import build_comparison
 from eve_ds.report.curves import curves_section, experts_section
+from eve_ds.report.error_page import errors_command
 from eve_ds.report.example_sections import example_sections
 from eve_ds.report.html import Html, page, tag
 from eve_ds.report.provenance import commands_section, config_section
@@ -87,6 +89,10 @@ def _titles(sections: list[Html]) -> list[tuple[str, str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command ``python -m eve_ds.report``."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["errors"]:
+        errors_command(words[1:])
+        return
     parser = Parser(prog="python -m eve_ds.report", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="DIR", help="folders of training runs to compare")
     parser.add_argument("--run", type=Path, metavar="DIR", help="folder of the demo or of a training run")

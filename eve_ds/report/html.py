@@ -16,7 +16,7 @@ class Html(str):
 
 
 Child: TypeAlias = "str | int | float | Iterable[Child] | None"
-VOID = {"img", "meta", "br"}
+VOID = {"img", "meta", "br", "input"}
 
 
 def render(child: Child) -> Html:

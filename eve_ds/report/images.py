@@ -45,19 +45,27 @@ class Images:
         path = (self._folder / name).resolve()
         if not path.is_relative_to(self._folder):
             raise ValueError(f"{name} lies outside {self._folder}")
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            size = max(image.size)
-            mime = EMBEDDED_AS_IS.get(image.format or "")
-            if mime is None or size > MAX_SIDE:
-                content, mime = _shrink(image), "image/jpeg"
-        return f"data:{mime};base64,{base64.b64encode(content).decode()}", size < PIXELATED
+        return embedded(path.read_bytes())
 
 
-def _shrink(image: Image.Image) -> bytes:
+def embedded(content: bytes, side: int = MAX_SIDE) -> tuple[str, bool]:
+    """Data URL of an image file, reduced to at most ``side`` pixels, and whether it is small.
+
+    Raises:
+        Exception: it is no image, or a corrupt one.
+    """
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        size = max(image.size)
+        mime = EMBEDDED_AS_IS.get(image.format or "")
+        if mime is None or size > side:
+            content, mime = _shrink(image, side), "image/jpeg"
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}", size < PIXELATED
+
+
+def _shrink(image: Image.Image, side: int) -> bytes:
     copy = image.convert("RGB")
-    copy.thumbnail((MAX_SIDE, MAX_SIDE))
+    copy.thumbnail((side, side))
     buffer = io.BytesIO()
     copy.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-VOID = {"img", "meta", "br"}
+VOID = {"img", "meta", "br", "input"}
 
 
 class Page(HTMLParser):
