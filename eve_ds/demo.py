@@ -126,7 +126,7 @@ def scoring_stage(root: Path) -> Stage:
             folder = root / TASK_FOLDERS[task] / run
             suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[task]
             files = [str(folder / f"predictions_test.{suffix}"), "--out", str(scores_file(root, task, run))]
-            commands.append(["-m", f"evaluation.{task}", *options, *files])
+            commands.append(["-m", f"evaluation.{task}", "--intervals", *options, *files])
     if importlib.util.find_spec("eve_ds.bench") is not None:  # a wheel does not hold it
         words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
         commands.append([*words, "--scenes", f"{raw}/annotations", "--json", f"{root}/words.json"])

@@ -258,13 +258,14 @@ def _form(kinds: list[str]) -> Html:
 def _card(case: Case, result: str, details: Details) -> Html:
     confidence, score = details["confidence"], details["score"]
     figures = [tag("figure", _image(*image), tag("figcaption", image[1])) for image in case.images]
+    measure = "similarity" if "rank" in details else "confidence"
     partly = f" (score {score:.2g})" if score is not None and 0 < score < 1 else ""
     told: list[Child] = [
         tag("p", case.query) if case.query else None,
         tag(
             "p",
             tag("span", case.prediction, class_=result),
-            f" · confidence {confidence:.3f} · {RESULTS[result]}{partly}",
+            f" · {measure} {confidence:.3f} · {RESULTS[result]}{partly}",
         ),
         tag("p", f"right: {case.truth}", class_="fine") if case.truth else None,
         tag("p", f"{case.note + ' · ' if case.note else ''}sample {details['sample']} · {case.kind}", class_="fine"),

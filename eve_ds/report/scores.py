@@ -29,6 +29,7 @@ class Score:
         measure: name in the page.
         value: score of the model.
         baselines: the recorded ones, by key of BASELINES.
+        interval: its 95 % confidence interval, if that is recorded.
         minor: breakdown of the row above.
     """
 
@@ -36,6 +37,7 @@ class Score:
     measure: str
     value: float
     baselines: dict[str, float] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
     minor: bool = False
 
     @property
@@ -54,14 +56,16 @@ def find_scores(run: Run) -> list[Score]:
         found = [(key, label) for key, label in spec.measures if number(part.get(key)) is not None]
         for place, (key, label) in enumerate(found):
             baselines = _baselines(part, key, key == spec.main_measure, factor)
-            scores.append(Score(spec.title if place == 0 else "", label, part[key] * factor, baselines))
+            title, interval = spec.title if place == 0 else "", _interval(_section(part, "intervals"), key, factor)
+            scores.append(Score(title, label, part[key] * factor, baselines, interval))
             kinds = _section(part, "per_answer_type") if key == "overall" else {}
             untrained = _section(_section(part, "from_first_values"), "per_answer_type")
             for kind, value in kinds.items():
                 if number(value) is not None:
                     baseline = number(untrained.get(kind))
                     beside = {} if baseline is None else {"first_values": baseline * factor}
-                    scores.append(Score("", str(kind), value * factor, beside, minor=True))
+                    within = _interval(_section(_section(part, "intervals"), "per_answer_type"), kind, factor)
+                    scores.append(Score("", str(kind), value * factor, beside, within, minor=True))
     return scores
 
 
@@ -83,6 +87,13 @@ def _section(part: dict[str, Any], name: str) -> dict[str, Any]:
     """A dictionary in metrics.json; empty if there is none: older runs have no ``from_first_values``."""
     found = part.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _interval(intervals: dict[str, Any], key: str, factor: float) -> tuple[float, float] | None:
+    """In percent; None where none is recorded."""
+    ends = intervals.get(key)
+    low, high = (number(end) for end in ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    return None if low is None or high is None else (low * factor, high * factor)
 
 
 def percent(value: float) -> str:
@@ -179,7 +190,7 @@ def scores_section(run: Run) -> Html:
         "Image R@k: percentage of captions with their image among the top k. The marks on the bars are the "
         "baselines: the same fine-tuning without pre-training; random guessing (chance); always the most frequent "
         "answer (majority); the best model that does not see the images (text only). A dash: not defined or not "
-        "recorded."
+        "recorded. Below a score: its 95 % confidence interval over the test examples, by bootstrap."
     )
     lacking = [tag("p", f"{title}: {text}.", class_="note") for title, text in _incomplete(run)]
     whole = tag(
@@ -204,13 +215,14 @@ def _incomplete(run: Run) -> Iterator[tuple[str, str]]:
 def _row(score: Score) -> Html:
     marks = [tag("b", style=f"left: {_clip(value):.1f}%") for value in score.baselines.values()]
     bar = tag("div", tag("i", style=f"width: {_clip(score.value):.1f}%"), marks, class_="bar")
+    interval = tag("div", "{:.1f} to {:.1f}".format(*score.interval), class_="fine") if score.interval else None
     margin = DASH if score.margin is None else f"{score.margin:+.1f}"
     numbers = [percent(score.baselines[name]) if name in score.baselines else DASH for name in BASELINES]
     return tag(
         "tr",
         tag("th", score.task),
         tag("td", score.measure),
-        tag("td", percent(score.value), class_="n"),
+        tag("td", percent(score.value), interval, class_="n"),
         tag("td", bar),
         [tag("td", text, class_="n") for text in [*numbers, margin]],
         class_="minor" if score.minor else None,

@@ -55,7 +55,7 @@ table.sides { width: auto; min-width: min(100%, 40rem); }
 table.sides th, table.sides td { vertical-align: top; }
 table.sides td { min-width: 7rem; overflow-wrap: anywhere; }
 table.sides thead th, td.when { white-space: nowrap; }
-table.sides .last, table.sides .fine { color: var(--muted); font-size: 0.85rem; }
+table.sides .last, table .fine { color: var(--muted); font-size: 0.85rem; }
 .status { border-left: 3px solid var(--c1); padding: 0.15rem 0 0.15rem 0.8rem; }
 .bar { position: relative; min-width: 150px; height: 0.7rem; background: var(--grid); border-radius: 3px; }
 .bar i { position: absolute; inset: 0 auto 0 0; background: var(--c1); border-radius: 3px; }

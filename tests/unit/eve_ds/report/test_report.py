@@ -250,6 +250,13 @@ def test_scores_older_than_the_newest_checkpoint_are_marked(run_folder: Path) ->
     assert words.replace("NLVR", "Training") in Page(build(run_folder / "nlvr")).text
 
 
+def test_a_score_has_its_interval_below_it(run_folder: Path) -> None:
+    scores = {"accuracy": 0.75, "consistency": 0.25, "about": {"split": "test"}}
+    (run_folder / "nlvr" / "scores_test.json").write_text(json.dumps(scores | {"intervals": {"accuracy": [0.7, 0.8]}}))
+    table = rows(build(run_folder / "nlvr"))
+    assert [row[2] for row in table[1:]] == ["75.0\xa0%70.0 to 80.0", "25.0\xa0%"]
+
+
 def test_scores_of_incomplete_splits_are_marked(run_folder: Path) -> None:
     lack = {"statements": {"scored": 998, "of": 1000}, "dropped": {"image is missing": 1}}
     (run_folder / "nlvr" / "config.yaml").write_text("task: nlvr\n")
