@@ -208,7 +208,11 @@ def build_errors(run: Path, split: str, data: Path | None, limit: int) -> tuple[
 def _read_details(path: Path) -> pa.Table:
     if not path.is_file():
         found = [each.stem.removeprefix("details_") for each in sorted(path.parent.glob("details_*.parquet"))]
-        have = f"it has {', '.join(found)}; choose one with --split" if found else "score it again, with --evaluate"
+        have = (
+            f"it has {', '.join(found)}; choose one with --split"
+            if found
+            else "score it again, with --evaluate (a task of one's own needs a method details)"
+        )
         raise InputError(f"{path}: no such file; {have}")
     try:
         table = pq.read_table(path)

@@ -59,7 +59,7 @@ def test_an_own_task_trains_and_is_scored(data: Path, pretrained: Path, tmp_path
     first, again = tmp_path / "first", tmp_path / "again"
     ranks.run("eve_ds.finetune", [*common, *training, f"--checkpoint={pretrained}", f"--output_dir={first}"])
     scores = json.loads((first / "scores_test.json").read_text())
-    assert scores.keys() == {"color_accuracy"} and 0 <= scores["color_accuracy"] <= 100
+    assert scores.keys() == {"color_accuracy", "about"} and 0 <= scores["color_accuracy"] <= 100
     lines = (first / "predictions_test.csv").read_text().splitlines()
     assert [int(line.split(",")[0]) for line in lines] == list(range(2 * ROWS))
     records = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
