@@ -106,7 +106,7 @@ class Scorer:
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         if details := spec.details(arrays, dataset):
-            write_atomic(folder / f"details_{split}.parquet", parquet(details))
+            write_atomic(folder / f"details_{split}.parquet", parquet(details, dataset.split.fingerprint))
         if not scores:
             _output.info(
                 "%s: predictions written; the split has no answers to score them by%s", split, _incomplete_note(lack)
@@ -126,10 +126,11 @@ class Scorer:
             score_record.add_exported(folder, split)
 
 
-def parquet(columns: Mapping[str, Any]) -> bytes:
-    """A Parquet file of columns of one length."""
+def parquet(columns: Mapping[str, Any], fingerprint: str) -> bytes:
+    """A Parquet file of columns of one length; its metadata name the data that it is of."""
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(dict(columns)), buffer, compression="zstd")
+    table = pa.table(dict(columns), metadata={"data": fingerprint})
+    pq.write_table(table, buffer, compression="zstd")
     content: bytes = buffer.getvalue().to_pybytes()
     return content
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evaluation.common import InputError, Parser, read_json, write_text
+from evaluation.common import InputError, Parser, write_text
 from eve_ds.data.samples import row_text
 from eve_ds.data.shards import Row, Split
 from eve_ds.data.sources import open_split
@@ -173,13 +173,14 @@ def build_errors(run: Path, split: str, data: Path | None, limit: int) -> tuple[
         InputError: the run has no details of the split.
         UserError: the data set is not there, or not the one that was scored.
     """
-    config = read_run_config(run / CONFIG)
+    config = read_run_config(run / CONFIG, "data")
     task = find_spec(str(config.get("task")))
     reader = READERS.get(task.samples.kind)
     details = _read_details(run / f"details_{split}.parquet")
     if reader is None:
         raise InputError(f"--run {run}: there is no page for data of kind {task.samples.kind!r}")
-    opened = _open(run, config, split, data, task.samples.kind)
+    scored = (details.schema.metadata or {}).get(b"data", b"").decode(errors="replace")
+    opened = _open(run, Path(str(config["data"].get("path") or "")), split, data, task.samples.kind, scored)
     names = ("score", "confidence")
     score, confidence = (np.array(details[name].to_pylist(), dtype=np.float64) for name in names)  # None is NaN
     parts = chosen(score, confidence, limit)
@@ -223,9 +224,8 @@ def _read_details(path: Path) -> pa.Table:
     return table
 
 
-def _open(run: Path, config: Mapping[str, Any], split: str, data: Path | None, kind: str) -> Split:
-    """The split that was scored: in ``data``, or where the run read it."""
-    home = Path(str((config.get("data") or {}).get("path") or ""))
+def _open(run: Path, home: Path, split: str, data: Path | None, kind: str, scored: str) -> Split:
+    """The split that was scored: in ``data``, or where the run read it, at ``home``; ``scored``: its fingerprint."""
     places = [data] if data else [home, Path(str(newest_start(run).get("directory", ""))) / home]
     tried = []
     for place in places:
@@ -236,10 +236,8 @@ def _open(run: Path, config: Mapping[str, Any], split: str, data: Path | None, k
             tried.append(str(error))
     else:
         raise UserError(f"{tried[0]} (--data names the prepared data set that was scored)")
-    scores = run / f"scores_{split}.json"
-    about = read_json(scores).get("about", {}) if scores.is_file() else {}
-    if about and about["data"]["fingerprint"] != opened.fingerprint:
-        raise UserError(f"{opened.name}: is not the data that {scores} is of; name that data set with --data")
+    if scored != opened.fingerprint:
+        raise UserError(f"{opened.name}: is not the data that was scored ({run}); name that data set with --data")
     return opened
 
 

@@ -154,7 +154,7 @@ def damage(folder: Path, what: str) -> list[Any]:
         ("limit", "--limit 0 is not from 1 to"),
         ("details", "details_test.parquet: is no Parquet file that can be read"),
         ("column", "details_test.parquet: has no column 'confidence'"),
-        ("data", "is not the data that"),
+        ("data", "data/test: is not the data that was scored"),
         ("gone", "(--data names the prepared data set that was scored)"),
         ("run", "config.yaml: "),
     ],
