@@ -7,7 +7,7 @@ Consistency is the fraction of sentences for which all examples are right.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evaluation.common import (
@@ -22,6 +22,8 @@ from evaluation.common import (
 )
 
 TRUTHS = ("true", "false")
+# The first field of an identifier, and what papers call the split. The labels of test-U are not published.
+OFFICIAL_SPLITS = {"train": "train", "dev": "dev", "test1": "test-P", "test2": "test-U"}
 
 
 def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -71,6 +73,22 @@ def _read_example(example: Any, row: int) -> tuple[str, str]:
     return identifier, str(label).lower()
 
 
+def official_split(identifiers: Iterable[str]) -> str:
+    """The name of the split that the identifiers are of, such as "test-P"; "dev + test-P" of two, "" of others."""
+    found = {OFFICIAL_SPLITS.get(identifier.split("-")[0], "") for identifier in identifiers}
+    return "" if "" in found else " + ".join(sorted(found))
+
+
+def check_extra(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError if there are predictions for other than the examples, which ``score`` has checked."""
+    known = {example["identifier"] for example in examples}
+    if extra := [identifier for identifier in predictions if identifier not in known]:
+        raise InputError(
+            f"{len(extra)} of {len(predictions)} predictions are for no example: {first_few(extra)}; --allow_extra "
+            "leaves them out, as for the balanced and unbalanced parts of a split"
+        )
+
+
 def read_predictions(path: str) -> dict[str, str]:
     """Read ``identifier,prediction`` lines; a first line with these two words is a header.
 
@@ -103,14 +121,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", required=True, metavar="M.json", help="where accuracy and consistency go, as fractions"
     )
+    parser.add_argument(
+        "--allow_extra", action="store_true", help="leave predictions for other examples out, instead of refusing them"
+    )
     options = parser.parse_args(arguments)
     predictions = read_predictions(options.predictions)
     examples = read_json_rows(options.annotations)
     try:
         scores = score(predictions, examples)
+        if not options.allow_extra:
+            check_extra(predictions, examples)
     except InputError as error:
         raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
-    write_scores(options.out, scores, " ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    split = official_split(example["identifier"] for example in examples)
+    line = " ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    write_scores(options.out, scores, f"{line} ({split + ', ' if split else ''}{len(examples)} examples)")
     if len(predictions) > len(examples):
         extra = len(predictions) - len(examples)
         print(

@@ -82,7 +82,7 @@ def per_question(
         InputError: an object of another form, and a missing, duplicate or (but with ``allow_extra``) unknown
             ``question_id``.
     """
-    given = by_id(predictions, "prediction", _read_prediction)
+    given = by_id(predictions, "prediction", read_prediction)
     humans = by_id(annotations, "annotation", read_annotation)
     if not humans:
         raise InputError("there are no annotations to score against")
@@ -135,7 +135,8 @@ def _question_id(row: Any) -> int | str | None:
     return question if isinstance(question, int | str) and not isinstance(question, bool) else None
 
 
-def _read_prediction(row: Mapping[str, Any], where: str) -> str:
+def read_prediction(row: Mapping[str, Any], where: str) -> str:
+    """The answer in a row of predictions; ``where`` is the row in messages."""
     if not isinstance(row.get("answer"), str):
         raise InputError(f"{where}: 'answer' must be text, got {row.get('answer')!r}")
     return str(row["answer"])
@@ -159,7 +160,11 @@ def read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
 
 def read_list(path: str, key: str | None) -> list[Any]:
     """The list in a JSON file, under ``key`` if one is given."""
-    value = read_json(path)
+    return listed(read_json(path), path, key)
+
+
+def listed(value: Any, path: str, key: str | None) -> list[Any]:
+    """The list that ``value``, read from file ``path``, is, or has under ``key``. Raises InputError."""
     if key is not None:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, list):
@@ -193,10 +198,10 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @_no_garbage_collection()
-def score_files(
+def per_question_of_files(
     predictions: str, annotations: str, questions: str | None = None, allow_extra: bool = False
-) -> tuple[dict[str, Any], dict[Hashable, float]]:
-    """What ``score`` and ``per_question`` give, of files; ``questions`` restricts the annotations to its questions.
+) -> tuple[dict[Hashable, float], list[Any]]:
+    """What ``per_question`` gives, of files, and the annotations; ``questions`` restricts them to its questions.
 
     Raises:
         InputError: unreadable files, and as ``per_question``; names the file.
@@ -212,7 +217,7 @@ def score_files(
     if len(given) > len(by_question):
         extra = len(given) - len(by_question)
         print(f"note: {extra} predictions belong to no question of {against} and were not counted", file=sys.stderr)
-    return summary(by_question, rows), by_question
+    return by_question, rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -229,7 +234,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--per_question", metavar="D.json", help="also write the accuracy of each question")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the accuracies go, in percent")
     options = parser.parse_args(arguments)
-    scores, by_question = score_files(options.predictions, options.annotations, options.questions, options.allow_extra)
+    by_question, annotations = per_question_of_files(
+        options.predictions, options.annotations, options.questions, options.allow_extra
+    )
+    scores = summary(by_question, annotations)
     types = " ".join(f"{name} {value:.2f}" for name, value in scores["per_answer_type"].items())
     write_scores(options.out, scores, f"overall {scores['overall']:.2f} {types}")
     if options.per_question:

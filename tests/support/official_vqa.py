@@ -150,8 +150,8 @@ def _official_from_files(predictions: str, annotations: str) -> Scores:
 
 def _ours_from_files(predictions: str, annotations: str) -> Scores:
     vqa.clean.cache_clear(), vqa.normalize.cache_clear()  # as in a process of its own
-    scores, by_question = vqa.score_files(predictions, annotations)
-    return scores | {"per_question": by_question}
+    by_question, rows = vqa.per_question_of_files(predictions, annotations)
+    return vqa.summary(by_question, rows) | {"per_question": by_question}
 
 
 def pairs(questions: int, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
