@@ -2,7 +2,8 @@
 
 Files written below the run folder, rank 0 alone:
 
-    scores_<split>.json                       the metrics; "incomplete" says what the split lacks of its raw data, if so
+    scores_<split>.json                       the metrics; "incomplete" says what the split lacks of its raw data,
+                                              "official_split" what papers call it where the samples tell (test-P)
     predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
     samples/                                  examples for the report
 """
@@ -87,20 +88,23 @@ class Scorer:
             return
         spec, dataset = self.config.spec, self.datasets[split]
         scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
+        official = spec.official_split(dataset)
+        named = f"{split} ({official})" if official else split
         if scores:  # logged before anything is written: the disk may be full
             values = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            _output.info("%s: %s%s", split, values, _incomplete_note(lack))
+            _output.info("%s: %s%s", named, values, _incomplete_note(lack))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         if not scores:
             _output.info(
-                "%s: predictions written; the split has no answers to score them by%s", split, _incomplete_note(lack)
+                "%s: predictions written; the split has no answers to score them by%s", named, _incomplete_note(lack)
             )
             return
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
             write_json(thumbnails.folder / "samples.json", examples)
-        write_json(folder / f"scores_{split}.json", scores | ({"incomplete": lack} if lack else {}))
+        beside = {"official_split": official, "incomplete": lack}
+        write_json(folder / f"scores_{split}.json", scores | {name: value for name, value in beside.items() if value})
 
 
 def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:

@@ -117,6 +117,18 @@ def test_a_test_split_that_lacks_an_image(task: str, tmp_path: Path, capsys: pyt
     assert "dropped" not in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_nlvr2_scores_say_which_official_split_they_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(tmp_path, "nlvr", lost=None) == 0
+    score(tmp_path, "nlvr", tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("test (test-P): accuracy ")
+    assert json.loads((tmp_path / "run" / "scores_test.json").read_text())["official_split"] == "test-P"
+    assert all(line.startswith("test1-") for line in (tmp_path / "run" / "predictions_test.csv").read_text().split())
+    (tmp_path / "vqa").mkdir()
+    assert prepare(tmp_path / "vqa", "vqa", lost=None) == 0
+    score(tmp_path / "vqa", "vqa", tmp_path / "vqa" / "run")
+    assert "official_split" not in json.loads((tmp_path / "vqa" / "run" / "scores_test.json").read_text())
+
+
 def test_a_question_without_a_word_in_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = records("vqa")
     asked[4]["question"] = " ?"
