@@ -82,7 +82,7 @@ def test_every_fault_is_counted_in_one_line(files: Files, capsys) -> None:
         ("p.json", [{"question_id": "3", "answer": "no"}], "ids are whole numbers, not text"),
         ("p.json", [{"question_id": 3, "answer": ["no"]}], "'answer' must be text, got ['no']"),
         ("p.json", [{"question_id": 3}], "'answer' must be text, got None"),
-        ("p.json", "", "p.json: invalid JSON at line 1 column 1"),
+        ("p.json", " \n", "p.json: is empty"),
         ("p.json", '{"question_id": 3}\n{"question_id": 7}', "p.json: invalid JSON at line 2 column 1: Extra data"),
         ("p.json", {"3": "no"}, "p.json: must be a JSON list"),
         ("q.json", {"questions": []}, "there are no questions"),

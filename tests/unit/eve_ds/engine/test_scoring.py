@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation import submission
 from eve_ds.config import FinetuneConfig
 from eve_ds.engine import setup
 from eve_ds.engine.scoring import Scorer
@@ -127,6 +128,21 @@ def test_nlvr2_scores_say_which_official_split_they_are_of(tmp_path: Path, capsy
     assert prepare(tmp_path / "vqa", "vqa", lost=None) == 0
     score(tmp_path / "vqa", "vqa", tmp_path / "vqa" / "run")
     assert "official_split" not in json.loads((tmp_path / "vqa" / "run" / "scores_test.json").read_text())
+
+
+def test_predictions_of_a_split_without_answers_are_what_the_vqa_server_takes(tmp_path: Path, capsys) -> None:
+    asked = [{name: row[name] for name in ("image", "question", "question_id")} for row in records("vqa")]
+    (tmp_path / "raw.json").write_text(json.dumps(asked))
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "test2015", "questions": asked[::-1]}))
+    assert prepare(tmp_path, "vqa", lost=None) == 0
+    score(tmp_path, "vqa", tmp_path / "run")
+    assert capsys.readouterr().out.endswith("test: predictions written; the split has no answers to score them by\n")
+    assert not (tmp_path / "run" / "scores_test.json").exists()
+    words = [f"--predictions={tmp_path}/run/predictions_test.json", f"--questions={tmp_path}/q.json"]
+    submission.main([*words, f"--answers={tmp_path}/data/answer_list.json", f"--out={tmp_path}/s.json"])
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert [row["question_id"] for row in rows] == [*range(11, -1, -1)]
+    assert {row["answer"] for row in rows} <= {"yes", "no"} and all(len(row) == 2 for row in rows)
 
 
 def test_a_question_without_a_word_in_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
