@@ -110,8 +110,9 @@ def made_up(questions: int, seed: int = 0) -> tuple[list[dict[str, Any]], list[d
     syllables = ["ba", "co", "di", "fu", "ga", "he", "li", "mo", "ne", "pu", "ra", "so", "ti", "wa"]
     heads = ["the {}", "{}", "{} {}", "{}-{}", "{}'s", "{}, {}", "{}.", "{} & {}"]
     likely = [0.03, 0.62, 0.25, 0.03, 0.02, 0.02, 0.02, 0.01]
-    names = ["".join(draw.choice(syllables, draw.integers(1, 4))) for _ in range(6000)]
-    listed = [heads[draw.choice(8, p=likely)].format(*draw.choice(names, 2)) for _ in range(3000)]
+    names = ["".join(syllables[n] for n in row[: 1 + row[0] % 3]) for row in draw.integers(14, size=(6000, 3)).tolist()]
+    chosen = zip(draw.choice(8, 3000, p=likely).tolist(), draw.integers(6000, size=(3000, 2)).tolist(), strict=True)
+    listed = [heads[head].format(names[first], names[second]) for head, (first, second) in chosen]
     weight = 1 / np.arange(1, 3001)
     pools = {
         "yes/no": (["yes", "no"], np.array([0.52, 0.48])),
