@@ -98,9 +98,12 @@ def read_json(path: str | Path) -> Any:
     """The value in a JSON file.
 
     Raises:
-        InputError: unreadable or not JSON; the message has line and column.
+        InputError: unreadable, empty or not JSON; the message has line and column.
     """
-    return _parse(read_text(path), str(path))
+    text = read_text(path)
+    if not text.strip():
+        raise InputError(f"{path}: is empty")
+    return _parse(text, str(path))
 
 
 def read_json_rows(path: str | Path) -> list[Any]:

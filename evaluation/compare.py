@@ -100,17 +100,15 @@ def read_retrieval(paths: Sequence[str]) -> list[Scored]:
 
 def read_vqa(paths: Sequence[str], annotations: str, questions: str | None) -> list[Scored]:
     """Raises InputError naming a file that cannot be read or does not answer the same questions as the first."""
-    rows = {path: vqa.read_list(path, None) for path in paths}
-    truths = vqa.read_annotations(annotations, questions)
     answered = {}
     for path in paths:
+        rows = vqa.read_list(path, None)
         with _naming(path):
-            answered[path] = vqa.by_id(rows[path], "prediction", lambda row, where: None).keys()
+            answered[path] = vqa.by_id(rows, "prediction", lambda row, where: None).keys()
+        same_examples(path, answered[path], paths[0], answered[paths[0]], "questions")
     found = []
     for path in paths:
-        same_examples(path, answered[path], paths[0], answered[paths[0]], "questions")
-        with _naming(f"{path} against {annotations}"):
-            scores = vqa.per_question(rows[path], truths)
+        scores, truths = vqa.per_question_of_files(path, annotations, questions)
         parts = intervals.vqa_parts(scores, truths, ("answer_type",))
         sizes = {"questions": len(scores), "clusters": parts.clusters}
         found.append(Scored(path, sizes, parts, np.array(list(scores.values()))))

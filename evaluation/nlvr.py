@@ -7,7 +7,7 @@ Consistency is the fraction of sentences for which all examples are right.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evaluation import intervals
@@ -23,6 +23,8 @@ from evaluation.common import (
 )
 
 TRUTHS = ("true", "false")
+# The first field of an identifier, and what papers call the split. The labels of test-U are not published.
+OFFICIAL_SPLITS = {"train": "train", "dev": "dev", "test1": "test-P", "test2": "test-U"}
 
 
 def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -88,6 +90,22 @@ def _read_example(example: Any, row: int) -> tuple[str, str]:
     return identifier, str(label).lower()
 
 
+def official_split(identifiers: Iterable[str]) -> str:
+    """The name of the split that the identifiers are of, such as "test-P"; "dev + test-P" of two, "" of others."""
+    found = {OFFICIAL_SPLITS.get(identifier.split("-")[0], "") for identifier in identifiers}
+    return "" if "" in found else " + ".join(sorted(found))
+
+
+def check_extra(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise InputError if there are predictions for other than the examples, which ``score`` has checked."""
+    known = {example["identifier"] for example in examples}
+    if extra := [identifier for identifier in predictions if identifier not in known]:
+        raise InputError(
+            f"{len(extra)} of {len(predictions)} predictions are for no example: {first_few(extra)}; --allow_extra "
+            "leaves them out, as for the balanced and unbalanced parts of a split"
+        )
+
+
 def read_predictions(path: str) -> dict[str, str]:
     """Read ``identifier,prediction`` lines; a first line with these two words is a header.
 
@@ -121,18 +139,25 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", required=True, metavar="M.json", help="where accuracy and consistency go, as fractions"
     )
     intervals.add_option(parser)
+    parser.add_argument(
+        "--allow_extra", action="store_true", help="leave predictions for other examples out, instead of refusing them"
+    )
     options = parser.parse_args(arguments)
     predictions = read_predictions(options.predictions)
     examples = read_json_rows(options.annotations)
     try:
         right = per_example(predictions, examples)
+        if not options.allow_extra:
+            check_extra(predictions, examples)
     except InputError as error:
         raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
     scores = summary(right)
     parts = intervals.nlvr_parts(list(right.values()), [sentence_of(identifier) for identifier in right])
     found = intervals.confidence(parts) if options.intervals else {}
     line = " ".join(f"{name} {intervals.shown(value, found.get(name), '.4f')}" for name, value in scores.items())
-    write_scores(options.out, intervals.beside(scores, found), line)
+    split = official_split(right)
+    note = f"({split + ', ' if split else ''}{len(examples)} examples)"
+    write_scores(options.out, intervals.beside(scores, found), f"{line} {note}")
     if len(predictions) > len(examples):
         extra = len(predictions) - len(examples)
         print(

@@ -8,10 +8,13 @@ are not all the same text: where they are, the prediction must equal that text t
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from evaluation import intervals
@@ -25,14 +28,17 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not ' : $ % nor the period, which has 
 DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS_REMOVED = 32  # the official code passes the flag re.UNICODE, 32, where re.sub expects a count
+KEPT = 1 << 18  # texts whose forms are remembered: people give the same few answers over and over
 DECIMALS = 6  # scores are rounded as the official evaluation rounds them, with its precision n = 6
 
 
+@lru_cache(maxsize=KEPT)
 def clean(text: str) -> str:
     """Replace newlines and tabs with spaces, and strip."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=KEPT)
 def normalize(text: str) -> str:
     """The official normal form of an answer returned by ``clean``.
 
@@ -54,17 +60,17 @@ def normalize(text: str) -> str:
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The accuracy of one prediction, in percent, against the human answers (ten in VQA v2, at least two)."""
-    prediction, humans = clean(prediction), [clean(answer) for answer in answers]
-    if len(set(humans)) > 1:
-        prediction, humans = normalize(prediction), [normalize(answer) for answer in humans]
-    matches = sum(answer == prediction for answer in humans)
+    prediction, humans = clean(prediction), [*map(clean, answers)]
+    if humans.count(humans[0]) < len(humans):
+        prediction, humans = normalize(prediction), [*map(normalize, humans)]
+    matches = humans.count(prediction)
     # Of the leave-one-out sets, `matches` have one match fewer. Counted in thirds, so that the result is exact.
     thirds = matches * min(3, matches - 1) + (len(humans) - matches) * min(3, matches)
     return 100.0 * thirds / (3 * len(humans))
 
 
 def per_question(
-    predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]
+    predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], allow_extra: bool = False
 ) -> dict[Hashable, float]:
     """Accuracy of each question in percent, by ``question_id``, in the order of the annotations.
 
@@ -72,15 +78,20 @@ def per_question(
         predictions: ``{"question_id": ..., "answer": text}`` each, the official results; one for each annotation.
         annotations: the official objects, of which ``question_id``, ``answers[].answer``, ``answer_type`` and
             ``question_type`` are read.
+        allow_extra: take predictions for other questions than the annotated ones, and leave them out.
     Raises:
-        InputError: an object of another form, and a missing, duplicate or unknown ``question_id``.
+        InputError: an object of another form, and a missing, duplicate or (but with ``allow_extra``) unknown
+            ``question_id``.
     """
-    given = by_id(predictions, "prediction", _read_prediction)
+    given = by_id(predictions, "prediction", read_prediction)
     humans = by_id(annotations, "annotation", read_annotation)
     if not humans:
         raise InputError("there are no annotations to score against")
-    if unknown := [question for question in given if question not in humans]:
-        raise InputError(f"predictions with a question_id that is not in the annotations: {first_few(unknown)}")
+    if not allow_extra and (unknown := [question for question in given if question not in humans]):
+        raise InputError(
+            f"{len(unknown)} of {len(given)} predictions have a question_id that is not in the annotations: "
+            f"{first_few(unknown)}; --allow_extra leaves them out"
+        )
     if missing := [question for question in humans if question not in given]:
         raise InputError(
             f"{len(missing)} of {len(humans)} questions have no prediction: question_id {first_few(missing)}"
@@ -93,10 +104,11 @@ def score(predictions: Sequence[Mapping[str, Any]], annotations: Sequence[Mappin
 
     Arguments and errors are those of ``per_question``.
     """
-    return _summary(per_question(predictions, annotations), annotations)
+    return summary(per_question(predictions, annotations), annotations)
 
 
-def _summary(by_question: Mapping[Hashable, float], annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(by_question: Mapping[Hashable, float], annotations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``score`` gives, of the accuracies that ``per_question`` gives."""
     result: dict[str, Any] = {"overall": round(sum(by_question.values()) / len(by_question), DECIMALS)}
     for key in ("answer_type", "question_type"):
         groups = defaultdict(list)
@@ -124,7 +136,8 @@ def _question_id(row: Any) -> int | str | None:
     return question if isinstance(question, int | str) and not isinstance(question, bool) else None
 
 
-def _read_prediction(row: Mapping[str, Any], where: str) -> str:
+def read_prediction(row: Mapping[str, Any], where: str) -> str:
+    """The answer in a row of predictions; ``where`` is the row in messages."""
     if not isinstance(row.get("answer"), str):
         raise InputError(f"{where}: 'answer' must be text, got {row.get('answer')!r}")
     return str(row["answer"])
@@ -137,25 +150,27 @@ def read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
     answers = row.get("answers")
     if not isinstance(answers, list) or len(answers) < 2:
         raise InputError(f"{where}: 'answers' must list at least two answers (VQA v2 has ten)")
-    if not all(isinstance(a, Mapping) and isinstance(a.get("answer"), str) for a in answers):
+    try:
+        texts = [answer["answer"] for answer in answers]
+    except (TypeError, KeyError, IndexError):
+        texts = []
+    if not (texts and all(isinstance(text, str) for text in texts)):
         raise InputError(f"{where}: 'answers' must hold objects with a text 'answer'")
-    return [answer["answer"] for answer in answers]
+    return texts
 
 
 def read_list(path: str, key: str | None) -> list[Any]:
     """The list in a JSON file, under ``key`` if one is given."""
-    value = read_json(path)
+    return listed(read_json(path), path, key)
+
+
+def listed(value: Any, path: str, key: str | None) -> list[Any]:
+    """The list that ``value``, read from file ``path``, is, or has under ``key``. Raises InputError."""
     if key is not None:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, list):
         raise InputError(f"{path}: must be " + (f"a JSON object with a list {key!r}" if key else "a JSON list"))
     return value
-
-
-def read_annotations(path: str, questions: str | None) -> list[Any]:
-    """The official annotations in a file; with a file of questions those of these alone."""
-    annotations = read_list(path, "annotations")
-    return _restrict(annotations, read_list(questions, "questions"), questions) if questions else annotations
 
 
 def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[Any]:
@@ -171,6 +186,41 @@ def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[A
     return kept
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Python's collector walks through the millions of objects of the files time and again, and finds nothing."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_no_garbage_collection()
+def per_question_of_files(
+    predictions: str, annotations: str, questions: str | None = None, allow_extra: bool = False
+) -> tuple[dict[Hashable, float], list[Any]]:
+    """What ``per_question`` gives, of files, and the annotations; ``questions`` restricts them to its questions.
+
+    Raises:
+        InputError: unreadable files, and as ``per_question``; names the file.
+    """
+    given, rows, against = read_list(predictions, None), read_list(annotations, "annotations"), annotations
+    if questions is not None:
+        rows = _restrict(rows, read_list(questions, "questions"), questions)
+        against += f" restricted to {questions}"
+    try:
+        by_question = per_question(given, rows, allow_extra)
+    except InputError as error:
+        raise InputError(f"{predictions} against {against}: {error}") from error
+    if len(given) > len(by_question):
+        extra = len(given) - len(by_question)
+        print(f"note: {extra} predictions belong to no question of {against} and were not counted", file=sys.stderr)
+    return by_question, rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command ``python -m evaluation.vqa``."""
     parser = Parser(prog="python -m evaluation.vqa", description=__doc__)
@@ -179,18 +229,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--annotations", required=True, metavar="A.json", help="official VQA v2 annotations")
     parser.add_argument("--questions", metavar="Q.json", help="official VQA v2 questions: score these alone")
+    parser.add_argument(
+        "--allow_extra", action="store_true", help="leave predictions for other questions out, instead of refusing them"
+    )
     parser.add_argument("--per_question", metavar="D.json", help="also write the accuracy of each question")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the accuracies go, in percent")
     intervals.add_option(parser)
     options = parser.parse_args(arguments)
-    predictions = read_list(options.predictions, None)
-    annotations = read_annotations(options.annotations, options.questions)
-    against = options.annotations + (f" restricted to {options.questions}" if options.questions else "")
-    try:
-        by_question = per_question(predictions, annotations)
-    except InputError as error:
-        raise InputError(f"{options.predictions} against {against}: {error}") from error
-    scores = _summary(by_question, annotations)
+    by_question, annotations = per_question_of_files(
+        options.predictions, options.annotations, options.questions, options.allow_extra
+    )
+    scores = summary(by_question, annotations)
     found = intervals.confidence(intervals.vqa_parts(by_question, annotations)) if options.intervals else {}
     parts = {"overall": ("overall", scores["overall"])}
     parts |= {f"per_answer_type/{name}": (name, value) for name, value in scores["per_answer_type"].items()}

@@ -100,23 +100,26 @@ class Scorer:
         spec, dataset = self.config.spec, self.datasets[split]
         scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
         intervals = spec.intervals(arrays, dataset) if scores else {}
+        official = spec.official_split(dataset)
+        named = f"{split} ({official})" if official else split
         if scores:  # logged before anything is written: the disk may be full
             values = "  ".join(f"{name} {shown(value, intervals.get(name), '.4g')}" for name, value in scores.items())
-            _output.info("%s: %s%s", split, values, _incomplete_note(lack))
+            _output.info("%s: %s%s", named, values, _incomplete_note(lack))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         if details := spec.details(arrays, dataset):
             write_atomic(folder / f"details_{split}.parquet", parquet(details, dataset.split.fingerprint))
         if not scores:
             _output.info(
-                "%s: predictions written; the split has no answers to score them by%s", split, _incomplete_note(lack)
+                "%s: predictions written; the split has no answers to score them by%s", named, _incomplete_note(lack)
             )
             return
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
             write_json(thumbnails.folder / "samples.json", examples)
         record = score_record.about(self.config, dataset, split, spec.counts(dataset), folder, step)
-        beside = {score_record.INTERVALS: intervals, score_record.INCOMPLETE: lack, score_record.ABOUT: record}
+        beside: dict[str, Any] = {"official_split": official, score_record.INTERVALS: intervals}
+        beside |= {score_record.INCOMPLETE: lack, score_record.ABOUT: record}
         found = {name: value for name, value in beside.items() if value}
         write_json(folder / f"scores_{split}.json", scores | found)
 

@@ -35,6 +35,7 @@ from eve_ds.tasks.base import (
 )
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
+from preprocessing.errors import UserError
 
 
 class CrossAttention(nn.Module):
@@ -247,6 +248,9 @@ class NlvrSpec(FinetuneSpec):
             "score": pa.array(right, mask=~known),
         }
 
+    def official_split(self, dataset: NlvrSamples) -> str:
+        return nlvr.official_split(dataset.identifier(sample) for sample in range(len(dataset)))
+
     def predictions(self, arrays: Arrays, dataset: NlvrSamples) -> tuple[str, bytes]:
         lines = [f"{identifier},{prediction}\n" for identifier, prediction in identified(arrays, dataset).items()]
         return "csv", "".join(lines).encode()
@@ -283,9 +287,19 @@ class NlvrSpec(FinetuneSpec):
 
 
 def identified(arrays: Arrays, dataset: NlvrSamples) -> dict[str, str]:
-    """Predictions {official identifier: "True" or "False"}, in the order of the arrays."""
-    pairs = zip(arrays["question_index"].tolist(), arrays["prediction"].tolist(), strict=True)
-    return {dataset.identifier(index): str(bool(prediction)) for index, prediction in pairs}
+    """Predictions {official identifier: "True" or "False"}, in the order of the arrays.
+
+    Raises:
+        UserError: two statements have one identifier, as shards by other scripts may; names the second.
+    """
+    found: dict[str, str] = {}
+    for index, prediction in zip(arrays["question_index"].tolist(), arrays["prediction"].tolist(), strict=True):
+        identifier = dataset.identifier(index)
+        if identifier in found:
+            where = dataset.split.sample(index)[1].where
+            raise UserError(f"{where}: identifier {identifier} occurs twice in the split; make identifiers unique")
+        found[identifier] = str(bool(prediction))
+    return found
 
 
 SPEC = NlvrSpec()

@@ -277,6 +277,10 @@ class FinetuneSpec(TaskSpec):
         """
         return {}
 
+    def official_split(self, dataset: Any) -> str:
+        """What papers call the split, where the samples tell: "test-P" of NLVR2's test1. Empty where they do not."""
+        return ""
+
     def counts(self, dataset: Any) -> dict[str, int]:
         """How much is scored, by the names that manifests have in "source"."""
         return {dataset.plural: len(dataset)}

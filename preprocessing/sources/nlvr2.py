@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections import Counter
 
 from preprocessing.formats.annotations import BadRecord, field, read_json_lines
 from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
@@ -12,6 +13,7 @@ from preprocessing.sources.nlvr_grouping import Statement, names_in_shards, nlvr
 from preprocessing.sources.source import Faults
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
+_SPLITS = {"train": "train", "dev": "val", "test1": "test", "test2": "test"}  # by the first field of an identifier
 _IDENTIFIER = re.compile(r"(?P<pair>(?P<split>[A-Za-z0-9_]+)-\d+-\d+)-\d+")  # split-set-PAIR-sentence
 
 
@@ -29,7 +31,20 @@ def run(args: argparse.Namespace) -> None:
     annotations = storage_path(args.annotations)
     faults = Faults()
     statements = read_nlvr2(annotations, storage_path(args.images), excluded_images(args), text_cleaning(args), faults)
-    write_split(nlvr_source(statements, [annotations], faults, args.split), args)
+    source = nlvr_source(statements, [annotations], faults, args.split)
+    source.notes += _notes_on_split(annotations, statements, args.split)
+    write_split(source, args)
+
+
+def _notes_on_split(annotations: StoragePath, statements: list[Statement], split: str) -> list[str]:
+    """A line where identifiers say that the file is of another split: who trains on dev must not be scored on it."""
+    said = Counter(statement.identifier.split("-")[0] for statement in statements)
+    return [
+        f"{annotations}: {count} of {len(statements)} statements are of NLVR2's {name} by their identifiers, and "
+        f"become --split {split}; choose --split {_SPLITS[name]} unless that is intended"
+        for name, count in said.items()
+        if _SPLITS.get(name, split) != split
+    ]
 
 
 def read_nlvr2(

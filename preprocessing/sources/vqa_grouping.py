@@ -12,7 +12,14 @@ from preprocessing.images.image_refs import ImageRef
 from preprocessing.running.storage import StoragePath, storage_path
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.sources.source import Faults, Row, Source
-from preprocessing.text.answers import labels_of, normalize_answer, read_answer_list, resolve_answer_list, soft_score
+from preprocessing.text.answers import (
+    Labels,
+    labels_of,
+    normalize_answer,
+    read_answer_list,
+    resolve_answer_list,
+    soft_score,
+)
 from preprocessing.text.cleaning import text_fault
 
 _MAX_EXAMPLES = 10  # entries of an answer list in a message
@@ -39,7 +46,8 @@ def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answer-list",
         metavar="FILE",
-        help="JSON list of answers, such as X-VLM's (default: built from the train split)",
+        help="answers by label: the JSON list of X-VLM, ALBEF, BLIP or lxmert, or lxmert's JSON object {answer: label} "
+        "(default: built from the train split)",
     )
     parser.add_argument(
         "--min-answers",
@@ -62,10 +70,12 @@ def vqa_source(
     given: Sequence[str] | None,
     min_answers: int,
     faults: Faults,
+    beside: Counter[str] | None = None,
 ) -> Source:
     """Group questions by image, in the order of first mention, and label them by the data set's answer list.
 
-    The list is `given`, or is found or built by `resolve_answer_list`. Questions whose image is excluded and those
+    The list is `given`, or is found or built by `resolve_answer_list` from the main answers of the questions and from
+    those counted in `beside`. Questions whose image is excluded and those
     without a word are left out and counted by reason. So are training questions with a `text_fault` and those without a
     listed answer, which stay in other splits, with empty lists. Raises UserError for a duplicate question id, for an
     image id of two images, and as `resolve_answer_list` does.
@@ -92,18 +102,35 @@ def vqa_source(
         for question, answers in zip(kept, said, strict=True)
         if answers and question.counts
     )
+    main.update(beside or ())
     source.answer_list = resolve_answer_list(
         storage_path(args.out), args.split, given, main, min_answers, args.overwrite
     )
-    labels, spellings = labels_of(source.answer_list)
-    if spellings:
-        shown = ", ".join(spellings[:_MAX_EXAMPLES]) + (", …" if len(spellings) > _MAX_EXAMPLES else "")
-        source.notes.append(
-            f"{args.answer_list or storage_path(args.out) / ANSWER_LIST}: {len(spellings)} of "
-            f"{len(source.answer_list)} entries are spelled as no normalized answer is: {shown}"
-        )
-    source.rows = _label(kept, said, labels, source, args.split == "train")
+    labels = labels_of(source.answer_list)
+    source.rows = _label(kept, said, labels.of, source, args.split == "train")
+    source.notes += _notes(source, labels, args)
     return source
+
+
+def _notes(source: Source, labels: Labels, args: argparse.Namespace) -> list[str]:
+    """What to tell of the answer list: entries that are spelled otherwise, those without use, and what to do."""
+    listed = source.answer_list or []
+    where = f"{args.answer_list or storage_path(args.out) / ANSWER_LIST}"
+    keep = "keep them for a head that was trained with this list, else take them out"
+    notes = [
+        ("are spelled as no normalized answer is", labels.respelled),
+        (f"can never be right; {keep}", labels.unreachable),
+    ]
+    if args.split == "train":
+        taught = {label for row in source.rows for some in row.columns["answer_labels"] for label in some}
+        untaught = [repr(listed[label]) for label in sorted(set(labels.of.values()) - taught)]
+        notes.append((f"are the answer of no training question, so that none is learnt; {keep}", untaught))
+    return [
+        f"{where}: {len(entries)} of {len(listed)} entries {what}: {', '.join(entries[:_MAX_EXAMPLES])}"
+        + (", …" if len(entries) > _MAX_EXAMPLES else "")
+        for what, entries in notes
+        if entries
+    ]
 
 
 def _label(

@@ -4,6 +4,7 @@ Several pairs of files become one split, such as train2014 + val2014, with Visua
 """
 
 import argparse
+from collections import Counter
 from itertools import zip_longest
 from typing import Any
 
@@ -18,6 +19,7 @@ from preprocessing.sources.source import Faults
 from preprocessing.sources.visual_genome import FOLDERS, add_image_data_argument, read_coco_numbers
 from preprocessing.sources.visual_genome_qa import read_questions
 from preprocessing.sources.vqa_grouping import RawQuestion, add_answer_arguments, answer_list_option, vqa_source
+from preprocessing.text.answers import normalize_answer
 from preprocessing.text.cleaning import TextCleaning, add_text_argument, text_cleaning
 
 
@@ -35,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--visual-genome-images", metavar="DIR", help="folder that holds its images")
     add_image_data_argument(parser)
     add_answer_arguments(parser)
+    add(
+        "--answer-annotations",
+        nargs="+",
+        metavar="FILE",
+        help="annotations whose answers count for a built list, too: with those of val2014 it is the usual list of "
+        "train + val",
+    )
     add_exclude_argument(parser)
     add_text_argument(parser)
     add_common_arguments(parser)
@@ -57,7 +66,11 @@ def run(args: argparse.Namespace) -> None:
         coco = read_coco_numbers(args.image_data)
         folder = ImageFolder(args.visual_genome_images, FOLDERS)
         asked += read_questions(inputs[-1], folder, coco, excluded, cleaning, args.split, faults, beside_vqav2=True)
-    write_split(vqa_source(asked, inputs, args, answer_list_option(args), args.min_answers, faults), args)
+    beside = Counter[str]()
+    for path in map(storage_path, args.answer_annotations or ()):
+        inputs.append(path)
+        beside.update(normalize_answer(main) for main, _, _ in _read_annotations(path, faults).values())
+    write_split(vqa_source(asked, inputs, args, answer_list_option(args), args.min_answers, faults, beside), args)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -69,6 +82,8 @@ def _check_options(args: argparse.Namespace) -> None:
         )
     if (args.visual_genome is None) != (args.visual_genome_images is None):
         raise UserError("--visual-genome and --visual-genome-images: give both or neither")
+    if args.answer_annotations and (args.split != "train" or args.answer_list is not None):
+        raise UserError("--answer-annotations: is for a list that is built; give it with --split train, without a list")
 
 
 def read_vqav2(

@@ -3,10 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from preprocessing.errors import UserError
 from preprocessing.formats.annotations import read_json
+from preprocessing.local_files import json_excerpt
 from preprocessing.running.storage import StoragePath
 from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.shards.writer import prepared_splits
@@ -67,25 +70,35 @@ def normalize_answer(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def labels_of(listed: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """(normalized answer -> label, messages on entries of the list that are not normalized).
+@dataclass(frozen=True)
+class Labels:
+    """What an answer list says.
 
-    Entries such as "two" and "t-shirt" stand for their normalized forms "2" and "t shirt". If that form is an entry,
-    too, or is empty ("the"), the entry is the label of no answer.
+    Attributes:
+        of: normalized answer -> label.
+        respelled: messages on entries that are not normalized; "two" and "t-shirt" are the labels of "2" and "t shirt".
+        unreachable: messages on entries that are the label of no answer: their normalized form is another entry's, or
+            empty ("", "the").
     """
-    labels = {answer: label for label, answer in enumerate(listed) if normalize_answer(answer) == answer}
-    said = []
+
+    of: dict[str, int]
+    respelled: list[str]
+    unreachable: list[str]
+
+
+def labels_of(listed: Sequence[str]) -> Labels:
+    """The labels of normalized answers by a list, whose entries may be spelled otherwise."""
+    labels = {answer: label for label, answer in enumerate(listed) if answer and normalize_answer(answer) == answer}
+    respelled, unreachable = [], []
     for label, answer in enumerate(listed):
         normal = normalize_answer(answer)
-        if normal == answer:
-            continue
-        if not normal or normal in labels:
-            why = f"{listed[labels[normal]]!r} stands for it" if normal else "nothing is left of it"
-            said.append(f"{answer!r} is never right ({why})")
-        else:
-            labels[normal] = label
-            said.append(f"{answer!r} is taken for {normal!r}")
-    return labels, said
+        if not normal:
+            unreachable.append(f"{answer!r} (nothing is left of it)")
+        elif labels.setdefault(normal, label) != label:
+            unreachable.append(f"{answer!r} ({listed[labels[normal]]!r} stands for it)")
+        elif normal != answer:
+            respelled.append(f"{answer!r} is taken for {normal!r}")
+    return Labels(labels, respelled, unreachable)
 
 
 def soft_score(count: int) -> float:
@@ -102,16 +115,37 @@ def build_answer_list(counts: Mapping[str, int], min_answers: int) -> list[str]:
 
 
 def read_answer_list(path: StoragePath) -> list[str]:
-    """A JSON list of distinct answers. Raises UserError naming the file and the entry at fault."""
+    """The distinct answers in a JSON list or a JSON object {answer: label}, in the order of their labels.
+
+    So the lists of ALBEF, X-VLM and BLIP (``answer_list.json``) and lxmert's (``trainval_label2ans.json``, whose first
+    entry is "", and ``trainval_ans2label.json``) are read. Raises UserError naming the file and the entry at fault.
+    """
     answers = read_json(path)
+    if isinstance(answers, dict):
+        answers = _by_label(answers, path)
     if not isinstance(answers, list) or not answers:
-        raise UserError(f"{path}: is no JSON list of answers; give X-VLM's answer_list.json or one of its form")
-    seen: set[str] = set()
+        raise UserError(f"{path}: is neither a JSON list of answers, such as X-VLM's, nor an object {{answer: label}}")
+    places: dict[str, int] = {}
     for index, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer or answer in seen:
-            raise UserError(f"{path}: entry {index} is no string, empty, or occurs twice; fix the list")
-        seen.add(answer)
+        if not isinstance(answer, str):
+            raise UserError(f"{path}: entry {index} is {json_excerpt(answer)}, no text; fix the list")
+        if (first := places.setdefault(answer, index)) != index:
+            raise UserError(f"{path}: entries {first} and {index} are both {json_excerpt(answer)}; take one out")
     return answers
+
+
+def _by_label(labels: Mapping[str, Any], path: StoragePath) -> list[str]:
+    """The answers of {answer: label} by label, which must be the numbers from 0, each once."""
+    answers: dict[int, str] = {}
+    for answer, label in labels.items():
+        if type(label) is not int or not 0 <= label < len(labels) or label in answers:
+            other = f", as that of {json_excerpt(answers[label])}" if type(label) is int and label in answers else ""
+            raise UserError(
+                f"{path}: the label of {json_excerpt(answer)} is {json_excerpt(label)}{other}; labels must be the "
+                f"numbers 0 to {len(labels) - 1}, each once"
+            )
+        answers[label] = answer
+    return [answers[label] for label in range(len(answers))]
 
 
 def resolve_answer_list(

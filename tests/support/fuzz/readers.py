@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import baselines, nlvr, retrieval, vqa
+from evaluation import baselines, nlvr, retrieval, submission, vqa
 from evaluation.common import run
 from eve_ds.report import __main__ as report
 from tests.support.fuzz.runner import Target, Wrong
@@ -93,12 +93,25 @@ def scores() -> list[Target]:
     return [
         Target("vqa", asked, list(asked), _scored(
             vqa.main, (0, 100), "--predictions", "@p.json", "--annotations", "@a.json", "--questions", "@q.json")),
+        Target("submission", asked | {"a.json": dumped(["yes", "no", "maybe"])}, list(asked), _submitted),
         Target("nlvr", judged, ["p.csv", "l.jsonl"], _scored(
             nlvr.main, (0, 1), "--predictions", "@p.csv", "--annotations", "@l.jsonl")),
         Target("retrieval", {"s.npz": _arrays()}, ["s.npz"], _retrieved),
         Target("baselines", both, list(both), _scored(
             baselines.main, (0, 100), *words, "--annotations", "@a.json")),
     ]  # fmt: skip
+
+
+def _submitted(folder: Path) -> int:
+    """What is written for the VQA server must be in its format, with each question once."""
+    words = [f"--{name}={folder}/{name[0]}.json" for name in ("predictions", "questions", "answers")]
+    code = run(submission.main, [*words, f"--out={folder}/scores.json"])
+    if code == 0:
+        rows = json.loads((folder / "scores.json").read_text())
+        asked = [row["question_id"] for row in json.loads((folder / "q.json").read_text("utf-8-sig"))["questions"]]
+        if [row["question_id"] for row in rows] != asked or not all(isinstance(row["answer"], str) for row in rows):
+            raise Wrong("the submission is not what the server takes")
+    return code
 
 
 def _few(records: bytes) -> bytes:

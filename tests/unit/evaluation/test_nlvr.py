@@ -98,13 +98,40 @@ def test_bad_files_exit_with_2_and_one_line(
     assert error.count("\n") == 1
 
 
-def test_header_and_predictions_beyond_the_examples_are_allowed(tmp_path: Path, capsys) -> None:
+def test_predictions_beyond_the_examples_are_refused_or_left_out_on_request(tmp_path: Path, capsys) -> None:
     (tmp_path / "p.csv").write_text("identifier,prediction\r\ndev-1-0-0, False \r\ndev-1-1-0,True\r\n")
     (tmp_path / "a.json").write_text(json.dumps(example("dev-1-0-0", "false")))
     arguments = ["--predictions", str(tmp_path / "p.csv"), "--annotations", str(tmp_path / "a.json")]
-    assert run(nlvr.main, [*arguments, "--out", str(tmp_path / "m.json")]) == 0
+    arguments += ["--out", str(tmp_path / "m.json")]
+    assert run(nlvr.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert "1 of 2 predictions are for no example: 'dev-1-1-0'; --allow_extra leaves them out" in error
+    assert error.count("\n") == 1 and not (tmp_path / "m.json").exists()
+    assert run(nlvr.main, [*arguments, "--allow_extra"]) == 0
     assert json.loads((tmp_path / "m.json").read_text()) == {"accuracy": 1, "consistency": 1}
     assert "1 predictions belong to no example" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "name"),
+    [
+        (["dev-1-0-0", "dev-2-1-0"], "dev"),
+        (["test1-1-0-0"], "test-P"),
+        (["test2-1-0-0"], "test-U"),
+        (["train-1-0-0"], "train"),
+        (["test1-1-0-0", "dev-1-0-0"], "dev + test-P"),
+        (["mine-1-0-0", "dev-1-0-0"], ""),
+    ],
+)
+def test_the_split_is_named_as_in_papers(tmp_path: Path, capsys, identifiers: list[str], name: str) -> None:
+    assert nlvr.official_split(identifiers) == name
+    (tmp_path / "p.csv").write_text("".join(f"{identifier},True\n" for identifier in identifiers))
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(example(identifier)) for identifier in identifiers))
+    arguments = ["--predictions", str(tmp_path / "p.csv"), "--annotations", str(tmp_path / "a.json")]
+    assert run(nlvr.main, [*arguments, "--out", str(tmp_path / "m.json")]) == 0
+    named = f"{name}, " if name else ""
+    said = f"accuracy 1.0000 consistency 1.0000 ({named}{len(identifiers)} examples)\n"
+    assert capsys.readouterr().out == said
 
 
 def test_output_that_cannot_be_written_is_a_users_mistake(tmp_path: Path, capsys) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from evaluation import submission
 from eve_ds.engine import checkout
 from eve_ds.errors import setup_logging
 from eve_ds.weights.model_folder import write_hashes
@@ -59,6 +60,33 @@ def test_a_test_split_that_lacks_an_image(task: str, tmp_path: Path, capsys: pyt
     score(tmp_path, task, tmp_path / "again")
     assert "incomplete" not in json.loads((tmp_path / "again" / "scores_test.json").read_text())
     assert "dropped" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_nlvr2_scores_say_which_official_split_they_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare(tmp_path, "nlvr", lost=None) == 0
+    score(tmp_path, "nlvr", tmp_path / "run")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("test (test-P): accuracy ")
+    assert json.loads((tmp_path / "run" / "scores_test.json").read_text())["official_split"] == "test-P"
+    assert all(line.startswith("test1-") for line in (tmp_path / "run" / "predictions_test.csv").read_text().split())
+    (tmp_path / "vqa").mkdir()
+    assert prepare(tmp_path / "vqa", "vqa", lost=None) == 0
+    score(tmp_path / "vqa", "vqa", tmp_path / "vqa" / "run")
+    assert "official_split" not in json.loads((tmp_path / "vqa" / "run" / "scores_test.json").read_text())
+
+
+def test_predictions_of_a_split_without_answers_are_what_the_vqa_server_takes(tmp_path: Path, capsys) -> None:
+    asked = [{name: row[name] for name in ("image", "question", "question_id")} for row in records("vqa")]
+    (tmp_path / "raw.json").write_text(json.dumps(asked))
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "test2015", "questions": asked[::-1]}))
+    assert prepare(tmp_path, "vqa", lost=None) == 0
+    score(tmp_path, "vqa", tmp_path / "run")
+    assert capsys.readouterr().out.endswith("test: predictions written; the split has no answers to score them by\n")
+    assert not (tmp_path / "run" / "scores_test.json").exists()
+    words = [f"--predictions={tmp_path}/run/predictions_test.json", f"--questions={tmp_path}/q.json"]
+    submission.main([*words, f"--answers={tmp_path}/data/answer_list.json", f"--out={tmp_path}/s.json"])
+    rows = json.loads((tmp_path / "s.json").read_text())
+    assert [row["question_id"] for row in rows] == [*range(11, -1, -1)]
+    assert {row["answer"] for row in rows} <= {"yes", "no"} and all(len(row) == 2 for row in rows)
 
 
 def test_a_question_without_a_word_in_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +153,7 @@ def test_scores_say_what_they_are_of_and_how_sure_they_are(
     before = datetime.now(UTC).replace(microsecond=0)
     ours.score(made, "test", run)
     written = json.loads((run / "scores_test.json").read_text())
+    written.pop("official_split", None)
     intervals, about = written.pop("intervals"), written.pop("about")
     assert intervals.keys() == written.keys()
     line = capsys.readouterr().out.splitlines()[-1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from eve_ds.tasks.nlvr import NlvrSamples
+from eve_ds.tasks.nlvr import SPEC, NlvrSamples
+from preprocessing.errors import UserError
 from tests.support.shards import (
     EVAL,
     FLIP,
@@ -34,6 +36,15 @@ def test_nlvr_unknown_label(tmp_path: Path) -> None:
     row = {"image_0": image_of(0), "image_1": image_of(1), "questions": ["x"], "answers": [""], "identifier": ["i"]}
     data = NlvrSamples(write_split(tmp_path / "test", "nlvr", [row | {"split": "test"}]), TOKENIZER, EVAL, 16)
     assert data[0, 0]["label"] == -1
+
+
+def test_an_identifier_that_stands_at_two_statements_is_named(tmp_path: Path) -> None:
+    row = {"image_0": image_of(0), "image_1": image_of(1), "questions": ["x", "y"], "answers": ["True", "False"]}
+    row |= {"identifier": ["test1-1-0-0", "test1-1-0-0"], "split": "test"}
+    data = NlvrSamples(write_split(tmp_path / "test", "nlvr", [row]), TOKENIZER, EVAL, 16)
+    arrays = {"question_index": np.arange(2), "prediction": np.ones(2), "label": np.array([1, 0])}
+    with pytest.raises(UserError, match=r"shard-00000.arrow: row 0: identifier test1-1-0-0 occurs twice in the split"):
+        SPEC.metrics(arrays, data)
 
 
 def test_nlvr_statement_that_says_a_side(tmp_path: Path) -> None:

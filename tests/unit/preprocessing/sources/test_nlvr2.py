@@ -48,6 +48,20 @@ def test_shapes_world(raw: Path, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "val")["source"] == {"pairs": 8, "statements": 16}
 
 
+def test_a_file_of_another_split_is_remarked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, name, said in (
+        ("train", "test1", "test"),
+        ("val", "train", "train"),
+        ("val", "dev", ""),
+        ("val", "mine", ""),
+    ):
+        folder = tmp_path / f"{split}-{name}"
+        draw(folder, f"{name}-7-0", 1)
+        convert(*write(folder, [example(f"{name}-7-0-0")]), "--split", split)
+        told = f"a.json: 1 of 1 statements are of NLVR2's {name} by their identifiers, and become --split {split}; "
+        assert (f"{told}choose --split {said} unless" in capsys.readouterr().out) == bool(said)
+
+
 @pytest.mark.parametrize("place", ["train/41", "41", "train", "."])
 def test_images_are_found_where_the_archives_put_them(tmp_path: Path, place: str) -> None:
     draw(tmp_path / place, "train-7-0", 1)

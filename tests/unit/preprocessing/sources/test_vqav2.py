@@ -88,6 +88,35 @@ def test_an_answer_list_in_another_spelling(world: World, capsys: pytest.Capture
     convert("verify", world.folder / "out")
 
 
+def test_entries_without_use_are_named_with_what_to_do(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = write_json(world.folder / "list.json", {"": 0, "dog": 1, "the dog": 2, "yes": 3, "2": 4, "owl": 5})
+    convert(*world.arguments(), "--answer-list", listed)
+    keep = "keep them for a head that was trained with this list, else take them out"
+    printed = capsys.readouterr().out
+    assert (
+        f"{listed}: 2 of 6 entries can never be right; {keep}: '' (nothing is left of it), 'the dog' ('dog'" in printed
+    )
+    assert (
+        f"{listed}: 1 of 6 entries are the answer of no training question, so that none is learnt; {keep}: 'owl'\n"
+        in printed
+    )
+    assert json.loads((world.folder / "out/answer_list.json").read_text()) == ["", "dog", "the dog", "yes", "2", "owl"]
+    assert rows_of(world.folder / "out/train")[0]["answer_labels"] == [[3], [1]]
+    convert("verify", world.folder / "out")
+    convert(*world.arguments("val"))
+    assert "no training question" not in capsys.readouterr().out
+
+
+def test_answers_of_other_annotations_count_for_a_built_list(world: World, refuse: Callable[..., str]) -> None:
+    more = [annotation(number, ["The dog"] * 9 + ["cat"]) for number in (100, 101)]
+    other = write_json(world.folder / "val.json", {"annotations": [*more, annotation(102, ["yes"] * 10)]})
+    convert(*world.arguments(), "--min-answers", 2, "--answer-annotations", other)
+    assert json.loads((world.folder / "out/answer_list.json").read_text()) == ["dog", "yes"]
+    listed = write_json(world.folder / "list.json", ["dog"])
+    for words in (world.arguments("val"), [*world.arguments(), "--overwrite", "--answer-list", listed]):
+        assert "--answer-annotations: is for a list that is built" in refuse(*words, "--answer-annotations", other)
+
+
 def test_what_has_no_answer_is_counted_by_reason(world: World) -> None:
     for number, answers in ((30, []), (31, ["a", "The"]), (32, ["owl"] * 10)):
         world.questions.append({"question_id": number, "image_id": 1, "question": "What?"})
