@@ -64,21 +64,36 @@ def image_ranks(text_to_image: NDArray[np.generic], text_image_index: NDArray[np
 
 def _at_least(scores: NDArray[np.generic], bounds: NDArray[np.generic], name: str) -> NDArray[np.int64]:
     """How many scores [N, M] of each row are at least the row's bound [N]. Raises InputError for NaN and +inf."""
-    counts = np.empty(len(scores), np.int64)
+    counts = np.zeros(len(scores), np.int64)
+    if scores.flags.f_contiguous and not scores.flags.c_contiguous:  # a transposed array: as it lies in memory
+        top = np.full(len(scores), -np.inf)
+        columns = max(1, BLOCK // len(scores))
+        for start in range(0, scores.shape[1], columns):
+            block = scores.T[start : start + columns]
+            np.maximum(top, block.max(axis=0), out=top)
+            for as_good in np.greater_equal(block, bounds):
+                counts += as_good
+        _check_rows(scores, top, name, 0)
+        return counts
     rows = max(1, BLOCK // scores.shape[1])
     for start in range(0, len(scores), rows):
         block = scores[start : start + rows]
-        fine = np.less(block.max(axis=1), np.inf)  # a row with NaN has NaN as its largest, which compares false
-        if not fine.all():
-            bad = int(np.argmin(fine))
-            column = int(np.argmin(np.less(block[bad], np.inf)))
-            raise InputError(
-                f"{name}[{start + bad}, {column}] is {block[bad, column]}: scores must be real numbers (or -inf: not "
-                "scored)"
-            )
-        as_good = np.greater_equal(block, bounds[start : start + rows, None])
-        counts[start : start + rows] = [np.count_nonzero(row) for row in as_good]  # five times as fast as with an axis
+        _check_rows(block, block.max(axis=1), name, start)
+        compared = np.greater_equal(block, bounds[start : start + rows, None])
+        counts[start : start + rows] = [np.count_nonzero(row) for row in compared]  # five times as fast as with an axis
     return counts
+
+
+def _check_rows(block: NDArray[np.generic], largest: NDArray[np.generic], name: str, first: int) -> None:
+    """Raise InputError for NaN and +inf in rows whose largest scores are known; ``first``: number of the first one."""
+    fine = np.less(largest, np.inf)  # a row with NaN has NaN as its largest, which compares false
+    if not fine.all():
+        row = int(np.argmin(fine))
+        column = int(np.argmin(np.less(block[row], np.inf)))
+        raise InputError(
+            f"{name}[{first + row}, {column}] is {block[row, column]}: scores must be real numbers (or -inf: not "
+            "scored)"
+        )
 
 
 def summary(text: NDArray[np.int64], image: NDArray[np.int64]) -> dict[str, float]:
