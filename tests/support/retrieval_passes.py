@@ -48,9 +48,12 @@ def caption_samples(folder: Path) -> CaptionSamples:
     return CaptionSamples(folder, tiny_tokenizer(), EVAL, 40)
 
 
-def arrays_of(task: Retrieval, folder: Path, batch_size: int = 4, limit: int | None = None) -> Arrays | None:
+def arrays_of(
+    task: Retrieval, folder: Path, batch_size: int = 4, limit: int | None = None, workers: int = 0
+) -> Arrays | None:
     """What scoring makes of a split, over all ranks; ``batch_size`` is that of the ranks together."""
     config = FinetuneConfig()
+    config.data.num_workers = workers
     config.engine.global_batch_size = batch_size
     feed = EvaluationFeed(config, torch.device("cpu"), StopRequest())
     return SPEC.predict(task, caption_samples(folder), feed, limit)

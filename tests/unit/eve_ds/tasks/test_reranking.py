@@ -57,7 +57,7 @@ def test_a_pass_gives_what_the_slow_way_gives(
     k: int, limit: int | None, rule: str, split: Path, tmp_path: Path
 ) -> None:
     task = retrieval_task(rerank=True, k_test=k, rerank_score=rule)
-    arrays = arrays_of(task, split, batch_size=3, limit=limit)
+    arrays = arrays_of(task, split, batch_size=3, limit=limit, workers=2 if limit else 0)
     assert arrays is not None
     expected = slow_scores(task, split, k, limit, add_cosine=rule == "sum")
     found = written(arrays, tmp_path)
