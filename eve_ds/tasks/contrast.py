@@ -129,8 +129,10 @@ class Contrast(Task):
         return self._vector(self.encode(text_ids=text_ids, text_mask=text_mask), self.itc_text_proj_head, normed)
 
     def match(self, images: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Logits [B, 2] of pairs; index 1: they match."""
-        return self.itm_head(joint_first_text(self.encode(images, text_ids, text_mask)))
+        """Logits [B, 2], float32, of pairs; index 1: they match. The head works in fp32: in bf16 many pairs would tie."""
+        head = self.itm_head
+        hidden = joint_first_text(self.encode(images, text_ids, text_mask))
+        return F.linear(hidden.float(), head.weight.float(), head.bias.float())
 
     def contrast(self, batch: Batch) -> ContrastOutput:
         """An image-only and a text-only pass. ``image_index`` [b] tells which rows show the same image."""

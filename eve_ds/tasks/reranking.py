@@ -148,7 +148,7 @@ def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded
     numbers = torch.from_numpy(pairs).to(feed.device)
     scores, places = [], []
     for batch in feed.together(batches.of(loaded, feed.device, task.config.image_size)):
-        score = task.match(batch["images"], batch["text_ids"], batch["text_mask"])[:, 1].float()
+        score = task.match(batch["images"], batch["text_ids"], batch["text_mask"])[:, 1]
         if add_cosine:
             number, texts_each = numbers[batch["pair"]], len(encoded.text)
             score = score + (encoded.image[number // texts_each] * encoded.text[number % texts_each]).sum(dim=1)

@@ -142,6 +142,15 @@ def test_images_with_most_pairs_are_dealt_out_first() -> None:
     assert [int(counts[images].sum()) for images in shares] == [10, 10]
 
 
+def test_candidates_of_bf16_weights_do_not_tie(split: Path) -> None:
+    arrays = arrays_of(retrieval_task(rerank=True, k_test=100).bfloat16(), split)
+    assert arrays is not None
+    scores = arrays["text_scores"].ravel()
+    assert scores.dtype == np.float32
+    rounded = torch.from_numpy(scores).bfloat16().float().numpy()
+    assert len(set(rounded.tolist())) < len(set(scores.tolist())) == scores.size
+
+
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"^objective\.k_test=0 must be a positive number"):
         FinetuneObjective(k_test=0).check()
