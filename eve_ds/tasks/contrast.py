@@ -129,7 +129,7 @@ class Contrast(Task):
         return self._vector(self.encode(text_ids=text_ids, text_mask=text_mask), self.itc_text_proj_head, normed)
 
     def match(self, images: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Logits [B, 2], float32, of pairs; index 1: they match. The head works in fp32: in bf16 many pairs would tie."""
+        """Logits [B, 2] of pairs, float32 at any precision, or many would tie in bf16; index 1: they match."""
         head = self.itm_head
         hidden = joint_first_text(self.encode(images, text_ids, text_mask))
         return F.linear(hidden.float(), head.weight.float(), head.bias.float())
