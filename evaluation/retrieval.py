@@ -6,7 +6,8 @@ is a text, a hit is its image. As in Karpathy & Fei-Fei (CVPR 2015) and the eval
 Ties count against the model: a wrong candidate with the same score as the right one is ranked before it. A model that
 gives each pair the same score gets 0; with sorting, its score would depend on the order of the file.
 
-I images, T texts. Ranks are counts of better candidates, one query at a time: no sorted copy of the scores is made.
+I images, T texts. Ranks are counts of better candidates, a block of queries at a time: no sorted copy of the scores is
+made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from evaluation import intervals
 from evaluation.common import InputError, Parser, check_regular, run, write_scores
 
 CUTOFFS = (1, 5, 10)
+BLOCK = 1 << 16  # scores compared at a time: they stay in a processor's cache
 ARRAYS = ("image_to_text", "text_to_image", "text_image_index")
 
 
@@ -45,25 +47,54 @@ def recalls(
 def text_ranks(image_to_text: NDArray[np.generic], text_image_index: NDArray[np.integer]) -> NDArray[np.int64]:
     """The rank, from 0, of the first right text of each image: [I, T] scores -> [I]. Raises as ``recalls``."""
     images = _check(image_to_text, text_image_index, "image_to_text", image_axis=0)
-    by_image = np.argsort(text_image_index, kind="stable")
-    ends = np.cumsum(np.bincount(text_image_index, minlength=images))
-    ranks = np.empty(images, np.int64)
-    for i, row in enumerate(image_to_text):
-        _check_row(row, "image_to_text", i)
-        right = row[by_image[ends[i - 1] if i else 0 : ends[i]]]
-        best = right.max()
-        ranks[i] = np.count_nonzero(row >= best) - np.count_nonzero(right >= best)  # wrong ones at least as good
-    return ranks
+    texts = np.argsort(text_image_index, kind="stable")  # image by image
+    owner = text_image_index[texts]
+    right = image_to_text[owner, texts]
+    starts = np.searchsorted(owner, np.arange(images))
+    best = np.maximum.reduceat(right, starts)
+    as_good = np.add.reduceat(np.greater_equal(right, best[owner]), starts, dtype=np.int64)
+    return _at_least(image_to_text, best, "image_to_text") - as_good  # wrong ones at least as good
 
 
 def image_ranks(text_to_image: NDArray[np.generic], text_image_index: NDArray[np.integer]) -> NDArray[np.int64]:
     """The rank, from 0, of the right image of each text: [T, I] scores -> [T]. Raises as ``recalls``."""
     _check(text_to_image, text_image_index, "text_to_image", image_axis=1)
-    ranks = np.empty(len(text_image_index), np.int64)
-    for t, row in enumerate(text_to_image):
-        _check_row(row, "text_to_image", t)
-        ranks[t] = np.count_nonzero(row >= row[text_image_index[t]]) - 1
-    return ranks
+    right = text_to_image[np.arange(len(text_image_index)), text_image_index]
+    return _at_least(text_to_image, right, "text_to_image") - 1
+
+
+def _at_least(scores: NDArray[np.generic], bounds: NDArray[np.generic], name: str) -> NDArray[np.int64]:
+    """How many scores [N, M] of each row are at least the row's bound [N]. Raises InputError for NaN and +inf."""
+    counts = np.zeros(len(scores), np.int64)
+    if scores.flags.f_contiguous and not scores.flags.c_contiguous:  # a transposed array: as it lies in memory
+        top = np.full(len(scores), -np.inf)
+        columns = max(1, BLOCK // len(scores))
+        for start in range(0, scores.shape[1], columns):
+            block = scores.T[start : start + columns]
+            np.maximum(top, block.max(axis=0), out=top)
+            for as_good in np.greater_equal(block, bounds):
+                counts += as_good
+        _check_rows(scores, top, name, 0)
+        return counts
+    rows = max(1, BLOCK // scores.shape[1])
+    for start in range(0, len(scores), rows):
+        block = scores[start : start + rows]
+        _check_rows(block, block.max(axis=1), name, start)
+        compared = np.greater_equal(block, bounds[start : start + rows, None])
+        counts[start : start + rows] = [np.count_nonzero(row) for row in compared]  # five times as fast as with an axis
+    return counts
+
+
+def _check_rows(block: NDArray[np.generic], largest: NDArray[np.generic], name: str, first: int) -> None:
+    """Raise InputError for NaN and +inf in rows whose largest scores are known; ``first``: number of the first one."""
+    fine = np.less(largest, np.inf)  # a row with NaN has NaN as its largest, which compares false
+    if not fine.all():
+        row = int(np.argmin(fine))
+        column = int(np.argmin(np.less(block[row], np.inf)))
+        raise InputError(
+            f"{name}[{first + row}, {column}] is {block[row, column]}: scores must be real numbers (or -inf: not "
+            "scored)"
+        )
 
 
 def summary(text: NDArray[np.int64], image: NDArray[np.int64]) -> dict[str, float]:
@@ -101,15 +132,6 @@ def _check(scores: NDArray[np.generic], index: NDArray[np.integer], name: str, i
             f"text_image_index: image {int(np.argmin(counts))} has no text, so its text recall is undefined"
         )
     return images
-
-
-def _check_row(row: NDArray[np.generic], name: str, number: int) -> None:
-    bad = ~np.less(row, np.inf)  # NaN compares false
-    if bad.any():
-        column = int(np.argmax(bad))
-        raise InputError(
-            f"{name}[{number}, {column}] is {row[column]}: scores must be real numbers (or -inf: not scored)"
-        )
 
 
 def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.generic]:

@@ -93,6 +93,8 @@ class FinetuneConfig(_Common):
             an unfinished run, its newest checkpoint.
         load_head: take the task head from there too.
         evaluate: score ``split`` and train nothing.
+        zeroshot: retrieval: evaluate a model that was not trained for this data set: a pre-trained one with contrastive
+            heads, or one that was fine-tuned on another.
         split: folder under ``data.path`` that is scored at the end.
         output_dir: folder of the run.
         resume_from: branch: RUN/checkpoints/step_N of another run, to go on from in a new ``output_dir`` with its
@@ -107,6 +109,7 @@ class FinetuneConfig(_Common):
     init_from: str | None = None
     load_head: bool = False
     evaluate: bool = False
+    zeroshot: bool = False
     split: str = "test"
 
     @property

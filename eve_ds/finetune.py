@@ -84,6 +84,10 @@ def run(stop: StopRequest) -> int:
 
 
 def _check_evaluate(config: FinetuneConfig) -> None:
+    if config.zeroshot:
+        if not config.spec.zeroshot:
+            raise UserError(f"--zeroshot is for retrieval; score a model that was tuned for {config.task}: --evaluate")
+        config.evaluate = True
     if config.evaluate and not config.init_from:
         raise UserError("--evaluate needs --checkpoint: a fine-tuned run, a model folder or a file of weights")
     if config.evaluate and config.resume_from:

@@ -21,14 +21,17 @@ VALUE_OPTIONS = {
     "bs": ("engine.global_batch_size", "total batch size, over all ranks"),
     "lr": ("optimizer.lr", "peak learning rate"),
     "lr_mult": ("optimizer.head_lr_mult", "factor on it for the head"),
+    "k_test": ("objective.k_test", "retrieval: candidates of every query that --rerank scores"),
     "seed": ("engine.seed", "of everything that is drawn"),
 }
 PLACES = ("init_from", "resume_from", "output_dir")  # which tell what the model is, and go on as they are
 FLAGS = {
     "biattn": ("objective.biattn", "NLVR: bi-attention head"),
+    "rerank": ("objective.rerank", "retrieval: score the best candidates with the matching head, too"),
     "gc": ("model.checkpoint_activations", "gradient checkpointing: recompute blocks in the backward pass"),
     "load_head": ("load_head", "take the head from the checkpoint, too"),
     "evaluate": ("evaluate", "score --split and train nothing"),
+    "zeroshot": ("zeroshot", "retrieval: --evaluate on a data set that the model was not trained for"),
 }
 
 

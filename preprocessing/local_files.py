@@ -13,7 +13,7 @@ import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from preprocessing.errors import UserError, shortened
 
@@ -21,6 +21,8 @@ _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPED_BYTES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # json accepts the latter, which is no UTF-8
 _HALF = re.compile("[\ud800-\udfff]")
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # opened by the shell, so there is a writer at the other end
+
+Content = bytes | Callable[[BinaryIO], None]  # of a file: its bytes, or what writes them
 
 
 def load_json(content: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -87,7 +89,7 @@ def check_regular(path: str | os.PathLike[str], streams: bool = False) -> None:
         raise UserError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:
+def write_atomic(path: str | os.PathLike[str], content: Content, sync: bool = True) -> None:
     """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
 
     With `sync`, content and name are on disk on return. Without it, `path` is whole when this process is killed, but
@@ -104,7 +106,10 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, sync: bool = True
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(content)
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())

@@ -93,9 +93,20 @@ class TrainingBatches(Iterator[Batch]):
         return counts
 
 
-def evaluation_batches(config: Config, samples: Samples, limit: int | None = None) -> Iterator[Batch]:
-    """This rank's part of a split in order, each sample once. Samples repeated as a filler have ``valid`` False."""
-    return _told_by_rank(_loader(config, samples, train=False, limit=limit))
+def evaluation_batches(
+    config: Config, samples: Samples, limit: int | None = None, alone: bool = False
+) -> Iterator[Batch]:
+    """This rank's part of a split in order, each sample once. Samples repeated as a filler have ``valid`` False.
+
+    ``alone``: all of ``samples`` are this rank's.
+    """
+    place = {"rank": 0, "world_size": 1} if alone else {}
+    return _told_by_rank(_loader(config, samples, train=False, limit=limit, **place))
+
+
+def evaluation_batch_size(config: Config) -> int:
+    """Samples of a rank's forward pass in an evaluation."""
+    return batch_shape(config.engine, launched_world()[1])[0]
 
 
 def source_names(data: DataConfig) -> list[str]:
@@ -120,7 +131,7 @@ def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
     micro, _ = batch_shape(config.engine, world_size)
     workers, timeout = config.data.num_workers, loader_seconds(config)
     shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
-    return build_loader(samples, micro_batch_size=micro, **shared, **options)
+    return build_loader(samples, micro_batch_size=micro, **(shared | options))
 
 
 def _told_by_rank(loader: Loader) -> Any:

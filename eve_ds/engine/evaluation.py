@@ -1,27 +1,28 @@
-"""Held-out losses and predictions of a split, over all ranks."""
+"""Held-out losses of a split, and the batches of passes over one, over all ranks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eve_ds.engine.batches import to_device
+from eve_ds.config import FinetuneConfig
+from eve_ds.data.samples import Samples
+from eve_ds.engine.batches import evaluation_batch_size, evaluation_batches, to_device
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import StopError
-from eve_ds.tasks.base import ROUTING, Task, measuring_held_out
+from eve_ds.tasks.base import ROUTING, measuring_held_out
+from eve_ds.tasks.feed import Feed
 
 if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 Batch = dict[str, Tensor]
-Arrays = dict[str, np.ndarray]
 _log = logging.getLogger(__name__)
 
 
@@ -68,25 +69,27 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
     return {f"{prefix}/{name}": value for name, value in means.items()}
 
 
-@torch.no_grad()
-def predict(
-    task: Task, batches: Iterable[Batch], device: torch.device, stop: StopRequest | None = None
-) -> Arrays | None:
-    """``task.predict_batch`` over all batches of all ranks, rows joined in rank order; None but on rank 0.
+class EvaluationFeed(Feed):
+    """Batches of the config's loader.
 
-    Raises StopError, on all ranks, where one was asked to ``stop``.
+    Args:
+        config: the resolved tree.
+        device: this rank's.
+        stop: asked before each batch.
     """
-    parts = []
-    for batch in batches:
-        if stop is not None and stop_agreed(stop, device):
-            raise StopError
-        parts.append(task.predict_batch(to_device(batch, device)))
-    mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    if not dist.is_initialized():
-        return mine
-    gathered: list[Arrays | None] = [None] * dist.get_world_size()
-    dist.gather_object(mine, gathered if dist.get_rank() == 0 else None)
-    if dist.get_rank() != 0:
-        return None
-    whole = [part for part in gathered if part]
-    return {name: np.concatenate([part[name] for part in whole]) for name in whole[0]} if whole else {}
+
+    def __init__(self, config: FinetuneConfig, device: torch.device, stop: StopRequest) -> None:
+        self.config, self.device, self.stop = config, device, stop
+        self.batch_size = evaluation_batch_size(config)
+
+    def shared(self, samples: Samples, limit: int | None = None) -> Iterator[Batch]:
+        return self.together(evaluation_batches(self.config, samples, limit))
+
+    def own(self, samples: Samples) -> Iterator[Batch]:
+        return evaluation_batches(self.config, samples, alone=True)
+
+    def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if stop_agreed(self.stop, self.device):
+                raise StopError
+            yield to_device(batch, self.device)

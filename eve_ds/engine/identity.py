@@ -41,6 +41,9 @@ MUTABLE_ON_RESUME = (  # sections and keys that do not change what is learned, a
     "data.verify",
     "data.max_pixels",
     "data.val_split",
+    "objective.rerank",
+    "objective.k_test",
+    "objective.rerank_score",
 )
 # Paths; compared by the content of what lies there.
 PLACES = ("data.path", "data.tokenizer", "data.train_split", "init_from", "resume_from")

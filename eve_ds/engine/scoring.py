@@ -5,6 +5,7 @@ Files written below the run folder, rank 0 alone:
     scores_<split>.json                       the metrics, their intervals, and what they are of (score_record.py)
     predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
     details_<split>.parquet                   each prediction with its confidence, for the page of errors
+    predictions_<split>_reranked.npz          retrieval score arrays after re-ranking
     samples/                                  examples for the report
 """
 
@@ -24,13 +25,14 @@ from evaluation.common import InputError
 from evaluation.intervals import shown
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
-from eve_ds.engine import batches, score_record
+from eve_ds.engine import score_record
 from eve_ds.engine.distributed import launched_world
-from eve_ds.engine.evaluation import Arrays, predict
+from eve_ds.engine.evaluation import EvaluationFeed
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
 from eve_ds.errors import OUTPUT
 from eve_ds.tasks.base import Task
+from eve_ds.tasks.feed import Arrays
 from eve_ds.tasks.spec import Thumbnails
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_atomic, write_json
@@ -68,8 +70,8 @@ class Scorer:
 
     def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
         """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
-        found = batches.evaluation_batches(self.config, self.datasets[split], limit)
-        return predict(task, found, self.device, self.stop)
+        feed = EvaluationFeed(self.config, self.device, self.stop)
+        return self.config.spec.predict(task, self.datasets[split], feed, limit)
 
     @_user_errors()
     def while_training(self, trainer: Trainer) -> Scores:
@@ -80,7 +82,7 @@ class Scorer:
         with trainer.whole_weights():
             arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
         scores = self.config.spec.metrics(arrays, self.datasets[split]) if arrays else {}
-        return {f"val/{name}": value for name, value in scores.items()}
+        return {f"val/{group}{name}": value for group, own in _groups(scores) for name, value in own.items()}
 
     @_user_errors()
     def score(self, task: Task, split: str, folder: Path, step: int | None = None) -> None:
@@ -103,10 +105,14 @@ class Scorer:
         official = spec.official_split(dataset)
         named = f"{split} ({official})" if official else split
         if scores:  # logged before anything is written: the disk may be full
-            values = "  ".join(f"{name} {shown(value, intervals.get(name), '.4g')}" for name, value in scores.items())
-            _output.info("%s: %s%s", named, values, _incomplete_note(lack))
+            for group, own in _groups(scores):
+                within = dict(_groups(intervals)).get(group, {})
+                values = "  ".join(f"{name} {shown(value, within.get(name), '.4g')}" for name, value in own.items())
+                _output.info("%s: %s%s", named + (f", {group[:-1]}" if group else ""), values, _incomplete_note(lack))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
+        for ending, further in spec.more_predictions(arrays, dataset).items():
+            write_atomic(folder / f"predictions_{split}_{ending}", further)
         if details := spec.details(arrays, dataset):
             write_atomic(folder / f"details_{split}.parquet", parquet(details, dataset.split.fingerprint))
         if not scores:
@@ -153,6 +159,12 @@ def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:
     lost = 0 if known else sum(dropped.values())  # records at fault, which no count of the raw data has
     found = {name: {"scored": count, "of": max(count + lost, source.get(name, 0))} for name, count in counts.items()}
     return found | {"dropped": dropped}
+
+
+def _groups(scores: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """("", the scores of their own) and ("NAME/", those of group NAME)."""
+    own = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
+    return [("", own), *((f"{name}/", dict(value)) for name, value in scores.items() if isinstance(value, Mapping))]
 
 
 def _incomplete_note(lack: Mapping[str, Any]) -> str:

@@ -207,5 +207,7 @@ def build_task(config: Config, tokenizer: Tokenizer, num_classes: int = 0) -> Ta
     backbone = Backbone(config.model, moe_layer=layer)
     task = config.spec.build(backbone, config.objective, mask_id=tokenizer.mask_id, num_classes=num_classes, seed=seed)
     task.seed = seed
+    if isinstance(config, FinetuneConfig) and config.evaluate:
+        task.score_only()
     task.use_tokenizer(tokenizer)
     return task

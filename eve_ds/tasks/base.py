@@ -69,6 +69,9 @@ class Task(nn.Module):
             UserError: it does not tell.
         """
 
+    def score_only(self) -> None:
+        """Drop heads that scoring does not need, before weights are loaded that may lack them. Here none."""
+
     def forward(self, batch: Batch) -> TaskOutput:
         """Loss share and metrics of one micro-batch; random choices depend on ``batch["sample_id"]`` alone."""
         raise NotImplementedError
@@ -76,7 +79,8 @@ class Task(nn.Module):
     def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
         """What evaluation needs of one batch, on the CPU; rows where ``batch["valid"]`` is False are left out.
 
-        Pre-training has none: its evaluation is ``forward`` on held-out pairs.
+        Pre-training has none: its evaluation is ``forward`` on held-out pairs. Nor has a task whose
+        ``FinetuneSpec.predict`` is its own, as retrieval's.
         """
         raise NotImplementedError
 

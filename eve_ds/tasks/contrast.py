@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,12 +21,9 @@ from eve_ds.tasks.base import (
     Metrics,
     Task,
     TaskOutput,
-    evaluating,
     global_counts,
     init_head,
     joint_first_text,
-    to_numpy,
-    valid_rows,
 )
 from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS, random_bits, uniform
 from preprocessing.errors import UserError
@@ -133,24 +129,10 @@ class Contrast(Task):
         return self._vector(self.encode(text_ids=text_ids, text_mask=text_mask), self.itc_text_proj_head, normed)
 
     def match(self, images: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Logits [B, 2] of pairs; index 1: they match."""
-        return self.itm_head(joint_first_text(self.encode(images, text_ids, text_mask)))
-
-    def predict_batch(self, batch: Batch) -> dict[str, np.ndarray]:
-        """Vectors to rank by, each image of the batch encoded once.
-
-        ``image`` [U, E] with ``image_index`` [U]; ``text`` [B, E] with ``text_image_index`` and ``sample_id`` [B].
-        """
-        batch = valid_rows(batch)
-        index, inverse = batch["image_index"].unique(return_inverse=True)
-        position = torch.arange(inverse.shape[0], device=inverse.device)
-        # All captions of an image bring the same pixels: any one row will do.
-        row = torch.zeros_like(index).scatter_(0, inverse, position)
-        with evaluating(self):
-            image = self.encode_image(batch["images"][row])
-            text = self.encode_text(batch["text_ids"], batch["text_mask"])
-        values = {"image": image, "image_index": index, "text": text}
-        return to_numpy(values | {"text_image_index": batch["image_index"], "sample_id": batch["sample_id"]})
+        """Logits [B, 2] of pairs, float32 at any precision, or many would tie in bf16; index 1: they match."""
+        head = self.itm_head
+        hidden = joint_first_text(self.encode(images, text_ids, text_mask))
+        return F.linear(hidden.float(), head.weight.float(), head.bias.float())
 
     def contrast(self, batch: Batch) -> ContrastOutput:
         """An image-only and a text-only pass. ``image_index`` [b] tells which rows show the same image."""

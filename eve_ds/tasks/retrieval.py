@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
-from typing import Any
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation import retrieval
 from evaluation.intervals import confidence, retrieval_parts
+from eve_ds.data.caption_parts import CaptionTexts, ChosenImages
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.tasks.base import Batch, TaskOutput, valid_rows
+from eve_ds.parallel import rank
+from eve_ds.tasks.base import Batch, Task, TaskOutput, evaluating, valid_rows
 from eve_ds.tasks.contrast import CONTRAST_HEADS, MATCHING_HEAD, Contrast
+from eve_ds.tasks.feed import Feed, in_order
+from eve_ds.tasks.reranking import ROWS, Encoded, rerank
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
+from preprocessing.local_files import Content
 
 SHOWN = 5  # best results of an example
 
@@ -30,14 +38,24 @@ class Retrieval(Contrast):
         embed_dim: E.
         temperature: first value of the learned temperature.
         seed: of the drawing of negatives.
+
+    Attributes:
+        reranking: how scoring re-ranks; None where it does not.
     """
 
-    heads = (*CONTRAST_HEADS, MATCHING_HEAD)
+    heads: ClassVar[tuple[str, ...]] = (*CONTRAST_HEADS, MATCHING_HEAD)
+    reranking: FinetuneObjective | None = None
 
     def __init__(self, backbone: Backbone, embed_dim: int = 256, temperature: float = 0.07, seed: int = 0) -> None:
         super().__init__(backbone)
         self.seed = seed
         self.add_pair_heads(embed_dim, temperature)
+
+    def score_only(self) -> None:
+        """Without re-ranking the matching head goes: weights of a contrastive model need not have it."""
+        if self.reranking is None:
+            del self.itm_head
+            self.heads = CONTRAST_HEADS  # type: ignore[misc]  # of this object alone
 
     def forward(self, batch: Batch) -> TaskOutput:
         """Contrast + matching. ``image_index`` [B] tells which rows show the same image."""
@@ -54,66 +72,106 @@ class RetrievalSpec(FinetuneSpec):
         (f"{query}_r{k}", f"{what} R@{k}") for query, what in (("txt", "text"), ("img", "image")) for k in (1, 5, 10)
     )
     objective = FinetuneObjective
+    zeroshot = True
 
     def build(
         self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int
     ) -> Retrieval:
-        return Retrieval(backbone, objective.embed_dim, objective.temperature, seed)
+        task = Retrieval(backbone, objective.embed_dim, objective.temperature, seed)
+        task.reranking = objective if objective.rerank else None
+        return task
 
     def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> Retrieval:
         return Retrieval(backbone, embed_dim=state["itc_vision_proj_head.weight"].shape[0])
 
-    def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, float]:
-        return retrieval.recalls(**similarity(arrays))
+    def predict(self, task: Task, dataset: CaptionSamples, feed: Feed, limit: int | None = None) -> Arrays | None:
+        """Scores of all images and texts; every image and every text is encoded once, on one rank.
 
-    def intervals(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, list[float]]:
-        scores = similarity(arrays)
-        index = scores["text_image_index"]
-        texts = retrieval.text_ranks(scores["image_to_text"], index)
-        images = retrieval.image_ranks(scores["text_to_image"], index)
-        return confidence(retrieval_parts(texts, images, index, retrieval.CUTOFFS))
+        ``limit`` counts texts, as samples do: the last image may lack some of its own.
+
+        Returns:
+            image_to_text [I, T] float32 cosines, text_image_index [T], image_row [I] (in the split), and what
+            ``reranking.rerank`` gives, if the objective says so.
+        """
+        assert isinstance(task, Retrieval)
+        rows, index = np.unique(dataset.text_image_index()[:limit], return_inverse=True)
+        with evaluating(task):
+            encoded = encode_split(task, dataset, feed, rows, len(index))
+            found: Arrays = {}
+            if (objective := task.reranking) is not None:
+                add_cosine = objective.rerank_score == "sum"
+                found = rerank(task, dataset, feed, encoded, objective.k_test, add_cosine)
+        if rank() != 0:
+            return None
+        return {"image_to_text": cosines(encoded), "text_image_index": index, "image_row": rows, **found}
+
+    def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
+        """The recalls, and those after re-ranking as ``reranked``."""
+        scores, index = arrays["image_to_text"], arrays["text_image_index"]
+        found: dict[str, Any] = retrieval.recalls(scores, scores.T, index)
+        if "text_scores" in arrays:
+            texts = retrieval.text_ranks(_reranked(arrays, "text"), index)
+            found["reranked"] = retrieval.summary(texts, retrieval.image_ranks(_reranked(arrays, "image"), index))
+        return found
+
+    def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, Content]:
+        scores = arrays["image_to_text"]
+        return "npz", npz_content(lambda: scores, lambda: scores.T, arrays["text_image_index"])
+
+    def more_predictions(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Content]:
+        if "text_scores" not in arrays:
+            return {}
+        views = partial(_reranked, arrays, "text"), partial(_reranked, arrays, "image")
+        return {"reranked.npz": npz_content(*views, arrays["text_image_index"])}
+
+    def intervals(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
+        index = arrays["text_image_index"]
+
+        def found(by_image: np.ndarray, by_text: np.ndarray) -> dict[str, list[float]]:
+            ranks = retrieval.text_ranks(by_image, index), retrieval.image_ranks(by_text, index)
+            return confidence(retrieval_parts(*ranks, index, retrieval.CUTOFFS))
+
+        scores = arrays["image_to_text"]
+        result: dict[str, Any] = dict(found(scores, scores.T))
+        if "text_scores" in arrays:
+            result["reranked"] = found(_reranked(arrays, "text"), _reranked(arrays, "image"))
+        return result
 
     def details(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
-        """Texts that ask for an image, then images that ask for a text; ``sample`` and ``prediction`` are numbers of
-        what asks and of what is found first, ``rank`` is that of the right one, from 1."""
-        scores = similarity(arrays)
-        index, by_text, by_image = scores["text_image_index"], scores["text_to_image"], scores["image_to_text"]
+        """Texts that ask for an image, then images that ask for a text; ``sample`` and ``prediction`` are numbers in
+        the split of what asks and of what is found first, ``rank`` is that of the right one, from 1."""
+        by_image, index, row = arrays["image_to_text"], arrays["text_image_index"], arrays["image_row"]
+        by_text = by_image.T
         rank = np.concatenate([retrieval.image_ranks(by_text, index), retrieval.text_ranks(by_image, index)])
         texts, images = by_image.shape[1], len(by_image)
         return {
-            "sample": np.concatenate([np.arange(texts), np.arange(images)]),
+            "sample": np.concatenate([np.arange(texts), row]),
             "query": ["text"] * texts + ["image"] * images,
-            "prediction": np.concatenate([by_text.argmax(axis=1), by_image.argmax(axis=1)]),
+            "prediction": np.concatenate([row[by_text.argmax(axis=1)], by_image.argmax(axis=1)]),
             "confidence": np.concatenate([by_text.max(axis=1), by_image.max(axis=1)]),
             "rank": rank + 1,
             "score": (rank == 0).astype(np.float32),
         }
-
-    def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, bytes]:
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **similarity(arrays))
-        return "npz", buffer.getvalue()
 
     def counts(self, dataset: CaptionSamples) -> dict[str, int]:
         return {"images": dataset.rows, **super().counts(dataset)}
 
     def examples(self, arrays: Arrays, dataset: CaptionSamples, count: int, thumbnails: Thumbnails) -> dict[str, Any]:
         """The best five images for ``count`` captions and the best five captions for as many images."""
-        scores = similarity(arrays)
-        owner = scores["text_image_index"]
+        scores, owner = arrays["image_to_text"], arrays["text_image_index"]
 
         def shown(image: int) -> str:
-            return thumbnails.add(f"image_{image}", dataset.row_image_bytes(image))
+            return thumbnails.add(f"image_{image}", dataset.row_image_bytes(int(arrays["image_row"][image])))
 
         to_image, to_text = [], []
         for text in evenly_spaced(len(owner), count):
-            row = scores["text_to_image"][text]
+            row = scores[:, text]
             results = [
                 {"image": shown(int(i)), "score": float(row[i]), "correct": bool(owner[text] == i)} for i in _best(row)
             ]
             to_image.append({"query": dataset.text(text), "results": results})
-        for image in evenly_spaced(len(scores["image_to_text"]), count):
-            row = scores["image_to_text"][image]
+        for image in evenly_spaced(len(scores), count):
+            row = scores[image]
             results = [
                 {"text": dataset.text(int(t)), "score": float(row[t]), "correct": bool(owner[t] == image)}
                 for t in _best(row)
@@ -129,14 +187,66 @@ class RetrievalSpec(FinetuneSpec):
         return {"images for negatives": rows * 3 * model.image_size**2}
 
 
-def similarity(arrays: Arrays) -> Arrays:
-    """Cosine scores of all images and texts: image_to_text [I, T], text_to_image [T, I], text_image_index [T]."""
-    rows, first = np.unique(arrays["image_index"], return_index=True)
-    image = arrays["image"][first]
-    order = np.argsort(arrays["sample_id"], kind="stable")
-    scores = image @ arrays["text"][order].T
-    index = np.searchsorted(rows, arrays["text_image_index"][order])
-    return {"image_to_text": scores, "text_to_image": np.ascontiguousarray(scores.T), "text_image_index": index}
+def encode_split(task: Contrast, dataset: CaptionSamples, feed: Feed, rows: np.ndarray, texts: int) -> Encoded:
+    """Vectors of a split, in evaluation mode. Called by all ranks, which share the work.
+
+    Args:
+        task: gives the vectors.
+        dataset: over the split.
+        feed: of its batches.
+        rows: [I], of the images.
+        texts: T, the first of the split.
+    """
+    vectors, places = [], []
+    for batch in map(valid_rows, feed.shared(ChosenImages(dataset, rows.tolist()))):
+        vectors.append(task.encode_image(batch["images"]))
+        places.append(batch["sample_id"])
+    image = in_order(torch.cat(vectors), torch.cat(places))
+    vectors, places, words = [], [], []
+    for batch in map(valid_rows, feed.shared(CaptionTexts(dataset), texts)):
+        vectors.append(task.encode_text(batch["text_ids"], batch["text_mask"]))
+        places.append(batch["sample_id"])
+        missing = dataset.max_text_length - batch["text_ids"].shape[1]
+        words.append(F.pad(torch.stack([batch["text_ids"], batch["text_mask"].long()], dim=1), (0, missing)))
+    place = torch.cat(places)
+    text_ids, text_mask = in_order(torch.cat(words), place).unbind(dim=1)
+    return Encoded(rows, image, in_order(torch.cat(vectors), place), text_ids, text_mask.bool())
+
+
+def cosines(encoded: Encoded) -> np.ndarray:
+    """[I, T] float32."""
+    image, text = encoded.image, encoded.text.t()
+    scores = np.empty((image.shape[0], text.shape[1]), np.float32)
+    for start in range(0, len(scores), ROWS):
+        scores[start : start + ROWS] = (image[start : start + ROWS] @ text).cpu().numpy()
+    return scores
+
+
+def npz_content(
+    image_to_text: Callable[[], np.ndarray], text_to_image: Callable[[], np.ndarray], text_image_index: np.ndarray
+) -> Content:
+    """As ``numpy.savez`` of the three, the first two of which are made one after the other."""
+
+    def write(file: BinaryIO) -> None:
+        made = {
+            "image_to_text": image_to_text,
+            "text_to_image": text_to_image,
+            "text_image_index": lambda: text_image_index,
+        }
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, make in made.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, make(), allow_pickle=False)
+
+    return write
+
+
+def _reranked(arrays: Arrays, candidates: str) -> np.ndarray:
+    """[I, T] scores of the texts, or [T, I] of the images; -inf where they are no candidates."""
+    images, texts = arrays["image_to_text"].shape
+    scores = np.full((images, texts) if candidates == "text" else (texts, images), -np.inf, np.float32)
+    np.put_along_axis(scores, arrays[f"{candidates}_candidates"], arrays[f"{candidates}_scores"], axis=1)
+    return scores
 
 
 def _best(scores: np.ndarray) -> np.ndarray:

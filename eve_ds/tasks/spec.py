@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config, section_of
 from eve_ds.tasks.base import Batch, Task
 from eve_ds.tasks.contrast import check_temperature
+from eve_ds.tasks.feed import Arrays, Feed, joined
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
-from preprocessing.local_files import load_json
+from preprocessing.local_files import Content, load_json
 from preprocessing.text.tokenizer import Tokenizer
 
 THUMBNAIL = 160  # pixels
 DEFAULT_MASK_ID = 4  # [MASK] of the tokenizers that EVE-DS trains
-Arrays = dict[str, np.ndarray]
 
 
 class Thumbnails:
@@ -81,16 +81,23 @@ class FinetuneObjective(Objective):
         embed_dim: retrieval: width of the contrastive vectors.
         temperature: retrieval: first value of the learned temperature, which stays within 0.001 and 0.5.
         head_hidden: VQA and NLVR: hidden width of the head; null takes twice the backbone's.
+        rerank: retrieval: score the most similar candidates of every query with the matching head, too.
+        k_test: retrieval: how many candidates that are.
+        rerank_score: retrieval: matching, the matching head's logit, as in EVE's published code; or sum, that and the
+            cosine, as in BLIP's.
     """
 
     biattn: bool = False
     embed_dim: int = 256
     temperature: float = 0.07
     head_hidden: int | None = None
+    rerank: bool = False
+    k_test: int = 128
+    rerank_score: Literal["matching", "sum"] = "matching"
 
     def check(self) -> None:
-        """Raise UserError naming the first setting that makes no head."""
-        for name in ("embed_dim", "temperature", "head_hidden"):
+        """Raise UserError naming the first setting that is out of range."""
+        for name in ("embed_dim", "temperature", "head_hidden", "k_test"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= MOST:
                 raise UserError(f"objective.{name}={value} must be a positive number, at most {MOST}")
@@ -234,46 +241,65 @@ class TaskSpec(ABC):
 
 
 class FinetuneSpec(TaskSpec):
-    """A task that a pre-trained model is fine-tuned on and scored by. ``Task.predict_batch`` gives the arrays.
+    """A task that a pre-trained model is fine-tuned on and scored by.
 
     Attributes:
         title: in the report.
         measures: those metrics that the report shows: (key, what to call it).
         main_measure: the key of the one that a baseline without a key of its own belongs to.
         to_percent: factor from a metric to percent.
+        zeroshot: whether ``--zeroshot`` makes sense: a pre-trained model may have the heads that scoring needs.
     """
 
     title: str
     measures: tuple[tuple[str, str], ...] = ()
     main_measure: str = ""
     to_percent: float = 1.0
+    zeroshot: bool = False
 
-    @abstractmethod
-    def metrics(self, arrays: Arrays, dataset: Any) -> dict[str, float]:
-        """The scores of a split; empty if it has no labels to score by.
+    def predict(self, task: Task, dataset: Any, feed: Feed, limit: int | None = None) -> Arrays | None:
+        """A pass over a split: what ``metrics`` and ``predictions`` need, on rank 0; None on the others. Called by all
+        ranks. Here the rows of ``Task.predict_batch``, joined in rank order; a task may go over its split otherwise.
 
         Args:
-            arrays: what ``Task.predict_batch`` gave, the rows of all ranks joined.
+            task: with the weights that are scored.
+            dataset: of the split.
+            feed: of its batches.
+            limit: the first so many samples; None for all.
+        """
+        return joined([task.predict_batch(batch) for batch in feed.shared(dataset, limit)])
+
+    @abstractmethod
+    def metrics(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:
+        """The scores of a split, numbers or named groups of numbers; empty if it has no labels to score by.
+
+        Args:
+            arrays: what ``predict`` gave.
             dataset: of the split.
         """
 
     @abstractmethod
-    def predictions(self, arrays: Arrays, dataset: Any) -> tuple[str, bytes]:
+    def predictions(self, arrays: Arrays, dataset: Any) -> tuple[str, Content]:
         """The suffix and the content of the file ``predictions_SPLIT.SUFFIX``."""
+
+    def more_predictions(self, arrays: Arrays, dataset: Any) -> dict[str, Content]:
+        """Further files: {ENDING: content} is written as ``predictions_SPLIT_ENDING``."""
+        return {}
 
     def examples(self, arrays: Arrays, dataset: Any, count: int, thumbnails: Thumbnails) -> dict[str, Any]:
         """About ``count`` predictions for the report (``samples/samples.json``); empty for none."""
         return {}
 
-    def intervals(self, arrays: Arrays, dataset: Any) -> dict[str, list[float]]:
-        """95 % confidence intervals of the metrics, {metric: [low, high]}, as of evaluation/intervals.py; or none."""
+    def intervals(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:
+        """95 % confidence intervals, [low, high] of each metric, in groups as ``metrics`` has them; or none.
+        evaluation/intervals.py computes them."""
         return {}
 
     def details(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:
         """Columns of the file ``details_SPLIT.parquet``, one row a prediction; none for no file.
 
-        eve_ds/report/error_page.py reads ``sample`` (int64), ``prediction``, ``confidence`` (0 to 1, or a similarity) and
-        ``score`` (0 to 1, null where the answer is not known).
+        eve_ds/report/error_page.py reads ``sample`` (int64), ``prediction``, ``confidence`` (0 to 1, or a similarity)
+        and ``score`` (0 to 1, null where the answer is not known).
         """
         return {}
 

@@ -51,6 +51,19 @@ def test_ranks_equal_sorting(images: int, more_texts: int, seed: int) -> None:
     assert retrieval.image_ranks(scores.T, index).tolist() == expected
 
 
+def test_a_transposed_array_is_ranked_and_checked_as_a_copy_of_it() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 50, (300, 700)).astype(np.float32)  # more than a block, with ties
+    index = rng.permutation(np.arange(700) % 300)
+    for ranks, own in ((retrieval.image_ranks, scores.T), (retrieval.text_ranks, np.asfortranarray(scores))):
+        assert not own.flags.c_contiguous
+        np.testing.assert_array_equal(ranks(own, index), ranks(np.ascontiguousarray(own), index))
+        own[123, 45], own[200, 3] = np.nan, np.inf
+        for array in (own, np.ascontiguousarray(own)):
+            with pytest.raises(InputError, match=r"\[123, 45\] is nan"):
+                ranks(array, index)
+
+
 def test_ties_count_against_the_model() -> None:
     index = np.repeat(np.arange(20), 5)
     scores = np.zeros((20, 100))

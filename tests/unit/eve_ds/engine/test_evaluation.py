@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eve_ds.config import FinetuneConfig
 from eve_ds.engine.callback import Callback
-from eve_ds.engine.evaluation import held_out_metrics, predict
+from eve_ds.engine.evaluation import EvaluationFeed, held_out_metrics
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.trainer import Trainer
 from eve_ds.errors import StopError
@@ -47,9 +48,9 @@ def test_a_request_to_stop_is_met_between_two_batches(trainer: Any) -> None:
     with pytest.raises(StopError):
         held_out_metrics(trainer, batches())
     assert seen == [0, 1]
-    task = SimpleNamespace(predict_batch=lambda batch: {"row": batch["sample_id"].numpy()})
+    feed = EvaluationFeed(FinetuneConfig(), trainer.device, trainer.stop)
     with pytest.raises(StopError):
-        predict(task, batches(), trainer.device, trainer.stop)  # type: ignore[arg-type]
+        list(feed.together(batches()))
     assert seen == [0, 1, 0, 1]
 
 

@@ -161,17 +161,6 @@ def test_a_first_temperature_that_the_clamp_would_replace_is_refused() -> None:
             FinetuneObjective(temperature=value).check()
 
 
-def test_predictions_encode_each_image_once() -> None:
-    task, batch = retrieval_task().eval(), tiny_batch(5)
-    found = task.predict_batch(batch | {"valid": torch.tensor([True, True, True, True, False])})
-    image, text = vectors(task, batch)
-    assert found["image_index"].tolist() == [100, 101]
-    assert found["text_image_index"].tolist() == [100, 100, 101, 101]
-    assert found["image"] == pytest.approx(image[[0, 2]].numpy(), abs=1e-5)
-    assert found["text"] == pytest.approx(text[:4].numpy(), abs=1e-5)
-    assert found["sample_id"].tolist() == batch["sample_id"][:4].tolist()
-
-
 def test_contrast_learns_the_batch() -> None:
     task = retrieval_task()
     batch = rows_of(tiny_batch(10), torch.arange(0, 10, 2))
