@@ -272,8 +272,8 @@ class FinetuneSpec(TaskSpec):
     def details(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:
         """Columns of the file ``details_SPLIT.parquet``, one row a prediction; none for no file.
 
-        eve_ds/report/error_page.py reads ``sample`` (int64), ``prediction``, ``confidence`` (0 to 1, or a similarity) and
-        ``score`` (0 to 1, null where the answer is not known).
+        eve_ds/report/error_page.py reads ``sample`` (int64), ``prediction``, ``confidence`` (0 to 1, or a similarity)
+        and ``score`` (0 to 1, null where the answer is not known).
         """
         return {}
 
