@@ -55,7 +55,10 @@ def finetune(
 
 
 def scores_of(folder: Path) -> dict[str, Any]:
+    """The metrics, beside which the file has intervals, of the re-ranked ones, too, and what they are of."""
     scores: dict[str, Any] = json.loads((folder / "scores_test.json").read_text())
+    assert scores.pop("about")["split"] == "test"
+    assert scores.pop("intervals").keys() == scores.keys()
     return scores
 
 
