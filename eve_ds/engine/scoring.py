@@ -2,7 +2,8 @@
 
 Files written below the run folder, rank 0 alone:
 
-    scores_<split>.json                       the metrics; "incomplete" says what the split lacks of its raw data, if so
+    scores_<split>.json                       the metrics; "incomplete" what the split lacks of its raw data, if so;
+                                              "best": of the weights, if they are not the last ones
     predictions_<split>.{npz,json,csv}        retrieval score arrays, VQA v2 results, NLVR2 identifier,prediction lines
     samples/                                  examples for the report
 """
@@ -21,6 +22,7 @@ from evaluation.common import InputError
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
 from eve_ds.engine import batches
+from eve_ds.engine.best_weights import load_best
 from eve_ds.engine.evaluation import Arrays, predict
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
@@ -67,19 +69,26 @@ class Scorer:
         return predict(task, found, self.device, self.stop)
 
     @_user_errors()
-    def while_training(self, trainer: Trainer) -> Scores:
-        """Metrics on the validation split for the log; empty but on rank 0."""
+    def while_training(self, trainer: Trainer, limit: int | None = None) -> Scores:
+        """Metrics on the validation split, of ``limit`` samples, for the log; empty but on rank 0."""
         split = self.config.data.val_split
         if split is None:
             return {}
         with trainer.whole_weights():
-            arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
+            arrays = self.predict(trainer.task, split, limit or self.config.logging.eval_samples)
         scores = self.config.spec.metrics(arrays, self.datasets[split]) if arrays else {}
         return {f"val/{name}": value for name, value in scores.items()}
 
+    def score_trained(self, task: Task, split: str, folder: Path) -> None:
+        """``score`` with the best weights of the run if it has a ``checkpoint.best``, which then stay in ``task``."""
+        self.score(task, split, folder, load_best(task, self.config))
+
     @_user_errors()
-    def score(self, task: Task, split: str, folder: Path) -> None:
-        """Predict ``split`` and write predictions, metrics and examples. Called by all ranks."""
+    def score(self, task: Task, split: str, folder: Path, best: Mapping[str, Any] | None = None) -> None:
+        """Predict ``split`` and write predictions, metrics and examples. Called by all ranks.
+
+        ``best``: of the weights, if they are not the last ones (eve_ds/engine/best_weights.py).
+        """
         mark(f"the scoring of {split}")
         with self.stop.deferred():
             arrays = self.predict(task, split)
@@ -89,7 +98,7 @@ class Scorer:
         scores, lack = spec.metrics(arrays, dataset), incomplete(dataset, spec.counts(dataset))
         if scores:  # logged before anything is written: the disk may be full
             values = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            _output.info("%s: %s%s", split, values, _incomplete_note(lack))
+            _output.info("%s: %s%s%s", split, values, _incomplete_note(lack), _best_note(best))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         if not scores:
@@ -100,7 +109,8 @@ class Scorer:
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
             write_json(thumbnails.folder / "samples.json", examples)
-        write_json(folder / f"scores_{split}.json", scores | ({"incomplete": lack} if lack else {}))
+        notes = {"incomplete": lack, "best": best}
+        write_json(folder / f"scores_{split}.json", scores | {name: note for name, note in notes.items() if note})
 
 
 def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -118,6 +128,10 @@ def incomplete(dataset: Samples, counts: Mapping[str, int]) -> dict[str, Any]:
     lost = 0 if known else sum(dropped.values())  # records at fault, which no count of the raw data has
     found = {name: {"scored": count, "of": max(count + lost, source.get(name, 0))} for name, count in counts.items()}
     return found | {"dropped": dropped}
+
+
+def _best_note(best: Mapping[str, Any] | None) -> str:
+    return "  (weights of step {step}, the best by {metric}: {value:.4g})".format(**best) if best else ""
 
 
 def _incomplete_note(lack: Mapping[str, Any]) -> str:
