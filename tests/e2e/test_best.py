@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from eve_ds.weights.model_folder import HASHED, WEIGHTS, write_hashes
 from tests.support import interrupted, ranks
 from tests.support.shards import make_vqa_set, tiny_tokenizer
 
+ANSWERS = 6  # of the answer list of ``make_vqa_set``
 # From step 5 on every step makes the loss larger. A run kills itself once, between the evaluations of steps 6 and 8.
 MODULE = """
 import os
@@ -93,6 +96,15 @@ def vqa(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+def always(model: Path, answer: int) -> None:
+    """Make the weights of a model folder give this answer to every question."""
+    state = load_file(model / WEIGHTS)
+    (bias,) = (name for name, value in state.items() if name.endswith("bias") and len(value) == ANSWERS)
+    state[bias][answer] = 1e4
+    save_file(state, model / WEIGHTS)
+    write_hashes(model, HASHED)
+
+
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_a_run_without_a_new_best_ends_and_its_score_is_of_the_best_weights(
     zero: str, vqa: list[str], tmp_path: Path
@@ -106,10 +118,6 @@ def test_a_run_without_a_new_best_ends_and_its_score_is_of_the_best_weights(
     scores = json.loads((tmp_path / "run/scores_test.json").read_text())
     assert scores["best"] == record and "(weights of step 7, the best by val/soft_accuracy: " in text
 
-    again = ranks.run("eve_ds.finetune", options)  # is at its end
-    assert "step 13/40  finished" in again and list(held_out(tmp_path / "run", "val/soft_accuracy")) == [7, 13]
-    assert json.loads((tmp_path / "run/scores_test.json").read_text()) == scores
-
     evaluated = [*vqa, f"--checkpoint={tmp_path}/run/model_best", "--evaluate", f"--output_dir={tmp_path / 'scored'}"]
     ranks.run("eve_ds.finetune", evaluated, 2)
     assert json.loads((tmp_path / "scored/scores_test.json").read_text()) == {
@@ -117,6 +125,15 @@ def test_a_run_without_a_new_best_ends_and_its_score_is_of_the_best_weights(
     }
     predictions = [(tmp_path / run / "predictions_test.json").read_bytes() for run in ("run", "scored")]
     assert predictions[0] == predictions[1]
+
+    last = (tmp_path / "run/model/model.safetensors").read_bytes()
+    always(tmp_path / "run/model_best", answer=1)  # weights that are told from the last ones
+    again = ranks.run("eve_ds.finetune", options)  # is at its end
+    assert "step 13/40  finished" in again and list(held_out(tmp_path / "run", "val/soft_accuracy")) == [7, 13]
+    answer = json.loads((tmp_path / "run/answer_list.json").read_text())[1]
+    told = json.loads((tmp_path / "run/predictions_test.json").read_text())
+    assert {row["answer"] for row in told} == {answer} != {row["answer"] for row in json.loads(predictions[0])}
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == last
 
 
 def test_a_metric_that_no_evaluation_finds_is_refused_before_the_first_step(vqa: list[str], tmp_path: Path) -> None:
