@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from evaluation import intervals
+from evaluation import bootstrap
 from evaluation.common import InputError, Parser, first_few, read_json, run, write_json, write_scores
 from evaluation.contractions import CONTRACTIONS
 
@@ -234,17 +234,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--per_question", metavar="D.json", help="also write the accuracy of each question")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the accuracies go, in percent")
-    intervals.add_option(parser)
+    bootstrap.add_option(parser)
     options = parser.parse_args(arguments)
     by_question, annotations = per_question_of_files(
         options.predictions, options.annotations, options.questions, options.allow_extra
     )
     scores = summary(by_question, annotations)
-    found = intervals.confidence(intervals.vqa_parts(by_question, annotations)) if options.intervals else {}
+    found = bootstrap.confidence(bootstrap.vqa_parts(by_question, annotations)) if options.intervals else {}
     parts = {"overall": ("overall", scores["overall"])}
     parts |= {f"per_answer_type/{name}": (name, value) for name, value in scores["per_answer_type"].items()}
-    line = " ".join(f"{name} {intervals.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items())
-    write_scores(options.out, intervals.beside(scores, found), line)
+    line = " ".join(f"{name} {bootstrap.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items())
+    write_scores(options.out, bootstrap.beside(scores, found), line)
     if options.per_question:
         write_json(options.per_question, {str(question): value for question, value in by_question.items()})
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eve_ds.data.data_config import MOST_SECONDS
+from eve_ds.intervals import check_interval
 from eve_ds.model.model_config import MOST
 from preprocessing.errors import UserError
 
+EVALUATED = ("val/", "val_ema/")  # how the names of metrics begin that evaluations find
 MOST_PROFILED = 50  # steps: a trace holds every operation, megabytes a step
 
 
@@ -107,6 +109,8 @@ class EngineConfig:
         global_batch_size: samples per optimizer step, over all ranks and accumulation steps.
         micro_batch_size: most samples per rank and forward pass; null takes the whole share at once. What is missing
             to the global batch is accumulated.
+        eval_batch_size: samples per rank and forward pass in evaluations and scoring, which keep no gradients; null
+            takes the micro-batch. Predictions do not depend on it.
         expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
             ``model.num_experts``.
         precision: bf16 (weights bf16, master copy and Adam fp32), fp16 (likewise, with dynamic loss scaling: for V100
@@ -118,6 +122,7 @@ class EngineConfig:
 
     global_batch_size: int = 256
     micro_batch_size: int | None = None
+    eval_batch_size: int | None = None
     expert_parallel_size: int = 1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     timeout_seconds: int = 600
@@ -125,8 +130,8 @@ class EngineConfig:
 
     def check(self) -> None:
         """Raise UserError naming the first setting that spreads no work."""
-        at_least_one = ("global_batch_size", "micro_batch_size", "expert_parallel_size", "timeout_seconds")
-        _check_least("engine", self, dict.fromkeys(at_least_one, 1) | {"seed": 0})
+        sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "expert_parallel_size")
+        _check_least("engine", self, dict.fromkeys((*sizes, "timeout_seconds"), 1) | {"seed": 0})
         for name, most in {"global_batch_size": MOST, "timeout_seconds": MOST_SECONDS}.items():
             if getattr(self, name) > most:
                 raise UserError(f"engine.{name}={getattr(self, name)} must be at most {most}")
@@ -139,20 +144,35 @@ class CheckpointConfig:
     """What is kept.
 
     Args:
-        every: steps between checkpoints; 0 saves at the end and on SIGTERM alone.
+        every: steps between checkpoints, or epochs, as '1 epoch' or '0.5 epochs': at the step that completes each; 0
+            saves at the end and on SIGTERM alone.
         keep: newest checkpoints kept, at least 1.
+        best: metric of the evaluations, as val/soft_accuracy or val_ema/loss: its best value so far saves a checkpoint,
+            which is kept beside the newest ones, and exports its weights as ``output_dir/model_best``; fine-tuning
+            scores those at the end (docs/optimization.md). Null for none.
+        best_mode: max or min, what is best; null takes min for losses, and max for all else.
+        patience: evaluations in a row without a new best after which training ends, as a finished run; null for none.
         resume: go on from the newest whole checkpoint when ``output_dir`` holds this run; false refuses such a folder.
         export: write ``output_dir/model`` (safetensors, config, tokenizer) at the end.
     """
 
-    every: int = 1000
+    every: int | str = 1000
     keep: int = 2
+    best: str | None = None
+    best_mode: Literal["max", "min"] | None = None
+    patience: int | None = None
     resume: bool = True
     export: bool = True
 
     def check(self) -> None:
         """Raise UserError naming the first setting that keeps nothing."""
-        _check_least("checkpoint", self, {"every": 0, "keep": 1})
+        check_interval("checkpoint.every", self.every)
+        _check_least("checkpoint", self, {"keep": 1, "patience": 1})
+        if self.best is not None and not self.best.startswith(EVALUATED):
+            raise UserError(f"checkpoint.best={self.best} must begin with {' or '.join(EVALUATED)}, as in val/loss")
+        if self.best is None and (self.patience or self.best_mode):
+            name = "patience" if self.patience else "best_mode"
+            raise UserError(f"checkpoint.{name} is about a metric; name it: checkpoint.best, as in val/loss")
 
 
 @dataclass
@@ -168,7 +188,8 @@ class LoggingConfig:
         wandb_notes: its description there.
         wandb_mode: online, offline or disabled; null takes WANDB_MODE, or else online if WANDB_API_KEY is set.
         tensorboard: write the same curves and images for TensorBoard, into ``output_dir/tensorboard``.
-        eval_every: steps between evaluations on ``data.val_split``; 0 evaluates at the end alone.
+        eval_every: steps between evaluations on ``data.val_split``, or epochs, as '1 epoch' or '0.5 epochs': at the
+            step that completes each; 0 evaluates at the end alone.
         eval_samples: samples of that split looked at while training; null for all.
         detail_every: steps between two records with expert load and speed in detail (``moe/``, ``perf/``); 0 for none.
         peak_tflops: of one device, dense, in the run's precision, for ``perf/mfu``; null takes that of a GPU known to
@@ -192,7 +213,7 @@ class LoggingConfig:
     wandb_notes: str | None = None
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
     tensorboard: bool = False
-    eval_every: int = 1000
+    eval_every: int | str = 1000
     eval_samples: int | None = None
     detail_every: int = 50
     peak_tflops: float | None = None
@@ -231,7 +252,8 @@ class LoggingConfig:
     def check(self) -> None:
         """Raise UserError naming the first setting that makes no log."""
         _ = self.profiled
-        steps = ("eval_every", "detail_every", "samples", "images_every", "grad_norms_every")
+        check_interval("logging.eval_every", self.eval_every)
+        steps = ("detail_every", "samples", "images_every", "grad_norms_every")
         _check_least("logging", self, dict.fromkeys(steps, 0) | {"eval_samples": 1})
         if self.images_every and not self.samples:
             raise UserError(f"logging.images_every={self.images_every}: logging.samples=0 shows no image; raise it")

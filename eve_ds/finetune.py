@@ -74,12 +74,11 @@ def run(stop: StopRequest) -> int:
         trainer.fit(batches.TrainingBatches(config, training, trainer.resume()))
         if trainer.stopped_early:
             return STOPPED
-        with trainer.whole_weights():
-            scorer.score(task, config.split, Path(config.output_dir), trainer.step)
         if config.checkpoint.export:
             companions = config.spec.companions(config.data.home)
             export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, companions)
-            scorer.add_exported(config.split, Path(config.output_dir))
+        with trainer.whole_weights():
+            scorer.score_trained(task, config.split, Path(config.output_dir), trainer.step)
     return 0
 
 

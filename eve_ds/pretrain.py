@@ -62,8 +62,8 @@ def run(stop: StopRequest) -> int:
             shown = config.logging.samples, config.logging.images_every
             callbacks.append(PretrainExamples(config.spec, held_out, *shown))
 
-        def evaluate(trainer: Trainer) -> dict[str, float]:
-            limit = config.logging.eval_samples
+        def evaluate(trainer: Trainer, limit: int | None = None) -> dict[str, float]:
+            limit = limit or config.logging.eval_samples
             found = batches.evaluation_batches(config, held_out, limit) if held_out else iter(())
             return held_out_metrics(trainer, found)
 

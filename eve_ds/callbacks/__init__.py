@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from eve_ds.callbacks.best import Best
 from eve_ds.callbacks.ema import EMA
 from eve_ds.callbacks.grad_norms import GradNorms
 from eve_ds.callbacks.memory_check import MemoryCheck
@@ -38,12 +39,14 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
     Logs a warning on rank 0 if images are asked for that nobody makes.
 
     Raises:
-        UserError: as ``own_callbacks``; TensorBoard is asked for and not installed.
+        UserError: as ``own_callbacks`` and ``Best``; TensorBoard is asked for and not installed.
     """
     if config.logging.images_every and launched_rank() == 0:
         _warn_without_images(config)
     callbacks: list[Callback] = [Provenance()]
-    averages: list[Callback] = [EMA(config.optimizer.ema)] if config.optimizer.ema else []
+    averages = [EMA(config.optimizer.ema)] if config.optimizer.ema else []
+    follows = config.checkpoint.best is not None and not getattr(config, "evaluate", False)
+    best = [Best(config, next(iter(averages), None))] if follows else []
     callbacks += averages
     if every := config.logging.detail_every:
         callbacks += [MoELoad(every), Performance(every, config.logging.peak_tflops)]
@@ -56,8 +59,8 @@ def standard_callbacks(config: PretrainConfig | FinetuneConfig) -> list[Callback
         callbacks.append(TensorBoardLog())
     if config.logging.profile is not None:
         callbacks.append(Profile(config.logging.profiled))
-    callbacks += own_callbacks(config.logging.callbacks)
-    return averages if config.dry_run else callbacks
+    callbacks += best + own_callbacks(config.logging.callbacks)
+    return list(averages) if config.dry_run else callbacks
 
 
 def _warn_without_images(config: PretrainConfig | FinetuneConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ class EMA(Callback):
         """Evaluate again with the averages in the model. A collective."""
         assert trainer.evaluate is not None
         mark(f"the evaluation of the averages after step {trainer.step}")
-        with self._of(trainer).swapped_in():
+        with self.swapped_in(trainer):
             averaged = trainer.evaluate(trainer)
         found |= {GROUP + name.removeprefix("val/"): value for name, value in averaged.items()}
 
@@ -69,7 +70,7 @@ class EMA(Callback):
         if trainer.stopped_early or not config.checkpoint.export:
             return
         tokenizer, companions = Tokenizer.load(trainer.output_dir), config.spec.companions(config.data.home)
-        with self._of(trainer).swapped_in():
+        with self.swapped_in(trainer):
             folder = trainer.output_dir / MODEL_EMA
             export_model(trainer.task, config, tokenizer, folder, trainer.step, companions)
 
@@ -81,6 +82,10 @@ class EMA(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
+
+    def swapped_in(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """While open, the model has the averages (eve_ds/engine/averages.py). A collective."""
+        return self._of(trainer).swapped_in()
 
     def _of(self, trainer: Trainer) -> Averages:
         if self._averages is None:

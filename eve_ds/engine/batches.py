@@ -71,6 +71,7 @@ class TrainingBatches(Iterator[Batch]):
         )
         self._batches = _told_by_rank(self._loader)
         self._names = source_names(data)
+        self.samples_per_epoch = len(samples)
         self._per_step = config.engine.global_batch_size
 
     def __next__(self) -> Batch:
@@ -96,7 +97,8 @@ class TrainingBatches(Iterator[Batch]):
 def evaluation_batches(
     config: Config, samples: Samples, limit: int | None = None, alone: bool = False
 ) -> Iterator[Batch]:
-    """This rank's part of a split in order, each sample once. Samples repeated as a filler have ``valid`` False.
+    """This rank's part of a split in order, each sample once, in batches of ``evaluation_batch_size``. Samples repeated
+    as a filler have ``valid`` False.
 
     ``alone``: all of ``samples`` are this rank's.
     """
@@ -105,8 +107,8 @@ def evaluation_batches(
 
 
 def evaluation_batch_size(config: Config) -> int:
-    """Samples of a rank's forward pass in an evaluation."""
-    return batch_shape(config.engine, launched_world()[1])[0]
+    """Samples of a rank's forward pass in an evaluation: ``engine.eval_batch_size``, or the micro-batch."""
+    return config.engine.eval_batch_size or batch_shape(config.engine, launched_world()[1])[0]
 
 
 def source_names(data: DataConfig) -> list[str]:
@@ -126,12 +128,12 @@ def loader_seconds(config: Config) -> int:
     return config.data.timeout_seconds or max(config.engine.timeout_seconds // 2, 1)
 
 
-def _loader(config: Config, samples: Samples, **options: Any) -> Loader:
+def _loader(config: Config, samples: Samples, train: bool = True, **options: Any) -> Loader:
     rank, world_size, _ = launched_world()
-    micro, _ = batch_shape(config.engine, world_size)
+    size = batch_shape(config.engine, world_size)[0] if train else evaluation_batch_size(config)
     workers, timeout = config.data.num_workers, loader_seconds(config)
     shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
-    return build_loader(samples, micro_batch_size=micro, **(shared | options))
+    return build_loader(samples, micro_batch_size=size, train=train, **(shared | options))
 
 
 def _told_by_rank(loader: Loader) -> Any:

@@ -39,7 +39,8 @@ class Callback:
 
     Hooks read the trainer: ``config``, ``task`` (the module), ``engine`` (DeepSpeed's), ``device``, ``output_dir``,
     ``step`` (optimizer steps done), ``start_step``, ``total_steps``, ``rank``, ``world_size``, ``is_main``, and
-    ``whole_weights()``. They change nothing in it, except through ``trainer.set_lr_factor``.
+    ``whole_weights()``. They change nothing in it, except through its ``set_lr_factor``,
+    ``keep_checkpoint`` and ``end``.
     """
 
     def checkpoint_loaded(self, trainer: Trainer, path: Path, manifest: Manifest) -> None:

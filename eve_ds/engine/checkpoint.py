@@ -43,7 +43,7 @@ from eve_ds.engine.resume import hash_share, joined, split_by_size, tag_of
 from eve_ds.engine.watchdog import mark
 from eve_ds.engine.whole_weights import ShardedState, write_common, write_parameters
 from eve_ds.errors import RankError
-from eve_ds.weights.model_folder import all_checkpoints, complete_checkpoints, path_exists
+from eve_ds.weights.model_folder import all_checkpoints, complete_checkpoints, path_exists, step_of
 from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import sync_path
 
@@ -265,10 +265,12 @@ def identity_in(path: Path, manifest: Manifest) -> Identity:
         raise UserError(f"{path / COMPLETE}: {error}; take another checkpoint") from error
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints, and what killed runs left. Called by rank 0 only."""
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints and that of step ``best``, and what killed runs left.
+    Called by rank 0 only."""
     try:
-        kept, found = complete_checkpoints(folder)[-keep:], all_checkpoints(folder)
+        complete, found = complete_checkpoints(folder), all_checkpoints(folder)
+        kept = [path for path in complete if path in complete[-keep:] or step_of(path) == best]
     except OSError:  # tried again after the next save
         return
     if not kept:

@@ -18,10 +18,12 @@ from eve_ds.engine.distributed import agree, broadcast, decide, place, prove_sha
 from eve_ds.engine.identity import Identity, summarized
 from eve_ds.recipes import read_run_config
 from eve_ds.weights.model_folder import (
+    BEST,
     CHECKPOINTS,
     CONFIG,
     FILES,
     MODEL,
+    MODEL_BEST,
     MODEL_EMA,
     PROVENANCE,
     checkpoints,
@@ -35,6 +37,7 @@ from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
 _log = logging.getLogger(__name__)
+MODELS = (MODEL, MODEL_EMA, MODEL_BEST)
 LOCK, IDENTITY = ".lock", "identity.json"
 OF_A_START = {CONFIG, IDENTITY, TOKENIZER, ANSWER_LIST, watchdog.FOLDER, PROVENANCE}  # what a failed start leaves
 _held: list[int] = []  # descriptors of locks: closing one releases its lock
@@ -134,16 +137,20 @@ def _take(folder: Path) -> None:
 
 def _store(config: PretrainConfig | FinetuneConfig, identity: Identity) -> None:
     folder = Path(config.output_dir)
-    names = (
-        rf"\.({'|'.join(map(re.escape, FILES))}|(predictions|details)_[\w-]+\.(npz|json|csv|parquet))\.[0-9a-f]{{8}}"
+    of_models, of_scores = (
+        "|".join(map(re.escape, (*FILES, BEST))),
+        r"(predictions|details)_[\w-]+\.(npz|json|csv|parquet)",
     )
-    exported = [left for model in (MODEL, MODEL_EMA) for left in (folder / model).glob(".*")]
+    names = rf"\.({of_models}|{of_scores})\.[0-9a-f]{{8}}"
+    exported = [left for model in MODELS for left in (folder / model).glob(".*")]
     for left in (*folder.glob(".predictions_*"), *folder.glob(".details_*"), *exported):
         if re.fullmatch(names, left.name):  # of write_atomic, from an export or a scoring that was killed
             with contextlib.suppress(OSError):
                 left.unlink()
     if not config.optimizer.ema and (folder / MODEL_EMA).exists():
         _log.warning("%s stays as it is: this run keeps no averages (optimizer.ema=0)", folder / MODEL_EMA)
+    if config.checkpoint.best is None and (folder / MODEL_BEST).exists():
+        _log.warning("%s stays as it is: this run follows no metric (checkpoint.best=null)", folder / MODEL_BEST)
     watchdog.forget(folder)
     config_tree.save(config, folder / CONFIG)
     write_json(folder / IDENTITY, identity.tree())

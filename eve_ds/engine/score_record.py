@@ -2,7 +2,7 @@
 
 ``scores_SPLIT.json`` has the metrics at its top and under
 
-    intervals     {metric: [low, high]}: 95 % confidence intervals, by bootstrap (evaluation/intervals.py)
+    intervals     {metric: [low, high]}: 95 % confidence intervals, by bootstrap (evaluation/bootstrap.py)
     incomplete    what the split lacks of its raw data, if so
     about         {"task", "split", "examples": {name: count}, "checkpoint", "config_sha256", "data", "commit", "dirty",
                   "version", "date"}
@@ -27,6 +27,7 @@ from eve_ds.weights.model_folder import (
     COMPLETE,
     CONFIG,
     MODEL,
+    MODEL_BEST,
     WEIGHTS,
     MissingError,
     ModelFolder,
@@ -36,13 +37,18 @@ from eve_ds.weights.model_folder import (
     step_of,
 )
 from preprocessing.errors import without_secrets
-from preprocessing.local_files import load_json, write_json
 
 ABOUT, INCOMPLETE, INTERVALS = "about", "incomplete", "intervals"
 
 
 def about(
-    config: FinetuneConfig, dataset: Samples, split: str, counts: Mapping[str, int], folder: Path, step: int | None
+    config: FinetuneConfig,
+    dataset: Samples,
+    split: str,
+    counts: Mapping[str, int],
+    folder: Path,
+    step: int | None,
+    best: bool = False,
 ) -> dict[str, Any]:
     """The value under ``about``.
 
@@ -53,14 +59,15 @@ def about(
         counts: what is scored, as {"questions": n}.
         folder: the run's, with its ``config.yaml``.
         step: of the run in training whose weights are scored; None for those that ``--checkpoint`` names.
+        best: they are its best weights, not the last ones.
     """
-    stored = folder / CONFIG
+    stored, exported = folder / CONFIG, MODEL_BEST if best else MODEL
     state = checkout.code(checkout.ROOT)
     return {
         "task": config.task,
         "split": split,
         "examples": dict(counts),
-        "checkpoint": _named(config.init_from) if step is None else _of_run(folder, step),
+        "checkpoint": _named(config.init_from) if step is None else _of_run(folder, step, exported),
         "config_sha256": file_hash(stored) if stored.is_file() else None,
         "data": {
             "path": ", ".join(without_secrets(place(name)) for name, _ in dataset.split.parts),
@@ -73,8 +80,12 @@ def about(
     }
 
 
-def _of_run(run: Path, step: int) -> dict[str, Any]:
-    return {"path": str(run), "weights": None, "sha256": None, "step": step}
+def _of_run(run: Path, step: int, name: str) -> dict[str, Any]:
+    """Of the run in training, which has exported its weights as ``name``, if it exports any."""
+    weights = run / name / WEIGHTS
+    if not weights.is_file() or exported_step(weights.parent) != step:
+        return {"path": str(run), "weights": None, "sha256": None, "step": step}
+    return _read(str(run), weights, read_hashes(weights.parent).get(WEIGHTS), step)
 
 
 def _named(path: str | None) -> dict[str, Any] | None:
@@ -93,13 +104,3 @@ def _named(path: str | None) -> dict[str, Any] | None:
 
 def _read(path: str, weights: Path, sha256: str | None, step: int | None) -> dict[str, Any]:
     return {"path": path, "weights": place(weights), "sha256": sha256 or file_hash(weights), "step": step}
-
-
-def add_exported(folder: Path, split: str) -> None:
-    """Name the model that the run in ``folder`` has exported, and its hash, in the scores that it wrote before."""
-    scores, model = folder / f"scores_{split}.json", folder / MODEL
-    if not scores.is_file() or WEIGHTS not in (hashes := read_hashes(model)):
-        return
-    content = load_json(scores.read_text(encoding="utf-8"))
-    content[ABOUT]["checkpoint"] |= {"weights": place(model / WEIGHTS), "sha256": hashes[WEIGHTS]}
-    write_json(scores, content)

@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluation.bootstrap import shown
 from evaluation.common import InputError
-from evaluation.intervals import shown
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
 from eve_ds.engine import score_record
-from eve_ds.engine.distributed import launched_world
+from eve_ds.engine.best_weights import load_best
 from eve_ds.engine.evaluation import EvaluationFeed
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from eve_ds.engine.trainer import Trainer
 
 Scores = dict[str, float]
+Best = Mapping[str, Any] | None
 _output = logging.getLogger(OUTPUT)
 
 
@@ -74,18 +75,23 @@ class Scorer:
         return self.config.spec.predict(task, self.datasets[split], feed, limit)
 
     @_user_errors()
-    def while_training(self, trainer: Trainer) -> Scores:
-        """Metrics on the validation split for the log; empty but on rank 0."""
+    def while_training(self, trainer: Trainer, limit: int | None = None) -> Scores:
+        """Metrics on the validation split, of ``limit`` samples, for the log; empty but on rank 0."""
         split = self.config.data.val_split
         if split is None:
             return {}
         with trainer.whole_weights():
-            arrays = self.predict(trainer.task, split, self.config.logging.eval_samples)
+            arrays = self.predict(trainer.task, split, limit or self.config.logging.eval_samples)
         scores = self.config.spec.metrics(arrays, self.datasets[split]) if arrays else {}
         return {f"val/{group}{name}": value for group, own in _groups(scores) for name, value in own.items()}
 
+    def score_trained(self, task: Task, split: str, folder: Path, step: int) -> None:
+        """``score`` with the best weights of the run if it has a ``checkpoint.best``, which then stay in ``task``."""
+        best = load_best(task, self.config)
+        self.score(task, split, folder, best["step"] if best else step, best)
+
     @_user_errors()
-    def score(self, task: Task, split: str, folder: Path, step: int | None = None) -> None:
+    def score(self, task: Task, split: str, folder: Path, step: int | None = None, best: Best = None) -> None:
         """Predict ``split`` and write predictions, metrics and examples. Called by all ranks.
 
         Args:
@@ -93,6 +99,7 @@ class Scorer:
             split: of the dataset.
             folder: the run's.
             step: of the run in training that scores its weights; None for those that ``--checkpoint`` names.
+            best: of the weights, if they are not the last ones (eve_ds/engine/best_weights.py).
         """
         mark(f"the scoring of {split}")
         with self.stop.deferred():
@@ -108,7 +115,8 @@ class Scorer:
             for group, own in _groups(scores):
                 within = dict(_groups(intervals)).get(group, {})
                 values = "  ".join(f"{name} {shown(value, within.get(name), '.4g')}" for name, value in own.items())
-                _output.info("%s: %s%s", named + (f", {group[:-1]}" if group else ""), values, _incomplete_note(lack))
+                what = named + (f", {group[:-1]}" if group else "")
+                _output.info("%s: %s%s%s", what, values, _incomplete_note(lack), _best_note(best))
         suffix, content = spec.predictions(arrays, dataset)
         write_atomic(folder / f"predictions_{split}.{suffix}", content)
         for ending, further in spec.more_predictions(arrays, dataset).items():
@@ -123,16 +131,11 @@ class Scorer:
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
             write_json(thumbnails.folder / "samples.json", examples)
-        record = score_record.about(self.config, dataset, split, spec.counts(dataset), folder, step)
+        record = score_record.about(self.config, dataset, split, spec.counts(dataset), folder, step, bool(best))
         beside: dict[str, Any] = {"official_split": official, score_record.INTERVALS: intervals}
-        beside |= {score_record.INCOMPLETE: lack, score_record.ABOUT: record}
+        beside |= {score_record.INCOMPLETE: lack, "best": best, score_record.ABOUT: record}
         found = {name: value for name, value in beside.items() if value}
         write_json(folder / f"scores_{split}.json", scores | found)
-
-    def add_exported(self, split: str, folder: Path) -> None:
-        """Name the model that the run in ``folder`` has exported in the scores that it wrote before. On rank 0."""
-        if launched_world()[0] == 0:
-            score_record.add_exported(folder, split)
 
 
 def parquet(columns: Mapping[str, Any], fingerprint: str) -> bytes:
@@ -165,6 +168,10 @@ def _groups(scores: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """("", the scores of their own) and ("NAME/", those of group NAME)."""
     own = {name: value for name, value in scores.items() if not isinstance(value, Mapping)}
     return [("", own), *((f"{name}/", dict(value)) for name, value in scores.items() if isinstance(value, Mapping))]
+
+
+def _best_note(best: Best) -> str:
+    return "  (weights of step {step}, the best by {metric}: {value:.4g})".format(**best) if best else ""
 
 
 def _incomplete_note(lack: Mapping[str, Any]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,15 +30,16 @@ from eve_ds.engine.loss_scale import can_fall, scale_of
 from eve_ds.engine.optim import build_optimizer
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
+from eve_ds.engine.whole_weights import gathered
 from eve_ds.errors import StopError
+from eve_ds.intervals import Interval
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import newest_checkpoint
 from preprocessing.errors import UserError
 
 Batch = dict[str, Tensor]
-Evaluate = Callable[["Trainer"], dict[str, float]]
+Evaluate = Callable[..., dict[str, float]]
 MAX_NONFINITE_STREAK = 10  # consecutive steps without a finite loss and gradient before the run counts as diverged
-_NO_MODULE = -1  # an id that no module has, for ZeRO 3's record of the modules that use a parameter
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +56,8 @@ class Trainer:
         device: this rank's.
         identity: of the run and its inputs; a checkpoint with another identity is refused.
         callbacks: their hooks are called in this order.
-        evaluate: called every ``logging.eval_every`` steps and at the end; returns scalars for the log.
+        evaluate: called at each ``logging.eval_every`` and at the end with this trainer; returns scalars for the log. A
+            second argument, if given, is the most samples to look at.
         stop: checked between steps and between the batches of an evaluation.
     """
 
@@ -83,6 +84,8 @@ class Trainer:
         self.lr = self.lr_factor = 0.0  # of the current step
         self._cooldown: schedule.Cooldown | None = None  # where it began
         self.stopped_early = False  # stopped on request and saved, with steps or an evaluation left to do
+        self.ended = False  # finished before ``total_steps``, as a callback wished
+        self._kept: int | None = None  # step whose checkpoint is kept beside the newest ones
         self.evaluation_due = False  # also after a resume, if a stop request prevented the evaluation
         self.skipped_steps = 0  # steps with non-finite gradients, in which DeepSpeed left the weights unchanged
         self.nonfinite_streak = 0  # consecutive steps, up to the last one, with a non-finite loss or gradient
@@ -165,32 +168,23 @@ class Trainer:
     def _scheduled_factor(self) -> float:
         return schedule.lr_factor(self.step, self.total_steps, self.config.optimizer, self._cooldown)
 
-    @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def whole_weights(self) -> AbstractContextManager[None]:
         """While open, this rank holds the full weights (of the experts, its own), for use without the engine.
 
         A collective under ZeRO 3; does nothing below it.
         """
-        if self.topology.zero_stage < 3:
-            yield
-            return
-        parameters: list[Any] = list(self.task.parameters())
-        with deepspeed.zero.GatheredParameters(parameters):
-            for parameter in parameters:  # marked as in use: else the first module to finish releases its parameters
-                parameter.ds_active_sub_modules.add(_NO_MODULE)
-            try:
-                yield
-            finally:
-                for parameter in parameters:
-                    parameter.ds_active_sub_modules.discard(_NO_MODULE)
+        return gathered(self.task, self.topology.zero_stage)
 
     def fit(self, batches: TrainingBatches) -> None:
         """Train from ``start_step`` to ``total_steps``. ``batches`` starts with the first sample not yet seen."""
+        lengths = batches.samples_per_epoch, self.config.engine.global_batch_size
+        self._evaluations = Interval(self.config.logging.eval_every, *lengths)
+        self._checkpoints = Interval(self.config.checkpoint.every, *lengths)
         try:
             with self.stop.deferred():
                 self._call_hooks("fit_start")
                 self._evaluate()
-                while self.step < self.total_steps and not self.stopped_early:
+                while self.step < self.total_steps and not (self.stopped_early or self.ended):
                     record = self._train_step(batches)
                     self._call_hooks("step_end", record)
                     self._raise_if_diverged()
@@ -212,6 +206,15 @@ class Trainer:
         self.lr, self.lr_factor = self.config.optimizer.lr * factor, factor
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+    def keep_checkpoint(self, step: int) -> None:
+        """Keep the checkpoint of ``step`` beside the newest ones, until another is named; if it is the present step,
+        save it after this evaluation. On every rank."""
+        self._kept = step
+
+    def end(self) -> None:
+        """End the training before its next step, as a finished run, and save it. On every rank."""
+        self.ended = True
 
     def show_images(self, images: dict[str, np.ndarray]) -> None:
         """Hand images of this step, uint8 [H, W, 3] by name, to the callbacks that show them. On rank 0 alone."""
@@ -352,11 +355,10 @@ class Trainer:
     def _between_steps(self) -> None:
         """Evaluate and save: at their intervals, at the end, and on a stop request."""
         last = self.step == self.total_steps
-        every = self.config.logging.eval_every
-        self.evaluation_due = last or (every > 0 and self.step % every == 0)
+        self.evaluation_due = last or self._evaluations.due(self.step)
         self._evaluate()
-        every = self.config.checkpoint.every
-        if not self.nonfinite_streak and (last or self.stopped_early or (every and self.step % every == 0)):
+        ends, kept = last or self.ended or self.stopped_early, self._kept == self.step
+        if not self.nonfinite_streak and (ends or kept or self._checkpoints.due(self.step)):
             self._save()
             self.stopped_early = self.stopped_early or stop_agreed(self.stop, self.device)
 
@@ -385,7 +387,7 @@ class Trainer:
         files = {name: content for callback in self.callbacks for name, content in callback.rank_files().items()}
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state, states, files)
         if self.is_main:
-            checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep)
+            checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep, self._kept)
         self._call_hooks("checkpoint_saved", path)
 
     def _call_hooks(self, hook: str, *details: Any) -> None:

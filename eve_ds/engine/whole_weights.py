@@ -15,11 +15,13 @@ loaded at the ZeRO stage that they came from.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import (
@@ -47,6 +49,7 @@ from preprocessing.text.tokenizer import Tokenizer
 
 MASTER = "fp32"
 STATES = (MASTER, "exp_avg", "exp_avg_sq")
+_NO_MODULE = -1  # an id that no module has, for ZeRO 3's record of the modules that use a parameter
 
 
 class ShardedState:
@@ -210,6 +213,27 @@ def _save(value: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as stream:
         torch.save(value, stream)
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module, zero_stage: int) -> Iterator[None]:
+    """While open, each rank holds the full weights of the module (of the experts, its own), for use without the engine.
+    What is written into them meanwhile is lost at ZeRO 3, and stays below it.
+
+    A collective under ZeRO 3; does nothing below it.
+    """
+    if zero_stage < 3:
+        yield
+        return
+    parameters: list[Any] = list(module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:  # marked as in use: else the first module to finish releases its parameters
+            parameter.ds_active_sub_modules.add(_NO_MODULE)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(_NO_MODULE)
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:

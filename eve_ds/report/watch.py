@@ -108,10 +108,12 @@ def total_steps(run: Compared) -> int | None:
 def _finished(run: Compared) -> bool:
     """Whether the last thing that a run leaves is there: the exported model, or without one the scores of a
     fine-tuning and the last checkpoint of a pre-training."""
-    total = total_steps(run)
+    total, exports = total_steps(run), run.config.get("checkpoint.export", True)
+    if exports and run.config.get("checkpoint.patience"):
+        total = max(_step(run), 1)  # it may end before
     if total is None or _step(run) < total:
         return False
-    if run.config.get("checkpoint.export", True):
+    if exports:
         exported = exported_step(run.stage.folder / MODEL)
         return exported is not None and exported >= total
     if not run.pretrains:

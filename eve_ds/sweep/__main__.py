@@ -8,6 +8,8 @@ Each row and seed is a pre-training with the row's options and a fine-tuning, wh
 behind -- go to every pre-training. A sweep that was stopped goes on with the same command; what is done is not run
 again. --print prints the commands that are left and runs nothing: submit them, then repeat the sweep without it.
 
+One fine-tuning with several seeds, its mean and spread: python -m eve_ds.sweep seeds --help
+
 tables:
 """
 
@@ -18,7 +20,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from evaluation.common import Parser
@@ -26,15 +27,14 @@ from eve_ds.demo import FIRST, Road, clock, data_stages
 from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
-from eve_ds.sweep import runs
-from eve_ds.sweep.stages import Settings, Stage, lanes, read_json
+from eve_ds.sweep import runs, seeds
+from eve_ds.sweep.stages import MARKER, Settings, Stage, check_folder, lanes, number
 from eve_ds.sweep.summary import MOST_SEEDS, markdown, table_of
 from eve_ds.sweep.tables import MEASURES, TABLES
 from preprocessing.errors import UserError
 from preprocessing.local_files import make_folder, write_json, write_text
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 
-MARKER = "sweep.json"
 RECIPE, STEPS = "tiny_shapes", 800  # the recipe has 1,200; with 800 a table takes two thirds of the time
 WORLD_SEED = 10  # of the shapes; the recipes were chosen on 0, 1 and 2
 # Recipe and folder of the shapes world, by the fine-tuning's task.
@@ -48,6 +48,9 @@ SHAPES = {
 
 def main() -> None:
     argv = sys.argv[1:]
+    if argv[:1] == [seeds.NAME]:
+        seeds.main(argv[1:])
+        return
     own = argv[: argv.index("--")] if "--" in argv else argv
     options = parser().parse_args(own)
     options.extra = tuple(argv[len(own) + 1 :])
@@ -83,17 +86,17 @@ def parser() -> Parser:
     )
     found = Parser(prog="python -m eve_ds.sweep", description=f"{(__doc__ or '').rstrip()}\n{listed}")
     found.add_argument("name", choices=TABLES, metavar="NAME", help="table to run, see above")
-    found.add_argument("--seeds", type=_number(MOST_SEEDS), default=3, help="number of seeds: 0, 1, ... (default 3)")
+    found.add_argument("--seeds", type=number(MOST_SEEDS), default=3, help="number of seeds: 0, 1, ... (default 3)")
     found.add_argument("--rows", help="rows to run, as in mim,separate (default all)")
     found.add_argument(
         "--tasks", default="itr_coco", help=f"fine-tunings, some of {','.join(MEASURES)} (default itr_coco)"
     )
     found.add_argument(
-        "--steps", type=_number(), help=f"of each pre-training (default the recipe's; for {RECIPE} {STEPS})"
+        "--steps", type=number(), help=f"of each pre-training (default the recipe's; for {RECIPE} {STEPS})"
     )
-    found.add_argument("--finetune_steps", type=_number(), help="of each fine-tuning (default the recipe's)")
-    found.add_argument("--jobs", type=_number(), default=1, help="runs side by side, of a CPU's cores (default 1)")
-    found.add_argument("--ranks", type=_number(), default=1, help="processes of a run, such as one a GPU (default 1)")
+    found.add_argument("--finetune_steps", type=number(), help="of each fine-tuning (default the recipe's)")
+    found.add_argument("--jobs", type=number(), default=1, help="runs side by side, of a CPU's cores (default 1)")
+    found.add_argument("--ranks", type=number(), default=1, help="processes of a run, such as one a GPU (default 1)")
     found.add_argument("--out", type=Path, help="folder of the sweep (default runs/sweep_NAME)")
     found.add_argument("--print", action="store_true", help="print the commands that are left and run nothing")
     found.add_argument("--config", default=RECIPE, help=f"recipe of the pre-training (default {RECIPE})")
@@ -154,15 +157,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def check_folder(out: Path, name: str) -> None:
-    """Raise UserError unless the folder is new, empty or that of a sweep of this table."""
-    marker = read_json(out / MARKER)
-    if not marker and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out}: holds files that no sweep wrote; name another folder")
-    if marker and marker.get("table") != name:
-        raise UserError(f"--out {out}: holds the sweep of another table, {marker.get('table')}; name another folder")
-
-
 def draw_world(world: Path) -> None:
     """Draw the shapes world, unless it is there and whole: its tokenizer is written last."""
     if not (world / "tokenizer" / TOKENIZER).is_file():
@@ -177,16 +171,6 @@ def print_commands(waiting: list[list[Stage]], world: Path | None) -> None:
             print(f"# {drawing.title}", *(shlex.join(["python", *command]) for command in drawing.commands), sep="\n")
     for stage in (stage for lane in waiting for stage in lane):
         print(f"# {stage.title}\n{stage.shown}")
-
-
-def _number(most: int | None = None) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text) if text.isascii() and text.isdigit() else 0
-        if not 1 <= value <= (most or value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on{f' to {most}' if most else ''}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

@@ -40,19 +40,20 @@ def left(lanes: Sequence[Sequence[Stage]]) -> list[list[Stage]]:
     return [lane for lane in found if lane]
 
 
-def run(lanes: Sequence[Sequence[Stage]], jobs: int, ranks: int) -> None:
+def run(lanes: Sequence[Sequence[Stage]], jobs: int, ranks: int | None) -> None:
     """Run all stages: those of a lane one after the other, up to ``jobs`` lanes side by side.
 
     Args:
         lanes: from ``left``.
         jobs: stages at a time.
-        ranks: processes of a stage, for the threads of each.
+        ranks: processes of a stage, for the threads of each; None leaves these to the runs.
     Raises:
         UserError: a run failed; the message names its command and log.
         StopError: this process or a run was asked to stop.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ  # a value that the user has set wins
+    environment = dict(os.environ)
+    if ranks is not None:  # a value that the user has set wins
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))))
     if "WANDB_API_KEY" not in environment:
         environment.setdefault("WANDB_MODE", "disabled")  # one run would log offline; dozens of those pile up
     waiting = [list(lane) for lane in lanes]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from eve_ds.sweep.tables import Row, Table
 from eve_ds.weights.model_folder import HASHES, MODEL
 from preprocessing.errors import UserError
 
+MARKER = "sweep.json"  # in the folder of a sweep: {"table": its name}
 PRETRAIN, FINETUNE = "eve_ds.pretrain", "eve_ds.finetune"
 
 
@@ -166,7 +168,7 @@ def _pretraining(settings: Settings, row: str, seed: int, own: list[str]) -> Sta
     folder = run_folder(settings.out, row, seed, "pretrain")
     words = ["--config", settings.config, "--data.path", settings.data, "--data.tokenizer", settings.tokenizer]
     words += [*_common(settings, seed, settings.steps), *settings.extra, *own, "--output_dir", str(folder)]
-    command = [*_launcher(settings.ranks), PRETRAIN, *words]
+    command = [*launcher(settings.ranks), PRETRAIN, *words]
     return Stage(f"{row}, seed {seed}: pre-training", command, folder, folder / MODEL / HASHES)
 
 
@@ -181,12 +183,13 @@ def _finetunings(settings: Settings, row: str, seed: int, start: Path | ModelCon
         else:
             words += ["--init_from", "null", "--model", shape(start, config), "--data.tokenizer", settings.tokenizer]
         words += [*_common(settings, seed, settings.finetune_steps), "--output_dir", str(folder)]
-        command = [*_launcher(settings.ranks), FINETUNE, *words]
+        command = [*launcher(settings.ranks), FINETUNE, *words]
         found.append(Stage(f"{row}, seed {seed}: fine-tuning on {task}", command, folder, scores_file(folder)))
     return found
 
 
-def _launcher(ranks: int) -> list[str]:
+def launcher(ranks: int) -> list[str]:
+    """What stands before the module of a run of so many processes."""
     if ranks == 1:
         return ["python", "-m"]
     # The guard sends signals to the ranks themselves: torchrun would kill them while they save.
@@ -201,3 +204,24 @@ def _common(settings: Settings, seed: int, steps: int | None) -> list[str]:
     if settings.ranks == 1:
         words += ["--engine.expert_parallel_size", "1"]  # the demo's recipes have 2, which one rank cannot hold
     return words
+
+
+def check_folder(out: Path, name: str) -> None:
+    """Raise UserError unless the folder is new, empty or that of a sweep of this table."""
+    marker = read_json(out / MARKER)
+    if not marker and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: holds files that no sweep wrote; name another folder")
+    if marker and marker.get("table") != name:
+        raise UserError(f"--out {out}: holds the sweep of another table, {marker.get('table')}; name another folder")
+
+
+def number(most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number from 1 to ``most``."""
+
+    def parsed(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else 0
+        if not 1 <= value <= (most or value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on{f' to {most}' if most else ''}")
+        return value
+
+    return parsed

@@ -94,16 +94,20 @@ def markdown(name: str, table: Table, figures: Sequence[Figures]) -> str:
             if (cell["task"], cell["measure"]) in told:
                 line += [_shown(cell["paper"]), _shown(cell.get("paper_difference"), sign="+")]
         lines.append([*line, _shown(row["minutes"])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     seeds = len(cells[0]["seeds"])
     meaning = (
         f"Percent, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; {against}: mean of the differences "
         f"seed by seed ± half of its 95 % interval (Student's t). {FIRST}: fine-tuning alone. Minutes: of a "
         "pre-training."
     )
-    return "\n".join([*text, "", meaning, *([table.note] if table.note else [])]) + "\n"
+    return "\n".join([lined_up(lines), "", meaning, *([table.note] if table.note else [])]) + "\n"
+
+
+def lined_up(lines: list[list[str]]) -> str:
+    """A Markdown table, the first line its head, with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled)
 
 
 def _shown(value: float | None, half: float | None = None, sign: str = "") -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation import retrieval
-from evaluation.intervals import confidence, retrieval_parts
+from evaluation.bootstrap import confidence, retrieval_parts
 from eve_ds.data.caption_parts import CaptionTexts, ChosenImages
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.model.backbone import Backbone

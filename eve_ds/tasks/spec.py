@@ -292,7 +292,7 @@ class FinetuneSpec(TaskSpec):
 
     def intervals(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:
         """95 % confidence intervals, [low, high] of each metric, in groups as ``metrics`` has them; or none.
-        evaluation/intervals.py computes them."""
+        evaluation/bootstrap.py computes them."""
         return {}
 
     def details(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:

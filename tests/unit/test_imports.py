@@ -24,6 +24,7 @@ LAYERS = {
     "eve_ds.data": 2,
     "eve_ds.weights": 3,
     "eve_ds.errors": 3,
+    "eve_ds.intervals": 4,
     "eve_ds.recipes": 4,
     "eve_ds.options": 5,
     "eve_ds.tasks": 6,

@@ -174,22 +174,29 @@ def test_scores_say_what_they_are_of_and_how_sure_they_are(
     assert before <= datetime.fromisoformat(about["date"]) <= datetime.now(UTC)
 
 
-def test_the_model_that_a_run_exports_is_named_in_the_scores_that_it_wrote_before(tmp_path: Path) -> None:
+def test_the_model_that_a_run_has_exported_is_named_in_its_scores(tmp_path: Path) -> None:
     assert prepare(tmp_path, "vqa", lost=None) == 0
     ours, made = scorer(tmp_path, "vqa")
-    run, model = tmp_path / "run", tmp_path / "run" / "model"
-    model.mkdir(parents=True)
-    ours.score(made, "test", run, step=40)
-    scores = json.loads((run / "scores_test.json").read_text())
-    assert scores["about"]["checkpoint"] == {"path": str(run), "weights": None, "sha256": None, "step": 40}
-    ours.add_exported("test", run)  # it has exported nothing
-    assert json.loads((run / "scores_test.json").read_text()) == scores
-    (model / "model.safetensors").write_bytes(save({"weight": torch.zeros(2)}))
-    write_hashes(model, ("model.safetensors",))
-    ours.add_exported("test", run)
-    weights = model / "model.safetensors"
-    scores["about"]["checkpoint"] |= {"weights": str(weights), "sha256": sha256(weights.read_bytes()).hexdigest()}
-    assert json.loads((run / "scores_test.json").read_text()) == scores
+    run = tmp_path / "run"
+
+    def checkpoint(best: dict[str, Any] | None = None) -> Any:
+        ours.score(made, "test", run, 40, best)
+        return json.loads((run / "scores_test.json").read_text())["about"]["checkpoint"]
+
+    run.mkdir()
+    nothing = {"path": str(run), "weights": None, "sha256": None, "step": 40}
+    assert checkpoint() == nothing
+    for name, best in (("model", None), ("model_best", {"step": 40, "metric": "val/soft_accuracy", "value": 1.0})):
+        weights = run / name / "model.safetensors"
+        weights.parent.mkdir()
+        weights.write_bytes(save({name: torch.zeros(2)}, metadata={"format": "eve-ds step 30"}))
+        assert checkpoint(best) == nothing  # exported at another step
+        weights.write_bytes(save({name: torch.zeros(2)}, metadata={"format": "eve-ds step 40"}))
+        write_hashes(weights.parent, ("model.safetensors",))
+        assert checkpoint(best) == nothing | {
+            "weights": str(weights),
+            "sha256": sha256(weights.read_bytes()).hexdigest(),
+        }
 
 
 @pytest.mark.parametrize("task", PARTS)

@@ -49,6 +49,15 @@ def test_a_page_says_how_far_the_run_is_and_reloads_itself(tmp_path: Path) -> No
     assert progress(run, 7).status.startswith("Waiting for the first step")
 
 
+def test_a_run_that_patience_ended_early_is_finished_with_its_export(tmp_path: Path) -> None:
+    config = "task: pretrain\noptimizer: {total_steps: 4}\ncheckpoint: {best: val/loss, patience: 1}\n"
+    run = trained(tmp_path / "run", 3, config)
+    exported(run, 2)  # of an end before: it went on with more patience
+    assert progress(run, 7).status.startswith("training, step 3 of 4")
+    exported(run, 3)
+    assert progress(run, 7).status.startswith("finished at step 3 of 4")
+
+
 def test_the_newest_start_says_how_long_the_run_is(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", 3, "task: pretrain\noptimizer: {epochs: 2}\n")
     assert progress(run, 7).status.startswith("training, step 3, last record")
