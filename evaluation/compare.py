@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import intervals, nlvr, retrieval, vqa
+from evaluation import bootstrap, nlvr, retrieval, vqa
+from evaluation.bootstrap import LEVEL, PAIRED_DRAWS, Parts
 from evaluation.common import (
     InputError,
     Parser,
@@ -32,7 +33,6 @@ from evaluation.common import (
     run,
     write_scores,
 )
-from evaluation.intervals import LEVEL, PAIRED_DRAWS, Parts
 from evaluation.significance import sign_test
 
 TASKS = ("retrieval", "vqa", "nlvr")
@@ -93,7 +93,7 @@ def read_retrieval(paths: Sequence[str]) -> list[Scored]:
         elif len(moved := np.flatnonzero(index != first)):
             where = f"text {moved[0]} is of image {index[moved[0]]}, there of {first[moved[0]]}"
             raise InputError(f"{path}: {len(moved)} texts are of other images than in {paths[0]}: {where}")
-        parts = intervals.retrieval_parts(texts, images, index, retrieval.CUTOFFS)
+        parts = bootstrap.retrieval_parts(texts, images, index, retrieval.CUTOFFS)
         found.append(Scored(path, sizes, parts))
     return found
 
@@ -111,7 +111,7 @@ def read_vqa(paths: Sequence[str], annotations: str, questions: str | None) -> l
         same_examples(path, answered[path], paths[0], answered[paths[0]], "questions")
         with _naming(f"{path} against {annotations}"):
             scores = vqa.per_question(rows[path], truths)
-        parts = intervals.vqa_parts(scores, truths, ("answer_type",))
+        parts = bootstrap.vqa_parts(scores, truths, ("answer_type",))
         sizes = {"questions": len(scores), "clusters": parts.clusters}
         found.append(Scored(path, sizes, parts, np.array(list(scores.values()))))
     return found
@@ -126,7 +126,7 @@ def read_nlvr(paths: Sequence[str], annotations: str) -> list[Scored]:
         same_examples(path, predictions, paths[0], given[paths[0]], "statements")
         with _naming(f"{path} against {annotations}"):
             right = nlvr.per_example(predictions, truths)
-        parts = intervals.nlvr_parts(list(right.values()), [nlvr.sentence_of(identifier) for identifier in right])
+        parts = bootstrap.nlvr_parts(list(right.values()), [nlvr.sentence_of(identifier) for identifier in right])
         sizes = {"statements": len(right), "sentences": parts.clusters}
         found.append(Scored(path, sizes, parts, np.array(list(right.values()))))
     return found
@@ -157,7 +157,7 @@ def comparison(first: Scored, other: Scored) -> dict[str, Any]:
     ours, theirs = first.parts.scores(), other.parts.scores()
     metrics = {
         name: {"first": ours[name], "second": theirs[name], **asdict(found)}
-        for name, found in intervals.paired(first.parts, other.parts).items()
+        for name, found in bootstrap.paired(first.parts, other.parts).items()
     }
     result: dict[str, Any] = {"second": other.path, "metrics": metrics}
     if first.values is not None and other.values is not None:

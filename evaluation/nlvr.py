@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation import intervals
+from evaluation import bootstrap
 from evaluation.common import (
     InputError,
     Parser,
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", required=True, metavar="M.json", help="where accuracy and consistency go, as fractions"
     )
-    intervals.add_option(parser)
+    bootstrap.add_option(parser)
     options = parser.parse_args(arguments)
     predictions = read_predictions(options.predictions)
     examples = read_json_rows(options.annotations)
@@ -129,10 +129,10 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
     scores = summary(right)
-    parts = intervals.nlvr_parts(list(right.values()), [sentence_of(identifier) for identifier in right])
-    found = intervals.confidence(parts) if options.intervals else {}
-    line = " ".join(f"{name} {intervals.shown(value, found.get(name), '.4f')}" for name, value in scores.items())
-    write_scores(options.out, intervals.beside(scores, found), line)
+    parts = bootstrap.nlvr_parts(list(right.values()), [sentence_of(identifier) for identifier in right])
+    found = bootstrap.confidence(parts) if options.intervals else {}
+    line = " ".join(f"{name} {bootstrap.shown(value, found.get(name), '.4f')}" for name, value in scores.items())
+    write_scores(options.out, bootstrap.beside(scores, found), line)
     if len(predictions) > len(examples):
         extra = len(predictions) - len(examples)
         print(

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import intervals
+from evaluation import bootstrap
 from evaluation.common import InputError, Parser, check_regular, run, write_scores
 
 CUTOFFS = (1, 5, 10)
@@ -161,13 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m evaluation.retrieval", description=__doc__)
     parser.add_argument("--scores", required=True, metavar="S.npz", help=f"arrays {', '.join(ARRAYS)}")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the recalls go, in percent")
-    intervals.add_option(parser)
+    bootstrap.add_option(parser)
     options = parser.parse_args(arguments)
     texts, images, index = file_ranks(options.scores)
     scores = summary(texts, images)
-    found = intervals.confidence(intervals.retrieval_parts(texts, images, index, CUTOFFS)) if options.intervals else {}
-    line = " ".join(f"{name} {intervals.shown(value, found.get(name), '.2f')}" for name, value in scores.items())
-    write_scores(options.out, intervals.beside(scores, found), line)
+    found = bootstrap.confidence(bootstrap.retrieval_parts(texts, images, index, CUTOFFS)) if options.intervals else {}
+    line = " ".join(f"{name} {bootstrap.shown(value, found.get(name), '.2f')}" for name, value in scores.items())
+    write_scores(options.out, bootstrap.beside(scores, found), line)
 
 
 if __name__ == "__main__":

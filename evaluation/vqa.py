@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from evaluation import intervals
+from evaluation import bootstrap
 from evaluation.common import InputError, Parser, first_few, read_json, run, write_json, write_scores
 from evaluation.contractions import CONTRACTIONS
 
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", metavar="Q.json", help="official VQA v2 questions: score these alone")
     parser.add_argument("--per_question", metavar="D.json", help="also write the accuracy of each question")
     parser.add_argument("--out", required=True, metavar="M.json", help="where the accuracies go, in percent")
-    intervals.add_option(parser)
+    bootstrap.add_option(parser)
     options = parser.parse_args(arguments)
     predictions = read_list(options.predictions, None)
     annotations = read_annotations(options.annotations, options.questions)
@@ -191,11 +191,11 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         raise InputError(f"{options.predictions} against {against}: {error}") from error
     scores = _summary(by_question, annotations)
-    found = intervals.confidence(intervals.vqa_parts(by_question, annotations)) if options.intervals else {}
+    found = bootstrap.confidence(bootstrap.vqa_parts(by_question, annotations)) if options.intervals else {}
     parts = {"overall": ("overall", scores["overall"])}
     parts |= {f"per_answer_type/{name}": (name, value) for name, value in scores["per_answer_type"].items()}
-    line = " ".join(f"{name} {intervals.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items())
-    write_scores(options.out, intervals.beside(scores, found), line)
+    line = " ".join(f"{name} {bootstrap.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items())
+    write_scores(options.out, bootstrap.beside(scores, found), line)
     if options.per_question:
         write_json(options.per_question, {str(question): value for question, value in by_question.items()})
 

@@ -2,7 +2,7 @@
 
 ``scores_SPLIT.json`` has the metrics at its top and under
 
-    intervals     {metric: [low, high]}: 95 % confidence intervals, by bootstrap (evaluation/intervals.py)
+    intervals     {metric: [low, high]}: 95 % confidence intervals, by bootstrap (evaluation/bootstrap.py)
     incomplete    what the split lacks of its raw data, if so
     about         {"task", "split", "examples": {name: count}, "checkpoint", "config_sha256", "data", "commit", "dirty",
                   "version", "date"}

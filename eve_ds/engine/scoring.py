@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from evaluation.bootstrap import shown
 from evaluation.common import InputError
-from evaluation.intervals import shown
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
 from eve_ds.engine import batches, score_record

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation import nlvr
-from evaluation.intervals import confidence, nlvr_parts
+from evaluation.bootstrap import confidence, nlvr_parts
 from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.transforms import may_mirror

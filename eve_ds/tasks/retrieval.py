@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from evaluation import retrieval
-from evaluation.intervals import confidence, retrieval_parts
+from evaluation.bootstrap import confidence, retrieval_parts
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig

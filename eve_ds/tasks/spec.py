@@ -266,7 +266,7 @@ class FinetuneSpec(TaskSpec):
         return {}
 
     def intervals(self, arrays: Arrays, dataset: Any) -> dict[str, list[float]]:
-        """95 % confidence intervals of the metrics, {metric: [low, high]}, as of evaluation/intervals.py; or none."""
+        """95 % confidence intervals of the metrics, {metric: [low, high]}, as of evaluation/bootstrap.py; or none."""
         return {}
 
     def details(self, arrays: Arrays, dataset: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.intervals import Parts, confidence, numbered
+from evaluation.bootstrap import Parts, confidence, numbered
 from eve_ds.data.samples import Key, Pending, Sample, Samples, row_text
 from eve_ds.data.shards import Row
 from eve_ds.data.sources import AnySplit, JoinedSplit, answers_in_shards

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import intervals, nlvr, retrieval, vqa
+from evaluation import bootstrap, nlvr, retrieval, vqa
+from evaluation.bootstrap import Parts, confidence, nlvr_parts, paired, retrieval_parts, vqa_parts
 from evaluation.common import run
-from evaluation.intervals import Parts, confidence, nlvr_parts, paired, retrieval_parts, vqa_parts
 from evaluation.significance import paired_bootstrap
 
 RNG = np.random.default_rng(7)
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_however_little_memory_there_is(monkeypatch
     found = confidence(parts, draws=50)
     assert found == confidence(parts, draws=50) != confidence(parts, draws=50, seed=1)
     for cells in (7 * 30, 29):
-        monkeypatch.setattr(intervals, "_CELLS", cells)
+        monkeypatch.setattr(bootstrap, "_CELLS", cells)
         assert confidence(parts, draws=50) == found
 
 
@@ -84,7 +84,7 @@ def test_questions_of_one_image_are_a_cluster_where_images_are_named() -> None:
     alone = confidence(vqa_parts(by_question, [{**row, "image_id": None} for row in rows]))
     gaps = [high - low for low, high in (wide["overall"], alone["overall"])]
     assert gaps[0] > 1.5 * gaps[1] > 0
-    assert intervals.nested(wide)["per_answer_type"].keys() == {"a", "b"}
+    assert bootstrap.nested(wide)["per_answer_type"].keys() == {"a", "b"}
 
 
 NAMES = [("answer_type", "a"), ("answer_type", "b"), ("question_type", "is the/a"), ("question_type", "is the/b")]
