@@ -95,7 +95,7 @@ class Best(Callback):
         self.waited += 1
         if self.patience is not None and self.waited >= self.patience:
             trainer.end()
-            if trainer.is_main:
+            if trainer.is_main and trainer.step < trainer.total_steps:
                 best = f"{self.metric} {self.value:.4g} of step {self.step}" if self.known else self.metric
                 _log.info(
                     "step %d: training ends: %d evaluations in a row were no better than %s (checkpoint.patience)",

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from eve_ds.callbacks import Progress, WandbLog, standard_callbacks, wandb, wandb_files
-from eve_ds.config_sections import LoggingConfig, OptimizerConfig
+from eve_ds.config_sections import CheckpointConfig, LoggingConfig, OptimizerConfig
 from preprocessing.errors import UserError
 
 
@@ -26,6 +26,7 @@ from preprocessing.errors import UserError
 class Config:
     logging: LoggingConfig = field(default_factory=lambda: LoggingConfig(wandb_project="eve-ds-test", detail_every=0))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     dry_run: bool = False
 
 
