@@ -38,7 +38,7 @@ _CHECKPOINT = re.compile(r"step_\d+")
 def write_hashes(folder: Path, names: tuple[str, ...]) -> None:
     """Write the hashes of those files ``names`` that exist in ``folder``, atomically; call it last."""
     write_atomic(
-        folder / HASHES, dump_json({name: _hash(folder / name) for name in names if (folder / name).is_file()})
+        folder / HASHES, dump_json({name: file_hash(folder / name) for name in names if (folder / name).is_file()})
     )
 
 
@@ -60,7 +60,7 @@ def read_hashes(folder: Path) -> dict[str, str]:
 def check_hash(path: Path, sha256: str) -> None:
     """Raise UserError unless the file exists and has this hash."""
     try:
-        same = _hash(path) == sha256
+        same = file_hash(path) == sha256
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, but {HASHES} names it; copy the folder again") from None
     if not same:
@@ -70,7 +70,8 @@ def check_hash(path: Path, sha256: str) -> None:
         )
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
