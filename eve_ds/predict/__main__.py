@@ -3,6 +3,8 @@
     python -m eve_ds.predict answer photo.jpg "what color is the square?" --checkpoint runs/vqa --top 3
     python -m eve_ds.predict match photo.jpg "a red square" "two dogs" --checkpoint runs/itr
     python -m eve_ds.predict judge left.jpg right.jpg "both images have a circle" --checkpoint runs/nlvr
+    python -m eve_ds.predict index photos --out photos.index --checkpoint runs/itr
+    python -m eve_ds.predict search "a dog on a beach" --index photos.index --checkpoint runs/itr --html found.html
     python -m eve_ds.predict features *.jpg --texts captions.txt --checkpoint runs/itr --out features.npz
     python -m eve_ds.predict answer --input questions.jsonl --checkpoint runs/vqa > answers.jsonl
 
@@ -12,6 +14,7 @@ docs/predict.md describes every command.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -54,6 +57,24 @@ def _features_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
     parser.add_argument("--texts", metavar="FILE", help="a text on each line")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write, .npz or .arrow")
+
+
+def _index_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="of image files; its subfolders, too")
+    add("--out", required=True, metavar="INDEX", help="folder of the index; one that is there is brought up to date")
+    add("--num_workers", type=int, metavar="N", help="decoding processes (default: one for each core)")
+    add("--dtype", choices=("float32", "float16"), help="of the vectors (default float32)")
+
+
+def _search_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("text", nargs="?", metavar="TEXT")
+    add("--image", metavar="FILE", help="search for images like this one")
+    add("--index", required=True, metavar="INDEX", help="folder that the command index has made")
+    add("--k", type=int, default=10, metavar="N", help="images to a query (default 10)")
+    add("--html", metavar="FILE", help="write the results as a page with thumbnails, too")
+    add("--input", metavar="FILE", help='JSON lines with "text" or "image"; writes JSON lines')
 
 
 def _inputs(parser: Parser, names: tuple[str, ...], row: tuple[str, ...] = ()) -> None:
@@ -127,6 +148,29 @@ def _judge(options: Options) -> None:
     _run_rows(options, names, [{name: getattr(options, name) for name in names}], "judgements")
 
 
+def _index(options: Options) -> None:
+    from eve_ds.predict.index_update import update_index
+
+    done = update_index(load(options), options.folder, options.out, options.num_workers, options.dtype)
+    if options.json:
+        print(json.dumps(vars(done)))
+        return
+    counts = f"{done.new} new, {done.kept} kept, {done.removed} removed, {done.broken} not readable"
+    print(f"{options.out}: {done.images} images ({counts}), {done.images_per_second:.0f} a second")
+
+
+def _search(options: Options) -> None:
+    from eve_ds.predict.request_rows import Request, read_requests
+    from eve_ds.predict.search_command import search_images
+
+    queries = [{name: value} for name in ("text", "image") if (value := getattr(options, name)) is not None]
+    if len(queries) + bool(options.input) != 1:
+        raise UserError("give one of TEXT, --image FILE and --input FILE; see --help")
+    requests = read_requests(options.input, ("text", "image"), one_of=True) if options.input else map(Request, queries)
+    as_json = options.json or bool(options.input)
+    search_images(lambda: load(options), options.index, requests, options.k, as_json, options.html)
+
+
 def _features(options: Options) -> None:
     from eve_ds.predict.feature_files import write_features
 
@@ -137,6 +181,8 @@ COMMANDS = {
     "answer": Command("Answer a question about an image (VQA checkpoint).", _answer_options, _answer),
     "match": Command("Compare an image with texts (retrieval checkpoint).", _match_options, _match),
     "judge": Command("Say whether a statement is true of two images (NLVR checkpoint).", _judge_options, _judge),
+    "index": Command("Make or update an index of a folder's images (retrieval checkpoint).", _index_options, _index),
+    "search": Command("Find the images of an index by a text or an image.", _search_options, _search),
     "features": Command("Write unit vectors of images and texts (retrieval checkpoint).", _features_options, _features),
 }
 

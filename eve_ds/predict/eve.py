@@ -63,6 +63,7 @@ class EVE:
         device: that the model runs on.
         batch_size: rows that are computed together.
         transform: of images; its ``image_size`` is the model's.
+        normed: False for vectors without the final norm (``published``).
     """
 
     def __init__(self, files: ModelFolder, device: torch.device, batch_size: int, options: Mapping[str, Any]) -> None:
@@ -75,7 +76,7 @@ class EVE:
                 "eve_ds.finetune"
             )
         self._tokenizer_path = options["tokenizer"]
-        self._normed = not options["published"]
+        self.normed = not options["published"]
         self._load = functools.partial(
             load_task_model,
             checkpoint=files.weights,
@@ -173,6 +174,12 @@ class EVE:
         """SHA-256 of the weights' file, from hashes.json if that lists it."""
         return read_hashes(self.files.weights.parent).get(self.files.weights.name) or file_hash(self.files.weights)
 
+    @property
+    def feature_dim(self) -> int:
+        """E, of the vectors. Raises UserError if the weights have no retrieval heads."""
+        task: Any = self.task("retrieval")
+        return int(task.itc_vision_proj_head.out_features)
+
     @torch.inference_mode()
     def answer(
         self, images: ImageInput | Sequence[ImageInput], questions: str | Sequence[str], top: int = 1
@@ -213,8 +220,8 @@ class EVE:
         for image, text in self._batches(rows):
             unique, index = distinct(image)
             pixels, tokens = self.pixels(unique), self.tokens(text)
-            vectors = task.encode_image(pixels, normed=self._normed)[index]
-            cosine = (vectors * task.encode_text(*tokens, normed=self._normed)).sum(dim=1)
+            vectors = task.encode_image(pixels, normed=self.normed)[index]
+            cosine = (vectors * task.encode_text(*tokens, normed=self.normed)).sum(dim=1)
             probability = task.match(pixels[index], *tokens).float().softmax(dim=1)[:, 1]
             found += map(Match, cosine.tolist(), probability.tolist())
         return found[0] if single else found
@@ -258,14 +265,14 @@ class EVE:
         rows, single = rows_of(texts=texts)
         found = []
         for (text,) in self._batches(rows):
-            found.append(task.encode_text(*self.tokens(text), normed=self._normed).cpu().numpy())
+            found.append(task.encode_text(*self.tokens(text), normed=self.normed).cpu().numpy())
         return found[0][0] if single else self._joined(found)
 
     @torch.inference_mode()
     def vectors_of(self, pixels: Tensor) -> np.ndarray:
         """Unit vectors [B, E] float32 of ``pixels``: [B, 3, H, W] float32, normalized."""
         task: Any = self.task("retrieval")
-        vectors: np.ndarray = task.encode_image(pixels.to(self.device), normed=self._normed).cpu().numpy()
+        vectors: np.ndarray = task.encode_image(pixels.to(self.device), normed=self.normed).cpu().numpy()
         return vectors
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor:
@@ -288,8 +295,7 @@ class EVE:
             yield [list(column) for column in zip(*rows[start : start + self.batch_size], strict=True)]
 
     def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
-        task: Any = self.task("retrieval")
-        return np.concatenate(parts) if parts else np.zeros((0, task.itc_text_proj_head.out_features), np.float32)
+        return np.concatenate(parts) if parts else np.zeros((0, self.feature_dim), np.float32)
 
 
 def find_device(name: str) -> torch.device:
