@@ -320,7 +320,8 @@ def tasks_in(shapes: Shapes) -> tuple[str, ...]:
     found = {
         "vqa": "output.3.weight" in shapes and read == width,
         "nlvr": "attn1.in_proj_weight" in shapes or ("output.3.weight" in shapes and read == 2 * width),
-        "retrieval": {"itc_vision_proj_head.weight", "itm_head.weight"} <= set(shapes),
+        # EVE's pre-trained files name theirs mitc_ and mitm_.
+        "retrieval": {"itc_vision_proj_head.weight", "itm_head.weight"} <= {name.removeprefix("m") for name in shapes},
     }
     return tuple(name for name, there in found.items() if there)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from eve_ds.data.batch_reader import collate
@@ -21,7 +22,7 @@ from eve_ds.predict import EVE
 from eve_ds.tasks import load_task_model
 from preprocessing.errors import UserError
 from preprocessing.shards.schema import ANSWER_LIST
-from preprocessing.text.tokenizer import FILE_NAME, Tokenizer
+from preprocessing.text.tokenizer import FILE_NAME, Tokenizer, train_tokenizer
 from tests.support.predicting import ANSWERS, exported, image_files
 from tests.support.shards import EVAL, tiny_tokenizer
 
@@ -173,6 +174,19 @@ def test_a_large_image_is_refused_unless_allowed(folder: Callable[[str], Path], 
             EVE.from_pretrained(folder("vqa"), max_pixels=1000).answer(image, "what")
 
 
+def test_the_limits_of_the_training_hold(tmp_path: Path, images: list[str]) -> None:
+    path = exported(tmp_path, "vqa")
+    (path / "hashes.json").unlink()
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"max_pixels": 900}}))
+    with pytest.raises(UserError, match=r"32 x 32 pixels, max_pixels=900"):
+        EVE.from_pretrained(path).answer(images[0], "what")
+    words = [f"{letter}{other} word" for letter in "abcdefghijklmnopqrst" for other in "abcdefghijklmnopqrst"]
+    train_tokenizer(words, 600).save(path)
+    with pytest.raises(UserError, match=r"has ids up to \d+, the model has 400 entries"):
+        EVE.from_pretrained(path, max_pixels=10_000).answer(images[0], "what")
+
+
 def test_a_model_without_what_it_needs_is_named(tmp_path: Path, images: list[str]) -> None:
     pretrained = exported(tmp_path / "pretrained", "pretrain")
     with pytest.raises(UserError, match="has no head of vqa, nlvr or retrieval; fine-tune it"):
@@ -200,6 +214,24 @@ def test_pretraining_with_contrast_and_matching_gives_a_retrieval_model(tmp_path
     eve = EVE.from_pretrained(exported(tmp_path, "itc_itm"))
     assert eve.tasks == ("retrieval",)
     assert np.linalg.norm(eve.image_features(images), axis=1) == pytest.approx(np.ones(4))
+
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+
+
+@pytest.mark.parametrize(("published", "output"), [(True, "itc_image"), (False, "itc_image_normed")])
+def test_published_weights_give_the_vectors_of_the_published_code(published: bool, output: str) -> None:
+    options = {"vlmo_config": ASSETS / "vlmo_config.json", "image_size": 32, "published": published}
+    eve = EVE.from_pretrained(ASSETS / "retrieval.safetensors", "cpu", **options)
+    with np.load(ASSETS / "outputs.npz") as golden:
+        np.testing.assert_allclose(eve.vectors_of(torch.from_numpy(golden["image"])), golden[output], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vqa", "nlvr_plain", "nlvr_biattn", "retrieval"])
+def test_the_task_of_published_weights_is_read_from_their_tensors(name: str) -> None:
+    path = ASSETS / f"{name}.safetensors"
+    eve = EVE.from_pretrained(path, vlmo_config=ASSETS / "vlmo_config.json", image_size=32)
+    assert eve.tasks == (TASK_OF[name],)
 
 
 WITHOUT_DEEPSPEED = """

@@ -92,9 +92,8 @@ def test_an_update_encodes_only_what_is_new_or_changed(
     image_files(photos, 2, first=20)
     done = update_index(eve, photos, index, 0)
     assert (done.images, done.new, done.kept, done.removed) == (11, 3, 8, 2) and sum(encoded) == 3
-    names = sorted(path.name for path in photos.iterdir())
-    encoded.clear()
-    check(eve, photos, index, names)
+    assert sorted(shard["rows"] for shard in ImageIndex(index).manifest.shards) == [3, 4, 4]
+    check(eve, photos, index, sorted(path.name for path in photos.iterdir()))
 
 
 def test_a_killed_run_goes_on_from_its_last_whole_file(
@@ -122,6 +121,34 @@ def test_a_killed_run_goes_on_from_its_last_whole_file(
     done = update_index(eve, photos, index, 0)
     assert (done.images, done.new, done.kept) == (14, 6, 8)
     check(eve, photos, index, [Path(path).name for path in paths])
+
+
+def test_a_killed_update_loses_no_row_that_it_was_to_keep(
+    eve: EVE, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_update, "SHARD_ROWS", 4)
+    monkeypatch.setattr(eve, "batch_size", 1)
+    photos, index = tmp_path / "photos", tmp_path / "index"
+    paths = image_files(photos, 12)
+    update_index(eve, photos, index, 0)
+    for number in (0, 4, 8):  # one of each file
+        os.unlink(paths[number])
+    image_files(photos, 3, first=12)
+    encoded.clear()
+    counted = eve.vectors_of
+
+    def killed(pixels: Any) -> np.ndarray:
+        if encoded:
+            raise KeyboardInterrupt
+        return counted(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eve, "vectors_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(eve, photos, index, 0)
+    done = update_index(eve, photos, index, 0)
+    assert (done.images, done.kept) == (12, 9)
+    check(eve, photos, index, [path.name for path in photos.iterdir()])
 
 
 def nothing_to_read(folder: Path, files: list[Any], *_: Any) -> Iterator[Any]:
