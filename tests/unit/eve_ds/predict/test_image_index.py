@@ -302,3 +302,15 @@ def test_queries_of_a_file_are_found_in_order(
     assert "rows.jsonl:1: is no object with either 'text' or 'image'" in capsys.readouterr().err
     assert run("search", *common) == 2
     assert "give one of TEXT, --image FILE and --input FILE" in capsys.readouterr().err
+
+
+def test_search_refuses_another_model_and_bad_numbers(
+    eve: EVE, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_files(tmp_path / "photos", 2)
+    update_index(eve, tmp_path / "photos", tmp_path / "index", 0)
+    other = exported(tmp_path / "other", "retrieval", seed=1)
+    for checkpoint, k, message in ((other, 2, "made with another model (sha256 "), (model, 0, "k=0: must be")):
+        assert run("search", "a", "--index", tmp_path / "index", "--checkpoint", checkpoint, "--k", k) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
