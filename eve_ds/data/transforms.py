@@ -78,6 +78,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return _LazyImage(data, max_pixels).decode()
 
 
+def upright_rgb(image: Image.Image, orientation: int | None = None) -> Image.Image:
+    """What ``decode_image`` gives of an image that is open already.
+
+    Args:
+        image: of any mode.
+        orientation: EXIF's; None reads it from the image.
+    Raises:
+        Exception: any, of Pillow's decoders, if the pixels are not loaded yet.
+    """
+    transposition = _UPRIGHT.get(_orientation(image) if orientation is None else orientation)
+    rgb = _to_rgb(image)
+    return rgb if transposition is None else rgb.transpose(transposition)
+
+
 class _LazyImage:
     """An image file of which only the header has been read. Raises UserError as ``decode_image`` does."""
 
@@ -111,11 +125,9 @@ class _LazyImage:
                 drafted = self._image.draft(None, min_size[::-1] if self._orientation in _TRANSPOSED else min_size)
                 self.scale = round(self._full_size[0] / drafted[1][2]) if drafted else 1
             self._image.load()
-            transposition = _UPRIGHT.get(_orientation(self._image) if self._orientation is None else self._orientation)
-            image = _to_rgb(self._image)
+            return upright_rgb(self._image, self._orientation)
         except Exception as error:  # as above
             raise _not_decoded(error) from error
-        return image if transposition is None else image.transpose(transposition)
 
     def scaled_box(self, box: Box) -> tuple[float, float, float, float]:
         """Coordinates of a box of the full-size upright JPEG in the image that ``decode`` returned.
@@ -262,7 +274,7 @@ class Transform:
             UserError: the image cannot be decoded.
         """
         if not self.train:
-            return np.asarray(self._square(decode_image(data, self.max_pixels)))
+            return np.asarray(self.square(decode_image(data, self.max_pixels)))
         rng = random.Random((self.seed << 72) | (image_number << 64) | sample_id)
         image = self._cropped(_LazyImage(data, self.max_pixels), rng)
         if self.flip and rng.random() < 0.5 and mirror:
@@ -279,13 +291,13 @@ class Transform:
         if size is None:
             image = file.decode()
             # Not resize(box=...): its filter would see pixels outside of the box.
-            return self._square(image if self.crop_scale is None else image.crop(self._box(rng, image.size)))
+            return self.square(image if self.crop_scale is None else image.crop(self._box(rng, image.size)))
         box = self._box(rng, size)
         # Size of the full image at which the crop is as large as the square.
         width = -(-size[0] * self.image_size // (box[2] - box[0]))
         height = -(-size[1] * self.image_size // (box[3] - box[1]))
         image = file.decode((width, height))
-        return self._square(image.crop(box)) if file.scale == 1 else self._resize_box(image, file.scaled_box(box))
+        return self.square(image.crop(box)) if file.scale == 1 else self._resize_box(image, file.scaled_box(box))
 
     def _box(self, rng: random.Random, size: tuple[int, int]) -> Box:
         return (0, 0, *size) if self.crop_scale is None else crop_box(rng, *size, self.crop_scale)
@@ -297,7 +309,8 @@ class Transform:
         inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
         return around.resize((self.image_size, self.image_size), _BICUBIC, box=inside)
 
-    def _square(self, image: Image.Image) -> Image.Image:
+    def square(self, image: Image.Image) -> Image.Image:
+        """Resize an RGB image to the square."""
         size = (self.image_size, self.image_size)
         return image if image.size == size else image.resize(size, _BICUBIC)
 

@@ -25,7 +25,8 @@ from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
-FILES = (*HASHED, HASHES)  # every file of a model folder
+CARD = "README.md"  # see model_card.py; its hash is recorded, and not checked: its owner may edit it
+FILES = (*HASHED, HASHES, CARD)  # every file of a model folder
 FORMAT = "eve-ds"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 MODEL_EMA = "model_ema"  # as MODEL, with the moving averages of the weights (``optimizer.ema``)

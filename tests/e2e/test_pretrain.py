@@ -82,7 +82,7 @@ def test_a_run_leaves_all_that_it_promises(straight: Path) -> None:
         assert record["val/loss"] == pytest.approx(record["val/mim_loss"] + record["val/mlm_loss"])
     assert yaml.safe_load((straight / "config.yaml").read_text())["engine"]["global_batch_size"] == 16
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
-    files = {"model.safetensors", "config.yaml", "tokenizer.json", "hashes.json"}
+    files = {"model.safetensors", "config.yaml", "tokenizer.json", "hashes.json", "README.md"}
     assert all({path.name for path in (straight / folder).iterdir()} == files for folder in ("model", "model_ema"))
     last = straight / "checkpoints/step_00000006"
     averages = [load_part(last / f"averages_rank_{rank}.pt")["averages"] for rank in range(2)]

@@ -45,6 +45,7 @@ LEAVES = (
 PLAIN_LEAVES = tuple(name for name in LEAVES if name not in ("preprocessing.text.tokenizer", "evaluation"))
 WORLD, WORLD_USERS = "preprocessing.shapes", ("eve_ds.bench",)  # whose truth probes are scored by
 LAZY_DEEPSPEED = ("eve_ds.kernels", "eve_ds.bench", "eve_ds.doctor")  # in functions alone
+WITHOUT_ENGINE = ("eve_ds.predict",)  # runs where DeepSpeed is not installed
 PRIVATE_API = ("deepspeed.module_inject", "deepspeed.checkpoint.autoep")
 PRIVATE_API_USER = "eve_ds.engine.moe_deepspeed"
 
@@ -110,6 +111,8 @@ def violations(module: str, source: str) -> list[str]:
 
 
 def _layering(module: str, name: str) -> list[str]:
+    if within(module, *WITHOUT_ENGINE) and within(name, "eve_ds.engine", "eve_ds.callbacks"):
+        return [f"{module} imports {name}: it runs without DeepSpeed"]
     (own, number), (other, other_number) = layer(module), layer(name)
     if own == other or other_number < number:
         return []
@@ -151,6 +154,7 @@ def test_modules_import_what_the_design_lets_them() -> None:
         ("eve_ds.engine.distributed", "from mpi4py import MPI"),
         ("eve_ds.bench", "import deepspeed"),
         ("eve_ds.predict", "import deepspeed"),
+        ("eve_ds.predict.eve", "from eve_ds.engine import trainer"),
         ("eve_ds.parallel.collectives", "import numpy"),
         ("preprocessing.sources.coco", "import torch.nn"),
         ("preprocessing.text.tokenizer", "from preprocessing.shards.writer import ShardWriter"),

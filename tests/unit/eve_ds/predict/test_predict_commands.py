@@ -1,0 +1,131 @@
+"""``python -m eve_ds.predict``: what is printed, rows of a file, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from eve_ds.errors import exit_code
+from eve_ds.predict import EVE
+from eve_ds.predict.__main__ import main
+from tests.support.predicting import exported, image_files
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models vqa, itr and nlvr, and four images, in one folder."""
+    folder = tmp_path_factory.mktemp("predict")
+    for name, task in (("vqa", "vqa"), ("itr", "retrieval"), ("nlvr", "nlvr_plain")):
+        exported(folder / name, task)
+    image_files(folder / "images", 4)
+    return folder
+
+
+def image(place: Path, number: int) -> str:
+    return str(place / "images" / f"image_{number:04d}.png")
+
+
+def predict(*arguments: object) -> int:
+    return exit_code(lambda: main([str(argument) for argument in arguments]))
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[Any]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_answer_prints_the_best_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = EVE.from_pretrained(place / "vqa").answer(image(place, 0), "what color", top=3)
+    assert predict("answer", image(place, 0), "what color", "--checkpoint", place / "vqa", "--top", 3) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{one.probability:.4f}  {one.answer}" for one in best]
+
+
+def test_match_and_judge_print_a_line_each(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a red square", "two dogs"]
+    assert predict("match", image(place, 0), *texts, "--checkpoint", place / "itr") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("  ")[2] for line in printed] == texts
+    pair = (image(place, 0), image(place, 1))
+    assert predict("judge", *pair, "both show it", "--checkpoint", place / "nlvr", "--json") == 0
+    (found,) = lines(capsys)
+    expected = EVE.from_pretrained(place / "nlvr").judge(*pair, "both show it")
+    assert found["true"] is expected.true and found["probability"] == pytest.approx(expected.probability, abs=1e-5)
+
+
+def test_rows_of_a_file_are_answered_in_order_with_their_other_keys(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": image(place, i % 4), "question": f"what color {i}", "question_id": i} for i in range(7)]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    options = ("--checkpoint", place / "vqa", "--batch_size", 3)
+    assert predict("answer", "--input", tmp_path / "rows.jsonl", *options) == 0
+    found = lines(capsys)
+    assert [row["question_id"] for row in found] == list(range(7))
+    best = EVE.from_pretrained(place / "vqa").answer([r["image"] for r in rows], [r["question"] for r in rows], top=5)
+    assert [[one["answer"] for one in row["answers"]] for row in found] == [[one.answer for one in row] for row in best]
+
+
+def test_rows_before_a_broken_one_are_written(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": image(place, 0), "text": "a square"}] * 4 + [{"image": "gone.png", "text": "a square"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--checkpoint", place / "itr", "--batch_size", 2)
+    assert predict("match", "--input", tmp_path / "rows.jsonl", *options) == 2
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 4
+    assert captured.err.startswith(f"error: {tmp_path}/rows.jsonl:5: gone.png: No such file")
+
+
+def test_features_are_unit_vectors_with_names(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a red square\n\ntwo dogs\n")
+    images = [image(place, 0), image(place, 1)]
+    for name in ("f.npz", "f.arrow"):
+        options = ("--texts", tmp_path / "texts.txt", "--checkpoint", place / "itr", "--out", tmp_path / name)
+        assert predict("features", *images, *options) == 0
+    eve = EVE.from_pretrained(place / "itr")
+    with np.load(tmp_path / "f.npz") as found:
+        assert found["image_names"].tolist() == images and found["text_names"].tolist() == ["a red square", "two dogs"]
+        np.testing.assert_allclose(found["images"], eve.image_features(images), atol=1e-6)
+        np.testing.assert_allclose(found["texts"], eve.text_features(["a red square", "two dogs"]), atol=1e-6)
+    table = pa.ipc.open_file(str(tmp_path / "f.arrow")).read_all()
+    assert table["kind"].to_pylist() == ["image", "image", "text", "text"]
+    np.testing.assert_allclose(table["vector"].to_pylist()[:2], eve.image_features(images), atol=1e-6)
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no question": (["answer", "IMAGE", "--checkpoint", "vqa"], "give either IMAGE QUESTION, or --input FILE"),
+    "no text": (["match", "IMAGE", "--checkpoint", "itr"], "give either IMAGE TEXT, or --input FILE"),
+    "nothing": (["judge", "--checkpoint", "nlvr"], "give either IMAGE_0 IMAGE_1 STATEMENT, or --input"),
+    "both": (["answer", "IMAGE", "q", "--input", "ROWS", "--checkpoint", "vqa"], "give either IMAGE QUESTION"),
+    "empty question": (["answer", "IMAGE", " ", "--checkpoint", "vqa"], "is empty"),
+    "no such checkpoint": (["answer", "IMAGE", "q", "--checkpoint", "gone"], "gone: no such file or folder"),
+    "another task": (["judge", "IMAGE", "IMAGE", "s", "--checkpoint", "vqa"], "has the head of vqa, not of nlvr"),
+    "not an image": (["answer", "ROWS", "q", "--checkpoint", "vqa"], "its format is unknown"),
+    "too large": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--max_pixels", "9"], "32 x 32 pixels, max_pixels=9"),
+    "no rows": (["answer", "--input", "gone.jsonl", "--checkpoint", "vqa"], "gone.jsonl: No such file"),
+    "no JSON": (["answer", "--input", "BROKEN", "--checkpoint", "vqa"], "broken.jsonl:2: is no JSON"),
+    "other keys": (["match", "--input", "ROWS", "--checkpoint", "itr"], ":1: is no object with 'image', 'text'"),
+    "no image to encode": (["features", "--checkpoint", "itr", "--out", "f.npz"], "nothing to encode"),
+    "another suffix": (["features", "IMAGE", "--checkpoint", "itr", "--out", "f.csv"], "ends in .npz or .arrow"),
+    "no text file": (["features", "--texts", "gone", "--checkpoint", "itr", "--out", "f.npz"], "gone: No such file"),
+    "no GPU": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--device", "cuda:99"], "device=cuda:99: torch sees"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(
+    place: Path, mistake: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "rows.jsonl").write_text('{"image": "x"}\n')
+    row = json.dumps({"image": image(place, 0), "question": "what"})
+    (place / "broken.jsonl").write_text(f"{row}\n{{\n")
+    named = {"IMAGE": image(place, 0), "ROWS": str(place / "rows.jsonl"), "BROKEN": str(place / "broken.jsonl")}
+    arguments, message = MISTAKES[mistake]
+    assert predict(*(named.get(word, word) for word in arguments)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not list(place.glob("f.*"))
