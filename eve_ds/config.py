@@ -93,6 +93,9 @@ class FinetuneConfig(_Common):
             an unfinished run, its newest checkpoint.
         load_head: take the task head from there too.
         evaluate: score ``split`` and train nothing.
+        published: with ``evaluate``: score as EVE's published code does, for scores to compare with the paper's. The
+            vectors of retrieval come from before the final norm, texts are padded to ``model.max_text_length``, and
+            padding is routed to experts and counts for their capacity (``model.capacity_factor``; published: 1.0).
         split: folder under ``data.path`` that is scored at the end.
         output_dir: folder of the run.
         resume_from: branch: RUN/checkpoints/step_N of another run, to go on from in a new ``output_dir`` with its
@@ -107,6 +110,7 @@ class FinetuneConfig(_Common):
     init_from: str | None = None
     load_head: bool = False
     evaluate: bool = False
+    published: bool = False
     split: str = "test"
 
     @property

@@ -11,7 +11,9 @@ from eve_ds import config as config_tree
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.options import join_negative_numbers, one_line
 from eve_ds.recipes import has_type, hint_of, parse_value, read_yaml, split_options, type_errors
+from eve_ds.weights.load import read_shapes
 from eve_ds.weights.model_folder import MissingError, ModelFolder, checkpoints
+from eve_ds.weights.published import sized_as
 from preprocessing.errors import UserError
 
 VALUE_OPTIONS = {
@@ -29,6 +31,7 @@ FLAGS = {
     "gc": ("model.checkpoint_activations", "gradient checkpointing: recompute blocks in the backward pass"),
     "load_head": ("load_head", "take the head from the checkpoint, too"),
     "evaluate": ("evaluate", "score --split and train nothing"),
+    "published": ("published", "with --evaluate: score as EVE's published code does"),
 }
 
 
@@ -86,7 +89,7 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     model: ModelConfig | None = None
     branch, start, run = (places[name] for name in ("resume_from", "init_from", "output_dir"))
     if vlmo_config:
-        model = ModelConfig.from_vlmo(vlmo_config)
+        model = _published_model(vlmo_config, None if branch else start)
     elif branch or start:
         try:
             files = ModelFolder.checkpoint(branch) if branch else ModelFolder.find(start or "", unfinished=True)
@@ -98,6 +101,16 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     if model is None:
         return {}
     return {f"model.{key}": value for key, value in dataclasses.asdict(model).items()}
+
+
+def _published_model(vlmo_config: str, start: str | None) -> ModelConfig:
+    """EVE's JSON, with the image size and the text positions of the weights file: the JSON does not hold them."""
+    model = ModelConfig.from_vlmo(vlmo_config)
+    try:
+        files = ModelFolder.find(start, unfinished=True) if start else None
+    except MissingError:
+        return model  # a run that goes on needs no first weights; else it is told of when they are read
+    return model if files is None or files.is_checkpoint else sized_as(model, read_shapes(files.weights))
 
 
 def help_text() -> str:

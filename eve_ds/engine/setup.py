@@ -204,8 +204,11 @@ def build_task(config: Config, tokenizer: Tokenizer, num_classes: int = 0) -> Ta
     ep_size, seed = config.engine.expert_parallel_size, config.engine.seed
     torch.manual_seed(seed)
     layer = functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=launched_world()[0] % ep_size)
-    backbone = Backbone(config.model, moe_layer=layer)
+    published = isinstance(config, FinetuneConfig) and config.published
+    backbone = Backbone(config.model, moe_layer=layer, published_routing=published)
     task = config.spec.build(backbone, config.objective, mask_id=tokenizer.mask_id, num_classes=num_classes, seed=seed)
     task.seed = seed
+    if published:
+        task.evaluate_as_published()
     task.use_tokenizer(tokenizer)
     return task

@@ -241,12 +241,20 @@ class FinetuneSpec(TaskSpec):
         measures: those metrics that the report shows: (key, what to call it).
         main_measure: the key of the one that a baseline without a key of its own belongs to.
         to_percent: factor from a metric to percent.
+        head_settings: those settings of ``objective`` that the shapes of a head tell (``settings_of_head``).
     """
 
     title: str
     measures: tuple[tuple[str, str], ...] = ()
     main_measure: str = ""
     to_percent: float = 1.0
+    head_settings: tuple[str, ...] = ()
+
+    def settings_of_head(self, state: Mapping[str, Tensor], objective: Any) -> dict[str, Any]:
+        """Those of ``head_settings`` that a head in ``state`` (EVE-DS names; shapes alone count) has otherwise than
+        ``objective`` says. Raises KeyError naming a tensor that is missing.
+        """
+        return {}
 
     @abstractmethod
     def metrics(self, arrays: Arrays, dataset: Any) -> dict[str, float]:
