@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ FLAGS = {
     "evaluate": ("evaluate", "score --split and train nothing"),
     "published": ("published", "with --evaluate: score as EVE's published code does"),
 }
+_log = logging.getLogger(__name__)
 
 
 def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -105,7 +107,7 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
 
 def _published_model(vlmo_config: str, start: str | None) -> ModelConfig:
     """EVE's JSON, with the image size and the text positions of the weights file: the JSON does not hold them."""
-    model = ModelConfig.from_vlmo(vlmo_config)
+    model = ModelConfig.from_vlmo(vlmo_config, tell=_log.info)
     try:
         files = ModelFolder.find(start, unfinished=True) if start else None
     except MissingError:

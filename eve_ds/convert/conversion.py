@@ -202,7 +202,7 @@ def _given_config(state: State, vlmo_config: str | None, config: str | None) -> 
     if (vlmo_config is None) == (config is None):
         raise UserError("name the model's shape: give one of --vlmo_config (EVE's JSON) and --config (a YAML file)")
     if vlmo_config is not None:
-        return published_config(vlmo_config, state)
+        return published_config(vlmo_config, state, tell=print)
     file = find_recipe(str(config))
     if not file.exists():
         raise UserError(f"--config {config}: no such file{suggest_file(file, *RECIPES)}")

@@ -8,8 +8,9 @@ pre-training, which become those of retrieval (``retrieval_heads``) and stay so 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,7 @@ _RETRIEVAL = {
 # Names in published files and in EVE-DS.
 IMAGE_POSITIONS = ("backbone.pos_embed_vision", POSITIONS)
 TEXT_POSITIONS = ("backbone.pos_embed_text", "backbone.text_embedding.positions")
+_log = logging.getLogger(__name__)
 
 
 def direct_names(config: ModelConfig) -> dict[str, str]:
@@ -222,7 +224,10 @@ def _check(state: dict[str, Tensor], expected: set[str], optional: set[str]) -> 
 
 
 def published_config(
-    vlmo_config: str | Path, state: Mapping[str, Tensor], image_size: int | None = None
+    vlmo_config: str | Path,
+    state: Mapping[str, Tensor],
+    image_size: int | None = None,
+    tell: Callable[[str], object] = _log.debug,
 ) -> ModelConfig:
     """Read the ``config_vlmo*.json`` of published weights.
 
@@ -230,10 +235,11 @@ def published_config(
         vlmo_config: the JSON file.
         state: published or EVE-DS names.
         image_size: side of an image, pixels; None: that of the weights.
+        tell: as in ``ModelConfig.from_vlmo``.
     Raises:
         UserError: as ``ModelConfig.from_vlmo``.
     """
-    config = sized_as(ModelConfig.from_vlmo(vlmo_config), state)
+    config = sized_as(ModelConfig.from_vlmo(vlmo_config, tell=tell), state)
     if image_size is not None:
         config = replace(config, image_size=image_size)
     config.check()
