@@ -163,7 +163,10 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
     files = ModelFolder.find(checkpoint)
     state = load_weights(files.weights)
     if is_published(state):
-        state = from_published(state, task.config)
+        try:
+            state = from_published(state, task.config)
+        except UserError as error:
+            raise UserError(f"{files.weights}: {error} (--vlmo_config names EVE's JSON for these weights)") from error
     if load_head:
         _check_head(task, state, files)
     copy_initial(task, state, files, load_head)

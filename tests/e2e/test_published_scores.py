@@ -131,3 +131,32 @@ def test_heads_of_pre_training_become_those_of_retrieval(data: Path, tmp_path: P
     model: Any = load_task_model("retrieval", ASSETS / "retrieval.safetensors", VLMO)
     _, first = np.unique(found["image_index"], return_index=True)
     assert close(found["image"][first], model.encode_image(images(*range(ROWS))))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "changes", "words"),
+    [
+        ("itr_coco", "retrieval", {"--evaluate": "--published"}, "--published is EVE's evaluation"),
+        (
+            "itr_coco",
+            "vqa",
+            {},
+            "vqa.safetensors: holds no whole head for task retrieval; missing: itc_vision_proj_head",
+        ),
+        ("itr_coco", "retrieval", {"--bs=6": "--objective.embed_dim=256"}, "objective.embed_dim=256 was given, but"),
+        (
+            "itr_coco",
+            "retrieval",
+            {f"--vlmo_config={VLMO}": "--model.vocab_size=211"},
+            "--vlmo_config names EVE's JSON",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    task: str, name: str, changes: dict[str, str], words: str, data: Path, tmp_path: Path
+) -> None:
+    options = command(task, ASSETS / f"{name}.safetensors", data / "captions", tmp_path)
+    codes, text = ranks.finish(ranks.start("eve_ds.finetune", [changes.get(option, option) for option in options], 1))
+    assert codes == [2] and "Traceback" not in text and not list(tmp_path.glob("scores*"))
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert words in line and line == text.splitlines()[-1]

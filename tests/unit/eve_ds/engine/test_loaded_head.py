@@ -120,3 +120,15 @@ def test_a_file_tells_the_image_size_that_eves_json_does_not(assets: Path) -> No
     assert json.loads((assets / "vlmo_config.json").read_text()).get("image_size") is None
     rest, defaults = expand_options(argv)
     assert parse(FinetuneConfig, rest, "finetune", defaults).model.image_size == 32
+
+
+def test_a_checkpoint_s_head_is_told_by_its_run(assets: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "complete.json").write_text("{}")
+    stored = {"model": dataclasses.asdict(tiny_config()), "objective": {"embed_dim": 48, "temperature": 0.2}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stored))
+    found = settled(assets, "itr_coco", tmp_path / "run", "--load_head").objective
+    assert (found.embed_dim, found.temperature) == (48, 0.07)
+    with pytest.raises(UserError, match=r"objective\.embed_dim=64 was given, but the head in .*step_00000002 has"):
+        settled(assets, "itr_coco", tmp_path / "run", "--load_head", "--objective.embed_dim=64")
