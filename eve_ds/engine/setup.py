@@ -55,13 +55,17 @@ def build_tokenizer(config: Config) -> Tokenizer:
             f"{difference}; leave --data.tokenizer out to take the latter"
         )
     few = found.vocab_size < config.model.vocab_size * 15 // 16  # a vocabulary may be padded a little
-    begins = not (config.resume_from or first_weights.goes_on(config))
-    if few and begins and weights is not None and trained is None and not has_initial_words(weights.weights):
+    if few and weights is not None and trained is None and not has_initial_words(weights.weights) and _begins(config):
         raise UserError(
             f"--data.tokenizer {path}: has {found.vocab_size} entries, the model {config.model.vocab_size}; name the "
             "tokenizer that the weights were trained with"
         )
     return found
+
+
+def _begins(config: Config) -> bool:
+    """Whether the weights that the config names are those that the run starts from, not those of a checkpoint."""
+    return not (config.resume_from or first_weights.goes_on(config))
 
 
 def build_dataset(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Samples:

@@ -88,6 +88,7 @@ def test_retrieval(world_size: int, published: bool, data: Path, tmp_path: Path)
     image = model.encode_image(images(*range(ROWS)), normed=not published)
     text = model.encode_text(*encoded(texts, data), normed=not published)
     more = ["--published"] if published else ["--config=itr_coco", "--model.image_size=32"]  # of embed_dim 256
+    more += [f"--engine.expert_parallel_size={world_size}"]
     file = ASSETS / "retrieval.safetensors"
     found = evaluated("RETRIEVAL", file, data, tmp_path, *more, world_size=world_size)
     order = np.argsort(found["sample_id"])
