@@ -95,6 +95,9 @@ class FinetuneConfig(_Common):
         evaluate: score ``split`` and train nothing.
         zeroshot: retrieval: evaluate a model that was not trained for this data set: a pre-trained one with contrastive
             heads, or one that was fine-tuned on another.
+        published: with ``evaluate``: score as EVE's published code does, for scores to compare with the paper's. The
+            vectors of retrieval come from before the final norm, texts are padded to ``model.max_text_length``, and
+            padding is routed to experts and counts for their capacity (``model.capacity_factor``; published: 1.0).
         split: folder under ``data.path`` that is scored at the end.
         output_dir: folder of the run.
         resume_from: branch: RUN/checkpoints/step_N of another run, to go on from in a new ``output_dir`` with its
@@ -110,6 +113,7 @@ class FinetuneConfig(_Common):
     load_head: bool = False
     evaluate: bool = False
     zeroshot: bool = False
+    published: bool = False
     split: str = "test"
 
     @property

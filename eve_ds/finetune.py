@@ -31,6 +31,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.callbacks import MemoryCheck, standard_callbacks
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.deepspeed_config import settle_precision
+    from eve_ds.engine.loaded_head import settle_head
     from eve_ds.engine.scoring import Scorer
     from eve_ds.engine.trainer import Trainer
     from eve_ds.engine.whole_weights import export_model
@@ -45,6 +46,8 @@ def run(stop: StopRequest) -> int:
     training = None if config.evaluate else setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
+    settle_head(config, argv, scored[config.split].num_classes)
+
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
         steps = setup.total_steps(config, len(training)) if training is not None else None
@@ -56,9 +59,7 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         gauge = memory_gauge(config, scored[config.split].num_classes, device)
         task = setup.build_task(config, tokenizer, scored[config.split].num_classes)
-        with_head = config.load_head or config.evaluate
-        if first_weights.load_first_weights(task, config, with_head) and with_head:
-            setup.check_head(config)
+        first_weights.load_first_weights(task, config, config.load_head or config.evaluate)
         scorer = Scorer(config, scored, device, stop)
         if training is None or steps is None:
             if config.dry_run:
@@ -91,6 +92,8 @@ def _check_evaluate(config: FinetuneConfig) -> None:
         raise UserError("--evaluate needs --checkpoint: a fine-tuned run, a model folder or a file of weights")
     if config.evaluate and config.resume_from:
         raise UserError(f"--evaluate trains nothing; score a checkpoint with --checkpoint {config.resume_from}")
+    if config.published and not config.evaluate:
+        raise UserError("--published is EVE's evaluation, which its training differs from; add --evaluate")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from eve_ds import config as config_tree
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.options import join_negative_numbers, one_line
 from eve_ds.recipes import has_type, hint_of, parse_value, read_yaml, split_options, type_errors
+from eve_ds.weights.load import read_shapes
 from eve_ds.weights.model_folder import MissingError, ModelFolder, checkpoints
+from eve_ds.weights.published import sized_as
 from preprocessing.errors import UserError
 
 VALUE_OPTIONS = {
@@ -32,7 +35,9 @@ FLAGS = {
     "load_head": ("load_head", "take the head from the checkpoint, too"),
     "evaluate": ("evaluate", "score --split and train nothing"),
     "zeroshot": ("zeroshot", "retrieval: --evaluate on a data set that the model was not trained for"),
+    "published": ("published", "with --evaluate: score as EVE's published code does"),
 }
+_log = logging.getLogger(__name__)
 
 
 def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -89,7 +94,7 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     model: ModelConfig | None = None
     branch, start, run = (places[name] for name in ("resume_from", "init_from", "output_dir"))
     if vlmo_config:
-        model = ModelConfig.from_vlmo(vlmo_config)
+        model = _published_model(vlmo_config, None if branch else start)
     elif branch or start:
         try:
             files = ModelFolder.checkpoint(branch) if branch else ModelFolder.find(start or "", unfinished=True)
@@ -101,6 +106,16 @@ def _model_defaults(places: dict[str, str | None], vlmo_config: str | None) -> d
     if model is None:
         return {}
     return {f"model.{key}": value for key, value in dataclasses.asdict(model).items()}
+
+
+def _published_model(vlmo_config: str, start: str | None) -> ModelConfig:
+    """EVE's JSON, with the image size and the text positions of the weights file: the JSON does not hold them."""
+    model = ModelConfig.from_vlmo(vlmo_config, tell=_log.info)
+    try:
+        files = ModelFolder.find(start, unfinished=True) if start else None
+    except MissingError:
+        return model  # a run that goes on needs no first weights; else it is told of when they are read
+    return model if files is None or files.is_checkpoint else sized_as(model, read_shapes(files.weights))
 
 
 def help_text() -> str:

@@ -183,7 +183,8 @@ def beit_to_folder(
     except UserError as error:
         raise UserError(f"--checkpoint {source}: {error}") from error
     ours = {PREFIX + name: value for name, value in backbone.state_dict().items()}
-    _write_folder(target, ours, yaml.safe_dump({"model": dataclasses.asdict(model)}, sort_keys=False), tokenizer)
+    tree = yaml.safe_dump({"model": dataclasses.asdict(model)}, sort_keys=False)
+    _write_folder(target, ours, tree, tokenizer, initial_words=True)
     print("\n".join(map(printable, origins.lines())))
     counts = f"{len(origins.taken)} tensors taken, {len(origins.left)} left, {len(origins.new)} new"
     print(f"{target}: {counts}")
@@ -202,7 +203,7 @@ def _given_config(state: State, vlmo_config: str | None, config: str | None) -> 
     if (vlmo_config is None) == (config is None):
         raise UserError("name the model's shape: give one of --vlmo_config (EVE's JSON) and --config (a YAML file)")
     if vlmo_config is not None:
-        return published_config(vlmo_config, state)
+        return published_config(vlmo_config, state, tell=print)
     file = find_recipe(str(config))
     if not file.exists():
         raise UserError(f"--config {config}: no such file{suggest_file(file, *RECIPES)}")
@@ -320,11 +321,12 @@ def _write_folder(
     tokenizer: str | None,
     companions: Mapping[str, Any] | None = None,
     step: int | None = None,
+    initial_words: bool = False,
 ) -> None:
     words = Tokenizer.load(tokenizer) if tokenizer else None
     with replacing(out) as new:
         new.mkdir()
-        write_weights(new / WEIGHTS, state, metadata(step))
+        write_weights(new / WEIGHTS, state, metadata(step, initial_words))
         write_text(new / CONFIG, config)
         if words is not None:
             words.save(new)

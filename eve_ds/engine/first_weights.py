@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
@@ -22,7 +23,7 @@ from eve_ds.tasks.base import Task
 from eve_ds.weights.load import load_state, load_weights, resize_positions
 from eve_ds.weights.model_folder import COMPLETE, MissingError, ModelFolder, checkpoints, exported_step, run_of, step_of
 from eve_ds.weights.published import from_published, is_published
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, listed
 
 Config = PretrainConfig | FinetuneConfig
 BLOCKS, BLOCK_BYTES = 64, 1 << 14  # of a file of weights that its hash looks at
@@ -109,6 +110,8 @@ def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
         load_initial(task, config.init_from, load_head)
         return True
     state = ShardedState(files.weights, resume.check(files.weights))
+    if load_head:
+        _check_head(task, state.names, files)
     names = [name for name in state.names if name.startswith(wanted(task, load_head))]
     copy_initial(task, {name: state.whole(name) for name in names}, files, load_head)
     return True
@@ -160,8 +163,31 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
     files = ModelFolder.find(checkpoint)
     state = load_weights(files.weights)
     if is_published(state):
-        state = from_published(state, task.config)
+        try:
+            state = from_published(state, task.config)
+        except UserError as error:
+            raise UserError(f"{files.weights}: {error} (--vlmo_config names EVE's JSON for these weights)") from error
+    if load_head:
+        _check_head(task, state, files)
     copy_initial(task, state, files, load_head)
+
+
+def _check_head(task: Task, names: Collection[str], files: ModelFolder) -> None:
+    missing = [name for name in task.state_dict() if name.startswith(task.heads) and name not in names]
+    if missing:
+        raise UserError(no_head(type(task).__name__, missing, names, files))
+
+
+def no_head(task: str, missing: Collection[str], names: Collection[str], files: ModelFolder) -> str:
+    """The message for weights that lack the tensors ``missing`` of the head for ``task``; ``names``: what they hold."""
+    heads = {name.split(".")[0] for name in names if not name.startswith("backbone.")}
+    held = f"beside the backbone it holds {listed(heads)}" if heads else "it holds the backbone alone"
+    trained = None if files.config is None else read_run_config(files.config).get("task")
+    whose = f", of a run of task {trained}" if trained else ""
+    return (
+        f"{files.weights}: holds no whole head for task {task.lower()}; missing: {listed(missing)}; {held}{whose}; "
+        "name a model that was fine-tuned for this task, or train a head: without --evaluate and --load_head"
+    )
 
 
 def wanted(task: Task, load_head: bool) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from eve_ds.engine.identity import Identity, Input, identity_of, place
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.base import Task
-from eve_ds.weights.model_folder import ModelFolder
+from eve_ds.weights.model_folder import ModelFolder, has_initial_words
 from preprocessing.errors import UserError, printable
 from preprocessing.local_files import write_json
 from preprocessing.text.tokenizer import Tokenizer
@@ -36,7 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer named in the config, or the one beside the weights that the run starts from."""
+    """The tokenizer named in the config, or the one beside the weights that the run starts from.
+
+    It may have fewer entries than ``model.vocab_size``: the other vectors of words are not used. Weights with trained
+    vectors go with their own tokenizer alone; where they come without it, the number of its entries must tell.
+    """
     path: str | Path | None = config.data.tokenizer
     weights, source = first_weights.source(config), config.resume_from or config.init_from
     trained = weights.tokenizer if weights else None
@@ -50,14 +54,18 @@ def build_tokenizer(config: Config) -> Tokenizer:
             f"--data.tokenizer {path} is not the tokenizer that {source} was trained with ({trained}): "
             f"{difference}; leave --data.tokenizer out to take the latter"
         )
-    weights_without_tokenizer = isinstance(config, FinetuneConfig) and config.init_from is not None and trained is None
-    if weights_without_tokenizer and found.vocab_size < config.model.vocab_size * 15 // 16:
-        # Weights that come without their tokenizer: their vocabulary may be padded a little, no more.
+    few = found.vocab_size < config.model.vocab_size * 15 // 16  # a vocabulary may be padded a little
+    if few and weights is not None and trained is None and not has_initial_words(weights.weights) and _begins(config):
         raise UserError(
             f"--data.tokenizer {path}: has {found.vocab_size} entries, the model {config.model.vocab_size}; name the "
             "tokenizer that the weights were trained with"
         )
     return found
+
+
+def _begins(config: Config) -> bool:
+    """Whether the weights that the config names are those that the run starts from, not those of a checkpoint."""
+    return not (config.resume_from or first_weights.goes_on(config))
 
 
 def build_dataset(config: Config, split: str, tokenizer: Tokenizer, train: bool) -> Samples:
@@ -204,10 +212,13 @@ def build_task(config: Config, tokenizer: Tokenizer, num_classes: int = 0) -> Ta
     ep_size, seed = config.engine.expert_parallel_size, config.engine.seed
     torch.manual_seed(seed)
     layer = functools.partial(DeepSpeedMoE, ep_size=ep_size, ep_rank=launched_world()[0] % ep_size)
-    backbone = Backbone(config.model, moe_layer=layer)
+    published = isinstance(config, FinetuneConfig) and config.published
+    backbone = Backbone(config.model, moe_layer=layer, published_routing=published)
     task = config.spec.build(backbone, config.objective, mask_id=tokenizer.mask_id, num_classes=num_classes, seed=seed)
     task.seed = seed
     if isinstance(config, FinetuneConfig) and config.evaluate:
         task.score_only()
+    if published:
+        task.evaluate_as_published()
     task.use_tokenizer(tokenizer)
     return task

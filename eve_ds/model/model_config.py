@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from preprocessing.errors import UserError, shortened
+from preprocessing.errors import UserError, listed, shortened
 from preprocessing.local_files import check_regular, load_json
 
 Activation = Literal["gelu", "quick_gelu"]
@@ -16,6 +18,27 @@ _POSITIVE = (
     "image_size", "patch_size", "dim", "depth", "num_heads", "mlp_hidden", "vocab_size", "text_positions",
     "num_experts",
 )  # fmt: skip
+# The keys of EVE's config_vlmo*.json. Those that its code computes with, the one value of others that makes this model,
+# and those that change nothing in it.
+_VLMO_USED = (
+    "vision_width", "patch_size", "hidden_act", "num_attention_heads", "intermediate_size", "num_hidden_layers",
+    "gradient_checkpointing", "drop_path_rate", "vocab_size", "moeffn_layers", "moe_param", "moe_lossweight",
+)  # fmt: skip
+_VLMO_FIXED = {
+    "attention_dropout": 0,
+    "relative_position_embed": False,
+    "single_ffn": {"type": "vl"},
+    "ffn_type": "moe",
+}
+_VLMO_WHY = {
+    "ffn_type": " whose last blocks hold a network for pairs, and others for images and for texts alone (nearest here: "
+    "model.shared_layers, one network for all)",
+    "single_ffn": " whose first blocks hold one network, or experts, for both modalities (nearest here: "
+    "model.shared_layers and model.soft_layers)",
+}
+_VLMO_IDLE = {"vision_vocab_size": "of visual tokens", "vlffn_layers": 'of ffn_type "vl"'}
+_VLMO_MOE = ("num_experts", "topk", "type_route")
+_log = logging.getLogger(__name__)
 
 
 def _is_whole(value: object) -> bool:
@@ -135,14 +158,17 @@ class ModelConfig:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 0 and below 1")
 
     @classmethod
-    def from_vlmo(cls, path: str | Path, image_size: int | None = None) -> ModelConfig:
+    def from_vlmo(
+        cls, path: str | Path, image_size: int | None = None, tell: Callable[[str], object] = _log.debug
+    ) -> ModelConfig:
         """Read EVE's published ``config_vlmo*.json``.
 
         Args:
             path: the file.
             image_size: images' side, which that file does not hold (it stands in EVE's task configs); default 224.
+            tell: is given a line that names the keys without effect, if there are some.
         Raises:
-            UserError: unreadable, a key is missing, or the file describes a model that is not EVE's.
+            UserError: unreadable, a key is missing or unknown, or the file describes a model that is not EVE's.
         """
         check_regular(path, streams=True)
         try:
@@ -167,7 +193,8 @@ class ModelConfig:
                 activation=raw["hidden_act"],
                 drop_path=raw["drop_path_rate"],
                 aux_loss_weight=raw.get("moe_lossweight", 0.001),
-                modality_routing=bool(moe.get("type_route", True)),
+                modality_routing=moe.get("type_route", False),
+                checkpoint_activations=raw.get("gradient_checkpointing", False),
             )
         except KeyError as error:
             raise UserError(f"{path}: not a config_vlmo JSON file, {error} is missing") from error
@@ -181,12 +208,27 @@ class ModelConfig:
             raise UserError(f"{path}: moeffn_layers={shortened(repr(config.soft_layers))} is no list of whole numbers")
         if config.activation not in ("gelu", "quick_gelu"):
             raise UserError(f"{path}: hidden_act={config.activation!r} must be gelu or quick_gelu")
-        if raw.get("relative_position_embed"):
-            raise UserError(f"{path}: relative_position_embed=true is not EVE's model; set it to false")
-        if raw.get("ffn_type", "moe") != "moe":
-            raise UserError(
-                f"{path}: ffn_type={shortened(repr(raw['ffn_type']))} is not EVE's model: its last blocks hold a"
-                " network for pairs and others for images and for texts alone; 'moe' is (nearest: model.shared_layers)"
-            )
+        for name in ("modality_routing", "checkpoint_activations"):
+            if not isinstance(getattr(config, name), bool):
+                raise UserError(f"{path}: {name} is {shortened(repr(getattr(config, name)))}, neither true nor false")
         config.check()
+        if idle := _check_vlmo(path, raw, moe):
+            tell(f"{path}: without effect on this model: {', '.join(idle)}")
         return config
+
+
+def _check_vlmo(path: str | Path, raw: dict[str, Any], moe: dict[str, Any]) -> list[str]:
+    """Those keys of EVE's JSON that have no effect. Raises UserError for one that is unknown or makes another model."""
+    unknown = [key for key in raw if key not in (*_VLMO_USED, *_VLMO_FIXED, *_VLMO_IDLE)]
+    unknown += [f"moe_param.{key}" for key in moe if key not in _VLMO_MOE]
+    if unknown:
+        raise UserError(
+            f"{path}: {listed(unknown)}: no key of EVE's JSON that is known; delete it, or correct its name"
+        )
+    for key, value in _VLMO_FIXED.items():
+        if raw.get(key, value) != value:
+            raise UserError(
+                f"{path}: {key}={shortened(repr(raw[key]))} is not EVE's model, which has {value!r}, but one"
+                f"{_VLMO_WHY.get(key, f' with that {key}')}"
+            )
+    return [f"{key} ({why})" for key, why in _VLMO_IDLE.items() if key in raw]

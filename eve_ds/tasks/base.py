@@ -72,6 +72,10 @@ class Task(nn.Module):
     def score_only(self) -> None:
         """Drop heads that scoring does not need, before weights are loaded that may lack them. Here none."""
 
+    def evaluate_as_published(self) -> None:
+        """Predict as EVE's published code does: texts padded. The backbone's part is ``Backbone.published_routing``."""
+        self.pad_text_to = self.config.max_text_length
+
     def forward(self, batch: Batch) -> TaskOutput:
         """Loss share and metrics of one micro-batch; random choices depend on ``batch["sample_id"]`` alone."""
         raise NotImplementedError

@@ -99,10 +99,12 @@ class Contrast(Task):
 
     Attributes:
         negatives_seed: draws the negatives; None for ``seed``.
+        normed_vectors: whether the vectors to rank by come after the final norm, as those of training do.
     """
 
     in_batch_negatives = True
     negatives_seed: int | None = None
+    normed_vectors: bool = True
 
     def add_pair_heads(self, embed_dim: int, temperature: float, matching: bool = True) -> None:
         """Make the heads: vectors of width E = ``embed_dim``; ``temperature`` is the first value of the learned one."""
@@ -117,16 +119,22 @@ class Contrast(Task):
         for head in heads:
             init_head(head)
 
-    def encode_image(self, images: Tensor, normed: bool = True) -> Tensor:
+    def evaluate_as_published(self) -> None:
+        super().evaluate_as_published()
+        self.normed_vectors = False
+
+    def encode_image(self, images: Tensor, normed: bool | None = None) -> Tensor:
         """Unit vectors [B, E], float32, of images [B, 3, H, W]: class token after the final norm, projected.
 
-        ``normed=False`` leaves the final norm out, as EVE's published evaluation (not its training) does.
+        ``normed=False`` leaves the final norm out, as EVE's published evaluation (not its training) does; None: as
+        ``normed_vectors`` says.
         """
-        return self._vector(self.encode(images=images), self.itc_vision_proj_head, normed)
+        return self._vector(self.encode(images=images), self.itc_vision_proj_head, self._normed(normed))
 
-    def encode_text(self, text_ids: Tensor, text_mask: Tensor, normed: bool = True) -> Tensor:
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor, normed: bool | None = None) -> Tensor:
         """Unit vectors [B, E], float32, of texts [B, L], from the first token; ``normed`` as in ``encode_image``."""
-        return self._vector(self.encode(text_ids=text_ids, text_mask=text_mask), self.itc_text_proj_head, normed)
+        output = self.encode(text_ids=text_ids, text_mask=text_mask)
+        return self._vector(output, self.itc_text_proj_head, self._normed(normed))
 
     def match(self, images: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Logits [B, 2] of pairs, float32 at any precision, or many would tie in bf16; index 1: they match."""
@@ -189,6 +197,9 @@ class Contrast(Task):
         shares = [total / count for (total, _), count in zip(losses.values(), counts, strict=True)]
         metrics |= {name: (total.detach(), count) for name, (total, count) in measured.items()}
         return TaskOutput(sum(shares[1:], shares[0]) + loss, metrics)
+
+    def _normed(self, asked: bool | None) -> bool:
+        return self.normed_vectors if asked is None else asked
 
     @staticmethod
     def _vector(output: BackboneOutput, head: nn.Linear, normed: bool = True) -> Tensor:

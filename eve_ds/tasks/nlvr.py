@@ -215,6 +215,17 @@ class NlvrSpec(FinetuneSpec):
     to_percent = 100.0
     objective = FinetuneObjective
     samples = NlvrSamples
+    head_settings = ("biattn", "head_hidden")
+
+    def settings_of_head(self, state: Mapping[str, Tensor], objective: FinetuneObjective) -> dict[str, Any]:
+        biattn = "attn1.in_proj_weight" in state
+        found = {"biattn": biattn} if biattn != objective.biattn else {}
+        if biattn:
+            return found
+        if len(state["output.3.weight"]) != 2:
+            raise KeyError("output.3.weight of two classes")
+        hidden, inputs = state["output.0.weight"].shape
+        return found | ({"head_hidden": hidden} if hidden != (objective.head_hidden or inputs) else {})
 
     def build(
         self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int

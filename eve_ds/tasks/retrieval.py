@@ -73,6 +73,11 @@ class RetrievalSpec(FinetuneSpec):
     )
     objective = FinetuneObjective
     zeroshot = True
+    head_settings = ("embed_dim",)
+
+    def settings_of_head(self, state: Mapping[str, Tensor], objective: FinetuneObjective) -> dict[str, Any]:
+        width = state["itc_vision_proj_head.weight"].shape[0]
+        return {"embed_dim": width} if width != objective.embed_dim else {}
 
     def build(
         self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int

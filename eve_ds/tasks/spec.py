@@ -249,6 +249,7 @@ class FinetuneSpec(TaskSpec):
         main_measure: the key of the one that a baseline without a key of its own belongs to.
         to_percent: factor from a metric to percent.
         zeroshot: whether ``--zeroshot`` makes sense: a pre-trained model may have the heads that scoring needs.
+        head_settings: those settings of ``objective`` that the shapes of a head tell (``settings_of_head``).
     """
 
     title: str
@@ -256,6 +257,13 @@ class FinetuneSpec(TaskSpec):
     main_measure: str = ""
     to_percent: float = 1.0
     zeroshot: bool = False
+    head_settings: tuple[str, ...] = ()
+
+    def settings_of_head(self, state: Mapping[str, Tensor], objective: Any) -> dict[str, Any]:
+        """Those of ``head_settings`` that a head in ``state`` (EVE-DS names; shapes alone count) has otherwise than
+        ``objective`` says. Raises KeyError naming a tensor that is missing.
+        """
+        return {}
 
     def predict(self, task: Task, dataset: Any, feed: Feed, limit: int | None = None) -> Arrays | None:
         """A pass over a split: what ``metrics`` and ``predictions`` need, on rank 0; None on the others. Called by all

@@ -193,6 +193,14 @@ class VqaSpec(FinetuneSpec):
     objective = FinetuneObjective
     samples = VqaSamples
     companion_files = (ANSWER_LIST,)
+    head_settings = ("head_hidden",)
+
+    def num_classes_of(self, state: Mapping[str, Tensor]) -> int:
+        return state["output.3.weight"].shape[0]
+
+    def settings_of_head(self, state: Mapping[str, Tensor], objective: FinetuneObjective) -> dict[str, Any]:
+        hidden, width = state["output.0.weight"].shape
+        return {"head_hidden": hidden} if hidden != (objective.head_hidden or 2 * width) else {}
 
     def build(
         self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int
@@ -200,7 +208,7 @@ class VqaSpec(FinetuneSpec):
         return VQA(backbone, num_classes, objective.head_hidden)
 
     def build_for_weights(self, backbone: Backbone, state: Mapping[str, Tensor], files: ModelFolder) -> VQA:
-        return VQA(backbone, state["output.3.weight"].shape[0], head_hidden=state["output.0.weight"].shape[0])
+        return VQA(backbone, self.num_classes_of(state), head_hidden=state["output.0.weight"].shape[0])
 
     def read_companion(self, folder: str | Path, name: str) -> list[str]:
         return read_answer_list(folder)

@@ -7,13 +7,14 @@ import argparse
 import math
 import pickle
 import struct
+import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,11 +43,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: the file does not exist, cannot be read, is not a dictionary of tensors, has values that are not
             finite, or its hash differs from ``hashes.json`` beside it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise UserError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    path = _weights_file(path)
     with ThreadPoolExecutor(1) as pool:  # hash while reading
         sha256 = read_hashes(path.parent).get(path.name)
         hashed = None if sha256 is None else pool.submit(check_hash, path, sha256)
@@ -56,12 +53,36 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return _finite(path, state)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_shapes(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, without values, on the meta device.
+
+    Of ``.safetensors`` only the header is read, and ``.pt`` files are mapped. Args and errors as in ``load_weights``,
+    but values and hashes are not checked.
+    """
+    state = _read(_weights_file(path), values=False)
+    return {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
+
+
+def _weights_file(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+        raise UserError(f"{path}: weights files end in .safetensors, {', '.join(TORCH_SUFFIXES)}")
+    return path
+
+
+def _read(path: Path, values: bool = True) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            if values:
+                return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                return {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
+        mapped = not values and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options that a script saved: plain data
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own message advises weights_only=False

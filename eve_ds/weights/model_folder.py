@@ -28,6 +28,7 @@ HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
 CARD = "README.md"  # see model_card.py; its hash is recorded, and not checked: its owner may edit it
 FILES = (*HASHED, HASHES, CARD)  # every file of a model folder
 FORMAT = "eve-ds"
+INITIAL_WORDS = f"{FORMAT} initial words"
 MODEL, CHECKPOINTS = "model", "checkpoints"  # folders of a run
 MODEL_EMA = "model_ema"  # as MODEL, with the moving averages of the weights (``optimizer.ema``)
 MODEL_BEST = "model_best"  # as MODEL, with the weights of the best evaluation (``checkpoint.best``)
@@ -79,12 +80,24 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def metadata(step: int | None = None) -> dict[str, str]:
-    """Metadata of a model.safetensors of EVE-DS; ``step``: the training step of the weights.
+def metadata(step: int | None = None, initial_words: bool = False) -> dict[str, str]:
+    """Metadata of a model.safetensors of EVE-DS; ``step``: the training step of the weights; ``initial_words``: the
+    vectors of words have initial values, so that any tokenizer goes with them.
 
     It has a single entry, because safetensors writes several in random order, and equal weights must be equal files.
     """
+    if initial_words:
+        return {"format": INITIAL_WORDS}
     return {"format": FORMAT if step is None else f"{FORMAT} step {step}"}
+
+
+def has_initial_words(weights: Path) -> bool:
+    """Whether a file of weights says that its vectors of words have initial values (``metadata``)."""
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == INITIAL_WORDS
+    except (OSError, SafetensorError):
+        return False  # load_weights says what is wrong with the file
 
 
 def starts(folder: Path) -> list[Path]:

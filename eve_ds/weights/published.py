@@ -2,13 +2,15 @@
 names <-> names of EVE-DS, both ways.
 
 All of the backbone is renamed, and the experts of a layer, one by one in a published file, are packed into w1, w2, w3.
-Names outside ``backbone.`` (the heads) are the same in both.
+Names outside ``backbone.`` (the heads) are the same in both, but for the contrastive and matching heads of
+pre-training, which become those of retrieval (``retrieval_heads``) and stay so on the way back.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,9 +75,21 @@ _MODALITY = {
 }
 _EXPERT = ("fc1.weight", "fc2.weight", "fc1.bias", "fc2.bias")
 TEMPERATURE = "itc_temp"
+# What EVE's retrieval code takes its heads from where --load_head asks for them (model_retrieval_beit.py), a later one
+# in the place of an earlier one.
+_RETRIEVAL = {
+    "mitc_temp": TEMPERATURE,
+    "mitc_vision_proj_head.weight": "itc_vision_proj_head.weight",
+    "mitc_text_proj_head.weight": "itc_text_proj_head.weight",
+    "itc_vl_vision_proj_head.weight": "itc_vision_proj_head.weight",
+    "itc_vl_text_proj_head.weight": "itc_text_proj_head.weight",
+    "mitm_head.weight": "itm_head.weight",
+    "mitm_head.bias": "itm_head.bias",
+}
 # Names in published files and in EVE-DS.
 IMAGE_POSITIONS = ("backbone.pos_embed_vision", POSITIONS)
 TEXT_POSITIONS = ("backbone.pos_embed_text", "backbone.text_embedding.positions")
+_log = logging.getLogger(__name__)
 
 
 def direct_names(config: ModelConfig) -> dict[str, str]:
@@ -117,11 +131,19 @@ def is_published(state: dict[str, Tensor]) -> bool:
     return any(name.startswith(PREFIX + "encoder.layers.") for name in state)
 
 
+def retrieval_heads(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the contrastive and matching heads of pre-training, ``mitc_*``, ``itc_vl_*`` and ``mitm_head.*``,
+    under the names of retrieval's, ``itc_*`` and ``itm_head.*``; they replace what has these names already."""
+    found = {ours: state[theirs] for theirs, ours in _RETRIEVAL.items() if theirs in state}
+    return {name: tensor for name, tensor in state.items() if name not in _RETRIEVAL} | found
+
+
 def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Rename and pack a published state.
 
     Args:
-        state: whole model or backbone, names with ``backbone.`` as in the files; other names are kept.
+        state: whole model or backbone, names with ``backbone.`` as in the files; other names are kept, but for those
+            that ``retrieval_heads`` replaces.
         config: the model it belongs to.
     Raises:
         UserError: backbone tensors are missing or unknown (all are listed), the experts of a layer differ in shape
@@ -143,7 +165,7 @@ def from_published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, T
         fc1, fc2 = (_stack(state, experts, name, 2) for name in ("fc1.weight", "fc2.weight"))
         bias1, bias2 = (_stack(state, experts, name, 1) for name in ("fc1.bias", "fc2.bias"))
         ours |= {prefix + "w1": fc1, prefix + "w2": fc2, prefix + "w3": pack_biases(bias1, bias2)}
-    return _reshaped(ours, (1,))
+    return _reshaped(retrieval_heads(ours), (1,))
 
 
 def _stack(state: dict[str, Tensor], experts: list[str], name: str, dims: int) -> Tensor:
@@ -202,7 +224,10 @@ def _check(state: dict[str, Tensor], expected: set[str], optional: set[str]) -> 
 
 
 def published_config(
-    vlmo_config: str | Path, state: Mapping[str, Tensor], image_size: int | None = None
+    vlmo_config: str | Path,
+    state: Mapping[str, Tensor],
+    image_size: int | None = None,
+    tell: Callable[[str], object] = _log.debug,
 ) -> ModelConfig:
     """Read the ``config_vlmo*.json`` of published weights.
 
@@ -210,10 +235,11 @@ def published_config(
         vlmo_config: the JSON file.
         state: published or EVE-DS names.
         image_size: side of an image, pixels; None: that of the weights.
+        tell: as in ``ModelConfig.from_vlmo``.
     Raises:
         UserError: as ``ModelConfig.from_vlmo``.
     """
-    config = sized_as(ModelConfig.from_vlmo(vlmo_config), state)
+    config = sized_as(ModelConfig.from_vlmo(vlmo_config, tell=tell), state)
     if image_size is not None:
         config = replace(config, image_size=image_size)
     config.check()

@@ -185,6 +185,7 @@ def test_first_weights_count_by_content_and_may_be_gone_later(data: Path) -> Non
         (data / name / "model.safetensors").write_bytes(value * 70_000)
     config = pretraining(data)
     config.init_from = str(data / "a")
+    config.model.vocab_size = setup.build_tokenizer(pretraining(data)).vocab_size  # the weights bring no tokenizer
     begun(data / "run", config)
     copy, other = (dataclasses.replace(config, init_from=str(data / name)) for name in ("copy", "b"))
     run_folder.claim(copy, of(copy))

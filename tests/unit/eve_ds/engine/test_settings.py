@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eve_ds.config import DataConfig, FinetuneConfig, PretrainConfig
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
@@ -22,6 +23,7 @@ from eve_ds.engine.optim import parameter_groups
 from eve_ds.engine.schedule import lr_factor
 from eve_ds.errors import RankError
 from eve_ds.model.model_config import ModelConfig
+from eve_ds.weights.model_folder import metadata
 from preprocessing.errors import UserError
 from preprocessing.text.tokenizer import train_tokenizer
 from tests.support.shards import make_vqa_set, tiny_tokenizer
@@ -208,6 +210,12 @@ def test_weights_come_with_their_own_tokenizer_alone(tmp_path: Path) -> None:
     (model / "tokenizer.json").unlink()  # published weights come without
     with pytest.raises(UserError, match=rf"other: has \d+ entries, the model {own.vocab_size}"):
         setup.build_tokenizer(config)
+    pretraining = PretrainConfig(init_from=config.init_from, model=tree, data=config.data)
+    with pytest.raises(UserError, match=rf"other: has \d+ entries, the model {own.vocab_size}"):
+        setup.build_tokenizer(pretraining)
+    save_file({"a": torch.zeros(1)}, model / "model.safetensors", metadata(initial_words=True))  # as from BEiT
+    for begun in (config, pretraining):
+        assert setup.build_tokenizer(begun).vocab_size < own.vocab_size * 15 // 16
     first_values = dataclasses.replace(config, init_from=None)  # nothing was trained with another tokenizer
     assert setup.build_tokenizer(first_values).vocab_size < own.vocab_size * 15 // 16
     with pytest.raises(UserError, match=r"--data\.tokenizer is missing"):

@@ -150,3 +150,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {dimm: 3}\n")
     with pytest.raises(UserError, match=r"config\.yaml: model: unknown key 'dimm'; did you mean dim\?"):
         load_task_model("vqa", tmp_path)
+
+
+def test_evaluated_as_published_the_vectors_are_those_before_the_final_norm(golden: dict[str, torch.Tensor]) -> None:
+    task = published("retrieval", "retrieval")
+    assert isinstance(task, Retrieval)
+    task.evaluate_as_published()
+    assert same(task.encode_image(golden["image"]), golden["itc_image"])
+    assert same(task.encode_text(golden["text_ids"], golden["text_atts"]), golden["itc_text"])
