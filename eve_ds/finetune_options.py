@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ FLAGS = {
     "evaluate": ("evaluate", "score --split and train nothing"),
     "auto_resume": ("checkpoint.resume", "go on with the run in --output_dir: the default"),
 }
+_log = logging.getLogger(__name__)
 
 
 def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -131,7 +133,9 @@ def _read_recipes(
 def _eve_recipe(task: str | None, width: int, asked_for: bool) -> list[str]:
     """The recipe below a YAML file of EVE's (``asked_for``), or in the place of ``--config``; empty for none."""
     if asked_for:
-        return [str(find_recipe(eve_options.recipe_name(task or "", width)))]
+        name = eve_options.recipe_name(task or "", width)
+        _log.info("what the YAML file of EVE's leaves open is as in the recipe %s", name)
+        return [str(find_recipe(name))]
     found = eve_options.recipe_of(task, width)
     return [found] if found else []
 

@@ -188,6 +188,7 @@ def test_a_yaml_file_of_eves_is_laid_over_the_recipe_and_options_over_both(caplo
     (line,) = (message for message in caplog.messages if "is a YAML file of EVE's" in message)
     for unused in ("train_file (raw data: --data names", "batch_size (per GPU; --bs is the total)", "text_encoder ("):
         assert unused in line
+    assert "what the YAML file of EVE's leaves open is as in the recipe nlvr" in caplog.messages
     assert "accelerator.SYNCBN" in line and "schedular.lr" not in line
     vqa = finetune(f"--task vqa --checkpoint C --config {written(VQA_YAML)}")
     assert (vqa.model.image_size, vqa.model.max_text_length, vqa.data.augmentation) == (480, 30, "rand")
