@@ -41,7 +41,8 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay.
         total_steps: optimizer steps of the run; null takes ``epochs``.
         epochs: passes over the training split, if ``total_steps`` is null.
-        warmup: share of the steps over which the learning rate rises from zero.
+        warmup: over how long the learning rate rises from zero: a share of the steps, below 1, or a whole number of
+            steps, from 1 on.
         schedule: what follows: a cosine or a line down to ``min_lr_ratio``, or constant; wsd: constant, then down over
             the last steps; cooldown: no warm-up, down from the learning rate of the checkpoint in ``resume_from``.
         decay: share of the steps over which wsd falls; null for 0.2.
@@ -75,6 +76,10 @@ class OptimizerConfig:
         """``decay``, or its default."""
         return 0.2 if self.decay is None else self.decay
 
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of ``warmup`` in a run of so many."""
+        return round(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)
+
     def check(self) -> None:
         """Raise UserError naming the first setting that no optimizer takes."""
         ranges = {
@@ -84,7 +89,7 @@ class OptimizerConfig:
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             "eps": 0 < self.eps < math.inf,
             "weight_decay": 0 <= self.weight_decay < math.inf,
-            "warmup": 0 <= self.warmup < 1,
+            "warmup": 0 <= self.warmup < 1 or (1 <= self.warmup <= MOST and self.warmup == int(self.warmup)),
             "decay": self.decay is None or 0 < self.decay <= 1,
             "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
             "gradient_clipping": 0 <= self.gradient_clipping < math.inf,
@@ -95,7 +100,7 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} is out of range; see --help")
         if self.decay is not None and self.schedule != "wsd":
             raise UserError(f"optimizer.decay={self.decay} is of schedule wsd; leave it out with {self.schedule}")
-        if self.schedule == "wsd" and self.warmup + self.wsd_decay > 1:
+        if self.schedule == "wsd" and self.warmup < 1 < self.warmup + self.wsd_decay:
             raise UserError(
                 f"optimizer.warmup={self.warmup} and decay={self.wsd_decay} are more than the whole run; lower one"
             )

@@ -22,16 +22,15 @@ class Cooldown(NamedTuple):
 def lr_factor(step: int, total_steps: int, config: OptimizerConfig, cooldown: Cooldown | None = None) -> float:
     """Share of the peak learning rate for optimizer step ``step`` (the first is 0).
 
-    Rises linearly over ``warmup * total_steps`` steps, then falls to ``min_lr_ratio`` along a cosine or a line; with
-    ``wsd`` it stays at the peak until the last ``decay * total_steps`` steps, over which it falls as 1 - sqrt(t), t
-    from 0 to 1, which Hägele et al. (arXiv 2405.18392) found best. ``cooldown`` falls likewise, from where it began to
-    the last step.
+    Rises linearly over the ``warmup_steps``, then falls to ``min_lr_ratio`` along a cosine or a line; with ``wsd`` it
+    stays at the peak until the last ``decay * total_steps`` steps, over which it falls as 1 - sqrt(t), t from 0 to 1,
+    which Hägele et al. (arXiv 2405.18392) found best. ``cooldown`` falls likewise, from where it began to the end.
     """
     if config.schedule == "cooldown":
         if cooldown is None:
             raise ValueError("schedule cooldown without where it began")
         return _fallen(_one_minus_sqrt(step, cooldown.step, total_steps), cooldown.factor, config.min_lr_ratio)
-    warmup = round(config.warmup * total_steps)
+    warmup = config.warmup_steps(total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
@@ -45,14 +44,20 @@ def lr_factor(step: int, total_steps: int, config: OptimizerConfig, cooldown: Co
 
 
 def check_steps(total_steps: int, config: OptimizerConfig) -> None:
-    """Raise UserError if a run of so many steps has none over which ``wsd`` falls.
+    """Raise UserError if a run of so many steps has none over which ``wsd`` falls, or ends in its warm-up.
 
     If it has one, it also has a step at the peak, since warm-up and decay are at most the whole run.
     """
-    if config.schedule == "wsd" and round(config.wsd_decay * total_steps) == 0:
+    fall = round(config.wsd_decay * total_steps) if config.schedule == "wsd" else 1
+    if not fall:
         raise UserError(
             f"optimizer.schedule wsd: decay={config.wsd_decay} of {total_steps} steps is no step; train longer, raise "
             "it, or take schedule constant"
+        )
+    if config.warmup >= 1 and config.schedule != "cooldown" and config.warmup + fall > total_steps:
+        raise UserError(
+            f"optimizer.warmup={config.warmup:g} steps leave none at the peak learning rate: the run has {total_steps}"
+            f"{f', {fall} of them decay' if config.schedule == 'wsd' else ''}; lower it, or write a share below 1"
         )
 
 

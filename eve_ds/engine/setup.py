@@ -73,7 +73,8 @@ def build_dataset(config: Config, split: str, tokenizer: Tokenizer, train: bool)
     data, model = config.data, config.model
     if not data.home:
         raise UserError(
-            "--data.path is missing; name a prepared data set (preprocessing/README.md says how to make one)"
+            "--data.path is missing; name a prepared data set: --data DIR (preprocessing/README.md says how to make "
+            "one; of EVE's JSON files: python -m preprocessing json)"
         )
     scale = data.crop_scale if train else None
     transform = build_transform(

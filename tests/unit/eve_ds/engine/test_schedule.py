@@ -53,6 +53,21 @@ def test_wsd_rises_stays_and_falls_as_one_minus_a_root() -> None:
     assert [lr_factor(step, 2, options("wsd", warmup=0.0)) for step in range(2)] == [1.0, 1.0]  # no step to fall over
 
 
+def test_a_warm_up_in_steps_is_that_share_of_any_run() -> None:
+    for schedule, total in itertools.product(("cosine", "linear", "constant", "wsd"), (40, 120)):
+        steps, share = options(schedule, warmup=30.0), options(schedule, warmup=30 / total)
+        check_steps(total, steps)
+        assert [lr_factor(step, total, steps) for step in range(total)] == [
+            lr_factor(step, total, share) for step in range(total)
+        ]
+    assert [lr_factor(step, 9, options("linear", warmup=1.0)) for step in (0, 1)] == [0.5, 1.0]
+    for schedule, total in (("cosine", 30), ("constant", 7), ("wsd", 36)):
+        with pytest.raises(UserError, match=rf"warmup=30 steps leave none at the peak .* has {total}"):
+            check_steps(total, options(schedule, warmup=30.0))
+    check_steps(31, options("linear", warmup=30.0))
+    check_steps(1, options("cosine", warmup=0.9))  # a share is never too long
+
+
 def test_in_a_short_run_the_fall_begins_where_the_warm_up_ends_and_both_have_a_step() -> None:
     """Rounded up both, warm-up and decay would overlap: the peak is reached all the same, and then left."""
     refused = set()
