@@ -143,16 +143,26 @@ class CheckpointConfig:
         keep: newest checkpoints kept, at least 1.
         resume: go on from the newest whole checkpoint when ``output_dir`` holds this run; false refuses such a folder.
         export: write ``output_dir/model`` (safetensors, config, tokenizer) at the end.
+        second_place: URI of a folder (hdfs://, s3://, gs://, file:///FOLDER) that gets a copy of the run in the
+            background, and from which a run whose disk was lost goes on (docs/checkpoints.md); null for none.
     """
 
     every: int = 1000
     keep: int = 2
     resume: bool = True
     export: bool = True
+    second_place: str | None = None
 
     def check(self) -> None:
         """Raise UserError naming the first setting that keeps nothing."""
         _check_least("checkpoint", self, {"every": 0, "keep": 1})
+        if self.second_place is not None:
+            from preprocessing.running.storage import place_of  # here: few runs need pyarrow's file systems
+
+            try:
+                place_of(self.second_place)
+            except UserError as error:
+                raise UserError(f"checkpoint.second_place (--output_hdfs): {error}") from error
 
 
 @dataclass

@@ -22,6 +22,7 @@ VALUE_OPTIONS = {
     "lr": ("optimizer.lr", "peak learning rate"),
     "lr_mult": ("optimizer.head_lr_mult", "factor on it for the head"),
     "seed": ("engine.seed", "of everything that is drawn"),
+    "output_hdfs": ("checkpoint.second_place", "URI of a second place for checkpoints and scores"),
 }
 PLACES = ("init_from", "resume_from", "output_dir")  # which tell what the model is, and go on as they are
 FLAGS = {
