@@ -15,14 +15,13 @@ from eve_ds.engine.callback import Callback
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.second_place import SecondPlace
 from eve_ds.engine.watchdog import mark, mark_again
-from eve_ds.errors import STOPPED
+from eve_ds.errors import NOT_COPIED, STOPPED
 from eve_ds.weights.model_folder import CHECKPOINTS, newest_checkpoint
 
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
     from eve_ds.engine.trainer import Trainer
 
-NOT_COPIED = 4  # exit code: everything is done and on the local disk, and the second place lacks a part of it
 STOP_PATIENCE = 60.0  # seconds without a byte: the next start copies what is missing
 _EVERY, _TOLD = 2.0, 30.0  # seconds between two looks of all ranks, and between two lines
 _log = logging.getLogger(__name__)
@@ -35,6 +34,7 @@ class SecondCopy(Callback):
         self._config, self._output = config, Path(config.output_dir)
         self._uri = None if config.dry_run else config.checkpoint.second_place
         self._copy: BackgroundCopy | None = None  # on rank 0
+        self._taken = 0  # bytes downloaded
 
     def begin(self, identity: Identity, total_steps: int | None) -> None:
         """Check that the place can be written to, and take what is newer there. Called by all ranks, before resuming.
@@ -47,14 +47,25 @@ class SecondCopy(Callback):
         if self._uri is None:
             return
         mark(f"a look at the second place {self._uri}")
-        _by_rank_0(lambda: self._begin(str(self._uri), identity, total_steps))
+        before = 0
+
+        def moves() -> bool:
+            nonlocal before
+            before, last = self._taken, before
+            return before != last
+
+        _by_rank_0(lambda: self._begin(str(self._uri), identity, total_steps), moves)
 
     def _begin(self, uri: str, identity: Identity, total_steps: int | None) -> None:
         place = SecondPlace(uri, self._output)
         place.check()
+        place.check_owner(identity)
         if total_steps is not None:
-            place.restore(identity, total_steps, self._config.checkpoint.resume, lambda _: None)
+            place.restore(identity, total_steps, self._config.checkpoint.resume, self._took)
         self._copy = BackgroundCopy(place, self._config.checkpoint.keep)
+
+    def _took(self, count: int) -> None:
+        self._taken += count
 
     def fit_start(self, trainer: Trainer) -> None:
         if self._copy is not None and (newest := newest_checkpoint(self._output / CHECKPOINTS)):
@@ -102,12 +113,13 @@ class SecondCopy(Callback):
         return True
 
 
-def _by_rank_0(work: Callable[[], Any]) -> Any:
+def _by_rank_0(work: Callable[[], Any], moves: Callable[[], bool] = lambda: True) -> Any:
     """What ``work`` returns on rank 0, on all ranks. It may take longer than a collective: it runs in a thread, and the
-    ranks meet meanwhile."""
+    ranks meet meanwhile. Where ``moves`` stays false on rank 0, its watchdog ends the run."""
     pool = ThreadPoolExecutor(1, "second-place-main")
     future = pool.submit(work) if distributed.rank_and_world()[0] == 0 else None
     while not distributed.broadcast(future is not None and bool(wait([future], _EVERY).done)):
-        mark_again()
+        if future is None or moves():
+            mark_again()
     pool.shutdown(wait=False)
     return distributed.decide(lambda: future.result() if future else None)

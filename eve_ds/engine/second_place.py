@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ from eve_ds.engine import watchdog
 from eve_ds.engine.checkpoint import identity_in
 from eve_ds.engine.checkpoint_record import DamagedError, Manifest
 from eve_ds.engine.identity import Identity, summarized
+from eve_ds.engine.run_folder import IDENTITY
 from eve_ds.weights.model_folder import CHECKPOINTS, COMPLETE, MODEL, MODEL_EMA, newest_checkpoint, step_of
 from preprocessing.errors import UserError
 from preprocessing.local_files import make_folder, sync_path
@@ -38,6 +40,7 @@ from preprocessing.running.storage import (
 
 CHUNK, FLUSH = 8 << 20, 64 << 20  # bytes read at a time, and bytes after which the store must have taken them
 OPTION = "checkpoint.second_place (--output_hdfs)"
+FETCH_PAUSES = (1.0, 5.0)  # seconds after a download that failed
 _PARTIAL = ".from_second_"  # what a killed download leaves in the folder of checkpoints
 _log = logging.getLogger(__name__)
 Moved = Callable[[int], None]  # told of each piece, in bytes
@@ -79,6 +82,22 @@ class SecondPlace:
         if not same:
             raise UserError(f"{OPTION}: {self.root} does not give back what was written; name another folder")
 
+    def check_owner(self, identity: Identity) -> None:
+        """Raise UserError if another run has copied its files there."""
+        try:
+            with open_input(self.root / IDENTITY) as file:
+                before = Identity.from_tree(json.loads(file.read()))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return  # nothing, or a part of an upload
+        self._refuse(before, identity)
+
+    def _refuse(self, before: Identity, identity: Identity) -> None:
+        if found := before.differences(identity):
+            raise UserError(
+                f"{OPTION}: {self} holds another run: {summarized(found)}; make these equal to go on, or name another "
+                "folder"
+            )
+
     def complete(self) -> list[str]:
         """Names of the complete checkpoints there, oldest first. Raises UserError."""
         folder = self.root / CHECKPOINTS
@@ -110,7 +129,8 @@ class SecondPlace:
             self.upload_files(moved)  # before: the metrics of a checkpoint that is whole are there, too
             write_whole(target / COMPLETE, record)
             self._sent.clear()
-        self.upload_files(moved)
+        else:
+            self.upload_files(moved)
         self._prune(_step(checkpoint.name), keep)
 
     def _send(self, checkpoint: Path, name: str, expected: tuple[int, str], moved: Moved) -> None:
@@ -219,11 +239,7 @@ class SecondPlace:
             raise
 
     def _check_run(self, manifest: Manifest, path: Path, identity: Identity, total_steps: int) -> None:
-        if found := identity_in(path, manifest).differences(identity):
-            raise UserError(
-                f"{OPTION}: {self} holds another run: {summarized(found)}; make these equal to go on, or name another "
-                "folder"
-            )
+        self._refuse(identity_in(path, manifest), identity)
         if manifest.step > total_steps:
             raise UserError(
                 f"{OPTION}: {self}: the run is at step {manifest.step}, and is to have {total_steps} in all; raise "
@@ -255,13 +271,21 @@ def copy_stream(source: IO[bytes], target: IO[bytes], size: int | None, moved: M
 
 
 def _fetch(source: StoragePath, target: Path, moved: Moved) -> tuple[int, str]:
-    """Download a file, which is on disk on return. Returns (bytes, SHA-256); (0, "") if it is not there."""
-    try:
-        file = open_input(source)
-    except FileNotFoundError:
-        return 0, ""
-    with file, open_output(target) as stream:
-        return copy_stream(file, stream, None, moved)
+    """Download a file, which is on disk on return. Returns (bytes, SHA-256); (0, "") if it is not there.
+
+    An error of the network, a UserError, is raised at the third time.
+    """
+    for pause in (*FETCH_PAUSES, None):
+        try:
+            with open_input(source) as file, open_output(target) as stream:
+                return copy_stream(file, stream, None, moved)
+        except FileNotFoundError:
+            return 0, ""
+        except UserError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+    raise AssertionError
 
 
 def _holds(path: StoragePath, content: bytes) -> bool:

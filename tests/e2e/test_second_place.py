@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from tests.support import interrupted, ranks
 from tests.support.s3 import BUCKET, S3, s3_server
+from tests.support.shards import make_vqa_set, tiny_tokenizer
 
 STEPS = 8
 
@@ -81,3 +83,25 @@ def test_what_is_not_there_is_copied_by_the_next_start_and_another_run_is_refuse
     assert codes[0] == 2 and "Traceback" not in text, text
     assert "holds another run: optimizer.lr is 0.01 there and 0.001 here" in text and text.count("error:") == 1
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_scores_and_predictions_are_copied_and_one_place_is_for_one_run(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        make_vqa_set(tmp_path / "vqa", rows=8, split=split)
+    tiny_tokenizer(tmp_path / "tokenizer")
+    run, second = tmp_path / "run", tmp_path / "second"
+    options = ["--task=vqa", f"--data={tmp_path / 'vqa'}", f"--output_hdfs=file://{second}", "--logging.wandb=false"]
+    own = [f"--data.tokenizer={tmp_path / 'tokenizer'}", "--data.val_split=null", "--optimizer.total_steps=2"]
+    tree = yaml.safe_load((ranks.REPOSITORY / "tests/e2e/tiny.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"model": tree["model"]}))
+    recipe = [f"--config={tmp_path / 'recipe.yaml'}", "--bs=8", "--engine.precision=fp32", *own]
+    ranks.run("eve_ds.finetune", [*options, *recipe, f"--output_dir={run}"], 1)
+    names = {path.name for path in run.iterdir() if path.is_file() and not path.name.startswith(".")}
+    assert {"scores_test.json", "predictions_test.json", "metrics.jsonl"} <= names
+    for name in (*names, "model/model.safetensors"):
+        assert (second / name).read_bytes() == (run / name).read_bytes(), name
+    scoring = [*options, "--evaluate", f"--checkpoint={run}", f"--output_dir={tmp_path / 'scored'}"]
+    codes, text = ranks.finish(ranks.start("eve_ds.finetune", scoring, 1))
+    assert codes == [2] and "holds another run" in text and "Traceback" not in text, text
+    ranks.run("eve_ds.finetune", [*scoring, f"--output_hdfs=file://{tmp_path / 'scores'}"], 1)
+    assert (tmp_path / "scores" / "scores_test.json").read_bytes() == (second / "scores_test.json").read_bytes()

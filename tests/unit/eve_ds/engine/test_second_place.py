@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from eve_ds.callbacks import second_copy
-from eve_ds.callbacks.second_copy import NOT_COPIED, SecondCopy
+from eve_ds.callbacks.second_copy import SecondCopy
 from eve_ds.config import PretrainConfig
 from eve_ds.engine import checkpoint, second_place
 from eve_ds.engine.background_copy import BackgroundCopy
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.resume import tag_of
 from eve_ds.engine.second_place import SecondPlace
-from eve_ds.errors import STOPPED
+from eve_ds.errors import NOT_COPIED, STOPPED
+from eve_ds.finetune_options import expand_options
 from preprocessing.errors import UserError
 from tests.support.made_checkpoint import OPTIMIZER, make_checkpoint
 from tests.support.s3 import BUCKET, s3_server
@@ -221,3 +222,37 @@ def test_a_place_that_cannot_be_written_or_is_the_run_itself_is_refused(run: Pat
             SecondCopy(config_of(run, uri)).begin(ANY, 9)
     with s3_server(), pytest.raises(UserError, match="s3://no-such-bucket"):
         SecondCopy(config_of(run, "s3://no-such-bucket/x")).begin(ANY, 9)
+
+
+def test_a_place_with_another_runs_files_is_refused_before_it_has_a_checkpoint(run: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "identity.json").write_text(json.dumps(Identity({"evaluate": True}, {}).tree()))
+    callback = SecondCopy(config_of(run, f"file://{second}"))
+    with pytest.raises(UserError, match="holds another run: evaluate is True there and False here"):
+        callback.begin(Identity({"evaluate": False}, {}), None)
+    callback.begin(Identity({"evaluate": True}, {}), None)
+
+
+def test_a_read_that_fails_once_is_done_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = SecondPlace(f"file://{tmp_path / 'second'}", run)
+    upload(place, 4)
+    shutil.rmtree(run)
+    whole, calls = second_place.copy_stream, []
+
+    def fails(*arguments: object) -> tuple[int, str]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise UserError("the network is down")
+        return whole(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(second_place, "copy_stream", fails)
+    monkeypatch.setattr(second_place, "FETCH_PAUSES", (0.0,))
+    assert place.restore(ANY, 9, True, ignore) is not None and len(calls) > 3
+
+
+def test_output_hdfs_is_the_second_place() -> None:
+    assert expand_options(["--output_hdfs", "hdfs://host/runs/base"])[0] == [
+        "--checkpoint.second_place",
+        "hdfs://host/runs/base",
+    ]
