@@ -159,6 +159,8 @@ class CheckpointConfig:
         patience: evaluations in a row without a new best after which training ends, as a finished run; null for none.
         resume: go on from the newest whole checkpoint when ``output_dir`` holds this run; false refuses such a folder.
         export: write ``output_dir/model`` (safetensors, config, tokenizer) at the end.
+        second_place: URI of a folder (hdfs://, s3://, gs://, file:///FOLDER) that gets a copy of the run in the
+            background, and from which a run whose disk was lost goes on (docs/checkpoints.md); null for none.
     """
 
     every: int | str = 1000
@@ -168,6 +170,7 @@ class CheckpointConfig:
     patience: int | None = None
     resume: bool = True
     export: bool = True
+    second_place: str | None = None
 
     def check(self) -> None:
         """Raise UserError naming the first setting that keeps nothing."""
@@ -178,6 +181,13 @@ class CheckpointConfig:
         if self.best is None and (self.patience or self.best_mode):
             name = "patience" if self.patience else "best_mode"
             raise UserError(f"checkpoint.{name} is about a metric; name it: checkpoint.best, as in val/loss")
+        if self.second_place is not None:
+            from preprocessing.running.storage import place_of  # here: few runs need pyarrow's file systems
+
+            try:
+                place_of(self.second_place)
+            except UserError as error:
+                raise UserError(f"checkpoint.second_place (--output_hdfs): {error}") from error
 
 
 @dataclass

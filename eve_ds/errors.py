@@ -47,6 +47,7 @@ _LESS_MEMORY = (
 LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
 RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
+NOT_COPIED = 4  # exit code: all is done and in output_dir, and checkpoint.second_place lacks a part of it
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 finish_together: list[Callable[[], object]] = []  # calls at exit that wait for all ranks; skipped after a failure
 
@@ -138,7 +139,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
         code = 128 - code  # the first process of a container does not die of signals
-    if code in (0, STOPPED):
+    if code in (0, STOPPED, NOT_COPIED):
         for finish in finish_together:
             finish()
     atexit._run_exitfuncs()

@@ -28,7 +28,7 @@ def run(stop: StopRequest) -> int:
     _check_evaluate(config)
     stop.saves = not config.dry_run
     prepare_environment()  # DeepSpeed reads it, and takes seconds to import: after --help and bad options, too
-    from eve_ds.callbacks import MemoryCheck, standard_callbacks
+    from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.loaded_head import settle_head
@@ -39,7 +39,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
-    callbacks = standard_callbacks(config)
+    callbacks, second = standard_callbacks(config), SecondCopy(config)
     tokenizer = setup.build_tokenizer(config)
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
     scored = {split: setup.build_dataset(config, split, tokenizer, train=False) for split in splits}
@@ -55,6 +55,7 @@ def run(stop: StopRequest) -> int:
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
             setup.store_companions(config, tokenizer)
+            second.begin(identity, steps)
         shards = [shard for samples in (training, *scored.values()) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         gauge = memory_gauge(config, scored[config.split].num_classes, device)
@@ -66,21 +67,21 @@ def run(stop: StopRequest) -> int:
                 return dry_run.describe_scoring(config, task, scored[config.split])
             setup.join_expert_groups(task)
             scorer.score(task.to(device), config.split, Path(config.output_dir))
-            return 0
+            return second.finish(0)
         evaluate = scorer.while_training if config.data.val_split else None
-        callbacks = [*checks, *callbacks, MemoryCheck(gauge)]  # checks first: a stop must not hide damaged data
+        callbacks = [*checks, *callbacks, second, MemoryCheck(gauge)]  # checks first: a stop must not hide damaged data
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         if config.dry_run:
             return dry_run.describe_training(config, trainer, training, gauge)
         trainer.fit(batches.TrainingBatches(config, training, trainer.resume()))
         if trainer.stopped_early:
-            return STOPPED
+            return second.finish(STOPPED)
         if config.checkpoint.export:
             companions = config.spec.companions(config.data.home)
             export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, companions)
         with trainer.whole_weights():
             scorer.score_trained(task, config.split, Path(config.output_dir), trainer.step)
-    return 0
+        return second.finish(0)
 
 
 def _check_evaluate(config: FinetuneConfig) -> None:

@@ -30,6 +30,7 @@ VALUE_OPTIONS = {
     "warmup": ("optimizer.warmup", "share of the steps, below 1, or a number of steps"),
     "epoch": ("optimizer.epochs", "passes over the training split"),
     "seed": ("engine.seed", "of everything that is drawn"),
+    "output_hdfs": ("checkpoint.second_place", "URI of a second place for checkpoints and scores"),
 }
 PLACES = ("init_from", "resume_from", "output_dir")  # which tell what the model is, and go on as they are
 FLAGS = {

@@ -25,7 +25,7 @@ def run(stop: StopRequest) -> int:
     stop.saves = not config.dry_run
     prepare_environment()
     # Imported late: DeepSpeed takes seconds to import, and it reads the environment that was just prepared.
-    from eve_ds.callbacks import MemoryCheck, standard_callbacks
+    from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
     from eve_ds.callbacks.pretrain_examples import PretrainExamples
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
     from eve_ds.engine.deepspeed_config import settle_precision
@@ -36,7 +36,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
-    callbacks = standard_callbacks(config)
+    callbacks, second = standard_callbacks(config), SecondCopy(config)
     tokenizer = setup.build_tokenizer(config)
     training = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     batches.check_batch(config, training.rows)
@@ -52,12 +52,13 @@ def run(stop: StopRequest) -> int:
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
             setup.store_companions(config, tokenizer)
+            second.begin(identity, steps)
         shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]
         checks = verification.before_and_while(config.data.verify, shards)
         gauge = memory_gauge(config, training.num_classes, device)
         task = setup.build_task(config, tokenizer, training.num_classes)
         first_weights.load_first_weights(task, config, load_head=False)
-        callbacks = [*checks, *callbacks, MemoryCheck(gauge)]  # checks first: a stop must not hide damaged data
+        callbacks = [*checks, *callbacks, second, MemoryCheck(gauge)]  # checks first: a stop must not hide damaged data
         if held_out is not None and config.logging.samples > 0:
             shown = config.logging.samples, config.logging.images_every
             callbacks.append(PretrainExamples(config.spec, held_out, *shown))
@@ -73,11 +74,11 @@ def run(stop: StopRequest) -> int:
         start = trainer.resume()
         trainer.fit(batches.TrainingBatches(config, training, start))
         if trainer.stopped_early:
-            return STOPPED
+            return second.finish(STOPPED)
         if config.checkpoint.export:
             companions = config.spec.companions(config.data.home)
             export_model(task, config, tokenizer, Path(config.output_dir) / MODEL, trainer.step, companions)
-    return 0
+        return second.finish(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from eve_ds.callbacks.moe_load import MoELoad
 from eve_ds.callbacks.performance import Performance
 from eve_ds.callbacks.profile import Profile
 from eve_ds.callbacks.progress import Progress
+from eve_ds.callbacks.second_copy import SecondCopy
 from eve_ds.callbacks.start_record import Provenance
 from eve_ds.callbacks.tensorboard import TensorBoardLog
 from eve_ds.callbacks.wandb import WandbLog
@@ -27,7 +28,7 @@ from preprocessing.errors import UserError
 if TYPE_CHECKING:
     from eve_ds.config import FinetuneConfig, PretrainConfig
 
-__all__ = ["MemoryCheck", "own_callbacks", "standard_callbacks"]
+__all__ = ["MemoryCheck", "SecondCopy", "own_callbacks", "standard_callbacks"]
 OPTION = "--logging.callbacks"
 _log = logging.getLogger(__name__)
 

@@ -49,6 +49,7 @@ from preprocessing.local_files import sync_path
 
 _log = logging.getLogger(__name__)
 UNIVERSAL = ".universal"
+held: set[Path] = set()  # checkpoints that are being copied elsewhere: `prune` leaves them until later
 CALLBACKS = "callbacks.pt"  # the states of callbacks, in a checkpoint whose run has any
 _UNWRITABLE = re.compile(r"PytorchStreamWriter|inline_container")  # in torch.save's error when the disk is full
 MISLEADING = ("zero_to_fp32.py", "zero_to_torch.py")  # copied in by DeepSpeed; they lose expert weights silently
@@ -266,8 +267,9 @@ def identity_in(path: Path, manifest: Manifest) -> Identity:
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints and that of step ``best``, and what killed runs left.
-    Called by rank 0 only."""
+    """Delete all but the newest ``keep`` complete checkpoints and that of step ``best``, and what killed runs left;
+    spare those in ``held``. Called by rank 0 only.
+    """
     try:
         complete, found = complete_checkpoints(folder), all_checkpoints(folder)
         kept = [path for path in complete if path in complete[-keep:] or step_of(path) == best]
@@ -275,7 +277,7 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
         return
     if not kept:
         return
-    older = [path for path in found[: found.index(kept[-1])] if path not in kept]
+    older = [path for path in found[: found.index(kept[-1])] if path not in kept and path not in held]
     for path in [*older, *folder.glob(f"{UNIVERSAL}_*")]:
         try:
             (path / COMPLETE).unlink(missing_ok=True)  # first: a killed deletion leaves no folder that looks complete

@@ -11,6 +11,7 @@ visible in the provenance, in logs and in the list of processes.
 import hashlib
 import os
 import posixpath
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs
 
-from preprocessing.errors import UserError, without_secrets
-from preprocessing.local_files import check_regular, write_atomic
+from preprocessing.errors import UserError, shortened, without_secrets
+from preprocessing.local_files import check_regular, make_folder, sync_path, write_atomic
 
 SCHEMES = ("s3", "gs", "hdfs")
 
@@ -95,6 +97,17 @@ def storage_path(path: str | os.PathLike[str] | RemotePath) -> StoragePath:
     if not rest.strip("/"):
         raise UserError(f"{text}: names no bucket or host; write {scheme}://NAME/FOLDER")
     return RemotePath(text.rstrip("/"))
+
+
+def place_of(uri: str) -> StoragePath:
+    """As `storage_path`, of a URI alone; file:///FOLDER is a path. Raises UserError, also without a scheme."""
+    if uri.startswith("file:"):
+        if not uri.startswith("file:///") or not uri[len("file://") :].strip("/"):
+            raise UserError(f"{uri}: names no local folder; write file:///FOLDER")
+        return Path(unquote(uri[len("file://") :]))
+    if "://" not in uri:
+        raise UserError(f"{uri}: is no URI; write file:///FOLDER, or {'://, '.join(SCHEMES)}:// and what follows")
+    return storage_path(uri)
 
 
 def _check_secrets(uri: str) -> None:
@@ -219,6 +232,34 @@ def upload_file(file: IO[bytes], path: RemotePath) -> None:
             shutil.copyfileobj(file, stream, 8 << 20)
 
 
+@contextmanager
+def open_output(path: StoragePath) -> Iterator[IO[bytes]]:
+    """Context to write a file in pieces. Raises UserError or OSError.
+
+    A local one has its name, and is on disk, once the context ends well. A remote one that was interrupted may be
+    there in part: compare its size. `flush` waits for what was written; without it a slow store's pieces pile up in
+    memory.
+    """
+    if isinstance(path, RemotePath):
+        with _wrap_io_errors(str(path)):
+            system, inner = _open_uri(str(path))
+            with system.open_output_stream(inner) as stream:
+                yield cast(IO[bytes], stream)
+        return
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_path(path.parent)
+
+
 def remove(path: StoragePath) -> None:
     """Remove a file, or a folder with all its contents, if it exists."""
     if isinstance(path, Path):
@@ -246,8 +287,13 @@ def _wrap_io_errors(uri: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # from a local file
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{uri}: {what}; check the address, the credentials and the network") from error
+        what = shortened(
+            " ".join(str(error).split()) or type(error).__name__, 300
+        )  # a search for Java tells each place
+        advice = "check the address, the credentials and the network"
+        if "libjvm" in what or "libhdfs" in what:
+            advice = "hdfs:// needs Java and libhdfs: set JAVA_HOME, HADOOP_HOME and CLASSPATH"
+        raise UserError(f"{uri}: {what}; {advice}") from error
 
 
 def _open_uri(uri: str) -> tuple[Any, str]:

@@ -37,7 +37,7 @@ ENTRY_POINTS = 10
 LEAVES = (
     "preprocessing.errors",
     "preprocessing.local_files",
-    "preprocessing.shards.schema",
+    "preprocessing.running.storage",
     "preprocessing.shards.schema",
     "preprocessing.text.tokenizer",
     "evaluation",

@@ -12,7 +12,7 @@ import yaml
 
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse, save
 from eve_ds.eve_options import model_shape
-from eve_ds.finetune_options import FLAGS, VALUE_OPTIONS, expand_options
+from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
 from preprocessing.__main__ import COMMANDS
 from preprocessing.__main__ import main as preprocess
@@ -45,14 +45,6 @@ def beside_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def finetune(line: str) -> FinetuneConfig:
     rest, defaults = expand_options(shlex.split(line))
     return parse(FinetuneConfig, rest, "finetune", defaults)
-
-
-def known(line: str) -> str:
-    """Without the options that this version does not have."""
-    here = {**VALUE_OPTIONS, **FLAGS}
-    for name in ("k_test", "rerank", "output_hdfs"):
-        line = line if name in here else re.sub(rf" --{name}(=\S+)?", "", line)
-    return line
 
 
 def refusal(line: str) -> str:
@@ -88,7 +80,7 @@ def test_a_line_of_the_readme_is_our_line_of_the_table(
     caplog.set_level(logging.INFO)
     mine = finetune(ours + shape)
     assert f"for EVE-{size}" in next(message for message in caplog.messages if message.startswith("no --config: takes"))
-    from_eve = finetune(known(theirs) + shape)
+    from_eve = finetune(theirs + shape)
     from_eve.data.path, from_eve.checkpoint = mine.data.path, mine.checkpoint  # --data, and --output_hdfs
     assert from_eve == mine
     assert mine.model == ModelConfig(**vars(model_shape(SHAPES[size])) | {"image_size": mine.model.image_size})
@@ -229,7 +221,7 @@ def test_commands_of_both_pages_are_parsed(monkeypatch: pytest.MonkeyPatch) -> N
         elif "--task" in words:
             given = words[words.index("eve_ds.finetune") + 1 :]
             at = given.index("--checkpoint")
-            config = finetune(known(shlex.join([*given[: at + 1], "C", *given[at + 2 :]])))
+            config = finetune(shlex.join([*given[: at + 1], "C", *given[at + 2 :]]))
             assert config.output_dir.startswith("runs/") and config.optimizer.eps == 1e-8
             trained += 1
         else:
