@@ -47,7 +47,6 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
     settle_head(config, argv, scored[config.split].num_classes)
-
     with distributed.joined(config.engine.timeout_seconds) as device:
         settle_precision(config, distributed.launched_world()[0])
         steps = setup.total_steps(config, len(training)) if training is not None else None

@@ -180,9 +180,9 @@ def _published_model(vlmo_config: str, start: str | None) -> ModelConfig:
     model = eve_options.model_shape(vlmo_config)
     try:
         files = ModelFolder.find(start, unfinished=True) if start else None
-    except MissingError:
-        return model  # a run that goes on needs no first weights; else it is told of when they are read
-    return model if files is None or files.is_checkpoint else sized_as(model, read_shapes(files.weights))
+        return model if files is None or files.is_checkpoint else sized_as(model, read_shapes(files.weights))
+    except UserError:  # a run that goes on needs no first weights; else it is told of when they are read
+        return model
 
 
 def help_text() -> str:

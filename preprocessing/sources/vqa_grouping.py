@@ -115,7 +115,8 @@ def vqa_source(
 def _notes(source: Source, labels: Labels, args: argparse.Namespace) -> list[str]:
     """What to tell of the answer list: entries that are spelled otherwise, those without use, and what to do."""
     listed = source.answer_list or []
-    where = f"{args.answer_list or storage_path(args.out) / ANSWER_LIST}"
+    named = getattr(args, "answer_list", None)  # easy-VQA has its own list, and no such option
+    where = f"{named or storage_path(args.out) / ANSWER_LIST}"
     keep = "keep them for a head that was trained with this list, else take them out"
     notes = [
         ("are spelled as no normalized answer is", labels.respelled),

@@ -56,7 +56,7 @@ def test_a_head_of_another_hidden_width_is_built_as_wide(assets: Path, tmp_path:
 
 
 def test_a_head_that_is_trained_keeps_the_recipe_s_settings(assets: Path) -> None:
-    assert settled(assets, "itr_coco", "retrieval").objective.embed_dim == 256
+    assert settled(assets, "itr_coco", "retrieval").objective.embed_dim == 768
 
 
 @pytest.mark.parametrize(
