@@ -59,8 +59,8 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         gauge = memory_gauge(config, scored[config.split].num_classes, device)
         task = setup.build_task(config, tokenizer, scored[config.split].num_classes)
-        first_weights.load_first_weights(task, config, config.load_head or config.evaluate)
-        scorer = Scorer(config, scored, device, stop)
+        files = first_weights.load_first_weights(task, config, config.load_head or config.evaluate)
+        scorer = Scorer(config, scored, device, stop, files)
         if training is None or steps is None:
             if config.dry_run:
                 return dry_run.describe_scoring(config, task, scored[config.split])

@@ -25,7 +25,7 @@ from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
-CARD = "README.md"  # see model_card.py; its hash is recorded, and not checked: its owner may edit it
+CARD = "README.md"  # see model_card.py; its owner may edit it
 FILES = (*HASHED, HASHES, CARD)  # every file of a model folder
 FORMAT = "eve-ds"
 INITIAL_WORDS = f"{FORMAT} initial words"
