@@ -18,6 +18,7 @@ from eve_ds.engine.background_copy import BackgroundCopy
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.resume import tag_of
 from eve_ds.engine.second_place import SecondPlace
+from eve_ds.engine.signals import StopRequest
 from eve_ds.errors import NOT_COPIED, STOPPED
 from eve_ds.finetune_options import expand_options
 from preprocessing.errors import UserError
@@ -204,7 +205,7 @@ def config_of(run: Path, uri: str) -> PretrainConfig:
 
 def test_the_end_of_a_run_waits_for_the_copy_and_tells_of_a_failure(run: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
-    callback = SecondCopy(config_of(run, f"file://{second}"))
+    callback = SecondCopy(config_of(run, f"file://{second}"), StopRequest())
     callback.begin(ANY, 9)
     (run / "scores_test.json").write_text("{}")
     assert callback.finish(0) == 0 and (second / "scores_test.json").read_text() == "{}"
@@ -247,16 +248,16 @@ def test_a_place_that_cannot_be_written_or_is_the_run_itself_is_refused(run: Pat
         "hdfs://localhost/x": "set JAVA_HOME",
     }.items():
         with pytest.raises(UserError, match=why):
-            SecondCopy(config_of(run, uri)).begin(ANY, 9)
+            SecondCopy(config_of(run, uri), StopRequest()).begin(ANY, 9)
     with s3_server(), pytest.raises(UserError, match="s3://no-such-bucket"):
-        SecondCopy(config_of(run, "s3://no-such-bucket/x")).begin(ANY, 9)
+        SecondCopy(config_of(run, "s3://no-such-bucket/x"), StopRequest()).begin(ANY, 9)
 
 
 def test_a_place_with_another_runs_files_is_refused_before_it_has_a_checkpoint(run: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.mkdir()
     (second / "identity.json").write_text(json.dumps(Identity({"evaluate": True}, {}).tree()))
-    callback = SecondCopy(config_of(run, f"file://{second}"))
+    callback = SecondCopy(config_of(run, f"file://{second}"), StopRequest())
     with pytest.raises(UserError, match="holds another run: evaluate is True there and False here"):
         callback.begin(Identity({"evaluate": False}, {}), None)
     callback.begin(Identity({"evaluate": True}, {}), None)
