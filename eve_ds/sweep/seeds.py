@@ -96,7 +96,7 @@ def stages_of(command: Sequence[str], out: Path, seeds: int, ranks: int) -> tupl
         folder = out / f"seed_{seed}"
         own = [*arguments, "--engine.seed", str(seed), "--output_dir", str(folder)]
         if second is not None:  # one place is for one run
-            own += ["--checkpoint.second_place", f"{second.rstrip('/')}/{folder.name}"]
+            own += ["--output_hdfs", f"{second.rstrip('/')}/{folder.name}"]
         words = [*(before or launcher(ranks)), FINETUNE, *own]
         stages.append(Stage(f"seed {seed}", words, folder, folder / f"scores_{split}.json"))
     return stages, split
