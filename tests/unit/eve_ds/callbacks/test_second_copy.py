@@ -117,7 +117,7 @@ def test_a_damaged_record_here_is_told_and_the_thread_goes_on(run: Path, tmp_pat
     callback.begin(ANY, None)
     callback.fit_start(SimpleNamespace())  # type: ignore[arg-type]
     with told("error", second_copy) as lines:
-        assert callback.finish(0) == NOT_COPIED and callback.finish(STOPPED) == STOPPED
+        assert callback.finish(0, patience=LIMIT) == NOT_COPIED and callback.finish(STOPPED) == STOPPED
     assert "lacks the newest checkpoint" in lines[0] and "complete.json is damaged" in lines[0]
     assert (second / "metrics.jsonl").exists()
     callback.checkpoint_saved(SimpleNamespace(), make_checkpoint(run / "checkpoints", 4))  # type: ignore[arg-type]
