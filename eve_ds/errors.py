@@ -120,6 +120,7 @@ class StopError(BaseException):
     """
 
     def __init__(self, number: int | None = None, saves: bool = True) -> None:
+        self.agreed = number is None
         self.code = STOPPED if number in (None, signal.SIGUSR1) else -int(number or 0)
         name = f"{signal.Signals(number).name}: " if number else ""
         after = "the same command goes on from the last checkpoint" if saves else "a dry run saves nothing"

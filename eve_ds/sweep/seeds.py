@@ -89,13 +89,15 @@ def stages_of(command: Sequence[str], out: Path, seeds: int, ranks: int) -> tupl
         raise UserError(f"--ranks {ranks}: the launcher {before[0]} says how many; leave out one of them")
     if before and Path(before[0]).name in GUARDED:
         before = ["python", "-m", "eve_ds.launching", *before]
+    parsed, defaults = expand_options([*arguments, "--output_dir", str(out)])
+    config = parse(FinetuneConfig, parsed, f"python -m {FINETUNE}", defaults)
+    split, second = config.split, config.checkpoint.second_place
     stages = []
     for seed in range(seeds):
-        own = [*arguments, "--engine.seed", str(seed), "--output_dir", str(out / f"seed_{seed}")]
-        if seed == 0:
-            parsed, defaults = expand_options(own)
-            split = parse(FinetuneConfig, parsed, f"python -m {FINETUNE}", defaults).split
         folder = out / f"seed_{seed}"
+        own = [*arguments, "--engine.seed", str(seed), "--output_dir", str(folder)]
+        if second is not None:  # one place is for one run
+            own += ["--output_hdfs", f"{second.rstrip('/')}/{folder.name}"]
         words = [*(before or launcher(ranks)), FINETUNE, *own]
         stages.append(Stage(f"seed {seed}", words, folder, folder / f"scores_{split}.json"))
     return stages, split

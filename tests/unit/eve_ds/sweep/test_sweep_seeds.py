@@ -8,6 +8,8 @@ from statistics import stdev
 
 import pytest
 
+from eve_ds.config import FinetuneConfig, parse
+from eve_ds.finetune_options import expand_options
 from eve_ds.sweep import seeds
 from eve_ds.sweep.stages import FINETUNE, Stage
 from preprocessing.errors import UserError
@@ -28,6 +30,17 @@ def test_each_seed_is_the_command_with_its_seed_and_its_folder(tmp_path: Path) -
     assert stages[0].command[:8] == ["python", "-m", "eve_ds.launching", *launched, FINETUNE]
     stages, _ = seeds.stages_of([FINETUNE, *OPTIONS], tmp_path, 1, ranks=2)
     assert "torch.distributed.run" in stages[0].command
+
+
+def test_each_seed_has_its_own_second_place(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("checkpoint: {second_place: s3://bucket/x/}")
+    of_recipe = ["--config", str(tmp_path / "recipe.yaml"), "--task", "vqa", *OPTIONS[2:]]
+    for words in ([*OPTIONS, "--output_hdfs", "s3://bucket/x"], of_recipe):
+        stages, _ = seeds.stages_of([FINETUNE, *words], tmp_path, 2, ranks=1)
+        for seed, stage in enumerate(stages):
+            argv, defaults = expand_options(stage.command[stage.command.index(FINETUNE) + 1 :])
+            found = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults)
+            assert found.checkpoint.second_place == f"s3://bucket/x/seed_{seed}"
 
 
 @pytest.mark.parametrize(
