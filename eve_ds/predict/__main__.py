@@ -50,7 +50,7 @@ class CommandParser(Parser):
     _within = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._within or "--" in args:  # which Python 3.11 does not keep for the second of the calls below
+        if self._within or "--" in (args or ()):  # which Python 3.11 does not keep for the second of the calls below
             return super().parse_known_args(args, namespace)
         self._within = True  # the call below calls this method, for options and for arguments
         try:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from eve_ds.predict import EVE, index_command, search_command
+from eve_ds.predict import EVE, index_command, raw_inputs, search_command
 from eve_ds.predict.image_index import ImageIndex, IndexManifest
 from eve_ds.predict.index_command import update_index
 from eve_ds.predict.raw_inputs import UndecodableError, read_image
@@ -108,7 +112,7 @@ def test_an_index_that_is_updated_meanwhile_is_read_again(
 
 
 def test_an_image_that_could_not_be_read_is_tried_again(
-    eve: EVE, photos: Path, index: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    eve: EVE, photos: Path, index: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = EVE.from_pretrained(eve.files.weights, max_pixels=1200)
     shutil.rmtree(index)
@@ -130,6 +134,14 @@ def test_only_bytes_that_are_no_image_are_called_undecodable(tmp_path: Path, mon
         with pytest.raises(UserError) as caught:
             read_image(unreadable, 9)
         assert not isinstance(caught.value, UndecodableError)
+
+    def no_memory(image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(raw_inputs, "upright_rgb", no_memory)
+    with pytest.raises(UserError, match="no memory is left") as caught:
+        read_image(Image.new("RGB", (2, 2)), 9)
+    assert not isinstance(caught.value, UndecodableError)
 
 
 def test_temporary_files_of_a_killed_run_are_deleted(eve: EVE, photos: Path, index: Path) -> None:
@@ -208,9 +220,34 @@ def test_the_keys_of_a_row_are_kept_whatever_their_names(
     assert first["hits"] == "own" and first["rank"] == 1
 
 
-def test_results_are_written_a_batch_at_a_time(eve: EVE, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Flushed(io.StringIO):
+    """Notes how many lines each flush has made visible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[int] = []
+
+    def flush(self) -> None:
+        self.lines.append(self.getvalue().count("\n"))
+
+
+def test_results_are_written_a_batch_at_a_time(eve: EVE, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those before a bad row are, too."""
     requests = [Request({"text": "image 1"})] * 5 + [Request({"image": "gone.png"}, "rows:6: ")]
+    stream = Flushed()
+    monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(UserError, match=r"rows:6: gone.png"):
         search_command.search_images(lambda: eve, str(index), requests, 1, True, None)
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert stream.lines == [4, 5]
+
+
+def test_more_processes_than_cores_are_no_warning(eve: EVE, photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "eve_ds.predict", "index", str(photos), "--out", str(tmp_path / "a\x1b.index")]
+    options = ["--checkpoint", str(eve.files.weights), "--num_workers", "2", "--batch_size", "1"]
+    core = min(os.sched_getaffinity(0))
+    ended = subprocess.run(
+        ["taskset", "-c", str(core), *command, *options], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    line = f"{tmp_path}/a\\x1b.index: 3 images (3 new, 0 changed, 0 kept, 0 removed, 0 not readable), "
+    assert ended.stdout.startswith(line)
