@@ -146,11 +146,6 @@ def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.g
     return found
 
 
-def score_file(path: str) -> dict[str, float]:
-    """``recalls`` of an .npz file. Raises as ``file_ranks``."""
-    return summary(*file_ranks(path)[:2])
-
-
 def file_ranks(path: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
     """``text_ranks`` and ``image_ranks`` of an .npz file, and its ``text_image_index``.
 
@@ -159,7 +154,7 @@ def file_ranks(path: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray
     Raises:
         InputError: the file is missing or no .npz, and as ``recalls``.
     """
-    check_regular(path)
+    check_regular(path, streams=False)  # its parts are read out of order
     try:
         archive = np.load(path, allow_pickle=False)
     except OSError as error:
