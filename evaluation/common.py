@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
-OUTPUTS = {"out", "per_question"}  # options that name files to be written
+OUTPUTS = {"out", "per_question", "html"}  # options that name files to be written
 
 
 SECRETS = re.compile(

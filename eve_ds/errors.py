@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -120,6 +121,7 @@ class StopError(BaseException):
     """
 
     def __init__(self, number: int | None = None, saves: bool = True) -> None:
+        self.agreed = number is None
         self.code = STOPPED if number in (None, signal.SIGUSR1) else -int(number or 0)
         name = f"{signal.Signals(number).name}: " if number else ""
         after = "the same command goes on from the last checkpoint" if saves else "a dry run saves nothing"
@@ -132,6 +134,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     ``atexit`` functions run, but the interpreter is not finalized: a gloo thread that frees a tensor during that aborts
     the process (pytorch issue 190489), whether the run succeeded or not.
     """
+    _mend_streams()
     setup_logging(launched_rank())
     code = exit_code(main)
     notify_launching(str(code if code >= 0 else 128 - code))
@@ -146,6 +149,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _mend_streams() -> None:
+    """A closed stream (``>&-``) becomes the null device; what the terminal's encoding lacks is printed escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
 
 
 def exit_code(main: Callable[[], int | None]) -> int:

@@ -113,14 +113,12 @@ def model_shape(vlmo_config: str) -> ModelConfig:
     return replace(config, checkpoint_activations=False)  # which stands in --gc
 
 
-def published_yaml(path: str) -> str:
-    """The file of ``--config``; a YAML file of EVE's README that is not there is the recipe with its values."""
+def stand_in(path: str) -> str | None:
+    """The recipe of EVE-Base with the values of a YAML file of EVE's README that is not there; None for other files."""
     named = Path(path)
-    recipe = YAMLS.get(named.name.removesuffix(".yaml"))
-    if recipe is None or named.exists() or str(named.parent) not in (".", "configs"):
-        return path
-    _log.info("--config %s is not here: takes the recipe %s, which has EVE's hyper-parameters", path, recipe)
-    return str(find_recipe(recipe))
+    if named.exists() or str(named.parent) not in (".", "configs"):
+        return None
+    return YAMLS.get(named.name.removesuffix(".yaml"))
 
 
 def recipe_name(task: str, width: int) -> str:

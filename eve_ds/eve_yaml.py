@@ -1,13 +1,15 @@
-"""EVE's YAML files (``configs/*.yaml`` of github.com/ssyze/EVE, and X-VLM's, which they come from) as options."""
+"""EVE's YAML files (``configs/*.yaml`` of github.com/ssyze/EVE, and X-VLM's, which they come from) as recipes."""
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from eve_ds import config as config_tree
 from eve_ds.recipes import format_value, hint_of, type_errors
@@ -47,12 +49,27 @@ class EveYaml:
     """What a file says here.
 
     Attributes:
-        options: ``--a.b=value``, for the command line.
+        path: of the file.
+        settings: {key of the config tree: value}.
         vlmo_config: the file that it names of the model's shape.
+        stand_in: the recipe of EVE-Base that has the settings of a file that is not there.
     """
 
-    options: list[str]
-    vlmo_config: str | None
+    path: str
+    settings: dict[str, Any]
+    vlmo_config: str | None = None
+    stand_in: str | None = None
+
+    def as_recipe(self) -> str:
+        """The settings as a recipe: the path of a pipe, as that of ``<(command)``."""
+        tree: dict[str, Any] = {}
+        for name, value in self.settings.items():
+            section, _, key = name.rpartition(".")
+            (tree.setdefault(section, {}) if section else tree)[key] = value
+        reader, writer = os.pipe()  # the reader stays open: the path is read when the command line is parsed
+        with open(writer, "w", encoding="utf-8") as file:
+            yaml.safe_dump(tree, file)
+        return f"/dev/fd/{reader}"
 
 
 def is_eve_yaml(tree: Any) -> bool:
@@ -95,10 +112,12 @@ def translate(path: str, tree: Mapping[str, Any], task: str | None, short: Mappi
     Raises:
         UserError: a file of another task, a value of the wrong type, or a setting that has no like here.
     """
-    if task is None:
-        raise UserError(f"--config {path}: is a YAML file of EVE's, which names no task; add --task")
+    if task not in KINDS:
+        raise UserError(
+            f"--config {path}: is a YAML file of EVE's, which names no task; give --task one of {', '.join(KINDS)}"
+        )
     kind = kind_of(tree)
-    if kind and task in KINDS and kind != KINDS[task]:
+    if kind and kind != KINDS[task]:
         others = " or ".join(name for name, of in KINDS.items() if of == kind)
         raise UserError(
             f"--config {path}: is EVE's file for {kind} ({others}), and --task is {task}; leave --config out to take "
@@ -108,7 +127,8 @@ def translate(path: str, tree: Mapping[str, Any], task: str | None, short: Mappi
     if task == "vqa":
         del keys["augmentation"]  # EVE always trains VQA with RandAugment
     values = dict(_flat(path, tree))
-    options, unused = [], []
+    settings: dict[str, Any] = {}
+    unused = []
     for name, value in values.items():
         if name == "rerank" and not value:  # EVE re-ranks after the last epoch all the same
             unused.append(name)
@@ -116,13 +136,13 @@ def translate(path: str, tree: Mapping[str, Any], task: str | None, short: Mappi
             ours = _checked(path, name, value)
             for _, what in type_errors(ours, hint_of(config_tree.FinetuneConfig, keys[name]), name):
                 raise UserError(f"{path}: {name}: {what}")
-            options.append(f"--{keys[name]}={ours if isinstance(ours, str) else json.dumps(ours)}")
+            settings[keys[name]] = ours
         elif name not in ("vlmo_config", "optimizer.opt") and not _says_no_more(name, values):
             unused.append(name)
     _check_optimizer(path, values)
-    _log_use(path, options, unused)
+    _log_use(path, settings, unused)
     named = values.get("vlmo_config")
-    return EveYaml(options, named if isinstance(named, str) else None)
+    return EveYaml(path, settings, named if isinstance(named, str) else None)
 
 
 def _flat(path: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -157,7 +177,7 @@ def _says_no_more(name: str, values: Mapping[str, Any]) -> bool:
     return name == "schedular.lr" and values[name] == values.get("optimizer.lr")
 
 
-def _log_use(path: str, options: Iterable[str], unused: Iterable[str]) -> None:
+def _log_use(path: str, settings: Mapping[str, Any], unused: Iterable[str]) -> None:
     groups: dict[str, list[str]] = {}
     for name in unused:
         groups.setdefault(WHY.get(name, ""), []).append(name)
@@ -165,6 +185,6 @@ def _log_use(path: str, options: Iterable[str], unused: Iterable[str]) -> None:
     logging.getLogger(__name__).info(
         "--config %s is a YAML file of EVE's: sets %s; not used: %s",
         path,
-        ", ".join(option[2:] for option in options) or "nothing",
+        ", ".join(f"{key}={format_value(value)}" for key, value in settings.items()) or "nothing",
         "; ".join(told) or "nothing",
     )

@@ -39,7 +39,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
-    callbacks, second = standard_callbacks(config), SecondCopy(config)
+    callbacks, second = standard_callbacks(config), SecondCopy(config, stop)
     tokenizer = setup.build_tokenizer(config)
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
     scored = {split: setup.build_dataset(config, split, tokenizer, train=False) for split in splits}
@@ -47,7 +47,7 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
     settle_head(config, argv, scored[config.split].num_classes)
-    with distributed.joined(config.engine.timeout_seconds) as device:
+    with distributed.joined(config.engine.timeout_seconds) as device, second:
         settle_precision(config, distributed.launched_world()[0])
         steps = setup.total_steps(config, len(training)) if training is not None else None
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]), steps)
@@ -59,8 +59,8 @@ def run(stop: StopRequest) -> int:
         checks = verification.before_and_while(config.data.verify, shards, trains=training is not None)
         gauge = memory_gauge(config, scored[config.split].num_classes, device)
         task = setup.build_task(config, tokenizer, scored[config.split].num_classes)
-        first_weights.load_first_weights(task, config, config.load_head or config.evaluate)
-        scorer = Scorer(config, scored, device, stop)
+        files = first_weights.load_first_weights(task, config, config.load_head or config.evaluate)
+        scorer = Scorer(config, scored, device, stop, files)
         if training is None or steps is None:
             if config.dry_run:
                 return dry_run.describe_scoring(config, task, scored[config.split])

@@ -10,6 +10,7 @@ from typing import Any
 
 from eve_ds import config as config_tree
 from eve_ds import eve_options, eve_yaml
+from eve_ds.eve_yaml import EveYaml
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.options import join_negative_numbers, one_line, values_of
 from eve_ds.recipes import find_recipe, has_type, hint_of, parse_value, read_yaml, split_options, type_errors
@@ -76,21 +77,25 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         if getattr(given, name):
             rest += [f"--{name}", getattr(given, name)]
     files, rest = split_options(rest)
-    recipes, translated = _read_recipes(files, task, given.task)
-    named = {**_places_in_recipes(recipes), **{name: value for name, value in vars(given).items() if value}}
+    configs = [_read_config(path, task, given.task) for path in files]
+    eves = [one for one in configs if isinstance(one, EveYaml)]
+    in_recipes = _places_in_recipes([one for one in configs if isinstance(one, str)])
+    named = {**in_recipes, **{name: value for name, value in vars(given).items() if value}}
     named["init_from"] = given.checkpoint or named.get("init_from")
     places = {name: None if named.get(name) == "null" else named.get(name) for name in PLACES}
     model = _known_model(places, given.vlmo_config)
     bare = model is None and places["init_from"] is not None  # a file of weights, as EVE's are
-    shape = next((one.vlmo_config for one in translated if one.vlmo_config and bare), None)
+    shape = next((one.vlmo_config for one in eves if one.vlmo_config and bare), None)
     model = eve_options.model_shape(shape) if shape else model
-    scores_own = given.evaluate and not bare and not given.vlmo_config  # which a recipe would only get wrong
-    if translated or (not files and not scores_own and (model or bare) and not _shapes_model(rest)):
-        width = (model or ModelConfig()).dim
-        recipes = [*_eve_recipe(task, width, bool(translated)), *recipes]
-    options = [option for one in translated for option in one.options]
+    scores = given.evaluate or given.zeroshot
+    scores_own = scores and not bare and not given.vlmo_config  # which a recipe would only get wrong
+    width = (model or ModelConfig()).dim
+    recipes = [one if isinstance(one, str) else _placed(one, width) for one in configs]
+    leaves_open = any(not one.stand_in for one in eves)
+    if leaves_open or (not files and not scores_own and (model or bare) and not _shapes_model(rest)):
+        recipes = [*_eve_recipe(task, width, leaves_open), *recipes]
     defaults = {} if model is None else {f"model.{key}": value for key, value in dataclasses.asdict(model).items()}
-    return [*(f"--config={path}" for path in recipes), *options, *rest], defaults
+    return [*(f"--config={path}" for path in recipes), *rest], defaults
 
 
 def _parse_short(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -117,24 +122,25 @@ def _checked(name: str, key: str, value: str) -> str:
     return value
 
 
-def _read_recipes(
-    files: list[str], task: str | None, typed_task: str | None
-) -> tuple[list[str], list[eve_yaml.EveYaml]]:
-    """(the recipes among the files of ``--config``, what EVE's YAML files among them say)."""
-    recipes, translated = [], []
+def _read_config(path: str, task: str | None, typed_task: str | None) -> str | EveYaml:
+    """The recipe of a ``--config``, or what a YAML file of EVE's says."""
+    if eve_yaml.is_readme_slip(path, typed_task or ""):
+        eve_yaml.log_slip(path, task or "")
+        return str(find_recipe(task or ""))
+    if name := eve_options.stand_in(path):
+        return EveYaml(path, {}, stand_in=name)
+    tree = read_yaml(path, "--config")
     short = {name: key for name, (key, _) in {**VALUE_OPTIONS, **FLAGS}.items()}
-    for given in files:
-        if eve_yaml.is_readme_slip(given, typed_task or ""):
-            eve_yaml.log_slip(given, task or "")
-            translated.append(eve_yaml.EveYaml([], None))
-            continue
-        path = eve_options.published_yaml(given)
-        tree = read_yaml(path, "--config")
-        if eve_yaml.is_eve_yaml(tree):
-            translated.append(eve_yaml.translate(path, tree, task, short))
-        else:
-            recipes.append(path)
-    return recipes, translated
+    return eve_yaml.translate(path, tree, task, short) if eve_yaml.is_eve_yaml(tree) else path
+
+
+def _placed(one: EveYaml, width: int) -> str:
+    """The recipe in the place of a YAML file of EVE's, for a model of that width."""
+    if one.stand_in is None:
+        return one.as_recipe()
+    name = eve_options.recipe_name(one.stand_in, width)
+    _log.info("--config %s is not here: takes the recipe %s, which has EVE's hyper-parameters", one.path, name)
+    return str(find_recipe(name))
 
 
 def _eve_recipe(task: str | None, width: int, asked_for: bool) -> list[str]:

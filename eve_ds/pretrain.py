@@ -36,7 +36,7 @@ def run(stop: StopRequest) -> int:
     from eve_ds.weights.model_folder import MODEL
 
     distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
-    callbacks, second = standard_callbacks(config), SecondCopy(config)
+    callbacks, second = standard_callbacks(config), SecondCopy(config, stop)
     tokenizer = setup.build_tokenizer(config)
     training = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
     batches.check_batch(config, training.rows)
@@ -46,7 +46,7 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, {} if held_out is None else {str(val_split): held_out})
     setup.check_classes(training, held_out)
 
-    with distributed.joined(config.engine.timeout_seconds) as device:
+    with distributed.joined(config.engine.timeout_seconds) as device, second:
         settle_precision(config, distributed.launched_world()[0])
         identity = run_folder.claim(config, setup.identity(config, training), steps)
         if not config.dry_run:

@@ -11,7 +11,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,27 +101,37 @@ def write_atomic(path: str | os.PathLike[str], content: Content, sync: bool = Tr
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no regular file; name another one")
-        make_folder(path.parent)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        # Not mkstemp, whose files are private: the umask decides who may read.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                if callable(content):
-                    content(file)
-                else:
-                    file.write(content)
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        if sync:
-            sync_path(path.parent)
+        with replacing(path, sync) as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output folder") from error
+
+
+@contextmanager
+def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """Context to write a file that has the name `path` once the context ends well; see `write_atomic`.
+
+    Raises OSError. The temporary file of a process that is killed, `.NAME.` and eight hexadecimal digits, stays.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Not mkstemp, whose files are private: the umask decides who may read.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    if sync:
+        sync_path(path.parent)
 
 
 def make_folder(path: Path) -> None:

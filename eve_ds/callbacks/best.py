@@ -72,11 +72,13 @@ class Best(Callback):
             self.step, self.value, self.waited = 0, math.nan, 0
 
     def fit_start(self, trainer: Trainer) -> None:
-        if not self.known and trainer.step < trainer.total_steps:
-            self._check_name(trainer)
         if self.known:
-            trainer.keep_checkpoint(self.step)
+            trainer.keep_checkpoint(self.step, OPTION)
             self._check_export(trainer)
+        else:
+            self._check_name(trainer)
+            if trainer.is_main:
+                write_best(trainer.output_dir, None)  # of another metric, or of a run that this one branches from
         if self.patience is not None and self.waited >= self.patience:
             trainer.end()
 
@@ -88,7 +90,7 @@ class Best(Callback):
             not self.known or (value < self.value if self.mode == "min" else value > self.value)
         ):
             self.step, self.value, self.waited = trainer.step, value, 0
-            trainer.keep_checkpoint(trainer.step)
+            trainer.keep_checkpoint(trainer.step, OPTION)
             if trainer.step == trainer.start_step:  # its checkpoint is there: none follows
                 self._export(trainer)
             return
@@ -118,13 +120,17 @@ class Best(Callback):
             _log.warning("%s: the run had another metric or validation set before; its best is looked for anew", OPTION)
 
     def _check_name(self, trainer: Trainer) -> None:
-        """Evaluate a batch, to see before the first step whether there is such a metric."""
+        """Evaluate a batch, or all where its samples tell too little, to see before the first step whether there is
+        such a metric."""
         assert trainer.evaluate is not None
         mark("a look at the names of the metrics")
         trainer.engine.eval()
         size = trainer.config.engine.eval_batch_size or trainer.micro_batch_of_all_ranks // trainer.world_size
         most = trainer.config.logging.eval_samples
+        name = self.metric.replace(GROUP, "val/", 1) if self._ema else self.metric
         found = trainer.evaluate(trainer, min(size * trainer.world_size, most or math.inf))
+        if not broadcast(name in found):
+            found = trainer.evaluate(trainer)
         averaged = {GROUP + name.removeprefix("val/"): value for name, value in found.items()}
         self._found(trainer, found | (averaged if self._ema else {}))
 

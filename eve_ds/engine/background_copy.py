@@ -12,7 +12,7 @@ from pathlib import Path
 from eve_ds.engine import checkpoint
 from eve_ds.engine.checkpoint_record import DamagedError
 from eve_ds.engine.second_place import GoneError, SecondPlace
-from preprocessing.errors import UserError, shortened, without_secrets
+from preprocessing.errors import shortened, without_secrets
 from preprocessing.running.storage import RemotePath
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts: doubled from the one to the other
@@ -44,6 +44,7 @@ class BackgroundCopy:
         self._files = self._busy = False
         self._failures = 0  # in a row
         self._failure: str | None = None
+        self.damage: str | None = None  # of the newest checkpoint that it was given: such a one is not copied
         self.bytes_moved, self._moved_at = 0, time.monotonic()
         self._thread: threading.Thread | None = None
 
@@ -105,11 +106,13 @@ class BackgroundCopy:
             else:
                 checkpoint.held.add(path)
                 self.place.upload(path, self._keep, self._moved)
+                self.damage = None
         except GoneError:
             return True
         except DamagedError as error:
+            self.damage = str(error)
             _log.warning("%s: not copied to %s", error, self.place)
-        except (UserError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the thread must live, and the run hear of what nobody expected
             self._failed(error)
             return False
         finally:
@@ -122,7 +125,7 @@ class BackgroundCopy:
 
     def _failed(self, error: Exception) -> None:
         self._failures = min(self._failures + 1, 64)
-        self._failure = shortened(without_secrets(" ".join(str(error).split())), 300)
+        self._failure = shortened(without_secrets(" ".join(str(error).split())) or type(error).__name__, 300)
         if self._failures & (self._failures - 1) == 0:  # at the first, second, fourth … attempt
             _log.warning("second place: %s (attempt %d); it is tried again", self._failure, self._failures)
 

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -266,13 +266,13 @@ def identity_in(path: Path, manifest: Manifest) -> Identity:
         raise UserError(f"{path / COMPLETE}: {error}; take another checkpoint") from error
 
 
-def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints and that of step ``best``, and what killed runs left;
-    spare those in ``held``. Called by rank 0 only.
+def prune(folder: Path, keep: int, steps: Collection[int] = ()) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints and those of ``steps``, and what killed runs left; spare
+    those in ``held``. Called by rank 0 only.
     """
     try:
         complete, found = complete_checkpoints(folder), all_checkpoints(folder)
-        kept = [path for path in complete if path in complete[-keep:] or step_of(path) == best]
+        kept = [path for path in complete if path in complete[-keep:] or step_of(path) in steps]
     except OSError:  # tried again after the next save
         return
     if not kept:

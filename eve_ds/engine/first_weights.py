@@ -92,29 +92,29 @@ def weights_hash(files: ModelFolder) -> str:
     return digest.hexdigest()
 
 
-def load_first_weights(task: Task, config: Config, load_head: bool) -> bool:
+def load_first_weights(task: Task, config: Config, load_head: bool) -> ModelFolder | None:
     """Copy the weights that ``init_from`` names into ``task``, unless the run goes on from a checkpoint or branches.
 
     Of an unfinished run they are the fp32 weights of its newest checkpoint. Called by all ranks.
 
     Returns:
-        whether it did.
+        what they were read from; None if it did not.
     Raises:
         UserError: as ``load_initial`` and ``resume.check``.
     """
     if config.resume_from or not config.init_from or decide(lambda: goes_on(config)):
-        return False
+        return None
     mark(f"the reading of {config.init_from}")
     files = decide(lambda: ModelFolder.find(config.init_from or "", unfinished=True))
     if not files.is_checkpoint:
-        load_initial(task, config.init_from, load_head)
-        return True
+        _load_file(task, files, load_head)
+        return files
     state = ShardedState(files.weights, resume.check(files.weights))
     if load_head:
         _check_head(task, state.names, files)
     names = [name for name in state.names if name.startswith(wanted(task, load_head))]
     copy_initial(task, {name: state.whole(name) for name in names}, files, load_head)
-    return True
+    return files
 
 
 def branch_point(config: Config, identity: Identity, total_steps: int) -> tuple[Path, Manifest] | None:
@@ -160,7 +160,10 @@ def load_initial(task: Task, checkpoint: str | Path, load_head: bool) -> None:
         UserError: nothing there, unreadable, or of another model; the message names file and tensors.
         UserError: the config beside the weights has other values of ``SHAPE_INDEPENDENT`` settings.
     """
-    files = ModelFolder.find(checkpoint)
+    _load_file(task, ModelFolder.find(checkpoint), load_head)
+
+
+def _load_file(task: Task, files: ModelFolder, load_head: bool) -> None:
     state = load_weights(files.weights)
     if is_published(state):
         try:

@@ -26,10 +26,7 @@ from eve_ds.engine.identity import place
 from eve_ds.weights.model_folder import (
     COMPLETE,
     CONFIG,
-    MODEL,
-    MODEL_BEST,
     WEIGHTS,
-    MissingError,
     ModelFolder,
     exported_step,
     file_hash,
@@ -41,14 +38,30 @@ from preprocessing.errors import without_secrets
 ABOUT, INCOMPLETE, INTERVALS = "about", "incomplete", "intervals"
 
 
+def origin(named: str | None, files: ModelFolder | None) -> dict[str, Any]:
+    """Those parts of ``about`` that may change while a split is scored: the weights and the code.
+
+    Args:
+        named: what ``--checkpoint`` names.
+        files: what was loaded from there; None of a run that trains.
+    """
+    state = checkout.code(checkout.ROOT)
+    return {
+        "checkpoint": None if named is None or files is None else _loaded(named, files),
+        "commit": state.get("commit"),
+        "dirty": state.get("dirty"),
+        "version": checkout.own_version(),
+    }
+
+
 def about(
     config: FinetuneConfig,
     dataset: Samples,
     split: str,
     counts: Mapping[str, int],
     folder: Path,
-    step: int | None,
-    best: bool = False,
+    begun: Mapping[str, Any],
+    exported: tuple[int, str] | None = None,
 ) -> dict[str, Any]:
     """The value under ``about``.
 
@@ -58,24 +71,22 @@ def about(
         split: its name.
         counts: what is scored, as {"questions": n}.
         folder: the run's, with its ``config.yaml``.
-        step: of the run in training whose weights are scored; None for those that ``--checkpoint`` names.
-        best: they are its best weights, not the last ones.
+        begun: of ``origin``, from before.
+        exported: step of the weights of a run in training, and the folder of the run that has them; None for those that
+            ``--checkpoint`` names.
     """
-    stored, exported = folder / CONFIG, MODEL_BEST if best else MODEL
-    state = checkout.code(checkout.ROOT)
+    stored = folder / CONFIG
     return {
         "task": config.task,
         "split": split,
         "examples": dict(counts),
-        "checkpoint": _named(config.init_from) if step is None else _of_run(folder, step, exported),
         "config_sha256": file_hash(stored) if stored.is_file() else None,
         "data": {
             "path": ", ".join(without_secrets(place(name)) for name, _ in dataset.split.parts),
             "fingerprint": dataset.split.fingerprint,
         },
-        "commit": state.get("commit"),
-        "dirty": state.get("dirty"),
-        "version": checkout.own_version(),
+        **begun,
+        **({} if exported is None else {"checkpoint": _of_run(folder, *exported)}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -88,18 +99,14 @@ def _of_run(run: Path, step: int, name: str) -> dict[str, Any]:
     return _read(str(run), weights, read_hashes(weights.parent).get(WEIGHTS), step)
 
 
-def _named(path: str | None) -> dict[str, Any] | None:
-    """Of what ``--checkpoint`` names; None for initial values, which have no file."""
-    if not path:
-        return None
+def _loaded(path: str, files: ModelFolder) -> dict[str, Any]:
     try:
-        files = ModelFolder.find(path, unfinished=True)
-    except MissingError:  # removed after it was loaded, by a run that goes on there
-        return {"path": path, "weights": None, "sha256": None, "step": None}
-    if files.is_checkpoint:  # whose record has the hashes of all its files
-        return _read(path, files.weights / COMPLETE, None, step_of(files.weights))
-    hashes = read_hashes(files.weights.parent)
-    return _read(path, files.weights, hashes.get(files.weights.name), exported_step(files.weights.parent))
+        if files.is_checkpoint:  # whose record has the hashes of all its files
+            return _read(path, files.weights / COMPLETE, None, step_of(files.weights))
+        hashes = read_hashes(files.weights.parent)
+        return _read(path, files.weights, hashes.get(files.weights.name), exported_step(files.weights.parent))
+    except FileNotFoundError:  # removed since, by a run that goes on there
+        return {"path": path, "weights": place(files.weights), "sha256": None, "step": None}
 
 
 def _read(path: str, weights: Path, sha256: str | None, step: int | None) -> dict[str, Any]:

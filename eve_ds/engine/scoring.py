@@ -27,6 +27,7 @@ from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
 from eve_ds.engine import score_record
 from eve_ds.engine.best_weights import load_best
+from eve_ds.engine.distributed import launched_world
 from eve_ds.engine.evaluation import EvaluationFeed
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark
@@ -34,6 +35,8 @@ from eve_ds.errors import OUTPUT
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.feed import Arrays
 from eve_ds.tasks.spec import Thumbnails
+from eve_ds.weights.model_card import renew_card
+from eve_ds.weights.model_folder import MODEL, MODEL_BEST, ModelFolder
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_atomic, write_json
 
@@ -62,12 +65,20 @@ class Scorer:
         datasets: {split: its dataset, with evaluation transforms}.
         device: this rank's.
         stop: asked between batches; all ranks raise StopError where one of them was asked to stop.
+        files: what the first weights were read from; None where they were not.
     """
 
     def __init__(
-        self, config: FinetuneConfig, datasets: Mapping[str, Samples], device: torch.device, stop: StopRequest
+        self,
+        config: FinetuneConfig,
+        datasets: Mapping[str, Samples],
+        device: torch.device,
+        stop: StopRequest,
+        files: ModelFolder | None = None,
     ) -> None:
         self.config, self.datasets, self.device, self.stop = config, datasets, device, stop
+        scored = files if config.evaluate else None
+        self._origin = score_record.origin(config.init_from, scored) if launched_world()[0] == 0 else {}
 
     def predict(self, task: Task, split: str, limit: int | None = None) -> Arrays | None:
         """Predictions in sample order on rank 0, None elsewhere. Called by all ranks."""
@@ -131,10 +142,14 @@ class Scorer:
         thumbnails = Thumbnails(folder)
         if examples := spec.examples(arrays, dataset, self.config.logging.samples, thumbnails):
             write_json(thumbnails.folder / "samples.json", examples)
-        record = score_record.about(self.config, dataset, split, spec.counts(dataset), folder, step, bool(best))
+        model = folder / (MODEL_BEST if best else MODEL)
+        exported = None if step is None else (step, model.name)
+        record = score_record.about(self.config, dataset, split, spec.counts(dataset), folder, self._origin, exported)
         beside: dict[str, Any] = {"official_split": official, score_record.INTERVALS: intervals}
         beside |= {score_record.INCOMPLETE: lack, "best": best, score_record.ABOUT: record}
         found = {name: value for name, value in beside.items() if value}
+        if step is not None:
+            renew_card(model, step, {split: scores})
         write_json(folder / f"scores_{split}.json", scores | found)
 
 

@@ -1,7 +1,8 @@
 """A second place for a run (``checkpoint.second_place``): a folder behind a URI that holds a copy of its files.
 
 It is laid out as the run's folder. The copy of a checkpoint gets its ``complete.json`` last, so one without it is a
-part of an upload and is not read. Files are compared with the hashes of ``complete.json`` on both ways.
+part of an upload and is not read. Files are compared with the hashes of ``complete.json`` on both ways. Likewise, the
+best weights (``model_best``) are one thing, whose ``best.json`` comes last.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +24,20 @@ from eve_ds.engine.checkpoint import identity_in
 from eve_ds.engine.checkpoint_record import DamagedError, Manifest
 from eve_ds.engine.identity import Identity, summarized
 from eve_ds.engine.run_folder import IDENTITY
-from eve_ds.weights.model_folder import CHECKPOINTS, COMPLETE, MODEL, MODEL_EMA, newest_checkpoint, step_of
+from eve_ds.weights.model_folder import (
+    BEST,
+    CARD,
+    CHECKPOINTS,
+    COMPLETE,
+    MODEL,
+    MODEL_BEST,
+    MODEL_EMA,
+    WEIGHTS,
+    checkpoint_names,
+    newest_checkpoint,
+    read_hashes,
+    step_of,
+)
 from preprocessing.errors import UserError
 from preprocessing.local_files import make_folder, sync_path
 from preprocessing.running.storage import (
@@ -35,7 +49,6 @@ from preprocessing.running.storage import (
     remove,
     size_of,
     walk,
-    write_whole,
 )
 
 CHUNK, FLUSH = 8 << 20, 64 << 20  # bytes read at a time, and bytes after which the store must have taken them
@@ -71,23 +84,23 @@ class SecondPlace:
 
     def check(self) -> None:
         """Write, read and remove a small file. Raises UserError."""
-        test, content = self.root / f".write_test_{secrets.token_hex(4)}", secrets.token_bytes(16)
+        test, content = self.root / ".write_test", secrets.token_bytes(16)
         try:
-            write_whole(test, content)
-            with open_input(test) as file:
-                same = file.read() == content
+            _write(test, content)
+            same = _read(test) == content
             remove(test)
-        except (UserError, OSError) as error:
+        except UserError as error:
             raise UserError(f"{OPTION}: {error}") from error
+        except OSError as error:
+            raise UserError(f"{OPTION}: {self.root} cannot be written ({error}); name another folder") from error
         if not same:
             raise UserError(f"{OPTION}: {self.root} does not give back what was written; name another folder")
 
     def check_owner(self, identity: Identity) -> None:
         """Raise UserError if another run has copied its files there."""
         try:
-            with open_input(self.root / IDENTITY) as file:
-                before = Identity.from_tree(json.loads(file.read()))
-        except (FileNotFoundError, json.JSONDecodeError):
+            before = Identity.from_tree(json.loads(_read(self.root / IDENTITY) or b""))
+        except ValueError:
             return  # nothing, or a part of an upload
         self._refuse(before, identity)
 
@@ -104,8 +117,7 @@ class SecondPlace:
         return [name for name in self._tags() if (folder / name / COMPLETE).exists()]
 
     def _tags(self) -> list[str]:
-        names = [name for name in names_in(self.root / CHECKPOINTS) if name.removeprefix("step_").isdigit()]
-        return sorted(names, key=_step)
+        return checkpoint_names(names_in(self.root / CHECKPOINTS))
 
     def upload(self, checkpoint: Path, keep: int, moved: Moved) -> None:
         """Copy a complete local checkpoint and the run's other files; then keep the newest ``keep`` there.
@@ -119,27 +131,27 @@ class SecondPlace:
         """
         with _gone():
             record = (checkpoint / COMPLETE).read_bytes()
-        files = json.loads(record)["files"]
+        files = Manifest.read(checkpoint).files
         target = self.root / CHECKPOINTS / checkpoint.name
-        if not _holds(target / COMPLETE, record):
+        if _read(target / COMPLETE) != record:
             remove(target / COMPLETE)  # of another save of that step, which this one replaces
-            for name, (size, digest) in files.items():
+            for name, expected in files.items():
                 if (checkpoint.name, name) not in self._sent:
-                    self._send(checkpoint, name, (size, digest), moved)
+                    self._send(checkpoint, name, expected, moved)
             self.upload_files(moved)  # before: the metrics of a checkpoint that is whole are there, too
-            write_whole(target / COMPLETE, record)
+            _write(target / COMPLETE, record)
             self._sent.clear()
         else:
             self.upload_files(moved)
-        self._prune(_step(checkpoint.name), keep)
+        self._prune(step_of(checkpoint), keep)
 
     def _send(self, checkpoint: Path, name: str, expected: tuple[int, str], moved: Moved) -> None:
-        target = self.root / CHECKPOINTS / checkpoint.name / name
+        target = _below(self.root / CHECKPOINTS / checkpoint.name, name)
         with _gone():
             file = open(checkpoint / name, "rb")
         with file, open_output(target) as stream:
             found = copy_stream(file, stream, expected[0], moved)
-        if found != tuple(expected):
+        if found != expected:
             raise DamagedError(checkpoint, f"{name} is damaged (its hash differs)")
         if (there := size_of(target)) != expected[0]:
             raise UserError(f"{target}: has {there} bytes there, not {expected[0]}; it is sent again")
@@ -150,19 +162,27 @@ class SecondPlace:
 
         Of a file that grows meanwhile, what it held at first is copied.
         """
-        for below, names in walk(self.run):
-            if below.split("/")[0] in (CHECKPOINTS, watchdog.FOLDER):
-                continue
-            for name in names:
-                path = self.run / below / name
-                if path.is_file():
-                    self._send_file(path, f"{below}/{name}" if below else name, moved)
+        for name in _names(self.run, (CHECKPOINTS, watchdog.FOLDER, MODEL_BEST)):
+            self._send_file(name, moved)
+        best, there = self.run / MODEL_BEST, self.root / MODEL_BEST / BEST
+        record = _read(best / BEST)  # None: none yet, or an export is under way, after which it is copied
+        if record is None or record == _read(there):
+            return
+        remove(there)  # first: what lies beside it is a part from now on
+        for name in _names(best, ()):
+            if name != BEST:
+                self._send_file(f"{MODEL_BEST}/{name}", moved)
+        if _read(best / BEST) == record:  # else these are files of two exports
+            _write(there, record)
 
-    def _send_file(self, path: Path, name: str, moved: Moved) -> None:
+    def _send_file(self, name: str, moved: Moved) -> None:
+        path = self.run / name
+        if not path.is_file():
+            return
         try:
             file = open(path, "rb")
         except FileNotFoundError:
-            return  # a temporary file, or an older picture
+            return  # an older picture
         with file:
             status = os.fstat(file.fileno())
             state = status.st_size, status.st_mtime_ns
@@ -178,9 +198,9 @@ class SecondPlace:
     def _prune(self, step: int, keep: int) -> None:
         """Remove what is older than the newest ``keep`` complete checkpoints up to ``step``."""
         folder = self.root / CHECKPOINTS
-        kept = [name for name in self.complete() if _step(name) <= step][-keep:]
+        kept = [name for name in self.complete() if step_of(Path(name)) <= step][-keep:]
         for name in self._tags():
-            if name not in kept and _step(name) <= step:
+            if name not in kept and step_of(Path(name)) <= step:
                 remove(folder / name / COMPLETE)  # first: a part of a checkpoint must not look like one
                 remove(folder / name)
 
@@ -194,7 +214,9 @@ class SecondPlace:
         found, local = self.complete(), newest_checkpoint(self.run / CHECKPOINTS)
         if found and local is None and not resume:
             raise UserError(f"{OPTION}: {self} holds a run and checkpoint.resume is false; choose another folder")
-        newer = [name for name in found if local is None or _step(name) > step_of(local)]
+        for left in (self.run / CHECKPOINTS).glob(f"{_PARTIAL}*"):
+            shutil.rmtree(left)
+        newer = [name for name in found if local is None or step_of(Path(name)) > step_of(local)]
         for name in reversed(newer):
             try:
                 path = self._download(name, identity, total_steps, moved)
@@ -208,16 +230,9 @@ class SecondPlace:
         return None
 
     def _download(self, name: str, identity: Identity, total_steps: int, moved: Moved) -> Path:
-        folder, source = self.run / CHECKPOINTS, self.root / CHECKPOINTS / name
-        make_folder(folder)
-        for left in folder.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left)
-        partial = folder / f"{_PARTIAL}{name}"
-        partial.mkdir()
-        try:
-            with open_input(source / COMPLETE) as file:
-                record = file.read()
-            (partial / COMPLETE).write_bytes(record)
+        source, target = self.root / CHECKPOINTS / name, self.run / CHECKPOINTS / name
+        with self._replaced(target) as partial:
+            _fetch(source / COMPLETE, partial / COMPLETE, moved)
             manifest = Manifest.read(partial)
             self._check_run(manifest, partial, identity, total_steps)
             for below, (size, digest) in manifest.files.items():
@@ -225,18 +240,22 @@ class SecondPlace:
                 if found != (size, digest):
                     raise DamagedError(partial, f"{below} is damaged or missing ({found[0]} of {size} bytes)")
             self._download_files(moved)
-            for path in {partial, *(file.parent for file in partial.rglob("*"))}:
-                sync_path(path)
-            sync_path(partial / COMPLETE)
-            target = folder / name
-            if target.exists():  # a part of a killed save
+            self._download_best(moved)
+        return target
+
+    @contextlib.contextmanager
+    def _replaced(self, target: Path) -> Iterator[Path]:
+        """A folder that takes the place of ``target``, which may be there in part, once the block ends well."""
+        partial = self.run / CHECKPOINTS / f"{_PARTIAL}{target.name}"
+        make_folder(partial)
+        try:
+            yield partial
+            if target.exists():
                 shutil.rmtree(target)
             partial.rename(target)
-            sync_path(folder)
-            return target
-        except BaseException:
+            sync_path(target.parent)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def _check_run(self, manifest: Manifest, path: Path, identity: Identity, total_steps: int) -> None:
         self._refuse(identity_in(path, manifest), identity)
@@ -248,13 +267,24 @@ class SecondPlace:
 
     def _download_files(self, moved: Moved) -> None:
         """The records that the run goes on with, and other files that are not here; no model, as it is made again."""
-        for below, names in walk(self.root):
-            if below.split("/")[0] in (CHECKPOINTS, MODEL, MODEL_EMA):
-                continue
-            for name in names:
-                path = self.run / below / name
-                if not path.exists() or (not below and path.suffix == ".jsonl"):
-                    _fetch(_below(self.root, f"{below}/{name}" if below else name), path, moved)
+        for name in _names(self.root, (CHECKPOINTS, MODEL, MODEL_EMA, MODEL_BEST)):
+            path = self.run / name
+            if not path.exists() or (path.parent == self.run and path.suffix == ".jsonl"):
+                _fetch(_below(self.root, name), path, moved)
+
+    def _download_best(self, moved: Moved) -> None:
+        """The best weights, if they are whole there, in the place of those that are here."""
+        source, target = self.root / MODEL_BEST, self.run / MODEL_BEST
+        if not (source / BEST).exists():
+            return
+        try:
+            with self._replaced(target) as partial:
+                found = {name: _fetch(source / name, partial / name, moved)[1] for name in _names(source, ())}
+                said = _hashes(partial)
+                if damaged := [name for name in {WEIGHTS: None, **said} if found.get(name) != said.get(name)]:
+                    raise DamagedError(target, f"{damaged[0]} is damaged or missing")
+        except DamagedError as error:
+            _log.warning("%s: %s; the best weights there are left out", source, error.what)
 
 
 def copy_stream(source: IO[bytes], target: IO[bytes], size: int | None, moved: Moved) -> tuple[int, str]:
@@ -273,7 +303,8 @@ def copy_stream(source: IO[bytes], target: IO[bytes], size: int | None, moved: M
 def _fetch(source: StoragePath, target: Path, moved: Moved) -> tuple[int, str]:
     """Download a file, which is on disk on return. Returns (bytes, SHA-256); (0, "") if it is not there.
 
-    An error of the network, a UserError, is raised at the third time.
+    Raises:
+        UserError: it could not be read or written, at the third time: a network fails in either way.
     """
     for pause in (*FETCH_PAUSES, None):
         try:
@@ -281,29 +312,43 @@ def _fetch(source: StoragePath, target: Path, moved: Moved) -> tuple[int, str]:
                 return copy_stream(file, stream, None, moved)
         except FileNotFoundError:
             return 0, ""
-        except UserError:
+        except (UserError, OSError) as error:
             if pause is None:
-                raise
+                raise UserError(f"{target}: cannot be taken from {source} ({error})") from error
             time.sleep(pause)
     raise AssertionError
 
 
-def _holds(path: StoragePath, content: bytes) -> bool:
+def _hashes(folder: Path) -> dict[str, str]:
+    """Of the files of a model folder that must be as they were written; empty if that is not known."""
+    try:
+        return {name: digest for name, digest in read_hashes(folder).items() if name != CARD}
+    except UserError:
+        return {}
+
+
+def _read(path: StoragePath) -> bytes | None:
     try:
         with open_input(path) as file:
-            return file.read() == content
+            return bytes(file.read())
     except FileNotFoundError:
-        return False
+        return None
+
+
+def _write(path: StoragePath, content: bytes) -> None:
+    with open_output(path) as file:
+        file.write(content)
+
+
+def _names(folder: StoragePath, without: Collection[str]) -> list[str]:
+    """Paths below ``folder`` of its files, all but hidden ones and those in the folders ``without``."""
+    return [f"{below}/{name}" if below else name for below, names in walk(folder, without) for name in names]
 
 
 def _below(root: StoragePath, name: str) -> StoragePath:
     for part in name.split("/"):
         root = root / part
     return root
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step_"))
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class Trainer:
         self._cooldown: schedule.Cooldown | None = None  # where it began
         self.stopped_early = False  # stopped on request and saved, with steps or an evaluation left to do
         self.ended = False  # finished before ``total_steps``, as a callback wished
-        self._kept: int | None = None  # step whose checkpoint is kept beside the newest ones
+        self._kept: dict[str, int] = {}  # who wishes it: step whose checkpoint is kept beside the newest ones
         self.evaluation_due = False  # also after a resume, if a stop request prevented the evaluation
         self.skipped_steps = 0  # steps with non-finite gradients, in which DeepSpeed left the weights unchanged
         self.nonfinite_streak = 0  # consecutive steps, up to the last one, with a non-finite loss or gradient
@@ -184,7 +184,7 @@ class Trainer:
             with self.stop.deferred():
                 self._call_hooks("fit_start")
                 self._evaluate()
-                while self.step < self.total_steps and not (self.stopped_early or self.ended):
+                while self.step < self.total_steps and not (self.stopped_early or self._ends):
                     record = self._train_step(batches)
                     self._call_hooks("step_end", record)
                     self._raise_if_diverged()
@@ -207,14 +207,19 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-    def keep_checkpoint(self, step: int) -> None:
-        """Keep the checkpoint of ``step`` beside the newest ones, until another is named; if it is the present step,
-        save it after this evaluation. On every rank."""
-        self._kept = step
+    def keep_checkpoint(self, step: int, by: str) -> None:
+        """Keep the checkpoint of ``step`` beside the newest ones, until the same caller ``by`` names another; if it is
+        the present step, save it after this evaluation. On every rank."""
+        self._kept[by] = step
 
     def end(self) -> None:
-        """End the training before its next step, as a finished run, and save it. On every rank."""
+        """End the training before its next step, as a finished run, evaluated and saved; while losses are not finite,
+        after the next that is. On every rank."""
         self.ended = True
+
+    @property
+    def _ends(self) -> bool:
+        return self.step == self.total_steps or (self.ended and not self.nonfinite_streak)
 
     def show_images(self, images: dict[str, np.ndarray]) -> None:
         """Hand images of this step, uint8 [H, W, 3] by name, to the callbacks that show them. On rank 0 alone."""
@@ -354,11 +359,10 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Evaluate and save: at their intervals, at the end, and on a stop request."""
-        last = self.step == self.total_steps
-        self.evaluation_due = last or self._evaluations.due(self.step)
+        self.evaluation_due = self._ends or self._evaluations.due(self.step)
         self._evaluate()
-        ends, kept = last or self.ended or self.stopped_early, self._kept == self.step
-        if not self.nonfinite_streak and (ends or kept or self._checkpoints.due(self.step)):
+        due = self._ends or self.stopped_early or self._checkpoints.due(self.step)
+        if not self.nonfinite_streak and (due or self.step in self._kept.values()):
             self._save()
             self.stopped_early = self.stopped_early or stop_agreed(self.stop, self.device)
 
@@ -387,7 +391,7 @@ class Trainer:
         files = {name: content for callback in self.callbacks for name, content in callback.rank_files().items()}
         path = checkpoint.save(self.engine, self.checkpoint_dir, self.step, self.topology, state, states, files)
         if self.is_main:
-            checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep, self._kept)
+            checkpoint.prune(self.checkpoint_dir, self.config.checkpoint.keep, self._kept.values())
         self._call_hooks("checkpoint_saved", path)
 
     def _call_hooks(self, hook: str, *details: Any) -> None:

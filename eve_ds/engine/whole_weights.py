@@ -42,8 +42,8 @@ from eve_ds import config as config_tree
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Manifest, load_file, model_file, optimizer_files
 from eve_ds.engine.watchdog import mark, mark_again
 from eve_ds.model.moe import MoE
-from eve_ds.weights.model_card import edited_card, write_card
-from eve_ds.weights.model_folder import CARD, HASHED, HASHES, metadata, write_hashes
+from eve_ds.weights.model_card import write_card
+from eve_ds.weights.model_folder import HASHED, HASHES, metadata, write_hashes
 from preprocessing.errors import UserError
 from preprocessing.local_files import make_folder, write_atomic, write_json
 from preprocessing.text.tokenizer import Tokenizer
@@ -280,14 +280,12 @@ def export_model(
     state = full_state(module)
     if dist.get_rank() == 0:
         make_folder(folder)
-        edited = edited_card(folder)
         (folder / HASHES).unlink(missing_ok=True)  # of an earlier export
         config_tree.save(config, folder / "config.yaml")
         tokenizer.save(folder)
         for name, content in (companions or {}).items():
             write_json(folder / name, content)
         write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata=metadata(step)))
-        if not edited:
-            write_card(folder, step)
-        write_hashes(folder, HASHED if edited else (*HASHED, CARD))
+        write_card(folder, step)
+        write_hashes(folder, HASHED)
     dist.barrier()

@@ -14,21 +14,49 @@ docs/predict.md describes every command.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluation.common import Parser
 from eve_ds.errors import run_command
-from preprocessing.errors import UserError
+from eve_ds.predict.request_rows import (
+    Request,
+    Row,
+    answers,
+    as_json,
+    as_text,
+    computed,
+    judgements,
+    matches,
+    read_requests,
+)
+from preprocessing.errors import UserError, printable
 
 if TYPE_CHECKING:
     from eve_ds.predict.eve import EVE
 
 PROGRAM = "python -m eve_ds.predict"
 Options = argparse.Namespace
+Compute = Callable[["EVE", Sequence[Row]], list[Row]]
+
+
+class CommandParser(Parser):
+    """Of a command: options may stand before, between and after its other arguments."""
+
+    _within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._within or "--" in (args or ()):  # which Python 3.11 does not keep for the second of the calls below
+            return super().parse_known_args(args, namespace)
+        self._within = True  # the call below calls this method, for options and for arguments
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
 
 
 class Command(NamedTuple):
@@ -55,7 +83,7 @@ def _judge_options(parser: Parser) -> None:
 
 def _features_options(parser: Parser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    parser.add_argument("--texts", metavar="FILE", help="a text on each line")
+    parser.add_argument("--texts", metavar="FILE", help="a text on each line; none may be blank")
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write, .npz or .arrow")
 
 
@@ -73,7 +101,7 @@ def _search_options(parser: Parser) -> None:
     add("--image", metavar="FILE", help="search for images like this one")
     add("--index", required=True, metavar="INDEX", help="folder that the command index has made")
     add("--k", type=int, default=10, metavar="N", help="images to a query (default 10)")
-    add("--html", metavar="FILE", help="write the results as a page with thumbnails, too")
+    add("--html", metavar="FILE", help="write the results as a page with thumbnails, too (100 queries at most)")
     add("--input", metavar="FILE", help='JSON lines with "text" or "image"; writes JSON lines')
 
 
@@ -116,65 +144,63 @@ def load(options: Options) -> EVE:
     )
 
 
-def _run_rows(options: Options, names: tuple[str, ...], arguments: list[dict[str, Any]], function: str) -> None:
+def _run_rows(options: Options, names: tuple[str, ...], arguments: list[Row], compute: Compute) -> None:
     """Compute rows, of ``--input`` or of the arguments, and write the results as they come."""
-    from eve_ds.predict import request_rows
-
-    complete = bool(arguments) and all(row[name] is not None for row in arguments for name in names)
-    given = any(value is not None for row in arguments for value in row.values())
-    if bool(options.input) == given or (given and not complete):
+    given = [value is not None for row in arguments for value in row.values()]
+    if (options.input is not None) == any(given) or any(given) != all(given):
         raise UserError(f"give either {' '.join(name.upper() for name in names)}, or --input FILE; see --help")
     eve = load(options)
-    more = {"top": options.top} if function == "answers" else {}
-    source = request_rows.read_requests(options.input, names) if options.input else map(request_rows.Request, arguments)
-    compute = getattr(request_rows, function)
-    written = request_rows.as_json if options.json or options.input else request_rows.as_text
-    for rows in request_rows.computed(source, eve.batch_size, lambda batch: compute(eve, batch, **more)):
+    from_file = options.input is not None
+    source = read_requests(options.input, names) if from_file else map(Request, arguments)
+    written = as_json if options.json or from_file else as_text
+    for rows in computed(source, eve.batch_size, functools.partial(compute, eve)):
         print("\n".join(map(written, rows)), flush=True)
 
 
 def _answer(options: Options) -> None:
     names = ("image", "question")
-    _run_rows(options, names, [{name: getattr(options, name) for name in names}], "answers")
+    _run_rows(
+        options, names, [{name: getattr(options, name) for name in names}], functools.partial(answers, top=options.top)
+    )
 
 
 def _match(options: Options) -> None:
     rows = [{"image": options.image, "text": text} for text in options.texts or [None]]
-    _run_rows(options, ("image", "text"), rows, "matches")
+    _run_rows(options, ("image", "text"), rows, matches)
 
 
 def _judge(options: Options) -> None:
     names = ("image_0", "image_1", "statement")
-    _run_rows(options, names, [{name: getattr(options, name) for name in names}], "judgements")
+    _run_rows(options, names, [{name: getattr(options, name) for name in names}], judgements)
 
 
 def _index(options: Options) -> None:
-    from eve_ds.predict.index_update import update_index
+    from eve_ds.predict.index_command import update_index
 
     done = update_index(load(options), options.folder, options.out, options.num_workers, options.dtype)
     if options.json:
         print(json.dumps(vars(done)))
         return
-    counts = f"{done.new} new, {done.kept} kept, {done.removed} removed, {done.broken} not readable"
-    print(f"{options.out}: {done.images} images ({counts}), {done.images_per_second:.0f} a second")
+    counts = ", ".join(f"{getattr(done, name)} {name}" for name in ("new", "changed", "kept", "removed"))
+    place, rate = printable(options.out), done.images_per_second
+    print(f"{place}: {done.images} images ({counts}, {done.broken} not readable), {rate:.0f} a second")
 
 
 def _search(options: Options) -> None:
-    from eve_ds.predict.request_rows import Request, read_requests
     from eve_ds.predict.search_command import search_images
 
     queries = [{name: value} for name in ("text", "image") if (value := getattr(options, name)) is not None]
-    if len(queries) + bool(options.input) != 1:
+    from_file = options.input is not None
+    if len(queries) + from_file != 1:
         raise UserError("give one of TEXT, --image FILE and --input FILE; see --help")
-    requests = read_requests(options.input, ("text", "image"), one_of=True) if options.input else map(Request, queries)
-    as_json = options.json or bool(options.input)
-    search_images(lambda: load(options), options.index, requests, options.k, as_json, options.html)
+    requests = read_requests(options.input, ("text", "image"), one_of=True) if from_file else map(Request, queries)
+    search_images(lambda: load(options), options.index, requests, options.k, options.json or from_file, options.html)
 
 
 def _features(options: Options) -> None:
-    from eve_ds.predict.feature_files import write_features
+    from eve_ds.predict.features_command import write_features
 
-    write_features(lambda: load(options), options.images, options.texts, options.out)
+    write_features(lambda: load(options), options.images, options.texts, options.out, options.json)
 
 
 COMMANDS = {
@@ -190,13 +216,14 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """The command ``python -m eve_ds.predict``."""
     parser = Parser(prog=PROGRAM, description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary)
         command.add_options(sub)
         model_options(sub)
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", message=".*decompression bomb", module="PIL")  # refused in our own words
+    warnings.filterwarnings("ignore", module="PIL")  # an image is taken, or refused in our own words
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice
     COMMANDS[options.command].run(options)
 
 

@@ -18,9 +18,9 @@ from eve_ds.predict.raw_inputs import ImageInput, distinct, rows_of, to_ids, to_
 from eve_ds.tasks import Task, load_task_model
 from eve_ds.tasks.vqa import read_answer_list
 from eve_ds.weights.load import load_weights
-from eve_ds.weights.model_folder import ModelFolder, file_hash, read_hashes, stored_setting
+from eve_ds.weights.model_folder import CONFIG, ModelFolder, file_hash, read_hashes, stored_setting
 from preprocessing.errors import UserError
-from preprocessing.shards.schema import ANSWER_LIST, MAX_PIXELS
+from preprocessing.shards.schema import ANSWER_LIST, MAX_PIXELS, PILLOW_PIXELS
 from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 from preprocessing.text.tokenizer import Tokenizer
 
@@ -66,8 +66,18 @@ class EVE:
         normed: False for vectors without the final norm (``published``).
     """
 
-    def __init__(self, files: ModelFolder, device: torch.device, batch_size: int, options: Mapping[str, Any]) -> None:
-        """Use ``from_pretrained``. ``options``: of ``load_task_model``, with tokenizer and max_pixels."""
+    def __init__(
+        self,
+        files: ModelFolder,
+        device: torch.device,
+        batch_size: int,
+        tokenizer: PathLike | None,
+        vlmo_config: PathLike | None,
+        image_size: int | None,
+        max_pixels: int | None,
+        published: bool,
+    ) -> None:
+        """Use ``from_pretrained``."""
         self.files, self.device, self.batch_size = files, device, batch_size
         self.tasks = tasks_in(_shapes(files.weights))
         if not self.tasks:
@@ -75,19 +85,20 @@ class EVE:
                 f"{files.weights}: has no head of vqa, nlvr or retrieval; fine-tune it first, with python -m "
                 "eve_ds.finetune"
             )
-        self._tokenizer_path = options["tokenizer"]
-        self.normed = not options["published"]
+        self._tokenizer_path = tokenizer
+        self.normed = not published
         self._load = functools.partial(
             load_task_model,
             checkpoint=files.weights,
-            vlmo_config=options["vlmo_config"],
-            image_size=options["image_size"],
-            published_routing=options["published"],
+            vlmo_config=vlmo_config,
+            image_size=image_size,
+            published_routing=published,
         )
         self._models: dict[str, Task] = {}
         self.config = self.task(self.tasks[0]).config
-        limit = options["max_pixels"] or stored_setting(files.folder, "data", "max_pixels") or MAX_PIXELS
-        self.transform = build_transform(self.config.image_size, train=False, max_pixels=limit)
+        if max_pixels is None:
+            max_pixels = stored_max_pixels(files.folder)
+        self.transform = build_transform(self.config.image_size, train=False, max_pixels=max_pixels)
 
     @classmethod
     def from_pretrained(
@@ -118,14 +129,12 @@ class EVE:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: must be at least 1")
-        options = {
-            "tokenizer": tokenizer,
-            "vlmo_config": vlmo_config,
-            "image_size": image_size,
-            "max_pixels": max_pixels,
-            "published": published,
-        }
-        return cls(ModelFolder.find(checkpoint), find_device(device), batch_size, options)
+        if image_size is not None and image_size < 1:
+            raise UserError(f"image_size={image_size}: must be at least 1")
+        if max_pixels is not None and not 1 <= max_pixels <= PILLOW_PIXELS:
+            raise UserError(f"max_pixels={max_pixels}: must be between 1 and Pillow's limit, {PILLOW_PIXELS}")
+        files, place = ModelFolder.find(checkpoint), find_device(device)
+        return cls(files, place, batch_size, tokenizer, vlmo_config, image_size, max_pixels, published)
 
     def task(self, name: str) -> Task:
         """The task with its weights, on the device. Raises UserError if the weights do not have its head."""
@@ -141,7 +150,7 @@ class EVE:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """Of the model. Raises UserError if there is none, or one with more entries than the model."""
-        path = self._tokenizer_path or self.files.tokenizer
+        path = self.files.tokenizer if self._tokenizer_path is None else self._tokenizer_path
         if path is None:
             raise UserError(
                 f"{self.files.folder}: has no {TOKENIZER}; copy the training's there, or name it with tokenizer"
@@ -296,6 +305,16 @@ class EVE:
 
     def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(parts) if parts else np.zeros((0, self.feature_dim), np.float32)
+
+
+def stored_max_pixels(folder: Path) -> int:
+    """``data.max_pixels`` of the training, or its default. Raises UserError if config.yaml has no such number."""
+    found = stored_setting(folder, "data", "max_pixels")
+    if found is None:
+        return MAX_PIXELS
+    if type(found) is not int or not 1 <= found <= PILLOW_PIXELS:
+        raise UserError(f"{folder / CONFIG}: data.max_pixels={found!r} is no number of pixels; mend it there")
+    return found
 
 
 def find_device(name: str) -> torch.device:

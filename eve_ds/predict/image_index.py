@@ -1,12 +1,14 @@
 """An index on disk: the unit vectors of a folder's images, searched by cosine. Arrow files are mapped into memory.
 
-INDEX/manifest.json            model, folder, the files below, images that could not be read; written last, atomically
+INDEX/manifest.json            model, folder, the files below with their hashes, images that could not be read; written
+                               last, atomically
 INDEX/features-000001.arrow    path (relative to the folder), size, mtime_ns, vector; never written twice by one name
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.predict.eve import EVE
+from eve_ds.weights.model_folder import file_hash
 from preprocessing.errors import UserError
-from preprocessing.local_files import check_regular, dump_json, load_json, write_atomic
+from preprocessing.local_files import dump_json, load_json, write_atomic
 
 MANIFEST = "manifest.json"
-FORMAT = "eve-ds image index 1"
+FORMAT = "eve-ds image index 2"
 DTYPES = ("float32", "float16")
+FILE = re.compile(r"features-(\d{6,})\.arrow")
 
 
 class Hit(NamedTuple):
@@ -27,6 +31,25 @@ class Hit(NamedTuple):
 
     path: str
     score: float
+
+
+class Shard(NamedTuple):
+    """A file of the index."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Broken(NamedTuple):
+    """An image that could not be read, and why. One whose bytes cannot be decoded has the size and the time of change
+    at which that was so: it is read again once they differ. Others, with None, are tried at each update."""
+
+    path: str
+    reason: str
+    size: int | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass
@@ -37,19 +60,18 @@ class IndexManifest:
         model: see ``model_identity``.
         folder: whose images these are, absolute.
         dtype: of the vectors: float32 or float16.
-        shards: [{"file", "rows", "bytes"}].
-        broken: [{"path", "size", "mtime_ns", "reason"}] of images that could not be read.
     """
 
     model: dict[str, Any]
     folder: str
     dtype: str
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    broken: list[dict[str, Any]] = field(default_factory=list)
+    shards: list[Shard] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
     format: str = FORMAT
 
     def write(self, index: Path) -> None:
-        write_atomic(index / MANIFEST, dump_json(asdict(self)))
+        rows = {name: [row._asdict() for row in getattr(self, name)] for name in ("shards", "broken")}
+        write_atomic(index / MANIFEST, dump_json(vars(self) | rows))
 
     @classmethod
     def read(cls, index: Path) -> IndexManifest:
@@ -59,18 +81,29 @@ class IndexManifest:
             raise UserError(
                 f"{index}: is no index, {MANIFEST} is missing; make one with python -m eve_ds.predict index"
             )
-        check_regular(path)
         try:
-            tree = load_json(path.read_bytes())
-            found = cls(**tree)
+            found = cls(**load_json(path.read_bytes()))
             if found.format != FORMAT or found.dtype not in DTYPES:
                 raise ValueError(f"format {found.format!r}, dtype {found.dtype!r}")
-            for shard in found.shards:
-                Path(shard["file"]), int(shard["rows"]), int(shard["bytes"])
-            _ = found.model["dim"], [one["path"] for one in found.broken]
+            found.shards = [Shard(**row) for row in found.shards]  # type: ignore[arg-type]
+            found.broken = [Broken(**row) for row in found.broken]  # type: ignore[arg-type]
+            _check_types(found)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: is damaged or of another version ({error}); make the index again") from error
+            raise UserError(
+                f"{path}: is damaged or of another version ({error}); delete {index} and make it again"
+            ) from error
         return found
+
+
+def _check_types(manifest: IndexManifest) -> None:
+    """Raise ValueError or KeyError if something is of another type than it should be."""
+    texts = [manifest.folder, *(one.path for one in manifest.broken), *(one.reason for one in manifest.broken)]
+    numbers = [manifest.model["dim"], *(number for shard in manifest.shards for number in (shard.rows, shard.bytes))]
+    if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
+        raise ValueError("a text or a number is of another type")
+    for shard in manifest.shards:
+        if not FILE.fullmatch(shard.file):
+            raise ValueError(f"file {shard.file!r}")
 
 
 def model_identity(eve: EVE) -> dict[str, Any]:
@@ -101,6 +134,7 @@ class ImageIndex:
         index: its folder.
     Attributes:
         manifest: see ``IndexManifest``.
+        batches: the rows, with all columns.
         batches_of_shard: how many of ``batches`` each file has.
     Raises:
         UserError: no index, or a damaged one.
@@ -109,10 +143,18 @@ class ImageIndex:
     def __init__(self, index: str | Path) -> None:
         self.path = Path(index)
         self.manifest = IndexManifest.read(self.path)
-        opened = [self._open(shard) for shard in self.manifest.shards]
+        while True:
+            try:
+                opened = [self._open(shard) for shard in self.manifest.shards]
+                break
+            except UserError:
+                read, self.manifest = self.manifest, IndexManifest.read(self.path)
+                if self.manifest == read:
+                    raise
+                # An update has just replaced files.
         self.batches_of_shard = [len(batches) for batches in opened]
-        self._batches = [batch for batches in opened for batch in batches]
-        self._vectors = [vectors_in(batch) for batch in self._batches]
+        self.batches = [batch for batches in opened for batch in batches]
+        self._vectors = [vectors_in(batch) for batch in self.batches]
         self._starts = np.cumsum([0, *(len(vectors) for vectors in self._vectors)])
 
     def __len__(self) -> int:
@@ -122,10 +164,6 @@ class ImageIndex:
     def folder(self) -> Path:
         """Of the images."""
         return Path(self.manifest.folder)
-
-    def batches(self) -> list[pa.RecordBatch]:
-        """The rows, with all columns."""
-        return self._batches
 
     def search(self, queries: np.ndarray, k: int = 10) -> list[list[Hit]]:
         """The ``k`` images with the highest cosine to each query, best first; of equal ones the earlier row.
@@ -144,20 +182,23 @@ class ImageIndex:
 
     def _path(self, row: int) -> str:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return str(self._batches[batch].column("path")[int(row - self._starts[batch])])
+        return str(self.batches[batch].column("path")[int(row - self._starts[batch])])
 
-    def _open(self, shard: dict[str, Any]) -> list[pa.RecordBatch]:
-        path = self.path / shard["file"]
+    def _open(self, shard: Shard) -> list[pa.RecordBatch]:
+        """The rows of a file, mapped. It is hashed first: Arrow trusts what it reads, and may crash on other bytes."""
+        path = self.path / shard.file
         try:
+            if path.stat().st_size != shard.bytes or file_hash(path) != shard.sha256:
+                raise ValueError("its bytes have changed")
             file = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-            sound = path.stat().st_size == shard["bytes"] and file.schema == index_schema(
-                self.manifest.model["dim"], self.manifest.dtype
-            )
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); make the index again") from error
-        if not sound or sum(map(len, batches)) != shard["rows"]:
-            raise UserError(f"{path}: is not the file that {MANIFEST} lists; make the index again")
+            if file.schema != index_schema(self.manifest.model["dim"], self.manifest.dtype):
+                raise ValueError(f"its columns are not those that {MANIFEST} tells")
+            if sum(map(len, batches)) != shard.rows:
+                raise ValueError(f"{MANIFEST} lists another number of rows")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(f"{path}: is damaged ({reason}); delete {self.path} and make it again") from error
         return batches
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from eve_ds.data.transforms import Transform, decode_image, upright_rgb
+from eve_ds.data.transforms import Transform, upright_rgb
 from preprocessing.errors import UserError, shortened
-from preprocessing.local_files import check_regular
+from preprocessing.local_files import replace_surrogates
 from preprocessing.text.tokenizer import Tokenizer
 
 ImageInput: TypeAlias = "str | Path | bytes | Image.Image | np.ndarray"
 log = logging.getLogger(__name__)
+
+
+class TooLargeError(UserError):
+    """An image of more than ``max_pixels``."""
+
+
+class UndecodableError(UserError):
+    """Bytes that are no image: reading them again does not help."""
 
 
 def to_square(image: ImageInput, transform: Transform) -> np.ndarray:
@@ -28,48 +39,57 @@ def to_square(image: ImageInput, transform: Transform) -> np.ndarray:
     Returns:
         [image_size, image_size, 3] uint8.
     Raises:
-        UserError: no such file, not an image, or larger than ``transform.max_pixels``; names the file.
+        UserError: as ``read_image``; names the file and says what to do.
     """
-    name = str(image) if isinstance(image, str | Path) else "the image"
     try:
-        rgb = _decoded(image, transform.max_pixels)
+        return np.asarray(transform.square(read_image(image, transform.max_pixels)))
     except UserError as error:
-        more = " or raise max_pixels" if "max_pixels" in str(error) else ""
-        raise UserError(
-            f"{name}: {str(error).replace('data.max_pixels', 'max_pixels')}; give another image{more}"
-        ) from (error)
-    return np.asarray(transform.square(rgb))
+        name = image if isinstance(image, str | Path) else "the image"
+        more = " or raise max_pixels" if isinstance(error, TooLargeError) else ""
+        raise UserError(f"{name}: {error}; give another image{more}") from error
 
 
-def _decoded(image: ImageInput, max_pixels: int) -> Image.Image:
-    if isinstance(image, bytes):
-        return decode_image(image, max_pixels)
+def read_image(image: ImageInput, max_pixels: int) -> Image.Image:
+    """An image as RGB, upright, with transparency on white: what ``decode_image`` gives of a file.
+
+    Raises:
+        TooLargeError: more than ``max_pixels``.
+        UndecodableError: no image, or a damaged one.
+        UserError: the file cannot be read, or ``image`` is of another kind. All three give the reason alone.
+    """
     if isinstance(image, str | Path):
-        return decode_image(read_file(image), max_pixels)
+        image = _read_file(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
             raise UserError(
                 f"is an array {list(image.shape)} of {image.dtype}, not [H, W], [H, W, 3] or [H, W, 4] of uint8"
             )
         image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, bytes | Image.Image):
         raise UserError(f"is of type {type(image).__name__}, not a path, bytes, a Pillow image or an array")
-    if image.width * image.height > max_pixels:
-        raise UserError(f"{image.width} x {image.height} pixels, max_pixels={max_pixels}")
     try:
-        image.load()
-        return upright_rgb(image)
+        opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        if opened.width * opened.height <= max_pixels:
+            opened.load()
+            return upright_rgb(opened)
+    except MemoryError:
+        raise UserError("no memory is left to decode it") from None
+    except UnidentifiedImageError:
+        raise UndecodableError("the image cannot be decoded (its format is unknown)") from None
     except Exception as error:  # decoders raise any exception on corrupt bytes
-        raise UserError(f"the image cannot be decoded ({' '.join(str(error).split())})") from error
+        raise UndecodableError(f"the image cannot be decoded ({' '.join(str(error).split())})") from error
+    raise TooLargeError(f"{opened.width} x {opened.height} pixels, max_pixels={max_pixels}")
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file. Raises UserError, without the file's name, if it cannot be read."""
-    check_regular(path)
+def _read_file(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        pipe = stat.S_IFMT(os.stat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR)
+        content = b"" if pipe else Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         raise UserError(getattr(error, "strerror", None) or str(error)) from None
+    if pipe:
+        raise UserError("is a pipe, a socket or a device")
+    return content
 
 
 def to_ids(text: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
@@ -80,6 +100,7 @@ def to_ids(text: str, tokenizer: Tokenizer, max_length: int) -> list[int]:
     """
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"text {text!r}: is empty or no text; give a question, a caption or a statement")
+    text = replace_surrogates(text)  # of bytes on the command line that are no UTF-8
     ids = tokenizer.encode(text, max_length)
     if len(ids) == max_length and len(tokenizer.encode(text, max_length + 1)) > max_length:
         log.warning("%r is longer than the model's %d tokens; its end is ignored", shortened(text), max_length)

@@ -5,17 +5,18 @@ Rows of a file are read, computed and written a batch at a time, so that a file 
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from eve_ds.predict.eve import EVE
 from preprocessing.errors import UserError, printable
 from preprocessing.local_files import check_regular, parse_json
 
+if TYPE_CHECKING:
+    from eve_ds.predict.eve import EVE
+
 Row = dict[str, Any]
+Result = TypeVar("Result")
 
 
 class Request(NamedTuple):
@@ -61,9 +62,21 @@ def _request(line: str, where: str, fields: Sequence[str], one_of: bool) -> Requ
 
 
 def in_batches(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
-    rest = iter(requests)
-    while batch := list(itertools.islice(rest, size)):
+    """``size`` rows at a time; before an error of ``requests`` those that came before it."""
+    batch: list[Request] = []
+    failure = None
+    try:
+        for request in requests:
+            batch.append(request)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except UserError as error:
+        failure = error
+    if batch:
         yield batch
+    if failure:
+        raise failure
 
 
 def answers(eve: EVE, rows: Sequence[Row], top: int) -> list[Row]:
@@ -85,24 +98,27 @@ def judgements(eve: EVE, rows: Sequence[Row]) -> list[Row]:
 
 
 def computed(
-    requests: Iterable[Request], size: int, compute: Callable[[Sequence[Row]], list[Row]]
-) -> Iterator[list[Row]]:
-    """The results, ``size`` rows at a time. A UserError names the row that it is about."""
+    requests: Iterable[Request], size: int, compute: Callable[[Sequence[Row]], list[Result]]
+) -> Iterator[list[Result]]:
+    """The results, ``size`` rows at a time. A UserError names the row that it is about, after the results before it."""
     for batch in in_batches(requests, size):
         try:
-            yield compute([request.row for request in batch])
+            found: Iterable[list[Result]] = [compute([request.row for request in batch])]
         except UserError:
-            for request in batch:  # which of them was it?
-                try:
-                    compute([request.row])
-                except UserError as error:
-                    raise UserError(f"{request.where}{error}") from error
-            raise
+            found = (_named(request, compute) for request in batch)  # one by one: which of them was it?
+        yield from found
+
+
+def _named(request: Request, compute: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:
+    try:
+        return compute([request.row])
+    except UserError as error:
+        raise UserError(f"{request.where}{error}") from error
 
 
 def as_json(row: Row) -> str:
     """One line, ASCII, for any terminal and file name."""
-    return json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in row.items()})
+    return json.dumps(row)
 
 
 def as_text(row: Row) -> str:

@@ -6,10 +6,10 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from eve_ds.data.transforms import decode_image
 from eve_ds.predict.image_index import Hit
-from eve_ds.predict.raw_inputs import read_file
+from eve_ds.predict.raw_inputs import read_image
 from eve_ds.report.html import Html, page, tag
 from preprocessing.errors import UserError, printable
 from preprocessing.shards.schema import PILLOW_PIXELS
@@ -20,16 +20,17 @@ _FIGURE = "margin: 0; overflow-wrap: anywhere"
 _IMAGE = "width: 100%; height: 180px; object-fit: contain"
 
 
-def search_page(queries: Sequence[dict[str, str]], found: Sequence[Sequence[Hit]], folder: Path) -> Html:
-    """The page.
+class Found(NamedTuple):
+    """A query, {"text": ...} or {"image": path}, and its hits, best first."""
 
-    Args:
-        queries: {"text": ...} or {"image": path} each.
-        found: the hits of each query, best first.
-        folder: that the hits' paths are relative to.
-    """
+    query: dict[str, Any]
+    hits: list[Hit]
+
+
+def search_page(found: Sequence[Found], folder: Path) -> Html:
+    """The page. ``folder``: that the hits' paths are relative to."""
     sections = []
-    for query, hits in zip(queries, found, strict=True):
+    for query, hits in found:
         title = tag("h2", query["text"]) if "text" in query else tag("h2", "Images like ", printable(query["image"]))
         own = tag("p", thumbnail(Path(query["image"]))) if "image" in query else None
         figures = [_figure(folder / hit.path, hit, rank) for rank, hit in enumerate(hits, 1)]
@@ -45,7 +46,7 @@ def _figure(path: Path, hit: Hit, rank: int) -> Html:
 def thumbnail(path: Path) -> Html:
     """``<img>`` with the image embedded, or a note that it cannot be read (any more)."""
     try:
-        image = decode_image(read_file(path), PILLOW_PIXELS)
+        image = read_image(path, PILLOW_PIXELS)
     except UserError as error:
         return tag("span", "no image", class_="missing", title=str(error))
     image.thumbnail((THUMBNAIL, THUMBNAIL))

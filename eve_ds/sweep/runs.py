@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from eve_ds.demo import clock
-from eve_ds.errors import STOPPED, StopError
+from eve_ds.errors import NOT_COPIED, STOPPED, StopError
 from eve_ds.sweep.stages import Stage, read_json
 from preprocessing.errors import UserError, shortened
 from preprocessing.local_files import make_folder, write_json
@@ -101,9 +101,13 @@ def _finish(stage: Stage, code: int, seconds: float) -> None:
     _add_time(stage, seconds)
     if code == STOPPED:
         raise StopError
-    if code or not stage.product.is_file():
+    made = stage.product.is_file()
+    if code or not made:
         lines = stage.log.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "")
+        if made and code == NOT_COPIED:
+            print(f"{stage.title}: {last}", flush=True)
+            return
         missing = "" if code else f" and did not write {stage.product}"
         raise UserError(
             f"{stage.title} ended with exit code {code}{missing}: {shortened(last, 300)}; all of its output: "

@@ -14,7 +14,7 @@ are left and runs nothing. OUT/seeds.json has every score of every seed, OUT/see
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from preprocessing.local_files import make_folder, write_json, write_text
 
 NAME = "seeds"
 GUARDED = ("deepspeed", "torchrun")  # launchers that lose signals: eve_ds/launching.py passes them on
+BESIDE = {"about", "best", "incomplete", "intervals"}  # in a file of scores, and no group of metrics
 OURS = ("--seed", "--engine.seed", "--output_dir")  # options that this command gives
 
 
@@ -88,13 +89,15 @@ def stages_of(command: Sequence[str], out: Path, seeds: int, ranks: int) -> tupl
         raise UserError(f"--ranks {ranks}: the launcher {before[0]} says how many; leave out one of them")
     if before and Path(before[0]).name in GUARDED:
         before = ["python", "-m", "eve_ds.launching", *before]
+    parsed, defaults = expand_options([*arguments, "--output_dir", str(out)])
+    config = parse(FinetuneConfig, parsed, f"python -m {FINETUNE}", defaults)
+    split, second = config.split, config.checkpoint.second_place
     stages = []
     for seed in range(seeds):
-        own = [*arguments, "--engine.seed", str(seed), "--output_dir", str(out / f"seed_{seed}")]
-        if seed == 0:
-            parsed, defaults = expand_options(own)
-            split = parse(FinetuneConfig, parsed, f"python -m {FINETUNE}", defaults).split
         folder = out / f"seed_{seed}"
+        own = [*arguments, "--engine.seed", str(seed), "--output_dir", str(folder)]
+        if second is not None:  # one place is for one run
+            own += ["--output_hdfs", f"{second.rstrip('/')}/{folder.name}"]
         words = [*(before or launcher(ranks)), FINETUNE, *own]
         stages.append(Stage(f"seed {seed}", words, folder, folder / f"scores_{split}.json"))
     return stages, split
@@ -103,16 +106,27 @@ def stages_of(command: Sequence[str], out: Path, seeds: int, ranks: int) -> tupl
 def scores_of(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
     """{metric: {"mean", "deviation" (None of one seed), "n", "values" by seed}} of the stages, all of which are done.
 
+    The metrics of a group are ``GROUP/NAME``, as ``reranked/txt_r1``.
+
     Raises:
         UserError: a file of scores is damaged.
     """
-    files = [read_json(stage.product) for stage in stages]
-    names = [name for name, value in files[0].items() if isinstance(value, int | float)]
+    files = [_metrics(read_json(stage.product)) for stage in stages]
     found = {}
-    for name in (name for name in names if all(name in file for file in files)):
-        values = [float(file[name]) for file in files]
+    for name in (name for name in files[0] if all(name in file for file in files)):
+        values = [file[name] for file in files]
         found[name] = {**spread(values), "n": len(values), "values": values}
     return found
+
+
+def _metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a file of scores, groups unfolded."""
+    found: dict[str, Any] = {}
+    for name, value in scores.items():
+        if name in BESIDE:
+            continue
+        found |= {f"{name}/{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
 
 
 def markdown(found: dict[str, dict[str, Any]], split: str, seeds: int) -> str:

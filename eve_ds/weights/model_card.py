@@ -5,15 +5,17 @@ Loading ignores it, and its owner may edit it: an edited card is not written aga
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from eve_ds.weights.model_folder import CARD, CONFIG, MODEL, file_hash, read_hashes
-from preprocessing.errors import UserError, printable
+from eve_ds.weights.model_folder import CARD, CONFIG, exported_step
+from preprocessing.errors import printable
 from preprocessing.local_files import load_json, write_text
 
 _ABOUT = {
@@ -28,37 +30,42 @@ _USE = {
     "retrieval": 'print(eve.match("photo.jpg", ["a red square", "two dogs"]))\n'
     'vectors = eve.image_features(["photo.jpg"]) @ eve.text_features(["a red square"]).T',
 }
+_SIZES = {"depth": "layers", "dim": "wide", "num_heads": "heads", "num_experts": "experts", "image_size": "pixels"}
+_SIGNED = "\n<!-- written by EVE-DS; SHA-256 of the text above: {} -->\n"
 log = logging.getLogger(__name__)
 Tree = Mapping[str, Any]
 
 
-def edited_card(folder: Path) -> bool:
-    """Whether the card in a model folder was changed after its export; logs that it stays. Before hashes.json goes."""
-    path = folder / CARD
-    try:
-        edited = path.is_file() and read_hashes(folder).get(CARD) != file_hash(path)
-    except UserError:  # of a damaged hashes.json: nobody can know
-        edited = True
-    if edited:
-        log.warning("%s was edited and stays as it is; delete it to have it written again", path)
-    return edited
-
-
-def write_card(folder: Path, step: int) -> None:
+def write_card(folder: Path, step: int, scores: Mapping[str, Tree] | None = None) -> None:
     """Write the card of the model in ``folder``, from its config.yaml and, of a run's model, what the run recorded.
+
+    A card that its owner has edited stays, with a warning: its last line has the hash of what is above.
 
     Args:
         folder: as ``export_model`` writes it: RUN/model, or RUN/model_ema.
         step: optimizer steps of the weights.
+        scores: {split: metrics} of these weights.
     """
+    path = folder / CARD
+    if path.is_file() and not _is_own(path.read_bytes()):
+        log.warning("%s was edited and stays as it is; delete it to have it written again", path)
+        return
     config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     inputs = _json(folder.parent / "identity.json").get("inputs", {})
-    scores = {}
-    if folder.name == MODEL:  # of averages there are none
-        scores = {
-            path.stem.removeprefix("scores_"): _json(path) for path in sorted(folder.parent.glob("scores_*.json"))
-        }
-    write_text(folder / CARD, card(config, step, inputs, scores, printable(folder.parent.resolve().name)))
+    text = card(config, step, inputs, scores or {}, printable(folder.parent.resolve().name))
+    write_text(path, text + _SIGNED.format(hashlib.sha256(text.encode()).hexdigest()))
+
+
+def renew_card(folder: Path, step: int, scores: Mapping[str, Tree]) -> None:
+    """Write the card of an exported model again, with its scores; nothing if it has none or is of another step."""
+    if (folder / CARD).is_file() and exported_step(folder) == step:
+        write_card(folder, step, scores)
+
+
+def _is_own(content: bytes) -> bool:
+    """Whether a card is as ``write_card`` wrote it."""
+    text, _, last = content.rstrip(b"\n").rpartition(b"\n")
+    return last == _SIGNED.format(hashlib.sha256(text).hexdigest()).strip().encode()
 
 
 def card(config: Tree, step: int, inputs: Tree, scores: Mapping[str, Tree], name: str) -> str:
@@ -80,7 +87,7 @@ def card(config: Tree, step: int, inputs: Tree, scores: Mapping[str, Tree], name
         "license": "unknown",
         "tags": ["vision-language", "mixture-of-experts", "eve"],
     }
-    if measured := {split: _numbers(own) for split, own in scores.items() if _numbers(own)}:
+    if measured := {split: numbers for split, own in scores.items() if (numbers := _numbers(own))}:
         front["model-index"] = [
             {"name": name, "results": [_result(tag, title, data, *each) for each in measured.items()]}
         ]
@@ -109,7 +116,7 @@ def _kind(task: str) -> str:
 
 def _training(config: Tree, step: int, data: str, inputs: Tree) -> list[str]:
     model, optimizer, engine = (config.get(name) or {} for name in ("model", "optimizer", "engine"))
-    lines = [f"- task: `{config.get('task', 'unknown')}`", f"- data: {data}"]
+    lines = [f"- task: `{config.get('task', 'unknown')}`", f"- data: `{data}`"]
     for what, found in sorted(inputs.items()):
         if isinstance(found, Mapping) and found.get("hash"):
             more = f", {found['size']}" if found.get("size") else ""
@@ -122,22 +129,22 @@ def _training(config: Tree, step: int, data: str, inputs: Tree) -> list[str]:
     return [*lines, f"- model: {', '.join(size)}"] if size else lines
 
 
-_SIZES = {"depth": "layers", "dim": "wide", "num_heads": "heads", "num_experts": "experts", "image_size": "pixels"}
-
-
 def _data_name(config: Tree) -> str:
     """The names of the data's folders, without the places on the machine that trained."""
     data = config.get("data") or {}
     paths = [source.get("path", "") for source in data.get("sources") or []] or [data.get("path", "")]
-    return ", ".join(Path(str(path)).name for path in paths if path) or "unknown"
+    return ", ".join(printable(Path(str(path)).name) for path in paths if path).replace("`", "'") or "unknown"
 
 
 def _numbers(scores: Tree) -> dict[str, float]:
-    return {
-        key: float(value)
-        for key, value in scores.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """The finite metrics, those of a group by GROUP/NAME."""
+    found: dict[str, float] = {}
+    for key, value in scores.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}/{name}": number for name, number in _numbers(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            found[key] = float(value)
+    return found
 
 
 def _result(tag: str, title: str, data: str, split: str, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from preprocessing.text.tokenizer import FILE_NAME as TOKENIZER
 HASHES, WEIGHTS = "hashes.json", "model.safetensors"
 CONFIG = "config.yaml"
 HASHED = (WEIGHTS, CONFIG, TOKENIZER, ANSWER_LIST)
-CARD = "README.md"  # see model_card.py; its hash is recorded, and not checked: its owner may edit it
+CARD = "README.md"  # see model_card.py; its owner may edit it
 FILES = (*HASHED, HASHES, CARD)  # every file of a model folder
 FORMAT = "eve-ds"
 INITIAL_WORDS = f"{FORMAT} initial words"
@@ -121,7 +122,12 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
     Like the functions below, it raises OSError if the folder cannot be read: its content is then unknown.
     """
-    return sorted((path for path in list_folder(folder) if _CHECKPOINT.fullmatch(path.name)), key=step_of)
+    return [folder / name for name in checkpoint_names(path.name for path in list_folder(folder))]
+
+
+def checkpoint_names(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that checkpoints have, oldest first."""
+    return sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=lambda name: step_of(Path(name)))
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

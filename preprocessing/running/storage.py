@@ -8,12 +8,12 @@ libhdfs (HADOOP_HOME, CLASSPATH) and is not verified here. A URI with a password
 visible in the provenance, in logs and in the list of processes.
 """
 
+import glob
 import hashlib
 import os
 import posixpath
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from preprocessing.errors import UserError, shortened, without_secrets
-from preprocessing.local_files import check_regular, make_folder, sync_path, write_atomic
+from preprocessing.local_files import check_regular, replacing, write_atomic
 
 SCHEMES = ("s3", "gs", "hdfs")
 
@@ -170,14 +170,14 @@ def names_in(folder: StoragePath) -> list[str]:
         return sorted(posixpath.basename(info.path) for info in found)
 
 
-def walk(folder: StoragePath) -> Iterator[tuple[str, list[str]]]:
+def walk(folder: StoragePath, without: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
     """(path below `folder`, sorted names of its files) of `folder` and of each folder below it, sorted by path.
 
-    Hidden files and folders are skipped. Links are followed, but no folder is visited twice. Raises UserError when a
-    folder cannot be read.
+    Hidden files and folders are skipped, and so is what is named in `without` and lies in `folder` itself. Links are
+    followed, but no folder is visited twice. Raises UserError when a folder cannot be read.
     """
     if isinstance(folder, Path):
-        yield from _walk_local(folder, "", set())
+        yield from _walk_local(folder, "", set(), without)
         return
     with _wrap_io_errors(str(folder)):
         system, path = _open_uri(str(folder))
@@ -187,10 +187,12 @@ def walk(folder: StoragePath) -> Iterator[tuple[str, list[str]]]:
         below = posixpath.relpath(info.path, path)
         if info.type == fs.FileType.File and not any(part.startswith(".") for part in below.split("/")):
             names.setdefault(posixpath.dirname(below), []).append(posixpath.basename(below))
-    yield from ((below, sorted(names[below])) for below in sorted(names))
+    yield from ((below, sorted(names[below])) for below in sorted(names) if below.split("/")[0] not in without)
 
 
-def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+def _walk_local(
+    folder: Path, below: str, seen: set[tuple[int, int]], without: Collection[str] = ()
+) -> Iterator[tuple[str, list[str]]]:
     folders: list[str] = []
     files: list[str] = []
     try:
@@ -200,7 +202,7 @@ def _walk_local(folder: Path, below: str, seen: set[tuple[int, int]]) -> Iterato
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith("."):
+                if not entry.name.startswith(".") and entry.name not in without:
                     (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); see to its permissions") from None
@@ -236,9 +238,9 @@ def upload_file(file: IO[bytes], path: RemotePath) -> None:
 def open_output(path: StoragePath) -> Iterator[IO[bytes]]:
     """Context to write a file in pieces. Raises UserError or OSError.
 
-    A local one has its name, and is on disk, once the context ends well. A remote one that was interrupted may be
-    there in part: compare its size. `flush` waits for what was written; without it a slow store's pieces pile up in
-    memory.
+    A local one has its name, and is on disk, once the context ends well; what a killed process left of it is removed
+    first, so one process may write it at a time. A remote one that was interrupted may be there in part: compare its
+    size. `flush` waits for what was written; without it a slow store's pieces pile up in memory.
     """
     if isinstance(path, RemotePath):
         with _wrap_io_errors(str(path)):
@@ -246,18 +248,10 @@ def open_output(path: StoragePath) -> Iterator[IO[bytes]]:
             with system.open_output_stream(inner) as stream:
                 yield cast(IO[bytes], stream)
         return
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_path(path.parent)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
+        left.unlink(missing_ok=True)
+    with replacing(path) as file:
+        yield file
 
 
 def remove(path: StoragePath) -> None:

@@ -29,6 +29,13 @@ class Killed(Ascend):
     def step_end(self, trainer, record):
         if trainer.step == 7 and trainer.start_step == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+
+class Ended(Ascend):
+    def step_end(self, trainer, record):
+        if trainer.step == 2:
+            trainer.keep_checkpoint(2, by="a test")
+        if trainer.step == 5:
+            trainer.end()
 """
 RECIPE = """
 model: {image_size: 32, patch_size: 8, dim: 32, depth: 2, num_heads: 4, mlp_hidden: 64, vocab_size: 400,
@@ -79,6 +86,20 @@ def test_a_run_that_is_killed_between_evaluations_keeps_the_same_best_weights(
     assert codes == [0, 0], text
     assert best_of(tmp_path / "killed") == (record, weights)
     assert held_out(tmp_path / "killed", metric) == values
+
+
+def test_a_callback_keeps_a_checkpoint_beside_the_best_and_ends_the_run_evaluated_and_saved(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ascending.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    options = [*tiny_run, *interrupted.OPTIONS, "--logging.eval_every=3", "--checkpoint.every=2", "--checkpoint.keep=1"]
+    options += ["--optimizer.total_steps=8", "--checkpoint.best=val/loss", "--logging.callbacks=[ascending:Ended]"]
+    ranks.run("eve_ds.pretrain", [*options, f"--output_dir={tmp_path / 'run'}"])
+    values = held_out(tmp_path / "run")
+    assert list(values) == [3, 5]
+    best = min(values, key=lambda step: values[step])
+    assert sorted(interrupted.saved(tmp_path / "run")) == sorted({2, best, 5})
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +155,14 @@ def test_a_run_without_a_new_best_ends_and_its_score_is_of_the_best_weights(
     told = json.loads((tmp_path / "run/predictions_test.json").read_text())
     assert {row["answer"] for row in told} == {answer} != {row["answer"] for row in json.loads(predictions[0])}
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == last
+    cards = [(tmp_path / f"run/{model}/README.md").read_text() for model in ("model", "model_best")]
+    assert ["## Scores" in card for card in cards] == [False, True]
+
+    # The best over other samples is another one, which a run at its end no longer finds.
+    other = ranks.run("eve_ds.finetune", [*options, "--optimizer.total_steps=13", "--logging.eval_samples=8"])
+    assert "its best is looked for anew" in other and "holds no best weights" in other
+    scores = json.loads((tmp_path / "run/scores_test.json").read_text())
+    assert "best" not in scores and scores["about"]["checkpoint"]["step"] == 13
 
 
 def test_a_metric_that_no_evaluation_finds_is_refused_before_the_first_step(vqa: list[str], tmp_path: Path) -> None:

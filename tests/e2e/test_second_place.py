@@ -69,6 +69,15 @@ def test_a_stop_is_copied_within_the_grace_time(tiny_run: list[str], tmp_path: P
     assert json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])["step"] == max(interrupted.saved(run))
 
 
+def test_a_run_that_ends_with_an_error_copies_what_it_has(tiny_run: list[str], tmp_path: Path) -> None:
+    run, second = tmp_path / "run", tmp_path / "second"
+    interrupted.undisturbed(tiny_run, run, 2)
+    options = [*tiny_run, f"--checkpoint.second_place=file://{second}", "--checkpoint.best=val/nothing"]
+    codes, text = ranks.finish(interrupted.start(options, run, 4, keep=9))
+    assert codes[0] == 2 and "checkpoint.best=val/nothing: evaluations find no such metric" in text, text
+    assert (second / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
 def test_what_is_not_there_is_copied_by_the_next_start_and_another_run_is_refused(
     tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -192,3 +192,24 @@ def test_a_reader_that_is_gone_at_the_last_flush_is_no_fault() -> None:
     ended = subprocess.run([sys.executable, "-c", script], stdout=writing, stderr=subprocess.PIPE, env=environment)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+PRINTS = "from eve_ds.errors import run_command; run_command(lambda: print('café 犬'))"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("ascii", rb"caf\xe9 \u72ac"), ("latin-1", b"caf\xe9 \\u72ac"), ("utf-8", "café 犬".encode())],
+)
+def test_what_a_terminal_cannot_show_is_escaped(encoding: str, printed: bytes) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    ended = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, printed + b"\n", b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_runs_with_closed_streams(closed: str) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, PRINTS], capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "") and (ended.stdout == "") == (" >&-" in f" {closed}")

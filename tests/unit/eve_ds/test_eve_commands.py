@@ -133,6 +133,8 @@ def test_no_recipe_is_taken_where_none_is_eves() -> None:
     assert finetune("--task vqa --checkpoint base").optimizer.eps == 1e-8
     scored = finetune("--task vqa --checkpoint base --evaluate")
     assert (scored.optimizer, scored.model.image_size) == (own, 224)
+    zeroshot = finetune("--task itr_coco --checkpoint base --zeroshot")
+    assert (zeroshot.optimizer, zeroshot.model.image_size) == (own, 224)
     assert finetune("--task vqa --checkpoint C --evaluate").model.image_size == 480  # a bare file has no own
     assert finetune("--task vqa --checkpoint base --config tiny_shapes_vqa").optimizer.eps == own.eps
     assert finetune("--task vqa --checkpoint C --model.dim 96").optimizer == own
@@ -186,6 +188,38 @@ def test_a_yaml_file_of_eves_is_laid_over_the_recipe_and_options_over_both(caplo
     assert (vqa.model.image_size, vqa.model.max_text_length, vqa.data.augmentation) == (480, 30, "rand")
 
 
+def test_the_last_of_several_configs_wins_with_a_yaml_file_of_eves_among_them() -> None:
+    mine = written({"optimizer": {"lr": 7e-5}, "data": {"augmentation": "color"}}, "mine.yaml")
+    for line, lr, augmentation in (
+        (f"--config {written(NLVR_YAML)} --config {mine}", 7e-5, "color"),
+        (f"--config={mine} --config={written(NLVR_YAML)}", 5e-5, "none"),
+    ):
+        config = finetune(f"--task nlvr --checkpoint C {line}")
+        assert (config.optimizer.lr, config.data.augmentation) == (lr, augmentation)
+        assert (config.optimizer.weight_decay, config.optimizer.eps) == (0.02, 1e-8)  # theirs, and the recipe's
+
+
+def test_a_yaml_file_of_the_readme_that_is_not_there_is_the_recipe_of_the_model_s_size(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    save(PretrainConfig(model=model_shape(SHAPES["Large"])), Path("large/model/config.yaml"))
+    Path("large/model/model.safetensors").touch()
+    for given, recipe, lr, width in (
+        (f"C --vlmo_config {SHAPES['Base']}", "itr_coco", 3e-5, 768),
+        (f"C --vlmo_config {SHAPES['Large']}", "itr_coco_large", 5e-5, 1024),
+        ("large", "itr_coco_large", 5e-5, 1024),
+    ):
+        caplog.clear()
+        config = finetune(f"--task itr_coco --config configs/Retrieval_coco_ft.yaml --checkpoint {given}")
+        assert (config.optimizer.lr, config.objective.embed_dim, config.model.dim) == (lr, width, width)
+        line = f"--config configs/Retrieval_coco_ft.yaml is not here: takes the recipe {recipe}, which has EVE's hyper"
+        assert any(message.startswith(line) for message in caplog.messages)
+    mine = written({"optimizer": {"lr": 7e-5}}, "mine.yaml")
+    late = finetune(f"--task itr_coco --checkpoint large --config {mine} --config Retrieval_coco_ft.yaml")
+    assert late.optimizer.lr == 5e-5
+
+
 def test_a_yaml_file_gives_the_shape_of_a_bare_file_of_weights() -> None:
     large = written(VQA_YAML | {"vlmo_config": "configs/config_vlmoL_base64k.json"})
     assert finetune(f"--task vqa --checkpoint C --config {large}").model.dim == 1024
@@ -197,7 +231,8 @@ def test_a_yaml_file_gives_the_shape_of_a_bare_file_of_weights() -> None:
     ("changes", "task", "told"),
     [
         ({}, "nlvr", "is EVE's file for vqa (vqa), and --task is nlvr; leave --config out"),
-        ({}, None, "is a YAML file of EVE's, which names no task; add --task"),
+        ({}, None, "is a YAML file of EVE's, which names no task; give --task one of itr_coco, itr_flickr, vqa, nlvr"),
+        ({}, "mine.tasks:SPEC", "--config eve.yaml: is a YAML file of EVE's, which names no task; give --task one of"),
         ({"image_res": "x"}, "vqa", "eve.yaml: image_res: expected an integer, got 'x'"),
         ({"optimizer": {"opt": "sgd"}}, "vqa", "optimizer.opt='sgd': there is AdamW alone"),
         ({"schedular": {"sched": "step"}}, "vqa", "schedular.sched='step' is none of EVE's (linear, cos)"),

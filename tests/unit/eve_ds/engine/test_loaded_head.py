@@ -76,6 +76,15 @@ def test_an_option_that_contradicts_the_head_is_refused(
     assert f"{name}.safetensors" in str(error.value)
 
 
+def test_a_yaml_file_of_eves_is_no_option_that_contradicts_the_head(assets: Path, tmp_path: Path) -> None:
+    eve = tmp_path / "eve.yaml"
+    eve.write_text("image_res: 32\nitc_proj_dim: 256\nk_test: 16\n")
+    found = settled(assets, "itr_coco", "retrieval", "--evaluate", "--config", str(eve)).objective
+    assert (found.embed_dim, found.k_test) == (24, 16)
+    with pytest.raises(UserError, match=r"objective\.embed_dim=64 was given"):
+        settled(assets, "itr_coco", "retrieval", "--evaluate", f"--config={eve}", "--objective.embed_dim=64")
+
+
 def test_an_option_that_agrees_is_taken(assets: Path) -> None:
     assert settled(assets, "itr_coco", "retrieval", "--evaluate", "--objective.embed_dim=24").objective.embed_dim == 24
     found = settled(assets, "vqa", "vqa", "--evaluate", "--objective.head_hidden=128", classes=3128)

@@ -12,13 +12,16 @@ from safetensors.torch import save
 
 from eve_ds.config import FinetuneConfig
 from eve_ds.engine import score_record
+from eve_ds.weights.model_folder import ModelFolder
 
 
 def checkpoint_of(named: Path | None, run: Path) -> Any:
     config = FinetuneConfig()
     config.init_from = None if named is None else str(named)
     dataset: Any = SimpleNamespace(split=SimpleNamespace(parts=[("s3://me:sEcReT@host/data", 3)], fingerprint="f"))
-    found = score_record.about(config, dataset, "val", {"questions": 3}, run, None)
+    files = None if named is None else ModelFolder.find(named, unfinished=True)
+    begun = score_record.origin(config.init_from, files)
+    found = score_record.about(config, dataset, "val", {"questions": 3}, run, begun)
     assert "sEcReT" not in str(found) and found["config_sha256"] is None
     return found["checkpoint"]
 
@@ -42,5 +45,6 @@ def test_a_bare_file_of_weights_is_hashed(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_gone_and_initial_values_have_no_hash(tmp_path: Path) -> None:
-    assert checkpoint_of(tmp_path / "gone", tmp_path)["sha256"] is None
+    gone = ModelFolder(tmp_path / "gone.safetensors", None, None)
+    assert score_record.origin("gone.safetensors", gone)["checkpoint"]["sha256"] is None
     assert checkpoint_of(None, tmp_path) is None

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from eve_ds.callbacks import second_copy
 from eve_ds.callbacks.second_copy import SecondCopy
 from eve_ds.config import PretrainConfig
-from eve_ds.engine import background_copy, checkpoint, second_place
+from eve_ds.engine import second_place
 from eve_ds.engine.background_copy import BackgroundCopy
 from eve_ds.engine.identity import Identity
 from eve_ds.engine.resume import tag_of
 from eve_ds.engine.second_place import SecondPlace
-from eve_ds.errors import NOT_COPIED, STOPPED
+from eve_ds.engine.signals import StopRequest
 from eve_ds.finetune_options import expand_options
+from eve_ds.weights.model_folder import write_hashes
 from preprocessing.errors import UserError
 from tests.support.made_checkpoint import MODEL, OPTIMIZER, make_checkpoint
 from tests.support.s3 import BUCKET, s3_server
-
-ANY = Identity({}, {})
-LIMIT = 60.0  # seconds; a hang
+from tests.support.second_run import ANY, LIMIT, config_of, contents, ignore, make_run, told
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    (folder / "provenance").mkdir(parents=True)
-    (folder / "provenance" / "start_1.json").write_text("{}\n")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    (folder / ".lock").write_text("")
-    return folder
+    return make_run(tmp_path / "run")
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -47,17 +40,9 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield f"s3://{BUCKET}/{tmp_path.name}"  # the servers of one process share their objects
 
 
-def ignore(_: int) -> None:
-    pass
-
-
 def upload(place: SecondPlace, *steps: int, keep: int = 2) -> None:
     for step in steps:
         place.upload(make_checkpoint(place.run / "checkpoints", step), keep, ignore)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_lost_run_is_taken_back_file_by_file(run: Path, uri: str) -> None:
@@ -134,52 +119,6 @@ def test_another_run_or_a_longer_one_is_refused(run: Path, tmp_path: Path) -> No
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_a_waiting_checkpoint_gives_way_to_a_newer_and_rotation_spares_the_one_under_way(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, folder = SecondPlace(f"file://{tmp_path / 'second'}", run), run / "checkpoints"
-    started, go_on, uploaded = threading.Event(), threading.Event(), []
-    whole = SecondPlace.upload
-
-    def slow(self: SecondPlace, path: Path, *rest: object) -> None:
-        started.set()
-        assert go_on.wait(LIMIT)
-        whole(self, path, *rest)  # type: ignore[arg-type]
-        uploaded.append(path.name)
-
-    monkeypatch.setattr(SecondPlace, "upload", slow)
-    copy = BackgroundCopy(place, 1)
-    for step in (2, 4, 6):
-        copy.submit(make_checkpoint(folder, step))
-        assert started.wait(LIMIT)
-        checkpoint.prune(folder, 1)
-    assert sorted(path.name for path in folder.iterdir()) == [tag_of(2), tag_of(6)]
-    go_on.set()
-    assert copy.wait(LIMIT) and uploaded == [tag_of(2), tag_of(6)] and place.complete() == [tag_of(6)]
-    checkpoint.prune(folder, 1)
-    assert [path.name for path in folder.iterdir()] == [tag_of(6)]
-
-
-def test_a_checkpoint_that_rotation_removed_first_is_no_failure(run: Path, tmp_path: Path) -> None:
-    place, path = SecondPlace(f"file://{tmp_path / 'second'}", run), make_checkpoint(run / "checkpoints", 2)
-    shutil.rmtree(path)
-    copy = BackgroundCopy(place, 2)
-    copy.submit(path)
-    assert copy.wait(LIMIT) and copy.failure is None and place.complete() == []
-
-
-def test_a_checkpoint_that_is_damaged_here_is_never_whole_there(run: Path, tmp_path: Path) -> None:
-    place, path = SecondPlace(f"file://{tmp_path / 'second'}", run), make_checkpoint(run / "checkpoints", 2)
-    (path / OPTIMIZER).write_bytes((path / OPTIMIZER).read_bytes()[:-1] + b"x")
-    told: list[str] = []
-    copy = BackgroundCopy(place, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(background_copy._log, "warning", lambda text, *values: told.append(text % values))
-        copy.submit(path)
-        assert copy.wait(LIMIT)
-    assert place.complete() == [] and "its hash differs" in told[0]
-
-
 def test_a_file_that_grows_is_copied_as_it_was_and_again_at_the_end(run: Path, tmp_path: Path) -> None:
     place, metrics = SecondPlace(f"file://{tmp_path / 'second'}", run), run / "metrics.jsonl"
     moved: list[int] = []
@@ -194,31 +133,6 @@ def test_a_file_that_grows_is_copied_as_it_was_and_again_at_the_end(run: Path, t
     assert (tmp_path / "second" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     place.upload_files(ignore)
     assert (tmp_path / "second" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def config_of(run: Path, uri: str) -> PretrainConfig:
-    config = PretrainConfig(output_dir=str(run))
-    config.checkpoint.second_place = uri
-    return config
-
-
-def test_the_end_of_a_run_waits_for_the_copy_and_tells_of_a_failure(run: Path, tmp_path: Path) -> None:
-    second = tmp_path / "second"
-    callback = SecondCopy(config_of(run, f"file://{second}"))
-    callback.begin(ANY, 9)
-    (run / "scores_test.json").write_text("{}")
-    assert callback.finish(0) == 0 and (second / "scores_test.json").read_text() == "{}"
-    shutil.rmtree(second)
-    second.write_text("no folder any more")
-    (run / "scores_test.json").write_text('{"a": 1}')
-    told: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(second_copy._log, "error", lambda text, *values: told.append(text % values))
-        assert callback.finish(0, patience=0.5) == NOT_COPIED
-        assert callback.finish(STOPPED, patience=0.5) == STOPPED  # the next start copies
-    assert f"cp -r {run}/. {second}" in told[0] and "the same command tries again" in told[0]
-    second.unlink()
-    assert callback.finish(0) == 0 and (second / "scores_test.json").read_text() == '{"a": 1}'
 
 
 @pytest.mark.parametrize(
@@ -247,36 +161,153 @@ def test_a_place_that_cannot_be_written_or_is_the_run_itself_is_refused(run: Pat
         "hdfs://localhost/x": "set JAVA_HOME",
     }.items():
         with pytest.raises(UserError, match=why):
-            SecondCopy(config_of(run, uri)).begin(ANY, 9)
+            SecondCopy(config_of(run, uri), StopRequest()).begin(ANY, 9)
     with s3_server(), pytest.raises(UserError, match="s3://no-such-bucket"):
-        SecondCopy(config_of(run, "s3://no-such-bucket/x")).begin(ANY, 9)
+        SecondCopy(config_of(run, "s3://no-such-bucket/x"), StopRequest()).begin(ANY, 9)
 
 
 def test_a_place_with_another_runs_files_is_refused_before_it_has_a_checkpoint(run: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     second.mkdir()
     (second / "identity.json").write_text(json.dumps(Identity({"evaluate": True}, {}).tree()))
-    callback = SecondCopy(config_of(run, f"file://{second}"))
+    callback = SecondCopy(config_of(run, f"file://{second}"), StopRequest())
     with pytest.raises(UserError, match="holds another run: evaluate is True there and False here"):
         callback.begin(Identity({"evaluate": False}, {}), None)
     callback.begin(Identity({"evaluate": True}, {}), None)
 
 
-def test_a_read_that_fails_once_is_done_again(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [UserError("no network"), OSError("When reading: AWS Error NETWORK_CONNECTION")])
+def test_a_read_that_fails_midway_is_done_again(
+    error: Exception, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = SecondPlace(f"file://{tmp_path / 'second'}", run)
     upload(place, 4)
+    before = contents(run)
     shutil.rmtree(run)
-    whole, calls = second_place.copy_stream, []
+    failed: list[int] = []
 
-    def fails(*arguments: object) -> tuple[int, str]:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise UserError("the network is down")
-        return whole(*arguments)  # type: ignore[arg-type]
+    def fails_once(_: int) -> None:  # told of a piece that has been read
+        if len(failed) < 2:
+            failed.append(1)
+            raise error
 
-    monkeypatch.setattr(second_place, "copy_stream", fails)
+    monkeypatch.setattr(second_place, "FETCH_PAUSES", (0.0, 0.0))
+    assert place.restore(ANY, 9, True, fails_once) is not None and len(failed) == 2
+    assert contents(run) == {name: content for name, content in before.items() if name != ".lock"}
+
+
+def test_a_read_that_fails_each_time_is_told_in_a_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = tmp_path / "second"
+    place = SecondPlace(f"file://{second}", run)
+    upload(place, 4)
+    shutil.rmtree(run)
     monkeypatch.setattr(second_place, "FETCH_PAUSES", (0.0,))
-    assert place.restore(ANY, 9, True, ignore) is not None and len(calls) > 3
+    for name in ("metrics.jsonl", "identity.json"):
+        (second / name).unlink(missing_ok=True)
+        (second / name).symlink_to("/proc/self/mem")  # it opens, and its first byte cannot be read
+        with pytest.raises(UserError, match="Input/output error"):
+            SecondCopy(config_of(run, f"file://{second}"), StopRequest()).begin(ANY, 9)
+    assert not list((run / "checkpoints").iterdir())
+
+
+def make_best(run: Path, step: int) -> None:
+    """``run/model_best``, as an export leaves it."""
+    folder = run / "model_best"
+    folder.mkdir(exist_ok=True)
+    (folder / "best.json").unlink(missing_ok=True)
+    for name in ("config.yaml", "model.safetensors"):
+        (folder / name).write_bytes(f"{name} of step {step}\n".encode() * 99)
+    write_hashes(folder, ("config.yaml", "model.safetensors"))
+    (folder / "best.json").write_text(json.dumps({"step": step}))
+
+
+def test_the_best_weights_are_taken_back_as_one(run: Path, uri: str) -> None:
+    place = SecondPlace(uri, run)
+    make_best(run, 4)
+    upload(place, 4)
+    whole = contents(run / "model_best")
+    make_best(run, 2)
+    for name in ("best.json", f"../checkpoints/{tag_of(4)}/complete.json"):  # killed in an export, and lost
+        (run / "model_best" / name).unlink()
+    (run / "model_best" / "answer_list.json").write_text("of the older export")
+    assert place.restore(ANY, 9, True, ignore) is not None
+    assert contents(run / "model_best") == whole
+
+
+def test_files_of_two_exports_are_no_best_weights_there(run: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    place, path = SecondPlace(f"file://{second}", run), make_checkpoint(run / "checkpoints", 4)
+    make_best(run, 2)
+    place.upload(path, 2, ignore)
+    before = contents(second / "model_best")
+    assert before == contents(run / "model_best")
+    (run / "model_best" / "best.json").unlink()
+    (run / "model_best" / "config.yaml").write_text("an export is under way")
+    place.upload_files(ignore)
+    assert contents(second / "model_best") == before
+    make_best(run, 3)
+
+    def exports(_: int) -> None:
+        if json.loads((run / "model_best" / "best.json").read_text())["step"] == 3:
+            make_best(run, 4)
+
+    place.upload_files(exports)
+    assert not (second / "model_best" / "best.json").exists()
+    other = SecondPlace(f"file://{second}", tmp_path / "other")
+    assert other.restore(ANY, 9, True, ignore) is not None and not (tmp_path / "other" / "model_best").exists()
+    place.upload_files(ignore)
+    assert contents(second / "model_best") == contents(run / "model_best")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "hashes.json"])
+def test_damaged_best_weights_there_are_left_out(name: str, run: Path, tmp_path: Path) -> None:
+    place = SecondPlace(f"file://{tmp_path / 'second'}", run)
+    make_best(run, 4)
+    upload(place, 4)
+    (tmp_path / "second" / "model_best" / name).write_bytes(b"{")
+    shutil.rmtree(run)
+    with told("warning", second_place) as lines:
+        assert place.restore(ANY, 9, True, ignore) == run / "checkpoints" / tag_of(4)
+    assert "model.safetensors is damaged or missing; the best weights there are left out" in lines[0]
+    assert not (run / "model_best").exists() and len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_what_killed_copies_left_is_removed(run: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    place, path = SecondPlace(f"file://{second}", run), make_checkpoint(run / "checkpoints", 4)
+    there = second / "checkpoints" / tag_of(4)
+    there.mkdir(parents=True)
+    for left in (
+        there / f".{OPTIMIZER}.01234567",
+        there / ".complete.json.89abcdef",
+        second / ".metrics.jsonl.0a0b0c0d",
+    ):
+        left.write_text("a part")
+    place.check()
+    place.upload(path, 2, ignore)
+    shutil.rmtree(run)
+    (run / "checkpoints" / ".from_second_step_00000002").mkdir(parents=True)
+    (run / ".metrics.jsonl.01234567").write_text("a part")
+    place.restore(ANY, 9, True, ignore)
+    assert not [name for folder in (run, second) for name in contents(folder) if "/." in f"/{name}"]
+    assert [each.name for each in (run / "checkpoints").iterdir()] == [tag_of(4)]
+
+
+def test_checkpoints_that_vanish_do_not_disturb_the_copy_of_files(run: Path, tmp_path: Path) -> None:
+    vanishing = make_checkpoint(run / "checkpoints", 2)
+    looked = []
+
+    def scandir(folder: Path) -> Iterator[os.DirEntry[str]]:
+        looked.append(Path(folder).name)
+        return os_scandir(folder)
+
+    os_scandir = os.scandir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        SecondPlace(f"file://{tmp_path / 'second'}", run).upload_files(ignore)
+    assert "provenance" in looked and not {"checkpoints", vanishing.name} & set(looked)
 
 
 def test_output_hdfs_is_the_second_place() -> None:

@@ -181,6 +181,10 @@ def test_the_limits_of_the_training_hold(tmp_path: Path, images: list[str]) -> N
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"max_pixels": 900}}))
     with pytest.raises(UserError, match=r"32 x 32 pixels, max_pixels=900"):
         EVE.from_pretrained(path).answer(images[0], "what")
+    for number in ("900", True, 0):
+        (path / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"max_pixels": number}}))
+        with pytest.raises(UserError, match=rf"config.yaml: data.max_pixels={number!r} is no number of pixels"):
+            EVE.from_pretrained(path)
     words = [f"{letter}{other} word" for letter in "abcdefghijklmnopqrst" for other in "abcdefghijklmnopqrst"]
     train_tokenizer(words, 600).save(path)
     with pytest.raises(UserError, match=r"has ids up to \d+, the model has 400 entries"):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from eve_ds.errors import exit_code
-from eve_ds.predict import EVE, index_update
+from eve_ds.predict import EVE, index_command
 from eve_ds.predict.__main__ import main
 from eve_ds.predict.image_index import ImageIndex, best_rows
-from eve_ds.predict.index_update import update_index
+from eve_ds.predict.index_command import update_index
 from preprocessing.errors import UserError
 from tests.support.predicting import exported, image_files
 from tests.support.shards import image_of
@@ -59,7 +59,7 @@ def check(eve: EVE, folder: Path, index: Path, names: list[str], atol: float = 1
     assert sorted(found) == sorted(names) and len(ImageIndex(index)) == len(names)
     for name in names:
         np.testing.assert_allclose(found[name], eve.image_features(folder / name), atol=atol)
-    listed = {shard["file"] for shard in ImageIndex(index).manifest.shards}
+    listed = {shard.file for shard in ImageIndex(index).manifest.shards}
     assert {path.name for path in index.iterdir()} == {"manifest.json", *listed}
 
 
@@ -77,29 +77,29 @@ def test_an_index_holds_the_vectors_of_all_images_below(eve: EVE, tmp_path: Path
 def test_an_update_encodes_only_what_is_new_or_changed(
     eve: EVE, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_update, "SHARD_ROWS", 4)
+    monkeypatch.setattr(index_command, "SHARD_ROWS", 4)
     photos, index = tmp_path / "photos", tmp_path / "index"
     paths = image_files(photos, 10)
     update_index(eve, photos, index, 0)
-    whole = {shard["file"] for shard in ImageIndex(index).manifest.shards}
+    whole = {shard.file for shard in ImageIndex(index).manifest.shards}
     encoded.clear()
     done = update_index(eve, photos, index, 0)
     assert (done.images, done.new, done.kept, done.removed) == (10, 0, 10, 0) and encoded == []
-    assert {shard["file"] for shard in ImageIndex(index).manifest.shards} == whole
+    assert {shard.file for shard in ImageIndex(index).manifest.shards} == whole
 
     os.unlink(paths[1])
     Path(paths[5]).write_bytes(image_of(77, 48))
     image_files(photos, 2, first=20)
     done = update_index(eve, photos, index, 0)
-    assert (done.images, done.new, done.kept, done.removed) == (11, 3, 8, 2) and sum(encoded) == 3
-    assert sorted(shard["rows"] for shard in ImageIndex(index).manifest.shards) == [3, 4, 4]
+    assert (done.images, done.new, done.changed, done.kept, done.removed) == (11, 2, 1, 8, 1) and sum(encoded) == 3
+    assert sorted(shard.rows for shard in ImageIndex(index).manifest.shards) == [3, 4, 4]
     check(eve, photos, index, sorted(path.name for path in photos.iterdir()))
 
 
 def test_a_killed_run_goes_on_from_its_last_whole_file(
     eve: EVE, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_update, "SHARD_ROWS", 4)
+    monkeypatch.setattr(index_command, "SHARD_ROWS", 4)
     photos, index = tmp_path / "photos", tmp_path / "index"
     paths = image_files(photos, 3)
     update_index(eve, photos, index, 0)
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_file(
 def test_a_killed_update_loses_no_row_that_it_was_to_keep(
     eve: EVE, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_update, "SHARD_ROWS", 4)
+    monkeypatch.setattr(index_command, "SHARD_ROWS", 4)
     monkeypatch.setattr(eve, "batch_size", 1)
     photos, index = tmp_path / "photos", tmp_path / "index"
     paths = image_files(photos, 12)
@@ -173,7 +173,7 @@ def test_broken_images_are_named_and_read_once(
         assert (
             "broken.jpg: left out: the image cannot be decoded" in caplog.text and "gone.png: left out" in caplog.text
         )
-        monkeypatch.setattr(index_update, "decoded", nothing_to_read)
+        monkeypatch.setattr(index_command, "decoded", nothing_to_read)
     monkeypatch.undo()
     (photos / "broken.jpg").write_bytes(image_of(5))
     assert update_index(eve, photos, index, 2).images == 4
@@ -191,7 +191,7 @@ def test_loops_of_links_end(eve: EVE, tmp_path: Path) -> None:
 
 
 def test_search_equals_brute_force(eve: EVE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_update, "SHARD_ROWS", 7)
+    monkeypatch.setattr(index_command, "SHARD_ROWS", 7)
     photos = tmp_path / "photos"
     paths = image_files(photos, 24)
     update_index(eve, photos, tmp_path / "index", 0)
@@ -236,26 +236,8 @@ def test_another_model_folder_or_place_is_refused(eve: EVE, tmp_path: Path) -> N
 
 def test_a_second_update_at_the_same_time_is_refused(eve: EVE, tmp_path: Path) -> None:
     image_files(tmp_path / "photos", 2)
-    with index_update._locked(tmp_path / "index"), pytest.raises(UserError, match="another process is updating it"):
+    with index_command._locked(tmp_path / "index"), pytest.raises(UserError, match="another process is updating it"):
         update_index(eve, tmp_path / "photos", tmp_path / "index", 0)
-
-
-@pytest.mark.parametrize("damage", ["no manifest", "no JSON", "a file is missing", "a file is cut"])
-def test_a_damaged_index_is_named(eve: EVE, tmp_path: Path, damage: str) -> None:
-    image_files(tmp_path / "photos", 2)
-    index = tmp_path / "index"
-    update_index(eve, tmp_path / "photos", index, 0)
-    (file,) = index.glob("features-*")
-    if damage == "no manifest":
-        (index / "manifest.json").unlink()
-    elif damage == "no JSON":
-        (index / "manifest.json").write_text("{")
-    elif damage == "a file is missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(UserError, match=f"{index}.*make"):
-        ImageIndex(index)
 
 
 def run(*arguments: object) -> int:

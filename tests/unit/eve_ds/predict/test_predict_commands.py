@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from eve_ds.errors import exit_code
 from eve_ds.predict import EVE
@@ -69,30 +74,82 @@ def test_rows_of_a_file_are_answered_in_order_with_their_other_keys(
     assert [[one["answer"] for one in row["answers"]] for row in found] == [[one.answer for one in row] for row in best]
 
 
-def test_rows_before_a_broken_one_are_written(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"image": image(place, 0), "text": "a square"}] * 4 + [{"image": "gone.png", "text": "a square"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = ("--checkpoint", place / "itr", "--batch_size", 2)
+@pytest.mark.parametrize("bad", ['{"image": "gone.png", "text": "a square"}', "{"])
+def test_rows_before_a_bad_one_are_written(
+    place: Path, tmp_path: Path, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those of its own batch, rows 4 and 5."""
+    good = json.dumps({"image": image(place, 0), "text": "a square"})
+    (tmp_path / "rows.jsonl").write_text("\n".join([*[good] * 5, bad, *[good] * 3]))
+    options = ("--checkpoint", place / "itr", "--batch_size", 3)
     assert predict("match", "--input", tmp_path / "rows.jsonl", *options) == 2
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 4
-    assert captured.err.startswith(f"error: {tmp_path}/rows.jsonl:5: gone.png: No such file")
+    assert len(captured.out.splitlines()) == 5
+    expected = "gone.png: No such file" if "gone" in bad else "is no JSON"
+    assert captured.err.startswith(f"error: {tmp_path}/rows.jsonl:6: {expected}") and captured.err.count("\n") == 1
+
+
+def test_options_may_stand_anywhere(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {
+        "vqa": (["answer", image(place, 0), "what color"], ["--checkpoint", str(place / "vqa"), "--top", "2"]),
+        "itr": (["match", image(place, 0), "a square", "a dog"], ["--checkpoint", str(place / "itr")]),
+    }
+    for (command, *arguments), options in words.values():
+        printed = set()
+        for cut in range(len(arguments) + 1):
+            assert predict(command, *arguments[:cut], *options, *arguments[cut:]) == 0
+            printed.add(capsys.readouterr().out)
+        assert len(printed) == 1 and printed != {""}
+    assert predict("answer", "--checkpoint", place / "vqa", "--", image(place, 0), "-what") == 0
+
+
+def test_a_text_of_bytes_that_are_no_utf_8_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict("match", image(place, 0), "a \udcff square", "--checkpoint", place / "itr") == 0
+    assert capsys.readouterr().out.endswith("a \\udcff square\n")
+
+
+def test_a_very_large_batch_size_takes_all_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--checkpoint", place / "itr", "--batch_size", 10**20)
+    assert predict("match", image(place, 0), "a square", "a dog", *options) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_odd_images_print_nothing_but_the_answer(place: Path, tmp_path: Path) -> None:
+    damaged = Image.Exif()
+    damaged[0x010E] = "words " * 9
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(content, "JPEG", exif=damaged.tobytes()[:-40])
+    (tmp_path / "odd.jpg").write_bytes(content.getvalue())
+    command = [sys.executable, "-m", "eve_ds.predict", "answer", str(tmp_path / "odd.jpg"), "what"]
+    ended = subprocess.run([*command, "--checkpoint", str(place / "vqa")], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout
 
 
 def test_features_are_unit_vectors_with_names(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.txt").write_text("a red square\n\ntwo dogs\n")
+    (tmp_path / "texts.txt").write_bytes(b"a red square\r\ntwo\xe2\x80\xa8dogs\n")
     images = [image(place, 0), image(place, 1)]
     for name in ("f.npz", "f.arrow"):
         options = ("--texts", tmp_path / "texts.txt", "--checkpoint", place / "itr", "--out", tmp_path / name)
         assert predict("features", *images, *options) == 0
     eve = EVE.from_pretrained(place / "itr")
     with np.load(tmp_path / "f.npz") as found:
-        assert found["image_names"].tolist() == images and found["text_names"].tolist() == ["a red square", "two dogs"]
+        assert found["image_names"].tolist() == images and found["text_names"].tolist() == [
+            "a red square",
+            "two\u2028dogs",
+        ]
         np.testing.assert_allclose(found["images"], eve.image_features(images), atol=1e-6)
-        np.testing.assert_allclose(found["texts"], eve.text_features(["a red square", "two dogs"]), atol=1e-6)
+        np.testing.assert_allclose(found["texts"], eve.text_features(["a red square", "two\u2028dogs"]), atol=1e-6)
     table = pa.ipc.open_file(str(tmp_path / "f.arrow")).read_all()
     assert table["kind"].to_pylist() == ["image", "image", "text", "text"]
     np.testing.assert_allclose(table["vector"].to_pylist()[:2], eve.image_features(images), atol=1e-6)
+
+
+def test_features_say_what_they_wrote(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("features", image(place, 0), "--checkpoint", place / "itr", "--out")
+    assert predict(*common, tmp_path / "a\x1b.npz") == 0
+    assert capsys.readouterr().out.endswith("a\\x1b.npz\n")
+    assert predict(*common, tmp_path / "b.npz", "--json") == 0
+    assert lines(capsys) == [{"images": 1, "texts": 0, "dim": 16, "out": str(tmp_path / "b.npz")}]
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -105,6 +162,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "another task": (["judge", "IMAGE", "IMAGE", "s", "--checkpoint", "vqa"], "has the head of vqa, not of nlvr"),
     "not an image": (["answer", "ROWS", "q", "--checkpoint", "vqa"], "its format is unknown"),
     "too large": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--max_pixels", "9"], "32 x 32 pixels, max_pixels=9"),
+    "no pixel": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--max_pixels", "0"], "max_pixels=0: must be between"),
+    "more than any": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--max_pixels", "9" * 12], "must be between"),
+    "no side": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--image_size", "0"], "image_size=0: must be at least"),
+    "a pipe": (["answer", "PIPE", "q", "--checkpoint", "vqa"], "error: pipe.png: is a pipe, a socket or a device;"),
+    "an empty name": (["answer", "IMAGE", "q", "--input", "", "--checkpoint", "vqa"], "give either IMAGE QUESTION"),
+    "a blank text": (["features", "--texts", "BLANK", "--checkpoint", "itr", "--out", "f.npz"], "txt:2: is blank"),
+    "no page": (["search", "q", "--html", "", "--index", "x", "--checkpoint", "itr"], "--html : is a folder; name"),
     "no rows": (["answer", "--input", "gone.jsonl", "--checkpoint", "vqa"], "gone.jsonl: No such file"),
     "no JSON": (["answer", "--input", "BROKEN", "--checkpoint", "vqa"], "broken.jsonl:2: is no JSON"),
     "other keys": (["match", "--input", "ROWS", "--checkpoint", "itr"], ":1: is no object with 'image', 'text'"),
@@ -124,8 +188,22 @@ def test_a_mistake_is_one_line(
     row = json.dumps({"image": image(place, 0), "question": "what"})
     (place / "broken.jsonl").write_text(f"{row}\n{{\n")
     named = {"IMAGE": image(place, 0), "ROWS": str(place / "rows.jsonl"), "BROKEN": str(place / "broken.jsonl")}
+    (place / "blank.txt").write_text("a\n \nb\n")
+    if not (place / "pipe.png").exists():
+        os.mkfifo(place / "pipe.png")
+    named |= {"PIPE": "pipe.png", "BLANK": "blank.txt"}
     arguments, message = MISTAKES[mistake]
     assert predict(*(named.get(word, word) for word in arguments)) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
     assert not list(place.glob("f.*"))
+
+
+def test_a_page_never_replaces_what_is_read(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "queries.jsonl").write_text('{"text": "a square"}\n')
+    before = Path(image(place, 0)).read_bytes()
+    for option, file in (("--image", image(place, 0)), ("--input", place / "queries.jsonl")):
+        common = ("--index", place / "index", "--checkpoint", place / "itr")
+        assert predict("search", option, file, "--html", file, *common) == 2
+        assert f"--html and {option} are one file" in capsys.readouterr().err
+    assert Path(image(place, 0)).read_bytes() == before

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eve_ds.errors import STOPPED, StopError, exit_code
+from eve_ds.errors import NOT_COPIED, STOPPED, StopError, exit_code
 from eve_ds.sweep import runs
 from eve_ds.sweep.stages import Stage
 from preprocessing.errors import UserError
@@ -87,6 +87,17 @@ def test_a_run_that_writes_no_product_has_failed(stage: Callable[[str, str], Sta
     quiet = stage("a", "pass")
     with pytest.raises(UserError, match=r"exit code 0 and did not write .*product"):
         runs.run([[quiet]], 1, 1)
+
+
+def test_a_run_whose_second_place_lacks_a_part_is_done_and_tells_it(
+    stage: Callable[[str, str], Stage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = f"print('s3://b/x lacks a part of this run'); sys.exit({NOT_COPIED})"
+    runs.run([[stage("a", f"{TOUCH}; {told}")]], 1, 1)
+    shown = capsys.readouterr().out
+    assert "a, seed 0: pre-training: s3://b/x lacks a part of this run\n" in shown and "[1/1]" in shown
+    with pytest.raises(UserError, match=f"exit code {NOT_COPIED}"):
+        runs.run([[stage("b", told)]], 1, 1)
 
 
 def test_a_run_that_was_asked_to_stop_stops_the_sweep(stage: Callable[[str, str], Stage]) -> None:

@@ -8,6 +8,8 @@ from statistics import stdev
 
 import pytest
 
+from eve_ds.config import FinetuneConfig, parse
+from eve_ds.finetune_options import expand_options
 from eve_ds.sweep import seeds
 from eve_ds.sweep.stages import FINETUNE, Stage
 from preprocessing.errors import UserError
@@ -28,6 +30,17 @@ def test_each_seed_is_the_command_with_its_seed_and_its_folder(tmp_path: Path) -
     assert stages[0].command[:8] == ["python", "-m", "eve_ds.launching", *launched, FINETUNE]
     stages, _ = seeds.stages_of([FINETUNE, *OPTIONS], tmp_path, 1, ranks=2)
     assert "torch.distributed.run" in stages[0].command
+
+
+def test_each_seed_has_its_own_second_place(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("checkpoint: {second_place: s3://bucket/x/}")
+    of_recipe = ["--config", str(tmp_path / "recipe.yaml"), "--task", "vqa", *OPTIONS[2:]]
+    for words in ([*OPTIONS, "--output_hdfs", "s3://bucket/x"], of_recipe):
+        stages, _ = seeds.stages_of([FINETUNE, *words], tmp_path, 2, ranks=1)
+        for seed, stage in enumerate(stages):
+            argv, defaults = expand_options(stage.command[stage.command.index(FINETUNE) + 1 :])
+            found = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults)
+            assert found.checkpoint.second_place == f"s3://bucket/x/seed_{seed}"
 
 
 @pytest.mark.parametrize(
@@ -59,3 +72,23 @@ def test_the_figures_are_means_and_sample_deviations_of_every_metric(tmp_path: P
     values = [50.0, 52.0, 57.0]
     assert found == {"soft_accuracy": {"mean": 53.0, "deviation": stdev(values), "n": 3, "values": values}}
     assert "| soft_accuracy | 53 ± 3.6         | 3 | 50     | 52     | 57     |" in seeds.markdown(found, "val", 3)
+
+
+def test_recalls_after_re_ranking_are_metrics_and_what_lies_beside_them_is_none(tmp_path: Path) -> None:
+    beside = {
+        "official_split": "COCO test",
+        "intervals": {"txt_r1": [1.0, 2.0], "reranked": {"txt_r1": [1.0, 2.0]}},
+        "incomplete": {"texts": {"scored": 4, "of": 5}, "dropped": {"unreadable": 1}},
+        "best": {"metric": "val/txt_r1", "mode": "max", "value": 1.0, "step": 7},
+        "about": {"samples": 5, "step": 7, "task": "itr_coco"},
+    }
+    stages = []
+    for seed, value in enumerate((50.0, 52.0)):
+        stages.append(Stage(f"seed {seed}", [], tmp_path, tmp_path / f"{seed}.json"))
+        own = {"txt_r1": value, "reranked": {"txt_r1": value + 4, "r_mean": 60}}
+        stages[-1].product.write_text(json.dumps(own | beside))
+    found = seeds.scores_of(stages)
+    values = {name: each["values"] for name, each in found.items()}
+    assert values == {"txt_r1": [50, 52], "reranked/txt_r1": [54, 56], "reranked/r_mean": [60, 60]}
+    assert found["reranked/txt_r1"]["mean"] == 55
+    assert "| reranked/txt_r1 | 55 ± 1.4 " in seeds.markdown(found, "test", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from huggingface_hub import ModelCard
 from eve_ds.config import FinetuneConfig
 from eve_ds.engine.whole_weights import export_model
 from eve_ds.predict import EVE
-from eve_ds.weights.model_card import card
-from eve_ds.weights.model_folder import CARD, HASHED, HASHES, file_hash
+from eve_ds.weights.model_card import card, renew_card
+from eve_ds.weights.model_folder import CARD, HASHED, HASHES
 from eve_ds.weights.save import check_out
 from preprocessing.local_files import write_json
 from preprocessing.shards.schema import ANSWER_LIST
@@ -28,7 +29,7 @@ from tests.support.tiny_tasks import TASKS, Backbone
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder after its scoring, before its export."""
+    """A run folder before its export."""
     folder = tmp_path / "my_vqa"
     write_json(
         folder / "identity.json",
@@ -39,7 +40,6 @@ def run(tmp_path: Path) -> Path:
             }
         },
     )
-    write_json(folder / "scores_test.json", {"overall": 78.25, "incomplete": {"dropped": {}}})
     return folder
 
 
@@ -61,12 +61,19 @@ def front_matter(text: str) -> Any:
 
 
 def test_an_export_has_a_card_that_the_hub_reads(run: Path) -> None:
-    found = ModelCard.load(export(run) / CARD)
+    folder = export(run)
+    assert ModelCard.load(folder / CARD).data.eval_results is None
+    scores = {"overall": 78.25, "other": math.nan, "reranked": {"txt_r1": 60.5}}
+    renew_card(folder, 39, {"test": scores})  # of other weights
+    assert ModelCard.load(folder / CARD).data.eval_results is None
+    renew_card(folder, 40, {"test": scores})
+    found = ModelCard.load(folder / CARD)
     data = found.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == (
         "eve-ds", "visual-question-answering", "unknown",
     )  # fmt: skip
-    (result,) = found.data.eval_results
+    result, reranked = found.data.eval_results
+    assert (reranked.metric_type, reranked.metric_value) == ("reranked/txt_r1", 60.5)
     assert (result.metric_type, result.metric_value, result.dataset_split) == ("overall", 78.25, "test")
     assert result.dataset_name == "vqa"
     for part in (
@@ -93,13 +100,14 @@ def test_the_example_of_the_card_runs_in_the_folder(
     assert any(answer in printed for answer in ANSWERS)
 
 
-def test_the_card_is_hashed_and_may_be_edited(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_card_may_be_edited(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = export(run)
-    assert json.loads((folder / HASHES).read_text())[CARD] == file_hash(folder / CARD)
     check_out(folder, overwrite=True, folder=True)  # the card is no foreign file
     before = (folder / CARD).read_text()
+    (folder / HASHES).unlink()  # as a kill in an export leaves it
     export(run, step=50)
-    assert (folder / CARD).read_text() == before.replace("steps: 40", "steps: 50")
+    text, other = ((card.rpartition("\n<!--")[0]) for card in ((folder / CARD).read_text(), before))
+    assert text == other.replace("steps: 40", "steps: 50")
 
     edited = before.replace("license: unknown", "license: cc-by-4.0")
     (folder / CARD).write_text(edited)
@@ -112,7 +120,7 @@ def test_the_card_is_hashed_and_may_be_edited(run: Path, caplog: pytest.LogCaptu
 
 def test_a_card_without_a_record_of_the_run_says_what_it_knows() -> None:
     text = card({"task": "itr_coco", "model": {"depth": 3}}, 7, {}, {}, "m")
-    assert "model-index" not in front_matter(text) and "- data: unknown" in text and "eve.match(" in text
+    assert "model-index" not in front_matter(text) and "- data: `unknown`" in text and "eve.match(" in text
     assert "eve.predict" not in card({"task": "pretrain"}, 7, {}, {}, "m")
     hostile = card({"task": "vqa"}, 7, {}, {"test": {"overall": 1.0}}, "a: [b --- 'c")
     assert front_matter(hostile)["model-index"][0]["name"] == "a: [b --- 'c"

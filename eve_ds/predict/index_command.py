@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import logging
 import math
@@ -26,10 +27,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eve_ds.data.transforms import Transform, normalize
-from eve_ds.data.worker import initialize_worker
+from eve_ds.data.worker import explain_worker_death, initialize_worker
 from eve_ds.predict.eve import EVE
-from eve_ds.predict.image_index import MANIFEST, ImageIndex, IndexManifest, check_model, index_schema, model_identity
-from eve_ds.predict.raw_inputs import to_square
+from eve_ds.predict.image_index import (
+    FILE,
+    MANIFEST,
+    Broken,
+    ImageIndex,
+    IndexManifest,
+    Shard,
+    check_model,
+    index_schema,
+    model_identity,
+)
+from eve_ds.predict.raw_inputs import UndecodableError, read_image
 from preprocessing.errors import UserError, printable
 from preprocessing.local_files import make_folder, replace_surrogates, write_atomic
 
@@ -38,7 +49,7 @@ SHARD_ROWS = 8192
 PREFETCH = 4  # batches that each decoding process is ahead
 PROGRESS_SECONDS = 10.0
 NAMED = 20  # broken images in messages; all of them are in the manifest
-_FILE = re.compile(r"features-(\d{6,})\.arrow")
+_TEMPORARY = re.compile(r"\.(features-\d{6,}\.arrow|manifest\.json)\.[0-9a-f]{8}")  # of a killed run
 log = logging.getLogger(__name__)
 
 
@@ -52,23 +63,25 @@ class ImageFile(NamedTuple):
 
 @dataclass
 class IndexReport:
-    """What an update did: images in the index now, of them new and kept; removed; not readable; new ones a second."""
+    """What an update did: images in the index now, of them new, changed and kept; removed; not readable; images encoded
+    a second."""
 
-    images: int
-    new: int
-    kept: int
-    removed: int
-    broken: int
-    images_per_second: float
+    images: int = 0
+    new: int = 0
+    changed: int = 0
+    kept: int = 0
+    removed: int = 0
+    broken: int = 0
+    images_per_second: float = 0.0
 
 
-def find_images(folder: Path) -> tuple[list[ImageFile], list[dict[str, Any]]]:
+def find_images(folder: Path) -> tuple[list[ImageFile], list[Broken]]:
     """The image files in a folder and below, by their endings, sorted; hidden ones are left out.
 
     Links are followed, and each folder is visited once, so that loops end.
 
     Returns:
-        the files, and those that cannot be looked at, as in ``IndexManifest.broken``.
+        the files, and those that cannot be looked at.
     Raises:
         UserError: no such folder.
     """
@@ -90,20 +103,24 @@ def find_images(folder: Path) -> tuple[list[ImageFile], list[dict[str, Any]]]:
             try:
                 status = os.stat(os.path.join(place, name))
                 if replace_surrogates(path) != path:
-                    broken.append(_broken(ImageFile(replace_surrogates(path), -1, -1), "its name is not UTF-8"))
+                    broken.append(Broken(replace_surrogates(path), "its name is not UTF-8"))
                 elif stat.S_ISREG(status.st_mode):
                     found.append(ImageFile(path, status.st_size, status.st_mtime_ns))
             except OSError as error:
-                broken.append(_broken(ImageFile(replace_surrogates(path), -1, -1), str(error.strerror)))
+                broken.append(Broken(replace_surrogates(path), str(error.strerror)))
     return sorted(found), broken
 
 
-def _broken(file: ImageFile, reason: str) -> dict[str, Any]:
-    return file._asdict() | {"reason": reason}
+class Decoded(NamedTuple):
+    """A batch of files: those that could be read with their squares, [n, S, S, 3] uint8, and the others."""
+
+    files: list[ImageFile]
+    squares: torch.Tensor
+    broken: list[Broken]
 
 
-class DecodedBatches(Dataset[tuple[list[ImageFile], torch.Tensor, list[tuple[ImageFile, str]]]]):
-    """Image files in batches: dataset[i] -> (files, squares [n, S, S, 3] uint8, (file, reason) of the unreadable)."""
+class DecodedBatches(Dataset[Decoded]):
+    """Image files in batches."""
 
     def __init__(self, folder: Path, files: Sequence[ImageFile], transform: Transform, batch_size: int) -> None:
         self.folder, self.files, self.transform, self.batch_size = folder, files, transform, batch_size
@@ -111,24 +128,26 @@ class DecodedBatches(Dataset[tuple[list[ImageFile], torch.Tensor, list[tuple[Ima
     def __len__(self) -> int:
         return math.ceil(len(self.files) / self.batch_size)
 
-    def __getitem__(self, number: int) -> tuple[list[ImageFile], torch.Tensor, list[tuple[ImageFile, str]]]:
+    def __getitem__(self, number: int) -> Decoded:
         squares, good, bad = [], [], []
         for file in self.files[number * self.batch_size : (number + 1) * self.batch_size]:
-            path = self.folder / file.path
             try:
-                squares.append(to_square(path, self.transform))
+                image = read_image(self.folder / file.path, self.transform.max_pixels)
+                squares.append(np.asarray(self.transform.square(image)))
                 good.append(file)
+            except UndecodableError as error:
+                bad.append(Broken(file.path, str(error), file.size, file.mtime_ns))
             except UserError as error:
-                bad.append((file, str(error).removeprefix(f"{path}: ").partition("; give another")[0]))
+                bad.append(Broken(file.path, str(error)))
         size = self.transform.image_size
         stacked = np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
-        return good, torch.from_numpy(stacked), bad
+        return Decoded(good, torch.from_numpy(stacked), bad)
 
 
 def decoded(
     folder: Path, files: Sequence[ImageFile], transform: Transform, batch_size: int, num_workers: int
-) -> Iterator[tuple[list[ImageFile], torch.Tensor, list[tuple[ImageFile, str]]]]:
-    """The batches of ``DecodedBatches``, in order, read by ``num_workers`` processes (0: by this one)."""
+) -> Iterator[Decoded]:
+    """Files in batches, in order, read by ``num_workers`` processes (0: by this one)."""
     batches = DecodedBatches(folder, files, transform, batch_size)
     processes = min(num_workers, len(batches))
     ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": initialize_worker} if processes else {}
@@ -152,7 +171,7 @@ class IndexWriter:
         self._schema = index_schema(manifest.model["dim"], manifest.dtype)
         self._pending: list[pa.RecordBatch] = []
         self._kept = 0  # pending rows of an old file, which ``commit`` would delete
-        numbers = [int(found[1]) for path in index.iterdir() if (found := _FILE.fullmatch(path.name))]
+        numbers = [int(found[1]) for path in index.iterdir() if (found := FILE.fullmatch(path.name))]
         self._next = max(numbers, default=0) + 1
 
     @property
@@ -189,15 +208,21 @@ class IndexWriter:
         name = f"features-{self._next:06d}.arrow"
         self._next += 1
         write_atomic(self.index / name, buffer.getvalue())
-        self.manifest.shards.append({"file": name, "rows": table.num_rows, "bytes": buffer.tell()})
+        sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        self.manifest.shards.append(Shard(name, table.num_rows, buffer.tell(), sha256))
 
     def _commit(self) -> None:
-        """Write the manifest, then delete the files that it does not list."""
+        """Write the manifest, then delete the files that it does not list, and the temporary ones of a killed run."""
         self.manifest.write(self.index)
-        listed = {shard["file"] for shard in self.manifest.shards}
+        listed = {MANIFEST, *(shard.file for shard in self.manifest.shards)}
         for path in self.index.iterdir():
-            if _FILE.fullmatch(path.name) and path.name not in listed:
+            if _is_own(path.name) and path.name not in listed:
                 path.unlink()
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file in an index has a name that the index gives."""
+    return name == MANIFEST or bool(FILE.fullmatch(name) or _TEMPORARY.fullmatch(name))
 
 
 def update_index(
@@ -212,12 +237,15 @@ def update_index(
         num_workers: processes that decode; None: one for each core; 0: this one.
         dtype: of the vectors, float32 or float16; None: the index's, float32 for a new one.
     Raises:
-        UserError: no images, another model, another folder, or a place that holds something else.
+        UserError: no images, another model, another folder, a place that holds something else, or a killed process.
     """
     if num_workers is not None and num_workers < 0:
         raise UserError(f"num_workers={num_workers}: must be at least 0")
     eve.task("retrieval")
     source, index = Path(folder).resolve(), Path(index)
+    for path in (source, index):
+        if replace_surrogates(str(path)) != str(path):
+            raise UserError(f"{path}: its name is not UTF-8; rename it")
     files, broken = find_images(source)
     if not files:
         raise UserError(f"{folder}: holds no image files ({' '.join(ENDINGS)}); give a folder that does")
@@ -228,21 +256,29 @@ def update_index(
         if old is not None:
             manifest.dtype = old.manifest.dtype
         writer = IndexWriter(index, manifest)
-        skipped = {_file_of(one): one for one in old.manifest.broken} if old else {}
-        skipped = {file: skipped[file] for file in files if file in skipped}
-        manifest.broken = broken + list(skipped.values())
-        readable = [file for file in files if file not in skipped]
-        kept, new = _keep(old, readable, writer) if old else (0, readable)
-        removed = len(old) - kept if old else 0
-        added, rate = _encode(eve, source, new, writer, workers)
+        undecodable = {(one.path, one.size, one.mtime_ns): one for one in old.manifest.broken} if old else {}
+        manifest.broken = broken + [undecodable[file] for file in files if file in undecodable]
+        readable = [file for file in files if file not in undecodable]
+        kept, before = _keep(old, readable, writer) if old else (set(), set())
+        try:
+            done = _encode(eve, source, [file for file in readable if file not in kept], before, writer, workers)
+        except RuntimeError as error:
+            if explain_worker_death(error) is None:
+                raise
+            raise UserError(
+                "a decoding process was killed, most often for lack of memory; give a lower --num_workers or "
+                "--batch_size, and start again: the index goes on from its last whole file"
+            ) from error
         _name_broken(manifest.broken, source)
-        return IndexReport(kept + added, added, kept, removed, len(manifest.broken), rate)
+        done.kept, done.broken = len(kept), len(manifest.broken)
+        done.images = done.kept + done.new + done.changed
+        done.removed = len(before) - done.kept - done.changed
+        return done
 
 
 def _existing(eve: EVE, source: Path, index: Path, dtype: str | None) -> ImageIndex | None:
     """The index that is there, if one is. Raises UserError if it is not one of this model and folder."""
-    others = [path.name for path in index.iterdir() if path.name != MANIFEST and not _FILE.fullmatch(path.name)]
-    others = [name for name in others if not name.startswith(f".{MANIFEST}.") and not name.startswith(".features-")]
+    others = [path.name for path in index.iterdir() if not _is_own(path.name)]
     if others:
         raise UserError(f"--out {index}: holds other files than an index's ({others[0]}); choose another folder")
     if not (index / MANIFEST).is_file():
@@ -259,37 +295,33 @@ def _existing(eve: EVE, source: Path, index: Path, dtype: str | None) -> ImageIn
     return found
 
 
-def _file_of(row: dict[str, Any]) -> ImageFile:
-    return ImageFile(row["path"], row["size"], row["mtime_ns"])
-
-
-def _keep(old: ImageIndex, files: Sequence[ImageFile], writer: IndexWriter) -> tuple[int, list[ImageFile]]:
-    """Keep the rows of unchanged files. Returns how many, and the files that are not among them."""
-    there = set(files)
-    rows = [[_file_of(row) for row in batch.select(ImageFile._fields).to_pylist()] for batch in old.batches()]
-    known = there.intersection(*[[file for part in rows for file in part]])
-    new = sorted(there - known)
+def _keep(old: ImageIndex, files: Sequence[ImageFile], writer: IndexWriter) -> tuple[set[ImageFile], set[str]]:
+    """Keep the rows of unchanged files. Returns these files, and the paths of all rows."""
+    rows = [[ImageFile(**row) for row in batch.select(ImageFile._fields).to_pylist()] for batch in old.batches]
+    known = {file for part in rows for file in part}.intersection(files)
+    new = len(known) < len(files)
     place = 0
     for shard, count in zip(old.manifest.shards, old.batches_of_shard, strict=True):
-        parts = list(zip(old.batches()[place : place + count], rows[place : place + count], strict=True))
+        parts = list(zip(old.batches[place : place + count], rows[place : place + count], strict=True))
         place += count
         whole = all(file in known for _, own in parts for file in own)
-        if whole and (shard["rows"] == SHARD_ROWS or not new):
+        if whole and (shard.rows == SHARD_ROWS or not new):
             writer.manifest.shards.append(shard)
             continue
         for batch, own in parts:
             writer.keep(batch.filter(pa.array([file in known for file in own], pa.bool_())))
-    return len(known), new
+    return known, {file.path for part in rows for file in part}
 
 
 def _encode(
-    eve: EVE, folder: Path, files: Sequence[ImageFile], writer: IndexWriter, num_workers: int
-) -> tuple[int, float]:
-    """Encode new images into the index and commit it. Returns how many, and images a second."""
+    eve: EVE, folder: Path, files: Sequence[ImageFile], before: set[str], writer: IndexWriter, num_workers: int
+) -> IndexReport:
+    """Encode images into the index and commit it. Returns how many are new, and changed, and images a second."""
     began = said = time.perf_counter()
-    added = 0
+    added = changed = 0
     for good, squares, bad in decoded(folder, files, eve.transform, eve.batch_size, num_workers):
-        writer.manifest.broken += [_broken(file, reason) for file, reason in bad]
+        writer.manifest.broken += bad
+        changed += sum(file.path in before for file in good)
         if good:
             writer.add(good, eve.vectors_of(normalize(squares.numpy())))
             added += len(good)
@@ -300,7 +332,7 @@ def _encode(
             log.info("%d of %d images, %.0f a second", added, len(files), added / (said - began))
     rate = added / max(time.perf_counter() - began, 1e-9)
     writer.write_files(last=True)
-    return added, rate
+    return IndexReport(new=added - changed, changed=changed, images_per_second=rate)
 
 
 @contextlib.contextmanager
@@ -322,8 +354,8 @@ def _locked(index: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _name_broken(broken: Sequence[dict[str, Any]], folder: Path) -> None:
+def _name_broken(broken: Sequence[Broken], folder: Path) -> None:
     for one in broken[:NAMED]:
-        log.warning("%s: left out: %s", printable(str(folder / one["path"])), one["reason"])
+        log.warning("%s: left out: %s", printable(str(folder / one.path)), one.reason)
     if len(broken) > NAMED:
         log.warning("and %d more; %s lists them all", len(broken) - NAMED, MANIFEST)

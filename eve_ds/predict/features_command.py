@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,25 +11,31 @@ import numpy as np
 import pyarrow as pa
 
 from eve_ds.predict.eve import EVE
-from preprocessing.errors import UserError
+from preprocessing.errors import UserError, printable
 from preprocessing.local_files import check_regular, replace_surrogates, write_atomic
 
 SUFFIXES = (".npz", ".arrow")
 
 
 def read_texts(path: str) -> list[str]:
-    """The lines of a UTF-8 file that are not blank. Raises UserError naming the file."""
+    """The lines of a UTF-8 file. Raises UserError naming the file, and the line if one is blank."""
     check_regular(path, streams=True)
     try:
-        texts = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        content = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: {getattr(error, 'strerror', None) or error}; give a file with a text a line"
         ) from None
-    return [text for text in texts if text.strip()]
+    texts = content.split("\n") if content else []  # splitlines would split at U+2028 and others, too
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise UserError(f"{path}:{number}: is blank; write a text on each line")
+    return texts
 
 
-def write_features(load: Callable[[], EVE], images: Sequence[str], texts_file: str | None, out: str) -> None:
+def write_features(
+    load: Callable[[], EVE], images: Sequence[str], texts_file: str | None, out: str, as_json: bool = False
+) -> None:
     """Encode images and texts and write the vectors.
 
     Args:
@@ -37,13 +44,14 @@ def write_features(load: Callable[[], EVE], images: Sequence[str], texts_file: s
         texts_file: a text a line, or None.
         out: .npz with ``images`` [N, E] float32 and ``image_names`` [N], ``texts`` [M, E] and ``text_names`` [M]; or
             .arrow with the columns kind (image or text), name and vector.
+        as_json: print what was written as a JSON object.
     Raises:
         UserError: nothing to encode, a bad input, or another suffix.
     """
     suffix = Path(out).suffix
     if suffix not in SUFFIXES:
         raise UserError(f"--out {out}: name a file that ends in {' or '.join(SUFFIXES)}")
-    texts = read_texts(texts_file) if texts_file else []
+    texts = read_texts(texts_file) if texts_file is not None else []
     if not images and not texts:
         raise UserError("nothing to encode: give image files, or --texts FILE with a text a line")
     eve = load()
@@ -70,4 +78,6 @@ def write_features(load: Callable[[], EVE], images: Sequence[str], texts_file: s
         with pa.ipc.new_file(buffer, table.schema) as writer:
             writer.write_table(table)
     write_atomic(out, buffer.getvalue())
-    print(f"wrote {len(names)} images and {len(texts)} texts, vectors of {image_vectors.shape[1]}, to {out}")
+    done = {"images": len(names), "texts": len(texts), "dim": eve.feature_dim, "out": out}
+    line = f"wrote {len(names)} images and {len(texts)} texts, vectors of {eve.feature_dim}, to {printable(out)}"
+    print(json.dumps(done) if as_json else line)
