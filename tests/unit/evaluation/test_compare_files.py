@@ -12,7 +12,8 @@ import pytest
 
 from evaluation import compare, retrieval
 from evaluation.common import run
-from evaluation.significance import paired_bootstrap, sign_test
+from evaluation.significance import sign_test
+from tests.support.differences import difference
 
 RNG = np.random.default_rng(3)
 RIGHT = {"a": RNG.random(120) < 0.5, "b": RNG.random(120) < 0.7}
@@ -80,7 +81,7 @@ def test_questions_are_compared_by_their_scores_and_by_image(
     found, text = compared(vqa_files(tmp_path), tmp_path, capsys)
     (result,) = found["comparisons"]
     scores = [np.where(RIGHT[name], 100.0, 60.0) for name in "ab"]
-    expected = paired_bootstrap(*scores, np.arange(120) // 4)
+    expected = difference(*scores, np.arange(120) // 4)
     row = result["metrics"]["overall"]
     for key in ("difference", "low", "high", "p"):
         assert row[key] == pytest.approx(getattr(expected, key))
