@@ -218,13 +218,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{next(path for path in files if files.count(path) > 1)} is named twice")
     content = {path: text_of(path) for path in files}
     texts = {path: text for path, text in content.items() if text is not None}
-    kinds = {
-        path: options.task if options.task and text is not None else kind_of(text) for path, text in content.items()
-    }
-    task = kinds[files[0]]
+    kinds = {path: kind_of(text) if text is None else options.task or kind_of(text) for path, text in content.items()}
+    task = options.task or kinds[files[0]]
     for path, kind in kinds.items():
         if kind != task:
-            raise InputError(f"{path}: holds predictions of {kind}, but {files[0]} of {task}; compare one task")
+            wanted = "--task" if options.task else files[0]
+            raise InputError(f"{path}: holds predictions of {kind}, but {wanted} is of {task}; compare one task")
     if (options.annotations is None) != (task == "retrieval"):
         need = "hold the right answers themselves; leave --annotations out" if options.annotations else None
         parser.error(f"files of {task} {need or 'need --annotations, the file of right answers'}")
