@@ -276,6 +276,10 @@ def test_vqa_runs_are_tested_on_their_questions(tmp_path: Path) -> None:
     (tmp_path / "b" / "predictions_test.json").write_text(json.dumps(given["b"][1:]))
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     assert "b is not tested against a: their predictions are of other examples." in text
+    for name in given:
+        (tmp_path / name / "predictions_test.json").write_text("[]")
+    text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
+    assert "b is not tested against a: there are no predictions." in text
     for name in given:  # of a question that the data set does not have
         more = [*given[name], {"question_id": 10**9, "answer": "yes"}]
         (tmp_path / name / "predictions_test.json").write_text(json.dumps(more))
