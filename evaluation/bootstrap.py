@@ -24,6 +24,7 @@ PAIRED_DRAWS = 10_000  # for a test, whose p needs more
 LEVEL = 0.95
 DECIMALS = 6
 _CELLS = 2_000_000  # of the matrix of weights that is drawn at a time: 16 MB
+_MATRIX = 32_000_000  # numbers that a model's metrics take at a time: 256 MB
 _GROUP = "/"  # between the two keys of a metric that is in a group, as in per_answer_type/number
 
 Column = tuple[NDArray[Any], NDArray[np.integer]]  # values [n], their clusters [n]
@@ -49,6 +50,17 @@ class Parts:
         for name, of in self.means.items():
             found[name] = np.mean([found[each] for each in of], axis=0)
         return found
+
+    def blocks(self, draws: int) -> Iterator[Parts]:
+        """The same, some metrics at a time, so that neither ``matrix`` nor ``draws`` values of each take much memory.
+
+        All at once where there are ``means``, which are of few metrics.
+        """
+        names = list(self.columns)
+        size = len(names) if self.means else max(1, _MATRIX // (2 * max(self.clusters, draws)))
+        for begin in range(0, len(names), size):
+            some = {name: self.columns[name] for name in names[begin : begin + size]}
+            yield Parts(some, self.clusters, self.means)
 
     def matrix(self) -> NDArray[np.float64]:
         """[C, 2 M]: the sum of each column in each cluster, then how many values there are."""
@@ -135,9 +147,10 @@ def confidence(parts: Parts, draws: int = DRAWS, level: float = LEVEL, seed: int
     """
     ends = [(1 - level) / 2, (1 + level) / 2]
     found = {}
-    for name, drawn in _resampled([parts], draws, seed)[0].items():
-        low, high = np.quantile(drawn[np.isfinite(drawn)], ends)
-        found[name] = [round(float(low), DECIMALS), round(float(high), DECIMALS)]
+    for block in parts.blocks(draws):
+        for name, drawn in _resampled([block], draws, seed)[0].items():
+            low, high = np.quantile(drawn[np.isfinite(drawn)], ends)
+            found[name] = [round(float(low), DECIMALS), round(float(high), DECIMALS)]
     return found
 
 
@@ -148,6 +161,13 @@ def paired(
 
     The parts must be of the same examples in the same order; other arguments as of ``confidence``.
     """
+    result: dict[str, Interval] = {}
+    for ours, theirs in zip(first.blocks(draws), second.blocks(draws), strict=True):
+        result |= _paired(ours, theirs, draws, level, seed)
+    return result
+
+
+def _paired(first: Parts, second: Parts, draws: int, level: float, seed: int) -> dict[str, Interval]:
     base, other = _resampled([first, second], draws, seed)
     ours, theirs = first.scores(), second.scores()
     differ = {name: _differing(first, second, name) for name in first.columns}
@@ -171,10 +191,15 @@ def _differing(first: Parts, second: Parts, name: str) -> NDArray[np.bool_]:
 
 def _resampled(models: Sequence[Parts], draws: int, seed: int) -> list[dict[str, NDArray[np.float64]]]:
     """For each model {metric: [draws] values}, of the same resamples; NaN where a resample has no example of it."""
-    matrix = np.concatenate([parts.matrix() for parts in models], axis=1)
-    sums = np.concatenate([weights @ matrix for weights in _weights(models[0].clusters, draws, seed)])
+    matrices = [parts.matrix() for parts in models]
+    sums = [np.empty((draws, matrix.shape[1])) for matrix in matrices]
+    begin = 0
+    for weights in _weights(models[0].clusters, draws, seed):
+        for matrix, own in zip(matrices, sums, strict=True):
+            np.matmul(weights, matrix, out=own[begin : begin + len(weights)])
+        begin += len(weights)
     result = []
-    for parts, own in zip(models, np.split(sums, len(models), axis=1), strict=True):
+    for parts, own in zip(models, sums, strict=True):
         totals, counts = np.split(own, 2, axis=1)
         with np.errstate(invalid="ignore"):
             values = totals / counts

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import json
 import os
 import re
 import secrets
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 OUTPUTS = {"out", "per_question", "html"}  # options that name files to be written
@@ -62,10 +64,10 @@ def without_secrets(text: str) -> str:
     return SECRETS.sub(lambda found: f"{found[1] or found[2]}***@" if found[1] or found[2] else f"{found[3]}***", text)
 
 
-def check_regular(path: str | Path) -> None:
+def check_regular(path: str | Path, streams: bool = True) -> None:
     """Refuse a pipe or a device: reading one may block or never end.
 
-    Pipes that the shell has opened, as in ``<(command)`` or /dev/stdin, are accepted.
+    Pipes that the shell has opened, as in ``<(command)`` or /dev/stdin, are accepted, if ``streams``.
 
     Raises:
         InputError: ``path`` is one.
@@ -74,9 +76,33 @@ def check_regular(path: str | Path) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return  # reported when the file is read
-    stream = stat.S_ISFIFO(mode) and str(path).startswith(STREAMS)
+    stream = streams and stat.S_ISFIFO(mode) and str(path).startswith(STREAMS)
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stream):
         raise InputError(f"{path}: is a pipe, a socket or a device; write its content to a file, and name that")
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[BinaryIO]:
+    """The file, open.
+
+    Raises:
+        InputError: it is missing, a device or unreadable; and what is read in the context is not UTF-8.
+    """
+    check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text, byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    except ValueError as error:  # a name with a zero byte
+        raise InputError(f"{path}: {error}") from error
+
+
+def decoded(file: BinaryIO) -> str:
+    """The text of a UTF-8 file from where it is, a byte order mark removed."""
+    return io.TextIOWrapper(file, encoding="utf-8-sig").read()
 
 
 def read_text(path: str | Path) -> str:
@@ -85,13 +111,8 @@ def read_text(path: str | Path) -> str:
     Raises:
         InputError: the file is missing, unreadable or not UTF-8.
     """
-    check_regular(path)
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text, byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    with reading(path) as file:
+        return decoded(file)
 
 
 def read_json(path: str | Path) -> Any:
@@ -100,10 +121,14 @@ def read_json(path: str | Path) -> Any:
     Raises:
         InputError: unreadable, empty or not JSON; the message has line and column.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, path: str) -> Any:
+    """As ``read_json``, of the text of a file."""
     if not text.strip():
         raise InputError(f"{path}: is empty")
-    return _parse(text, str(path))
+    return _parse(text, path)
 
 
 def read_json_rows(path: str | Path) -> list[Any]:
@@ -134,6 +159,15 @@ def _parse(text: str, name: str, line: int = 1) -> Any:
         raise InputError(f"{name}: JSON nested too deeply from line {line}") from error
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{name}: invalid JSON from line {line}: {error}") from error
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Errors begin with ``what``."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -12,9 +12,9 @@ two is better (VQA: scores higher). p is not corrected for the number of tests.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import sys
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,10 +26,13 @@ from evaluation.bootstrap import LEVEL, PAIRED_DRAWS, Parts
 from evaluation.common import (
     InputError,
     Parser,
-    check_regular,
+    decoded,
     first_few,
+    naming,
+    parse_json,
     printable,
     read_json_rows,
+    reading,
     run,
     write_scores,
 )
@@ -37,7 +40,7 @@ from evaluation.significance import sign_test
 
 TASKS = ("retrieval", "vqa", "nlvr")
 FORMS = {"retrieval": "{:.2f}", "vqa": "{:.2f}", "nlvr": "{:.4f}"}  # NLVR2's metrics are fractions
-BYTES = 64  # of a file that tell what it is
+ARCHIVES = (b"PK", b"\x93NUMPY")  # what files of arrays begin with
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,27 @@ class Scored:
     values: NDArray[Any] | None = None
 
 
-def kind_of(path: str) -> str:
-    """The task that a file of predictions is of, by its content.
+def text_of(path: str) -> str | None:
+    """The text of a file of predictions, which may be a pipe and is read once; None of a file of arrays.
 
     Raises:
         InputError: it cannot be read, or is empty.
     """
-    check_regular(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    if not start:
+    with reading(path) as file:
+        start = file.read(max(map(len, ARCHIVES)))
+        if start.startswith(ARCHIVES):
+            return None
+        text = decoded(io.BytesIO(start + file.read()))
+    if not text.strip():
         raise InputError(f"{path}: holds no predictions")
-    if start.startswith((b"PK", b"\x93NUMPY")):
+    return text
+
+
+def kind_of(text: str | None) -> str:
+    """The task that a file of predictions is of, by what ``text_of`` gives."""
+    if text is None:
         return "retrieval"
-    return "vqa" if start[:1] in b"[{" else "nlvr"
+    return "vqa" if text.lstrip()[0] in "[{" else "nlvr"
 
 
 def read_retrieval(paths: Sequence[str]) -> list[Scored]:
@@ -98,56 +105,63 @@ def read_retrieval(paths: Sequence[str]) -> list[Scored]:
     return found
 
 
-def read_vqa(paths: Sequence[str], annotations: str, questions: str | None) -> list[Scored]:
-    """Raises InputError naming a file that cannot be read or does not answer the same questions as the first."""
+@vqa.no_garbage_collection()
+def read_vqa(texts: Mapping[str, str], annotations: str, questions: str | None, allow_extra: bool) -> list[Scored]:
+    """Raises InputError naming a file that cannot be read or does not answer the same questions as the first.
+
+    Args:
+        texts: of the files, by path.
+        annotations: file of right answers.
+        questions: file of the questions that count.
+        allow_extra: answers to other questions are left out.
+    """
+    given = {path: vqa.listed(parse_json(text, path), path, None) for path, text in texts.items()}
     answered = {}
-    for path in paths:
-        rows = vqa.read_list(path, None)
-        with _naming(path):
+    for path, rows in given.items():
+        with naming(path):
             answered[path] = vqa.by_id(rows, "prediction", lambda row, where: None).keys()
-        same_examples(path, answered[path], paths[0], answered[paths[0]], "questions")
+    allow_extra = allow_extra or questions is not None
+    if not allow_extra:
+        same_examples(answered, "questions")
+    truths, against = vqa.read_annotations(annotations, questions)
     found = []
-    for path in paths:
-        scores, truths = vqa.per_question_of_files(path, annotations, questions)
+    for path, rows in given.items():
+        with naming(f"{path} against {against}"):
+            scores = vqa.per_question(rows, truths, allow_extra)
         parts = bootstrap.vqa_parts(scores, truths, ("answer_type",))
         sizes = {"questions": len(scores), "clusters": parts.clusters}
         found.append(Scored(path, sizes, parts, np.array(list(scores.values()))))
     return found
 
 
-def read_nlvr(paths: Sequence[str], annotations: str) -> list[Scored]:
-    """Raises InputError naming a file that cannot be read or does not judge the same statements as the first."""
-    given = {path: nlvr.read_predictions(path) for path in paths}
+def read_nlvr(texts: Mapping[str, str], annotations: str, allow_extra: bool) -> list[Scored]:
+    """Raises InputError naming a file that cannot be read or does not judge the same statements as the first.
+
+    Arguments are those of ``read_vqa``.
+    """
+    given = {path: nlvr.parse_predictions(text, path) for path, text in texts.items()}
+    if not allow_extra:
+        same_examples(given, "statements")
     truths = read_json_rows(annotations)
     found = []
     for path, predictions in given.items():
-        same_examples(path, predictions, paths[0], given[paths[0]], "statements")
-        with _naming(f"{path} against {annotations}"):
-            right = nlvr.per_example(predictions, truths)
+        with naming(f"{path} against {annotations}"):
+            right = nlvr.per_example(predictions, truths, allow_extra)
         parts = bootstrap.nlvr_parts(list(right.values()), [nlvr.sentence_of(identifier) for identifier in right])
         sizes = {"statements": len(right), "sentences": parts.clusters}
         found.append(Scored(path, sizes, parts, np.array(list(right.values()))))
     return found
 
 
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Errors begin with ``what``."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{what}: {error}") from error
-
-
-def same_examples(
-    path: str, examples: Collection[Hashable], first: str, wanted: Collection[Hashable], what: str
-) -> None:
-    """Raise InputError, counting and listing what is missing and what is extra, unless both are the same."""
-    apart = {"missing": [each for each in wanted if each not in examples]}
-    apart["extra"] = [each for each in examples if each not in wanted]
-    told = [f"{len(some)} {word} ({first_few(some)})" for word, some in apart.items() if some]
-    if told:
-        raise InputError(f"{path}: does not have the {what} of {first}: {', '.join(told)}; compare the same split")
+def same_examples(given: Mapping[str, Collection[Hashable]], what: str) -> None:
+    """Raise InputError, counting and listing what is missing and what is extra, unless all files have the same."""
+    (first, wanted), *others = given.items()
+    for path, examples in others:
+        apart = {"missing": [each for each in wanted if each not in examples]}
+        apart["extra"] = [each for each in examples if each not in wanted]
+        told = [f"{len(some)} {word} ({first_few(some)})" for word, some in apart.items() if some]
+        if told:
+            raise InputError(f"{path}: does not have the {what} of {first}: {', '.join(told)}; compare the same split")
 
 
 def comparison(first: Scored, other: Scored) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def table(found: dict[str, Any], form: str) -> str:
         signed = form.replace(":", ":+")
         interval = f"[{signed.format(row['low'])}, {signed.format(row['high'])}]"
         values = (form.format(row["first"]), form.format(row["second"]), signed.format(row["difference"]))
-        lines.append((name, *values, interval, _p(row["p"])))
+        lines.append((printable(name), *values, interval, _p(row["p"])))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join((line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:]))).rstrip() for line in lines]
     if test := found.get("mcnemar"):
@@ -192,6 +206,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, help="what they are of; by default their content tells")
     parser.add_argument("--annotations", metavar="A.json", help="VQA, NLVR2: the right answers, the official file")
     parser.add_argument("--questions", metavar="Q.json", help="VQA: compare on these alone, an official file")
+    parser.add_argument(
+        "--allow_extra", action="store_true", help="VQA, NLVR2: leave predictions without a right answer out"
+    )
     parser.add_argument("--out", metavar="M.json", help="where the comparisons go, as JSON")
     options = parser.parse_args(arguments)
     files: list[str] = options.files
@@ -199,22 +216,27 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"there is one file of predictions, {files[0]}; name two or more")
     if len(set(files)) < len(files):
         parser.error(f"{next(path for path in files if files.count(path) > 1)} is named twice")
-    kinds = [options.task] * len(files) if options.task else [kind_of(path) for path in files]
-    for path, kind in zip(files, kinds, strict=True):
-        if kind != kinds[0]:
-            raise InputError(f"{path}: holds predictions of {kind}, but {files[0]} of {kinds[0]}; compare one task")
-    task = kinds[0]
+    content = {path: text_of(path) for path in files}
+    texts = {path: text for path, text in content.items() if text is not None}
+    kinds = {path: kind_of(text) if text is None else options.task or kind_of(text) for path, text in content.items()}
+    task = options.task or kinds[files[0]]
+    for path, kind in kinds.items():
+        if kind != task:
+            wanted = "--task" if options.task else files[0]
+            raise InputError(f"{path}: holds predictions of {kind}, but {wanted} is of {task}; compare one task")
     if (options.annotations is None) != (task == "retrieval"):
         need = "hold the right answers themselves; leave --annotations out" if options.annotations else None
         parser.error(f"files of {task} {need or 'need --annotations, the file of right answers'}")
     if options.questions and task != "vqa":
         parser.error(f"--questions is for VQA, and these files are of {task}")
+    if options.allow_extra and task == "retrieval":
+        parser.error("--allow_extra is for VQA and NLVR2, and these files are of retrieval")
     if task == "retrieval":
         scored = read_retrieval(files)
     elif task == "vqa":
-        scored = read_vqa(files, options.annotations, options.questions)
+        scored = read_vqa(texts, options.annotations, options.questions, options.allow_extra)
     else:
-        scored = read_nlvr(files, options.annotations)
+        scored = read_nlvr(texts, options.annotations, options.allow_extra)
     found = [comparison(scored[0], other) for other in scored[1:]]
     sizes = scored[0].examples
     result = {"task": task, "first": files[0], "examples": sizes, "level": LEVEL, "draws": PAIRED_DRAWS}

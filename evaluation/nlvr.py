@@ -15,6 +15,8 @@ from evaluation.common import (
     InputError,
     Parser,
     first_few,
+    naming,
+    printable,
     read_json_rows,
     read_text,
     run,
@@ -39,11 +41,16 @@ def score(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]])
     Raises:
         InputError: an example without prediction, a duplicate identifier, a value that is neither true nor false.
     """
-    return summary(per_example(predictions, examples))
+    return summary(per_example(predictions, examples, allow_extra=True))
 
 
-def per_example(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """{identifier: whether its prediction is right}, in the order of the examples. As ``score``."""
+def per_example(
+    predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]], allow_extra: bool
+) -> dict[str, bool]:
+    """{identifier: whether its prediction is right}, in the order of the examples.
+
+    Arguments and errors are those of ``score``; but with ``allow_extra``, a prediction without an example is one, too.
+    """
     if not examples:
         raise InputError("there are no examples to score")
     labels: dict[str, str] = {}
@@ -55,6 +62,11 @@ def per_example(predictions: Mapping[str, str], examples: Sequence[Mapping[str, 
     missing = [identifier for identifier in labels if identifier not in predictions]
     if missing:
         raise InputError(f"{len(missing)} of {len(labels)} examples have no prediction: {first_few(missing)}")
+    if not allow_extra and (extra := [identifier for identifier in predictions if identifier not in labels]):
+        raise InputError(
+            f"{len(extra)} of {len(predictions)} predictions are for no example: {first_few(extra)}; --allow_extra "
+            "leaves them out, as for the balanced and unbalanced parts of a split"
+        )
     right = {}
     for identifier, label in labels.items():
         if (answer := predictions[identifier].lower()) not in TRUTHS:
@@ -96,24 +108,19 @@ def official_split(identifiers: Iterable[str]) -> str:
     return "" if "" in found else " + ".join(sorted(found))
 
 
-def check_extra(predictions: Mapping[str, str], examples: Sequence[Mapping[str, Any]]) -> None:
-    """Raise InputError if there are predictions for other than the examples, which ``score`` has checked."""
-    known = {example["identifier"] for example in examples}
-    if extra := [identifier for identifier in predictions if identifier not in known]:
-        raise InputError(
-            f"{len(extra)} of {len(predictions)} predictions are for no example: {first_few(extra)}; --allow_extra "
-            "leaves them out, as for the balanced and unbalanced parts of a split"
-        )
-
-
 def read_predictions(path: str) -> dict[str, str]:
-    """Read ``identifier,prediction`` lines; a first line with these two words is a header.
+    """Read a file of ``identifier,prediction`` lines. Raises InputError: unreadable, and as ``parse_predictions``."""
+    return parse_predictions(read_text(path), path)
+
+
+def parse_predictions(text: str, path: str) -> dict[str, str]:
+    """{identifier: prediction} of the lines of a file; a first line with these two words is a header.
 
     Raises:
-        InputError: unreadable, empty, a line of another form, or an identifier twice; the message has the line.
+        InputError: empty, a line of another form, or an identifier twice; the message has the line.
     """
     predictions: dict[str, str] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         fields = [field.strip() for field in line.split(",")]
         if fields == [""] or (number == 1 and fields == ["identifier", "prediction"]):
             continue
@@ -145,12 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     predictions = read_predictions(options.predictions)
     examples = read_json_rows(options.annotations)
-    try:
-        right = per_example(predictions, examples)
-        if not options.allow_extra:
-            check_extra(predictions, examples)
-    except InputError as error:
-        raise InputError(f"{options.predictions} against {options.annotations}: {error}") from error
+    with naming(f"{options.predictions} against {options.annotations}"):
+        right = per_example(predictions, examples, options.allow_extra)
     scores = summary(right)
     parts = bootstrap.nlvr_parts(list(right.values()), [sentence_of(identifier) for identifier in right])
     found = bootstrap.confidence(parts) if options.intervals else {}
@@ -160,10 +163,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_scores(options.out, bootstrap.beside(scores, found), f"{line} {note}")
     if len(predictions) > len(examples):
         extra = len(predictions) - len(examples)
-        print(
-            f"note: {extra} predictions belong to no example of {options.annotations} and were not counted",
-            file=sys.stderr,
-        )
+        note = f"note: {extra} predictions belong to no example of {options.annotations} and were not counted"
+        print(printable(note), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ CUTOFFS = (1, 5, 10)
 BLOCK = 1 << 16  # scores compared at a time: they stay in a processor's cache
 ARRAYS = ("image_to_text", "text_to_image", "text_image_index")
 
+# Ranks from 0 of the right text of each image [I], of the right image of each text [T]; and the image of each text [T].
+Ranks = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]
+
 
 def recalls(
     image_to_text: NDArray[np.generic], text_to_image: NDArray[np.generic], text_image_index: NDArray[np.integer]
@@ -146,12 +149,7 @@ def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.g
     return found
 
 
-def score_file(path: str) -> dict[str, float]:
-    """``recalls`` of an .npz file. Raises as ``file_ranks``."""
-    return summary(*file_ranks(path)[:2])
-
-
-def file_ranks(path: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.integer]]:
+def file_ranks(path: str) -> Ranks:
     """``text_ranks`` and ``image_ranks`` of an .npz file, and its ``text_image_index``.
 
     Holds one of its two score arrays in memory at a time.
@@ -159,7 +157,7 @@ def file_ranks(path: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray
     Raises:
         InputError: the file is missing or no .npz, and as ``recalls``.
     """
-    check_regular(path)
+    check_regular(path, streams=False)  # its parts are read out of order
     try:
         archive = np.load(path, allow_pickle=False)
     except OSError as error:

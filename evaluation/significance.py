@@ -1,6 +1,6 @@
-"""Are two models really different on the same examples? Exact paired tests and intervals, for any of the tasks.
+"""Are two models really different on the same examples? The exact test, and the interval and p of resamples.
 
-Pure functions over per-example scores, numpy alone. N examples, in the same order for both models.
+Pure functions, numpy alone. N examples, in the same order for both models; evaluation/bootstrap.py draws the resamples.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.common import InputError
-
-DRAWS = 10_000
-_CELLS = 4_000_000  # of the index matrix that is drawn at a time: 32 MB
 
 
 @dataclass(frozen=True)
@@ -34,10 +31,10 @@ class SignTest:
 
 @dataclass(frozen=True)
 class Interval:
-    """Result of ``paired_bootstrap``.
+    """How far apart two models are.
 
     Attributes:
-        difference: mean of the second model minus that of the first.
+        difference: score of the second model minus that of the first.
         low, high: ends of the confidence interval of the difference.
         p: two-sided, by inversion of the interval; at least 2 / (draws + 1), and at least 2 / 2^n with n clusters
             that differ: the smallest p that an exact test of so few has, where resamples alone would tell nothing.
@@ -68,42 +65,6 @@ def _binomial_p(fewer: int, total: int) -> float:
     log_terms = np.concatenate([[0.0], np.cumsum(np.log((total - k + 1) / k))]) - total * np.log(2.0)
     largest = float(log_terms.max())
     return min(1.0, 2 * float(np.exp(largest) * np.exp(log_terms - largest).sum()))
-
-
-def paired_bootstrap(
-    first: NDArray[Any],
-    second: NDArray[Any],
-    cluster: NDArray[np.integer] | None = None,
-    draws: int = DRAWS,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap of the difference of two means over the same examples (Efron & Tibshirani 1993, chapter 13).
-
-    Args:
-        first, second: scores [N], any real dtype or bool.
-        cluster: [N] whole numbers from 0: examples of one cluster, such as the texts of one image, are not independent
-            and are drawn together. None: each example by itself.
-        draws: resamples with replacement.
-        level: of the interval.
-        seed: of the draws; the same gives the same result.
-    Raises:
-        InputError: shapes that differ, or a score that is NaN.
-    """
-    _check(first, second)
-    difference: NDArray[np.float64] = second.astype(np.float64) - first.astype(np.float64)
-    counts: NDArray[np.float64] = np.ones(len(difference))
-    if cluster is not None:
-        counts = np.bincount(cluster).astype(np.float64)
-        difference = np.bincount(cluster, weights=difference).astype(np.float64)
-        difference, counts = difference[counts > 0], counts[counts > 0]
-    generator, size = np.random.default_rng(seed), len(counts)
-    means = np.empty(draws)
-    at_a_time = max(1, _CELLS // size)
-    for begin in range(0, draws, at_a_time):
-        drawn = generator.integers(size, size=(min(at_a_time, draws - begin), size))
-        means[begin : begin + len(drawn)] = difference[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    return interval_of(means, float(difference.sum() / counts.sum()), int(np.count_nonzero(difference)), level)
 
 
 def interval_of(differences: NDArray[np.float64], difference: float, differing: int, level: float) -> Interval:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from evaluation import vqa
-from evaluation.common import InputError, Parser, first_few, read_json, run, write_text
+from evaluation.common import InputError, Parser, first_few, naming, printable, read_json, run, write_text
 
 PART = "test-dev"  # in the data_subtype of questions that are a part of test2015
 
@@ -42,13 +42,15 @@ def submission(
         faults.append(f"{len(missing)} of {len(asked)} questions have no prediction: question_id {first_few(missing)}")
     if extra := [question for question in given if question not in asked]:
         faults.append(f"{len(extra)} of {len(given)} predictions are for no question: question_id {first_few(extra)}")
+    advice = ["predict the split of these questions"] if faults else []
     if answers is not None:
         listed = frozenset(answers)
         if unknown := [question for question, answer in given.items() if answer not in listed]:
             kinds = list(dict.fromkeys(given[question] for question in unknown))
-            faults.append(f"{len(unknown)} answers are not in the list: {first_few(kinds)}, of {first_few(unknown)}")
+            of = f"of question_id {first_few(unknown)}"
+            faults.append(f"{len(unknown)} answers are not in the list: {first_few(kinds)}, {of}")
     if faults:
-        raise InputError("; ".join(faults))
+        raise InputError("; ".join([*faults, *advice]))
     return [{"question_id": question, "answer": given[question]} for question in asked]
 
 
@@ -85,21 +87,18 @@ def main(arguments: list[str] | None = None) -> None:
     questions = vqa.listed(head, options.questions, "questions")
     answers = None if options.answers is None else read_answers(options.answers)
     against = options.questions + ("" if answers is None else f" and {options.answers}")
-    try:
+    with naming(f"{options.predictions} against {against}"):
         rows = submission(vqa.read_list(options.predictions, None), questions, answers)
-    except InputError as error:
-        raise InputError(
-            f"{options.predictions} against {against}: {error}; predict the split of these questions"
-        ) from error
     write_text(options.out, json.dumps(rows))
     subset = str(head.get("data_subtype", ""))
-    print(f"{options.out}: {len(rows)} answers, one for each question{f' of {subset}' if subset else ''}")
+    told = f"{options.out}: {len(rows)} answers, one for each question{f' of {subset}' if subset else ''}"
+    print(printable(told))
     if PART in subset:
-        print(
+        note = (
             f"note: {options.questions} has the questions of {subset} alone; since 2021 the server wants an answer to "
-            "every question of test2015 for test-dev, too",
-            file=sys.stderr,
+            "every question of test2015 for test-dev, too"
         )
+        print(printable(note), file=sys.stderr)
 
 
 if __name__ == "__main__":

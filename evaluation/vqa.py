@@ -18,7 +18,17 @@ from functools import lru_cache
 from typing import Any
 
 from evaluation import bootstrap
-from evaluation.common import InputError, Parser, first_few, read_json, run, write_json, write_scores
+from evaluation.common import (
+    InputError,
+    Parser,
+    first_few,
+    naming,
+    printable,
+    read_json,
+    run,
+    write_json,
+    write_scores,
+)
 from evaluation.contractions import CONTRACTIONS
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -175,10 +185,8 @@ def listed(value: Any, path: str, key: str | None) -> list[Any]:
 
 def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[Any]:
     """The annotations of the questions listed in file ``path``, each of which must have one."""
-    try:
+    with naming(path):
         wanted = by_id(questions, "question", lambda row, where: None)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
     kept = [row for row in annotations if _question_id(row) in wanted]
     found = {_question_id(row) for row in kept}
     if lacking := [question for question in wanted if question not in found]:
@@ -187,7 +195,7 @@ def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[A
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Python's collector walks through the millions of objects of the files time and again, and finds nothing."""
     was = gc.isenabled()
     gc.disable()
@@ -198,26 +206,35 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@_no_garbage_collection()
+def read_annotations(annotations: str, questions: str | None) -> tuple[list[Any], str]:
+    """The annotations in a file, those of the questions in file ``questions`` alone if one is given; and what they are,
+    for messages.
+
+    Raises:
+        InputError: unreadable files, and a question without annotation; names the file.
+    """
+    rows = read_list(annotations, "annotations")
+    if questions is None:
+        return rows, annotations
+    return _restrict(rows, read_list(questions, "questions"), questions), f"{annotations} restricted to {questions}"
+
+
+@no_garbage_collection()
 def per_question_of_files(
     predictions: str, annotations: str, questions: str | None = None, allow_extra: bool = False
 ) -> tuple[dict[Hashable, float], list[Any]]:
-    """What ``per_question`` gives, of files, and the annotations; ``questions`` restricts them to its questions.
+    """What ``per_question`` gives, of files, and the annotations; ``questions`` restricts both to its questions.
 
     Raises:
         InputError: unreadable files, and as ``per_question``; names the file.
     """
-    given, rows, against = read_list(predictions, None), read_list(annotations, "annotations"), annotations
-    if questions is not None:
-        rows = _restrict(rows, read_list(questions, "questions"), questions)
-        against += f" restricted to {questions}"
-    try:
-        by_question = per_question(given, rows, allow_extra)
-    except InputError as error:
-        raise InputError(f"{predictions} against {against}: {error}") from error
+    given, (rows, against) = read_list(predictions, None), read_annotations(annotations, questions)
+    with naming(f"{predictions} against {against}"):
+        by_question = per_question(given, rows, allow_extra or questions is not None)
     if len(given) > len(by_question):
         extra = len(given) - len(by_question)
-        print(f"note: {extra} predictions belong to no question of {against} and were not counted", file=sys.stderr)
+        note = f"note: {extra} predictions belong to no question of {against} and were not counted"
+        print(printable(note), file=sys.stderr)
     return by_question, rows
 
 
@@ -228,7 +245,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--predictions", required=True, metavar="P.json", help='official results: [{"question_id", "answer"}]'
     )
     parser.add_argument("--annotations", required=True, metavar="A.json", help="official VQA v2 annotations")
-    parser.add_argument("--questions", metavar="Q.json", help="official VQA v2 questions: score these alone")
+    parser.add_argument(
+        "--questions", metavar="Q.json", help="official VQA v2 questions: score the predictions for these alone"
+    )
     parser.add_argument(
         "--allow_extra", action="store_true", help="leave predictions for other questions out, instead of refusing them"
     )
@@ -243,7 +262,9 @@ def main(arguments: list[str] | None = None) -> None:
     found = bootstrap.confidence(bootstrap.vqa_parts(by_question, annotations)) if options.intervals else {}
     parts = {"overall": ("overall", scores["overall"])}
     parts |= {f"per_answer_type/{name}": (name, value) for name, value in scores["per_answer_type"].items()}
-    line = " ".join(f"{name} {bootstrap.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items())
+    line = " ".join(
+        f"{printable(name)} {bootstrap.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items()
+    )
     write_scores(options.out, bootstrap.beside(scores, found), line)
     if options.per_question:
         write_json(options.per_question, {str(question): value for question, value in by_question.items()})

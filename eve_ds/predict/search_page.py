@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 from eve_ds.predict.image_index import Hit
 from eve_ds.predict.raw_inputs import read_image
 from eve_ds.report.html import Html, page, tag
+from eve_ds.report.images import thumbnail
 from preprocessing.errors import UserError, printable
 from preprocessing.shards.schema import PILLOW_PIXELS
 
@@ -32,7 +31,7 @@ def search_page(found: Sequence[Found], folder: Path) -> Html:
     sections = []
     for query, hits in found:
         title = tag("h2", query["text"]) if "text" in query else tag("h2", "Images like ", printable(query["image"]))
-        own = tag("p", thumbnail(Path(query["image"]))) if "image" in query else None
+        own = tag("p", _image(Path(query["image"]))) if "image" in query else None
         figures = [_figure(folder / hit.path, hit, rank) for rank, hit in enumerate(hits, 1)]
         sections.append(tag("section", title, own, tag("div", figures, style=_GRID)))
     return page("Search results", tag("h1", "Search results"), sections)
@@ -40,17 +39,13 @@ def search_page(found: Sequence[Found], folder: Path) -> Html:
 
 def _figure(path: Path, hit: Hit, rank: int) -> Html:
     caption = tag("figcaption", f"{rank}. {hit.score:.4f} ", tag("span", printable(hit.path), class_="note"))
-    return tag("figure", thumbnail(path), caption, style=_FIGURE)
+    return tag("figure", _image(path), caption, style=_FIGURE)
 
 
-def thumbnail(path: Path) -> Html:
+def _image(path: Path) -> Html:
     """``<img>`` with the image embedded, or a note that it cannot be read (any more)."""
     try:
-        image = read_image(path, PILLOW_PIXELS)
+        source = thumbnail(read_image(path, PILLOW_PIXELS), THUMBNAIL)
     except UserError as error:
         return tag("span", "no image", class_="missing", title=str(error))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return tag("img", src=source, alt=printable(path.name), style=_IMAGE, loading="lazy")

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from evaluation.common import InputError, Parser, write_text
 from eve_ds.data.samples import row_text
 from eve_ds.data.shards import Row, Split
 from eve_ds.data.sources import open_split
 from eve_ds.recipes import read_run_config
+from eve_ds.report.details import Details
 from eve_ds.report.html import Child, Html, page, tag
 from eve_ds.report.images import embedded
 from eve_ds.report.run_files import newest_start
@@ -38,7 +37,6 @@ SIDE = 200  # pixels of an image, at most
 LIMIT, MOST = 200, 2000  # predictions on a page
 RIGHT_SHARE = 4  # one in so many is a right one, if there are enough wrong ones
 RESULTS = {"wrong": "wrong", "right": "right", "unknown": "answer not known"}
-COLUMNS = {"sample", "prediction", "confidence", "score"}
 
 SCRIPT = """
 const form = document.querySelector("#filter"), list = document.querySelector("#cases");
@@ -90,10 +88,10 @@ class Case:
     note: str = ""
 
 
-Details = Mapping[str, Any]  # a row of details_SPLIT.parquet
+Predicted = Mapping[str, Any]  # a row of details_SPLIT.parquet
 
 
-def _question(split: Split, details: Details) -> Case:
+def _question(split: Split, details: Predicted) -> Case:
     _, row, item = split.sample(details["sample"])
     known = {
         column: row.item(column, item) or [] if row.entries(column) else [] for column in ("answers", "answer_scores")
@@ -102,7 +100,7 @@ def _question(split: Split, details: Details) -> Case:
     ranked = sorted(answers, key=lambda answer: -answers[answer])
     truth = ", ".join(f"{answer} ({answers[answer]:.2g})" for answer in ranked)
     image = (row.blob("image"), "the image")
-    return Case([image], _answer_type(ranked), row_text(row, "questions", item), details["prediction"], truth)
+    return Case([image], _answer_type(ranked), row_text(row, "questions", item), str(details["prediction"]), truth)
 
 
 def _answer_type(ranked: list[str]) -> str:
@@ -112,15 +110,15 @@ def _answer_type(ranked: list[str]) -> str:
     return "yes/no" if ranked[0] in ("yes", "no") else "number" if re.fullmatch(r"\d+", ranked[0]) else "other"
 
 
-def _statement(split: Split, details: Details) -> Case:
+def _statement(split: Split, details: Predicted) -> Case:
     _, row, item = split.sample(details["sample"])
     images = [(row.blob(column), side) for column, side in zip(IMAGE_COLUMNS["nlvr"], ("left", "right"), strict=True)]
     truth = str(row.item("answers", item)) if row.entries("answers") else ""
     kind = {"true": "True", "false": "False"}.get(truth.lower(), "")
-    return Case(images, kind or "unknown", row_text(row, "questions", item), details["prediction"], kind)
+    return Case(images, kind or "unknown", row_text(row, "questions", item), str(details["prediction"]), kind)
 
 
-def _search(split: Split, details: Details) -> Case:
+def _search(split: Split, details: Predicted) -> Case:
     """A text that asks for its image, or an image that asks for one of its texts."""
     note = f"the right one has rank {details['rank']}"
     if details["query"] == "text":
@@ -141,7 +139,14 @@ def _texts(row: Row) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-READERS: dict[str, Callable[[Split, Details], Case]] = {"vqa": _question, "nlvr": _statement, "caption": _search}
+def _caption(split: Split, details: Predicted) -> Case:
+    """Of a user's own task, whose answers are not known here."""
+    _, row, item = split.sample(details["sample"])
+    images = [(row.blob("image"), "the image")]
+    return Case(images, "caption", row_text(row, "caption", item), str(details["prediction"]), "")
+
+
+READERS: dict[str, Callable[[Split, Predicted], Case]] = {"vqa": _question, "nlvr": _statement, "caption": _caption}
 
 
 def chosen(score: np.ndarray, confidence: np.ndarray, limit: int) -> dict[str, tuple[np.ndarray, int]]:
@@ -175,20 +180,19 @@ def build_errors(run: Path, split: str, data: Path | None, limit: int) -> tuple[
     """
     config = read_run_config(run / CONFIG, "data")
     task = find_spec(str(config.get("task")))
-    reader = READERS.get(task.samples.kind)
-    details = _read_details(run / f"details_{split}.parquet")
+    details = Details(run / f"details_{split}.parquet", task.samples.kind)
+    reader = _search if details.search else READERS.get(task.samples.kind)
     if reader is None:
         raise InputError(f"--run {run}: there is no page for data of kind {task.samples.kind!r}")
-    scored = (details.schema.metadata or {}).get(b"data", b"").decode(errors="replace")
-    opened = _open(run, Path(str(config["data"].get("path") or "")), split, data, task.samples.kind, scored)
-    names = ("score", "confidence")
-    score, confidence = (np.array(details[name].to_pylist(), dtype=np.float64) for name in names)  # None is NaN
-    parts = chosen(score, confidence, limit)
+    home = Path(str(config["data"].get("path") or ""))
+    opened = _open(run, home, split, data, task.samples.kind, details.scored)
+    details.check_split(opened)
+    parts = chosen(details.score, details.confidence, limit)
     rows = [(int(place), result) for result, (places, _) in parts.items() for place in places]
-    rows.sort(key=lambda found: -confidence[found[0]])
+    rows.sort(key=lambda found: -details.confidence[found[0]])
     cards, kinds = [], set()
     for place, result in rows:
-        row = {name: details[name][place].as_py() for name in details.column_names}
+        row = details.row(place)
         case = reader(opened, row)
         kinds.add(case.kind)
         cards.append(_card(case, result, row))
@@ -204,24 +208,6 @@ def build_errors(run: Path, split: str, data: Path | None, limit: int) -> tuple[
         tag("script", Html(SCRIPT)),
     ]
     return page(title, *body), ", ".join(counts)
-
-
-def _read_details(path: Path) -> pa.Table:
-    if not path.is_file():
-        found = [each.stem.removeprefix("details_") for each in sorted(path.parent.glob("details_*.parquet"))]
-        have = (
-            f"it has {', '.join(found)}; choose one with --split"
-            if found
-            else "score it again, with --evaluate (a task of one's own needs a method details)"
-        )
-        raise InputError(f"{path}: no such file; {have}")
-    try:
-        table = pq.read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
-        raise InputError(f"{path}: is no Parquet file that can be read; score the split again") from error
-    if missing := sorted(COLUMNS - set(table.column_names)):
-        raise InputError(f"{path}: has no column {missing[0]!r}; score the split again")
-    return table
 
 
 def _open(run: Path, home: Path, split: str, data: Path | None, kind: str, scored: str) -> Split:
@@ -257,7 +243,7 @@ def _form(kinds: list[str]) -> Html:
     )
 
 
-def _card(case: Case, result: str, details: Details) -> Html:
+def _card(case: Case, result: str, details: Predicted) -> Html:
     confidence, score = details["confidence"], details["score"]
     figures = [tag("figure", _image(*image), tag("figcaption", image[1])) for image in case.images]
     measure = "similarity" if "rank" in details else "confidence"

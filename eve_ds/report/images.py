@@ -1,4 +1,4 @@
-"""Images of a run, embedded in the page."""
+"""Images embedded in a page, as the model sees them: upright, with transparency on white."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from eve_ds.data.transforms import upright_rgb
 from eve_ds.report.html import Html, tag
 
 MAX_SIDE = 320  # pixels; larger images are reduced, so that the page stays at a few MB
@@ -49,23 +50,35 @@ class Images:
 
 
 def embedded(content: bytes, side: int = MAX_SIDE) -> tuple[str, bool]:
-    """Data URL of an image file, reduced to at most ``side`` pixels, and whether it is small.
+    """Data URL of an image file as the model sees it, of at most ``side`` pixels, and whether it is small.
 
     Raises:
         Exception: it is no image, or a corrupt one.
     """
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        size = max(image.size)
-        mime = EMBEDDED_AS_IS.get(image.format or "")
-        if mime is None or size > side:
-            content, mime = _shrink(image, side), "image/jpeg"
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}", size < PIXELATED
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.load()
+        image, kind = upright_rgb(opened), opened.format or ""
+    size = max(image.size)
+    if size > side or kind not in EMBEDDED_AS_IS:
+        source = thumbnail(image, side)
+    elif image is opened:  # nothing had to be changed
+        source = _url(EMBEDDED_AS_IS[kind], content)
+    else:
+        source = _url("image/png", _encoded(image, "PNG"))
+    return source, size < PIXELATED
 
 
-def _shrink(image: Image.Image, side: int) -> bytes:
-    copy = image.convert("RGB")
-    copy.thumbnail((side, side))
+def thumbnail(image: Image.Image, side: int) -> str:
+    """Data URL of an RGB image, which is reduced to at most ``side`` pixels in place."""
+    image.thumbnail((side, side))
+    return _url("image/jpeg", _encoded(image, "JPEG", quality=85))
+
+
+def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    copy.save(buffer, "JPEG", quality=85)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def _url(mime: str, content: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"

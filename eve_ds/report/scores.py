@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from eve_ds.report.html import Html, missing, section, tag
 from eve_ds.report.run_files import Run, number
+from eve_ds.tasks.spec import FinetuneSpec
 
 DASH = "\N{EN DASH}"
+RERANKED = "reranked"  # key of the recalls after re-ranking, beside those of the plain ranking
+GROUPS = {"": "", RERANKED: ", re-ranked"}  # what a measure is called in each group of scores
 # key in metrics.json -> name in the page; "first_values" is the same fine-tuning without pre-training
 BASELINES = {
     "first_values": "no pre-training",
@@ -53,11 +56,12 @@ def find_scores(run: Run) -> list[Score]:
         part, factor = run.metrics.get(name), spec.to_percent
         if not isinstance(part, dict):
             continue
-        found = [(key, label) for key, label in spec.measures if number(part.get(key)) is not None]
-        for place, (key, label) in enumerate(found):
-            baselines = _baselines(part, key, key == spec.main_measure, factor)
-            title, interval = spec.title if place == 0 else "", _interval(_section(part, "intervals"), key, factor)
-            scores.append(Score(title, label, part[key] * factor, baselines, interval))
+        title = spec.title
+        for key, group, label in measured(spec, [part]):
+            baselines = {} if group else _baselines(part, key, key == spec.main_measure, factor)
+            interval = _interval(of_group(_section(part, "intervals"), group), key, factor)
+            scores.append(Score(title, label, of_group(part, group)[key] * factor, baselines, interval))
+            title = ""
             kinds = _section(part, "per_answer_type") if key == "overall" else {}
             untrained = _section(_section(part, "from_first_values"), "per_answer_type")
             for kind, value in kinds.items():
@@ -67,6 +71,20 @@ def find_scores(run: Run) -> list[Score]:
                     within = _interval(_section(_section(part, "intervals"), "per_answer_type"), kind, factor)
                     scores.append(Score("", str(kind), value * factor, beside, within, minor=True))
     return scores
+
+
+def of_group(scores: dict[str, Any], group: str) -> dict[str, Any]:
+    """The scores of a group: of "" those themselves."""
+    return _section(scores, group) if group else scores
+
+
+def measured(spec: FinetuneSpec, scored: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """(key, group, name in the page) of each measure that all of ``scored`` have, or of many at least two."""
+    for group, more in GROUPS.items():
+        for key, label in spec.measures:
+            known = sum(number(of_group(scores, group).get(key)) is not None for scores in scored)
+            if known >= min(2, len(scored)):
+                yield key, group, f"{label}{more}"
 
 
 def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dict[str, float]:
@@ -187,10 +205,11 @@ def scores_section(run: Run) -> Html:
     table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
     note = (
         "All scores are on held-out images. Text R@k: percentage of images with a correct caption among the top k. "
-        "Image R@k: percentage of captions with their image among the top k. The marks on the bars are the "
-        "baselines: the same fine-tuning without pre-training; random guessing (chance); always the most frequent "
-        "answer (majority); the best model that does not see the images (text only). A dash: not defined or not "
-        "recorded. Below a score: its 95 % confidence interval over the test examples, by bootstrap."
+        "Image R@k: percentage of captions with their image among the top k; re-ranked: by the matching head. The "
+        "marks on the bars are the baselines: the same fine-tuning without pre-training; random guessing (chance); "
+        "always the most frequent answer (majority); the best model that does not see the images (text only). A dash: "
+        "not defined or not recorded. Below a score: its 95 % confidence interval over the test examples, by "
+        "bootstrap."
     )
     lacking = [tag("p", f"{title}: {text}.", class_="note") for title, text in _incomplete(run)]
     whole = tag(

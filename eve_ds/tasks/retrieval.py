@@ -95,8 +95,8 @@ class RetrievalSpec(FinetuneSpec):
         ``limit`` counts texts, as samples do: the last image may lack some of its own.
 
         Returns:
-            image_to_text [I, T] float32 cosines, text_image_index [T], image_row [I] (in the split), and what
-            ``reranking.rerank`` gives, if the objective says so.
+            image_to_text [I, T] float32 cosines, text_image_index [T], image_row [I] (in the split), what
+            ``reranking.rerank`` gives, if the objective says so, and what ``ranked`` makes of them.
         """
         assert isinstance(task, Retrieval)
         rows, index = np.unique(dataset.text_image_index()[:limit], return_inverse=True)
@@ -108,15 +108,13 @@ class RetrievalSpec(FinetuneSpec):
                 found = rerank(task, dataset, feed, encoded, objective.k_test, add_cosine)
         if rank() != 0:
             return None
-        return {"image_to_text": cosines(encoded), "text_image_index": index, "image_row": rows, **found}
+        return ranked({"image_to_text": cosines(encoded), "text_image_index": index, "image_row": rows, **found})
 
     def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
         """The recalls, and those after re-ranking as ``reranked``."""
-        scores, index = arrays["image_to_text"], arrays["text_image_index"]
-        found: dict[str, Any] = retrieval.recalls(scores, scores.T, index)
+        found: dict[str, Any] = dict(retrieval.summary(*_ranks(arrays)))
         if "text_scores" in arrays:
-            texts = retrieval.text_ranks(_reranked(arrays, "text"), index)
-            found["reranked"] = retrieval.summary(texts, retrieval.image_ranks(_reranked(arrays, "image"), index))
+            found["reranked"] = retrieval.summary(*_ranks(arrays, "reranked_"))
         return found
 
     def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, Content]:
@@ -130,29 +128,27 @@ class RetrievalSpec(FinetuneSpec):
         return {"reranked.npz": npz_content(*views, arrays["text_image_index"])}
 
     def intervals(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
-        index = arrays["text_image_index"]
+        def found(kind: str = "") -> dict[str, list[float]]:
+            parts = retrieval_parts(*_ranks(arrays, kind), arrays["text_image_index"], retrieval.CUTOFFS)
+            return confidence(parts)
 
-        def found(by_image: np.ndarray, by_text: np.ndarray) -> dict[str, list[float]]:
-            ranks = retrieval.text_ranks(by_image, index), retrieval.image_ranks(by_text, index)
-            return confidence(retrieval_parts(*ranks, index, retrieval.CUTOFFS))
-
-        scores = arrays["image_to_text"]
-        result: dict[str, Any] = dict(found(scores, scores.T))
-        if "text_scores" in arrays:
-            result["reranked"] = found(_reranked(arrays, "text"), _reranked(arrays, "image"))
-        return result
+        return {**found(), **({"reranked": found("reranked_")} if "text_scores" in arrays else {})}
 
     def details(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
         """Texts that ask for an image, then images that ask for a text; ``sample`` and ``prediction`` are numbers in
-        the split of what asks and of what is found first, ``rank`` is that of the right one, from 1."""
+        the split of what asks and of what is found first, ``rank`` is that of the right one, from 1. Found first is a
+        wrong candidate, where it ties with the right one: so the recalls count."""
         by_image, index, row = arrays["image_to_text"], arrays["text_image_index"], arrays["image_row"]
         by_text = by_image.T
-        rank = np.concatenate([retrieval.image_ranks(by_text, index), retrieval.text_ranks(by_image, index)])
+        by_text_rank, by_image_rank = arrays["image_rank"], arrays["text_rank"]
+        rank = np.concatenate([by_text_rank, by_image_rank])
         texts, images = by_image.shape[1], len(by_image)
+        own = np.arange(images)
+        found = row[_first(by_text, by_text_rank, index, own)], _first(by_image, by_image_rank, own, index)
         return {
             "sample": np.concatenate([np.arange(texts), row]),
             "query": ["text"] * texts + ["image"] * images,
-            "prediction": np.concatenate([row[by_text.argmax(axis=1)], by_image.argmax(axis=1)]),
+            "prediction": np.concatenate(found),
             "confidence": np.concatenate([by_text.max(axis=1), by_image.max(axis=1)]),
             "rank": rank + 1,
             "score": (rank == 0).astype(np.float32),
@@ -244,6 +240,32 @@ def npz_content(
                     np.lib.format.write_array(member, make(), allow_pickle=False)
 
     return write
+
+
+def ranked(arrays: Arrays) -> Arrays:
+    """The arrays and text_rank [I], image_rank [T], from 0; with re-ranking also reranked_text_rank and
+    reranked_image_rank. Beside the given arrays one matrix is in memory at a time."""
+    scores, index = arrays["image_to_text"], arrays["text_image_index"]
+    found = {"text_rank": retrieval.text_ranks(scores, index), "image_rank": retrieval.image_ranks(scores.T, index)}
+    if "text_scores" in arrays:
+        found["reranked_text_rank"] = retrieval.text_ranks(_reranked(arrays, "text"), index)
+        found["reranked_image_rank"] = retrieval.image_ranks(_reranked(arrays, "image"), index)
+    return {**arrays, **found}
+
+
+def _ranks(arrays: Arrays, kind: str = "") -> tuple[np.ndarray, np.ndarray]:
+    return arrays[f"{kind}text_rank"], arrays[f"{kind}image_rank"]
+
+
+def _first(scores: np.ndarray, rank: np.ndarray, query: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """[N] the candidate that is ranked first for each query, by scores [N, M] and the right one's rank [N], from 0.
+
+    ``query`` [N] and ``candidate`` [M]: of which image each is.
+    """
+    first: np.ndarray = scores.argmax(axis=1)
+    for number in np.flatnonzero((rank > 0) & (candidate[first] == query)):  # a wrong one has the same score
+        first[number] = np.where(candidate == query[number], -np.inf, scores[number]).argmax()
+    return first
 
 
 def _reranked(arrays: Arrays, candidates: str) -> np.ndarray:

@@ -6,7 +6,6 @@ A task is one module: a ``Task`` (its loss), the dataset of its samples, and an 
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,13 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from eve_ds.data.data_config import DataSource
 from eve_ds.data.samples import CaptionSamples, Samples
 from eve_ds.data.sources import AnySplit
-from eve_ds.data.transforms import Transform
+from eve_ds.data.transforms import Transform, decode_image
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import MOST, ModelConfig
 from eve_ds.recipes import read_run_config, section_of
@@ -31,6 +29,7 @@ from eve_ds.tasks.feed import Arrays, Feed, joined
 from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.errors import UserError
 from preprocessing.local_files import Content, load_json
+from preprocessing.shards.schema import PILLOW_PIXELS
 from preprocessing.text.tokenizer import Tokenizer
 
 THUMBNAIL = 160  # pixels
@@ -38,7 +37,7 @@ DEFAULT_MASK_ID = 4  # [MASK] of the tokenizers that EVE-DS trains
 
 
 class Thumbnails:
-    """Images, shrunk and stored in ``RUN/samples/``, each once.
+    """Images as the model sees them, shrunk and stored in ``RUN/samples/``, each once.
 
     Args:
         folder: the run's.
@@ -52,8 +51,7 @@ class Thumbnails:
         """Store the image file ``data`` under ``name``, unless it is there. Returns the file's name."""
         file = self.folder / f"{name}.png"
         if not file.exists():
-            with Image.open(io.BytesIO(data)) as full_size:
-                small = full_size.convert("RGB")
+            small = decode_image(data, PILLOW_PIXELS)
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(file)
         return file.name

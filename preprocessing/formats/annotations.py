@@ -72,8 +72,9 @@ def find_copies(paths: Iterable[str | StoragePath]) -> Iterator[tuple[str | Stor
                 ends = bytes(file.read(_COMPARED))
                 file.seek(max(size - _COMPARED, 0))
                 ends += bytes(file.read(_COMPARED))
-            if (first := known.setdefault(ends, path)) is not path:
-                yield first, path
+            if ends in known:
+                yield known[ends], path
+            known.setdefault(ends, path)
 
 
 def text_lines(path: AnyPath) -> Iterator[tuple[int, str | BadRecord]]:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     data = _package_data()
     listed = read_text(data / "answers.txt").split()
     asked = read_easy_vqa(data, args.split)
-    source = vqa_source(asked, [_questions(data, args.split)], args, listed, min_answers=1, faults=Faults())
+    source = vqa_source(asked, [_questions(data, args.split)], args, listed, None, min_answers=1, faults=Faults())
     source.numbered = ("question_id",)
     write_split(source, args)
 

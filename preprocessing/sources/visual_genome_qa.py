@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> None:
     path, coco = storage_path(args.questions), read_coco_numbers(args.image_data)
     images, faults = ImageFolder(args.images, FOLDERS), Faults()
     asked = read_questions(path, images, coco, excluded_images(args), text_cleaning(args), args.split, faults)
-    write_split(vqa_source(asked, [path], args, answer_list_option(args), args.min_answers, faults), args)
+    write_split(
+        vqa_source(asked, [path], args, answer_list_option(args), args.answer_list, args.min_answers, faults), args
+    )
 
 
 def read_questions(

@@ -14,6 +14,7 @@ from preprocessing.shards.schema import ANSWER_LIST
 from preprocessing.sources.source import Faults, Row, Source
 from preprocessing.text.answers import (
     Labels,
+    build_answer_list,
     labels_of,
     normalize_answer,
     read_answer_list,
@@ -68,17 +69,18 @@ def vqa_source(
     inputs: Sequence[StoragePath],
     args: argparse.Namespace,
     given: Sequence[str] | None,
+    named: str | None,
     min_answers: int,
     faults: Faults,
     beside: Counter[str] | None = None,
 ) -> Source:
     """Group questions by image, in the order of first mention, and label them by the data set's answer list.
 
-    The list is `given`, or is found or built by `resolve_answer_list` from the main answers of the questions and from
-    those counted in `beside`. Questions whose image is excluded and those
+    The list is `given`, of the file `named`, or is found or built by `resolve_answer_list` from the main answers of the
+    questions and from those counted in `beside`. Questions whose image is excluded and those
     without a word are left out and counted by reason. So are training questions with a `text_fault` and those without a
     listed answer, which stay in other splits, with empty lists. Raises UserError for a duplicate question id, for an
-    image id of two images, and as `resolve_answer_list` does.
+    image id of two images, for a list that is found where `beside` gives another, and as `resolve_answer_list` does.
     """
     faults.check(len(asked), args.max_dropped)  # before an answer list is built from too few questions
     _check_unique(asked)
@@ -106,23 +108,27 @@ def vqa_source(
     source.answer_list = resolve_answer_list(
         storage_path(args.out), args.split, given, main, min_answers, args.overwrite
     )
+    place = storage_path(args.out) / ANSWER_LIST
+    if beside and source.answer_list != build_answer_list(main, min_answers):  # the one found may be a killed run's
+        raise UserError(
+            f"{place}: is there and stays, so --answer-annotations would not count; leave them out, or choose another "
+            "--out"
+        )
     labels = labels_of(source.answer_list)
     source.rows = _label(kept, said, labels.of, source, args.split == "train")
-    source.notes += _notes(source, labels, args)
+    source.notes += _notes(source, labels, named or f"{place}", args.split)
     return source
 
 
-def _notes(source: Source, labels: Labels, args: argparse.Namespace) -> list[str]:
-    """What to tell of the answer list: entries that are spelled otherwise, those without use, and what to do."""
+def _notes(source: Source, labels: Labels, where: str, split: str) -> list[str]:
+    """What to tell of the answer list in file `where`: entries spelled otherwise, those without use, what to do."""
     listed = source.answer_list or []
-    named = getattr(args, "answer_list", None)  # easy-VQA has its own list, and no such option
-    where = f"{named or storage_path(args.out) / ANSWER_LIST}"
     keep = "keep them for a head that was trained with this list, else take them out"
     notes = [
         ("are spelled as no normalized answer is", labels.respelled),
         (f"can never be right; {keep}", labels.unreachable),
     ]
-    if args.split == "train":
+    if split == "train":
         taught = {label for row in source.rows for some in row.columns["answer_labels"] for label in some}
         untaught = [repr(listed[label]) for label in sorted(set(labels.of.values()) - taught)]
         notes.append((f"are the answer of no training question, so that none is learnt; {keep}", untaught))

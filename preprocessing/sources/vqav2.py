@@ -9,7 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from preprocessing.errors import UserError
-from preprocessing.formats.annotations import BadRecord, field, read_json
+from preprocessing.formats.annotations import BadRecord, field, find_copies, read_json
 from preprocessing.images.exclusion import ImageList, add_exclude_argument, excluded_images
 from preprocessing.images.image_folder import ImageFolder, coco_key
 from preprocessing.images.image_refs import ImageRef
@@ -70,7 +70,10 @@ def run(args: argparse.Namespace) -> None:
     for path in map(storage_path, args.answer_annotations or ()):
         inputs.append(path)
         beside.update(normalize_answer(main) for main, _, _ in _read_annotations(path, faults).values())
-    write_split(vqa_source(asked, inputs, args, answer_list_option(args), args.min_answers, faults, beside), args)
+    write_split(
+        vqa_source(asked, inputs, args, answer_list_option(args), args.answer_list, args.min_answers, faults, beside),
+        args,
+    )
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -84,6 +87,10 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError("--visual-genome and --visual-genome-images: give both or neither")
     if args.answer_annotations and (args.split != "train" or args.answer_list is not None):
         raise UserError("--answer-annotations: is for a list that is built; give it with --split train, without a list")
+    for first, other in find_copies([*(args.annotations or ()), *(args.answer_annotations or ())]):
+        raise UserError(
+            f"{other}: is the same file as {first}, so its answers would count twice; leave one of them out"
+        )
 
 
 def read_vqav2(

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         source = read_retrieval(records, files, args.images, excluded, cleaning, faults)
     elif args.task == "vqa":
         asked = read_vqa(records, args.images, args.visual_genome_images, excluded, cleaning, args.split, faults)
-        source = vqa_source(asked, files, args, answer_list_option(args), args.min_answers, faults)
+        source = vqa_source(asked, files, args, answer_list_option(args), args.answer_list, args.min_answers, faults)
     else:
         source = nlvr_source(read_nlvr(records, args.images, excluded, cleaning, faults), files, faults, args.split)
     splits.report(source)

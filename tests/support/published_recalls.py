@@ -61,7 +61,7 @@ def main(images: int) -> None:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, began = _memory("VmRSS"), time.perf_counter()
-        retrieval.score_file(str(path))
+        retrieval.file_ranks(str(path))
         seconds, peak = time.perf_counter() - began, _memory("VmHWM") - before
         print(f"file of {path.stat().st_size / 1e6:.0f} MB: {seconds:.2f} s, peak {peak:.0f} MiB above the baseline")
         with np.load(path) as archive:

@@ -12,7 +12,7 @@ import pytest
 from evaluation import bootstrap, nlvr, retrieval, vqa
 from evaluation.bootstrap import Parts, confidence, nlvr_parts, paired, retrieval_parts, vqa_parts
 from evaluation.common import run
-from evaluation.significance import paired_bootstrap
+from tests.support.differences import difference
 
 RNG = np.random.default_rng(7)
 INDEX = RNG.permutation(np.concatenate([np.arange(30), RNG.integers(30, size=50)]))  # 30 images with 1 to 7 texts
@@ -63,7 +63,7 @@ def test_two_models_are_compared_over_the_same_resamples() -> None:
     first, second = RNG.integers(15, size=80), IMAGE_RANKS
     ours, theirs = (retrieval_parts(TEXT_RANKS, ranks, INDEX, retrieval.CUTOFFS) for ranks in (first, second))
     found = paired(ours, theirs, draws=300, seed=2)
-    expected = paired_bootstrap(100.0 * (first < 5), 100.0 * (second < 5), INDEX, draws=300, seed=2)
+    expected = difference(100.0 * (first < 5), 100.0 * (second < 5), INDEX, draws=300, seed=2)
     for name in ("difference", "low", "high", "p"):
         assert getattr(found["img_r5"], name) == pytest.approx(getattr(expected, name))
     assert found["txt_r1"].difference == 0 and found["txt_r1"].p == 1

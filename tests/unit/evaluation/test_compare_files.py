@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import compare, retrieval
+from evaluation import compare, retrieval, vqa
 from evaluation.common import run
-from evaluation.significance import paired_bootstrap, sign_test
+from evaluation.significance import sign_test
+from tests.support.differences import difference
 
 RNG = np.random.default_rng(3)
 RIGHT = {"a": RNG.random(120) < 0.5, "b": RNG.random(120) < 0.7}
@@ -80,7 +84,7 @@ def test_questions_are_compared_by_their_scores_and_by_image(
     found, text = compared(vqa_files(tmp_path), tmp_path, capsys)
     (result,) = found["comparisons"]
     scores = [np.where(RIGHT[name], 100.0, 60.0) for name in "ab"]
-    expected = paired_bootstrap(*scores, np.arange(120) // 4)
+    expected = difference(*scores, np.arange(120) // 4)
     row = result["metrics"]["overall"]
     for key in ("difference", "low", "high", "p"):
         assert row[key] == pytest.approx(getattr(expected, key))
@@ -95,7 +99,7 @@ def test_recalls_are_compared_by_image_and_each_file_with_the_first(
     files = retrieval_files(tmp_path, names="abc")
     found, text = compared(files, tmp_path, capsys)
     assert [each["second"] for each in found["comparisons"]] == files[1:] and "mcnemar" not in found["comparisons"][0]
-    scores = [retrieval.score_file(path) for path in files]
+    scores = [retrieval.summary(*retrieval.file_ranks(path)[:2]) for path in files]
     for number, each in enumerate(found["comparisons"], 1):
         for name, row in each["metrics"].items():
             assert (row["first"], row["second"]) == (
@@ -114,8 +118,8 @@ def test_a_file_against_its_copy_is_no_difference(tmp_path: Path, capsys: pytest
     assert all(row["p"] == 1 and row["low"] == row["high"] == 0 for row in result["metrics"].values())
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    path.write_text(path.read_text().replace(old, new, 1))
+def edit(path: Path, old: str, new: str, count: int = 1) -> None:
+    path.write_text(path.read_text().replace(old, new, count))
 
 
 def test_other_examples_are_counted_listed_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +156,15 @@ BAD: list[tuple[str, str]] = [
     ("nlvr a.csv truth.json --annotations truth.json", "truth.json: holds predictions of vqa, but"),
     ("vqa a.json b.json --annotations truth.json --task nlvr", "a.json: line 1:"),
     ("vqa a.json b.json --annotations a.json", "must be a JSON object with a list 'annotations'"),
+    (
+        "retrieval a.npz b.npz --task nlvr --annotations a.npz",
+        "holds predictions of retrieval, but --task is of nlvr",
+    ),
+    ("nlvr a.csv b.csv --task retrieval", "a.csv: not a NumPy .npz file"),
+    ("nlvr a.csv a\0.csv --annotations truth.json", "a\\x00.csv: embedded null byte"),
+    ("nlvr a.csv b.csv --annotations tru\0th", "tru\\x00th: embedded null byte"),
+    ("retrieval a.npz b.npz --allow_extra", "--allow_extra is for VQA and NLVR2"),
+    ("nlvr a.csv b.csv --annotations /dev/zero", "/dev/zero: is a pipe, a socket or a device"),
 ]
 
 
@@ -171,3 +184,65 @@ def test_bad_use_is_one_line(
     told = capsys.readouterr().err
     assert code == 2 and error in told and told.count("\n") == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_predictions_beside_the_statements_are_refused_or_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = nlvr_files(tmp_path)
+    expected = compared(given, tmp_path, capsys)[0]["comparisons"]
+    for name in given[:2]:
+        Path(name).write_text(Path(name).read_text() + "test1-99-0-0,True\n")
+    assert run(compare.main, given) == 2
+    error = capsys.readouterr().err
+    assert "1 of 121 predictions are for no example: 'test1-99-0-0'; --allow_extra leaves them out" in error
+    assert compared([*given, "--allow_extra"], tmp_path, capsys)[0]["comparisons"] == expected
+    Path(given[1]).write_text(Path(given[1]).read_text() + "test1-98-0-0,True\n")  # of one of them alone
+    assert compared([*given, "--allow_extra"], tmp_path, capsys)[0]["comparisons"] == expected
+
+
+def test_some_questions_of_predictions_of_the_whole_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = vqa_files(tmp_path)
+    some = tmp_path / "some.json"
+    some.write_text(json.dumps({"questions": [{"question_id": number} for number in range(40, 60)]}))
+    found, text = compared([*given, "--questions", str(some)], tmp_path, capsys)
+    scores = [float(np.where(RIGHT[name][40:60], 100.0, 60.0).mean()) for name in "ab"]
+    row = found["comparisons"][0]["metrics"]["overall"]
+    assert (row["first"], row["second"]) == (pytest.approx(scores[0]), pytest.approx(scores[1]))
+    assert "20 questions, 5 clusters" in text
+    rows = json.loads(Path(given[1]).read_text())
+    Path(given[1]).write_text(json.dumps(rows[:50]))
+    assert run(compare.main, [*given, "--questions", str(some)]) == 2
+    assert f"restricted to {some}: 10 of 20 questions have no prediction" in capsys.readouterr().err
+    Path(given[1]).write_text(json.dumps([*rows, {"question_id": 999, "answer": "yes"}]))
+    assert compared([*given, "--allow_extra"], tmp_path, capsys)[0]["examples"]["questions"] == 120
+
+
+def test_types_that_are_no_plain_text_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = vqa_files(tmp_path)
+    edit(tmp_path / "truth.json", '"answer_type": "a"', '"answer_type": "\\ud800\\u001b[31m"', count=-1)
+    _, text = compared(given, tmp_path, capsys)
+    assert r"per_answer_type/\ud800\x1b[31m" in text and "\x1b" not in text
+    out = ["--out", str(tmp_path / "scores.json"), "--intervals"]
+    assert run(vqa.main, ["--predictions", given[0], *given[2:], *out]) == 0
+    assert r" \ud800\x1b[31m " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["nlvr", "vqa"])
+def test_files_may_be_pipes_and_are_read_once(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"nlvr": nlvr_files, "vqa": vqa_files}[kind](tmp_path)
+    expected = compared(given, tmp_path, capsys)[0]["comparisons"][0]["metrics"]
+    names = " ".join(f"<(cat {shlex.quote(path)})" for path in (given[0], given[1]))
+    command = f"{sys.executable} -m evaluation.compare {names} --annotations <(cat {given[3]}) --out {tmp_path}/o.json"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "o.json").read_text())["comparisons"][0]["metrics"] == expected
+
+
+def test_score_arrays_in_a_pipe_are_one_line(tmp_path: Path) -> None:
+    """Their parts are read out of order."""
+    first, second = retrieval_files(tmp_path)
+    command = f"{sys.executable} -m evaluation.compare {first} <(cat {second})"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "is a pipe, a socket or a device; write its content to a file" in done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.common import InputError, read_json_rows, read_text
-from evaluation.retrieval import score_file
+from evaluation.retrieval import file_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def no_waiting() -> Iterator[None]:
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        for read in (read_text, read_json_rows, score_file):
+        for read in (read_text, read_json_rows, file_ranks):
             with pytest.raises(InputError, match=f"{path}: is a pipe, a socket or a device; write its content to a"):
                 read(str(path))
 

@@ -62,6 +62,10 @@ def test_questions_of_test_dev_alone_are_remarked(files: Files, capsys) -> None:
     files.write("q.json", {"data_subtype": "test-dev2015", "questions": QUESTIONS})
     assert files.run() == 0
     assert "the server wants an answer to every question of test2015 for test-dev, too" in capsys.readouterr().err
+    files.write("q.json", {"data_subtype": "test-dev\ud800\x1b[31m", "questions": QUESTIONS})
+    assert files.run() == 0
+    printed = capsys.readouterr()
+    assert all(r"test-dev\ud800\x1b[31m" in text for text in (printed.out, printed.err))
 
 
 def test_every_fault_is_counted_in_one_line(files: Files, capsys) -> None:
@@ -71,14 +75,15 @@ def test_every_fault_is_counted_in_one_line(files: Files, capsys) -> None:
     assert error.count("\n") == 1 and "p.json against " in error
     assert "1 of 3 questions have no prediction: question_id 12; " in error
     assert "6 of 8 predictions are for no question: question_id 20, 21, 22 and 3 more; " in error
-    assert "6 answers are not in the list: 'owl', of 20, 21, 22 and 3 more; " in error
+    assert "6 answers are not in the list: 'owl', of question_id 20, 21, 22 and 3 more; predict the " in error
     assert not (files.folder / "s.json").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.json", [*PREDICTIONS, PREDICTIONS[0]], "prediction 3: question_id 3 occurs twice"),
+        ("p.json", [*PREDICTIONS, PREDICTIONS[0]], "prediction 3: question_id 3 occurs twice\n"),
+        ("l.json", ["", "2"], "1 answers are not in the list: 'café', of question_id 3\n"),
         ("p.json", [{"question_id": "3", "answer": "no"}], "ids are whole numbers, not text"),
         ("p.json", [{"question_id": 3, "answer": ["no"]}], "'answer' must be text, got ['no']"),
         ("p.json", [{"question_id": 3}], "'answer' must be text, got None"),

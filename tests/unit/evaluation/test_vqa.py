@@ -199,7 +199,7 @@ def write(path: Path, value: object) -> str:
         ("annotations", [1], "a JSON object with a list 'annotations'"),
         ("questions", {"questions": [{"question_id": 3}]}, "questions without annotation: question_id 3"),
         ("questions", {"questions": [{"id": 3}]}, "question 0: no JSON object with a 'question_id'"),
-        ("questions", {"questions": [{"question_id": 2}]}, "not in the annotations: 1"),
+        ("questions", {"questions": [{"question_id": 2}]}, "1 of 1 questions have no prediction: question_id 2"),
     ],
 )
 def test_bad_files_exit_with_2_and_one_line(tmp_path: Path, capsys, name: str, content, words: str) -> None:

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import random
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
+from evaluation import nlvr
+from evaluation.bootstrap import nlvr_parts, numbered, paired
 from evaluation.common import run
-from evaluation.significance import paired_bootstrap, sign_test
+from evaluation.significance import sign_test
 from eve_ds.data.sources import open_split
 from eve_ds.report import compare
 from eve_ds.report.__main__ import main
@@ -27,9 +28,11 @@ from eve_ds.report.compare_scores import compared_scores
 from eve_ds.report.compared import flat, read_compared
 from eve_ds.report.html import Html
 from eve_ds.report.run_files import Curve
+from tests.support.differences import difference
 from tests.support.made_run import curves
 from tests.support.page import Page
 from tests.support.shards import make_nlvr_set, make_vqa_set
+from tests.support.tables import table
 
 HOSTILE = "<script>alert('x')</script>"
 
@@ -45,14 +48,6 @@ def made(folder: Path, seed: int = 0, task: str = "pretrain", **config: object) 
 def started(folder: Path, number: int, **record: object) -> None:
     (folder / "provenance").mkdir(exist_ok=True)
     (folder / "provenance" / f"start_{number:04d}.json").write_text(json.dumps(record))
-
-
-def table(content: str, anchor: str) -> dict[str, list[str]]:
-    """{first cell of a row: the others} of the table in a section."""
-    part = content[content.index(f'<section id="{anchor}">') :].split("</section>")[0]
-    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", part)
-    cells = [[Page(cell).text for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
-    return {row[0]: [text.replace("\xa0", " ") for text in row[1:]] for row in cells}
 
 
 def test_hours_are_the_summed_steps_and_samples_those_seen_until_then(tmp_path: Path) -> None:
@@ -232,8 +227,13 @@ def test_nlvr_runs_are_tested_on_their_statements(tmp_path: Path) -> None:
     cells = table(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"])), "scores")
     more = 100 * (right["b"].mean() - right["a"].mean())
     words = f"better on {found.second} statements, worse on {found.first}, p = {found.p:.2g}"
-    assert cells["accuracy"][1] == f"{100 * right['b'].mean():.1f} {more:+.1f}{words}"
-    assert cells["consistency"] == ["50.0", "50.0 +0.0"]
+    sentences = [nlvr.sentence_of(key) for key in truth]
+    drawn = paired(*(nlvr_parts(right[name].tolist(), sentences) for name in "ab"))
+    within = {
+        name: f"{100 * each.low:+.1f} to {100 * each.high:+.1f}, p = {each.p:.2g}" for name, each in drawn.items()
+    }
+    assert cells["accuracy"][1] == f"{100 * right['b'].mean():.1f} {more:+.1f}{within['accuracy']}; {words}"
+    assert cells["consistency"] == ["50.0", f"50.0 +0.0{within['consistency']}"]
     shutil.rmtree(tmp_path / "data")
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     assert "b is not tested against a: the right answers cannot be read: " in text and f"{more:+.1f}" in text
@@ -266,13 +266,20 @@ def test_vqa_runs_are_tested_on_their_questions(tmp_path: Path) -> None:
     cell = table(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"])), "scores")[
         "accuracy over the answer list"
     ][1]
-    assert cell.endswith(words)
+    image = numbered([number for number, _, _ in samples])
+    assert image.max() + 1 < len(image)
+    drawn = difference(np.array(scored["a"]), np.array(scored["b"]), image)
+    assert cell.endswith(f"{100 * drawn.low:+.1f} to {100 * drawn.high:+.1f}, p = {drawn.p:.2g}; {words}")
     odd = [row | {"answer": ["no", "text"]} for row in given["b"]]
     (tmp_path / "b" / "predictions_test.json").write_text(json.dumps(odd))
     assert "better on 0 questions" in Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     (tmp_path / "b" / "predictions_test.json").write_text(json.dumps(given["b"][1:]))
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
     assert "b is not tested against a: their predictions are of other examples." in text
+    for name in given:
+        (tmp_path / name / "predictions_test.json").write_text("[]")
+    text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
+    assert "b is not tested against a: there are no predictions." in text
     for name in given:  # of a question that the data set does not have
         more = [*given[name], {"question_id": 10**9, "answer": "yes"}]
         (tmp_path / name / "predictions_test.json").write_text(json.dumps(more))
@@ -291,7 +298,7 @@ def test_retrieval_runs_are_tested_by_resampling_images(tmp_path: Path) -> None:
         np.savez(folder / "predictions_test.npz", image_to_text=scores, text_to_image=scores.T, text_image_index=index)
         hits[name] = scores.T.argmax(axis=1) == index
         (folder / "scores_test.json").write_text(json.dumps({"img_r1": 100 * float(hits[name].mean())}))
-    found = paired_bootstrap(hits["a"], hits["b"], index)
+    found = difference(hits["a"], hits["b"], index)
     cell = table(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"])), "scores")["image R@1"][1]
     assert f"{100 * found.low:+.1f} to {100 * found.high:+.1f}, p < 0.0005" in cell
     with np.load(tmp_path / "b" / "predictions_test.npz") as arrays:
@@ -304,7 +311,7 @@ def test_retrieval_runs_are_tested_by_resampling_images(tmp_path: Path) -> None:
     assert "b is not tested against a: " in text and "cannot be read" not in text
     (tmp_path / "b" / "predictions_test.npz").write_bytes(b"PK")
     text = Page(compared_scores(read_compared([tmp_path / "a", tmp_path / "b"]))).text
-    assert f"b is not tested against a: {tmp_path / 'b' / 'predictions_test.npz'} cannot be read (" in text
+    assert f"b is not tested against a: {tmp_path / 'b' / 'predictions_test.npz'}: not a NumPy .npz file" in text
 
 
 @pytest.mark.parametrize(

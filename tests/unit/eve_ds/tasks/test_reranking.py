@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import retrieval
+from evaluation import bootstrap, retrieval
 from eve_ds.data.samples import Samples
 from eve_ds.tasks.reranking import Encoded, PairBatches, divided
-from eve_ds.tasks.retrieval import SPEC
+from eve_ds.tasks.retrieval import SPEC, ranked
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, Thumbnails
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_atomic
@@ -164,3 +165,34 @@ def test_examples_show_the_image_of_their_row(split: Path, tmp_path: Path) -> No
     for row, query in zip(rows, shown, strict=True):
         with Image.open(tmp_path / "samples" / query["image"]) as image:
             np.testing.assert_array_equal(np.asarray(image), pixels_of(row))
+
+
+def test_what_ties_with_the_right_one_is_found_first() -> None:
+    """As the recalls count, whatever the order: details do not show the right one as wrong."""
+    scores = np.array([[0.5, 0.5, 0.1, 0.5], [0.1, 0.5, 0.2, 0.9]], np.float32)
+    index = np.array([0, 0, 1, 1])
+    arrays = ranked({"image_to_text": scores, "text_image_index": index, "image_row": np.array([3, 7])})
+    found = SPEC.details(arrays, None)
+    assert found["rank"].tolist() == [1, 2, 1, 1, 2, 1]
+    assert found["prediction"].tolist() == [3, 7, 7, 7, 3, 3]
+    assert found["score"].tolist() == [1, 0, 1, 1, 0, 1]
+
+
+def test_one_matrix_at_a_time_is_beside_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "_CELLS", 10_000)
+    draw = np.random.default_rng(0)
+    index = np.arange(2000) // 5
+    tracemalloc.start()
+    scores = draw.random((400, 2000), np.float32)
+    arrays = {"image_to_text": scores, "text_image_index": index, "image_row": np.arange(400)}
+    for name, shape, most in (("text", (400, 8), 2000), ("image", (2000, 8), 400)):
+        arrays[f"{name}_candidates"] = np.stack([draw.choice(most, 8, replace=False) for _ in range(shape[0])])
+        arrays[f"{name}_scores"] = draw.random(shape, np.float32)
+    tracemalloc.reset_peak()
+    arrays = ranked(arrays)
+    SPEC.metrics(arrays, None)
+    SPEC.details(arrays, None)
+    SPEC.intervals(arrays, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * scores.nbytes

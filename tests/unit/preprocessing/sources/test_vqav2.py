@@ -117,6 +117,20 @@ def test_answers_of_other_annotations_count_for_a_built_list(world: World, refus
         assert "--answer-annotations: is for a list that is built" in refuse(*words, "--answer-annotations", other)
 
 
+def test_answers_that_would_not_count_or_count_twice_are_refused(world: World, refuse: Callable[..., str]) -> None:
+    other = write_json(world.folder / "val.json", {"annotations": [annotation(100, ["owl"] * 10)]})
+    same = write_json(world.folder / "same.json", {"data_subtype": "train2014", "annotations": world.annotations})
+    built = [*world.arguments(), "--min-answers", 1, "--answer-annotations"]
+    for first, files in (("a.json", [same]), ("a.json", [world.folder / "a.json"]), ("val.json", [other, other])):
+        message = refuse(*built, *files)
+        assert f"{files[-1]}: is the same file as {world.folder / first}, so its answers would count twice" in message
+    (world.folder / "out").mkdir()
+    listed = write_json(world.folder / "out/answer_list.json", ["yes", "2", "dog"])
+    assert f"{listed}: is there and stays, so --answer-annotations would not count" in refuse(*built, other)
+    listed.write_text(json.dumps(["2", "dog", "owl", "yes"]))  # of a run that was killed after it wrote the list
+    convert(*built, other)
+
+
 def test_what_has_no_answer_is_counted_by_reason(world: World) -> None:
     for number, answers in ((30, []), (31, ["a", "The"]), (32, ["owl"] * 10)):
         world.questions.append({"question_id": number, "image_id": 1, "question": "What?"})
