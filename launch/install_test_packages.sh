@@ -34,7 +34,7 @@ if [ ! -e "$policy" ]; then
     "${as_root[@]}" chmod 755 "$policy"
 fi
 
-echo "launch/install_test_packages.sh: installing ${missing[*]} (about a minute)"
+echo "launch/install_test_packages.sh: installing ${missing[*]} (one to three minutes)"
 quiet=(-qq -o Dpkg::Use-Pty=0 -o Acquire::Retries=3)
 "${as_root[@]}" apt-get update "${quiet[@]}"
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \

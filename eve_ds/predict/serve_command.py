@@ -59,7 +59,7 @@ def serve(
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, _stop)
     try:
-        shown = f"[{host}]" if ":" in host else host
+        shown = socket.gethostname() if address.is_unspecified else f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
         server.run()
     except KeyboardInterrupt:

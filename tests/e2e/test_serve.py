@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def started(*options: object) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line.startswith("http://127.0.0.1:"), line + process.communicate()[1]
+    assert line.startswith("http://"), line + process.communicate()[1]
     return process, line.split()[0]
 
 
@@ -61,6 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     assert exit_code(lambda: main(making)) == 0
     models = [word for name in ("vqa", "itr", "nlvr") for word in ("--checkpoint", folder / name)]
     process, url = started(*models, "--index", index, "--max_upload", 1)
+    assert url.startswith("http://127.0.0.1:")
     yield Place(folder, images, url)
     process.terminate()  # SIGTERM ends it quietly
     assert process.communicate() == ("", "") and process.returncode == 0
@@ -208,9 +210,13 @@ def test_the_keyboard_is_enough_and_a_narrow_screen_too(place: Place, visit: Vis
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_parts_follow_from_the_checkpoints_and_control_c_ends_it(place: Place, visit: Visit) -> None:
-    process, url = started("--checkpoint", place.folder / "vqa")
-    page = visit(url)
+def test_parts_follow_from_the_checkpoints_an_open_address_is_warned_of_and_control_c_ends_it(
+    place: Place, visit: Visit
+) -> None:
+    process, url = started("--checkpoint", place.folder / "vqa", "--host", "0.0.0.0")
+    page = visit(f"http://127.0.0.1:{urlsplit(url).port}/")
     assert [one.get_attribute("id") for one in page.locator("section").all()] == ["ask"]
     process.send_signal(signal.SIGINT)
-    assert process.communicate() == ("", "") and process.returncode == 0
+    out, errors = process.communicate()
+    assert (out, process.returncode, errors.count("\n")) == ("", 0, 1)
+    assert errors.startswith("WARNING: --host 0.0.0.0: whoever reaches this machine can use the page")
