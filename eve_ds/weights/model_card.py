@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from eve_ds.weights.model_folder import CARD, CONFIG, WEIGHTS, exported_step
+from eve_ds.weights.model_folder import CARD, CONFIG, exported_step
 from preprocessing.errors import printable
 from preprocessing.local_files import load_json, write_text
 
@@ -57,8 +57,8 @@ def write_card(folder: Path, step: int, scores: Mapping[str, Tree] | None = None
 
 
 def renew_card(folder: Path, step: int, scores: Mapping[str, Tree]) -> None:
-    """Write the card of an exported model again, with its scores; nothing if it is of another step, or not there."""
-    if (folder / WEIGHTS).is_file() and exported_step(folder) == step:
+    """Write the card of an exported model again, with its scores; nothing if it has none or is of another step."""
+    if (folder / CARD).is_file() and exported_step(folder) == step:
         write_card(folder, step, scores)
 
 

@@ -17,6 +17,7 @@ from eve_ds.tasks import Task
 from eve_ds.tasks.nlvr import NLVR
 from eve_ds.tasks.retrieval import Retrieval
 from eve_ds.tasks.vqa import VQA
+from eve_ds.weights.model_folder import ModelFolder
 from preprocessing.__main__ import main
 from tests.support.shards import image_of, tiny_tokenizer
 from tests.support.tiny_tasks import tiny_config
@@ -52,8 +53,8 @@ def prepare(folder: Path, task: str, *options: str, lost: int | None = LOST) -> 
     return main([*words, *options])
 
 
-def scorer(folder: Path, task: str, nan: str = "none") -> tuple[Scorer, Task]:
-    """With random weights; those whose names begin with ``nan`` are NaN."""
+def scorer(folder: Path, task: str, nan: str = "none", checkpoint: Path | None = None) -> tuple[Scorer, Task]:
+    """With random weights, though it says that it scores ``checkpoint``; those named ``nan...`` are NaN."""
     config = FinetuneConfig()
     config.task = {"retrieval": "itr_coco"}.get(task, task)
     config.data.path, config.data.val_split = str(folder / "data"), "test"
@@ -67,7 +68,11 @@ def scorer(folder: Path, task: str, nan: str = "none") -> tuple[Scorer, Task]:
     for name, parameter in made.named_parameters():
         if name.startswith(nan):
             parameter.data.fill_(torch.nan)
-    return Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest()), made
+    files = None
+    if checkpoint is not None:
+        config.init_from, config.evaluate = str(checkpoint), True
+        files = ModelFolder.find(checkpoint)
+    return Scorer(config, {"test": samples}, torch.device("cpu"), StopRequest(), files), made
 
 
 def score(folder: Path, task: str, out: Path, nan: str = "none") -> None:

@@ -142,11 +142,10 @@ def test_scores_say_what_they_are_of_and_how_sure_they_are(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert prepare(tmp_path, task, lost=None) == 0
-    ours, made = scorer(tmp_path, task)
     model = tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(save({"weight": torch.zeros(2)}, metadata={"format": "eve-ds step 7"}))
-    ours.config.init_from = str(model)
+    ours, made = scorer(tmp_path, task, checkpoint=model)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("task: something\n")
