@@ -99,6 +99,16 @@ def test_maps_are_the_rows_of_words_and_of_the_first_text_token(model: Callable[
     assert maps.of_word.min() >= 0 and maps.of_word.sum(axis=(2, 3)).max() < 1
 
 
+def test_padding_of_published_models_gets_no_attention_and_is_no_word(image: str, tmp_path: Path) -> None:
+    eve = EVE.from_pretrained(exported(tmp_path, "vqa"), published=True)
+    (ids, mask), pixels = eve.tokens([TEXT_OF]), eve.pixels([image])
+    found = attention_weights(eve.task("vqa"), pixels, ids, mask).numpy()
+    padding = 12 - ids.shape[1]
+    assert padding > 0 and found.shape == (3, 29, 29) and (found[..., -padding:] == 0).all()
+    maps = eve.attention(image, TEXT_OF)
+    assert maps.words == TEXT_OF.split() and maps.of_word.shape == (3, 5, 4, 4)
+
+
 def test_the_pass_is_as_before_once_maps_were_made(model: Callable[[str], EVE], image: str) -> None:
     eve = model("vqa")
     before = eve.answer(image, TEXT_OF)
