@@ -36,7 +36,7 @@ test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
 test-all: $(DEV_READY) test-packages ## the long tests too
 	$(PYTEST) tests
 
-test-packages: # root gets Slurm, MPI, pdsh and sshd for tests/cluster; others are told by those tests what to install
+test-packages: # root gets Slurm, MPI, pdsh, sshd and Chromium; others are told by the tests of those what to install
 	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then launch/install_test_packages.sh; fi
 
 lint: $(DEV_READY) ## ruff and the type checker

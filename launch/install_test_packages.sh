@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the launch tests start for real: Slurm, munge, Open MPI, pdsh and an ssh server.
-# Training itself needs none of them. Does nothing, and needs no network, when they are all there.
+# Installs the Debian packages that tests start for real: Slurm, munge, Open MPI, pdsh and an ssh server for the launch
+# tests, and Chromium for those of web pages. Training itself needs none of them. Does nothing, and needs no network, when
+# they are all there.
 set -euo pipefail
 
-packages=(slurm-wlm munge openmpi-bin pdsh openssh-server openssh-client iproute2)
+packages=(slurm-wlm munge openmpi-bin pdsh openssh-server openssh-client iproute2 chromium)
 
 missing=()
 for package in "${packages[@]}"; do
@@ -33,7 +34,7 @@ if [ ! -e "$policy" ]; then
     "${as_root[@]}" chmod 755 "$policy"
 fi
 
-echo "launch/install_test_packages.sh: installing ${missing[*]} (about a minute)"
+echo "launch/install_test_packages.sh: installing ${missing[*]} (one to three minutes)"
 quiet=(-qq -o Dpkg::Use-Pty=0 -o Acquire::Retries=3)
 "${as_root[@]}" apt-get update "${quiet[@]}"
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \

@@ -7,6 +7,7 @@
     python -m eve_ds.predict search "a dog on a beach" --index photos.index --checkpoint runs/itr --html found.html
     python -m eve_ds.predict features *.jpg --texts captions.txt --checkpoint runs/itr --out features.npz
     python -m eve_ds.predict answer --input questions.jsonl --checkpoint runs/vqa > answers.jsonl
+    python -m eve_ds.predict serve --checkpoint runs/vqa --checkpoint runs/itr --index photos.index
 
 docs/predict.md describes every command.
 """
@@ -105,6 +106,14 @@ def _search_options(parser: Parser) -> None:
     add("--input", metavar="FILE", help='JSON lines with "text" or "image"; writes JSON lines')
 
 
+def _serve_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--index", metavar="INDEX", help="folder that the command index has made, to search")
+    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
+    add("--port", type=int, default=8000, metavar="N", help="default 8000; 0: any free one, which is printed")
+    add("--max_upload", type=int, default=20, metavar="MB", help="of a request's images (default 20)")
+
+
 def _inputs(parser: Parser, names: tuple[str, ...], row: tuple[str, ...] = ()) -> None:
     for name in names:
         parser.add_argument(name, nargs="?", metavar=name.upper())
@@ -114,13 +123,21 @@ def _inputs(parser: Parser, names: tuple[str, ...], row: tuple[str, ...] = ()) -
     )
 
 
-def model_options(parser: Parser) -> None:
-    """The options that every command has."""
+def model_options(parser: Parser, several: bool = False) -> None:
+    """The options that every command has; ``several``: of one that takes several checkpoints, and prints no results."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="run folder, model folder or weights file")
+    more = "; may be given for each task" if several else ""
+    add(
+        "--checkpoint",
+        required=True,
+        action="append" if several else "store",
+        metavar="PATH",
+        help=f"run folder, model folder or weights file{more}",
+    )
+    if not several:
+        add("--json", action="store_true", help="write JSON, an object a line")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     add("--batch_size", type=int, default=32, metavar="N", help="rows that are computed together (default 32)")
-    add("--json", action="store_true", help="write JSON, an object a line")
     add("--image_size", type=int, metavar="N", help="side of the images, pixels (default: the model's)")
     add("--max_pixels", type=int, metavar="N", help="refuse larger images (default: as in training)")
     add("--tokenizer", metavar="PATH", help="file or folder (default: beside the weights)")
@@ -128,12 +145,12 @@ def model_options(parser: Parser) -> None:
     add("--published", action="store_true", help="compute as the published code does (docs/predict.md)")
 
 
-def load(options: Options) -> EVE:
-    """The model that the options name."""
+def load(options: Options, checkpoint: str | None = None) -> EVE:
+    """The model that the options name, or the one of that checkpoint."""
     from eve_ds.predict.eve import EVE
 
     return EVE.from_pretrained(
-        options.checkpoint,
+        options.checkpoint if checkpoint is None else checkpoint,
         options.device,
         batch_size=options.batch_size,
         tokenizer=options.tokenizer,
@@ -203,6 +220,13 @@ def _features(options: Options) -> None:
     write_features(lambda: load(options), options.images, options.texts, options.out, options.json)
 
 
+def _serve(options: Options) -> None:
+    from eve_ds.predict.serve_command import serve
+
+    of_checkpoint = functools.partial(load, options)
+    serve(of_checkpoint, options.checkpoint, options.index, options.host, options.port, options.max_upload)
+
+
 COMMANDS = {
     "answer": Command("Answer a question about an image (VQA checkpoint).", _answer_options, _answer),
     "match": Command("Compare an image with texts (retrieval checkpoint).", _match_options, _match),
@@ -210,6 +234,7 @@ COMMANDS = {
     "index": Command("Make or update an index of a folder's images (retrieval checkpoint).", _index_options, _index),
     "search": Command("Find the images of an index by a text or an image.", _search_options, _search),
     "features": Command("Write unit vectors of images and texts (retrieval checkpoint).", _features_options, _features),
+    "serve": Command("A web page to ask, match, judge and search, with attention maps.", _serve_options, _serve),
 }
 
 
@@ -220,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.summary, description=command.summary)
         command.add_options(sub)
-        model_options(sub)
+        model_options(sub, several=name == "serve")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", module="PIL")  # an image is taken, or refused in our own words
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eve_ds.data.batch_reader import stack
 from eve_ds.data.transforms import build_transform, normalize
+from eve_ds.predict.attention_maps import AttentionMaps, attention_maps
 from eve_ds.predict.raw_inputs import ImageInput, distinct, rows_of, to_ids, to_square
 from eve_ds.tasks import Task, load_task_model
 from eve_ds.tasks.vqa import read_answer_list
@@ -283,6 +284,17 @@ class EVE:
         task: Any = self.task("retrieval")
         vectors: np.ndarray = task.encode_image(pixels.to(self.device), normed=self.normed).cpu().numpy()
         return vectors
+
+    def attention(self, image: ImageInput, text: str, task: str | None = None) -> AttentionMaps:
+        """Where the model looks in the image, for each word of the text and for the answer: see ``AttentionMaps``.
+
+        Args:
+            image, text: one each; of NLVR one of the two images, with the statement.
+            task: whose weights, where the checkpoint has the heads of several; None: the first of ``tasks``.
+        Raises:
+            UserError: the weights do not have the task's head, or an input is bad.
+        """
+        return attention_maps(self, image, text, task)
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor:
         """Images as the model takes them: [B, 3, image_size, image_size] float32 on the device, in [-1, 1]."""

@@ -172,15 +172,20 @@ class ImageIndex:
             queries: [Q, E] float32 unit vectors, of texts or images.
             k: at least 1; fewer are found where the index has fewer.
         """
+        return [[Hit(self.path_of(row), score) for row, score in rows] for rows in self.search_rows(queries, k)]
+
+    def search_rows(self, queries: np.ndarray, k: int) -> list[list[tuple[int, float]]]:
+        """As ``search``: rows of the index, each with the cosine."""
         if k < 1:
             raise UserError(f"k={k}: must be at least 1")
         scores = np.empty((len(queries), len(self)), np.float32)
         for start, vectors in zip(self._starts, self._vectors, strict=False):
             # float16 has no fast product in NumPy; to convert a batch is cheaper.
             scores[:, start : start + len(vectors)] = queries @ vectors.astype(np.float32, copy=False).T
-        return [[Hit(self._path(row), float(own[row])) for row in best_rows(own, k)] for own in scores]
+        return [[(int(row), float(own[row])) for row in best_rows(own, k)] for own in scores]
 
-    def _path(self, row: int) -> str:
+    def path_of(self, row: int) -> str:
+        """Of a row's image, relative to ``folder``."""
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return str(self.batches[batch].column("path")[int(row - self._starts[batch])])
 

@@ -60,10 +60,13 @@ def run(installed: Path, folder: Path, command: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_recipes_and_deepspeed_files_are_inside_tests_and_benchmarks_are_not(wheel: Path, repository: Path) -> None:
+def test_recipes_deepspeed_files_and_the_web_page_are_inside_tests_and_benchmarks_are_not(
+    wheel: Path, repository: Path
+) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    shipped = [*repository.glob("eve_ds/configs/*.yaml"), *repository.glob("ds_configs/*.json")]
-    assert len(shipped) > 15 and {str(path.relative_to(repository)) for path in shipped} <= set(names)
+    patterns = ("eve_ds/configs/*.yaml", "ds_configs/*.json", "eve_ds/predict/page/*")
+    shipped = [path for pattern in patterns for path in repository.glob(pattern)]
+    assert len(shipped) > 20 and {str(path.relative_to(repository)) for path in shipped} <= set(names)
     modules = {str(path.relative_to(repository)) for root in SOURCES[:3] for path in repository.glob(f"{root}/**/*.py")}
     bench = {name for name in modules if name.startswith("eve_ds/bench/")}
     assert bench and modules - bench <= set(names)

@@ -247,7 +247,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from eve_ds.predict.__main__ import main
 main(["answer", sys.argv[2], "what color", "--checkpoint", sys.argv[1], "--json"])
-slow = {"torch._dynamo", "torch._inductor", "deepspeed", "jsonargparse", "wandb", "matplotlib"}
+slow = {"torch._dynamo", "torch._inductor", "deepspeed", "jsonargparse", "wandb", "matplotlib", "flask", "waitress"}
 print(sorted(slow & set(sys.modules)))
 """
 
