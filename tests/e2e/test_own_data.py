@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import itertools
+import importlib
+import io
 import json
 import os
 import re
@@ -66,36 +68,79 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, words: list[str]) -> str:
-    """One command of the page; trainings are short, in one process without the launcher."""
-    if words[: len(LAUNCHER)] == LAUNCHER:
-        words = ["python", "-m", *words[len(LAUNCHER) :], *SHORT]
-    assert words[:2] == ["python", "-m"], words
+def train(folder: Path, words: list[str]) -> None:
+    """One training of the page, of few steps, in one process without the launcher."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", *words[len(LAUNCHER) :], *SHORT]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
-def test_every_command_of_the_page_runs(folder: Path) -> None:
-    """From three files to scores, a comparison, pages and predictions."""
-    printed = {}
-    for tuning, some in itertools.groupby(commands(), lambda words: "eve_ds.finetune" in words):
-        with ThreadPoolExecutor(2 if tuning else 1) as threads:  # fine-tunings do not need one another
-            chosen = [*some]
-            told = threads.map(lambda words: run(folder, words), chosen)
-            printed |= dict(zip(map(shlex.join, chosen), told, strict=True))
-    prepared = "".join(text for command, text in printed.items() if "preprocessing own" in command)
-    assert prepared.count("rows, ") == 9 and prepared.count("for comparison: always saying ") == 2
+def run(folder: Path, words: list[str]) -> str:
+    """Another command of the page, in this process: most of its time would be the imports."""
+    name = words[2] if words[2].startswith("evaluation.") else f"{words[2]}.__main__"
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        code = importlib.import_module(name).main(words[3:])
+    assert not code, f"{shlex.join(words)}\n{out.getvalue()}"
+    return out.getvalue()
+
+
+def run_all(folder: Path, *marks: str) -> str:
+    """All commands of the page with one of these words, in their order; what they printed."""
+    chosen = [words for words in commands() if words[0] == "python" and any(mark in words[2] for mark in marks)]
+    return "".join(run(folder, words) for words in chosen)
+
+
+@pytest.fixture(scope="module")
+def prepared(folder: Path) -> str:
+    return run_all(folder, "preprocessing")
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder: Path, prepared: str) -> Path:
+    (words,) = (words for words in commands() if "eve_ds.pretrain" in words)
+    train(folder, words)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained: Path) -> Path:
+    """All fine-tunings, two at a time: they do not need one another."""
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda words: train(pretrained, words), (w for w in commands() if "eve_ds.finetune" in w)))
+    return pretrained
+
+
+def test_every_command_is_run_here() -> None:
+    known = ("preprocessing", "evaluation.compare", "eve_ds.report", "eve_ds.predict")
+    for words in commands():
+        assert words[: len(LAUNCHER)] == LAUNCHER or (words[:2] == ["python", "-m"] and words[2] in known), words
+
+
+def test_the_three_files_become_splits(folder: Path, prepared: str) -> None:
+    assert prepared.count("rows, ") >= 9 and prepared.count("for comparison: always saying ") == 2
+    assert (folder / "questions.html").stat().st_size > 1000
+
+
+def test_the_small_model_is_pretrained(pretrained: Path) -> None:
+    assert (pretrained / "runs/own/model/model.safetensors").is_file()
+
+
+def test_each_task_is_scored_with_its_best_weights(tuned: Path) -> None:
     metrics = {"itr": "r_mean", "vqa": "soft_accuracy", "nlvr": "accuracy", "vqa-first": "soft_accuracy"}
     for name, metric in metrics.items():
-        scores = json.loads((folder / "runs" / name / "scores_test.json").read_text())
+        scores = json.loads((tuned / "runs" / name / "scores_test.json").read_text())
         assert metric in scores and "best" in scores and "incomplete" not in scores, name
-    (compared,) = (text for command, text in printed.items() if "evaluation.compare" in command)
-    assert "McNemar" in compared
-    for page in ("questions.html", "errors.html", "report.html", "found.html"):
-        assert (folder / page).stat().st_size > 1000, page
+
+
+def test_runs_are_compared_shown_and_used(tuned: Path) -> None:
+    assert "McNemar" in run_all(tuned, "evaluation")
+    said = run_all(tuned, "eve_ds.report", "eve_ds.predict")
+    assert len(re.findall(r"^0\.\d{4}  ", said, re.MULTILINE)) >= 3  # probabilities of answers
+    for page in ("errors.html", "report.html", "found.html"):
+        assert (tuned / page).stat().st_size > 1000, page
 
 
 def test_the_three_forms_of_the_page_are_taken(folder: Path, tmp_path: Path) -> None:
