@@ -38,7 +38,7 @@ def read_text(path: AnyPath) -> str:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); give the JSON file, unpacked") from None
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8, unpacked") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not text.strip():

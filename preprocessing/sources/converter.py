@@ -25,15 +25,19 @@ _PROBED = 100  # the least number of rows looked at to tell a wrong image folder
 _CHANCE = 1e-12  # of refusing a good data set by these rows
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, images: bool | None = True, texts_only: bool = False) -> None:
+def add_common_arguments(
+    parser: argparse.ArgumentParser, images: bool | None = True, texts_only: bool = False, split: bool = True
+) -> None:
     """Declare the options that every converter has; --images is required, optional (None) or not among them (False).
 
-    With `texts_only` those for images are not among them, and have their defaults.
+    With `texts_only` those for images are not among them, and have their defaults. Without `split`, `args.split` is
+    the caller's to set.
     """
     if images is not False:
         what = "folder or URI that holds the image files"
         parser.add_argument("--images", required=images is True, metavar="DIR", help=what)
-    parser.add_argument("--split", required=True, choices=SPLITS, help="which split this becomes")
+    if split:
+        parser.add_argument("--split", required=True, choices=SPLITS, help="which split this becomes")
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="data set folder or URI (s3://, gs://, hdfs://); gets DIR/SPLIT"
     )
