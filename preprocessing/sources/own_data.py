@@ -241,7 +241,7 @@ def _write(records: Sequence[Record], args: argparse.Namespace) -> list[str]:
         source = read_retrieval(records, files, args.images, none, cleaning, faults)
     elif args.task == "vqa":
         asked = read_vqa(records, args.images, None, none, cleaning, args.split, faults)
-        source = vqa_source(asked, files, args, answer_list_option(args), args.min_answers, faults)
+        source = vqa_source(asked, files, args, answer_list_option(args), args.answer_list, args.min_answers, faults)
         truths = [_vqa_truth(question) for question in asked if question.answers]
         known = sum(bool(labels) for row in source.rows for labels in row.columns["answer_labels"])
         if truths and args.split != "train" and known < len(truths):
