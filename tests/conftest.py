@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from eve_ds.environment import prepare_environment
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share few cores; torch reads it when it is imported
 os.environ.setdefault("WANDB_MODE", "offline")
 prepare_environment()
+settings.register_profile("eve-ds", deadline=None)  # how long a case takes says nothing on a busy machine
+settings.load_profile("eve-ds")
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "m.json").read_text()) == upstream()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 15), st.integers(0, 30), st.integers(0, 2**32 - 1))
 def test_ranks_equal_sorting(images: int, more_texts: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -13,7 +13,7 @@ def never_both_last(case: Case) -> bool:
     return not (case["f0"] == "last" and case["f1"] == "last")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(1, 3), min_size=2, max_size=5), constrained=st.booleans())
 def test_every_pair_that_can_meet_meets_in_valid_cases(sizes: list[int], constrained: bool) -> None:
     factors = {f"f{i}": [*range(size), "last"] for i, size in enumerate(sizes)}

@@ -22,7 +22,7 @@ from eve_ds.data.sampler import (
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 1000, 1025])),
     seed=st.integers(0, 2**64 - 1),
@@ -100,7 +100,7 @@ def test_any_world_size_and_start_give_the_same_samples(name: str, world: int) -
     assert _micro_batches(37, 8 // world, world, 5, start=7 * 8, stream=STREAMS[name]) == whole[7:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.one_of(st.integers(1, 200), st.sampled_from([1023, 1024, 1025, 4096])),
     window=st.integers(WINDOW_BLOCKS, 300),

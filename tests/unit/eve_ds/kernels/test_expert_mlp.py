@@ -85,7 +85,7 @@ WAYS = pytest.mark.parametrize("use_grouped_mm", [False, True], ids=["looped", "
 @WAYS
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_values_and_gradients_equal_the_reference(activation: str, use_grouped_mm: bool) -> None:
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(chosen=tokens_of, padding=st.integers(0, 2))
     def check(chosen: list[list[int]], padding: int) -> None:
         ours, plain = both(chosen, EXPERTS, padding, torch.float64, activation, use_grouped_mm)

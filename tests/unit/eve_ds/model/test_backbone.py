@@ -32,7 +32,7 @@ def make(**changes: object) -> Backbone:
     return backbone
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_sample_is_the_same_alone_in_a_batch_and_padded(data: st.DataObject) -> None:
     backbone = make(num_experts=data.draw(st.integers(2, 5)), top_k=data.draw(st.integers(1, 2))).eval()

@@ -26,7 +26,7 @@ def one_by_one(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
     return torch.cat([*parts, torch.zeros_like(rows[sum(counts) :])])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=5),
     surplus=st.integers(0, 3),

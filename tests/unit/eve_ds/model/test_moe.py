@@ -43,7 +43,7 @@ def token_by_token(moe: MoE, x: Tensor, modality: Tensor, valid: Tensor) -> Tens
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_layer_is_the_loop_over_tokens(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 6))

@@ -109,7 +109,7 @@ def check_loads(backbone: Backbone, inputs: Inputs) -> None:
         assert not layer.last_load[:, config.num_experts - backbone.empty_experts :].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(backbone=backbones(), inputs=batches(), data=st.data())
 def test_a_sample_is_the_same_alone_in_a_batch_in_any_order_and_padded(
     backbone: Backbone, inputs: Inputs, data: st.DataObject
@@ -131,7 +131,7 @@ def test_a_sample_is_the_same_alone_in_a_batch_in_any_order_and_padded(
             close(encode(backbone, alone)[0], expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(backbone=backbones(), inputs=batches().filter(lambda inputs: "text_mask" in inputs))
 def test_what_stands_in_padding_is_nothing(backbone: Backbone, inputs: Inputs) -> None:
     other = inputs | {"text_ids": torch.where(inputs["text_mask"], inputs["text_ids"], WORDS - 1 - inputs["text_ids"])}
@@ -142,7 +142,7 @@ def test_what_stands_in_padding_is_nothing(backbone: Backbone, inputs: Inputs) -
     close(*aux)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(backbone=backbones(), inputs=batches())
 def test_evaluation_repeats_itself(backbone: Backbone, inputs: Inputs) -> None:
     """To the bit: nothing is drawn at random, nothing is kept from one batch to the next."""
@@ -153,7 +153,7 @@ def test_evaluation_repeats_itself(backbone: Backbone, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("name", PREDICTING)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_what_a_task_predicts_of_a_sample_is_its_own(name: str, data: st.DataObject) -> None:
     task = tiny_task(name, seed=data.draw(st.integers(0, 5), label="weights"))

@@ -41,7 +41,7 @@ def test_dropped_choices_leave_their_weight_to_the_others() -> None:
     torch.testing.assert_close(renormalize(chosen), torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0], [0.0, 0.0]]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_second_choices_queue_after_all_firsts(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 6))
@@ -63,7 +63,7 @@ def test_second_choices_queue_after_all_firsts(data: st.DataObject) -> None:
     assert torch.equal(within_capacity(experts, valid, num_experts, factor), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.integers(0, 20), num_experts=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_balance_loss_counts_valid_tokens_alone(tokens: int, num_experts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ def test_balance_loss_counts_valid_tokens_alone(tokens: int, num_experts: int, s
     torch.testing.assert_close(balance_share(kept, first[valid], None), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tokens=st.integers(0, 20), seed=st.integers(0, 1000))
 def test_z_loss_is_the_mean_square_of_log_z_over_valid_tokens(tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -135,7 +135,7 @@ def test_live_bytes_follow_tensors() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**5), st.integers(1, 5000), st.integers(1, 300), st.integers(1, 600))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_largest_finds_the_last_that_fits(limit: int, base: int, row: int, bend: int, start: int) -> None:
     def peak(rows: int) -> int:
         return base + max(row * rows, 2 * row * (rows - bend))

@@ -284,7 +284,7 @@ def test_the_papers_word_head_adds_a_table_of_its_own() -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([2, 4]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_unpatchify_undoes_patches(batch: int, side: int, patch: int) -> None:
     images = torch.randn(batch, 3, side * patch, side * patch)
     assert torch.equal(unpatchify(patches(images, patch), patch), images)

@@ -44,7 +44,7 @@ def test_mix_is_splitmix64() -> None:
 
 
 @given(st.integers(min_value=-(2**63), max_value=2**64 - 1), st.integers(min_value=0, max_value=2**63 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_seed_and_sample_id_give_a_whole_split(seed: int, sample_id: int) -> None:
     kept, masked = split_patches(seed, torch.tensor([sample_id]), 16, 0.75)
     assert kept.shape == (1, 4)
