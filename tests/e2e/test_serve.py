@@ -170,7 +170,8 @@ def test_the_index_is_searched_by_text_and_by_image(place: Place, visit: Visit) 
         hits = index.search(vector[None], 3)[0]
         expected = [f"{rank}. {hit.path} {hit.score:.4f}" for rank, hit in enumerate(hits, 1)]
         expect(page.locator("#search figcaption")).to_have_text(expected)
-        page.wait_for_function("[...document.querySelectorAll('.hits img')].every(one => one.naturalWidth > 0)")
+        for hit in page.locator(".hits li").all():  # not by wait_for_function: to poll, it needs eval in the page
+            expect(hit.locator("img")).not_to_have_js_property("naturalWidth", 0)
     assert hits[0].path == Path(place.images[2]).name
 
 
