@@ -135,8 +135,9 @@ def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded
     """The candidates of every query with their scores. Called by all ranks, in evaluation mode.
 
     Returns:
-        text_candidates [I, k], image_candidates [T, k] int64, of the texts of an image and the images of a text;
-        text_scores, image_scores float32 of the same shapes.
+        text_candidates [I, k], image_candidates [T, k] int64, of the texts of an image and the images of a text, the
+        most similar ones first; text_scores, image_scores float32 of the same shapes; text_judged, image_judged bool,
+        whether the matching head holds that the pair matches.
     """
     texts = most_similar(encoded.image, encoded.text, k)
     images = most_similar(encoded.text, encoded.image, k)
@@ -146,18 +147,19 @@ def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded
     batches = PairBatches(pairs, encoded, feed.batch_size)
     loaded = feed.own(ChosenImages(dataset, encoded.rows[batches.images].tolist()))
     numbers = torch.from_numpy(pairs).to(feed.device)
-    scores, places = [], []
+    scores, judged, places = [], [], []
     for batch in feed.together(batches.of(loaded, feed.device, task.config.image_size)):
-        score = task.match(batch["images"], batch["text_ids"], batch["text_mask"])[:, 1]
+        unlike, score = task.match(batch["images"], batch["text_ids"], batch["text_mask"]).unbind(dim=1)
+        judged.append(score > unlike)
         if add_cosine:
             number, texts_each = numbers[batch["pair"]], len(encoded.text)
             score = score + (encoded.image[number // texts_each] * encoded.text[number % texts_each]).sum(dim=1)
         scores.append(score)
         places.append(batch["pair"])
-    found = in_order(torch.cat(scores), torch.cat(places)).cpu().numpy()
-    return {
-        "text_candidates": texts,
-        "text_scores": found[np.searchsorted(pairs, of_images)],
-        "image_candidates": images,
-        "image_scores": found[np.searchsorted(pairs, of_texts)],
-    }
+    both = torch.stack([torch.cat(scores), torch.cat(judged).float()], dim=1)
+    score, match = in_order(both, torch.cat(places)).cpu().unbind(dim=1)
+    found: Arrays = {"text_candidates": texts, "image_candidates": images}
+    for name, of in (("text", of_images), ("image", of_texts)):
+        place = np.searchsorted(pairs, of)
+        found |= {f"{name}_scores": score.numpy()[place], f"{name}_judged": match.bool().numpy()[place]}
+    return found

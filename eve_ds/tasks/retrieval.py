@@ -22,6 +22,7 @@ from eve_ds.parallel import rank
 from eve_ds.tasks.base import Batch, Task, TaskOutput, evaluating, valid_rows
 from eve_ds.tasks.contrast import CONTRAST_HEADS, MATCHING_HEAD, Contrast
 from eve_ds.tasks.feed import Feed, in_order
+from eve_ds.tasks.matching_accuracy import MATCHING, accuracy, matching_parts
 from eve_ds.tasks.reranking import ROWS, Encoded, rerank
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
@@ -111,12 +112,13 @@ class RetrievalSpec(FinetuneSpec):
         return {"image_to_text": cosines(encoded), "text_image_index": index, "image_row": rows, **found}
 
     def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
-        """The recalls, and those after re-ranking as ``reranked``."""
+        """The recalls; after re-ranking those as ``reranked``, and ``matching`` (matching_accuracy.py)."""
         scores, index = arrays["image_to_text"], arrays["text_image_index"]
         found: dict[str, Any] = retrieval.recalls(scores, scores.T, index)
         if "text_scores" in arrays:
             texts = retrieval.text_ranks(_reranked(arrays, "text"), index)
             found["reranked"] = retrieval.summary(texts, retrieval.image_ranks(_reranked(arrays, "image"), index))
+            found[MATCHING] = accuracy(arrays)
         return found
 
     def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, Content]:
@@ -140,6 +142,7 @@ class RetrievalSpec(FinetuneSpec):
         result: dict[str, Any] = dict(found(scores, scores.T))
         if "text_scores" in arrays:
             result["reranked"] = found(_reranked(arrays, "text"), _reranked(arrays, "image"))
+            result[MATCHING] = confidence(matching_parts(arrays)[0])
         return result
 
     def details(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:

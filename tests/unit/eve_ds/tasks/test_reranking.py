@@ -14,6 +14,7 @@ from PIL import Image
 
 from evaluation import retrieval
 from eve_ds.data.samples import Samples
+from eve_ds.tasks.matching_accuracy import accuracy
 from eve_ds.tasks.reranking import Encoded, PairBatches, divided
 from eve_ds.tasks.retrieval import SPEC
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, Thumbnails
@@ -52,6 +53,37 @@ def written(arrays: Arrays, folder: Path) -> dict[str, Any]:
     return found
 
 
+def slow_accuracy(arrays: Arrays, logits: np.ndarray, k: int) -> dict[str, float]:
+    """Of the pairs of every text among the candidates: its own, the hardest image, its image's hardest text."""
+    cosine, index = arrays["image_to_text"], arrays["text_image_index"].tolist()
+    right, labels = [], []
+    for text, own in enumerate(index):
+        images = np.argsort(-cosine[:, text])[:k].tolist()
+        texts = np.argsort(-cosine[own])[:k].tolist()
+        asked = [(own, text, True)] if own in images else []
+        asked += [(image, text, False) for image in images if image != own][:1]
+        asked += [(own, other, False) for other in texts if index[other] != own][:1]
+        right += [(logits[image, other].argmax() == 1) == label for image, other, label in asked]
+        labels += [label for *_, label in asked]
+    share = 100 * float(np.mean(labels))
+    return {"accuracy": 100 * float(np.mean(right)), "prior": max(share, 100 - share)}
+
+
+def test_the_matching_head_is_right_where_it_says_what_is_so() -> None:
+    """Two images, three texts; each pair that counts alone decides, the own one and the most similar wrong ones."""
+    arrays = {
+        "text_image_index": np.array([0, 0, 1]),
+        "text_candidates": np.array([[2, 0, 1], [2, 1, 0]]),
+        "image_candidates": np.array([[0, 1], [1, 0], [1, 0]]),
+        "text_judged": np.array([[False, True, True], [True, False, True]]),
+        "image_judged": np.array([[True, False], [False, False], [True, True]]),
+    }
+    assert accuracy(arrays) == pytest.approx({"accuracy": 100 * 7 / 9, "prior": 100 * 6 / 9})  # texts 1 and 2 err
+    of_one = {name: part[:, :1] if part.ndim > 1 else part for name, part in arrays.items()}
+    # Own: texts 0 and 2, both right. Wrong image: text 1, right. Wrong text of image 0: for its two texts, right.
+    assert accuracy(of_one) == pytest.approx({"accuracy": 100.0, "prior": 60.0})
+
+
 @pytest.mark.parametrize(("k", "limit", "rule"), [(3, None, "matching"), (100, None, "sum"), (2, 9, "sum")])
 def test_a_pass_gives_what_the_slow_way_gives(
     k: int, limit: int | None, rule: str, split: Path, tmp_path: Path
@@ -74,6 +106,7 @@ def test_a_pass_gives_what_the_slow_way_gives(
     }.items():
         np.testing.assert_allclose(found[name], other, atol=1e-4, err_msg=name)
     scores = SPEC.metrics(arrays, None)
+    assert scores.pop("matching") == pytest.approx(slow_accuracy(arrays, expected["logits"], k))
     assert scores.pop("reranked") == retrieval.recalls(expected["text"], expected["image"], index)
     assert scores == retrieval.recalls(expected["cosine"], expected["cosine"].T, index)
 
@@ -81,7 +114,9 @@ def test_a_pass_gives_what_the_slow_way_gives(
 def test_without_reranking_there_is_none(split: Path) -> None:
     arrays = arrays_of(retrieval_task(), split)
     assert arrays is not None
-    assert "reranked" not in SPEC.metrics(arrays, None) and SPEC.more_predictions(arrays, None) == {}
+    assert (
+        not {"reranked", "matching"} & SPEC.metrics(arrays, None).keys() and SPEC.more_predictions(arrays, None) == {}
+    )
 
 
 def test_images_are_decoded_once_and_texts_without_any(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
