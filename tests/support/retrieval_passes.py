@@ -59,7 +59,7 @@ def arrays_of(
     return SPEC.predict(task, caption_samples(folder), feed, limit)
 
 
-def slow_scores(task: Retrieval, folder: Path, k: int, limit: int | None = None, add_cosine: bool = False) -> Arrays:
+def slow_scores(task: Retrieval, folder: Path, k: int, limit: int | None = None, rule: str = "matching") -> Arrays:
     """cosine [I, T], logits [I, T, 2], and both directions' scores after re-ranking, [I, T] and [T, I]: one image, one
     text at a time."""
     dataset = caption_samples(folder)
@@ -72,7 +72,11 @@ def slow_scores(task: Retrieval, folder: Path, k: int, limit: int | None = None,
         vectors = torch.cat([task.encode_image(image) for image in images])
         cosine = (vectors @ torch.cat([task.encode_text(*text) for text in texts]).t()).numpy()
         logits = np.array([[task.match(image, *text)[0].tolist() for text in texts] for image in images])
-    score = logits[..., 1] + cosine * add_cosine
+    score = {
+        "matching": logits[..., 1],
+        "sum": logits[..., 1] + cosine,
+        "odds": logits[..., 1] - logits[..., 0] + cosine / task.itc_temp.item(),
+    }[rule]
     found = {"cosine": cosine, "logits": logits}
     for name, similar, own in (("text", cosine, score), ("image", cosine.T, score.T)):
         kept = similar >= np.sort(similar, axis=1)[:, -min(k, similar.shape[1]), None]
