@@ -101,7 +101,7 @@ def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
 
     return [
         Stage("Pre-training: masked pixels and words", 150, [pretrain], ranks=True),
-        Stage("Fine-tuning on retrieval, twice", 60, finetune("itr_coco", "itr", "captions"), ranks=True),
+        Stage("Fine-tuning on retrieval, twice", 85, finetune("itr_coco", "itr", "captions"), ranks=True),
         Stage("Fine-tuning on VQA, twice", 130, finetune("vqa", "vqa", "vqa"), ranks=True),
         Stage("Fine-tuning on NLVR, twice", 145, finetune("nlvr", "nlvr", "nlvr"), ranks=True),
     ]

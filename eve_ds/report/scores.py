@@ -18,6 +18,12 @@ BASELINES = {
     "majority": "majority",
     "text_only": "text only",
 }
+# group and key of retrieval's scores with --rerank -> name in the page
+RERANKED = {
+    ("reranked", "txt_r1"): "text R@1, re-ranked",
+    ("reranked", "img_r1"): "image R@1, re-ranked",
+    ("matching", "accuracy"): "matching accuracy",
+}
 
 
 @dataclass
@@ -66,7 +72,19 @@ def find_scores(run: Run) -> list[Score]:
                     beside = {} if baseline is None else {"first_values": baseline * factor}
                     within = _interval(_section(_section(part, "intervals"), "per_answer_type"), kind, factor)
                     scores.append(Score("", str(kind), value * factor, beside, within, minor=True))
+        scores += _reranked(part)
     return scores
+
+
+def _reranked(part: dict[str, Any]) -> Iterator[Score]:
+    """The scores of RERANKED that a task has. What one answer to all pairs gives is the majority's accuracy."""
+    for (group, key), label in RERANKED.items():
+        own, rival = (_section(scores, group) for scores in (part, _section(part, "from_first_values")))
+        if (value := number(own.get(key))) is not None:
+            beside = {"first_values": number(rival.get(key)), "majority": number(own.get("prior"))}
+            known = {name: other for name, other in beside.items() if other is not None}
+            within = _interval(_section(_section(part, "intervals"), group), key, 1)
+            yield Score("", label, value, known, within, minor=True)
 
 
 def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dict[str, float]:
