@@ -16,11 +16,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.common import Parser
+from eve_ds.demo_results import ASKED, FIRST, RERANKED, TASK_FOLDERS, answers, metrics, scores_file, table
 from eve_ds.environment import free_port, prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
@@ -31,10 +33,6 @@ from preprocessing.local_files import write_json
 CONFIGS = Path(__file__).parent / "configs"
 PRETRAIN = CONFIGS / "tiny_shapes.yaml"
 MARKER = "demo.json"
-LOSS_WINDOW = 20  # steps over which the first and last pre-training loss are averaged
-ASKED = 600  # of the 6,000 training images: pre-training sees all captions, fine-tuning few labels
-FIRST = "first_values"  # in the folder of a fine-tuning: the same fine-tuning without pre-training
-TASK_FOLDERS = {"retrieval": "itr", "vqa": "vqa", "nlvr": "nlvr"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
 
     return [
         Stage("Pre-training: masked pixels and words", 150, [pretrain], ranks=True),
-        Stage("Fine-tuning on retrieval, twice", 60, finetune("itr_coco", "itr", "captions"), ranks=True),
+        Stage("Fine-tuning on retrieval, twice", 85, finetune("itr_coco", "itr", "captions"), ranks=True),
         Stage("Fine-tuning on VQA, twice", 130, finetune("vqa", "vqa", "vqa"), ranks=True),
         Stage("Fine-tuning on NLVR, twice", 145, finetune("nlvr", "nlvr", "nlvr"), ranks=True),
     ]
@@ -120,22 +118,53 @@ def scoring_stage(root: Path) -> Stage:
     for run in ("", FIRST):
         for task, options in (
             ("retrieval", ["--scores"]),
+            (RERANKED, ["--scores"]),
             ("vqa", [*tested, "--predictions"]),
             ("nlvr", [*stated, "--predictions"]),
         ):
-            folder = root / TASK_FOLDERS[task] / run
-            suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[task]
-            files = [str(folder / f"predictions_test.{suffix}"), "--out", str(scores_file(root, task, run))]
-            commands.append(["-m", f"evaluation.{task}", "--intervals", *options, *files])
+            program, _, kind = task.partition("_")
+            folder = root / TASK_FOLDERS[program] / run
+            suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[program]
+            name = f"predictions_test{kind and f'_{kind}'}.{suffix}"
+            files = [str(folder / name), "--out", str(scores_file(root, task, run))]
+            commands.append(["-m", f"evaluation.{program}", "--intervals", *options, *files])
     if importlib.util.find_spec("eve_ds.bench") is not None:  # a wheel does not hold it
         words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
         commands.append([*words, "--scenes", f"{raw}/annotations", "--json", f"{root}/words.json"])
     return Stage("Scoring the predictions and the masked words", 12, commands)
 
 
-def scores_file(root: Path, task: str, run: str) -> Path:
-    """The file that the evaluation command writes; ``run`` is "" or FIRST."""
-    return root / f"scores_{task}{run and f'_{run}'}.json"
+def requests(root: Path) -> list[tuple[list[str], str]]:
+    """Commands that ask the fine-tuned models about a test image, each with what is right, in words.
+
+    VQA: the first question of the split that neither yes nor a number answers. Matching: the first caption of its
+    image, and of the next one.
+    """
+    raw = root / "raw"
+
+    def read(path: Path | str, key: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))[key]
+        return found
+
+    told = next(
+        one for one in read(vqa_file(raw, "test", "annotations"), "annotations") if one["answer_type"] == "other"
+    )
+    questions = read(vqa_file(raw, "test", "questions"), "questions")
+    question = next(one["question"] for one in questions if one["question_id"] == told["question_id"])
+    captions = raw / "annotations" / "captions_test2014.json"
+    images = read(captions, "images")
+    place = next(number for number, one in enumerate(images) if one["id"] == told["image_id"])
+    own, others = (
+        next(one["caption"] for one in read(captions, "annotations") if one["image_id"] == image["id"])
+        for image in (images[place], images[(place + 1) % len(images)])
+    )
+    file = str(raw / "images" / "test2014" / images[place]["file_name"])
+    answer = ["answer", file, question, "--checkpoint", f"{root}/vqa", "--top", "2"]
+    match = ["match", file, own, others, "--checkpoint", f"{root}/itr"]
+    return [
+        (["-m", "eve_ds.predict", *answer], f"right: {told['multiple_choice_answer']}"),
+        (["-m", "eve_ds.predict", *match], "right: the first caption; the second is of another image"),
+    ]
 
 
 def vqa_file(raw: Path, split: str, kind: str) -> str:
@@ -172,91 +201,31 @@ class Road:
                 self.pace = (time.monotonic() - began) / spent
             print(f"      done in {clock(seconds)}", flush=True)
 
-    def _command(self, stage: Stage, arguments: list[str]) -> None:
+    def ask(self, asked: Sequence[tuple[list[str], str]]) -> list[dict[str, str]]:
+        """Run ``requests``: [{"command", "output", "right"}]."""
+        stage = Stage("Asking about a test image", 0, [])
+        print(f"\n{stage.title}", flush=True)
+        found = []
+        for arguments, right in asked:
+            output = self._command(stage, arguments, stdout=subprocess.PIPE)
+            found.append({"command": self.done[-1]["command"], "output": output, "right": right})
+        return found
+
+    def _command(self, stage: Stage, arguments: list[str], stdout: int | None = None) -> str:
         launcher = [sys.executable]
         if stage.ranks:
             # Not the deepspeed script, which may be missing beside the interpreter.
             launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(self.world_size)]
             launcher += ["--master_port", str(free_port()), "--log_level", "warning", "--module"]
         start = time.monotonic()
-        status = subprocess.run([*launcher, *arguments]).returncode
-        if status:
+        ended = subprocess.run([*launcher, *arguments], stdout=stdout, text=True)
+        if status := ended.returncode:
             raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
         shown = ["deepspeed", "--num_gpus", str(self.world_size), "--module"] if stage.ranks else ["python"]
         self.done.append(
             {"title": stage.title, "command": shlex.join([*shown, *arguments]), "seconds": time.monotonic() - start}
         )
-
-
-def metrics(root: Path, world_size: int) -> dict[str, Any]:
-    """The demo's summary, from the files of its stages. In percent; NLVR and the masked words are fractions."""
-
-    def read(name: str) -> Any:
-        return json.loads((root / name).read_text(encoding="utf-8"))
-
-    def scores(task: str) -> dict[str, Any]:
-        own, rival = (read(scores_file(root, task, run).name) for run in ("", FIRST))
-        return {**own, "from_first_values": rival}
-
-    lines = [
-        json.loads(line) for line in (root / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    steps = [line for line in lines if "samples_per_second" in line]
-    examples = read("data/captions/test/manifest.json")
-    words = read("words.json") if (root / "words.json").is_file() else []
-    accuracies = {
-        "words_accuracy": "accuracy",
-        "words_accuracy_other_image": "shuffled",
-        "words_accuracy_oracle": "oracle",
-    }
-    chance = 100 / examples["rows"]
-    return {
-        "pretrain": {
-            "loss_first": mean(steps[:LOSS_WINDOW], "loss"),
-            "loss_last": mean(steps[-LOSS_WINDOW:], "loss"),
-            "samples_per_second": mean(steps, "samples_per_second"),
-            **{name: row[key] for row in words if row["words"] == "all" for name, key in accuracies.items()},
-        },
-        "retrieval": {
-            **scores("retrieval"),
-            "chance_txt_r1": chance,
-            "chance_img_r1": chance,
-            "pool": examples["rows"],
-        },
-        "vqa": {**scores("vqa"), **read("baselines_vqa.json"), "labeled_images": ASKED},
-        "nlvr": {**scores("nlvr"), "chance": 0.5},
-        "world_size": world_size,
-        "expert_parallel_size": 2 if world_size % 2 == 0 else 1,
-        "zero_stage": 2,
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """The scores beside those without pre-training and by chance, as text."""
-    pretrain, retrieval, vqa, nlvr = (result[name] for name in ("pretrain", "retrieval", "vqa", "nlvr"))
-    rows = [
-        ("", "pre-trained", "no pre-training", "for comparison"),
-        ("pre-training loss", f"{pretrain['loss_last']:.3f}", "", f"{pretrain['loss_first']:.3f} at the start"),
-    ]
-    if "words_accuracy" in pretrain:
-        own, other, oracle = (
-            f"{100 * pretrain[f'words_accuracy{name}']:.1f} %" for name in ("", "_other_image", "_oracle")
-        )
-        rows.append(("masked words", own, "", f"{other} with another image, {oracle} by an oracle"))
-    for title, part, key, factor, beside in (
-        ("text retrieval R@1", retrieval, "txt_r1", 1, f"{retrieval['chance_txt_r1']:.1f} % by chance"),
-        ("image retrieval R@1", retrieval, "img_r1", 1, f"{retrieval['chance_img_r1']:.1f} % by chance"),
-        ("VQA accuracy", vqa, "overall", 1, f"{vqa['text_only_baseline']:.1f} % from the words alone"),
-        ("NLVR accuracy", nlvr, "accuracy", 100, f"{100 * nlvr['chance']:.1f} % by chance"),
-        ("NLVR consistency", nlvr, "consistency", 100, ""),
-    ):
-        own, rival = (f"{factor * scores[key]:.1f} %" for scores in (part, part["from_first_values"]))
-        rows.append((title, own, rival, beside))
-    return "\n".join(f"  {name:<20}{own:>12}{rival:>19}   {beside}".rstrip() for name, own, rival, beside in rows)
-
-
-def mean(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+        return ended.stdout or ""
 
 
 def clock(seconds: float) -> str:
@@ -295,16 +264,15 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
     road = Road(stages(options.out, options.seed, world_size), world_size)
     road.run()
-    result = metrics(options.out, world_size)
+    result = {**metrics(options.out, world_size), "predict": road.ask(requests(options.out))}
     write_json(options.out / "metrics.json", result)
     write_json(options.out / "commands.json", road.done)
     print("\nWriting the report", flush=True)
     report = options.out / "report.html"
     subprocess.run([sys.executable, "-m", "eve_ds.report", "--run", str(options.out), "--out", str(report)], check=True)
-    print(
-        f"\n{table(result)}\n\n  {options.out / 'metrics.json'}\n  {report}\n  {clock(time.monotonic() - began)}",
-        flush=True,
-    )
+    took = clock(time.monotonic() - began)
+    print(f"\n{table(result)}\n\n{answers(result)}\n", f"{options.out / 'metrics.json'}", f"{report}", took, sep="\n  ")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

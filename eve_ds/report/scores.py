@@ -21,6 +21,7 @@ BASELINES = {
     "majority": "majority",
     "text_only": "text only",
 }
+MATCHING = "matching"  # key of the scores of retrieval's matching head
 
 
 @dataclass
@@ -58,7 +59,7 @@ def find_scores(run: Run) -> list[Score]:
             continue
         title = spec.title
         for key, group, label in measured(spec, [part]):
-            baselines = {} if group else _baselines(part, key, key == spec.main_measure, factor)
+            baselines = _baselines(part, group, key, key == spec.main_measure, factor)
             interval = _interval(of_group(_section(part, "intervals"), group), key, factor)
             scores.append(Score(title, label, of_group(part, group)[key] * factor, baselines, interval))
             title = ""
@@ -70,6 +71,7 @@ def find_scores(run: Run) -> list[Score]:
                     beside = {} if baseline is None else {"first_values": baseline * factor}
                     within = _interval(_section(_section(part, "intervals"), "per_answer_type"), kind, factor)
                     scores.append(Score("", str(kind), value * factor, beside, within, minor=True))
+        scores += _matching(part)
     return scores
 
 
@@ -87,13 +89,23 @@ def measured(spec: FinetuneSpec, scored: Sequence[dict[str, Any]]) -> Iterator[t
                 yield key, group, f"{label}{more}"
 
 
-def _baselines(part: dict[str, Any], key: str, main: bool, factor: float) -> dict[str, float]:
-    """``from_first_values[KEY]`` and ``chance_KEY``; for the main measure of a task also ``chance``,
-    ``majority_baseline``, ``text_only_baseline``.
+def _matching(part: dict[str, Any]) -> Iterator[Score]:
+    """How often the matching head is right, if that was measured. One answer to all pairs is right in ``prior``."""
+    own, rival = (_section(scores, MATCHING) for scores in (part, _section(part, "from_first_values")))
+    if (value := number(own.get("accuracy"))) is not None:
+        beside = {"first_values": number(rival.get("accuracy")), "majority": number(own.get("prior"))}
+        known = {name: other for name, other in beside.items() if other is not None}
+        within = _interval(_section(_section(part, "intervals"), MATCHING), "accuracy", 1)
+        yield Score("", "matching accuracy", value, known, within, minor=True)
+
+
+def _baselines(part: dict[str, Any], group: str, key: str, main: bool, factor: float) -> dict[str, float]:
+    """``from_first_values[KEY]``, in the same group; of no group ``chance_KEY``, too, and for the main measure of a
+    task ``chance``, ``majority_baseline``, ``text_only_baseline``.
     """
-    untrained = number(_section(part, "from_first_values").get(key))
+    untrained = number(of_group(_section(part, "from_first_values"), group).get(key))
     found = {} if untrained is None else {"first_values": untrained * factor}
-    for baseline in BASELINES:
+    for baseline in () if group else BASELINES:
         names = [f"{baseline}_{key}", *([baseline, f"{baseline}_baseline"] if main else [])]
         values = [part[name] for name in names if number(part.get(name)) is not None]
         if values:

@@ -7,8 +7,9 @@ Legend: b this rank's rows, G rows of the global batch, E width of the contrasti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -99,11 +100,15 @@ class Contrast(Task):
 
     Attributes:
         negatives_seed: draws the negatives; None for ``seed``.
+        even_negatives: share of them that is drawn with equal chances.
+        loss_weights: of losses whose weight is not 1.
         normed_vectors: whether the vectors to rank by come after the final norm, as those of training do.
     """
 
     in_batch_negatives = True
     negatives_seed: int | None = None
+    even_negatives: float = 0.0
+    loss_weights: Mapping[str, float] = MappingProxyType({})
     normed_vectors: bool = True
 
     def add_pair_heads(self, embed_dim: int, temperature: float, matching: bool = True) -> None:
@@ -154,7 +159,7 @@ class Contrast(Task):
         image_all, text_all = gather_with_gradient(torch.cat([image_own, text_own], dim=1)).chunk(2, dim=1)
         rows = self._gather_rows(batch)
         same = batch["image_index"][:, None] == rows.image_index
-        temperature = self._temperature()
+        temperature = self.temperature()
         to_text, to_image = image_own @ text_all.t() / temperature, text_own @ image_all.t() / temperature
         loss_sum = (contrastive_sum(to_text, same) + contrastive_sum(to_image, same)) / 2
         return ContrastOutput(loss_sum, to_text.detach(), to_image.detach(), same, rows, [vision, text])
@@ -185,16 +190,17 @@ class Contrast(Task):
         pairs = sample_id[:, None], contrast.rows.sample_id
         text_bits = random_bits(seed, NEGATIVE_TEXTS, *pairs)
         image_bits = random_bits(seed, NEGATIVE_IMAGES, *pairs)
-        text_column, found = hard_negatives(contrast.to_text, contrast.same, text_bits)
-        image_column, _ = hard_negatives(contrast.to_image, contrast.same, image_bits)
+        text_column, found = hard_negatives(contrast.to_text, contrast.same, text_bits, self.even_negatives)
+        image_column, _ = hard_negatives(contrast.to_image, contrast.same, image_bits, self.even_negatives)
         return text_column, image_column, found
 
     def sum_losses(self, measured: Metrics, passes: Sequence[BackboneOutput]) -> TaskOutput:
-        """Every ``*_loss`` of ``measured`` with weight 1, as a mean over the global batch; + the auxiliary loss."""
+        """Every ``*_loss`` of ``measured`` by its weight, as a mean over the global batch; + the auxiliary loss."""
         losses = {name: pair for name, pair in measured.items() if name.endswith("_loss")}
         counts = global_counts(*(count for _, count in losses.values()))
         loss, metrics = self.aux_share(*passes)
-        shares = [total / count for (total, _), count in zip(losses.values(), counts, strict=True)]
+        means = {name: total / count for (name, (total, _)), count in zip(losses.items(), counts, strict=True)}
+        shares = [mean * self.loss_weights.get(name, 1.0) for name, mean in means.items()]
         metrics |= {name: (total.detach(), count) for name, (total, count) in measured.items()}
         return TaskOutput(sum(shares[1:], shares[0]) + loss, metrics)
 
@@ -206,8 +212,8 @@ class Contrast(Task):
         hidden = output.hidden if normed else output.before_norm
         return F.normalize(head(hidden[:, 0]).float(), dim=-1)
 
-    def _temperature(self) -> Tensor:
-        """Clamped for use; the gradient passes the clamp, or the parameter could never come back into the range."""
+    def temperature(self) -> Tensor:
+        """[1] float32, clamped; a gradient passes, or the parameter could never come back into the range."""
         value = self.itc_temp.float()
         return value + (value.clamp(*TEMPERATURE_RANGE) - value).detach()
 
@@ -264,7 +270,7 @@ def texts_at(column: Tensor, batch: Batch, rows: GlobalRows, found: Tensor) -> t
     return own_ids, own_mask, other_ids, other_mask
 
 
-def hard_negatives(logits: Tensor, same: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+def hard_negatives(logits: Tensor, same: Tensor, bits: Tensor, even: float = 0.0) -> tuple[Tensor, Tensor]:
     """Draw one negative a row, the likelier the more similar: softmax(logits) + 1e-5, as in ALBEF and EVE.
 
     The draw is the largest of log weight + Gumbel noise, so that it depends on the noise of the pairs, not on the
@@ -274,9 +280,15 @@ def hard_negatives(logits: Tensor, same: Tensor, bits: Tensor) -> tuple[Tensor, 
         logits: [b, G] float32.
         same: [b, G] bool, pairs of the same image; never drawn.
         bits: [b, G] random int64, one a pair.
+        even: share of the draws with equal chances for all that may be drawn.
     Returns:
         column [b] int64, and found [b] bool: False where every column shows the same image.
     """
     noise = -(-uniform(bits).log()).log()
-    score = (logits.softmax(dim=1) + 1e-5).log() + noise
+    weight = logits.softmax(dim=1) + 1e-5
+    if even:
+        weight = weight.masked_fill(same, 0)
+        shares = weight / weight.sum(dim=1, keepdim=True), (~same).float() / (~same).sum(dim=1, keepdim=True)
+        weight = (1 - even) * shares[0] + even * shares[1]  # NaN in a row without any, where nothing is found
+    score = weight.log() + noise
     return score.masked_fill(same, -torch.inf).argmax(dim=1), ~same.all(dim=1)

@@ -3,7 +3,8 @@
 As in EVE's published evaluation (its Retrieval.py), the candidates of an image are the k texts of the highest cosine,
 those of a text the k images; what is no candidate ranks below. There the score of a candidate is the matching head's
 logit of index 1 ("they match") alone, neither its softmax nor a sum: ``rerank_score: matching``. ``sum`` adds the
-cosine (not divided by the temperature), as BLIP's evaluation does.
+cosine (not divided by the temperature), as BLIP's evaluation does. ``odds`` adds the cosine / temperature, the logit of
+the contrast, to the difference of both logits: each of the two is a logarithm of odds, so neither drowns the other.
 
 Legend: I images, T texts, k candidates, P pairs of the union of both directions' candidates.
 """
@@ -24,6 +25,7 @@ from eve_ds.parallel import gather_with_gradient, rank, world_size
 from eve_ds.tasks.base import Batch, valid_rows
 from eve_ds.tasks.contrast import Contrast
 from eve_ds.tasks.feed import Arrays, Feed, in_order
+from eve_ds.tasks.matching_accuracy import drawn_pairs
 
 ROWS = 256  # queries compared with all candidates at a time
 
@@ -36,6 +38,7 @@ class Encoded:
         rows: [I] int64, of the images in the split.
         image, text: [I, E] and [T, E] float32 unit vectors.
         text_ids, text_mask: [T, L], padded to the model's longest text.
+        text_image: [T] int64, the image of each text, a place among ``rows``.
     """
 
     rows: np.ndarray
@@ -43,6 +46,7 @@ class Encoded:
     text: Tensor
     text_ids: Tensor
     text_mask: Tensor
+    text_image: np.ndarray
 
 
 def most_similar(queries: Tensor, others: Tensor, count: int) -> np.ndarray:
@@ -131,33 +135,39 @@ class PairBatches:
         return {"images": images, "text_ids": ids, "text_mask": mask[:, :longest], "pair": torch.from_numpy(pairs)}
 
 
-def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded, k: int, add_cosine: bool) -> Arrays:
-    """The candidates of every query with their scores. Called by all ranks, in evaluation mode.
+def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded, k: int, rule: str) -> Arrays:
+    """The candidates of every query with their scores, by ``rule``, and the pairs of matching_accuracy.py with what the
+    matching head holds of them. Called by all ranks, in evaluation mode.
 
     Returns:
         text_candidates [I, k], image_candidates [T, k] int64, of the texts of an image and the images of a text;
-        text_scores, image_scores float32 of the same shapes.
+        text_scores, image_scores float32 of the same shapes; matching_pairs [N] int64, image x T + text, and
+        matching_judged [N] bool, True where the matching head holds that they match.
     """
     texts = most_similar(encoded.image, encoded.text, k)
     images = most_similar(encoded.text, encoded.image, k)
     of_images = np.arange(len(encoded.image))[:, None] * len(encoded.text) + texts
     of_texts = images * len(encoded.text) + np.arange(len(encoded.text))[:, None]
-    pairs = np.unique(np.concatenate([of_images.ravel(), of_texts.ravel()]))
+    drawn = drawn_pairs(encoded.image, encoded.text, encoded.text_image, task.temperature())
+    pairs = np.unique(np.concatenate([of_images.ravel(), of_texts.ravel(), drawn]))
     batches = PairBatches(pairs, encoded, feed.batch_size)
     loaded = feed.own(ChosenImages(dataset, encoded.rows[batches.images].tolist()))
     numbers = torch.from_numpy(pairs).to(feed.device)
-    scores, places = [], []
+    scores, judged, places = [], [], []
     for batch in feed.together(batches.of(loaded, feed.device, task.config.image_size)):
-        score = task.match(batch["images"], batch["text_ids"], batch["text_mask"])[:, 1]
-        if add_cosine:
+        unlike, score = task.match(batch["images"], batch["text_ids"], batch["text_mask"]).unbind(dim=1)
+        judged.append(score > unlike)
+        if rule != "matching":
             number, texts_each = numbers[batch["pair"]], len(encoded.text)
-            score = score + (encoded.image[number // texts_each] * encoded.text[number % texts_each]).sum(dim=1)
+            cosine = (encoded.image[number // texts_each] * encoded.text[number % texts_each]).sum(dim=1)
+            score = score + cosine if rule == "sum" else score - unlike + cosine / task.temperature()
         scores.append(score)
         places.append(batch["pair"])
-    found = in_order(torch.cat(scores), torch.cat(places)).cpu().numpy()
-    return {
-        "text_candidates": texts,
-        "text_scores": found[np.searchsorted(pairs, of_images)],
-        "image_candidates": images,
-        "image_scores": found[np.searchsorted(pairs, of_texts)],
-    }
+    both = torch.stack([torch.cat(scores), torch.cat(judged).float()], dim=1)
+    score, match = in_order(both, torch.cat(places)).cpu().unbind(dim=1)
+    judged_of = match.bool().numpy()[np.searchsorted(pairs, drawn)]
+    found: Arrays = {"matching_pairs": drawn, "matching_judged": judged_of}
+    for name, of, candidates in (("text", of_images, texts), ("image", of_texts, images)):
+        place = np.searchsorted(pairs, of)
+        found |= {f"{name}_candidates": candidates, f"{name}_scores": score.numpy()[place]}
+    return found

@@ -22,6 +22,7 @@ from eve_ds.parallel import rank
 from eve_ds.tasks.base import Batch, Task, TaskOutput, evaluating, valid_rows
 from eve_ds.tasks.contrast import CONTRAST_HEADS, MATCHING_HEAD, Contrast
 from eve_ds.tasks.feed import Feed, in_order
+from eve_ds.tasks.matching_accuracy import MATCHING, accuracy, matching_parts
 from eve_ds.tasks.reranking import ROWS, Encoded, rerank
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, FinetuneSpec, Pass, Thumbnails, evenly_spaced
 from eve_ds.weights.model_folder import ModelFolder
@@ -83,6 +84,7 @@ class RetrievalSpec(FinetuneSpec):
         self, backbone: Backbone, objective: FinetuneObjective, *, mask_id: int, num_classes: int, seed: int
     ) -> Retrieval:
         task = Retrieval(backbone, objective.embed_dim, objective.temperature, seed)
+        task.even_negatives, task.loss_weights = objective.even_negatives, {"itm_loss": objective.matching_weight}
         task.reranking = objective if objective.rerank else None
         return task
 
@@ -101,20 +103,20 @@ class RetrievalSpec(FinetuneSpec):
         assert isinstance(task, Retrieval)
         rows, index = np.unique(dataset.text_image_index()[:limit], return_inverse=True)
         with evaluating(task):
-            encoded = encode_split(task, dataset, feed, rows, len(index))
+            encoded = encode_split(task, dataset, feed, rows, index)
             found: Arrays = {}
             if (objective := task.reranking) is not None:
-                add_cosine = objective.rerank_score == "sum"
-                found = rerank(task, dataset, feed, encoded, objective.k_test, add_cosine)
+                found = rerank(task, dataset, feed, encoded, objective.k_test, objective.rerank_score)
         if rank() != 0:
             return None
         return ranked({"image_to_text": cosines(encoded), "text_image_index": index, "image_row": rows, **found})
 
     def metrics(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
-        """The recalls, and those after re-ranking as ``reranked``."""
+        """The recalls; after re-ranking those as ``reranked``, and ``matching`` (matching_accuracy.py)."""
         found: dict[str, Any] = dict(retrieval.summary(*_ranks(arrays)))
         if "text_scores" in arrays:
             found["reranked"] = retrieval.summary(*_ranks(arrays, "reranked_"))
+            found[MATCHING] = accuracy(arrays)
         return found
 
     def predictions(self, arrays: Arrays, dataset: CaptionSamples) -> tuple[str, Content]:
@@ -132,7 +134,10 @@ class RetrievalSpec(FinetuneSpec):
             parts = retrieval_parts(*_ranks(arrays, kind), arrays["text_image_index"], retrieval.CUTOFFS)
             return confidence(parts)
 
-        return {**found(), **({"reranked": found("reranked_")} if "text_scores" in arrays else {})}
+        result: dict[str, Any] = dict(found())
+        if "text_scores" in arrays:
+            result |= {"reranked": found("reranked_"), MATCHING: confidence(matching_parts(arrays))}
+        return result
 
     def details(self, arrays: Arrays, dataset: CaptionSamples) -> dict[str, Any]:
         """Texts that ask for an image, then images that ask for a text; ``sample`` and ``prediction`` are numbers in
@@ -188,7 +193,7 @@ class RetrievalSpec(FinetuneSpec):
         return {"images for negatives": rows * 3 * model.image_size**2}
 
 
-def encode_split(task: Contrast, dataset: CaptionSamples, feed: Feed, rows: np.ndarray, texts: int) -> Encoded:
+def encode_split(task: Contrast, dataset: CaptionSamples, feed: Feed, rows: np.ndarray, index: np.ndarray) -> Encoded:
     """Vectors of a split, in evaluation mode. Called by all ranks, which share the work.
 
     Args:
@@ -196,7 +201,7 @@ def encode_split(task: Contrast, dataset: CaptionSamples, feed: Feed, rows: np.n
         dataset: over the split.
         feed: of its batches.
         rows: [I], of the images.
-        texts: T, the first of the split.
+        index: [T], of the first texts of the split: the image of each, a place among ``rows``.
     """
     vectors, places = [], []
     for batch in map(valid_rows, feed.shared(ChosenImages(dataset, rows.tolist()))):
@@ -204,14 +209,14 @@ def encode_split(task: Contrast, dataset: CaptionSamples, feed: Feed, rows: np.n
         places.append(batch["sample_id"])
     image = in_order(torch.cat(vectors), torch.cat(places))
     vectors, places, words = [], [], []
-    for batch in map(valid_rows, feed.shared(CaptionTexts(dataset), texts)):
+    for batch in map(valid_rows, feed.shared(CaptionTexts(dataset), len(index))):
         vectors.append(task.encode_text(batch["text_ids"], batch["text_mask"]))
         places.append(batch["sample_id"])
         missing = dataset.max_text_length - batch["text_ids"].shape[1]
         words.append(F.pad(torch.stack([batch["text_ids"], batch["text_mask"].long()], dim=1), (0, missing)))
     place = torch.cat(places)
     text_ids, text_mask = in_order(torch.cat(words), place).unbind(dim=1)
-    return Encoded(rows, image, in_order(torch.cat(vectors), place), text_ids, text_mask.bool())
+    return Encoded(rows, image, in_order(torch.cat(vectors), place), text_ids, text_mask.bool(), index)
 
 
 def cosines(encoded: Encoded) -> np.ndarray:

@@ -81,8 +81,11 @@ class FinetuneObjective(Objective):
         head_hidden: VQA and NLVR: hidden width of the head; null takes twice the backbone's.
         rerank: retrieval: score the most similar candidates of every query with the matching head, too.
         k_test: retrieval: how many candidates that are.
-        rerank_score: retrieval: matching, the matching head's logit, as in EVE's published code; or sum, that and the
-            cosine, as in BLIP's.
+        rerank_score: retrieval: matching, the matching head's logit, as in EVE's published code; sum, that and the
+            cosine, as in BLIP's; or odds, the matching head's log-odds and the cosine / temperature.
+        even_negatives: retrieval: share of the matching head's negatives that are drawn from the batch with equal
+            chances, not the likelier the more similar. 0 as published; more where the head stays at its prior.
+        matching_weight: retrieval: of the matching loss, beside the contrast's 1. 1 as published.
     """
 
     biattn: bool = False
@@ -91,15 +94,19 @@ class FinetuneObjective(Objective):
     head_hidden: int | None = None
     rerank: bool = False
     k_test: int = 128
-    rerank_score: Literal["matching", "sum"] = "matching"
+    rerank_score: Literal["matching", "sum", "odds"] = "matching"
+    even_negatives: float = 0.0
+    matching_weight: float = 1.0
 
     def check(self) -> None:
         """Raise UserError naming the first setting that is out of range."""
-        for name in ("embed_dim", "temperature", "head_hidden", "k_test"):
+        for name in ("embed_dim", "temperature", "head_hidden", "k_test", "matching_weight"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= MOST:
                 raise UserError(f"objective.{name}={value} must be a positive number, at most {MOST}")
         check_temperature(self.temperature)
+        if not 0 <= self.even_negatives <= 1:
+            raise UserError(f"objective.even_negatives={self.even_negatives} is a share: from 0 to 1")
 
 
 @dataclass(frozen=True)

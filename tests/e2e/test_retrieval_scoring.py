@@ -77,7 +77,8 @@ def test_a_contrastive_model_is_scored_zero_shot_and_reranked(data: Path, contra
         ]
         assert not (out / "checkpoints").exists()
     scores = found[2]
-    assert scores == found[1] and scores.keys() == RECALLS | {"reranked"} and scores["reranked"].keys() == RECALLS
+    assert scores == found[1] and scores.keys() == RECALLS | {"reranked", "matching"}
+    assert scores["reranked"].keys() == RECALLS and scores["matching"].keys() == {"accuracy", "prior"}
     for name, own in (("", scores), ("_reranked", scores["reranked"])):  # from the files alone
         path = tmp_path / "2" / f"predictions_test{name}.npz"
         assert run(score_command, ["--scores", str(path), "--out", str(tmp_path / "m.json")]) == 0

@@ -59,8 +59,9 @@ def arrays_of(
     return SPEC.predict(task, caption_samples(folder), feed, limit)
 
 
-def slow_scores(task: Retrieval, folder: Path, k: int, limit: int | None = None, add_cosine: bool = False) -> Arrays:
-    """cosine [I, T], and both directions' scores after re-ranking, [I, T] and [T, I]: one image, one text at a time."""
+def slow_scores(task: Retrieval, folder: Path, k: int, limit: int | None = None, rule: str = "matching") -> Arrays:
+    """cosine [I, T], logits [I, T, 2], and both directions' scores after re-ranking, [I, T] and [T, I]: one image, one
+    text at a time."""
     dataset = caption_samples(folder)
     samples = [dataset[index, 0] for index in range(limit or len(dataset))]
     rows = sorted({sample["image_index"] for sample in samples})
@@ -70,9 +71,13 @@ def slow_scores(task: Retrieval, folder: Path, k: int, limit: int | None = None,
     with torch.no_grad():
         vectors = torch.cat([task.encode_image(image) for image in images])
         cosine = (vectors @ torch.cat([task.encode_text(*text) for text in texts]).t()).numpy()
-        match = np.array([[float(task.match(image, *text)[0, 1]) for text in texts] for image in images])
-    score = match + cosine * add_cosine
-    found = {"cosine": cosine}
+        logits = np.array([[task.match(image, *text)[0].tolist() for text in texts] for image in images])
+    score = {
+        "matching": logits[..., 1],
+        "sum": logits[..., 1] + cosine,
+        "odds": logits[..., 1] - logits[..., 0] + cosine / task.itc_temp.item(),
+    }[rule]
+    found = {"cosine": cosine, "logits": logits}
     for name, similar, own in (("text", cosine, score), ("image", cosine.T, score.T)):
         kept = similar >= np.sort(similar, axis=1)[:, -min(k, similar.shape[1]), None]
         found[name] = np.where(kept, own, -np.inf)

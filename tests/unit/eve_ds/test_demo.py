@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from eve_ds import demo
+from eve_ds import demo, demo_results
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.finetune_options import expand_options
 from eve_ds.recipes import read_yaml
+from preprocessing.__main__ import main as prepare
 from tests.support.made_run import dump
 
 SEED = 7
@@ -106,9 +107,10 @@ def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
     runs = {options(command)["--output_dir"] for pair in finetunings(tmp_path) for command in pair}
     commands = demo.scoring_stage(tmp_path).commands
     predictions = [word for command in commands for word in command if "predictions_test" in word]
-    assert {str(Path(file).parent) for file in predictions} == runs and len(predictions) == len(runs) == 6
+    assert {str(Path(file).parent) for file in predictions} == runs and len(runs) == 6
+    assert len(set(predictions)) == len(predictions) == 8  # retrieval's with and without re-ranking
     written = [after for command in commands for word, after in pairwise(command) if word in ("--out", "--json")]
-    assert len(set(written)) == len(written) == len(commands) == 8
+    assert len(set(written)) == len(written) == len(commands) == 10
 
 
 def test_commands_are_told_as_a_shell_takes_them() -> None:
@@ -118,10 +120,49 @@ def test_commands_are_told_as_a_shell_takes_them() -> None:
     assert shlex.split(road.done[0]["command"]) == ["python", *words]
 
 
+def test_a_test_image_is_asked_about_in_words_of_the_raw_files(tmp_path: Path) -> None:
+    """The first image with a question that neither yes nor a number answers; its own caption, then the next one's."""
+    assert prepare(["shapes", "--out", str(tmp_path / "raw"), "--train", "6", "--val", "3", "--test", "4"]) == 0
+    (answer, right), (match, _) = demo.requests(tmp_path)
+    questions, annotations = (
+        json.loads(Path(demo.vqa_file(tmp_path / "raw", "test", kind)).read_text())[kind]
+        for kind in ("questions", "annotations")
+    )
+    told = next(row for row in annotations if row["answer_type"] == "other")
+    asked = {row["question_id"]: row["question"] for row in questions}[told["question_id"]]
+    assert answer[1:3] == ["eve_ds.predict", "answer"] and answer[4] == asked
+    assert right == f"right: {told['multiple_choice_answer']}"
+    captions = json.loads((tmp_path / "raw/annotations/captions_test2014.json").read_text())["annotations"]
+    by_image = {
+        row["image_id"]: [one["caption"] for one in captions if one["image_id"] == row["image_id"]] for row in captions
+    }
+    file, own, other = match[3:6]
+    assert file == answer[3] and Path(file).is_file() and f"{told['image_id']:012d}" in file
+    assert own == by_image.pop(told["image_id"])[0] and other in {texts[0] for texts in by_image.values()}
+    runs = {options(command)["--output_dir"] for command, _ in finetunings(tmp_path)}
+    assert {command[command.index("--checkpoint") + 1] for command in (answer, match)} <= runs
+
+
+def test_a_model_that_is_asked_about_must_be_stored(tmp_path: Path) -> None:
+    exports = {options(own)["--task"]: parsed(rival).checkpoint.export for own, rival in finetunings(tmp_path)}
+    assert exports == {"itr_coco": True, "vqa": True, "nlvr": False}
+
+
+def test_what_is_asked_is_recorded_with_what_came_out() -> None:
+    road = demo.Road([], 2)
+    found = road.ask([(["-c", "print('0.9  red'); print('0.1  blue')"], "right: red")])
+    command = shlex.join(["python", "-c", "print('0.9  red'); print('0.1  blue')"])
+    assert found == [{"command": command, "output": "0.9  red\n0.1  blue\n", "right": "right: red"}]
+    assert [done["command"] for done in road.done] == [command]
+    lines = demo_results.answers({"predict": found}).splitlines()
+    assert [line.strip() for line in lines] == [f"$ {command}", "0.9  red", "0.1  blue", "(right: red)"]
+
+
 # Metrics
 
 SCORES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "retrieval": ({"txt_r1": 71.5, "img_r1": 64.5, "r_mean": 80.0}, {"txt_r1": 55.0, "img_r1": 41.2, "r_mean": 62.1}),
+    "retrieval_reranked": ({"txt_r1": 75.5, "img_r1": 68.0}, {"txt_r1": 54.0, "img_r1": 42.0}),
     "vqa": ({"overall": 78.3, "per_answer_type": {"other": 70}}, {"overall": 60.4, "per_answer_type": {"other": 52}}),
     "nlvr": ({"accuracy": 0.742, "consistency": 0.311}, {"accuracy": 0.663, "consistency": 0.187}),
 }  # fmt: skip
@@ -132,7 +173,10 @@ def root(tmp_path: Path) -> Path:
     """The files that ``metrics`` reads, with the names that the scoring commands are given."""
     for task, pair in SCORES.items():
         for run, scores in zip(("", demo.FIRST), pair, strict=True):
-            dump(demo.scores_file(tmp_path, task, run), scores)
+            dump(demo.scores_file(tmp_path, task, run), scores | {"intervals": {"txt_r1": [1, 99]}})
+    for run, accuracy in (("itr", 91.0), (f"itr/{demo.FIRST}", 66.5)):
+        scores = {"matching": {"accuracy": accuracy, "prior": 66.7}, "intervals": {"matching": {"accuracy": [60, 95]}}}
+        dump(tmp_path / run / "scores_test.json", scores)
     dump(tmp_path / "baselines_vqa.json", {"majority_baseline": 21.0, "text_only_baseline": 41.7})
     parts = {"color": (0.8, 0.4, 0.99), "all": (0.92, 0.63, 0.998)}
     rows = [
@@ -156,10 +200,17 @@ def test_files_read_are_those_that_the_commands_write(root: Path) -> None:
 
 def test_metrics_hold_both_roads(root: Path) -> None:
     found = demo.metrics(root, 2)
-    for task, (own, rival) in SCORES.items():
-        assert {key: found[task][key] for key in own} == own
-        assert found[task]["from_first_values"] == rival
-        assert rival.keys() <= found[task].keys()
+    for task, both in SCORES.items():
+        own, rival = found[task.partition("_")[0]], found[task.partition("_")[0]]["from_first_values"]
+        for part, scores in zip((own, rival), both, strict=True):
+            if task == "retrieval_reranked":
+                assert part["reranked"] == scores and part["intervals"]["reranked"] == {"txt_r1": [1, 99]}
+                assert part["matching"]["prior"] == 66.7 and part["intervals"]["matching"] == {"accuracy": [60, 95]}
+            else:
+                assert {key: part[key] for key in scores} == scores
+        assert rival.keys() <= own.keys()
+    assert found["retrieval"]["matching"]["accuracy"] == 91.0
+    assert found["retrieval"]["from_first_values"]["matching"]["accuracy"] == 66.5
     assert found["pretrain"] == {
         "loss_first": 4.0,
         "loss_last": 1.5,
@@ -190,7 +241,10 @@ def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
         "pre-training loss 1.500 4.000 at the start",
         "masked words 92.0 % 63.0 % with another image, 99.8 % by an oracle",
         "text retrieval R@1 71.5 % 55.0 % 0.5 % by chance",
+        "re-ranked 75.5 % 54.0 %",
         "image retrieval R@1 64.5 % 41.2 % 0.5 % by chance",
+        "re-ranked 68.0 % 42.0 %",
+        "matching accuracy 91.0 % 66.5 % 66.7 % by one answer to all",
         "VQA accuracy 78.3 % 60.4 % 41.7 % from the words alone",
         "NLVR accuracy 74.2 % 66.3 % 50.0 % by chance",
         "NLVR consistency 31.1 % 18.7 %",

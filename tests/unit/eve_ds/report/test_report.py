@@ -133,6 +133,20 @@ def test_a_score_below_its_baseline_has_a_negative_margin(run_folder: Path) -> N
     assert "no pre-training 60.4\xa0%</div>" in content
 
 
+def test_reranked_recalls_and_the_matching_head_stand_below_retrieval(run_folder: Path) -> None:
+    def scores(recall: float, accuracy: float) -> dict[str, object]:
+        return {"txt_r1": 70.0, "reranked": {"txt_r1": recall}, "matching": {"accuracy": accuracy, "prior": 66.6}}
+
+    intervals = {"matching": {"accuracy": [88.5, 91.5]}}
+    part = scores(76.0, 90.0) | {"from_first_values": scores(54.0, 66.5), "intervals": intervals}
+    (run_folder / "metrics.json").write_text(json.dumps({"retrieval": part}))
+    found = [[cell.replace("\xa0", " ") for cell in row] for row in rows(build(run_folder))]
+    labels, dash = [row[1] for row in found], "\N{EN DASH}"
+    assert labels == ["Measure", "text R@1", "text R@1, re-ranked", "matching accuracy"]
+    assert found[2][4:] == ["54.0 %", dash, dash, dash, "+22.0"]
+    assert found[3][4:] == ["66.5 %", dash, "66.6 %", dash, "+23.4"] and "88.5" in found[3][2]
+
+
 def test_words_join_as_they_were_written(content: str) -> None:
     text = Page(content).text
     assert "a red circle left of the a square" in text

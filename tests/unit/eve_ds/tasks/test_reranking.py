@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from evaluation import bootstrap, retrieval
 from eve_ds.data.samples import Samples
+from eve_ds.tasks.matching_accuracy import accuracy, drawn_pairs
 from eve_ds.tasks.reranking import Encoded, PairBatches, divided
 from eve_ds.tasks.retrieval import SPEC, ranked
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, Thumbnails
@@ -53,14 +55,56 @@ def written(arrays: Arrays, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("k", "limit", "rule"), [(3, None, "matching"), (100, None, "sum"), (2, 9, "sum")])
+def expected_accuracy(arrays: Arrays, logits: np.ndarray) -> dict[str, float]:
+    image, text = np.divmod(arrays["matching_pairs"], logits.shape[1])
+    belong = arrays["text_image_index"][text] == image
+    right = (logits[image, text].argmax(axis=1) == 1) == belong
+    share = 100 * float(belong.mean())
+    return {"accuracy": 100 * float(right.mean()), "prior": max(share, 100 - share)}
+
+
+def test_accuracy_counts_pairs_that_are_judged_as_they_are() -> None:
+    """Two images, three texts, pairs numbered image x 3 + text: text 2 is of image 1, the others of image 0."""
+    arrays = {
+        "image_to_text": np.zeros((2, 3)),
+        "text_image_index": np.array([0, 0, 1]),
+        "matching_pairs": np.array([0, 1, 2, 3, 5]),
+        "matching_judged": np.array([True, False, False, True, True]),
+    }
+    assert accuracy(arrays) == pytest.approx({"accuracy": 60.0, "prior": 60.0})  # pairs 1 and 3 are misjudged
+
+
+def test_pairs_are_drawn_as_in_training() -> None:
+    """Each text with its image, with a similar other image, and its image with a similar other text; twice alike."""
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(40, 4, generator=generator), dim=1)
+    index = np.arange(200) // 5
+    text = F.normalize(image[index] + 0.1 * torch.randn(200, 4, generator=generator), dim=1)
+    cold, again, warm = (drawn_pairs(image, text, index, torch.tensor([value])) for value in (0.05, 0.05, 50.0))
+    assert np.array_equal(cold, again)
+    similar = []
+    for pairs in (cold, warm):
+        assert len(pairs) == 3 * 200
+        images, texts = np.divmod(pairs, 200)
+        belong = index[texts] == images
+        assert np.array_equal(pairs[belong], index * 200 + np.arange(200))
+        wrong_images, wrong_texts = images[~belong], texts[~belong]
+        assert (np.bincount(wrong_texts, minlength=200) >= 1).all()  # one other image a text
+        assert (np.bincount(wrong_images, minlength=40) >= 5).all()  # one other text for each of an image's five
+        similar.append(float((image[wrong_images] * text[wrong_texts]).sum(dim=1).mean()))
+    assert similar[0] > similar[1] + 0.4
+
+
+@pytest.mark.parametrize(
+    ("k", "limit", "rule"), [(3, None, "matching"), (100, None, "sum"), (2, 9, "sum"), (4, None, "odds")]
+)
 def test_a_pass_gives_what_the_slow_way_gives(
     k: int, limit: int | None, rule: str, split: Path, tmp_path: Path
 ) -> None:
     task = retrieval_task(rerank=True, k_test=k, rerank_score=rule)
     arrays = arrays_of(task, split, batch_size=3, limit=limit, workers=2 if limit else 0)
     assert arrays is not None
-    expected = slow_scores(task, split, k, limit, add_cosine=rule == "sum")
+    expected = slow_scores(task, split, k, limit, rule)
     found = written(arrays, tmp_path)
     owner = np.repeat(np.arange(len(CAPTIONS)), CAPTIONS)[:limit]
     assert arrays["image_row"].tolist() == sorted(set(owner.tolist()))
@@ -75,6 +119,7 @@ def test_a_pass_gives_what_the_slow_way_gives(
     }.items():
         np.testing.assert_allclose(found[name], other, atol=1e-4, err_msg=name)
     scores = SPEC.metrics(arrays, None)
+    assert scores.pop("matching") == pytest.approx(expected_accuracy(arrays, expected["logits"]))
     assert scores.pop("reranked") == retrieval.recalls(expected["text"], expected["image"], index)
     assert scores == retrieval.recalls(expected["cosine"], expected["cosine"].T, index)
 
@@ -82,7 +127,9 @@ def test_a_pass_gives_what_the_slow_way_gives(
 def test_without_reranking_there_is_none(split: Path) -> None:
     arrays = arrays_of(retrieval_task(), split)
     assert arrays is not None
-    assert "reranked" not in SPEC.metrics(arrays, None) and SPEC.more_predictions(arrays, None) == {}
+    assert (
+        not {"reranked", "matching"} & SPEC.metrics(arrays, None).keys() and SPEC.more_predictions(arrays, None) == {}
+    )
 
 
 def test_images_are_decoded_once_and_texts_without_any(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +151,7 @@ def test_images_are_decoded_once_and_texts_without_any(split: Path, monkeypatch:
     assert set(decoded.values()) == {2} and len(decoded) == IMAGES  # once to be encoded, once for all of its pairs
     pairs = {(image, int(text)) for image, row in enumerate(arrays["text_candidates"]) for text in row}
     pairs |= {(int(image), text) for text, row in enumerate(arrays["image_candidates"]) for image in row}
+    pairs |= {divmod(int(pair), TEXTS) for pair in arrays["matching_pairs"]}
     assert encoded == {"encode_image": IMAGES, "encode_text": TEXTS, "match": len(pairs)}
 
 
@@ -112,7 +160,9 @@ def test_ranks_take_equally_many_steps_and_every_pair_once(ranks: int, monkeypat
     draw = np.random.default_rng(0)
     pairs = np.flatnonzero(draw.random(5 * 30) < np.repeat([0.9, 0.1, 0.0, 0.5, 0.2], 30))
     text_mask = torch.arange(6) < torch.randint(1, 7, (30, 1), generator=torch.Generator().manual_seed(0))
-    encoded = Encoded(np.arange(5), torch.zeros(5, 2), torch.zeros(30, 2), torch.arange(180).view(30, 6), text_mask)
+    encoded = Encoded(
+        np.arange(5), torch.zeros(5, 2), torch.zeros(30, 2), torch.arange(180).view(30, 6), text_mask, np.zeros(30)
+    )
     monkeypatch.setattr("eve_ds.tasks.reranking.world_size", lambda: ranks)
     seen: list[int] = []
     steps = set()
@@ -155,6 +205,8 @@ def test_candidates_of_bf16_weights_do_not_tie(split: Path) -> None:
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(UserError, match=r"^objective\.k_test=0 must be a positive number"):
         FinetuneObjective(k_test=0).check()
+    with pytest.raises(UserError, match=r"^objective\.even_negatives=1\.5 is a share: from 0 to 1$"):
+        FinetuneObjective(even_negatives=1.5).check()
 
 
 def test_examples_show_the_image_of_their_row(split: Path, tmp_path: Path) -> None:

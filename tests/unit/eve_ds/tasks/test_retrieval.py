@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from eve_ds.model.backbone import BackboneOutput
 from eve_ds.tasks.contrast import TEMPERATURE_RANGE, contrastive_sum, hard_negatives
 from eve_ds.tasks.masking import random_bits
-from eve_ds.tasks.retrieval import Retrieval
+from eve_ds.tasks.retrieval import SPEC, Retrieval
 from eve_ds.tasks.spec import FinetuneObjective
 from preprocessing.errors import UserError
 from tests.support.tiny_tasks import Batch, rows_of, tiny_batch, tiny_task
@@ -53,9 +53,48 @@ def test_negatives_follow_the_similarities() -> None:
     assert torch.allclose(share, weight / weight.sum(), atol=0.015)
 
 
-def test_no_negative_among_captions_of_one_image() -> None:
+def test_a_share_of_the_negatives_is_drawn_with_equal_chances() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0, 2.0]])
+    same = torch.tensor([[True, False, False, False]])
+    bits = random_bits(0, 9, torch.arange(20000)[:, None], torch.arange(4))
+    hard = torch.tensor([0.0, 1.0, 0.0, 2.0]).exp() * torch.tensor([0.0, 1.0, 1.0, 1.0])
+    even = torch.tensor([0.0, 1.0, 1.0, 1.0]) / 3
+    for share in (0.25, 1.0):
+        column, found = hard_negatives(logits.expand(20000, 4), same.expand(20000, 4), bits, share)
+        assert found.all()
+        expected = (1 - share) * hard / hard.sum() + share * even
+        assert torch.allclose(torch.bincount(column, minlength=4) / 20000, expected, atol=0.015)
+
+
+def test_the_objective_sets_that_share() -> None:
+    """With equal chances alone the negatives do not follow the similarities."""
+    batch, drawn = tiny_batch(6), []
+    for share in (0.0, 1.0):
+        objective = FinetuneObjective(embed_dim=8, even_negatives=share)
+        task = SPEC.build(retrieval_task().backbone, objective, mask_id=4, num_classes=0, seed=0)
+        contrast = task.contrast(batch)
+        contrast.to_text *= 1000  # the most similar one is drawn, unless chances are equal
+        drawn.append(task._draw_negatives(batch["sample_id"], contrast)[0].tolist())
+    assert drawn[0] == contrast.to_text.masked_fill(contrast.same, -torch.inf).argmax(dim=1).tolist() != drawn[1]
+
+
+def test_the_matching_loss_has_its_weight() -> None:
+    batch, found = tiny_batch(6), []
+    for weight in (1.0, 3.0):
+        objective = FinetuneObjective(embed_dim=8, matching_weight=weight)
+        torch.manual_seed(0)
+        task = SPEC.build(retrieval_task().backbone, objective, mask_id=4, num_classes=0, seed=0)
+        found.append(task(batch))
+    first, other = found
+    total, count = first.metrics["itm_loss"]
+    assert torch.allclose(other.loss - first.loss, 2 * total / count, atol=1e-5)
+    assert torch.equal(other.metrics["itm_loss"][0], total)  # what is measured is without the weight
+
+
+@pytest.mark.parametrize("even", [0.0, 0.5])
+def test_no_negative_among_captions_of_one_image(even: float) -> None:
     same = torch.tensor([[True, True], [True, False]])
-    column, found = hard_negatives(torch.zeros(2, 2), same, torch.zeros(2, 2, dtype=torch.int64))
+    column, found = hard_negatives(torch.zeros(2, 2), same, torch.zeros(2, 2, dtype=torch.int64), even)
     assert found.tolist() == [False, True]
     assert int(column[1]) == 1
 
@@ -147,7 +186,7 @@ def test_the_temperature_is_clamped_and_can_come_back() -> None:
         with torch.no_grad():
             task.itc_temp.fill_(value)
         task.zero_grad()
-        assert task._temperature().item() == pytest.approx(clamped, rel=1e-4)
+        assert task.temperature().item() == pytest.approx(clamped, rel=1e-4)
         task(batch).loss.backward()
         assert task.itc_temp.grad is not None
         assert float(task.itc_temp.grad) != 0
