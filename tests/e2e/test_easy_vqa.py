@@ -30,3 +30,22 @@ def test_splits_of_the_package(tmp_path: Path) -> None:
             assert (texts[number], [answers[number]]) == (text, answer)
             assert row["image_id"] == f"test-{images[number]}"
         assert row["image"] == Path(paths[images[number]]).read_bytes()
+
+
+def test_captions_say_what_the_questions_tell(tmp_path: Path) -> None:
+    import easy_vqa
+
+    colors = set(easy_vqa.get_answers()) - {"yes", "no", "circle", "rectangle", "triangle"}
+    for split in ("train", "val"):
+        convert("easy-vqa", "--split", split, "--captions", "--out", tmp_path / "captions")
+        convert("easy-vqa", "--split", split, "--out", tmp_path / "vqa")
+        captions = {row["image_id"]: (row["image"], row["caption"]) for row in rows_of(tmp_path / "captions" / split)}
+        asked = rows_of(tmp_path / "vqa" / split)
+        assert 0.95 < len(captions) / len(asked) <= 1
+        for row in asked:
+            image, (caption,) = captions.get(row["image_id"], (row["image"], ("",)))
+            assert image == row["image"]
+            for (answer,) in row["answers"]:
+                if answer not in ("yes", "no"):
+                    assert answer in caption.split()
+            assert len(colors & set(caption.split())) <= 1

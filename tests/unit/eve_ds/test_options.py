@@ -163,7 +163,7 @@ def test_mistyped_file_names_get_a_suggestion(tmp_path: Path, monkeypatch: pytes
         ("nowhere/tiny_shape.yaml", "did you mean tiny_shapes?"),
         ("recipes.yaml", "did you mean recipe.yaml?"),
         (str(tmp_path / "recpe.yaml"), f"did you mean {tmp_path / 'recipe.yaml'}?"),
-        ("zzz", "EVE-DS comes with easy_vqa, emoji,"),
+        ("zzz", "EVE-DS comes with easy_vqa, easy_vqa_pretrain, emoji,"),
     ):
         assert refusal(PretrainConfig, ["--config", name]).startswith(
             f"--config {name}: No such file or directory; {mend}"
