@@ -15,7 +15,7 @@ changed=$(git log -1 --format=%h --grep '^Grounding is measured in validation')
 [ "$changed" ] || { echo "error: no commit 'Grounding is measured in validation' here; clone with the whole history" >&2; exit 2; }
 options=(--engine.expert_parallel_size 2 --deepspeed_config ds_configs/zero2.json --logging.wandb false)
 
-# Retrieval as the demo had it when these trials were made: its matching head stayed at its prior.
+# The demo as it was when these trials were made: 8 attention heads, 1,200 steps, and a matching head that stayed at its prior.
 retrieval=(--config eve_ds/configs/tiny_shapes_itr.yaml --task itr_coco --optimizer.schedule linear --engine.global_batch_size 64)
 retrieval+=(--objective.even_negatives 0 --objective.matching_weight 1 --objective.rerank false)
 
@@ -23,10 +23,10 @@ run() { # module, options: on two ranks
     deepspeed --num_gpus 2 --log_level error --module "$@" "${options[@]}"
 }
 
-model() { # the demo's model with these changes, as JSON
+model() { # the demo's model of that time with these changes, as JSON
     python -c 'import json, sys, yaml
 recipe = yaml.safe_load(open("eve_ds/configs/tiny_shapes.yaml"))
-print(json.dumps(recipe["model"] | json.loads(sys.argv[1])))' "$1"
+print(json.dumps(recipe["model"] | {"num_heads": 8} | json.loads(sys.argv[1])))' "$1"
 }
 
 probe() { # run
@@ -56,14 +56,10 @@ finetune_long() { # name, captions, then where it starts: retrieval as the old d
 
 trial() { # name, captions, tokenizer, options of the pre-training
     run eve_ds.pretrain --config eve_ds/configs/tiny_shapes.yaml --engine.seed "$seed" --data.path "$2" --data.tokenizer "$3" \
-        --output_dir "$out/$1/pretrain" "${@:4}"
-    look "$1" "$out/$1/pretrain"
-}
-
-look() { # name, pre-training: what it has learned, and what it gives
+        --output_dir "$out/$1/pretrain" --model "$(model '{}')" --optimizer.total_steps 1200 "${@:4}"
     echo "== $1, seed $seed: probe"
-    probe "$2"
-    finetune "$1" --checkpoint "$2"
+    probe "$out/$1/pretrain"
+    finetune "$1" --checkpoint "$out/$1/pretrain"
 }
 
 for seed in "$@"; do
@@ -96,7 +92,7 @@ PYTHON
     finetune first "${first[@]}" "$tokenizer" --model "$(model '{}')"
     finetune first_64 "${first[@]}" "$tokenizer" --model "$(model "$small")"
     finetune first_old "${first[@]}" "$old_tokenizer" --model "$(model "$small_short")"
-    look demo "$demo/pretrain"
+    trial demo "$captions" "$tokenizer"
     trial few "$captions" "$tokenizer" --optimizer.total_steps 275
     trial batch_64 "$captions" "$tokenizer" --engine.global_batch_size 64 --optimizer.total_steps 2400 --optimizer.lr 2.5e-3
     trial width_64 "$captions" "$tokenizer" --model "$(model "$small")"
@@ -110,7 +106,7 @@ PYTHON
     trial old "$old" "$old_tokenizer" "${old_recipe[@]}" --optimizer.total_steps 550
 
     finetune_long first "$captions" "${first[@]}" "$tokenizer" --model "$(model '{}')"
-    finetune_long demo "$captions" --checkpoint "$demo/pretrain"
+    finetune_long demo "$captions" --checkpoint "$out/demo/pretrain"
     finetune_long first_old "$old" "${first[@]}" "$old_tokenizer" --model "$(model "$small_short")"
     finetune_long old "$old" --checkpoint "$out/old/pretrain"
     finetune_long old_2400 "$old" --checkpoint "$out/old_2400/pretrain"

@@ -141,7 +141,7 @@ def test_runs_of_a_seed_share_it_and_rows_differ_in_their_options_alone(tmp_path
     argv, defaults = expand_options(first.command[3:])
     config = parse(FinetuneConfig, argv, "test", defaults)
     assert config.model == separate.model and config.init_from is None and config.data.tokenizer == "t"
-    assert (config.engine.seed, config.optimizer.total_steps, config.optimizer.lr) == (1, 5, 1e-3)
+    assert (config.engine.seed, config.optimizer.total_steps, config.optimizer.lr) == (1, 5, 2e-3)
     start = tuned.command.index("--checkpoint")
     assert tuned.command[start + 1] == str(before.folder)
     shared = tuned.command[:start] + tuned.command[start + 2 : -1]
@@ -278,14 +278,14 @@ def test_printed_commands_are_those_that_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "sweep"
-    argv = ["modality_routing", "--out", str(out), "--seeds", "1", "--print", "--rows", "off"]
+    argv = ["modality_routing", "--out", str(out), "--seeds", "1", "--print", "--rows", "off", "--steps", "9"]
     assert typed(monkeypatch, *argv) == 0
     lines = capsys.readouterr().out.splitlines()
     told = [line for line in lines if line.startswith("# ")]
     assert told == ["# Drawing the data set, as raw files", "# Raw files to Arrow shards", "# Training the tokenizer",
                     "# off, seed 0: pre-training", "# off, seed 0: fine-tuning on itr_coco"]  # fmt: skip
     assert all(line.startswith(("# ", "python -m ")) for line in lines)
-    assert sum("--optimizer.total_steps 800 " in line for line in lines) == 1  # of the pre-training
+    assert sum("--optimizer.total_steps 9 " in line for line in lines) == 1  # of the pre-training
     write(out / "world/tokenizer/tokenizer.json", {})
     write(run_folder(out, "off", 0, "pretrain") / "model/hashes.json", {})  # run by hand
     assert typed(monkeypatch, *argv, "--data", "captions", "--tokenizer", "t") == 0

@@ -240,6 +240,8 @@ def test_one_matrix_at_a_time_is_beside_the_scores(monkeypatch: pytest.MonkeyPat
     for name, shape, most in (("text", (400, 8), 2000), ("image", (2000, 8), 400)):
         arrays[f"{name}_candidates"] = np.stack([draw.choice(most, 8, replace=False) for _ in range(shape[0])])
         arrays[f"{name}_scores"] = draw.random(shape, np.float32)
+    arrays["matching_pairs"] = draw.choice(scores.size, 4000, replace=False)
+    arrays["matching_judged"] = draw.random(4000) < 0.5
     tracemalloc.reset_peak()
     arrays = ranked(arrays)
     SPEC.metrics(arrays, None)
