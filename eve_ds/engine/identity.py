@@ -74,6 +74,8 @@ FREE_IN_A_BRANCH = (  # beside MUTABLE_ON_RESUME: settings that do not change na
     "objective.pixel_target",
     "objective.seed",
     "objective.temperature",
+    "objective.even_negatives",
+    "objective.matching_weight",
 )
 ONE_DECODER = ("mim", "mlm")  # values of objective.mode
 FREE_INPUTS = ("training data", "data of split", *WEIGHTS)  # a branch must keep all other inputs

@@ -96,7 +96,7 @@ def _matching(part: dict[str, Any]) -> Iterator[Score]:
         beside = {"first_values": number(rival.get("accuracy")), "majority": number(own.get("prior"))}
         known = {name: other for name, other in beside.items() if other is not None}
         within = _interval(_section(_section(part, "intervals"), MATCHING), "accuracy", 1)
-        yield Score("", "matching accuracy", value, known, within, minor=True)
+        yield Score("", "matching accuracy", value, known, within)
 
 
 def _baselines(part: dict[str, Any], group: str, key: str, main: bool, factor: float) -> dict[str, float]:

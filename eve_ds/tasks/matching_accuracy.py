@@ -1,53 +1,44 @@
-"""How often the matching head is right about a split, on pairs that are drawn as those of training are.
+"""How often the matching head is right about a split, on pairs that no model chooses.
 
-Three pairs for every text: with its image, with another image, and its image with another text. The texts, in random
-order, form groups of up to GROUP; others come from the group, the likelier the more similar (contrast.py), and never
-from the same image. All draws are the same every time.
+Three pairs for every text: with its image, with another image, and its image with another text, the others drawn with
+equal chances. The draw depends on the split alone, so accuracies of different weights can be compared. In training
+the others are similar ones (contrast.py), which are harder.
 
-Legend: I images, T texts, N pairs.
+Legend: I images, T texts, N pairs, 3 T (T for a single image).
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from evaluation.bootstrap import Parts
-from eve_ds.parallel import gather_with_gradient, rank, world_size
-from eve_ds.tasks.contrast import hard_negatives
 from eve_ds.tasks.feed import Arrays
-from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS, random_bits
 
 MATCHING = "matching"  # the group of these scores
-GROUP = 64
 SEED = 0
 
 
-def drawn_pairs(image: Tensor, text: Tensor, index: NDArray[np.int64], temperature: Tensor) -> NDArray[np.int64]:
-    """[N] numbers image x T + text, ascending, N at most 3 T. A collective: the ranks share the groups.
+def drawn_pairs(index: NDArray[np.int64], images: int) -> NDArray[np.int64]:
+    """[N] numbers image x T + text: of each text with its image, with another, of its image with another text.
 
     Args:
-        image, text: [I, E] and [T, E] unit vectors.
-        index: [T], the image of each text.
-        temperature: of the contrast.
+        index: [T], the image of each text, 0 to I - 1.
+        images: I.
     """
-    texts, owner = len(text), torch.from_numpy(index).to(text.device)
-    order = torch.from_numpy(np.random.default_rng(SEED).permutation(texts)).to(text.device)
-    groups = order.tensor_split(-(-texts // GROUP))
-    found = [order[:0]]
-    for rows in groups[rank() :: world_size()]:
-        own = owner[rows]
-        logits = image[own] @ text[rows].t() / temperature
-        same = own[:, None] == own
-        columns = []
-        for to, use in ((logits, NEGATIVE_TEXTS), (logits.t(), NEGATIVE_IMAGES)):
-            column, there = hard_negatives(to, same, random_bits(SEED, use, rows[:, None], rows))
-            columns.append(column)
-        other_text, other_image = rows[columns[0]], own[columns[1]]
-        found += [own * texts + rows, (own * texts + other_text)[there], (other_image * texts + rows)[there]]
-    return np.sort(gather_with_gradient(torch.cat(found)).cpu().numpy())
+    texts = len(index)
+    numbers = np.arange(texts)
+    own = index * texts + numbers
+    if images < 2:
+        return own
+    draw = np.random.default_rng(SEED)
+    other_image = (index + draw.integers(1, images, texts)) % images
+    by_image = np.argsort(index, kind="stable")
+    counts = np.bincount(index, minlength=images)
+    starts = np.cumsum(counts) - counts
+    place = draw.integers(0, texts - counts[index])  # among the texts of other images
+    place += np.where(place >= starts[index], counts[index], 0)
+    return np.concatenate([own, other_image * texts + numbers, index * texts + by_image[place]])
 
 
 def accuracy(arrays: Arrays) -> dict[str, float]:
@@ -57,10 +48,11 @@ def accuracy(arrays: Arrays) -> dict[str, float]:
 
 
 def matching_parts(arrays: Arrays) -> Parts:
-    """The accuracy in percent; a cluster is an image with its texts."""
+    """The accuracy in percent; a cluster is an image with its texts and all pairs drawn for them."""
     right = arrays["matching_judged"] == _belong(arrays)
-    images, texts = arrays["image_to_text"].shape
-    return Parts({"accuracy": (100.0 * right, arrays["matching_pairs"] // texts)}, images)
+    index = arrays["text_image_index"]
+    clusters = np.tile(index, len(right) // len(index))
+    return Parts({"accuracy": (100.0 * right, clusters)}, len(arrays["image_to_text"]))
 
 
 def _belong(arrays: Arrays) -> NDArray[np.bool_]:

@@ -148,19 +148,20 @@ def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded
     images = most_similar(encoded.text, encoded.image, k)
     of_images = np.arange(len(encoded.image))[:, None] * len(encoded.text) + texts
     of_texts = images * len(encoded.text) + np.arange(len(encoded.text))[:, None]
-    drawn = drawn_pairs(encoded.image, encoded.text, encoded.text_image, task.temperature())
+    drawn = drawn_pairs(encoded.text_image, len(encoded.image))
     pairs = np.unique(np.concatenate([of_images.ravel(), of_texts.ravel(), drawn]))
     batches = PairBatches(pairs, encoded, feed.batch_size)
     loaded = feed.own(ChosenImages(dataset, encoded.rows[batches.images].tolist()))
     numbers = torch.from_numpy(pairs).to(feed.device)
     scores, judged, places = [], [], []
     for batch in feed.together(batches.of(loaded, feed.device, task.config.image_size)):
-        unlike, score = task.match(batch["images"], batch["text_ids"], batch["text_mask"]).unbind(dim=1)
-        judged.append(score > unlike)
+        no, yes = task.match(batch["images"], batch["text_ids"], batch["text_mask"]).unbind(dim=1)
+        judged.append(yes > no)
+        score = yes
         if rule != "matching":
             number, texts_each = numbers[batch["pair"]], len(encoded.text)
             cosine = (encoded.image[number // texts_each] * encoded.text[number % texts_each]).sum(dim=1)
-            score = score + cosine if rule == "sum" else score - unlike + cosine / task.temperature()
+            score = yes + cosine if rule == "sum" else yes - no + cosine / task.temperature()
         scores.append(score)
         places.append(batch["pair"])
     both = torch.stack([torch.cat(scores), torch.cat(judged).float()], dim=1)

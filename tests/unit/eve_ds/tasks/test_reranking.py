@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from evaluation import bootstrap, retrieval
 from eve_ds.data.samples import Samples
-from eve_ds.tasks.matching_accuracy import accuracy, drawn_pairs
+from eve_ds.tasks import matching_accuracy
+from eve_ds.tasks.matching_accuracy import accuracy, drawn_pairs, matching_parts
 from eve_ds.tasks.reranking import Encoded, PairBatches, divided
 from eve_ds.tasks.retrieval import SPEC, ranked
 from eve_ds.tasks.spec import Arrays, FinetuneObjective, Thumbnails
@@ -64,35 +64,38 @@ def expected_accuracy(arrays: Arrays, logits: np.ndarray) -> dict[str, float]:
 
 
 def test_accuracy_counts_pairs_that_are_judged_as_they_are() -> None:
-    """Two images, three texts, pairs numbered image x 3 + text: text 2 is of image 1, the others of image 0."""
+    """Two images, three texts, pairs numbered image x 3 + text: text 2 is of image 1, the others of image 0.
+
+    First each text with its image, then with another one, then its image with another text.
+    """
     arrays = {
         "image_to_text": np.zeros((2, 3)),
         "text_image_index": np.array([0, 0, 1]),
-        "matching_pairs": np.array([0, 1, 2, 3, 5]),
-        "matching_judged": np.array([True, False, False, True, True]),
+        "matching_pairs": np.array([0, 1, 5, 3, 4, 2, 2, 2, 3]),
+        "matching_judged": np.array([1, 0, 1, 1, 0, 0, 0, 0, 1], dtype=bool),
     }
-    assert accuracy(arrays) == pytest.approx({"accuracy": 60.0, "prior": 60.0})  # pairs 1 and 3 are misjudged
+    told = accuracy(arrays)
+    assert told == pytest.approx({"accuracy": 100 * 6 / 9, "prior": 100 * 6 / 9})  # pair 1, and pair 3 twice
+    ((values, clusters),) = matching_parts(arrays).columns.values()
+    assert [values[clusters == image].tolist() for image in (0, 1)] == [[100, 0, 0, 100, 100, 100], [100, 100, 0]]
 
 
-def test_pairs_are_drawn_as_in_training() -> None:
-    """Each text with its image, with a similar other image, and its image with a similar other text; twice alike."""
-    generator = torch.Generator().manual_seed(0)
-    image = F.normalize(torch.randn(40, 4, generator=generator), dim=1)
-    index = np.arange(200) // 5
-    text = F.normalize(image[index] + 0.1 * torch.randn(200, 4, generator=generator), dim=1)
-    cold, again, warm = (drawn_pairs(image, text, index, torch.tensor([value])) for value in (0.05, 0.05, 50.0))
-    assert np.array_equal(cold, again)
-    similar = []
-    for pairs in (cold, warm):
-        assert len(pairs) == 3 * 200
-        images, texts = np.divmod(pairs, 200)
-        belong = index[texts] == images
-        assert np.array_equal(pairs[belong], index * 200 + np.arange(200))
-        wrong_images, wrong_texts = images[~belong], texts[~belong]
-        assert (np.bincount(wrong_texts, minlength=200) >= 1).all()  # one other image a text
-        assert (np.bincount(wrong_images, minlength=40) >= 5).all()  # one other text for each of an image's five
-        similar.append(float((image[wrong_images] * text[wrong_texts]).sum(dim=1).mean()))
-    assert similar[0] > similar[1] + 0.4
+def test_every_wrong_pair_can_be_drawn_and_the_draw_is_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text with its image, with another image, and its image with another text."""
+    index = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [1, 3, 5, 2, 9]))
+    numbers, wrong = np.arange(20), {(image, text) for image in range(5) for text in range(20) if index[text] != image}
+    seen_images, seen_texts = set(), set()
+    for seed in range(400):
+        monkeypatch.setattr(matching_accuracy, "SEED", seed)
+        pairs = drawn_pairs(index, 5)
+        assert np.array_equal(pairs, drawn_pairs(index, 5))
+        (own, images, same), (text, same_text, texts) = np.divmod(pairs.reshape(3, 20), 20)
+        assert np.array_equal(own, index) and np.array_equal(same, index)
+        assert np.array_equal(text, numbers) and np.array_equal(same_text, numbers)
+        seen_images |= set(zip(images.tolist(), numbers.tolist(), strict=True))
+        seen_texts |= set(zip(index.tolist(), texts.tolist(), strict=True))
+    assert seen_images == seen_texts == wrong
+    assert drawn_pairs(np.zeros(3, dtype=np.int64), 1).tolist() == [0, 1, 2]  # no other image
 
 
 @pytest.mark.parametrize(
@@ -240,8 +243,8 @@ def test_one_matrix_at_a_time_is_beside_the_scores(monkeypatch: pytest.MonkeyPat
     for name, shape, most in (("text", (400, 8), 2000), ("image", (2000, 8), 400)):
         arrays[f"{name}_candidates"] = np.stack([draw.choice(most, 8, replace=False) for _ in range(shape[0])])
         arrays[f"{name}_scores"] = draw.random(shape, np.float32)
-    arrays["matching_pairs"] = draw.choice(scores.size, 4000, replace=False)
-    arrays["matching_judged"] = draw.random(4000) < 0.5
+    arrays["matching_pairs"] = drawn_pairs(index, 400)
+    arrays["matching_judged"] = draw.random(6000) < 0.5
     tracemalloc.reset_peak()
     arrays = ranked(arrays)
     SPEC.metrics(arrays, None)
