@@ -3,7 +3,8 @@
     make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
 
 Each stage consists of commands that a user could type; the report lists them. They run in order, on two CPU ranks or on
-the GPUs of this machine, with an estimate of the time left.
+the GPUs of this machine, with an estimate of the time left. On the CPU a fine-tuning and its rival run at the same time
+on one rank each: most of a step is small operations, whose time does not depend on the size of the batch.
 """
 
 from __future__ import annotations
@@ -43,18 +44,20 @@ class Stage:
         title: printed.
         expected: seconds on two cores of 2024, for the estimate of the time left.
         commands: arguments after ``python``, or after the deepspeed launcher's own options if ``ranks`` is set.
-        ranks: start through the deepspeed launcher.
+        ranks: of each command, started through the deepspeed launcher; 0 for commands that run without it.
+        log: if set, the second of two commands runs beside the first, and its output goes to this file.
     """
 
     title: str
     expected: float
     commands: list[list[str]]
-    ranks: bool = False
+    ranks: int = 0
+    log: Path | None = None
 
 
-def stages(root: Path, seed: int, world_size: int) -> list[Stage]:
+def stages(root: Path, seed: int, gpus: int) -> list[Stage]:
     """All stages of the demo."""
-    return [*data_stages(root, seed), *training_stages(root, seed, world_size), scoring_stage(root)]
+    return [*data_stages(root, seed), *training_stages(root, seed, gpus), scoring_stage(root)]
 
 
 def data_stages(root: Path, seed: int) -> list[Stage]:
@@ -79,31 +82,39 @@ def data_stages(root: Path, seed: int) -> list[Stage]:
     ]
 
 
-def training_stages(root: Path, seed: int, world_size: int) -> list[Stage]:
+def training_stages(root: Path, seed: int, gpus: int) -> list[Stage]:
     """Pre-training, then three fine-tunings, each with and without the pre-trained weights."""
-    common = ["--engine.expert_parallel_size", str(2 if world_size % 2 == 0 else 1)]
-    common += ["--deepspeed_config", "ds_configs/zero2.json"]
+
+    def spread(ranks: int) -> list[str]:
+        experts = ["--engine.expert_parallel_size", str(2 if ranks % 2 == 0 else 1)]
+        return [*experts, "--deepspeed_config", "ds_configs/zero2.json"]
+
+    pretrain_ranks = world_size(gpus)
+    finetune_ranks = pretrain_ranks if gpus else 1  # see the top of this file
     pretrain = ["eve_ds.pretrain", "--config", str(PRETRAIN), "--data.path", f"{root}/data/captions"]
     pretrain += ["--data.tokenizer", f"{root}/tokenizer", "--engine.seed", str(seed)]
-    pretrain += ["--output_dir", f"{root}/pretrain", *common]
+    pretrain += ["--output_dir", f"{root}/pretrain", *spread(pretrain_ranks)]
     shape = json.dumps(read_yaml(str(PRETRAIN), "--config")["model"])
     first_values = ["--init_from", "null", "--model", shape, "--data.tokenizer", f"{root}/tokenizer"]
 
-    def finetune(task: str, recipe: str, data: str) -> list[list[str]]:
+    def finetune(name: str, expected: float, task: str, recipe: str, data: str) -> Stage:
         config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task, "--seed", str(seed)]
-        return [
-            ["eve_ds.finetune", *config, *start, "--data", f"{root}/data/{data}", "--output_dir", folder, *common]
+        given = ["--data", f"{root}/data/{data}", *spread(finetune_ranks)]
+        commands = [
+            ["eve_ds.finetune", *config, *start, *given, "--output_dir", folder]
             for start, folder in (
                 (["--checkpoint", f"{root}/pretrain"], f"{root}/{recipe}"),
                 (first_values, f"{root}/{recipe}/{FIRST}"),
             )
         ]
+        log = None if gpus else root / f"{recipe}_{FIRST}.log"
+        return Stage(f"Fine-tuning on {name}, twice", expected, commands, finetune_ranks, log)
 
     return [
-        Stage("Pre-training: masked pixels and words", 140, [pretrain], ranks=True),
-        Stage("Fine-tuning on retrieval, twice", 88, finetune("itr_coco", "itr", "captions"), ranks=True),
-        Stage("Fine-tuning on VQA, twice", 70, finetune("vqa", "vqa", "vqa"), ranks=True),
-        Stage("Fine-tuning on NLVR, twice", 88, finetune("nlvr", "nlvr", "nlvr"), ranks=True),
+        Stage("Pre-training: masked pixels and words", 140, [pretrain], pretrain_ranks),
+        finetune("retrieval", 52, "itr_coco", "itr", "captions"),
+        finetune("VQA", 37, "vqa", "vqa", "vqa"),
+        finetune("NLVR", 48, "nlvr", "nlvr", "nlvr"),
     ]
 
 
@@ -174,15 +185,10 @@ def vqa_file(raw: Path, split: str, kind: str) -> str:
 
 
 class Road:
-    """Runs stages, prints the time left and records the commands.
+    """Runs the stages of ``plan``, prints the time left and records the commands."""
 
-    Args:
-        plan: the stages.
-        world_size: ranks of the training stages.
-    """
-
-    def __init__(self, plan: list[Stage], world_size: int) -> None:
-        self.plan, self.world_size = plan, world_size
+    def __init__(self, plan: list[Stage]) -> None:
+        self.plan = plan
         self.done: list[dict[str, Any]] = []
         self.pace = 1.0  # this machine's time divided by the expected time
 
@@ -193,8 +199,11 @@ class Road:
             about = f"about {clock(self.pace * stage.expected)}, then {clock(left - self.pace * stage.expected)} to go"
             print(f"\n[{number + 1}/{len(self.plan)}] {stage.title}  ({about})", flush=True)
             start = time.monotonic()
-            for arguments in stage.commands:
-                self._command(stage, arguments)
+            if stage.log:
+                self._side_by_side(stage, stage.log)
+            else:
+                for arguments in stage.commands:
+                    self._command(stage, arguments)
             seconds = time.monotonic() - start
             if stage.ranks:
                 spent = sum(earlier.expected for earlier in self.plan[: number + 1])
@@ -211,32 +220,51 @@ class Road:
             found.append({"command": self.done[-1]["command"], "output": output, "right": right})
         return found
 
-    def _command(self, stage: Stage, arguments: list[str], stdout: int | None = None) -> str:
-        launcher = [sys.executable]
-        if stage.ranks:
-            # Not the deepspeed script, which may be missing beside the interpreter.
-            launcher += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(self.world_size)]
-            launcher += ["--master_port", str(free_port()), "--log_level", "warning", "--module"]
+    def _side_by_side(self, stage: Stage, log: Path) -> None:
+        own, rival = stage.commands
+        print(f"      beside it, without pre-training; its output: {log}", flush=True)
+        with log.open("wb") as file:
+            start, port = time.monotonic(), free_port()
+            beside = subprocess.Popen(launched(stage, rival, port), stdout=file, stderr=file)
+            try:
+                self._command(stage, own, port=free_port(other_than=port))
+                status = beside.wait()
+            finally:
+                beside.terminate()  # its ranks notice and end
+                beside.wait()
+        self._record(stage, rival, start)
+        if status:
+            raise UserError(f"stage {stage.title!r}: its second run ended with exit code {status}; its output: {log}")
+
+    def _command(self, stage: Stage, arguments: list[str], stdout: int | None = None, port: int | None = None) -> str:
         start = time.monotonic()
-        ended = subprocess.run([*launcher, *arguments], stdout=stdout, text=True)
+        ended = subprocess.run(launched(stage, arguments, port or free_port()), stdout=stdout, text=True)
         if status := ended.returncode:
             raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
-        shown = ["deepspeed", "--num_gpus", str(self.world_size), "--module"] if stage.ranks else ["python"]
-        self.done.append(
-            {"title": stage.title, "command": shlex.join([*shown, *arguments]), "seconds": time.monotonic() - start}
-        )
+        self._record(stage, arguments, start)
         return ended.stdout or ""
+
+    def _record(self, stage: Stage, arguments: list[str], start: float) -> None:
+        shown = ["deepspeed", "--num_gpus", str(stage.ranks), "--module"] if stage.ranks else ["python"]
+        seconds = time.monotonic() - start
+        self.done.append({"title": stage.title, "command": shlex.join([*shown, *arguments]), "seconds": seconds})
+
+
+def launched(stage: Stage, arguments: list[str], port: int) -> list[str]:
+    """The command line of one of the stage's commands."""
+    if not stage.ranks:
+        return [sys.executable, *arguments]
+    # Not the deepspeed script, which may be missing beside the interpreter.
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(stage.ranks), "--master_port", str(port)]
+    return [sys.executable, *launcher, "--log_level", "warning", "--module", *arguments]
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def ranks() -> int:
-    """One rank per GPU, or two on the CPU."""
-    import torch
-
-    gpus = torch.cuda.device_count()
+def world_size(gpus: int) -> int:
+    """Ranks of pre-training: one per GPU, or two on the CPU."""
     return min(16, 1 << (gpus.bit_length() - 1)) if gpus else 2  # a power of two that divides the recipes' batches
 
 
@@ -258,23 +286,31 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     prepare_environment()
-    world_size = ranks()
+    import torch
+
+    gpus = torch.cuda.device_count()
     check_secrets(f"{options.out}", "--out")  # its commands are stored
     claim(options.out, options.seed)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size)))
-    road = Road(stages(options.out, options.seed, world_size), world_size)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size(gpus))))
+    road = Road(stages(options.out, options.seed, gpus))
     road.run()
-    result = metrics(options.out, world_size)
-    write_json(options.out / "metrics.json", result)  # the scores are kept if a request below fails
-    result["predict"] = road.ask(requests(options.out))
-    write_json(options.out / "metrics.json", result)
-    write_json(options.out / "commands.json", road.done)
+    result = conclude(road, options.out, gpus)
     print("\nWriting the report", flush=True)
     report = options.out / "report.html"
     subprocess.run([sys.executable, "-m", "eve_ds.report", "--run", str(options.out), "--out", str(report)], check=True)
     took = clock(time.monotonic() - began)
     print(f"\n{table(result)}\n\n{answers(result)}\n", f"{options.out / 'metrics.json'}", f"{report}", took, sep="\n  ")
     sys.stdout.flush()
+
+
+def conclude(road: Road, root: Path, gpus: int) -> dict[str, Any]:
+    """Write the scores, ask the models about an image, write that and the commands too. Returns metrics.json."""
+    result = metrics(root, world_size(gpus))
+    write_json(root / "metrics.json", result)  # the scores are kept if a request below fails
+    result["predict"] = road.ask(requests(root))
+    write_json(root / "metrics.json", result)
+    write_json(root / "commands.json", road.done)
+    return result
 
 
 if __name__ == "__main__":

@@ -192,9 +192,11 @@ def _default_interface() -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def free_port() -> int:
-    """A free port of ``PORTS``. Raises UserError if there is none."""
+def free_port(other_than: int | None = None) -> int:
+    """A free port of ``PORTS``, not ``other_than``. Raises UserError if there is none."""
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if port == other_than:
+            continue
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("", port))
             return port

@@ -16,6 +16,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.finetune_options import expand_options
 from eve_ds.recipes import read_yaml
 from preprocessing.__main__ import main as prepare
+from preprocessing.errors import UserError
 from tests.support.made_run import dump
 
 SEED = 7
@@ -23,14 +24,14 @@ START = {"--checkpoint", "--init_from", "--model", "--data.tokenizer"}  # option
 SHAPE = read_yaml(str(demo.PRETRAIN), "--config")["model"]
 
 
-def pretraining(root: Path, world_size: int = 2) -> list[str]:
-    (command,) = demo.training_stages(root, SEED, world_size)[0].commands
+def pretraining(root: Path) -> list[str]:
+    (command,) = demo.training_stages(root, SEED, 0)[0].commands
     return command
 
 
 def finetunings(root: Path) -> list[tuple[list[str], list[str]]]:
     """(with pre-training, without), a pair a task."""
-    return [(stage.commands[0], stage.commands[1]) for stage in demo.training_stages(root, SEED, 2)[1:]]
+    return [(stage.commands[0], stage.commands[1]) for stage in demo.training_stages(root, SEED, 0)[1:]]
 
 
 def options(command: list[str]) -> dict[str, str]:
@@ -50,7 +51,7 @@ def parsed(command: list[str]) -> FinetuneConfig:
 
 def test_every_fine_tuning_has_a_rival_that_differs_in_its_start_alone(tmp_path: Path) -> None:
     assert [options(own)["--task"] for own, _ in finetunings(tmp_path)] == ["itr_coco", "vqa", "nlvr"]
-    for stage in demo.training_stages(tmp_path, SEED, 2)[1:]:
+    for stage in demo.training_stages(tmp_path, SEED, 0)[1:]:
         assert stage.ranks and len(stage.commands) == 2
         own, rival = map(options, stage.commands)
         assert stage.commands[0][0] == stage.commands[1][0] == "eve_ds.finetune"
@@ -78,7 +79,7 @@ def test_first_values_have_the_shape_and_the_seed_of_the_pre_training(tmp_path: 
     for _, rival in finetunings(tmp_path):
         config = parsed(rival)
         assert config.init_from is None and config.model == pretrained.model
-        assert config.engine.seed == SEED and config.engine.expert_parallel_size == 2
+        assert config.engine.seed == SEED and config.engine.expert_parallel_size == 1
         assert config.data.tokenizer == pretrained.data.tokenizer == f"{tmp_path}/tokenizer"
 
 
@@ -97,10 +98,26 @@ def test_both_runs_of_a_task_train_alike(tmp_path: Path) -> None:
         assert own.optimizer.total_steps and own.engine.seed == SEED and own.model.vocab_size == SHAPE["vocab_size"]
 
 
-@pytest.mark.parametrize(("world_size", "spread"), [(1, "1"), (2, "2"), (8, "2")])
-def test_experts_are_spread_over_ranks_where_there_are_two(world_size: int, spread: str, tmp_path: Path) -> None:
-    for stage in demo.training_stages(tmp_path, SEED, world_size):
-        assert {options(command)["--engine.expert_parallel_size"] for command in stage.commands} == {spread}
+@pytest.mark.parametrize(
+    ("gpus", "ranks"),
+    [
+        (0, [2, 1, 1, 1]),
+        (1, [1] * 4),
+        (2, [2] * 4),
+        (7, [4] * 4),
+        (8, [8] * 4),
+        (64, [16] * 4),  # the smallest batch of the recipes, 48, is a multiple of 16
+    ],
+)
+def test_experts_are_spread_over_ranks_where_there_are_two(gpus: int, ranks: list[int], tmp_path: Path) -> None:
+    """And the runs of a task take turns on GPUs, where one has all of them, but not on the CPU."""
+    plan = demo.training_stages(tmp_path, SEED, gpus)
+    assert [stage.ranks for stage in plan] == ranks
+    assert [stage.log is None for stage in plan] == [True] + [gpus > 0] * 3
+    assert len({stage.log for stage in plan if stage.log}) == (0 if gpus else 3)
+    for stage in plan:
+        spread = {options(command)["--engine.expert_parallel_size"] for command in stage.commands}
+        assert spread == {"1" if stage.ranks == 1 else "2"}
 
 
 def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
@@ -115,9 +132,41 @@ def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
 
 def test_commands_are_told_as_a_shell_takes_them() -> None:
     words = ["-c", "pass", "--model", json.dumps({"dim": 96, "activation": "gelu"}), "a b"]
-    road = demo.Road([demo.Stage("Nothing", 1, [words])], 2)
+    road = demo.Road([demo.Stage("Nothing", 1, [words])])
     road.run()
     assert shlex.split(road.done[0]["command"]) == ["python", *words]
+
+
+# Fails unless the other command, which writes that file, runs at the same time.
+MEET = """
+import pathlib, sys, time
+pathlib.Path(sys.argv[1]).touch()
+print(sys.argv[1], flush=True)
+deadline = time.monotonic() + 60
+while not pathlib.Path(sys.argv[2]).exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+"""
+
+
+def test_a_fine_tuning_and_its_rival_run_at_the_same_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    own, rival, log = (str(tmp_path / name) for name in ("own", "rival", "log"))
+    commands = [["-c", MEET, own, rival], ["-c", MEET, rival, own]]
+    road = demo.Road([demo.Stage("Both", 1, commands, log=Path(log))])
+    road.run()
+    assert [shlex.split(done["command"])[1:] for done in road.done] == commands
+    output = capfd.readouterr().out
+    assert f"{own}\n" in output and f"{rival}\n" not in output and log in output
+    assert Path(log).read_text() == f"{rival}\n"
+
+
+def test_a_failure_of_either_ends_the_stage(tmp_path: Path) -> None:
+    failing, waiting = ["-c", "raise SystemExit(3)"], ["-c", "import time; time.sleep(1000)"]
+    log = tmp_path / "log"
+    with pytest.raises(UserError, match=f"stage 'Both': its second run ended with exit code 3; its output: {log}"):
+        demo.Road([demo.Stage("Both", 1, [["-c", "pass"], failing], log=log)]).run()
+    with pytest.raises(UserError, match="stage 'Both' ended with exit code 3; its own message stands above"):
+        demo.Road([demo.Stage("Both", 1, [failing, waiting], log=log)]).run()  # and the second is ended
 
 
 def test_a_test_image_is_asked_about_in_words_of_the_raw_files(tmp_path: Path) -> None:
@@ -149,7 +198,7 @@ def test_a_model_that_is_asked_about_must_be_stored(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_is_recorded_with_what_came_out() -> None:
-    road = demo.Road([], 2)
+    road = demo.Road([])
     found = road.ask([(["-c", "print('0.9  red'); print('0.1  blue')"], "right: red")])
     command = shlex.join(["python", "-c", "print('0.9  red'); print('0.1  blue')"])
     assert found == [{"command": command, "output": "0.9  red\n0.1  blue\n", "right": "right: red"}]
@@ -223,6 +272,13 @@ def test_metrics_hold_both_roads(root: Path) -> None:
     assert (found["vqa"]["text_only_baseline"], found["vqa"]["labeled_images"]) == (41.7, demo.ASKED)
     assert (found["world_size"], found["expert_parallel_size"], found["zero_stage"]) == (2, 2, 2)
     assert demo.metrics(root, 1)["expert_parallel_size"] == 1
+
+
+def test_scores_are_kept_if_a_model_cannot_be_asked(root: Path) -> None:
+    assert prepare(["shapes", "--out", str(root / "raw"), "--train", "2", "--val", "2", "--test", "4"]) == 0
+    with pytest.raises(UserError, match="stage 'Asking about a test image' ended with exit code 2"):
+        demo.conclude(demo.Road([]), root, 0)  # there is no checkpoint
+    assert json.loads((root / "metrics.json").read_text()) == demo.metrics(root, 2)
 
 
 def test_an_installed_package_has_no_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
