@@ -66,10 +66,17 @@ class Gauge:
         host = Path("/proc/meminfo")
         return Held(max(whole - self._before, 0), whole, _read(host, "MemAvailable"), _read(host, "MemTotal"))
 
-    def report(self) -> tuple[str, list[str]] | None:
-        """(a line, warnings) on rank 0, None elsewhere. Called by all ranks."""
+    def report(self, plenty: float = 1.0) -> tuple[str, list[str]] | None:
+        """(a line, warnings) on rank 0, None elsewhere. Called by all ranks.
+
+        Args:
+            plenty: share of the memory. Where more is free on all ranks, no forecast is made.
+        """
         held = gather(self.read())
-        return told(held, self.device.type == "cuda", self._forecast_or_none()) if rank_and_world()[0] == 0 else None
+        if rank_and_world()[0] != 0:
+            return None
+        scarce = any(each.free <= plenty * each.total for each in held)
+        return told(held, self.device.type == "cuda", self._forecast_or_none() if scarce else None)
 
     def _forecast_or_none(self) -> int | None:
         """None, with a warning, where there is no forecast: a task of the user's own may lack what the plan asks of it,

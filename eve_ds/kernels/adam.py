@@ -7,6 +7,7 @@ elsewhere. FusedAdam could not be run here (no GPU).
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -74,7 +75,21 @@ def build_adamw(
             return optimizer
         if available:
             warnings.warn(f"using torch's AdamW instead of DeepSpeed's {operation}: {problem[:300]}", stacklevel=2)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    return LeanAdamW(groups, fused=True, **options)
+
+
+class LeanAdamW(torch.optim.AdamW):
+    """torch's AdamW without the wrappers by which torch.compile leaves an optimizer's methods alone.
+
+    At their first call these import the compiler, which takes longer than the import of torch itself. No optimizer is
+    compiled here.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
 def operation_for(device: torch.device, offload: bool) -> str | None:

@@ -93,7 +93,7 @@ def _one_run(config: Any) -> dict[str, Any]:
         "stage": engine.zero_optimization_stage(),
         "partitions": [part.numel() for part in masters],
         "planned": planned,
-        "inductor": "torch._inductor.compile_fx" in sys.modules,
+        "compiler": stage < 3 and "torch._dynamo" in sys.modules,  # DeepSpeed's ZeRO 3 imports it
     }
 
 
@@ -163,6 +163,6 @@ def test_the_plan_partitions_as_deepspeed_does(runs: dict[int, list[dict[str, An
             assert 0 <= held - planned <= 64
 
 
-def test_inductor_is_not_imported(runs: dict[int, list[dict[str, Any]]]) -> None:
-    """Torch's inductor is a second and more of every rank's start (eve_ds.engine.initialize)."""
-    assert not any(run["inductor"] for ranks in runs.values() for run in ranks)
+def test_torchs_compiler_is_not_imported(runs: dict[int, list[dict[str, Any]]]) -> None:
+    """It would be 1.8 s of every rank's start (eve_ds.engine.initialize, eve_ds.kernels.adam)."""
+    assert not any(run["compiler"] for ranks in runs.values() for run in ranks)

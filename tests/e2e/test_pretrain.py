@@ -45,7 +45,7 @@ def tiny_run(tiny_run: list[str]) -> list[str]:
 def straight(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from the first step to the last."""
     output = tmp_path_factory.mktemp("straight") / "run"
-    ranks.run("eve_ds.pretrain", [*tiny_run, f"--output_dir={output}"])
+    ranks.run("eve_ds.pretrain", [*tiny_run, f"--output_dir={output}", "--logging.wandb=true"])
     return output
 
 

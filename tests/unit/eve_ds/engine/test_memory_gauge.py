@@ -101,15 +101,31 @@ def test_a_forecast_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture, mo
     assert "no forecast of the memory: NotImplementedError: my task has no meta batch" in caplog.text
 
 
+@pytest.mark.parametrize(("free", "asked"), [(41, False), (40, True), (3, True)])
+def test_where_plenty_is_free_no_forecast_is_made(free: int, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fullest rank counts; without a limit the forecast is always made."""
+    made = []
+    gauge = Gauge(CPU, lambda: len(made.append(1) or made))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(memory_gauge, "gather", lambda mine: [held(1, 70), held(1, free)])
+    for plenty, expected in ((0.5, asked), (1.0, True)):
+        found = gauge.report(plenty)
+        assert found is not None and ("no forecast" not in found[0]) == bool(made) == expected
+        made.clear()
+
+
 def trainer(folder: Path, device: str, snapshot: bool = True) -> Any:
     config = SimpleNamespace(logging=SimpleNamespace(memory_snapshot=snapshot))
     steps = {"start_step": 4, "step": 4, "task_name": "vqa"}
     return SimpleNamespace(config=config, device=torch.device(device), output_dir=folder, rank=1, **steps)
 
 
-def test_the_first_step_of_a_process_is_compared_and_no_other(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    made, reports = trainer(tmp_path, "cpu"), iter([("little", ["too much"])])
-    check = MemoryCheck(SimpleNamespace(report=lambda: next(reports)))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("device", "plenty"), [("cpu", 0.5), ("cuda", 1.0)])
+def test_the_first_step_of_a_process_is_compared_and_no_other(
+    device: str, plenty: float, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """On a GPU with the forecast, however much is free."""
+    made, reports = trainer(tmp_path, device), iter([(plenty, ("little", ["too much"]))])
+    check = MemoryCheck(SimpleNamespace(report=lambda given: dict([next(reports)])[given]))  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO, "eve_ds.callbacks.memory_check"):
         logging.getLogger("eve_ds.callbacks.memory_check").addHandler(caplog.handler)
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,50 @@ def distance_from_formula(device: torch.device, offload: bool) -> tuple[str, flo
 
 def test_on_the_cpu() -> None:
     name, difference = distance_from_formula(CPU, offload=False)
-    assert name == "AdamW" and difference < 3e-6
+    assert name == "LeanAdamW" and difference < 3e-6
+
+
+def test_torchs_adamw_without_its_wrappers_is_the_same_bit_for_bit() -> None:
+    """Several groups, a changed learning rate, states stored and loaded in the middle."""
+
+    def trained(kind: type[torch.optim.AdamW]) -> list[Tensor]:
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(size)) for size in SIZES]
+        optimizer = kind(parameters[:2], lr=1e-2, betas=BETAS, eps=EPS, fused=True)
+        optimizer.add_param_group({"params": parameters[2:], "weight_decay": 0.0})
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.square().sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            optimizer.step()
+            if step == 2:
+                optimizer.load_state_dict(optimizer.state_dict())
+        states = [moment for state in optimizer.state.values() for moment in state.values()]
+        return [*(parameter.detach() for parameter in parameters), *states]
+
+    ours, theirs = trained(adam.LeanAdamW), trained(torch.optim.AdamW)
+    assert len(ours) == len(theirs) == 4 * len(SIZES)
+    assert all(torch.equal(own, other) for own, other in zip(ours, theirs, strict=True))
+
+
+STEP = """
+import sys
+import torch
+from eve_ds.kernels.adam import LeanAdamW
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = LeanAdamW([parameter], fused=True)
+optimizer.zero_grad()
+parameter.sum().backward()
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_no_step_imports_torchs_compiler() -> None:
+    ended = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"
 
 
 @pytest.mark.long  # compiles DeepSpeed's operation, which takes a minute or two
@@ -78,7 +123,7 @@ if torch.cuda.is_available():
 def test_what_is_not_compiled_is_never_compiled_in_passing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     name, difference = distance_from_formula(CPU, offload=True)
-    assert name == "AdamW" and difference < 3e-6 and not any(tmp_path.iterdir())
+    assert name == "LeanAdamW" and difference < 3e-6 and not any(tmp_path.iterdir())
     available, reason, how = adam.operation_state(adam.CPU_ADAM)
     assert not available and reason == "not compiled" and "CPUAdamBuilder" in how
 

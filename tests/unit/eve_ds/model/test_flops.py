@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -23,6 +25,21 @@ def test_a_linear_layer() -> None:
     assert count_flops(lambda: layer(x).sum().backward()) == 2 * 2 * 7 * 3 * 5  # x has no gradient
     x.requires_grad_()
     assert count_flops(lambda: layer(x).sum().backward()) == 3 * 2 * 7 * 3 * 5
+
+
+COUNT = """
+import sys
+import torch
+from eve_ds.model.flops import count_flops
+x = torch.ones(4, 4)
+assert count_flops(lambda: x @ x) == 128
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_counting_does_not_import_torchs_compiler() -> None:
+    ended = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(("dtype", "sums"), [(torch.float32, 0), (torch.bfloat16, 1)])
