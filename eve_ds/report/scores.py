@@ -217,11 +217,12 @@ def scores_section(run: Run) -> Html:
     table = tag("table", tag("thead", head), tag("tbody", [_row(score) for score in scores]))
     note = (
         "All scores are on held-out images. Text R@k: percentage of images with a correct caption among the top k. "
-        "Image R@k: percentage of captions with their image among the top k; re-ranked: by the matching head. The "
-        "marks on the bars are the baselines: the same fine-tuning without pre-training; random guessing (chance); "
-        "always the most frequent answer (majority); the best model that does not see the images (text only). A dash: "
-        "not defined or not recorded. Below a score: its 95 % confidence interval over the test examples, by "
-        "bootstrap."
+        "Image R@k: percentage of captions with their image among the top k; re-ranked: by the matching head. "
+        "Matching accuracy: percentage of pairs, of an image with its own caption or with one drawn at random, that "
+        "the matching head judges right. The marks on the bars are the baselines: the same fine-tuning without "
+        "pre-training; random guessing (chance); always the most frequent answer (majority); the best model that does "
+        "not see the images (text only). A dash: not defined or not recorded. Below a score: its 95 % confidence "
+        "interval over the test examples, by bootstrap."
     )
     lacking = [tag("p", f"{title}: {text}.", class_="note") for title, text in _incomplete(run)]
     whole = tag(

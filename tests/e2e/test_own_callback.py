@@ -93,7 +93,7 @@ def check_profile(folder: Path, told: str) -> None:
     for rank in range(2):
         with gzip.open(folder / f"rank_{rank}.json.gz") as file:
             names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
-        assert {"aten::mm", "aten::bmm", "aten::native_layer_norm", "Optimizer.step#AdamW.step"} <= names
+        assert {"aten::mm", "aten::bmm", "aten::native_layer_norm", "Optimizer.step#LeanAdamW.step"} <= names
         assert any(name.startswith(("c10d::allreduce", "gloo:all_reduce")) for name in names)
     text = (folder / "summary.txt").read_text()
     assert text.startswith("profile: steps 3 to 4 of rank 0") and text in told

@@ -116,7 +116,7 @@ if torch.cuda.is_available():
 
     def test_on_cuda() -> None:
         name, difference = distance_from_formula(torch.device("cuda"), offload=False)
-        assert name == ("FusedAdam" if adam.operation_state(adam.FUSED_ADAM)[0] else "AdamW")
+        assert name == ("FusedAdam" if adam.operation_state(adam.FUSED_ADAM)[0] else "LeanAdamW")
         assert difference < 3e-6
 
 
