@@ -18,12 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.common import Parser
-from eve_ds.demo_results import ASKED, FIRST, RERANKED, TASK_FOLDERS, answers, metrics, scores_file, table
+from eve_ds.demo_results import ASKED, FIRST, RERANKED, answers, metrics, run_folder, scores_file, table
 from eve_ds.environment import free_port, prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
@@ -34,11 +35,12 @@ from preprocessing.local_files import write_json
 CONFIGS = Path(__file__).parent / "configs"
 PRETRAIN = CONFIGS / "tiny_shapes.yaml"
 MARKER = "demo.json"
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run one after the other.
+    """Commands that run one after the other, or two at the same time.
 
     Args:
         title: printed.
@@ -104,7 +106,7 @@ def training_stages(root: Path, seed: int, gpus: int) -> list[Stage]:
             ["eve_ds.finetune", *config, *start, *given, "--output_dir", folder]
             for start, folder in (
                 (["--checkpoint", f"{root}/pretrain"], f"{root}/{recipe}"),
-                (first_values, f"{root}/{recipe}/{FIRST}"),
+                (first_values, f"{root}/{recipe}_{FIRST}"),
             )
         ]
         log = None if gpus else root / f"{recipe}_{FIRST}.log"
@@ -134,10 +136,9 @@ def scoring_stage(root: Path) -> Stage:
             ("nlvr", [*stated, "--predictions"]),
         ):
             program, _, kind = task.partition("_")
-            folder = root / TASK_FOLDERS[program] / run
             suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[program]
             name = f"predictions_test{kind and f'_{kind}'}.{suffix}"
-            files = [str(folder / name), "--out", str(scores_file(root, task, run))]
+            files = [str(run_folder(root, program, run) / name), "--out", str(scores_file(root, task, run))]
             commands.append(["-m", f"evaluation.{program}", "--intervals", *options, *files])
     if importlib.util.find_spec("eve_ds.bench") is not None:  # a wheel does not hold it
         words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
@@ -221,37 +222,50 @@ class Road:
         return found
 
     def _side_by_side(self, stage: Stage, log: Path) -> None:
+        """Run both commands, each under a guard, which takes a signal to its ranks and waits for them."""
         own, rival = stage.commands
         print(f"      beside it, without pre-training; its output: {log}", flush=True)
-        with log.open("wb") as file:
-            start, port = time.monotonic(), free_port()
-            beside = subprocess.Popen(launched(stage, rival, port), stdout=file, stderr=file)
-            try:
-                self._command(stage, own, port=free_port(other_than=port))
-                status = beside.wait()
-            finally:
-                beside.terminate()  # its ranks notice and end
-                beside.wait()
-        self._record(stage, rival, start)
-        if status:
-            raise UserError(f"stage {stage.title!r}: its second run ended with exit code {status}; its output: {log}")
+        start, port = time.monotonic(), free_port()
+        commands = [launched(stage, own, free_port(other_than=port)), launched(stage, rival, port)]
+        guard = [sys.executable, "-m", "eve_ds.launching"]
+        with log.open("wb") as file, ExitStack() as ending:
+            running = []
+            for command, output in zip(commands, (None, file), strict=True):
+                running.append(subprocess.Popen([*guard, *command], stdout=output, stderr=output))
+                ending.callback(running[-1].wait)
+                ending.callback(running[-1].terminate)  # called first; it does nothing to a process that has ended
+            seconds: dict[int, float] = {}
+            while len(seconds) < len(running):
+                time.sleep(POLL_SECONDS)
+                for number, process in enumerate(running):
+                    if process.poll():
+                        where = f"its output: {log}" if number else "its own message stands above"
+                        raise UserError(
+                            f"stage {stage.title!r}{', without pre-training,' if number else ''} ended with exit code "
+                            f"{process.returncode}; {where}"
+                        )
+                    if process.returncode == 0:
+                        seconds.setdefault(number, time.monotonic() - start)
+        for number, arguments in enumerate(stage.commands):
+            self._record(stage, arguments, seconds[number], beside=number > 0)
 
-    def _command(self, stage: Stage, arguments: list[str], stdout: int | None = None, port: int | None = None) -> str:
+    def _command(self, stage: Stage, arguments: list[str], stdout: int | None = None) -> str:
         start = time.monotonic()
-        ended = subprocess.run(launched(stage, arguments, port or free_port()), stdout=stdout, text=True)
+        command = launched(stage, arguments, free_port() if stage.ranks else None)
+        ended = subprocess.run(command, stdout=stdout, text=True)
         if status := ended.returncode:
             raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
-        self._record(stage, arguments, start)
+        self._record(stage, arguments, time.monotonic() - start)
         return ended.stdout or ""
 
-    def _record(self, stage: Stage, arguments: list[str], start: float) -> None:
+    def _record(self, stage: Stage, arguments: list[str], seconds: float, beside: bool = False) -> None:
         shown = ["deepspeed", "--num_gpus", str(stage.ranks), "--module"] if stage.ranks else ["python"]
-        seconds = time.monotonic() - start
-        self.done.append({"title": stage.title, "command": shlex.join([*shown, *arguments]), "seconds": seconds})
+        command = shlex.join([*shown, *arguments])
+        self.done.append({"title": stage.title, "command": command, "seconds": seconds, "beside": beside})
 
 
-def launched(stage: Stage, arguments: list[str], port: int) -> list[str]:
-    """The command line of one of the stage's commands."""
+def launched(stage: Stage, arguments: list[str], port: int | None) -> list[str]:
+    """The command line of one of the stage's commands; ``port`` is where its ranks meet."""
     if not stage.ranks:
         return [sys.executable, *arguments]
     # Not the deepspeed script, which may be missing beside the interpreter.

@@ -8,9 +8,14 @@ from typing import Any
 
 LOSS_WINDOW = 20  # steps over which the first and last pre-training loss are averaged
 ASKED = 600  # of the 6,000 training images: pre-training sees all captions, fine-tuning few labels
-FIRST = "first_values"  # in the folder of a fine-tuning: the same fine-tuning without pre-training
+FIRST = "first_values"  # the same fine-tuning without pre-training
 TASK_FOLDERS = {"retrieval": "itr", "vqa": "vqa", "nlvr": "nlvr"}
 RERANKED = "retrieval_reranked"  # the scores after re-ranking
+
+
+def run_folder(root: Path, task: str, run: str) -> Path:
+    """The folder of a fine-tuning; ``run`` is "" or FIRST."""
+    return root / f"{TASK_FOLDERS[task]}{run and f'_{run}'}"
 
 
 def scores_file(root: Path, task: str, run: str) -> Path:
@@ -33,7 +38,7 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
         for run, part in (("", found), (FIRST, found["from_first_values"])):
             part["reranked"] = read(scores_file(root, RERANKED, run).name)
             part["intervals"]["reranked"] = part["reranked"].pop("intervals")
-            whole = read(f"{TASK_FOLDERS['retrieval']}/{run}/scores_test.json")
+            whole = read(f"{run_folder(root, 'retrieval', run).name}/scores_test.json")
             part["matching"], part["intervals"]["matching"] = whole["matching"], whole["intervals"]["matching"]
         return found
 

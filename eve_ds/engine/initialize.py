@@ -1,4 +1,7 @@
-"""``deepspeed.initialize`` for a task that trains, without the import of torch's compiler, which serves no run."""
+"""``deepspeed.initialize`` for a task that trains, without imports of torch's compiler, which serves no run.
+
+DeepSpeed's ZeRO 3 and its own Adam kernels import it all the same.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def commands_section(run: Run) -> Html:
         head = tag("div", tag("span", str(row.get("title", ""))), tag("span", took, class_="num"), class_="step")
         parts.append(head + tag("pre", row["command"]))
     times = [seconds for row in run.commands if (seconds := _seconds(row)) is not None]
-    total = tag("p", f"{len(run.commands)} commands, {_duration(sum(times))} in total.", class_="note")
+    together = " Some ran at the same time." if any(row.get("beside") for row in run.commands) else ""
+    total = tag("p", f"{len(run.commands)} commands, {_duration(sum(times))} in total.{together}", class_="note")
     return section("commands", "Commands", total, Html("".join(parts)))
 
 

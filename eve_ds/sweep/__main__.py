@@ -159,7 +159,7 @@ def draw_world(world: Path) -> None:
     """Draw the shapes world, unless it is there and whole: its tokenizer is written last."""
     if not (world / "tokenizer" / TOKENIZER).is_file():
         shutil.rmtree(world, ignore_errors=True)
-        Road(data_stages(world, WORLD_SEED), 1).run()
+        Road(data_stages(world, WORLD_SEED)).run()
 
 
 def print_commands(waiting: list[list[Stage]], world: Path | None) -> None:

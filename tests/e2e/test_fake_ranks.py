@@ -93,7 +93,7 @@ def _one_run(config: Any) -> dict[str, Any]:
         "stage": engine.zero_optimization_stage(),
         "partitions": [part.numel() for part in masters],
         "planned": planned,
-        "compiler": stage < 3 and "torch._dynamo" in sys.modules,  # DeepSpeed's ZeRO 3 imports it
+        "compiler": stage < 3 and "torch._dynamo" in sys.modules,  # DeepSpeed's ZeRO 3, the last of STAGES, imports it
     }
 
 

@@ -74,7 +74,7 @@ def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
     assert 0 <= held_out["val/itm_accuracy"] <= 1
     told = "negatives come from one micro-batch of all ranks, 4 of the 8 samples of a step; engine.micro_batch_size=4, "
     printed = (pretrained.parent / "printed").read_text()
-    assert printed.count(told) == 1 and "; the plan forecasts " in printed
+    assert printed.count(told) == 1 and "memory: at most " in printed
     shown = json.loads((pretrained / "samples" / "samples.json").read_text())
     assert len(shown["images"]) == len(shown["words"]) == 8
     task = load_task_model("itc_itm_mlm_mim", pretrained)
@@ -86,7 +86,7 @@ def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretr
     first, again = tmp_path / "first", tmp_path / "again"
     printed = finetune(task, data, pretrained, first, *(["--load_head"] if task == "itr_coco" else []))
     assert "negatives" not in printed  # a step is one micro-batch
-    assert "; the plan forecasts " in printed and "no forecast" not in printed
+    assert "memory: at most " in printed
     scores = json.loads((first / "scores_test.json").read_text())
     about, intervals = scores.pop("about"), scores.pop("intervals")
     hashes = json.loads((first / "model" / "hashes.json").read_text())

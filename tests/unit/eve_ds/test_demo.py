@@ -59,7 +59,7 @@ def test_every_fine_tuning_has_a_rival_that_differs_in_its_start_alone(tmp_path:
             *START,
             "--output_dir",
         }
-        assert rival["--output_dir"] == f"{own['--output_dir']}/{demo.FIRST}"
+        assert rival["--output_dir"] == f"{own['--output_dir']}_{demo.FIRST}"
 
 
 def test_every_fine_tuning_starts_from_the_pre_training_and_its_rival_from_nothing(tmp_path: Path) -> None:
@@ -155,6 +155,7 @@ def test_a_fine_tuning_and_its_rival_run_at_the_same_time(tmp_path: Path, capfd:
     road = demo.Road([demo.Stage("Both", 1, commands, log=Path(log))])
     road.run()
     assert [shlex.split(done["command"])[1:] for done in road.done] == commands
+    assert [done["beside"] for done in road.done] == [False, True]
     output = capfd.readouterr().out
     assert f"{own}\n" in output and f"{rival}\n" not in output and log in output
     assert Path(log).read_text() == f"{rival}\n"
@@ -163,10 +164,12 @@ def test_a_fine_tuning_and_its_rival_run_at_the_same_time(tmp_path: Path, capfd:
 def test_a_failure_of_either_ends_the_stage(tmp_path: Path) -> None:
     failing, waiting = ["-c", "raise SystemExit(3)"], ["-c", "import time; time.sleep(1000)"]
     log = tmp_path / "log"
-    with pytest.raises(UserError, match=f"stage 'Both': its second run ended with exit code 3; its output: {log}"):
-        demo.Road([demo.Stage("Both", 1, [["-c", "pass"], failing], log=log)]).run()
-    with pytest.raises(UserError, match="stage 'Both' ended with exit code 3; its own message stands above"):
-        demo.Road([demo.Stage("Both", 1, [failing, waiting], log=log)]).run()  # and the second is ended
+    for commands, told in (
+        ([waiting, failing], f"stage 'Both', without pre-training, ended with exit code 3; its output: {log}"),
+        ([failing, waiting], "stage 'Both' ended with exit code 3; its own message stands above"),
+    ):
+        with pytest.raises(UserError, match=told):
+            demo.Road([demo.Stage("Both", 1, commands, log=log)]).run()  # and the other one is ended
 
 
 def test_a_test_image_is_asked_about_in_words_of_the_raw_files(tmp_path: Path) -> None:
@@ -223,7 +226,7 @@ def root(tmp_path: Path) -> Path:
     for task, pair in SCORES.items():
         for run, scores in zip(("", demo.FIRST), pair, strict=True):
             dump(demo.scores_file(tmp_path, task, run), scores | {"intervals": {"txt_r1": [1, 99]}})
-    for run, accuracy in (("itr", 91.0), (f"itr/{demo.FIRST}", 66.5)):
+    for run, accuracy in (("itr", 91.0), (f"itr_{demo.FIRST}", 66.5)):
         scores = {"matching": {"accuracy": accuracy, "prior": 66.7}, "intervals": {"matching": {"accuracy": [60, 95]}}}
         dump(tmp_path / run / "scores_test.json", scores)
     dump(tmp_path / "baselines_vqa.json", {"majority_baseline": 21.0, "text_only_baseline": 41.7})

@@ -368,4 +368,7 @@ def test_odd_values_are_left_out_and_the_others_shown(run_folder: Path) -> None:
     assert re.findall(r'<th rowspan="2">(\d)</th>', content) == [str(layers[0]["layer"])]
     assert "accuracy" in page.text and "74.2\xa0%" in page.text and "78.3\xa0%" not in page.text
     assert "2 line(s) of vqa/metrics.jsonl could not be read." in page.text
-    assert "2 commands, 1 min 05 s in total" in page.text
+    assert "2 commands, 1 min 05 s in total" in page.text and "at the same time" not in page.text
+    commands[1]["beside"] = True
+    (run_folder / "commands.json").write_text(json.dumps(commands))
+    assert "2 commands, 1 min 05 s in total. Some ran at the same time." in Page(build(run_folder)).text
