@@ -53,7 +53,8 @@ clean: ## remove .venv, .venv-bench, compiled operations and all caches; runs/ s
 $(RUN_READY):
 	@echo "== making .venv with $$($(PYTHON) --version) (torch, DeepSpeed and what they need: one to three minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv --clear .venv
+	rm -rf .venv  # and not venv --clear, which empties the folder that a link leads to
+	$(PYTHON) -m venv .venv
 	@$(PIP_INSTALL) -r requirements.txt 2>&1 | $(PIP_SHOW)
 	@touch $@
 
@@ -66,7 +67,8 @@ $(DEV_READY): | $(RUN_READY)
 # what is missing.
 $(BENCH_READY):
 	@echo "== making .venv-bench (6 GB: torch's own build, CUDA libraries included; five to ten minutes)"
-	$(PYTHON) -m venv --clear .venv-bench
+	rm -rf .venv-bench
+	$(PYTHON) -m venv .venv-bench
 	@$(BENCH_INSTALL) -r requirements-bench.txt 2>&1 | $(PIP_SHOW) || \
 	    grep -v '^#' requirements-bench.txt | while read -r package; do \
 	        $(BENCH_INSTALL) "$$package" 2>&1 | $(PIP_SHOW) || echo "   $$package cannot be installed: .venv-bench/pip.log"; \
