@@ -4,7 +4,7 @@
 
 Each stage consists of commands that a user could type; the report lists them. They run in order, on two CPU ranks or on
 the GPUs of this machine, with an estimate of the time left. On the CPU a fine-tuning and its rival run at the same time
-on one rank each: most of a step is small operations, whose time does not depend on the size of the batch.
+on one rank each: most of a step is small operations, whose time hardly depends on the size of the batch.
 """
 
 from __future__ import annotations
