@@ -8,6 +8,7 @@ RUN_READY := .venv/.ready-$(call hash,requirements.txt)
 DEV_READY := .venv/.ready-dev-$(call hash,requirements.txt requirements-dev.txt)
 BENCH_READY := .venv-bench/.ready-$(call hash,requirements-bench.txt)
 PYTEST := .venv/bin/python -m pytest
+SHARED := -n auto --maxprocesses 8
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -27,11 +28,12 @@ setup: $(RUN_READY) ## make .venv
 demo: setup ## the whole pipeline on a small embedded data set; ends with runs/demo/report.html
 	@.venv/bin/python -m eve_ds.demo --seed $(SEED)
 
-test: $(DEV_READY) test-packages test-unit ## what CI runs: the unit tests, then all others one by one
-	$(PYTEST) -m "not long" --ignore tests/unit tests
+test: $(DEV_READY) test-packages test-unit ## what CI runs: the unit tests, whole runs a file per process, clusters one by one
+	$(PYTEST) $(SHARED) --dist loadfile -m "not long" tests/e2e tests/multirank
+	$(PYTEST) -m "not long" tests/cluster
 
 test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
-	$(PYTEST) -n auto --maxprocesses 8 -m "not long" tests/unit
+	$(PYTEST) $(SHARED) -m "not long" tests/unit
 
 test-all: $(DEV_READY) test-packages ## the long tests too
 	$(PYTEST) tests

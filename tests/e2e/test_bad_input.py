@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.ranks import REPOSITORY
+from tests.support.ranks import LIMIT, REPOSITORY
 from tests.support.shards import make_caption_set, tiny_tokenizer
 
 TINY = str(REPOSITORY / "tests" / "e2e" / "tiny.yaml")
@@ -72,7 +72,11 @@ def test_pretraining_names_the_culprit(case: str, data: Path, tmp_path: Path) ->
     options += [f"--output_dir={tmp_path / 'run'}", "--engine.expert_parallel_size=1", "--logging.wandb=false"]
     options += [change.format(root=data) for change in changes]
     result = subprocess.run(
-        [sys.executable, "-m", "eve_ds.pretrain", *options], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "eve_ds.pretrain", *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
     )
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 2, result.stderr
@@ -84,7 +88,7 @@ def test_pretraining_names_the_culprit(case: str, data: Path, tmp_path: Path) ->
 def test_finetuning_names_a_missing_checkpoint(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eve_ds.finetune", "--task", "itr_coco", "--checkpoint", str(tmp_path / "none")]
     command += ["--data", str(data / "captions"), "--output_dir", str(tmp_path / "run")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.count("error:") == 1 and str(tmp_path / "none") in result.stderr
 
@@ -92,7 +96,7 @@ def test_finetuning_names_a_missing_checkpoint(data: Path, tmp_path: Path) -> No
 def test_the_report_names_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{")
     command = [sys.executable, "-m", "eve_ds.report", "--run", str(tmp_path), "--out", str(tmp_path / "report.html")]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 2 and "metrics.json" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "report.html").exists()
 
@@ -100,7 +104,7 @@ def test_the_report_names_a_damaged_file(tmp_path: Path) -> None:
 def test_finetuning_names_what_is_no_callback_before_it_reads_data(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eve_ds.finetune", "--task", "itr_coco", "--data", str(tmp_path / "no_data")]
     command += ["--output_dir", str(tmp_path / "run"), "--logging.callbacks=[tests.support.ranks:REPOSITORY]"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=LIMIT)
     assert result.returncode == 2 and not (tmp_path / "run").exists()
     assert result.stderr.startswith("error: --logging.callbacks tests.support.ranks:REPOSITORY: is no callback")
 
@@ -111,7 +115,7 @@ def test_what_is_no_port_is_named(data: Path, tmp_path: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "70000", "RANK": "0", "WORLD_SIZE": "1"}
     command = [sys.executable, "-m", "eve_ds.pretrain", *options]
     result = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **place}, capture_output=True, text=True, timeout=200
+        command, cwd=REPOSITORY, env={**os.environ, **place}, capture_output=True, text=True, timeout=LIMIT
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "error: MASTER_PORT=70000: is no port from 1 to 65535; " in result.stderr
@@ -128,7 +132,7 @@ def test_a_port_that_is_taken_is_named(data: Path, tmp_path: Path) -> None:
             env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=LIMIT,
         )
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.__main__ import COMMANDS
+from tests.support.ranks import LIMIT
 from tests.unit.preprocessing.helpers import ROOT, command, write_json
 
 
@@ -87,7 +88,9 @@ def test_folders_without_permission_are_one_line(tmp_path: Path) -> None:
         ),
     )
     lines = [[*map(str, words), "--split", "train"] for words, _ in cases]
-    done = subprocess.run([*run, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*run, json.dumps(lines)], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "2\n" * len(cases)), done.stderr
     told = done.stderr.splitlines()
     assert len(told) == len(cases), done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from eve_ds.plan.work import days
+from tests.support import ranks
 
 CHOSEN = ("--world_size", "4", "--expert_parallel_size", "2", "--device", "cpu", "--device_memory", "64MiB")
 
@@ -21,7 +22,7 @@ def command(*argv: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
+        timeout=ranks.LIMIT,
         check=False,
     )
 

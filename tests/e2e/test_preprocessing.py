@@ -26,7 +26,7 @@ from tests.support.s3 import BUCKET, S3, s3_server
 ROOT = Path(__file__).parents[2]
 ROWS = 150
 PARTS = 75
-SECONDS = 120  # far beyond what any step takes: only a hang meets it
+SECONDS = 240  # far beyond what any step takes: only a hang meets it
 
 
 class World:

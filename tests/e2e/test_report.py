@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.support.made_run import make_run
 from tests.support.page import Page
+from tests.support.ranks import LIMIT
 
 
 def test_the_command_writes_a_self_contained_page(tmp_path: Path, repository: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_watched_run_ends_by_ctrl_c(tmp_path: Path, repository: Path) -> None:
         assert watching.stdout is not None
         assert watching.stdout.readline() == f"writing {out} every 1 s; Ctrl-C ends it\n"
         watching.send_signal(signal.SIGINT)
-        _, told = watching.communicate(timeout=60)
+        _, told = watching.communicate(timeout=LIMIT)
     finally:
         watching.kill()
     assert (watching.returncode, told) == (130, "")

@@ -17,7 +17,7 @@ from eve_ds.dashboard.panels import SECTIONS
 from tests.support.ranks import REPOSITORY
 from tests.support.wandb_server import ENTITY, StoredRun, WandbServer, clients, wandb_server
 
-LIMIT = 240  # seconds; a hang, not a slow machine
+LIMIT = 480  # seconds; a hang, not a slow machine
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ MIXED = [Case(stage=stage, ep_size=2, world_size=2, kinds="ip" * 8 + "t" * 16) f
 
 
 def run(cases: list[Case]) -> None:
-    run_distributed_test(compare, cases[0].world_size, args=(cases, references(cases)), timeout=60 + 30 * len(cases))
+    run_distributed_test(compare, cases[0].world_size, args=(cases, references(cases)), timeout=120 + 60 * len(cases))
 
 
 def test_the_short_list_is_short_and_holds_every_pair() -> None:

@@ -20,7 +20,7 @@ def case(stage: int, **changes: Any) -> Case:
 
 
 def run(cases: list[Case]) -> None:
-    run_distributed_test(compare, 2, args=(cases, references(cases)), timeout=60 + 30 * len(cases))
+    run_distributed_test(compare, 2, args=(cases, references(cases)), timeout=120 + 60 * len(cases))
 
 
 def test_all_that_is_taken_equals_one_process() -> None:

@@ -72,4 +72,4 @@ def test_predictions_are_the_same_at_any_expert_parallel_size() -> None:
     task = tiny_task(PREDICTING[-1])
     hidden = [encode(task, by_rank(rank)) for rank in range(len(SHARES))]
     assert all(len(states) == share for states, share in zip(hidden, SHARES, strict=True))
-    run_distributed_test(evaluate, len(SHARES), args=(alone, hidden), timeout=240)
+    run_distributed_test(evaluate, len(SHARES), args=(alone, hidden))

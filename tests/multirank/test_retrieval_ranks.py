@@ -46,4 +46,4 @@ def two_ranks(folder: Path, alone: list[Arrays]) -> None:
 def test_one_and_two_ranks_score_the_same(tmp_path: Path) -> None:
     folder = uneven_split(tmp_path)
     alone = [arrays_of(retrieval_task(rerank=True, k_test=k), folder, BATCH, limit) for k, limit in CASES]
-    run_distributed_test(two_ranks, 2, args=(folder, alone), timeout=240)
+    run_distributed_test(two_ranks, 2, args=(folder, alone))

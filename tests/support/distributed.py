@@ -25,7 +25,7 @@ def run_distributed_test(
     fn: Callable[..., None],
     world_size: int,
     backend: str = "gloo",
-    timeout: float = 120,
+    timeout: float = 240,
     args: Sequence[Any] = (),
 ) -> None:
     """Call ``fn(*args)`` on every rank of a new process group, one thread a rank.

@@ -67,7 +67,7 @@ def kill(started: list[subprocess.Popen[str]], first: int = 0, gap: float = 0.0)
     for rank in (started[first], started[1 - first]):
         rank.send_signal(signal.SIGKILL)
         time.sleep(gap)
-    return "".join(rank.communicate(timeout=60)[0] for rank in started)
+    return "".join(rank.communicate(timeout=ranks.LIMIT)[0] for rank in started)
 
 
 def until(started: list[subprocess.Popen[str]], condition: Callable[[], bool]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 
 # Below those that the kernel gives to connections, one of which could have it before its user comes. None is handed out
-# twice, and processes of tests that run at once begin elsewhere.
-_candidates = iter(random.SystemRandom().sample(range(20011, 32000), 32000 - 20011))
+# twice: pytest-xdist's workers, which run tests at once, have ports of their own.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = range(20011 + _WORKER, 32000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+_candidates = iter(random.SystemRandom().sample(_PORTS, len(_PORTS)))
 
 
 def free_ports(count: int) -> list[int]:

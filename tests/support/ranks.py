@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.support.ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LIMIT = 240  # seconds; a hang, not a slow machine
+LIMIT = 480  # seconds; a hang, not a slow machine
 
 
 def start(module: str, arguments: list[str], world_size: int, last: Sequence[str] = ()) -> list[subprocess.Popen[str]]:

@@ -13,7 +13,7 @@ from eve_ds.config import PretrainConfig
 from eve_ds.engine.identity import Identity
 
 ANY = Identity({}, {})
-LIMIT = 60.0  # seconds; a hang
+LIMIT = 120.0  # seconds; a hang
 
 
 def make_run(folder: Path) -> Path:
