@@ -15,6 +15,9 @@ SHELL := /bin/bash
 # Names the packages as they come; warnings and all else are in .venv/pip.log.
 PIP_INSTALL := .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --log .venv/pip.log
 BENCH_INSTALL := $(subst .venv/,.venv-bench/,$(PIP_INSTALL))
+# Makes folder $(1) anew: of a link the link alone, which --clear would follow; by the interpreter that a .venv, which may
+# be this folder, was made of.
+VENV = base=$$($(PYTHON) -c 'import sys; print(sys._base_executable)'); [ ! -L $(1) ] || rm $(1); "$$base" -m venv --clear $(1)
 PIP_SHOW := sed -un 's/^\(Collecting [^ ]*\).*/   \1/p; s/^\(Installing\).*/   \1/p; /^ERROR/p'
 
 .DEFAULT_GOAL := help
@@ -55,8 +58,7 @@ clean: ## remove .venv, .venv-bench, compiled operations and all caches; runs/ s
 $(RUN_READY):
 	@echo "== making .venv with $$($(PYTHON) --version) (torch, DeepSpeed and what they need: one to three minutes)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	rm -rf .venv  # and not venv --clear, which empties the folder that a link leads to
-	$(PYTHON) -m venv .venv
+	@$(call VENV,.venv)
 	@$(PIP_INSTALL) -r requirements.txt 2>&1 | $(PIP_SHOW)
 	@touch $@
 
@@ -69,8 +71,7 @@ $(DEV_READY): | $(RUN_READY)
 # what is missing.
 $(BENCH_READY):
 	@echo "== making .venv-bench (6 GB: torch's own build, CUDA libraries included; five to ten minutes)"
-	rm -rf .venv-bench
-	$(PYTHON) -m venv .venv-bench
+	@$(call VENV,.venv-bench)
 	@$(BENCH_INSTALL) -r requirements-bench.txt 2>&1 | $(PIP_SHOW) || \
 	    grep -v '^#' requirements-bench.txt | while read -r package; do \
 	        $(BENCH_INSTALL) "$$package" 2>&1 | $(PIP_SHOW) || echo "   $$package cannot be installed: .venv-bench/pip.log"; \

@@ -3,8 +3,9 @@
     make demo          or          python -m eve_ds.demo [--seed N] [--out runs/demo]
 
 Each stage consists of commands that a user could type; the report lists them. They run in order, on two CPU ranks or on
-the GPUs of this machine, with an estimate of the time left. On the CPU a fine-tuning and its rival run at the same time
-on one rank each: most of a step is small operations, whose time hardly depends on the size of the batch.
+the GPUs of this machine, with an estimate of the time left. Each fine-tuning has a baseline run: the same from initial
+values, without pre-training. On the CPU both run at the same time on one rank each: most of a step is small operations,
+whose time hardly depends on the size of the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.common import Parser
-from eve_ds.demo_results import ASKED, FIRST, RERANKED, answers, metrics, run_folder, scores_file, table
+from eve_ds.demo_results import (
+    FIRST_VALUES,
+    LABELED_IMAGES,
+    RERANKED_SCORES,
+    answers,
+    metrics,
+    run_folder,
+    scores_file,
+    table,
+)
 from eve_ds.environment import free_port, prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
@@ -36,6 +46,7 @@ CONFIGS = Path(__file__).parent / "configs"
 PRETRAIN = CONFIGS / "tiny_shapes.yaml"
 MARKER = "demo.json"
 POLL_SECONDS = 0.2
+TAKING_TURNS = 1.8  # times as long as two runs at once, for two runs one after the other
 
 
 @dataclass(frozen=True)
@@ -45,16 +56,17 @@ class Stage:
     Args:
         title: printed.
         expected: seconds on two cores of 2024, for the estimate of the time left.
-        commands: arguments after ``python``, or after the deepspeed launcher's own options if ``ranks`` is set.
-        ranks: of each command, started through the deepspeed launcher; 0 for commands that run without it.
-        log: if set, the second of two commands runs beside the first, and its output goes to this file.
+        commands: arguments after ``python``; with ``ranks``, a module and its arguments.
+        ranks: processes of each command, started through the deepspeed launcher; 0: one, without it.
+        second_log: None: one command after the other. A file: two commands, both started at once; the second one's
+            output goes to the file.
     """
 
     title: str
     expected: float
     commands: list[list[str]]
     ranks: int = 0
-    log: Path | None = None
+    second_log: Path | None = None
 
 
 def stages(root: Path, seed: int, gpus: int) -> list[Stage]:
@@ -66,13 +78,13 @@ def data_stages(root: Path, seed: int) -> list[Stage]:
     """Raw files, shards, tokenizer."""
     raw, data = root / "raw", root / "data"
     shapes = ["-m", "preprocessing", "shapes", "--out", str(raw), "--seed", str(seed), "--test", "200"]
-    shapes += ["--asked", str(ASKED)]
+    shapes += ["--asked", str(LABELED_IMAGES)]
     convert = []
     for split, nlvr_split in (("train", "train"), ("val", "dev"), ("test", "test1")):
         captions = ["--annotations", f"{raw}/annotations/captions_{split}2014.json", "--images", f"{raw}/images"]
         convert.append(["coco", *captions, "--split", split, "--out", f"{data}/captions"])
-        asked = ["--questions", vqa_file(raw, split, "questions"), "--annotations", vqa_file(raw, split, "annotations")]
-        convert.append(["vqav2", *asked, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/vqa"])
+        files = ["--questions", vqa_file(raw, split, "questions"), "--annotations", vqa_file(raw, split, "annotations")]
+        convert.append(["vqav2", *files, "--images", f"{raw}/images", "--split", split, "--out", f"{data}/vqa"])
         stated = ["--annotations", f"{raw}/nlvr2/{nlvr_split}.json", "--images", f"{raw}/nlvr2/images"]
         convert.append(["nlvr2", *stated, "--split", split, "--out", f"{data}/nlvr"])
     folders = [f"{data}/{kind}/train" for kind in ("captions", "vqa", "nlvr")]
@@ -85,38 +97,35 @@ def data_stages(root: Path, seed: int) -> list[Stage]:
 
 
 def training_stages(root: Path, seed: int, gpus: int) -> list[Stage]:
-    """Pre-training, then three fine-tunings, each with and without the pre-trained weights."""
+    """Pre-training, then three fine-tunings, each with its baseline run."""
 
-    def spread(ranks: int) -> list[str]:
+    def parallel(ranks: int) -> list[str]:
         experts = ["--engine.expert_parallel_size", str(2 if ranks % 2 == 0 else 1)]
         return [*experts, "--deepspeed_config", "ds_configs/zero2.json"]
 
     pretrain_ranks = world_size(gpus)
-    finetune_ranks = pretrain_ranks if gpus else 1  # see the top of this file
+    finetune_ranks = pretrain_ranks if gpus else 1  # on the CPU a run and its baseline share two cores
     pretrain = ["eve_ds.pretrain", "--config", str(PRETRAIN), "--data.path", f"{root}/data/captions"]
     pretrain += ["--data.tokenizer", f"{root}/tokenizer", "--engine.seed", str(seed)]
-    pretrain += ["--output_dir", f"{root}/pretrain", *spread(pretrain_ranks)]
+    pretrain += ["--output_dir", f"{root}/pretrain", *parallel(pretrain_ranks)]
     shape = json.dumps(read_yaml(str(PRETRAIN), "--config")["model"])
     first_values = ["--init_from", "null", "--model", shape, "--data.tokenizer", f"{root}/tokenizer"]
 
-    def finetune(name: str, expected: float, task: str, recipe: str, data: str) -> Stage:
+    def finetune(title: str, expected: float, *, task: str, recipe: str, data: str) -> Stage:
         config = ["--config", str(CONFIGS / f"tiny_shapes_{recipe}.yaml"), "--task", task, "--seed", str(seed)]
-        given = ["--data", f"{root}/data/{data}", *spread(finetune_ranks)]
-        commands = [
-            ["eve_ds.finetune", *config, *start, *given, "--output_dir", folder]
-            for start, folder in (
-                (["--checkpoint", f"{root}/pretrain"], f"{root}/{recipe}"),
-                (first_values, f"{root}/{recipe}_{FIRST}"),
-            )
-        ]
-        log = None if gpus else root / f"{recipe}_{FIRST}.log"
-        return Stage(f"Fine-tuning on {name}, twice", expected, commands, finetune_ranks, log)
+        config += ["--data", f"{root}/data/{data}", *parallel(finetune_ranks)]
+        folder, baseline = f"{root}/{recipe}", f"{root}/{recipe}_{FIRST_VALUES}"
+        own = ["eve_ds.finetune", *config, "--checkpoint", f"{root}/pretrain", "--output_dir", folder]
+        other = ["eve_ds.finetune", *config, *first_values, "--output_dir", baseline]
+        if gpus:
+            return Stage(title, TAKING_TURNS * expected, [own, other], finetune_ranks)
+        return Stage(title, expected, [own, other], finetune_ranks, Path(f"{baseline}.log"))
 
     return [
         Stage("Pre-training: masked pixels and words", 140, [pretrain], pretrain_ranks),
-        finetune("retrieval", 52, "itr_coco", "itr", "captions"),
-        finetune("VQA", 37, "vqa", "vqa", "vqa"),
-        finetune("NLVR", 48, "nlvr", "nlvr", "nlvr"),
+        finetune("Fine-tuning on retrieval, twice", 52, task="itr_coco", recipe="itr", data="captions"),
+        finetune("Fine-tuning on VQA, twice", 48, task="vqa", recipe="vqa", data="vqa"),
+        finetune("Fine-tuning on NLVR, twice", 48, task="nlvr", recipe="nlvr", data="nlvr"),
     ]
 
 
@@ -128,17 +137,14 @@ def scoring_stage(root: Path) -> Stage:
     learned += ["--train-annotations", vqa_file(raw, "train", "annotations")]
     stated = ["--annotations", f"{raw}/nlvr2/test1.json"]
     commands = [["-m", "evaluation.baselines", *learned, *tested, "--out", f"{root}/baselines_vqa.json"]]
-    for run in ("", FIRST):
-        for task, options in (
-            ("retrieval", ["--scores"]),
-            (RERANKED, ["--scores"]),
-            ("vqa", [*tested, "--predictions"]),
-            ("nlvr", [*stated, "--predictions"]),
+    for run in ("", FIRST_VALUES):
+        for scores, program, options, predictions in (
+            ("retrieval", "retrieval", ["--scores"], "predictions_test.npz"),
+            (RERANKED_SCORES, "retrieval", ["--scores"], "predictions_test_reranked.npz"),
+            ("vqa", "vqa", [*tested, "--predictions"], "predictions_test.json"),
+            ("nlvr", "nlvr", [*stated, "--predictions"], "predictions_test.csv"),
         ):
-            program, _, kind = task.partition("_")
-            suffix = {"retrieval": "npz", "vqa": "json", "nlvr": "csv"}[program]
-            name = f"predictions_test{kind and f'_{kind}'}.{suffix}"
-            files = [str(run_folder(root, program, run) / name), "--out", str(scores_file(root, task, run))]
+            files = [str(run_folder(root, program, run) / predictions), "--out", str(scores_file(root, scores, run))]
             commands.append(["-m", f"evaluation.{program}", "--intervals", *options, *files])
     if importlib.util.find_spec("eve_ds.bench") is not None:  # a wheel does not hold it
         words = ["-m", "eve_ds.bench", "words", "--checkpoint", f"{root}/pretrain", "--data", f"{root}/data/captions"]
@@ -147,10 +153,10 @@ def scoring_stage(root: Path) -> Stage:
 
 
 def requests(root: Path) -> list[tuple[list[str], str]]:
-    """Commands that ask the fine-tuned models about a test image, each with what is right, in words.
+    """Two commands that ask the fine-tuned models about one test image: [(arguments after python, the right answer)].
 
-    VQA: the first question of the split that neither yes nor a number answers. Matching: the first caption of its
-    image, and of the next one.
+    VQA: the first question of the split whose answer is neither yes, no nor a number. Matching: the first caption of
+    that question's image, and of the next image.
     """
     raw = root / "raw"
 
@@ -158,14 +164,14 @@ def requests(root: Path) -> list[tuple[list[str], str]]:
         found: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))[key]
         return found
 
-    told = next(
+    annotation = next(
         one for one in read(vqa_file(raw, "test", "annotations"), "annotations") if one["answer_type"] == "other"
     )
     questions = read(vqa_file(raw, "test", "questions"), "questions")
-    question = next(one["question"] for one in questions if one["question_id"] == told["question_id"])
+    question = next(one["question"] for one in questions if one["question_id"] == annotation["question_id"])
     captions = raw / "annotations" / "captions_test2014.json"
     images = read(captions, "images")
-    place = next(number for number, one in enumerate(images) if one["id"] == told["image_id"])
+    place = next(number for number, one in enumerate(images) if one["id"] == annotation["image_id"])
     own, others = (
         next(one["caption"] for one in read(captions, "annotations") if one["image_id"] == image["id"])
         for image in (images[place], images[(place + 1) % len(images)])
@@ -174,7 +180,7 @@ def requests(root: Path) -> list[tuple[list[str], str]]:
     answer = ["answer", file, question, "--checkpoint", f"{root}/vqa", "--top", "2"]
     match = ["match", file, own, others, "--checkpoint", f"{root}/itr"]
     return [
-        (["-m", "eve_ds.predict", *answer], f"right: {told['multiple_choice_answer']}"),
+        (["-m", "eve_ds.predict", *answer], f"right: {annotation['multiple_choice_answer']}"),
         (["-m", "eve_ds.predict", *match], "right: the first caption; the second is of another image"),
     ]
 
@@ -185,7 +191,7 @@ def vqa_file(raw: Path, split: str, kind: str) -> str:
     return f"{raw}/vqa/{middle}_{split}2014_{kind}.json"
 
 
-class Road:
+class StageRunner:
     """Runs the stages of ``plan``, prints the time left and records the commands."""
 
     def __init__(self, plan: list[Stage]) -> None:
@@ -196,56 +202,68 @@ class Road:
     def run(self) -> None:
         began = time.monotonic()
         for number, stage in enumerate(self.plan):
-            left = self.pace * sum(later.expected for later in self.plan[number:])
-            about = f"about {clock(self.pace * stage.expected)}, then {clock(left - self.pace * stage.expected)} to go"
-            print(f"\n[{number + 1}/{len(self.plan)}] {stage.title}  ({about})", flush=True)
+            self._announce(number, stage)
             start = time.monotonic()
-            if stage.log:
-                self._side_by_side(stage, stage.log)
+            if stage.second_log:
+                self._side_by_side(stage, stage.second_log)
             else:
                 for arguments in stage.commands:
                     self._command(stage, arguments)
             seconds = time.monotonic() - start
-            if stage.ranks:
+            if stage.ranks:  # a stage that trains: the others are too short to tell the pace
                 spent = sum(earlier.expected for earlier in self.plan[: number + 1])
                 self.pace = (time.monotonic() - began) / spent
             print(f"      done in {clock(seconds)}", flush=True)
 
-    def ask(self, asked: Sequence[tuple[list[str], str]]) -> list[dict[str, str]]:
-        """Run ``requests``: [{"command", "output", "right"}]."""
+    def _announce(self, number: int, stage: Stage) -> None:
+        left = self.pace * sum(later.expected for later in self.plan[number:])
+        about = f"about {clock(self.pace * stage.expected)}, then {clock(left - self.pace * stage.expected)} to go"
+        print(f"\n[{number + 1}/{len(self.plan)}] {stage.title}  ({about})", flush=True)
+
+    def ask(self, requested: Sequence[tuple[list[str], str]]) -> list[dict[str, str]]:
+        """Run the ``requests``: [{"command", "output", "right"}]."""
         stage = Stage("Asking about a test image", 0, [])
         print(f"\n{stage.title}", flush=True)
         found = []
-        for arguments, right in asked:
+        for arguments, right in requested:
             output = self._command(stage, arguments, stdout=subprocess.PIPE)
             found.append({"command": self.done[-1]["command"], "output": output, "right": right})
         return found
 
     def _side_by_side(self, stage: Stage, log: Path) -> None:
-        """Run both commands, each under a guard, which takes a signal to its ranks and waits for them."""
-        own, rival = stage.commands
+        """Start both commands at once. If one fails, or this program is interrupted, both are asked to end.
+
+        Each runs under eve_ds.launching, which passes a signal on to its ranks and returns when they have ended.
+        """
         print(f"      beside it, without pre-training; its output: {log}", flush=True)
         start, port = time.monotonic(), free_port()
-        commands = [launched(stage, own, free_port(other_than=port)), launched(stage, rival, port)]
+        own, baseline = stage.commands
+        commands = [launched(stage, own, free_port(other_than=port)), launched(stage, baseline, port)]
         guard = [sys.executable, "-m", "eve_ds.launching"]
-        with log.open("wb") as file, ExitStack() as ending:
+        with (
+            log.open("wb") as file,
+            ExitStack() as waits,
+            ExitStack() as ends,
+        ):  # `ends` is left first: all get the signal
             running = []
             for command, output in zip(commands, (None, file), strict=True):
                 running.append(subprocess.Popen([*guard, *command], stdout=output, stderr=output))
-                ending.callback(running[-1].wait)
-                ending.callback(running[-1].terminate)  # called first; it does nothing to a process that has ended
+                waits.callback(running[-1].wait)
+                ends.callback(running[-1].terminate)  # does nothing to a process that has ended
             seconds: dict[int, float] = {}
             while len(seconds) < len(running):
                 time.sleep(POLL_SECONDS)
                 for number, process in enumerate(running):
-                    if process.poll():
-                        where = f"its output: {log}" if number else "its own message stands above"
-                        raise UserError(
-                            f"stage {stage.title!r}{', without pre-training,' if number else ''} ended with exit code "
-                            f"{process.returncode}; {where}"
-                        )
-                    if process.returncode == 0:
+                    code = process.poll()
+                    if code == 0:
                         seconds.setdefault(number, time.monotonic() - start)
+                    elif code is not None:
+                        which, where = (
+                            (", without pre-training,", f"its output: {log}")
+                            if number
+                            else ("", "its own message stands above")
+                        )
+                        raise UserError(f"stage {stage.title!r}{which} ended with exit code {code}; {where}")
         for number, arguments in enumerate(stage.commands):
             self._record(stage, arguments, seconds[number], beside=number > 0)
 
@@ -306,9 +324,9 @@ def main() -> None:
     check_secrets(f"{options.out}", "--out")  # its commands are stored
     claim(options.out, options.seed)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size(gpus))))
-    road = Road(stages(options.out, options.seed, gpus))
-    road.run()
-    result = conclude(road, options.out, gpus)
+    runner = StageRunner(stages(options.out, options.seed, gpus))
+    runner.run()
+    result = conclude(runner, options.out, gpus)
     print("\nWriting the report", flush=True)
     report = options.out / "report.html"
     subprocess.run([sys.executable, "-m", "eve_ds.report", "--run", str(options.out), "--out", str(report)], check=True)
@@ -317,13 +335,13 @@ def main() -> None:
     sys.stdout.flush()
 
 
-def conclude(road: Road, root: Path, gpus: int) -> dict[str, Any]:
+def conclude(runner: StageRunner, root: Path, gpus: int) -> dict[str, Any]:
     """Write the scores, ask the models about an image, write that and the commands too. Returns metrics.json."""
     result = metrics(root, world_size(gpus))
     write_json(root / "metrics.json", result)  # the scores are kept if a request below fails
-    result["predict"] = road.ask(requests(root))
+    result["predict"] = runner.ask(requests(root))
     write_json(root / "metrics.json", result)
-    write_json(root / "commands.json", road.done)
+    write_json(root / "commands.json", runner.done)
     return result
 
 

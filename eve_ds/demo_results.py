@@ -7,39 +7,41 @@ from pathlib import Path
 from typing import Any
 
 LOSS_WINDOW = 20  # steps over which the first and last pre-training loss are averaged
-ASKED = 600  # of the 6,000 training images: pre-training sees all captions, fine-tuning few labels
-FIRST = "first_values"  # the same fine-tuning without pre-training
+LABELED_IMAGES = 600  # of the 6,000 training images: pre-training sees all captions, VQA the questions of these
+# Suffix of folders and files of the baseline runs: the same fine-tuning from initial values, without pre-training.
+FIRST_VALUES = "first_values"
 TASK_FOLDERS = {"retrieval": "itr", "vqa": "vqa", "nlvr": "nlvr"}
-RERANKED = "retrieval_reranked"  # the scores after re-ranking
+RERANKED_SCORES = "retrieval_reranked"  # the scores after re-ranking
 
 
 def run_folder(root: Path, task: str, run: str) -> Path:
-    """The folder of a fine-tuning; ``run`` is "" or FIRST."""
+    """The folder of a fine-tuning; ``run`` is "" or FIRST_VALUES."""
     return root / f"{TASK_FOLDERS[task]}{run and f'_{run}'}"
 
 
 def scores_file(root: Path, task: str, run: str) -> Path:
-    """The file that the evaluation command writes; ``run`` is "" or FIRST."""
+    """The file that the evaluation command writes; ``run`` is "" or FIRST_VALUES."""
     return root / f"scores_{task}{run and f'_{run}'}.json"
 
 
 def metrics(root: Path, world_size: int) -> dict[str, Any]:
-    """The demo's summary, from the files of its stages. In percent; NLVR and the masked words are fractions."""
+    """The demo's summary, from the files of its stages. Retrieval and VQA in percent; NLVR and the masked words as
+    fractions of 1."""
 
     def read(name: str) -> Any:
         return json.loads((root / name).read_text(encoding="utf-8"))
 
     def scores(task: str) -> dict[str, Any]:
-        own, rival = (read(scores_file(root, task, run).name) for run in ("", FIRST))
+        own, rival = (read(scores_file(root, task, run).name) for run in ("", FIRST_VALUES))
         return {**own, "from_first_values": rival}
 
     def retrieval() -> dict[str, Any]:
         found = scores("retrieval")
-        for run, part in (("", found), (FIRST, found["from_first_values"])):
-            part["reranked"] = read(scores_file(root, RERANKED, run).name)
+        for run, part in (("", found), (FIRST_VALUES, found["from_first_values"])):
+            part["reranked"] = read(scores_file(root, RERANKED_SCORES, run).name)
             part["intervals"]["reranked"] = part["reranked"].pop("intervals")
-            whole = read(f"{run_folder(root, 'retrieval', run).name}/scores_test.json")
-            part["matching"], part["intervals"]["matching"] = whole["matching"], whole["intervals"]["matching"]
+            trained = read(f"{run_folder(root, 'retrieval', run).name}/scores_test.json")  # by the fine-tuning itself
+            part["matching"], part["intervals"]["matching"] = trained["matching"], trained["intervals"]["matching"]
         return found
 
     lines = [
@@ -67,7 +69,7 @@ def metrics(root: Path, world_size: int) -> dict[str, Any]:
             "chance_img_r1": chance,
             "pool": examples["rows"],
         },
-        "vqa": {**scores("vqa"), **read("baselines_vqa.json"), "labeled_images": ASKED},
+        "vqa": {**scores("vqa"), **read("baselines_vqa.json"), "labeled_images": LABELED_IMAGES},
         "nlvr": {**scores("nlvr"), "chance": 0.5},
         "world_size": world_size,
         "expert_parallel_size": 2 if world_size % 2 == 0 else 1,

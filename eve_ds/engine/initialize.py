@@ -1,6 +1,6 @@
-"""``deepspeed.initialize`` for a task that trains, without imports of torch's compiler, which serves no run.
+"""``deepspeed.initialize`` for a task that trains, without importing torch's compiler, which no run needs.
 
-DeepSpeed's ZeRO 3 and its own Adam kernels import it all the same.
+DeepSpeed's ZeRO 3 and its own Adam kernels import it all the same, and so does torch's activation checkpointing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def initialize(task: Task, optimizer: Optimizer, settings: dict[str, Any]) -> De
         settings: from ``load_deepspeed_config``.
     """
     _import_muon()
-    if LeanAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # it holds torch's AdamW
+    if LeanAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # which compares exact types: a subclass of torch's AdamW is none
         ZERO_SUPPORTED_OPTIMIZERS.append(LeanAdamW)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
     return engine
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon optimizer without compiling it: ZeRO compares ours with it, and no run uses it.
+    """Import DeepSpeed's Muon optimizer without compiling it. ZeRO imports it to ask whether the optimizer is one; ours
+    never is.
 
     Its functions are wrapped with torch.compile, which imports torch's compiler: 1.8 s on every rank.
     """

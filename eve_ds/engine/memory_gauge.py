@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ class Held:
     Attributes:
         peak: most that tensors held on a GPU; on a CPU, by how much resident memory grew since the `Gauge` was made.
         whole: most that torch reserved on a GPU; on a CPU, most that was resident, libraries included.
-        free: of the device's (the host's) memory, now.
-        total: the device's (the host's) memory.
+        free: of the device's memory, now; on a CPU, the host's, or less where a control group limits this process.
+        total: the device's memory; on a CPU, the host's, or the limit.
     """
 
     peak: int
@@ -64,7 +65,8 @@ class Gauge:
             return Held(peak, reserved, free, total)
         whole = _read(_PROCESS / "status", "VmHWM")
         host = Path("/proc/meminfo")
-        return Held(max(whole - self._before, 0), whole, _read(host, "MemAvailable"), _read(host, "MemTotal"))
+        limits = [(_read(host, "MemAvailable"), _read(host, "MemTotal")), *control_groups()]
+        return Held(max(whole - self._before, 0), whole, *min(limits))
 
     def report(self, plenty: float = 1.0) -> tuple[str, list[str]] | None:
         """(a line, warnings) on rank 0, None elsewhere. Called by all ranks.
@@ -91,6 +93,24 @@ class Gauge:
 def _read(file: Path, name: str) -> int:
     lines = file.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def control_groups(process: Path = _PROCESS, mount: Path = Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
+    """(bytes that are free, limit) of each control group above this process that limits its memory.
+
+    Containers and Slurm's jobs have such limits. Version 2 alone (``memory.max``, ``memory.current``); what the kernel
+    can drop of the cached files counts as free, as in the host's ``MemAvailable``.
+    """
+    lines = (process / "cgroup").read_text(encoding="utf-8").splitlines() if (process / "cgroup").is_file() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    found = []
+    for group in (mount / own, *(mount / own).parents) if own is not None else ():
+        with contextlib.suppress(OSError, ValueError):  # no such file: the root of the tree; "max": no limit
+            limit = int((group / "memory.max").read_text(encoding="ascii"))
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(encoding="ascii"), re.M)
+            found.append((max(0, limit - used + (int(cached[1]) if cached else 0)), limit))
+    return found
 
 
 def told(found: Sequence[Held], on_gpu: bool, forecast: int | None) -> tuple[str, list[str]]:

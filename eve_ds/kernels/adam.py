@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with the fastest kernel available; all compute the same update.
 
 DeepSpeed's FusedAdam on CUDA, DeepSpeedCPUAdam where ZeRO keeps the states in host memory, torch's fused AdamW
-elsewhere. FusedAdam could not be run here (no GPU).
+elsewhere. FusedAdam has not been run: there was no GPU.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ def build_adamw(
         available, problem, _ = operation_state(operation)
         optimizer: Optimizer | None = None
         if available:
-            problem = "it is not available on another rank"
             try:
                 optimizer = _deepspeed_adam(operation)([dict(group) for group in groups], options)
             except Exception as error:  # noqa: BLE001  # whatever a compile may raise; the warning below tells it
                 problem = " ".join(str(error).split()) or type(error).__name__
+            else:
+                problem = "it is not available on another rank"  # the only reason left for not using it
         if _on_all_ranks(optimizer is not None, device) and optimizer is not None:
             return optimizer
         if available:
@@ -79,12 +80,13 @@ def build_adamw(
 
 
 class LeanAdamW(torch.optim.AdamW):
-    """torch's AdamW without the wrappers by which torch.compile leaves an optimizer's methods alone.
+    """torch's AdamW, whose methods are not decorated with ``torch._disable_dynamo``. The update is the same.
 
-    At their first call these import the compiler, which takes longer than the import of torch itself. No optimizer is
-    compiled here.
+    The first call of a decorated method imports torch's compiler, which takes longer than the import of torch itself
+    and serves only programs that compile their optimizer.
     """
 
+    # `unwrap` takes off the decorator that turns gradients off, too.
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)

@@ -76,12 +76,12 @@ def find_scores(run: Run) -> list[Score]:
 
 
 def of_group(scores: dict[str, Any], group: str) -> dict[str, Any]:
-    """The scores of a group: of "" those themselves."""
+    """``scores[group]``; ``scores`` itself for the group ""."""
     return _section(scores, group) if group else scores
 
 
 def measured(spec: FinetuneSpec, scored: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """(key, group, name in the page) of each measure that all of ``scored`` have, or of many at least two."""
+    """(key, group, name in the page) of each measure that at least two of ``scored`` have (of one: that it has)."""
     for group, more in GROUPS.items():
         for key, label in spec.measures:
             known = sum(number(of_group(scores, group).get(key)) is not None for scores in scored)
@@ -100,8 +100,11 @@ def _matching(part: dict[str, Any]) -> Iterator[Score]:
 
 
 def _baselines(part: dict[str, Any], group: str, key: str, main: bool, factor: float) -> dict[str, float]:
-    """``from_first_values[KEY]``, in the same group; of no group ``chance_KEY``, too, and for the main measure of a
-    task ``chance``, ``majority_baseline``, ``text_only_baseline``.
+    """Baselines of the measure ``key``, in percent, from these entries of ``part``:
+
+    - ``from_first_values[key]``, of the same group;
+    - outside of groups, ``chance_KEY``, ``majority_KEY`` and ``text_only_KEY``;
+    - for the task's main measure, also ``chance``, ``majority_baseline`` and ``text_only_baseline``.
     """
     untrained = number(of_group(_section(part, "from_first_values"), group).get(key))
     found = {} if untrained is None else {"first_values": untrained * factor}

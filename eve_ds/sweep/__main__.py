@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 from evaluation.common import Parser
-from eve_ds.demo import FIRST, Road, clock, data_stages
+from eve_ds.demo import FIRST_VALUES, StageRunner, clock, data_stages
 from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
@@ -106,7 +106,7 @@ def parser() -> Parser:
 
 
 def row_names(name: str) -> list[str]:
-    return [FIRST, *(row.name for row in TABLES[name].rows)]
+    return [FIRST_VALUES, *(row.name for row in TABLES[name].rows)]
 
 
 def chosen_rows(options: argparse.Namespace) -> list[str]:
@@ -159,7 +159,7 @@ def draw_world(world: Path) -> None:
     """Draw the shapes world, unless it is there and whole: its tokenizer is written last."""
     if not (world / "tokenizer" / TOKENIZER).is_file():
         shutil.rmtree(world, ignore_errors=True)
-        Road(data_stages(world, WORLD_SEED)).run()
+        StageRunner(data_stages(world, WORLD_SEED)).run()
 
 
 def print_commands(waiting: list[list[Stage]], world: Path | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
-from eve_ds.demo import FIRST
+from eve_ds.demo import FIRST_VALUES
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.recipes import find_recipe, read_yaml
@@ -109,7 +109,7 @@ def lanes(settings: Settings, table: Table, rows: Collection[str], seeds: int, c
     Args:
         settings: of all runs.
         table: which sweep it is.
-        rows: names of the chosen rows; FIRST is the fine-tuning without pre-training.
+        rows: names of the chosen rows; FIRST_VALUES is the fine-tuning without pre-training.
         seeds: number of seeds; they are 0, 1, ...
         check: parse all options now, not only when their run starts.
     Raises:
@@ -120,13 +120,13 @@ def lanes(settings: Settings, table: Table, rows: Collection[str], seeds: int, c
     if check:
         for own in chosen.values():
             _parse(settings, own)
-        for stage in _finetunings(settings, FIRST, 0, model):
+        for stage in _finetunings(settings, FIRST_VALUES, 0, model):
             argv, defaults = expand_options(_arguments(stage, FINETUNE))
             parse(FinetuneConfig, argv, f"python -m {FINETUNE}", defaults)
     found = []
     for seed in range(seeds):
-        if FIRST in rows:
-            found.append(_finetunings(settings, FIRST, seed, model))
+        if FIRST_VALUES in rows:
+            found.append(_finetunings(settings, FIRST_VALUES, seed, model))
         for name, own in chosen.items():
             pretraining = _pretraining(settings, name, seed, own)
             found.append([pretraining, *_finetunings(settings, name, seed, pretraining.folder)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from eve_ds.demo import FIRST
+from eve_ds.demo import FIRST_VALUES
 from eve_ds.sweep.stages import Settings, read_json, run_folder, scores_file
 from eve_ds.sweep.tables import MEASURES, Measure, Row, Table
 
@@ -44,7 +44,7 @@ def table_of(settings: Settings, table: Table, rows: Sequence[str], seeds: int) 
     Raises:
         UserError: a file of scores is damaged.
     """
-    known = {row.name: row for row in (Row(FIRST, ""), *table.rows)}
+    known = {row.name: row for row in (Row(FIRST_VALUES, ""), *table.rows)}
     figures = []
     for row in rows:
         scores = []
@@ -97,7 +97,7 @@ def markdown(name: str, table: Table, figures: Sequence[Figures]) -> str:
     seeds = len(cells[0]["seeds"])
     meaning = (
         f"Percent, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; {against}: mean of the differences "
-        f"seed by seed ± half of its 95 % interval (Student's t). {FIRST}: fine-tuning alone. Minutes: of a "
+        f"seed by seed ± half of its 95 % interval (Student's t). {FIRST_VALUES}: fine-tuning alone. Minutes: of a "
         "pre-training."
     )
     return "\n".join([lined_up(lines), "", meaning, *([table.note] if table.note else [])]) + "\n"

@@ -81,6 +81,12 @@ def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
     assert isinstance(task, ItcItmMlmMim) and task.objective.decoder_dim == 32 and task.mask_id == 4
 
 
+def test_memory_is_forecast_where_negatives_come_from_all_ranks(data: Path, pretrained: Path, tmp_path: Path) -> None:
+    """The forecast is made on one rank alone, where a collective would wait for ever or fail."""
+    printed = finetune("itr_coco", data, pretrained, tmp_path / "unused", "--dry_run=true")
+    assert "; the plan forecasts " in printed and "no forecast" not in printed, printed
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_two_ranks_finetune_and_four_score_the_same(task: str, data: Path, pretrained: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"

@@ -59,7 +59,7 @@ def test_every_fine_tuning_has_a_rival_that_differs_in_its_start_alone(tmp_path:
             *START,
             "--output_dir",
         }
-        assert rival["--output_dir"] == f"{own['--output_dir']}_{demo.FIRST}"
+        assert rival["--output_dir"] == f"{own['--output_dir']}_{demo.FIRST_VALUES}"
 
 
 def test_every_fine_tuning_starts_from_the_pre_training_and_its_rival_from_nothing(tmp_path: Path) -> None:
@@ -113,8 +113,8 @@ def test_experts_are_spread_over_ranks_where_there_are_two(gpus: int, ranks: lis
     """And the runs of a task take turns on GPUs, where one has all of them, but not on the CPU."""
     plan = demo.training_stages(tmp_path, SEED, gpus)
     assert [stage.ranks for stage in plan] == ranks
-    assert [stage.log is None for stage in plan] == [True] + [gpus > 0] * 3
-    assert len({stage.log for stage in plan if stage.log}) == (0 if gpus else 3)
+    assert [stage.second_log is None for stage in plan] == [True] + [gpus > 0] * 3
+    assert len({stage.second_log for stage in plan if stage.second_log}) == (0 if gpus else 3)
     for stage in plan:
         spread = {options(command)["--engine.expert_parallel_size"] for command in stage.commands}
         assert spread == {"1" if stage.ranks == 1 else "2"}
@@ -132,9 +132,9 @@ def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
 
 def test_commands_are_told_as_a_shell_takes_them() -> None:
     words = ["-c", "pass", "--model", json.dumps({"dim": 96, "activation": "gelu"}), "a b"]
-    road = demo.Road([demo.Stage("Nothing", 1, [words])])
-    road.run()
-    assert shlex.split(road.done[0]["command"]) == ["python", *words]
+    runner = demo.StageRunner([demo.Stage("Nothing", 1, [words])])
+    runner.run()
+    assert shlex.split(runner.done[0]["command"]) == ["python", *words]
 
 
 # Fails unless the other command, which writes that file, runs at the same time.
@@ -152,10 +152,10 @@ while not pathlib.Path(sys.argv[2]).exists():
 def test_a_fine_tuning_and_its_rival_run_at_the_same_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     own, rival, log = (str(tmp_path / name) for name in ("own", "rival", "log"))
     commands = [["-c", MEET, own, rival], ["-c", MEET, rival, own]]
-    road = demo.Road([demo.Stage("Both", 1, commands, log=Path(log))])
-    road.run()
-    assert [shlex.split(done["command"])[1:] for done in road.done] == commands
-    assert [done["beside"] for done in road.done] == [False, True]
+    runner = demo.StageRunner([demo.Stage("Both", 1, commands, second_log=Path(log))])
+    runner.run()
+    assert [shlex.split(done["command"])[1:] for done in runner.done] == commands
+    assert [done["beside"] for done in runner.done] == [False, True]
     output = capfd.readouterr().out
     assert f"{own}\n" in output and f"{rival}\n" not in output and log in output
     assert Path(log).read_text() == f"{rival}\n"
@@ -169,7 +169,41 @@ def test_a_failure_of_either_ends_the_stage(tmp_path: Path) -> None:
         ([failing, waiting], "stage 'Both' ended with exit code 3; its own message stands above"),
     ):
         with pytest.raises(UserError, match=told):
-            demo.Road([demo.Stage("Both", 1, commands, log=log)]).run()  # and the other one is ended
+            demo.StageRunner([demo.Stage("Both", 1, commands, second_log=log)]).run()  # and the other one is ended
+
+
+# A launcher whose rank saves for a moment when it is asked to end.
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
+"""
+RANK = """
+import os, pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path(sys.argv[1]).touch()
+    os._exit(0)
+
+signal.signal(signal.SIGTERM, save)
+(pathlib.Path(os.environ["EVE_DS_RANKS"]) / str(os.getpid())).touch()
+pathlib.Path(sys.argv[2]).touch()
+time.sleep(60)
+"""
+FAIL_WHEN = """
+import pathlib, sys, time
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+raise SystemExit(3)
+"""
+
+
+def test_ranks_below_a_launcher_save_when_the_other_run_fails(tmp_path: Path) -> None:
+    saved, ready = str(tmp_path / "saved"), str(tmp_path / "ready")
+    commands = [["-c", LAUNCHER, RANK, saved, ready], ["-c", FAIL_WHEN, ready]]
+    with pytest.raises(UserError, match="exit code 3"):
+        demo.StageRunner([demo.Stage("Both", 1, commands, second_log=tmp_path / "log")]).run()
+    assert Path(saved).exists()
 
 
 def test_a_test_image_is_asked_about_in_words_of_the_raw_files(tmp_path: Path) -> None:
@@ -201,11 +235,11 @@ def test_a_model_that_is_asked_about_must_be_stored(tmp_path: Path) -> None:
 
 
 def test_what_is_asked_is_recorded_with_what_came_out() -> None:
-    road = demo.Road([])
-    found = road.ask([(["-c", "print('0.9  red'); print('0.1  blue')"], "right: red")])
+    runner = demo.StageRunner([])
+    found = runner.ask([(["-c", "print('0.9  red'); print('0.1  blue')"], "right: red")])
     command = shlex.join(["python", "-c", "print('0.9  red'); print('0.1  blue')"])
     assert found == [{"command": command, "output": "0.9  red\n0.1  blue\n", "right": "right: red"}]
-    assert [done["command"] for done in road.done] == [command]
+    assert [done["command"] for done in runner.done] == [command]
     lines = demo_results.answers({"predict": found}).splitlines()
     assert [line.strip() for line in lines] == [f"$ {command}", "0.9  red", "0.1  blue", "(right: red)"]
 
@@ -224,9 +258,9 @@ SCORES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def root(tmp_path: Path) -> Path:
     """The files that ``metrics`` reads, with the names that the scoring commands are given."""
     for task, pair in SCORES.items():
-        for run, scores in zip(("", demo.FIRST), pair, strict=True):
+        for run, scores in zip(("", demo.FIRST_VALUES), pair, strict=True):
             dump(demo.scores_file(tmp_path, task, run), scores | {"intervals": {"txt_r1": [1, 99]}})
-    for run, accuracy in (("itr", 91.0), (f"itr_{demo.FIRST}", 66.5)):
+    for run, accuracy in (("itr", 91.0), (f"itr_{demo.FIRST_VALUES}", 66.5)):
         scores = {"matching": {"accuracy": accuracy, "prior": 66.7}, "intervals": {"matching": {"accuracy": [60, 95]}}}
         dump(tmp_path / run / "scores_test.json", scores)
     dump(tmp_path / "baselines_vqa.json", {"majority_baseline": 21.0, "text_only_baseline": 41.7})
@@ -272,7 +306,7 @@ def test_metrics_hold_both_roads(root: Path) -> None:
         "words_accuracy_oracle": 0.998,
     }
     assert (found["retrieval"]["pool"], found["retrieval"]["chance_txt_r1"], found["nlvr"]["chance"]) == (200, 0.5, 0.5)
-    assert (found["vqa"]["text_only_baseline"], found["vqa"]["labeled_images"]) == (41.7, demo.ASKED)
+    assert (found["vqa"]["text_only_baseline"], found["vqa"]["labeled_images"]) == (41.7, demo.LABELED_IMAGES)
     assert (found["world_size"], found["expert_parallel_size"], found["zero_stage"]) == (2, 2, 2)
     assert demo.metrics(root, 1)["expert_parallel_size"] == 1
 
@@ -280,7 +314,7 @@ def test_metrics_hold_both_roads(root: Path) -> None:
 def test_scores_are_kept_if_a_model_cannot_be_asked(root: Path) -> None:
     assert prepare(["shapes", "--out", str(root / "raw"), "--train", "2", "--val", "2", "--test", "4"]) == 0
     with pytest.raises(UserError, match="stage 'Asking about a test image' ended with exit code 2"):
-        demo.conclude(demo.Road([]), root, 0)  # there is no checkpoint
+        demo.conclude(demo.StageRunner([]), root, 0)  # there is no checkpoint
     assert json.loads((root / "metrics.json").read_text()) == demo.metrics(root, 2)
 
 
@@ -293,7 +327,7 @@ def test_an_installed_package_has_no_benchmarks(root: Path, monkeypatch: pytest.
     assert "masked words" not in demo.table(found)
 
 
-def test_the_table_has_both_roads_side_by_side(root: Path) -> None:
+def test_the_table_has_both_runs_side_by_side(root: Path) -> None:
     lines = demo.table(demo.metrics(root, 2)).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "pre-trained no pre-training for comparison",

@@ -31,6 +31,23 @@ def test_a_gauge_sees_what_was_held_for_a_moment() -> None:
     assert 90 * 2**20 < found.peak < 160 * 2**20 < found.whole < found.total and 0 < found.free < found.total
 
 
+def test_the_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tmp_path / "mount/slurm/job_7"
+    (job / "step_0").mkdir(parents=True)
+    for group, limit, used, cached in ((job, 16, 12, 2), (job / "step_0", "max", 11, 2), (job.parent, 12, 13, 0)):
+        (group / "memory.max").write_text(f"{limit if limit == 'max' else limit * GIB}\n")
+        (group / "memory.current").write_text(f"{used * GIB}\n")
+        (group / "memory.stat").write_text(f"anon 5\nfile 7\ninactive_file {cached * GIB}\nactive_file 9\n")
+    (tmp_path / "cgroup").write_text("3:memory:/old\n0::/slurm/job_7/step_0\n")
+    limits = memory_gauge.control_groups(tmp_path, tmp_path / "mount")
+    assert limits == [(6 * GIB, 16 * GIB), (0, 12 * GIB)]
+    (tmp_path / "cgroup").write_text("3:memory:/old\n")
+    assert memory_gauge.control_groups(tmp_path, tmp_path / "mount") == []
+    monkeypatch.setattr(memory_gauge, "control_groups", lambda: limits)
+    found = Gauge(CPU, lambda: 1).read()
+    assert (found.free, found.total) == (0, 12 * GIB)
+
+
 def test_the_fullest_rank_and_the_least_free_one_are_told() -> None:
     small = Held(GIB, 14 * GIB, 20 * GIB, 40 * GIB)  # half of it is free, though these are the fewest bytes
     ranks = [held(10), held(12, free=50), held(11, free=30), small]

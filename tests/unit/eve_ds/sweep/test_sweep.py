@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
-from eve_ds.demo import FIRST
+from eve_ds.demo import FIRST_VALUES
 from eve_ds.errors import exit_code
 from eve_ds.finetune_options import expand_options
 from eve_ds.model.model_config import ModelConfig
@@ -125,7 +125,7 @@ def test_measures_are_those_that_the_tasks_write() -> None:
 
 def test_runs_of_a_seed_share_it_and_rows_differ_in_their_options_alone(tmp_path: Path) -> None:
     common = settings(tmp_path, steps=7, finetune_steps=5, extra=("--optimizer.lr", "1e-4", "--model.dim", "64"))
-    found = lanes(common, TABLES["objective"], [FIRST, "mim", "separate"], 2, check=False)
+    found = lanes(common, TABLES["objective"], [FIRST_VALUES, "mim", "separate"], 2, check=False)
     assert [[stage.title for stage in lane] for lane in found[:3]] == [
         ["first_values, seed 0: fine-tuning on itr_coco"],
         ["mim, seed 0: pre-training", "mim, seed 0: fine-tuning on itr_coco"],
@@ -187,7 +187,7 @@ def write(path: Path, value: Any) -> None:
 def fill(out: Path, row: str, scores: list[float]) -> None:
     for seed, score in enumerate(scores):
         write(scores_file(run_folder(out, row, seed, "nlvr")), {"accuracy": score})
-        if row != FIRST:
+        if row != FIRST_VALUES:
             write(
                 run_folder(out, row, seed, "pretrain").with_suffix(".json"),
                 {"command": "x", "seconds": 60 * (seed + 1)},
@@ -195,7 +195,7 @@ def fill(out: Path, row: str, scores: list[float]) -> None:
 
 
 def test_the_table_has_our_scores_beside_the_papers(tmp_path: Path) -> None:
-    rows = {FIRST: [0.5, 0.52], "hard": [0.8, 0.9], "soft": [0.9, 0.92]}
+    rows = {FIRST_VALUES: [0.5, 0.52], "hard": [0.8, 0.9], "soft": [0.9, 0.92]}
     for row, scores in rows.items():
         fill(tmp_path, row, scores)
     common = settings(tmp_path, tasks={"nlvr": ("tiny_shapes_nlvr", "nlvr")})
