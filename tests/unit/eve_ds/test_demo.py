@@ -186,7 +186,8 @@ def save(*_):
     os._exit(0)
 
 signal.signal(signal.SIGTERM, save)
-(pathlib.Path(os.environ["EVE_DS_RANKS"]) / str(os.getpid())).touch()
+if folder := os.environ.get("EVE_DS_RANKS"):
+    (pathlib.Path(folder) / str(os.getpid())).touch()
 pathlib.Path(sys.argv[2]).touch()
 time.sleep(60)
 """
