@@ -115,15 +115,17 @@ def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool, whole: 
     axes.tick_params(colors=INK, length=0, pad=4)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1 if whole else 2))
-    axes.xaxis.set_major_formatter(lambda value, _: _thousands(value))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.xaxis.set_major_formatter(lambda value, _: short(value, 4))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value, 4))
     axes.margins(x=0.02)
 
 
-def _thousands(value: float) -> str:
-    if abs(value) >= 1_000_000:
-        return f"{value / 1_000_000:g}M"
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
+def short(value: float, digits: int) -> str:
+    """``0.0018``, ``863``, ``9500``, ``52.5k`` or ``1.25M``; ``digits`` below 1,000, four above."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(factor, 10_000):
+            return f"{value / factor:.4g}{unit}"
+    return f"{value:.{digits if abs(value) < 1000 else 4}g}"
 
 
 def condense(curve: Curve, points: int = POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

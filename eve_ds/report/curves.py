@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eve_ds.report.charts import Line, line_chart
+from eve_ds.report.charts import Line, line_chart, short
 from eve_ds.report.html import Html, missing, section, tag
 from eve_ds.report.run_files import SINGLE, STAGES, Curve, Run, Stage, number
 
@@ -135,11 +135,11 @@ def _headline(name: str, line: Line) -> str:
     """The value beside a chart's title: the median of a noisy metric, the latest value of a loss or score."""
     finite = [value for value in line.curve.values if math.isfinite(value)]
     if name in ("samples_per_second", "wait_fraction", "grad_norm"):
-        return f"median {np.median(finite):.3g}"
+        return f"median {short(float(np.median(finite)), 3)}"
     if name == "lr":
-        return f"peak {max(finite):.3g}"
+        return f"peak {short(max(finite), 3)}"
     tail = finite[-1:] if line.dots else finite[-20:]
-    return f"{line.label} {np.mean(tail):.3g}"
+    return f"{line.label} {short(float(np.mean(tail)), 3)}"
 
 
 def experts_section(run: Run) -> Html:

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from eve_ds.report.charts import Line, _thousands, condense, line_chart, running_mean
+from eve_ds.report.charts import Line, condense, line_chart, running_mean, short
 from eve_ds.report.curves import group_curves
 from eve_ds.report.run_files import Curve
 
@@ -68,9 +68,14 @@ def test_of_a_curve_that_is_not_drawn_itself_the_running_mean_sets_the_axis() ->
     assert ">200<" not in line_chart("x", [Line("run", noisy, raw=False)])
 
 
-def test_large_numbers_of_steps_are_short() -> None:
-    values = (0, 0.5, 9_999, 10_000, 999_000, 1_000_000, 2_500_000)
-    assert [_thousands(value) for value in values] == ["0", "0.5", "9999", "10k", "999k", "1M", "2.5M"]
+def test_numbers_are_short() -> None:
+    """Five digits and a power of ten would be cut off left of a chart."""
+    values = [0, 0.5, 1.8e-3, 863.25, 9999, 10_000, 50_830, 999_000, 1_000_000, 2_500_000, -3.2e9]
+    expected = ["0", "0.5", "0.0018", "863", "9999", "10k", "50.83k", "999k", "1M", "2.5M", "-3.2G"]
+    assert [short(value, 3) for value in values] == expected
+    assert short(0.2615, 4) == "0.2615"
+    drawn = str(line_chart("tokens", [Line("perf", curve([42_000, 52_000, 51_000]))]))
+    assert "e+0" not in drawn and "k</text>" in drawn
 
 
 def test_a_single_evaluation_is_at_a_whole_step() -> None:
