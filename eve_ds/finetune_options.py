@@ -61,8 +61,6 @@ def expand_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     """
     given, rest = _parse_short(argv)
     eve_options.check_arguments(given)
-    if given.checkpoint and given.init_from:
-        raise UserError("--checkpoint and --init_from name the same thing; give one of them")
     task = eve_options.task_name(given.task) if given.task else None
     rest += ["--task", task] if task else []
     if given.epoch is not None:
@@ -107,9 +105,14 @@ def _parse_short(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         short.add_argument(f"--{name}", action="store_true")
     eve_options.add_arguments(short)
     try:
-        return short.parse_known_args(join_negative_numbers(argv))
+        given, rest = short.parse_known_args(join_negative_numbers(argv))
     except argparse.ArgumentError as error:
         raise UserError(one_line(error)) from error
+    typed = {name for name, _ in values_of(rest)} | ({"init_from"} if given.init_from else set())
+    for name, (key, _) in {**VALUE_OPTIONS, **FLAGS}.items():
+        if key != name and key in typed and getattr(given, name) not in (None, False):
+            raise UserError(f"--{name} and --{key} name the same thing; give one of them")
+    return given, rest
 
 
 def _checked(name: str, key: str, value: str) -> str:

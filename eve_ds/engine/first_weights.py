@@ -64,7 +64,7 @@ def _named(config: Config) -> ModelFolder:
 
 
 def origin(config: Config) -> dict[str, Input | None]:
-    """The first weights as inputs of the run (``identity``); missing where they are gone."""
+    """The first weights as inputs of the run (``identity``); where they are gone, their place alone."""
     option = "resume_from" if config.resume_from else "init_from"
     none: dict[str, Input | None] = {} if config.resume_from else {"resume_from": None}
     named = config.resume_from or config.init_from
@@ -73,7 +73,7 @@ def origin(config: Config) -> dict[str, Input | None]:
     try:
         files = _named(config)
     except MissingError:
-        return none  # ``source`` has said so, unless the run goes on
+        return {option: Input(place(named), ""), **none}  # ``source`` has said so, unless the run goes on
     step = step_of(files.weights) if files.is_checkpoint else exported_step(files.weights.parent)
     return {option: Input(place(named), weights_hash(files), "" if step is None else f"step {step}"), **none}
 

@@ -88,7 +88,7 @@ class Input:
 
     Attributes:
         place: its absolute path; "" if unknown.
-        hash: SHA-256 of its content.
+        hash: SHA-256 of its content; "" where that is gone: then the place must be the same.
         size: for messages, as in "400 rows".
     """
 
@@ -97,6 +97,8 @@ class Input:
     size: str = ""
 
     def __str__(self) -> str:
+        if not self.hash:
+            return f"{self.place}, where nothing is"
         details = f"SHA-256 {self.hash[:12]}"
         return f"{self.place or 'one'} ({f'{self.size}, ' if self.size else ''}{details})"
 
@@ -141,7 +143,8 @@ class Identity:
 
     def merged(self, now: Identity) -> Identity:
         """``now``, with the inputs that only this identity knows."""
-        return Identity(now.settings, {**self.inputs, **now.inputs})
+        known = {name: value for name, value in now.inputs.items() if value is None or value.hash}
+        return Identity(now.settings, {**self.inputs, **known})
 
     def tree(self) -> dict[str, Any]:
         """The tree for JSON."""

@@ -256,6 +256,21 @@ def test_two_checkpoints_are_refused(tmp_path: Path) -> None:
         finetune("--checkpoint", exported(tmp_path / "a"), "--init_from", exported(tmp_path / "b"))
 
 
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [
+        (["--lr", "1e-4"], ["--optimizer.lr=5"]),
+        (["--bs=8"], ["--engine.global_batch_size", "16"]),
+        (["--rerank"], ["--objective.rerank=false"]),
+    ],
+)
+def test_a_short_option_and_its_full_name_are_refused(short: list[str], full: list[str]) -> None:
+    told = f"{short[0].partition('=')[0]} and {full[0].partition('=')[0]} name the same thing"
+    for options in (short + full, full + short):
+        with pytest.raises(UserError, match=told):
+            finetune("--task", "itr_coco", *options)
+
+
 def test_recipes_and_deepspeed_files_that_come_along_are_found_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
