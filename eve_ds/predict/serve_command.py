@@ -18,7 +18,7 @@ from eve_ds.predict.web_app import MEGABYTE, Served, create_app
 from preprocessing.errors import UserError
 
 THREADS = 8  # one computes, the others take what comes and wait
-CONNECTIONS = 64
+CONNECTIONS = 512  # also those that send nothing; below the usual 1,024 files of a process
 MOST_UPLOAD = 1024  # MB
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import functools
 import io
 import ipaddress
 import logging
+import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ FORM_BYTES = 2**19  # of a request beside its images
 TEXT_LENGTH = 500  # characters; a model reads 40 tokens
 MOST_TEXTS = 50
 MOST_HITS = 100
+MOST_FIELDS = 100  # of a form
 TOP = 5  # answers to a question
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -90,6 +92,7 @@ def create_app(served: Served) -> Flask:
     app = Flask(__name__, static_folder=None, template_folder=str(PAGE))
     app.config["MAX_CONTENT_LENGTH"] = served.max_upload * MEGABYTE + FORM_BYTES
     app.config["MAX_FORM_MEMORY_SIZE"] = FORM_BYTES
+    app.config["MAX_FORM_PARTS"] = MOST_FIELDS
     app.before_request(functools.partial(_refuse_others, served))
     app.after_request(_add_headers)
     app.register_error_handler(Exception, functools.partial(_as_json, served.max_upload))
@@ -151,7 +154,7 @@ def _refuse_others(served: Served) -> None:
     if not served.knows(request.host):
         abort(403, "the address in the browser is none of this server's")
     origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc != request.host:
+    if origin is not None and origin.lower() not in (f"http://{request.host}", f"https://{request.host}"):
         abort(403, "the request comes from another site")
 
 
@@ -165,7 +168,8 @@ def _as_json(max_upload: int, error: Exception) -> tuple[Response, int]:
     if isinstance(error, UserError):
         return jsonify(error=" ".join(str(error).split())), 400
     if isinstance(error, RequestEntityTooLarge):
-        return jsonify(error=f"the request is too large: images of {max_upload} MB in all are taken"), 413
+        most = f"images of {max_upload} MB in all and at most {MOST_FIELDS} fields"
+        return jsonify(error=f"the request is too large: {most} are taken"), 413
     if isinstance(error, HTTPException):
         return jsonify(error=" ".join(str(error.description).split())), error.code or 500
     log.error("%s %s failed", request.method, request.path, exc_info=error)
@@ -233,9 +237,10 @@ def _attention(served: Served) -> dict[str, Any]:
 def _search(served: Served) -> dict[str, Any]:
     assert served.index is not None
     eve = served.models["retrieval"]
-    k = request.form.get("k", 10, int)
+    typed = request.form.get("k", "10")
+    k = int(typed) if re.fullmatch(r"[0-9]{1,9}", typed) else 0
     if not 1 <= k <= MOST_HITS:
-        raise UserError(f"k={k}: must be between 1 and {MOST_HITS}")
+        raise UserError(f"k={typed[:20]}: must be a number between 1 and {MOST_HITS}")
     vector = eve.image_features(_image("image")) if "image" in request.files else eve.text_features(_text("text"))
     (rows,) = served.index.search_rows(vector[None], k)
     return {"hits": [{"row": row, "path": served.index.path_of(row), "score": score} for row, score in rows]}

@@ -193,7 +193,9 @@ def test_what_is_no_image_or_too_large_is_told_and_the_page_goes_on(place: Place
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
     assert refused.value.code == 413
-    assert json.load(refused.value) == {"error": "the request is too large: images of 1 MB in all are taken"}
+    assert json.load(refused.value) == {
+        "error": "the request is too large: images of 1 MB in all and at most 100 fields are taken"
+    }
 
 
 def test_the_keyboard_is_enough_and_a_narrow_screen_too(place: Place, visit: Visit) -> None:

@@ -17,7 +17,7 @@ from eve_ds.errors import exit_code
 from eve_ds.predict import EVE
 from eve_ds.predict.__main__ import main
 from eve_ds.predict.image_index import ImageIndex
-from eve_ds.predict.web_app import FORM_BYTES, MEGABYTE, MOST_TEXTS, TEXT_LENGTH, Served, create_app
+from eve_ds.predict.web_app import FORM_BYTES, MEGABYTE, MOST_FIELDS, MOST_TEXTS, TEXT_LENGTH, Served, create_app
 from tests.support.predicting import exported, image_files
 
 ALL = ("answer", "match", "judge", "attention", "search")
@@ -70,7 +70,7 @@ def test_requests_that_another_site_makes_a_browser_send_are_refused(client: Fla
         response = client.get("/", headers={"Host": host})
         assert response.status_code in (400, 403) and b"<html" not in response.data
     own = {"Host": "localhost:8000"}
-    for origin in ("http://evil.example", "null", "http://localhost:8001", "http://localhost"):
+    for origin in ("http://evil.example", "null", "http://localhost:8001", "http://localhost", "http://["):
         assert client.post("/api/answer", headers=own | {"Origin": origin}).status_code == 403
     assert client.post("/api/answer", headers=own | {"Origin": "http://localhost:8000"}).status_code == 400
 
@@ -108,7 +108,8 @@ def test_bad_requests_are_one_line_that_names_no_file_of_the_server(client: Flas
         told(client, "/api/answer", {"image": (io.BytesIO(b"\x89PNG junk"), "../../x"), "question": "what"}, 400),
         told(client, "/api/match", {"image": image(folder)}, 400),
         told(client, "/api/match", {"image": image(folder), "text": ["a"] * (MOST_TEXTS + 1)}, 400),
-        told(client, "/api/search", {"text": "a", "k": "0"}, 400),
+        *(told(client, "/api/search", {"text": "a", "k": k}, 400) for k in ("0", "abc", "1e2", "", "9" * 5000)),
+        told(client, "/api/search", {"image": image(folder), **{f"field{n}": "a" for n in range(MOST_FIELDS)}}, 413),
         told(client, "/api/search", {}, 400),
         told(client, "/api/judge", {"statement": "a"}, 404),
         told(client, "/api/attention", {"task": "nlvr", "image": image(folder), "text": "a"}, 404),
