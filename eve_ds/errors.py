@@ -43,7 +43,7 @@ _NO_MEMORY = re.compile(
 _LESS_MEMORY = (
     "of a run, make the model, the batch or a rank's share smaller: lower engine.micro_batch_size, or set "
     "--model.checkpoint_activations true, ZeRO stage 3 or offload (--deepspeed_config zero3, zero2_offload); python -m "
-    "eve_ds.plan tells what fits"
+    "eve_ds.plan tells what fits; of eve_ds.predict, lower --batch_size or --image_size"
 )
 LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
 RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
