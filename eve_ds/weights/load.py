@@ -7,6 +7,7 @@ import argparse
 import math
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,8 @@ def _read(path: Path, values: bool = True) -> dict[str, Tensor]:
                 slices = {name: file.get_slice(name) for name in file.keys()}
                 return {name: torch.empty(part.get_shape(), device="meta") for name, part in slices.items()}
         mapped = not values and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that a script saved: plain data
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):  # a script's options
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # which is read, or refused below
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import random
 from collections import OrderedDict
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match=r"weights\.th: not a readable weights file"):
         load_weights(tmp_path / "weights.th")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plain_pickle_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(pickle.dumps({"model": Payload()}, protocol=4))
+    with pytest.raises(UserError, match=r"weights\.pt: not a readable weights file"):
+        load_weights(tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
