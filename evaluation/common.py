@@ -1,4 +1,7 @@
-"""What the commands share: reading files with errors that name the fault, atomic writes, exit codes."""
+"""What the commands share: reading files with errors that name the fault, atomic writes, and how a command ends.
+
+How it ends, `ended` and what is beside it, holds for the commands of ``eve_ds``, too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import select
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +22,8 @@ from typing import Any, BinaryIO, NoReturn
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 OUTPUTS = {"out", "per_question", "html"}  # options that name files to be written
-
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+NO_MEMORY = "no memory is left; end other programs, raise the limit (ulimit -v) or take a larger machine"
 
 SECRETS = re.compile(
     r"((?:s3[an]?|gs|hdfs|https?):/+|[a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@"
@@ -157,6 +162,8 @@ def _parse(text: str, name: str, line: int = 1) -> Any:
         raise InputError(f"{name}: invalid JSON at {where}: {error.msg}") from error
     except RecursionError as error:
         raise InputError(f"{name}: JSON nested too deeply from line {line}") from error
+    except MemoryError as error:
+        raise InputError(f"{name}: {NO_MEMORY}") from error
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{name}: invalid JSON from line {line}: {error}") from error
 
@@ -221,8 +228,11 @@ def write_scores(path: str | Path, scores: Any, line: str) -> None:
     """Write scores as ``write_json``, and print ``line``, even if the file cannot be written."""
     try:
         write_json(path, scores)
-    finally:
-        print(line)
+    except InputError:
+        with contextlib.suppress(OSError):  # it would hide that the file is not written
+            print(line, flush=True)
+        raise
+    print(line)
 
 
 def _sync_names(folder: Path) -> None:
@@ -239,13 +249,75 @@ def _sync_names(folder: Path) -> None:
 
 
 def run(command: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:
-    """Run a command. Prints an InputError as one line on stderr. Returns the exit code: 0, or 2 for bad input."""
+    """Run a command, which ends as ``ended`` says. Prints an InputError as one line on stderr.
+
+    Returns the exit code: 0, 2 for bad input or want of memory, and those of ``ended``.
+    """
+    mend_streams()
     try:
-        command(arguments)
-    except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return ended(lambda: command(arguments))
+    except (InputError, MemoryError) as error:
+        print(f"error: {NO_MEMORY if isinstance(error, MemoryError) else printable(str(error))}", file=sys.stderr)
         return 2
-    return 0
+    finally:
+        flush_or_drop()
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """Run a command to the ends that are nobody's bug. Returns the exit code; other exceptions are raised.
+
+    - A reader that has left, as in ``command | head``: 0.
+    - A full disk, or a file of the user that cannot be read or written: one line on stderr, 2.
+    - Ctrl-C: 130.
+    """
+    try:
+        try:
+            code = main()
+        except SystemExit:  # argparse's, after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, where an error is handled
+    except BrokenPipeError:
+        if not _is_unread(1):
+            raise
+        flush_or_drop()
+        return 0
+    except OSError as error:
+        full = error.errno in STORAGE_ERRORS
+        if not full and error.filename is None:  # not about a file of the user: a bug
+            raise
+        where = printable(f"{error.filename}: ") if error.filename is not None else ""
+        advice = "make room or choose another folder" if full else "see that it can be read and written"
+        print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code or 0
+
+
+def mend_streams() -> None:
+    """A closed stream (``>&-``) becomes the null device; what the terminal's encoding lacks is printed escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
+
+
+def flush_or_drop() -> None:
+    """Flush stdout. What it does not take is dropped: Python would try again at its end, in vain, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout.flush()
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether a file descriptor is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are reported without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def printable(text: str) -> str:

@@ -265,9 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
     line = " ".join(
         f"{printable(name)} {bootstrap.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items()
     )
-    write_scores(options.out, bootstrap.beside(scores, found), line)
-    if options.per_question:
-        write_json(options.per_question, {str(question): value for question, value in by_question.items()})
+    try:
+        if options.per_question:
+            write_json(options.per_question, {str(question): value for question, value in by_question.items()})
+    finally:  # last, as a reader of the line that has left ends the command
+        write_scores(options.out, bootstrap.beside(scores, found), line)
 
 
 if __name__ == "__main__":
