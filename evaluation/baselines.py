@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evaluation import vqa
-from evaluation.common import InputError, Parser, run, write_scores
+from evaluation.common import InputError, Parser, excerpt, run, write_scores
 
 Rows = Sequence[Mapping[str, Any]]
 Scores = dict[str, float]
@@ -36,7 +36,9 @@ def vqa_baselines(
     by_words: dict[str, Scores] = defaultdict(lambda: defaultdict(float))
     for question, answers in said.items():
         if question not in words:
-            raise InputError(f"training annotations: question_id {question!r} is not among the training questions")
+            raise InputError(
+                f"training annotations: question_id {excerpt(question)} is not among the training questions"
+            )
         for answer, score in _soft_scores(answers).items():
             overall[answer] += score
             by_words[words[question]][answer] += score
@@ -53,10 +55,10 @@ def vqa_baselines(
     return {name: vqa.score(rows, annotations)["overall"] for name, rows in blind.items()}
 
 
-def _key(row: Mapping[str, Any], where: str) -> str:
+def _key(row: Mapping[str, Any]) -> str:
     """The words of a question."""
     if not isinstance(row.get("question"), str):
-        raise InputError(f"{where}: 'question' must be text, got {row.get('question')!r}")
+        raise InputError(f"'question' must be text, got {excerpt(row.get('question'))}")
     return " ".join(str(row["question"]).lower().split())
 
 

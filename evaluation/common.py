@@ -326,7 +326,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def excerpt(value: Any, limit: int = 60) -> str:
+    """The start of ``repr(value)`` for a message. Secrets are hidden first: half a secret is not recognized as one."""
+    try:
+        text = without_secrets(repr(value))
+    except RecursionError:  # a value that could just be read may be too deep to be written
+        return "nested too deep"
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
 def first_few(names: list[Any], limit: int = 3) -> str:
     """The start of a list for a message: ``"'a', 'b', 'c' and 7 more"``."""
-    shown = ", ".join(repr(name) for name in names[:limit])
+    shown = ", ".join(map(excerpt, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import bootstrap
-from evaluation.common import NO_MEMORY, InputError, Parser, check_regular, run, write_scores
+from evaluation.common import NO_MEMORY, InputError, Parser, check_regular, first_few, run, write_scores
 
 CUTOFFS = (1, 5, 10)
 BLOCK = 1 << 16  # scores compared at a time: they stay in a processor's cache
@@ -141,7 +141,9 @@ def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.g
     try:
         found = archive[name]
     except KeyError:
-        raise InputError(f"array {name!r} is missing, found {sorted(archive)}; needed: {', '.join(ARRAYS)}") from None
+        raise InputError(
+            f"array {name!r} is missing, found {first_few(sorted(archive))}; needed: {', '.join(ARRAYS)}"
+        ) from None
     except MemoryError as error:
         raise InputError(f"array {name!r} cannot be read: if the file is not damaged, {NO_MEMORY}") from error
     except Exception as error:  # zipfile and NumPy raise errors of all kinds on damaged files

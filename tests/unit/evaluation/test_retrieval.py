@@ -152,7 +152,7 @@ def test_bad_files_exit_with_2_and_one_line(tmp_path: Path, capsys) -> None:
             archive.writestr(name, "no array")
     expected = {
         "absent.npz": "No such file or directory",
-        "few.npz": "array 'text_to_image' is missing, found ['image_to_text', 'text_image_index']",
+        "few.npz": "array 'text_to_image' is missing, found 'image_to_text', 'text_image_index'; needed",
         "object.npz": "array 'image_to_text' cannot be read",
         "bare.npy": "one bare array",
         "foreign.npz": "array 'text_image_index' is no NumPy array",
