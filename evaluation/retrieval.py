@@ -113,9 +113,9 @@ def summary(text: NDArray[np.int64], image: NDArray[np.int64]) -> dict[str, floa
 
 def _check(scores: NDArray[np.generic], index: NDArray[np.integer], name: str, image_axis: int) -> int:
     """Check shapes and dtypes; returns the number of images."""
-    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+    if index.ndim != 1 or index.dtype.kind not in "iu":  # to issubdtype, spans of time are whole numbers
         raise InputError(f"text_image_index must be whole numbers of shape [T], got {index.dtype} {list(index.shape)}")
-    if scores.ndim != 2 or not (np.issubdtype(scores.dtype, np.floating) or np.issubdtype(scores.dtype, np.integer)):
+    if scores.ndim != 2 or scores.dtype.kind not in "fiu":
         want = "[I, T]" if image_axis == 0 else "[T, I]"
         raise InputError(f"{name} must be real numbers of shape {want}, got {scores.dtype} {list(scores.shape)}")
     images, texts = int(scores.shape[image_axis]), scores.shape[1 - image_axis]

@@ -112,6 +112,14 @@ NAN = np.where(np.eye(3, 4) > 0, np.nan, 0)
         ({"text_image_index": [0, 1, 1, 1]}, "image 2 has no text"),
         ({"text_image_index": [0.0, 1, 2, 2]}, "text_image_index must be whole numbers of shape [T], got float64 [4]"),
         ({"text_image_index": np.zeros((4, 1), int)}, "text_image_index must be whole numbers"),
+        (
+            {"image_to_text": np.zeros((3, 4), "m8[s]")},
+            "image_to_text must be real numbers of shape [I, T], got timedelta64[s] [3, 4]",
+        ),
+        (
+            {"text_image_index": np.array([0, 1, 2, 2], "m8[s]")},
+            "text_image_index must be whole numbers of shape [T], got timedelta64[s] [4]",
+        ),
         ({"image_to_text": NAN}, "image_to_text[0, 0] is nan"),
         ({"text_to_image": np.full((4, 3), np.inf)}, "text_to_image[0, 0] is inf"),
         (
