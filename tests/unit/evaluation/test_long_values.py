@@ -56,7 +56,6 @@ CASES = [
     "submission --predictions p_long.json --questions q.json --answers answers.json",
     "submission --predictions p.json --questions q_id.json",
     f"baselines {BLIND} --questions q_text.json",
-    f"baselines {BLIND} --questions q_id.json",
     f"baselines {BLIND} --train-annotations a_type.json",
     f"baselines {BLIND} --train-annotations a_id.json",
     "compare p.json p_id.json --annotations a.json",
