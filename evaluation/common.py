@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+OUTPUT_STREAMS = ("/dev/stdout", "/dev/stderr", *STREAMS[1:])
 OUTPUTS = {"out", "per_question", "html"}  # options that name files to be written
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 NO_MEMORY = "no memory is left; end other programs, raise the limit (ulimit -v) or take a larger machine"
@@ -187,36 +188,46 @@ def _same_file(one: str, other: str) -> bool:
 def write_text(path: str | Path, text: str) -> None:
     """Write a file atomically: a reader sees either the old content or the new.
 
-    Devices and pipes, such as /dev/stdout, are written to directly. Lone surrogates are escaped.
+    A symbolic link stays, and what it leads to is written. Devices and pipes, such as /dev/stdout, are written to
+    directly. Lone surrogates are escaped.
 
     Raises:
         InputError: the folder cannot be made or the file cannot be written.
     """
-    path = Path(path)
-    temporary: Path | None = None
-    made = False
+    target = Path(path)
+    if str(path).endswith(os.sep) or target.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
     try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; name a file")
-        if path.is_char_device() or path.is_fifo():
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if target.is_char_device() or target.is_fifo():
+            target.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        # Not mkstemp, whose files are private: the umask decides who may read.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        made = True
+        if str(path).startswith(OUTPUT_STREAMS):  # what is printed would be lost with the file that is replaced
+            raise InputError(f"{path}: is neither a pipe nor a terminal here; name a file")
+        if target.is_symlink():
+            target = Path(os.path.realpath(target))
+            if target.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, text)
+        _sync_names(target.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write another file and give it the name. Raises OSError; whatever is raised, no other file is left."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Not mkstemp, whose files are private: the umask decides who may read.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        temporary = None
-        _sync_names(path.parent)
-    except OSError as error:
-        if temporary is not None and made:
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except BaseException:  # Ctrl-C, too
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import retrieval
-from evaluation.common import InputError, run, write_text
+from evaluation.common import InputError, run
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"
@@ -199,9 +199,3 @@ def test_broken_headers_of_arrays_are_reported(tmp_path: Path, capsys, old: byte
             damaged.writestr(name, header + content)
     assert run(retrieval.main, ["--scores", str(tmp_path / "s.npz"), "--out", str(tmp_path / "m.json")]) == 2
     assert "array 'text_image_index' cannot be read" in capsys.readouterr().err
-
-
-def test_out_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder; name a file"):
-        write_text(tmp_path, "")
-    assert list(tmp_path.iterdir()) == []
