@@ -1,4 +1,7 @@
-"""What the commands share: reading files with errors that name the fault, atomic writes, exit codes."""
+"""What the commands share: reading files with errors that name the fault, atomic writes, and how a command ends.
+
+How it ends, `ended` and what is beside it, holds for the commands of ``eve_ds``, too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import select
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+OUTPUT_STREAMS = ("/dev/stdout", "/dev/stderr", *STREAMS[1:])
 OUTPUTS = {"out", "per_question", "html"}  # options that name files to be written
-
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+NO_MEMORY = "no memory is left; end other programs, raise the limit (ulimit -v) or take a larger machine"
 
 SECRETS = re.compile(
     r"((?:s3[an]?|gs|hdfs|https?):/+|[a-z][a-z0-9+.-]{0,20}://)[^\s@]{0,400}@"
@@ -157,6 +163,8 @@ def _parse(text: str, name: str, line: int = 1) -> Any:
         raise InputError(f"{name}: invalid JSON at {where}: {error.msg}") from error
     except RecursionError as error:
         raise InputError(f"{name}: JSON nested too deeply from line {line}") from error
+    except MemoryError as error:
+        raise InputError(f"{name}: {NO_MEMORY}") from error
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{name}: invalid JSON from line {line}: {error}") from error
 
@@ -180,36 +188,46 @@ def _same_file(one: str, other: str) -> bool:
 def write_text(path: str | Path, text: str) -> None:
     """Write a file atomically: a reader sees either the old content or the new.
 
-    Devices and pipes, such as /dev/stdout, are written to directly. Lone surrogates are escaped.
+    A symbolic link stays, and what it leads to is written. Devices and pipes, such as /dev/stdout, are written to
+    directly. Lone surrogates are escaped.
 
     Raises:
         InputError: the folder cannot be made or the file cannot be written.
     """
-    path = Path(path)
-    temporary: Path | None = None
-    made = False
+    target = Path(path)
+    if str(path).endswith(os.sep) or target.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
     try:
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; name a file")
-        if path.is_char_device() or path.is_fifo():
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if target.is_char_device() or target.is_fifo():
+            target.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        # Not mkstemp, whose files are private: the umask decides who may read.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        made = True
+        if str(path).startswith(OUTPUT_STREAMS):  # what is printed would be lost with the file that is replaced
+            raise InputError(f"{path}: is neither a pipe nor a terminal here; name a file")
+        if target.is_symlink():
+            target = Path(os.path.realpath(target))
+            if target.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, text)
+        _sync_names(target.parent)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write another file and give it the name. Raises OSError; whatever is raised, no other file is left."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Not mkstemp, whose files are private: the umask decides who may read.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        temporary = None
-        _sync_names(path.parent)
-    except OSError as error:
-        if temporary is not None and made:
-            temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except BaseException:  # Ctrl-C, too
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -221,8 +239,11 @@ def write_scores(path: str | Path, scores: Any, line: str) -> None:
     """Write scores as ``write_json``, and print ``line``, even if the file cannot be written."""
     try:
         write_json(path, scores)
-    finally:
-        print(line)
+    except InputError:
+        with contextlib.suppress(OSError):  # it would hide that the file is not written
+            print(line, flush=True)
+        raise
+    print(line)
 
 
 def _sync_names(folder: Path) -> None:
@@ -239,13 +260,75 @@ def _sync_names(folder: Path) -> None:
 
 
 def run(command: Callable[[list[str] | None], None], arguments: list[str] | None = None) -> int:
-    """Run a command. Prints an InputError as one line on stderr. Returns the exit code: 0, or 2 for bad input."""
+    """Run a command, which ends as ``ended`` says. Prints an InputError as one line on stderr.
+
+    Returns the exit code: 0, 2 for bad input or want of memory, and those of ``ended``.
+    """
+    mend_streams()
     try:
-        command(arguments)
-    except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return ended(lambda: command(arguments))
+    except (InputError, MemoryError) as error:
+        print(f"error: {NO_MEMORY if isinstance(error, MemoryError) else printable(str(error))}", file=sys.stderr)
         return 2
-    return 0
+    finally:
+        flush_or_drop()
+
+
+def ended(main: Callable[[], int | None]) -> int:
+    """Run a command to the ends that are nobody's bug. Returns the exit code; other exceptions are raised.
+
+    - A reader that has left, as in ``command | head``: 0.
+    - A full disk, or a file of the user that cannot be read or written: one line on stderr, 2.
+    - Ctrl-C: 130.
+    """
+    try:
+        try:
+            code = main()
+        except SystemExit:  # argparse's, after --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # here, where an error is handled
+    except BrokenPipeError:
+        if not _is_unread(1):
+            raise
+        flush_or_drop()
+        return 0
+    except OSError as error:
+        full = error.errno in STORAGE_ERRORS
+        if not full and error.filename is None:  # not about a file of the user: a bug
+            raise
+        where = printable(f"{error.filename}: ") if error.filename is not None else ""
+        advice = "make room or choose another folder" if full else "see that it can be read and written"
+        print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code or 0
+
+
+def mend_streams() -> None:
+    """A closed stream (``>&-``) becomes the null device; what the terminal's encoding lacks is printed escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
+
+
+def flush_or_drop() -> None:
+    """Flush stdout. What it does not take is dropped: Python would try again at its end, in vain, and exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout.flush()
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether a file descriptor is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are reported without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def printable(text: str) -> str:
@@ -254,7 +337,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def excerpt(value: Any, limit: int = 60) -> str:
+    """The start of ``repr(value)`` for a message. Secrets are hidden first: half a secret is not recognized as one."""
+    try:
+        text = without_secrets(repr(value))
+    except RecursionError:  # a value that could just be read may be too deep to be written
+        return "nested too deep"
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
 def first_few(names: list[Any], limit: int = 3) -> str:
     """The start of a list for a message: ``"'a', 'b', 'c' and 7 more"``."""
-    shown = ", ".join(repr(name) for name in names[:limit])
+    shown = ", ".join(map(excerpt, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

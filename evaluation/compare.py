@@ -119,7 +119,7 @@ def read_vqa(texts: Mapping[str, str], annotations: str, questions: str | None, 
     answered = {}
     for path, rows in given.items():
         with naming(path):
-            answered[path] = vqa.by_id(rows, "prediction", lambda row, where: None).keys()
+            answered[path] = vqa.by_id(rows, "prediction", lambda row: None).keys()
     allow_extra = allow_extra or questions is not None
     if not allow_extra:
         same_examples(answered, "questions")

@@ -14,13 +14,13 @@ from evaluation import bootstrap
 from evaluation.common import (
     InputError,
     Parser,
+    excerpt,
     first_few,
     naming,
     printable,
     read_json_rows,
     read_text,
     run,
-    without_secrets,
     write_scores,
 )
 
@@ -57,7 +57,7 @@ def per_example(
     for row, example in enumerate(examples, 1):
         identifier, label = _read_example(example, row)
         if identifier in labels:
-            raise InputError(f"example {row}: identifier {identifier!r} occurs twice")
+            raise InputError(f"example {row}: identifier {excerpt(identifier)} occurs twice")
         labels[identifier] = label
     missing = [identifier for identifier in labels if identifier not in predictions]
     if missing:
@@ -70,7 +70,9 @@ def per_example(
     right = {}
     for identifier, label in labels.items():
         if (answer := predictions[identifier].lower()) not in TRUTHS:
-            raise InputError(f"prediction of {identifier!r} is {predictions[identifier]!r}, neither True nor False")
+            raise InputError(
+                f"prediction of {excerpt(identifier)} is {excerpt(predictions[identifier])}, neither True nor False"
+            )
         right[identifier] = answer == label
     return right
 
@@ -96,9 +98,9 @@ def _read_example(example: Any, row: int) -> tuple[str, str]:
         raise InputError(f"example {row}: no JSON object with a text 'identifier'")
     identifier, label = example["identifier"], example.get("label")
     if identifier.count("-") < 3:
-        raise InputError(f"example {row}: identifier {identifier!r} does not read split-set-pair-sentence")
+        raise InputError(f"example {row}: identifier {excerpt(identifier)} does not read split-set-pair-sentence")
     if str(label).lower() not in TRUTHS:
-        raise InputError(f"example {row}: label of {identifier!r} is {label!r}, neither True nor False")
+        raise InputError(f"example {row}: label of {excerpt(identifier)} is {excerpt(label)}, neither True nor False")
     return identifier, str(label).lower()
 
 
@@ -125,10 +127,9 @@ def parse_predictions(text: str, path: str) -> dict[str, str]:
         if fields == [""] or (number == 1 and fields == ["identifier", "prediction"]):
             continue
         if len(fields) != 2 or fields[1].lower() not in TRUTHS:
-            shown = without_secrets(line)[:80]
-            raise InputError(f"{path}: line {number}: {shown!r} is not 'identifier,True' or 'identifier,False'")
+            raise InputError(f"{path}: line {number}: {excerpt(line)} is not 'identifier,True' or 'identifier,False'")
         if fields[0] in predictions:
-            raise InputError(f"{path}: line {number}: identifier {fields[0]!r} occurs twice")
+            raise InputError(f"{path}: line {number}: identifier {excerpt(fields[0])} occurs twice")
         predictions[fields[0]] = fields[1]
     if not predictions:
         raise InputError(f"{path}: holds no predictions")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import bootstrap
-from evaluation.common import InputError, Parser, check_regular, run, write_scores
+from evaluation.common import NO_MEMORY, InputError, Parser, check_regular, first_few, run, write_scores
 
 CUTOFFS = (1, 5, 10)
 BLOCK = 1 << 16  # scores compared at a time: they stay in a processor's cache
@@ -113,9 +113,9 @@ def summary(text: NDArray[np.int64], image: NDArray[np.int64]) -> dict[str, floa
 
 def _check(scores: NDArray[np.generic], index: NDArray[np.integer], name: str, image_axis: int) -> int:
     """Check shapes and dtypes; returns the number of images."""
-    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+    if index.ndim != 1 or index.dtype.kind not in "iu":  # to issubdtype, spans of time are whole numbers
         raise InputError(f"text_image_index must be whole numbers of shape [T], got {index.dtype} {list(index.shape)}")
-    if scores.ndim != 2 or not (np.issubdtype(scores.dtype, np.floating) or np.issubdtype(scores.dtype, np.integer)):
+    if scores.ndim != 2 or scores.dtype.kind not in "fiu":
         want = "[I, T]" if image_axis == 0 else "[T, I]"
         raise InputError(f"{name} must be real numbers of shape {want}, got {scores.dtype} {list(scores.shape)}")
     images, texts = int(scores.shape[image_axis]), scores.shape[1 - image_axis]
@@ -141,7 +141,11 @@ def _load(archive: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.g
     try:
         found = archive[name]
     except KeyError:
-        raise InputError(f"array {name!r} is missing, found {sorted(archive)}; needed: {', '.join(ARRAYS)}") from None
+        raise InputError(
+            f"array {name!r} is missing, found {first_few(sorted(archive))}; needed: {', '.join(ARRAYS)}"
+        ) from None
+    except MemoryError as error:
+        raise InputError(f"array {name!r} cannot be read: if the file is not damaged, {NO_MEMORY}") from error
     except Exception as error:  # zipfile and NumPy raise errors of all kinds on damaged files
         raise InputError(f"array {name!r} cannot be read: the file is damaged or holds no plain numbers") from error
     if not isinstance(found, np.ndarray):  # another kind of file in the archive

@@ -54,14 +54,14 @@ def submission(
     return [{"question_id": question, "answer": given[question]} for question in asked]
 
 
-def _check_number(row: Mapping[str, Any], where: str) -> None:
+def _check_number(row: Mapping[str, Any]) -> None:
     if not isinstance(row["question_id"], int):
-        raise InputError(f"{where}: the server's ids are whole numbers, not text")
+        raise InputError("the server's ids are whole numbers, not text")
 
 
-def _read_answer(row: Mapping[str, Any], where: str) -> str:
-    _check_number(row, where)
-    return vqa.read_prediction(row, where)
+def _read_answer(row: Mapping[str, Any]) -> str:
+    _check_number(row)
+    return vqa.read_prediction(row)
 
 
 def read_answers(path: str) -> list[str]:

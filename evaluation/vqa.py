@@ -21,6 +21,7 @@ from evaluation import bootstrap
 from evaluation.common import (
     InputError,
     Parser,
+    excerpt,
     first_few,
     naming,
     printable,
@@ -129,14 +130,17 @@ def summary(by_question: Mapping[Hashable, float], annotations: Sequence[Mapping
 
 
 def by_id(rows: Sequence[Mapping[str, Any]], kind: str, read: Any) -> dict[Hashable, Any]:
-    """``question_id`` -> what ``read`` makes of its row."""
+    """``question_id`` -> what ``read`` makes of its row; what ``read`` raises gets the row's number and id."""
     result: dict[Hashable, Any] = {}
     for number, row in enumerate(rows):
         if (question := _question_id(row)) is None:
             raise InputError(f"{kind} {number}: no JSON object with a 'question_id'")
         if question in result:
-            raise InputError(f"{kind} {number}: question_id {question!r} occurs twice")
-        result[question] = read(row, f"{kind} {number} (question_id {question!r})")
+            raise InputError(f"{kind} {number}: question_id {excerpt(question)} occurs twice")
+        try:
+            result[question] = read(row)
+        except InputError as error:
+            raise InputError(f"{kind} {number} (question_id {excerpt(question)}): {error}") from error
     return result
 
 
@@ -146,26 +150,26 @@ def _question_id(row: Any) -> int | str | None:
     return question if isinstance(question, int | str) and not isinstance(question, bool) else None
 
 
-def read_prediction(row: Mapping[str, Any], where: str) -> str:
-    """The answer in a row of predictions; ``where`` is the row in messages."""
+def read_prediction(row: Mapping[str, Any]) -> str:
+    """The answer in a row of predictions."""
     if not isinstance(row.get("answer"), str):
-        raise InputError(f"{where}: 'answer' must be text, got {row.get('answer')!r}")
+        raise InputError(f"'answer' must be text, got {excerpt(row.get('answer'))}")
     return str(row["answer"])
 
 
-def read_annotation(row: Mapping[str, Any], where: str) -> list[str]:
+def read_annotation(row: Mapping[str, Any]) -> list[str]:
     for key in ("answer_type", "question_type"):
         if not isinstance(row.get(key), str):
-            raise InputError(f"{where}: {key!r} must be text, got {row.get(key)!r}")
+            raise InputError(f"{key!r} must be text, got {excerpt(row.get(key))}")
     answers = row.get("answers")
     if not isinstance(answers, list) or len(answers) < 2:
-        raise InputError(f"{where}: 'answers' must list at least two answers (VQA v2 has ten)")
+        raise InputError("'answers' must list at least two answers (VQA v2 has ten)")
     try:
         texts = [answer["answer"] for answer in answers]
     except (TypeError, KeyError, IndexError):
         texts = []
     if not (texts and all(isinstance(text, str) for text in texts)):
-        raise InputError(f"{where}: 'answers' must hold objects with a text 'answer'")
+        raise InputError("'answers' must hold objects with a text 'answer'")
     return texts
 
 
@@ -186,7 +190,7 @@ def listed(value: Any, path: str, key: str | None) -> list[Any]:
 def _restrict(annotations: list[Any], questions: list[Any], path: str) -> list[Any]:
     """The annotations of the questions listed in file ``path``, each of which must have one."""
     with naming(path):
-        wanted = by_id(questions, "question", lambda row, where: None)
+        wanted = by_id(questions, "question", lambda row: None)
     kept = [row for row in annotations if _question_id(row) in wanted]
     found = {_question_id(row) for row in kept}
     if lacking := [question for question in wanted if question not in found]:
@@ -265,9 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
     line = " ".join(
         f"{printable(name)} {bootstrap.shown(value, found.get(key), '.2f')}" for key, (name, value) in parts.items()
     )
-    write_scores(options.out, bootstrap.beside(scores, found), line)
-    if options.per_question:
-        write_json(options.per_question, {str(question): value for question, value in by_question.items()})
+    try:
+        if options.per_question:
+            write_json(options.per_question, {str(question): value for question, value in by_question.items()})
+    finally:  # last, as a reader of the line that has left ends the command
+        write_scores(options.out, bootstrap.beside(scores, found), line)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
-import io
 import logging
 import os
 import re
-import select
 import signal
 import sys
 import time
@@ -23,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from evaluation.common import ended, flush_or_drop, mend_streams
 from eve_ds.data.worker import explain_worker_death
 from eve_ds.environment import launched_rank
 from preprocessing.errors import UserError, printable
@@ -49,7 +47,6 @@ LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
 RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 NOT_COPIED = 4  # exit code: all is done and in output_dir, and checkpoint.second_place lacks a part of it
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 finish_together: list[Callable[[], object]] = []  # calls at exit that wait for all ranks; skipped after a failure
 
 
@@ -134,7 +131,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     ``atexit`` functions run, but the interpreter is not finalized: a gloo thread that frees a tensor during that aborts
     the process (pytorch issue 190489), whether the run succeeded or not.
     """
-    _mend_streams()
+    mend_streams()
     setup_logging(launched_rank())
     code = exit_code(main)
     notify_launching(str(code if code >= 0 else 128 - code))
@@ -146,18 +143,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         for finish in finish_together:
             finish()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    flush_or_drop()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _mend_streams() -> None:
-    """A closed stream (``>&-``) becomes the null device; what the terminal's encoding lacks is printed escaped."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -170,8 +158,7 @@ def exit_code(main: Callable[[], int | None]) -> int:
     launchers then report the rank that knows the reason.
     """
     try:
-        code = main()
-        sys.stdout.flush()  # here, where a BrokenPipeError is handled
+        return ended(main)
     except StopError as stop:
         _report(f"rank {launched_rank()}: {stop}")
         return stop.code
@@ -184,30 +171,14 @@ def exit_code(main: Callable[[], int | None]) -> int:
             line = f"rank {launched_rank()}: {line}"
         _report(f"error: {line}")
         return 2
-    except BrokenPipeError:
-        if not _is_unread(1):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader, as in `... | head`, has left
-        return 0
-    except OSError as error:
-        full = error.errno in STORAGE_ERRORS
-        if not full and error.filename is None:  # not about a file of the user: a bug
-            raise
-        where = printable(f"{error.filename}: ") if error.filename is not None else ""
-        advice = "make room or choose another folder" if full else "see that it can be read and written"
-        _report(f"error: {where}{error.strerror}; {advice}")
-        return 2
     except (RuntimeError, MemoryError) as error:
         if (code_of_failure := _failed_rank(error)) is None:
             raise
         return code_of_failure
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as ended:  # argparse's, after --help
-        if isinstance(ended.code, str):
-            _report(ended.code)
-        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    return code or 0
+    except SystemExit as stop:  # argparse's, after --help
+        if isinstance(stop.code, str):
+            _report(stop.code)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def _failed_rank(error: Exception) -> int | None:
@@ -247,13 +218,6 @@ def _memory_error(error: Exception) -> str:
         return printable(" ".join(str(error).split())) or "no memory is left"
     line = next((line for line in str(error).splitlines() if _NO_MEMORY.search(line)), "")
     return printable(line.partition(". GPU ")[0].rpartition("Allocator: ")[2])
-
-
-def _is_unread(descriptor: int) -> bool:
-    """Whether a file descriptor is a pipe whose reader has left."""
-    poll = select.poll()
-    poll.register(descriptor, 0)  # errors are reported without being asked for
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def notify_launching(exit_code: str) -> None:

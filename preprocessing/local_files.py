@@ -94,9 +94,12 @@ def write_atomic(path: str | os.PathLike[str], content: Content, sync: bool = Tr
     """Write `content` so that `path` holds either its old bytes or all the new ones, even after a crash.
 
     With `sync`, content and name are on disk on return. Without it, `path` is whole when this process is killed, but
-    may hold a part when the machine loses power. Raises UserError when the folder cannot be made or written, and when
-    `path` exists and is no regular file: a rename over a device such as /dev/null would replace the device.
+    may hold a part when the machine loses power. Raises UserError when the folder cannot be made or written, when
+    `path` ends in a slash, and when it exists and is no regular file: a rename over a device such as /dev/null would
+    replace the device. A symbolic link is replaced, too: a prepared data set may hold links to files of another one.
     """
+    if os.fspath(path).endswith(os.sep):  # which Path drops
+        raise UserError(f"{path}: is a folder; name a file")
     path = Path(path)
     try:
         if path.exists() and not path.is_file():

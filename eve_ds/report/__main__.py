@@ -128,7 +128,4 @@ def _seconds(text: str) -> int:
 
 if __name__ == "__main__":
     setup_logging(0)
-    try:
-        sys.exit(run(main))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run(main))

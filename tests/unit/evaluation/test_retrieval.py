@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation import retrieval
-from evaluation.common import InputError, run, write_text
+from evaluation.common import InputError, run
 
 ROOT = Path(__file__).parents[3]
 ASSETS = ROOT / "tests" / "assets"
@@ -112,6 +112,14 @@ NAN = np.where(np.eye(3, 4) > 0, np.nan, 0)
         ({"text_image_index": [0, 1, 1, 1]}, "image 2 has no text"),
         ({"text_image_index": [0.0, 1, 2, 2]}, "text_image_index must be whole numbers of shape [T], got float64 [4]"),
         ({"text_image_index": np.zeros((4, 1), int)}, "text_image_index must be whole numbers"),
+        (
+            {"image_to_text": np.zeros((3, 4), "m8[s]")},
+            "image_to_text must be real numbers of shape [I, T], got timedelta64[s] [3, 4]",
+        ),
+        (
+            {"text_image_index": np.array([0, 1, 2, 2], "m8[s]")},
+            "text_image_index must be whole numbers of shape [T], got timedelta64[s] [4]",
+        ),
         ({"image_to_text": NAN}, "image_to_text[0, 0] is nan"),
         ({"text_to_image": np.full((4, 3), np.inf)}, "text_to_image[0, 0] is inf"),
         (
@@ -152,7 +160,7 @@ def test_bad_files_exit_with_2_and_one_line(tmp_path: Path, capsys) -> None:
             archive.writestr(name, "no array")
     expected = {
         "absent.npz": "No such file or directory",
-        "few.npz": "array 'text_to_image' is missing, found ['image_to_text', 'text_image_index']",
+        "few.npz": "array 'text_to_image' is missing, found 'image_to_text', 'text_image_index'; needed",
         "object.npz": "array 'image_to_text' cannot be read",
         "bare.npy": "one bare array",
         "foreign.npz": "array 'text_image_index' is no NumPy array",
@@ -191,9 +199,3 @@ def test_broken_headers_of_arrays_are_reported(tmp_path: Path, capsys, old: byte
             damaged.writestr(name, header + content)
     assert run(retrieval.main, ["--scores", str(tmp_path / "s.npz"), "--out", str(tmp_path / "m.json")]) == 2
     assert "array 'text_image_index' cannot be read" in capsys.readouterr().err
-
-
-def test_out_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder; name a file"):
-        write_text(tmp_path, "")
-    assert list(tmp_path.iterdir()) == []

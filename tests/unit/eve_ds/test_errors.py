@@ -194,6 +194,17 @@ def test_a_reader_that_is_gone_at_the_last_flush_is_no_fault() -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_below_stdout_is_one_line(unbuffered: str) -> None:
+    script = "from eve_ds.errors import run_command; run_command(lambda: print('much'))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", script], stdout=full, stderr=PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        )
+    assert ended.returncode == 2
+    assert ended.stderr == b"error: No space left on device; make room or choose another folder\n"
+
+
 PRINTS = "from eve_ds.errors import run_command; run_command(lambda: print('café 犬'))"
 
 

@@ -58,6 +58,19 @@ def test_atomic_write_over_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_name_that_ends_in_a_slash_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="new/: is a folder; name a file"):
+        write_atomic(f"{tmp_path}/new/", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_write_replaces_a_link_and_keeps_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("old")
+    write_atomic(tmp_path / "link", b"new")
+    assert ((tmp_path / "old").read_bytes(), (tmp_path / "link").read_bytes()) == (b"old", b"new")
+
+
 def test_atomic_write_into_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
