@@ -23,6 +23,7 @@ from eve_ds.predict.index_command import update_index
 from eve_ds.predict.raw_inputs import UndecodableError, read_image
 from eve_ds.predict.request_rows import Request
 from preprocessing.errors import UserError
+from tests.support.limits import permissions_hold
 from tests.support.predicting import exported, image_files
 
 
@@ -94,6 +95,10 @@ def test_a_changed_manifest_meets_no_traceback(index: Path) -> None:
         {"shards": 3},
         {"model": []},
         {"broken": [{"path": 7, "reason": ""}]},
+        {"broken": [{"path": "a", "reason": "", "size": 1, "mtime_ns": [1]}]},
+        {"model": tree["model"] | {"dim": 10**30}},
+        {"model": tree["model"] | {"dim": -1}},
+        {"shards": tree["shards"] * 2},
     ):
         manifest.write_text(json.dumps(tree | changed))
         with pytest.raises(UserError, match="is damaged or of another version"):
@@ -160,6 +165,20 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_at_once(eve: EVE, tmp_path:
     with pytest.raises(UserError, match="its name is not UTF-8"):
         update_index(eve, places["photos"], places["index"], 0)
     assert not places["index"].exists()
+
+
+@pytest.mark.parametrize("closed", ["index", "index/manifest.json", "index/features-000001.arrow"])
+def test_what_may_not_be_read_is_no_damage(eve: EVE, photos: Path, index: Path, closed: str) -> None:
+    path = index.parent / closed
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with permissions_hold(), pytest.raises(UserError, match=r"cannot be read \(Permission denied\); see") as caught:
+            ImageIndex(index)
+    finally:
+        path.chmod(mode)
+    assert str(caught.value).startswith(str(path)) and "delete" not in str(caught.value)
+    assert len(ImageIndex(index)) == 3
 
 
 def killed(*_: Any) -> None:
