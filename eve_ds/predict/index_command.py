@@ -7,6 +7,7 @@ other kept rows are copied. Vectors of new images are committed a file at a time
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -14,6 +15,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eve_ds.data.transforms import Transform, normalize
@@ -48,6 +49,7 @@ from preprocessing.local_files import make_folder, replace_surrogates, write_ato
 SHARD_ROWS = 8192
 PREFETCH = 4  # batches that each decoding process is ahead
 PROGRESS_SECONDS = 10.0
+START_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # of a decoding process
 NAMED = 20  # broken images in messages; all of them are in the manifest
 _TEMPORARY = re.compile(r"\.(features-\d{6,}\.arrow|manifest\.json)\.[0-9a-f]{8}")  # of a killed run
 log = logging.getLogger(__name__)
@@ -68,10 +70,14 @@ class IndexReport:
 
 
 class Decoded(NamedTuple):
-    """A batch of files: those that could be read with their squares, [n, S, S, 3] uint8, and the others."""
+    """A batch of files: those that could be read with their squares, [n, S, S, 3] uint8, and the others.
+
+    No tensor: torch hands those of a process over in shared memory, an open file each, and where that fails (too many
+    open files, ``ulimit -f``) the batch is lost and the loader waits for it forever.
+    """
 
     files: list[ImageFile]
-    squares: torch.Tensor
+    squares: np.ndarray
     broken: list[Broken]
 
 
@@ -97,7 +103,7 @@ class DecodedBatches(Dataset[Decoded]):
                 bad.append(Broken(file.path, str(error)))
         size = self.transform.image_size
         stacked = np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
-        return Decoded(good, torch.from_numpy(stacked), bad)
+        return Decoded(good, stacked, bad)
 
 
 def decoded(
@@ -107,7 +113,16 @@ def decoded(
     batches = DecodedBatches(folder, files, transform, batch_size)
     processes = min(num_workers, len(batches))
     ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": initialize_worker} if processes else {}
-    yield from DataLoader(batches, batch_size=None, num_workers=processes, collate_fn=_as_it_is, **ahead)
+    loader = DataLoader(batches, batch_size=None, num_workers=processes, collate_fn=_as_it_is, **ahead)
+    try:
+        started = iter(loader)
+    except OSError as error:
+        # torch's iterator is half made: deleting it fails, too, and Python would print that.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        error.__traceback__ = None  # which holds the iterator
+        sys.unraisablehook = hook
+        raise
+    yield from started
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -219,20 +234,35 @@ def update_index(
         unkept = {one.path for one in manifest.broken} - {file.path for file in kept}  # others are hidden files
         manifest.broken = [one for one in manifest.broken if one.path in unkept]
         _name_hidden({place: hidden[place] for place in hidden if place not in unkept}, kept, source)
-        try:
+        with _explained():
             done = _encode(eve, source, [file for file in readable if file not in kept], before, writer, workers)
-        except RuntimeError as error:
-            if explain_worker_death(error) is None:
-                raise
-            raise UserError(
-                "a decoding process was killed, most often for lack of memory; give a lower --num_workers or "
-                "--batch_size, and start again: the index goes on from its last whole file"
-            ) from error
         _name_broken(manifest.broken, source)
         done.kept, done.broken = len(kept), len(manifest.broken)
         done.images = done.kept + done.new + done.changed
         done.removed = len(before) - done.kept - done.changed
         return done
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What torch and the system raise when decoding processes fail becomes a UserError."""
+    again = "and start again: the index goes on from its last whole file"
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        if explain_worker_death(error) is not None:
+            raise UserError(
+                "a decoding process was killed, most often for lack of memory; give a lower --num_workers or "
+                f"--batch_size, {again}"
+            ) from error
+        if number in START_ERRORS or str(error).startswith(os.strerror(errno.EMFILE)):  # torch's, without a number
+            reason = os.strerror(number or errno.EMFILE)
+            raise UserError(
+                f"no connection to the decoding processes ({reason}); raise the limits (ulimit -n, ulimit -u) or give "
+                f"a lower --num_workers, {again}"
+            ) from error
+        raise
 
 
 def _existing(eve: EVE, source: Path, index: Path, dtype: str | None) -> ImageIndex | None:
@@ -286,7 +316,7 @@ def _encode(
         writer.manifest.broken += bad
         changed += sum(file.path in before for file in good)
         if good:
-            writer.add(good, eve.vectors_of(normalize(squares.numpy())))
+            writer.add(good, eve.vectors_of(normalize(squares)))
             added += len(good)
         if writer.rows >= SHARD_ROWS:
             writer.write_files(last=False)
