@@ -122,6 +122,15 @@ def _check_types(manifest: IndexManifest) -> None:
         listed.add(shard.file)
 
 
+def holds_index(folder: Path) -> bool:
+    """Whether there are files of an index in a folder, sound or not."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False  # no folder, or one that is not read
+    return MANIFEST in names and any(map(FILE.fullmatch, names))
+
+
 def model_identity(eve: EVE) -> dict[str, Any]:
     """What vectors depend on: the weights, the images' size, and whether the final norm is left out."""
     return {

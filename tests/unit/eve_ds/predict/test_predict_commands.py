@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,27 @@ def test_a_page_never_replaces_what_is_read(place: Path, capsys: pytest.CaptureF
         assert predict("search", option, file, "--html", file, *common) == 2
         assert f"--html and {option} are one file" in capsys.readouterr().err
     assert Path(image(place, 0)).read_bytes() == before
+
+
+def test_no_output_goes_into_a_model_or_an_index(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, index = shutil.copytree(place / "itr", tmp_path / "itr"), tmp_path / "index"
+    common = ("--checkpoint", model)
+    assert predict("index", place / "images", "--out", index, "--num_workers", 0, *common) == 0
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "vectors.arrow").symlink_to(index / "features-000001.arrow")
+    (model / "out.html").symlink_to(tmp_path / "elsewhere.html")
+    before = {path: path.read_bytes() for folder in (model, index) for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+    search = ("search", "a square", "--index", index, *common)
+    for html in (model / "model.safetensors", tmp_path / "model/config.yaml", model / "out.html", model / "new/a.html"):
+        assert predict(*search, "--html", html) == 2
+        assert f"--html {html}: lies in --checkpoint {model}, which is read; choose" in capsys.readouterr().err
+    assert predict(*search, "--html", index / "manifest.json") == 2
+    assert f"manifest.json: lies in --index {index}, which is read" in capsys.readouterr().err
+    for out in (index / "features-000001.arrow", tmp_path / "vectors.arrow"):
+        assert predict("features", image(place, 0), "--out", out, *common) == 2
+        assert f"--out {out}: lies in an index; choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before and not (model / "new").exists()
+    assert predict(*search, "--html", tmp_path / "found.html") == 0
