@@ -59,6 +59,12 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{output} and {name} are one file, {paths[name]}")
         return options
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As in argparse; an empty value is an error: as a path it would be the current folder."""
+        if "" in arg_strings and action.nargs != argparse.PARSER:  # PARSER: all that a command is given
+            raise argparse.ArgumentError(action, "is empty; give a value, or see that a shell variable is set")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists the options)\n")
 

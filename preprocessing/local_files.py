@@ -34,13 +34,23 @@ def load_json(content: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any
         raise ValueError("nested too deep") from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of `text`, with U+FFFD for each half of a surrogate pair.
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a duplicate key, of which json would silently take the last."""
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"{key!r} stands twice in one object; put all of it in one place")
+        tree[key] = value
+    return tree
+
+
+def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of `text`, with U+FFFD for each half of a surrogate pair (``pairs``: json's object_pairs_hook).
 
     Raises ValueError (json.JSONDecodeError, UnicodeDecodeError), also for JSON nested too deep.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=pairs)
         found = _ESCAPED.search(text) if isinstance(text, str) else _ESCAPED_BYTES.search(text)
         return _replace_halves(value) if found else value
     except RecursionError:

@@ -21,7 +21,7 @@ from eve_ds.engine.run_folder import holds_run
 from eve_ds.recipes import MAX_DEPTH, find_shipped, suggest_file, suggest_key
 from eve_ds.weights.model_folder import run_of, stored_setting
 from preprocessing.errors import UserError, shortened
-from preprocessing.local_files import check_regular, load_json
+from preprocessing.local_files import check_regular, load_json, unique_keys
 
 Precision = Literal["bf16", "fp16", "fp32"]
 _log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def load_deepspeed_config(
     file = find_shipped(path, "ds_configs", ".json")
     check_regular(file, streams=True)
     try:
-        raw = load_json(file.read_text(encoding="utf-8"), pairs=_unique)
+        raw = load_json(file.read_text(encoding="utf-8"), pairs=unique_keys)
     except OSError as error:
         raise UserError(
             f"--deepspeed_config {path}: {error.strerror}{suggest_file(path, 'ds_configs', '.json')}"
@@ -166,16 +166,6 @@ def load_deepspeed_config(
     _try(filled, path)
     refuse_unknown(filled, path)  # after DeepSpeed's own messages on keys of older versions
     return filled
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a duplicate key, of which json would silently take the last."""
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise ValueError(f"{key!r} stands twice in one object; put all of it in one place")
-        tree[key] = value
-    return tree
 
 
 def _deeper(value: Any, most: int) -> bool:

@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evaluation.common import Parser
@@ -203,9 +205,26 @@ def _index(options: Options) -> None:
     print(f"{place}: {done.images} images ({counts}, {done.broken} not readable), {rate:.0f} a second")
 
 
+def _check_output(options: Options, name: str) -> None:
+    """Raise UserError if the file to be written lies where an index or the model is: it might replace a part of it."""
+    from eve_ds.predict.image_index import holds_index
+
+    if (path := getattr(options, name)) is None:
+        return
+    # What is written replaces a link; one to a file of the model is refused nevertheless.
+    places = {Path(os.path.realpath(os.path.dirname(path))), Path(os.path.realpath(path)).parent}
+    for option in ("index", "checkpoint"):
+        folder = getattr(options, option, None)
+        if folder is not None and any(place.is_relative_to(os.path.realpath(folder)) for place in places):
+            raise UserError(f"--{name} {path}: lies in --{option} {folder}, which is read; choose another folder")
+    if any(map(holds_index, places)):
+        raise UserError(f"--{name} {path}: lies in an index; choose another folder")
+
+
 def _search(options: Options) -> None:
     from eve_ds.predict.search_command import search_images
 
+    _check_output(options, "html")
     queries = [{name: value} for name in ("text", "image") if (value := getattr(options, name)) is not None]
     from_file = options.input is not None
     if len(queries) + from_file != 1:
@@ -217,6 +236,7 @@ def _search(options: Options) -> None:
 def _features(options: Options) -> None:
     from eve_ds.predict.features_command import write_features
 
+    _check_output(options, "out")
     write_features(lambda: load(options), options.images, options.texts, options.out, options.json)
 
 

@@ -18,16 +18,18 @@ SUFFIXES = (".npz", ".arrow")
 
 
 def read_texts(path: str) -> list[str]:
-    """The lines of a UTF-8 file. Raises UserError naming the file, and the line if one is blank."""
+    """The lines of a UTF-8 file. Raises UserError naming the file, and the line if one is blank or no UTF-8."""
     check_regular(path, streams=True)
     try:
-        content = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
+        content = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip("\n")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: {getattr(error, 'strerror', None) or error}; give a file with a text a line"
         ) from None
     texts = content.split("\n") if content else []  # splitlines would split at U+2028 and others, too
     for number, text in enumerate(texts, 1):
+        if replace_surrogates(text) != text:  # half a pair: a byte that could not be decoded
+            raise UserError(f"{path}:{number}: is not UTF-8; write the line as UTF-8")
         if not text.strip():
             raise UserError(f"{path}:{number}: is blank; write a text on each line")
     return texts

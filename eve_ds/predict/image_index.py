@@ -7,6 +7,7 @@ INDEX/features-000001.arrow    path (relative to the folder), size, mtime_ns, ve
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,12 @@ import pyarrow as pa
 from eve_ds.predict.eve import EVE
 from eve_ds.weights.model_folder import file_hash
 from preprocessing.errors import UserError
-from preprocessing.local_files import dump_json, load_json, write_atomic
+from preprocessing.local_files import check_regular, dump_json, parse_json, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = "eve-ds image index 2"
 DTYPES = ("float32", "float16")
+MOST_DIM = 2**31 - 1  # Arrow's, of a list
 FILE = re.compile(r"features-(\d{6,})\.arrow")
 
 
@@ -75,35 +77,58 @@ class IndexManifest:
 
     @classmethod
     def read(cls, index: Path) -> IndexManifest:
-        """Raises UserError if there is none, or a damaged one."""
+        """Raises UserError if there is none, one that cannot be read, or a damaged one."""
         path = index / MANIFEST
-        if not path.is_file():
-            raise UserError(
-                f"{index}: is no index, {MANIFEST} is missing; make one with python -m eve_ds.predict index"
-            )
+        check_regular(path)
         try:
-            found = cls(**load_json(path.read_bytes()))
+            found = cls(**parse_json(path.read_bytes()))
             if found.format != FORMAT or found.dtype not in DTYPES:
                 raise ValueError(f"format {found.format!r}, dtype {found.dtype!r}")
             found.shards = [Shard(**row) for row in found.shards]  # type: ignore[arg-type]
             found.broken = [Broken(**row) for row in found.broken]  # type: ignore[arg-type]
             _check_types(found)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise UserError(
+                f"{index}: is no index, {MANIFEST} is missing; make one with python -m eve_ds.predict index"
+            ) from None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        except (ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"{path}: is damaged or of another version ({error}); delete {index} and make it again"
             ) from error
         return found
 
 
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror or error}); see that it can be read")
+
+
 def _check_types(manifest: IndexManifest) -> None:
-    """Raise ValueError or KeyError if something is of another type than it should be."""
-    texts = [manifest.folder, *(one.path for one in manifest.broken), *(one.reason for one in manifest.broken)]
+    """Raise ValueError or KeyError if something is of another type or range than it should be."""
+    texts = [manifest.folder, *(text for one in manifest.broken for text in (one.path, one.reason))]
     numbers = [manifest.model["dim"], *(number for shard in manifest.shards for number in (shard.rows, shard.bytes))]
+    numbers += [number for one in manifest.broken for number in (one.size, one.mtime_ns) if number is not None]
     if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError("a text or a number is of another type")
+    if not 1 <= manifest.model["dim"] <= MOST_DIM:
+        raise ValueError(f"dim {manifest.model['dim']}")
+    listed: set[str] = set()
     for shard in manifest.shards:
         if not FILE.fullmatch(shard.file):
             raise ValueError(f"file {shard.file!r}")
+        if shard.file in listed:
+            raise ValueError(f"file {shard.file!r} is listed twice")
+        listed.add(shard.file)
+
+
+def holds_index(folder: Path) -> bool:
+    """Whether there are files of an index in a folder, sound or not."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError:
+        return False  # no folder, or one that is not read
+    return MANIFEST in names and any(map(FILE.fullmatch, names))
 
 
 def model_identity(eve: EVE) -> dict[str, Any]:
@@ -202,6 +227,9 @@ class ImageIndex:
             if sum(map(len, batches)) != shard.rows:
                 raise ValueError(f"{MANIFEST} lists another number of rows")
         except (OSError, ValueError, pa.ArrowException) as error:
+            # Arrow raises an OSError without a number, too, for bytes that it does not know.
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise _unreadable(path, error) from error
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise UserError(f"{path}: is damaged ({reason}); delete {self.path} and make it again") from error
         return batches

@@ -7,6 +7,7 @@ other kept rows are copied. Vectors of new images are committed a file at a time
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -14,21 +15,22 @@ import logging
 import math
 import os
 import re
-import stat
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from eve_ds.data.transforms import Transform, normalize
 from eve_ds.data.worker import explain_worker_death, initialize_worker
 from eve_ds.predict.eve import EVE
+from eve_ds.predict.image_files import ENDINGS, ImageFile, find_images, hiding
 from eve_ds.predict.image_index import (
     FILE,
     MANIFEST,
@@ -44,21 +46,13 @@ from eve_ds.predict.raw_inputs import UndecodableError, read_image
 from preprocessing.errors import UserError, printable
 from preprocessing.local_files import make_folder, replace_surrogates, write_atomic
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 SHARD_ROWS = 8192
 PREFETCH = 4  # batches that each decoding process is ahead
 PROGRESS_SECONDS = 10.0
+START_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # of a decoding process
 NAMED = 20  # broken images in messages; all of them are in the manifest
 _TEMPORARY = re.compile(r"\.(features-\d{6,}\.arrow|manifest\.json)\.[0-9a-f]{8}")  # of a killed run
 log = logging.getLogger(__name__)
-
-
-class ImageFile(NamedTuple):
-    """A file by its path relative to the folder; ``mtime_ns`` is the time of its last change."""
-
-    path: str
-    size: int
-    mtime_ns: int
 
 
 @dataclass
@@ -75,47 +69,15 @@ class IndexReport:
     images_per_second: float = 0.0
 
 
-def find_images(folder: Path) -> tuple[list[ImageFile], list[Broken]]:
-    """The image files in a folder and below, by their endings, sorted; hidden ones are left out.
-
-    Links are followed, and each folder is visited once, so that loops end.
-
-    Returns:
-        the files, and those that cannot be looked at.
-    Raises:
-        UserError: no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; give one of image files")
-    found, broken, visited = [], [], set()
-    unreadable = lambda error: log.warning("%s: cannot be read (%s)", error.filename, error.strerror)  # noqa: E731
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if name.startswith(".") or not name.lower().endswith(ENDINGS):
-                continue
-            path = os.path.relpath(os.path.join(place, name), folder)
-            try:
-                status = os.stat(os.path.join(place, name))
-                if replace_surrogates(path) != path:
-                    broken.append(Broken(replace_surrogates(path), "its name is not UTF-8"))
-                elif stat.S_ISREG(status.st_mode):
-                    found.append(ImageFile(path, status.st_size, status.st_mtime_ns))
-            except OSError as error:
-                broken.append(Broken(replace_surrogates(path), str(error.strerror)))
-    return sorted(found), broken
-
-
 class Decoded(NamedTuple):
-    """A batch of files: those that could be read with their squares, [n, S, S, 3] uint8, and the others."""
+    """A batch of files: those that could be read with their squares, [n, S, S, 3] uint8, and the others.
+
+    No tensor: torch hands those of a process over in shared memory, an open file each, and where that fails (too many
+    open files, ``ulimit -f``) the batch is lost and the loader waits for it forever.
+    """
 
     files: list[ImageFile]
-    squares: torch.Tensor
+    squares: np.ndarray
     broken: list[Broken]
 
 
@@ -141,7 +103,7 @@ class DecodedBatches(Dataset[Decoded]):
                 bad.append(Broken(file.path, str(error)))
         size = self.transform.image_size
         stacked = np.stack(squares) if squares else np.zeros((0, size, size, 3), np.uint8)
-        return Decoded(good, torch.from_numpy(stacked), bad)
+        return Decoded(good, stacked, bad)
 
 
 def decoded(
@@ -151,7 +113,16 @@ def decoded(
     batches = DecodedBatches(folder, files, transform, batch_size)
     processes = min(num_workers, len(batches))
     ahead: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": initialize_worker} if processes else {}
-    yield from DataLoader(batches, batch_size=None, num_workers=processes, collate_fn=_as_it_is, **ahead)
+    loader = DataLoader(batches, batch_size=None, num_workers=processes, collate_fn=_as_it_is, **ahead)
+    try:
+        started = iter(loader)
+    except OSError as error:
+        # torch's iterator is half made: deleting it fails, too, and Python would print that.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        error.__traceback__ = None  # which holds the iterator
+        sys.unraisablehook = hook
+        raise
+    yield from started
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -246,7 +217,7 @@ def update_index(
     for path in (source, index):
         if replace_surrogates(str(path)) != str(path):
             raise UserError(f"{path}: its name is not UTF-8; rename it")
-    files, broken = find_images(source)
+    files, broken, hidden = find_images(source)
     if not files:
         raise UserError(f"{folder}: holds no image files ({' '.join(ENDINGS)}); give a folder that does")
     workers = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
@@ -259,16 +230,12 @@ def update_index(
         undecodable = {(one.path, one.size, one.mtime_ns): one for one in old.manifest.broken} if old else {}
         manifest.broken = broken + [undecodable[file] for file in files if file in undecodable]
         readable = [file for file in files if file not in undecodable]
-        kept, before = _keep(old, readable, writer) if old else (set(), set())
-        try:
+        kept, before = _keep(old, readable, hidden, writer) if old else (set(), set())
+        unkept = {one.path for one in manifest.broken} - {file.path for file in kept}  # others are hidden files
+        manifest.broken = [one for one in manifest.broken if one.path in unkept]
+        _name_hidden({place: hidden[place] for place in hidden if place not in unkept}, kept, source)
+        with _explained():
             done = _encode(eve, source, [file for file in readable if file not in kept], before, writer, workers)
-        except RuntimeError as error:
-            if explain_worker_death(error) is None:
-                raise
-            raise UserError(
-                "a decoding process was killed, most often for lack of memory; give a lower --num_workers or "
-                "--batch_size, and start again: the index goes on from its last whole file"
-            ) from error
         _name_broken(manifest.broken, source)
         done.kept, done.broken = len(kept), len(manifest.broken)
         done.images = done.kept + done.new + done.changed
@@ -276,12 +243,34 @@ def update_index(
         return done
 
 
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What torch and the system raise when decoding processes fail becomes a UserError."""
+    again = "and start again: the index goes on from its last whole file"
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        if explain_worker_death(error) is not None:
+            raise UserError(
+                "a decoding process was killed, most often for lack of memory; give a lower --num_workers or "
+                f"--batch_size, {again}"
+            ) from error
+        if number in START_ERRORS or str(error).startswith(os.strerror(errno.EMFILE)):  # torch's, without a number
+            reason = os.strerror(number or errno.EMFILE)
+            raise UserError(
+                f"no connection to the decoding processes ({reason}); raise the limits (ulimit -n, ulimit -u) or give "
+                f"a lower --num_workers, {again}"
+            ) from error
+        raise
+
+
 def _existing(eve: EVE, source: Path, index: Path, dtype: str | None) -> ImageIndex | None:
     """The index that is there, if one is. Raises UserError if it is not one of this model and folder."""
-    others = [path.name for path in index.iterdir() if not _is_own(path.name)]
-    if others:
+    names = [path.name for path in index.iterdir()]
+    if others := [name for name in names if not _is_own(name)]:
         raise UserError(f"--out {index}: holds other files than an index's ({others[0]}); choose another folder")
-    if not (index / MANIFEST).is_file():
+    if MANIFEST not in names:
         return None
     found = ImageIndex(index)
     check_model(index, found.manifest, eve)
@@ -295,11 +284,15 @@ def _existing(eve: EVE, source: Path, index: Path, dtype: str | None) -> ImageIn
     return found
 
 
-def _keep(old: ImageIndex, files: Sequence[ImageFile], writer: IndexWriter) -> tuple[set[ImageFile], set[str]]:
-    """Keep the rows of unchanged files. Returns these files, and the paths of all rows."""
+def _keep(
+    old: ImageIndex, files: Sequence[ImageFile], hidden: Mapping[str, str], writer: IndexWriter
+) -> tuple[set[ImageFile], set[str]]:
+    """Keep the rows of unchanged files, and of hidden ones. Returns these files, and the paths of all rows."""
     rows = [[ImageFile(**row) for row in batch.select(ImageFile._fields).to_pylist()] for batch in old.batches]
     known = {file for part in rows for file in part}.intersection(files)
     new = len(known) < len(files)
+    if hidden:
+        known |= {file for part in rows for file in part if hiding(file.path, hidden) is not None}
     place = 0
     for shard, count in zip(old.manifest.shards, old.batches_of_shard, strict=True):
         parts = list(zip(old.batches[place : place + count], rows[place : place + count], strict=True))
@@ -323,7 +316,7 @@ def _encode(
         writer.manifest.broken += bad
         changed += sum(file.path in before for file in good)
         if good:
-            writer.add(good, eve.vectors_of(normalize(squares.numpy())))
+            writer.add(good, eve.vectors_of(normalize(squares)))
             added += len(good)
         if writer.rows >= SHARD_ROWS:
             writer.write_files(last=False)
@@ -352,6 +345,15 @@ def _locked(index: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _name_hidden(hidden: Mapping[str, str], kept: Iterable[ImageFile], folder: Path) -> None:
+    counts = Counter(hiding(file.path, hidden) for file in kept) if hidden else Counter()
+    for place, reason in sorted(hidden.items())[:NAMED]:
+        name = printable(str(folder / place))
+        log.warning("%s: cannot be read (%s); images that the index keeps of it: %d", name, reason, counts[place])
+    if len(hidden) > NAMED:
+        log.warning("and %d more files and folders that cannot be read", len(hidden) - NAMED)
 
 
 def _name_broken(broken: Sequence[Broken], folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from preprocessing.errors import UserError, printable
-from preprocessing.local_files import check_regular, parse_json
+from preprocessing.local_files import check_regular, parse_json, replace_surrogates, unique_keys
 
 if TYPE_CHECKING:
     from eve_ds.predict.eve import EVE
@@ -37,12 +37,11 @@ def read_requests(path: str, fields: Sequence[str], one_of: bool = False) -> Ite
     """
     check_regular(path, streams=True)
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        # Bytes are decoded a buffer ahead: those that are no UTF-8 are escaped here, and refused where their row is.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _request(line, f"{path}:{number}: ", fields, one_of)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 ({error.reason}); write it as JSON lines") from None
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -51,13 +50,21 @@ def read_requests(path: str, fields: Sequence[str], one_of: bool = False) -> Ite
 
 def _request(line: str, where: str, fields: Sequence[str], one_of: bool) -> Request:
     names = (" or " if one_of else ", ").join(map(repr, fields))
+    if replace_surrogates(line) != line:
+        raise UserError(f"{where}is not UTF-8; write the row as UTF-8")
     try:
-        row = parse_json(line)
+        row = parse_json(line, unique_keys)
     except ValueError as error:
         raise UserError(f"{where}is no JSON ({error}); write an object with {names} on each line") from None
     there = [name for name in fields if isinstance(row, dict) and isinstance(row.get(name), str)]
     if len(there) != (1 if one_of else len(fields)):
         raise UserError(f"{where}is no object with {'either ' if one_of else ''}{names}, as texts; mend the row")
+    try:
+        json.dumps(row, allow_nan=False)  # its keys are written with the results
+    except ValueError:
+        raise UserError(f"{where}a number is NaN or too large, which JSON does not have; write null instead") from None
+    except RecursionError:
+        raise UserError(f"{where}is nested too deep; mend the row") from None
     return Request(row, where)
 
 

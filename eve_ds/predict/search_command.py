@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ def search_images(
     opening = time.perf_counter() - began
     eve = load()
     check_model(opened.path, opened.manifest, eve)
-    if not opened.folder.is_dir():
+    if not os.path.isdir(opened.folder):  # of Path, that raises where a folder above cannot be read
         log.warning(
             '%s: the indexed folder is gone; if it was moved, write its new place in "folder" of %s',
             opened.folder,

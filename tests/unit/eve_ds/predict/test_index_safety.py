@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from eve_ds.predict import EVE, index_command, raw_inputs, search_command
 from eve_ds.predict.image_index import ImageIndex, IndexManifest
@@ -23,6 +26,7 @@ from eve_ds.predict.index_command import update_index
 from eve_ds.predict.raw_inputs import UndecodableError, read_image
 from eve_ds.predict.request_rows import Request
 from preprocessing.errors import UserError
+from tests.support.limits import few_descriptors, permissions_hold
 from tests.support.predicting import exported, image_files
 
 
@@ -94,6 +98,10 @@ def test_a_changed_manifest_meets_no_traceback(index: Path) -> None:
         {"shards": 3},
         {"model": []},
         {"broken": [{"path": 7, "reason": ""}]},
+        {"broken": [{"path": "a", "reason": "", "size": 1, "mtime_ns": [1]}]},
+        {"model": tree["model"] | {"dim": 10**30}},
+        {"model": tree["model"] | {"dim": -1}},
+        {"shards": tree["shards"] * 2},
     ):
         manifest.write_text(json.dumps(tree | changed))
         with pytest.raises(UserError, match="is damaged or of another version"):
@@ -162,6 +170,20 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_at_once(eve: EVE, tmp_path:
     assert not places["index"].exists()
 
 
+@pytest.mark.parametrize("closed", ["index", "index/manifest.json", "index/features-000001.arrow"])
+def test_what_may_not_be_read_is_no_damage(eve: EVE, photos: Path, index: Path, closed: str) -> None:
+    path = index.parent / closed
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with permissions_hold(), pytest.raises(UserError, match=r"cannot be read \(Permission denied\); see") as caught:
+            ImageIndex(index)
+    finally:
+        path.chmod(mode)
+    assert str(caught.value).startswith(str(path)) and "delete" not in str(caught.value)
+    assert len(ImageIndex(index)) == 3
+
+
 def killed(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -173,6 +195,30 @@ def test_a_killed_decoding_process_is_told_in_the_words_of_the_command(
     with pytest.raises(UserError, match=r"a decoding process was killed.*--num_workers") as caught:
         update_index(eve, photos, tmp_path / "index", 2)
     assert "training" not in str(caught.value) and "checkpoint" not in str(caught.value)
+
+
+def test_too_many_open_files_are_told_in_a_line(eve: EVE, photos: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    index.mkdir()
+    with few_descriptors(spare=6), pytest.raises(UserError, match=r"Too many open files.*ulimit -n.*--num_workers"):
+        update_index(eve, photos, index, 2)
+    torchs = "Too many open files. Communication with the workers is no longer possible. Please increase the limit"
+    with pytest.raises(UserError, match=r"Too many open files.*ulimit -n"), index_command._explained():
+        raise RuntimeError(torchs)
+
+
+def no_files(worker: int) -> None:
+    """In a decoding process: no file can grow, as with ``ulimit -f 0``; those of shared memory neither."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def test_decoding_processes_need_no_shared_memory(
+    eve: EVE, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch had none for a tensor, the batch was lost, and waited for without end."""
+    monkeypatch.setattr(index_command, "initialize_worker", no_files)
+    monkeypatch.setattr(index_command, "DataLoader", functools.partial(DataLoader, timeout=60))
+    assert update_index(eve, photos, tmp_path / "index", 2).images == 3
 
 
 def found(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,19 +75,29 @@ def test_rows_of_a_file_are_answered_in_order_with_their_other_keys(
     assert [[one["answer"] for one in row["answers"]] for row in found] == [[one.answer for one in row] for row in best]
 
 
-@pytest.mark.parametrize("bad", ['{"image": "gone.png", "text": "a square"}', "{"])
+BAD_ROWS = {
+    b'{"image": "gone.png", "text": "a square"}': "gone.png: No such file",
+    b"{": "is no JSON",
+    b'{"image": "\xff.png", "text": "a"}': "is not UTF-8; write the row as UTF-8",
+    b'{"image": "a.png", "text": "a", "id": [NaN]}': "a number is NaN or too large",
+    b'{"image": "a.png", "text": "a", "id": -1e999}': "a number is NaN or too large",
+    b'{"image": "a.png", "text": "a", "text": "b"}': "is no JSON ('text' stands twice in one object",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
 def test_rows_before_a_bad_one_are_written(
-    place: Path, tmp_path: Path, bad: str, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, bad: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also those of its own batch, rows 4 and 5."""
-    good = json.dumps({"image": image(place, 0), "text": "a square"})
-    (tmp_path / "rows.jsonl").write_text("\n".join([*[good] * 5, bad, *[good] * 3]))
+    good = json.dumps({"image": image(place, 0), "text": "a square"}).encode()
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([*[good] * 5, bad, *[good] * 3]))
     options = ("--checkpoint", place / "itr", "--batch_size", 3)
     assert predict("match", "--input", tmp_path / "rows.jsonl", *options) == 2
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 5
-    expected = "gone.png: No such file" if "gone" in bad else "is no JSON"
-    assert captured.err.startswith(f"error: {tmp_path}/rows.jsonl:6: {expected}") and captured.err.count("\n") == 1
+    start = f"error: {tmp_path}/rows.jsonl:6: {BAD_ROWS[bad]}"
+    assert captured.err.startswith(start) and captured.err.count("\n") == 1
 
 
 def test_options_may_stand_anywhere(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,9 +177,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "more than any": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--max_pixels", "9" * 12], "must be between"),
     "no side": (["answer", "IMAGE", "q", "--checkpoint", "vqa", "--image_size", "0"], "image_size=0: must be at least"),
     "a pipe": (["answer", "PIPE", "q", "--checkpoint", "vqa"], "error: pipe.png: is a pipe, a socket or a device;"),
-    "an empty name": (["answer", "IMAGE", "q", "--input", "", "--checkpoint", "vqa"], "give either IMAGE QUESTION"),
     "a blank text": (["features", "--texts", "BLANK", "--checkpoint", "itr", "--out", "f.npz"], "txt:2: is blank"),
-    "no page": (["search", "q", "--html", "", "--index", "x", "--checkpoint", "itr"], "--html : is a folder; name"),
+    "not UTF-8": (["features", "--texts", "LATIN", "--checkpoint", "itr", "--out", "f.npz"], ":3: is not UTF-8"),
+    "no page": (["search", "q", "--html", "images", "--index", "x", "--checkpoint", "itr"], "images: is a folder"),
     "no rows": (["answer", "--input", "gone.jsonl", "--checkpoint", "vqa"], "gone.jsonl: No such file"),
     "no JSON": (["answer", "--input", "BROKEN", "--checkpoint", "vqa"], "broken.jsonl:2: is no JSON"),
     "other keys": (["match", "--input", "ROWS", "--checkpoint", "itr"], ":1: is no object with 'image', 'text'"),
@@ -191,7 +202,8 @@ def test_a_mistake_is_one_line(
     (place / "blank.txt").write_text("a\n \nb\n")
     if not (place / "pipe.png").exists():
         os.mkfifo(place / "pipe.png")
-    named |= {"PIPE": "pipe.png", "BLANK": "blank.txt"}
+    (place / "latin.txt").write_bytes(b"a\nb\ncaf\xe9\n")
+    named |= {"PIPE": "pipe.png", "BLANK": "blank.txt", "LATIN": "latin.txt"}
     arguments, message = MISTAKES[mistake]
     assert predict(*(named.get(word, word) for word in arguments)) == 2
     err = capsys.readouterr().err
@@ -207,3 +219,27 @@ def test_a_page_never_replaces_what_is_read(place: Path, capsys: pytest.CaptureF
         assert predict("search", option, file, "--html", file, *common) == 2
         assert f"--html and {option} are one file" in capsys.readouterr().err
     assert Path(image(place, 0)).read_bytes() == before
+
+
+def test_no_output_goes_into_a_model_or_an_index(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, index = shutil.copytree(place / "itr", tmp_path / "itr"), tmp_path / "index"
+    common = ("--checkpoint", model)
+    assert predict("index", place / "images", "--out", index, "--num_workers", 0, *common) == 0
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "vectors.arrow").symlink_to(index / "features-000001.arrow")
+    (model / "out.html").symlink_to(tmp_path / "elsewhere.html")
+    before = {path: path.read_bytes() for folder in (model, index) for path in folder.iterdir() if path.is_file()}
+    capsys.readouterr()
+    search = ("search", "a square", "--index", index, *common)
+    for html in (model / "model.safetensors", tmp_path / "model/config.yaml", model / "out.html", model / "new/a.html"):
+        assert predict(*search, "--html", html) == 2
+        assert f"--html {html}: lies in --checkpoint {model}, which is read; choose" in capsys.readouterr().err
+    assert predict(*search, "--html", index / "manifest.json") == 2
+    assert f"manifest.json: lies in --index {index}, which is read" in capsys.readouterr().err
+    for out in (index / "features-000001.arrow", tmp_path / "vectors.arrow"):
+        assert predict("features", image(place, 0), "--out", out, *common) == 2
+        assert f"--out {out}: lies in an index; choose another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before and not (model / "new").exists()
+    assert predict(*search, "--html", tmp_path / "found.html") == 0
