@@ -124,7 +124,7 @@ def training_stages(root: Path, seed: int, gpus: int) -> list[Stage]:
     return [
         Stage("Pre-training: masked pixels and words", 140, [pretrain], pretrain_ranks),
         finetune("Fine-tuning on retrieval, twice", 72, task="itr_coco", recipe="itr", data="captions"),
-        finetune("Fine-tuning on VQA, twice", 43, task="vqa", recipe="vqa", data="vqa"),
+        finetune("Fine-tuning on VQA, twice", 48, task="vqa", recipe="vqa", data="vqa"),
         finetune("Fine-tuning on NLVR, twice", 63, task="nlvr", recipe="nlvr", data="nlvr"),
     ]
 
