@@ -201,9 +201,9 @@ def write_text(path: str | Path, text: str) -> None:
         InputError: the folder cannot be made or the file cannot be written.
     """
     target = Path(path)
-    if str(path).endswith(os.sep) or target.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
     try:
+        if str(path).endswith(os.sep) or target.is_dir():
+            raise InputError(f"{path}: is a folder; name a file")
         if target.is_char_device() or target.is_fifo():
             target.write_text(text, encoding="utf-8", errors="backslashreplace")
             return
@@ -300,6 +300,8 @@ def ended(main: Callable[[], int | None]) -> int:
         flush_or_drop()
         return 0
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
         full = error.errno in STORAGE_ERRORS
         if not full and error.filename is None:  # not about a file of the user: a bug
             raise

@@ -98,7 +98,7 @@ class Input:
 
     def __str__(self) -> str:
         if not self.hash:
-            return f"{self.place}, where nothing is"
+            return f"{self.place} (no such file or folder)"
         details = f"SHA-256 {self.hash[:12]}"
         return f"{self.place or 'one'} ({f'{self.size}, ' if self.size else ''}{details})"
 
@@ -128,7 +128,8 @@ class Identity:
         for name, new in now.inputs.items():
             known = self.inputs.get(name, new)
             if not _same(name, known, new):
-                found.append(f"{name} is {_described(known)} there and {_described(new)} here")
+                mend = f" (give --{name} {known.place})" if known and new and not new.hash else ""
+                found.append(f"{name} is {_described(known)} there and {_described(new)} here{mend}")
         return found
 
     def for_a_branch(self) -> Identity:

@@ -229,6 +229,10 @@ def update_index(
         writer = IndexWriter(index, manifest)
         undecodable = {(one.path, one.size, one.mtime_ns): one for one in old.manifest.broken} if old else {}
         manifest.broken = broken + [undecodable[file] for file in files if file in undecodable]
+        found = {one.path for one in manifest.broken}
+        manifest.broken += [
+            one for one in undecodable.values() if hiding(one.path, hidden) is not None and one.path not in found
+        ]
         readable = [file for file in files if file not in undecodable]
         kept, before = _keep(old, readable, hidden, writer) if old else (set(), set())
         unkept = {one.path for one in manifest.broken} - {file.path for file in kept}  # others are hidden files

@@ -115,17 +115,20 @@ def _style_axes(axes: Any, drawn: list[NDArray[np.float64]], zero: bool, whole: 
     axes.tick_params(colors=INK, length=0, pad=4)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1 if whole else 2))
-    axes.xaxis.set_major_formatter(lambda value, _: short(value, 4))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value, 6))
     axes.yaxis.set_major_formatter(lambda value, _: short(value, 4))
     axes.margins(x=0.02)
 
 
 def short(value: float, digits: int) -> str:
-    """``0.0018``, ``863``, ``9500``, ``52.5k`` or ``1.25M``; ``digits`` below 1,000, four above."""
+    """``0.0018``, ``863``, ``9500``, ``52.5k`` or ``1.25M``; of so many digits, but four at least above 1,000."""
+    more = max(digits, 4)
+    rounded = float(f"{value:.{more}g}")
     for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(factor, 10_000):
-            return f"{value / factor:.4g}{unit}"
-    return f"{value:.{digits if abs(value) < 1000 else 4}g}"
+        if abs(rounded) >= max(factor, 10_000):
+            return f"{rounded / factor:.{more}g}{unit}"
+    text = f"{value:.{digits}g}"
+    return f"{rounded:.{more}g}" if "e+" in text else text
 
 
 def condense(curve: Curve, points: int = POINTS) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

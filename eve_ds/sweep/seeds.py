@@ -33,6 +33,7 @@ NAME = "seeds"
 GUARDED = ("deepspeed", "torchrun")  # launchers that lose signals: eve_ds/launching.py passes them on
 BESIDE = {"about", "best", "incomplete", "intervals"}  # in a file of scores, and no group of metrics
 OURS = ("--seed", "--engine.seed", "--output_dir")  # options that this command gives
+SECOND = ("--output_hdfs", "--checkpoint.second_place")  # one place is for one run: each gets a folder of its own in it
 
 
 def main(argv: list[str]) -> None:
@@ -95,12 +96,26 @@ def stages_of(command: Sequence[str], out: Path, seeds: int, ranks: int) -> tupl
     stages = []
     for seed in range(seeds):
         folder = out / f"seed_{seed}"
-        own = [*arguments, "--engine.seed", str(seed), "--output_dir", str(folder)]
-        if second is not None:  # one place is for one run
+        own = [*without(arguments, SECOND), "--engine.seed", str(seed), "--output_dir", str(folder)]
+        if second is not None:
             own += ["--output_hdfs", f"{second.rstrip('/')}/{folder.name}"]
         words = [*(before or launcher(ranks)), FINETUNE, *own]
         stages.append(Stage(f"seed {seed}", words, folder, folder / f"scores_{split}.json"))
     return stages, split
+
+
+def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """The arguments but for these options and their values."""
+    kept, value_follows = [], False
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        if name in options:
+            value_follows = not equals
+        elif not value_follows:
+            kept.append(word)
+        else:
+            value_follows = False
+    return kept
 
 
 def scores_of(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 
 from evaluation import baselines, nlvr, retrieval, vqa
 from evaluation.common import InputError, run, write_text
+from tests.support.limits import permissions_hold
 
 ASSETS = Path(__file__).parents[3] / "tests/assets"
 PLACES = {"/dev/full": "No space left on device", "/proc/nowhere/scores.json": "No such file or directory"}
@@ -42,6 +43,20 @@ def test_scores_are_printed(name: str, place: str, capsys: pytest.CaptureFixture
     told = capsys.readouterr()
     assert told.err == f"error: {place}: cannot be written: {PLACES[place]}\n"
     assert told.out.startswith(words) and told.out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("closed/x/y.json", "Permission denied"), ("n" * 300, "File name too long")]
+)
+def test_scores_are_printed_where_the_place_cannot_even_be_looked_at(
+    name: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    command, arguments, words = COMMANDS["vqa"]
+    with permissions_hold():
+        assert run(command, [*arguments, f"--out={tmp_path / name}"]) == 2
+    told = capsys.readouterr()
+    assert told.err == f"error: {tmp_path / name}: cannot be written: {reason}\n" and told.out.startswith(words)
 
 
 def test_out_is_no_folder(tmp_path: Path) -> None:

@@ -85,6 +85,18 @@ def test_a_new_image_that_cannot_be_looked_at_is_counted_as_such(eve: EVE, tmp_p
     assert [one.path for one in ImageIndex(index).manifest.broken] == ["own/image_0002.png"]
 
 
+def test_what_could_not_be_decoded_is_remembered_below_a_closed_folder(eve: EVE, tmp_path: Path) -> None:
+    photos, index = tmp_path / "photos", tmp_path / "index"
+    image_files(photos, 1)
+    image_files(photos / "own", 1, first=1)
+    (photos / "own/junk.png").write_bytes(b"no image")
+    assert counts(update_index(eve, photos, index, 0)) == (2, 2, 0, 0, 1)
+    remembered = ImageIndex(index).manifest.broken
+    with closed(photos / "own"):
+        assert counts(update_index(eve, photos, index, 0)) == (2, 0, 2, 0, 1)
+    assert ImageIndex(index).manifest.broken == remembered
+
+
 def test_a_search_needs_none_of_the_images(eve: EVE, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = image_files(tmp_path / "disk/photos", 1)
     update_index(eve, tmp_path / "disk/photos", tmp_path / "index", 0)

@@ -73,7 +73,8 @@ def test_numbers_are_short() -> None:
     values = [0, 0.5, 1.8e-3, 863.25, 9999, 10_000, 50_830, 999_000, 1_000_000, 2_500_000, -3.2e9]
     expected = ["0", "0.5", "0.0018", "863", "9999", "10k", "50.83k", "999k", "1M", "2.5M", "-3.2G"]
     assert [short(value, 3) for value in values] == expected
-    assert short(0.2615, 4) == "0.2615"
+    assert [short(value, 3) for value in (999.6, 9999.7, 999_960, -12_345_678)] == ["999.6", "10k", "1M", "-12.35M"]
+    assert (short(0.2615, 4), short(1_000_100, 6)) == ("0.2615", "1.0001M")
     drawn = str(line_chart("tokens", [Line("perf", curve([42_000, 52_000, 51_000]))]))
     assert "e+0" not in drawn and "k</text>" in drawn
 

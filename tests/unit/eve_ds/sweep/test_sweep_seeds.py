@@ -35,7 +35,12 @@ def test_each_seed_is_the_command_with_its_seed_and_its_folder(tmp_path: Path) -
 def test_each_seed_has_its_own_second_place(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("checkpoint: {second_place: s3://bucket/x/}")
     of_recipe = ["--config", str(tmp_path / "recipe.yaml"), "--task", "vqa", *OPTIONS[2:]]
-    for words in ([*OPTIONS, "--output_hdfs", "s3://bucket/x"], of_recipe):
+    given = [
+        ["--output_hdfs", "s3://bucket/x"],
+        ["--checkpoint.second_place", "s3://bucket/x"],
+        ["--checkpoint.second_place=s3://bucket/x/"],
+    ]
+    for words in (*([*OPTIONS[:2], *place, *OPTIONS[2:]] for place in given), of_recipe):
         stages, _ = seeds.stages_of([FINETUNE, *words], tmp_path, 2, ranks=1)
         for seed, stage in enumerate(stages):
             argv, defaults = expand_options(stage.command[stage.command.index(FINETUNE) + 1 :])
