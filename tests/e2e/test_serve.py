@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -196,6 +198,15 @@ def test_what_is_no_image_or_too_large_is_told_and_the_page_goes_on(place: Place
     assert json.load(refused.value) == {
         "error": "the request is too large: images of 1 MB in all and at most 100 fields are taken"
     }
+
+
+def test_idle_connections_keep_nobody_out(place: Place) -> None:
+    address = urlsplit(place.url)
+    with ExitStack() as idle:
+        for _ in range(200):  # the server's own default is 100
+            idle.enter_context(socket.create_connection((address.hostname, address.port)))
+        with urllib.request.urlopen(place.url, timeout=60) as answer:
+            assert answer.status == 200
 
 
 def test_the_keyboard_is_enough_and_a_narrow_screen_too(place: Place, visit: Visit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -104,3 +105,12 @@ def test_want_of_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
         assert run(vqa.main, arguments) == 2
         told = capsys.readouterr().err
         assert told.startswith(f"error: {named}no memory is left; ") and told.count("\n") == 1
+
+
+def test_a_call_that_memory_failed_is_told_as_want_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def starved(arguments: list[str] | None) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory", "/a/file")
+
+    assert run(starved) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: no memory is left; ") and told.count("\n") == 1
