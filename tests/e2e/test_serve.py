@@ -203,7 +203,7 @@ def test_what_is_no_image_or_too_large_is_told_and_the_page_goes_on(place: Place
 def test_idle_connections_keep_nobody_out(place: Place) -> None:
     address = urlsplit(place.url)
     with ExitStack() as idle:
-        for _ in range(200):  # the server's own default is 100
+        for _ in range(200):  # waitress would take 100
             idle.enter_context(socket.create_connection((address.hostname, address.port)))
         with urllib.request.urlopen(place.url, timeout=60) as answer:
             assert answer.status == 200
