@@ -115,9 +115,9 @@ def test_experts_are_spread_over_ranks_where_there_are_two(gpus: int, ranks: lis
     assert [stage.ranks for stage in plan] == ranks
     assert [stage.second_log is None for stage in plan] == [True] + [gpus > 0] * 3
     assert len({stage.second_log for stage in plan if stage.second_log}) == (0 if gpus else 3)
-    together = demo.training_stages(tmp_path, SEED, 0)
-    longer = [stage.expected / same.expected for stage, same in zip(plan, together, strict=True)]
     if gpus:
+        together = demo.training_stages(tmp_path, SEED, 0)
+        longer = [stage.expected / same.expected for stage, same in zip(plan, together, strict=True)]
         assert longer[0] == 1 and all(1.5 <= factor <= 2 for factor in longer[1:])
     for stage in plan:
         spread = {options(command)["--engine.expert_parallel_size"] for command in stage.commands}
