@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch.optim import Optimizer
 
+from eve_ds.engine.lean_zero import make_lean
 from eve_ds.kernels.adam import LeanAdamW
 from eve_ds.tasks.base import Task
 
@@ -32,6 +33,7 @@ def initialize(task: Task, optimizer: Optimizer, settings: dict[str, Any]) -> De
     if LeanAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # which compares exact types: a subclass of torch's AdamW is none
         ZERO_SUPPORTED_OPTIMIZERS.append(LeanAdamW)
     engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=settings)
+    make_lean(engine.optimizer)
     return engine
 
 

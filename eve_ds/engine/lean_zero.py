@@ -1,0 +1,112 @@
+"""DeepSpeed's ZeRO optimizers with few operations per gradient: what a GPU waits for is the launches, not the work.
+
+DeepSpeed 0.19.8 looks at each gradient four times between a backward pass and the optimizer's step. With EVE-Base's 322
+gradients these were 6,000 of the 10,020 launches of a step (one H100; docs/benchmarks.md). Here
+
+- the search for NaN and infinity (stages 1 and 2: 13 launches a gradient) is left out: the gradients' norm is not
+  finite either then, it is reduced over all ranks, and DeepSpeed leaves the step out for that, too;
+- the norm is taken of all gradients of a group by one ``foreach`` operation;
+- gradients are copied into the buffer of a reduction, and out of it, together (stages 1 and 2, without
+  ``overlap_comm``).
+
+DeepSpeed does not allow fewer hooks: each gradient has one, which notes what is to be reduced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+def make_lean(optimizer: Any) -> None:
+    """Replace the methods of a ZeRO optimizer, as ``deepspeed.initialize`` made it, by those below. Offloaded
+    optimizers, which look at gradients in host memory, stay as they are."""
+    offloads = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    if offloads:
+        return
+    if type(optimizer) is DeepSpeedZeroOptimizer:
+        optimizer.__class__ = LeanZero12
+    elif type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+        from eve_ds.engine.lean_zero3 import LeanZero3  # only here: it imports torch's compiler
+
+        optimizer.__class__ = LeanZero3
+
+
+def norm_of_each(gradients: Any, params: Any, norm_type: float) -> list[Tensor]:
+    """A vector of the norms of some gradients, which DeepSpeed gets in their place: it has the same norm as they have
+    together. Arguments as of its ``get_grad_norm_direct``."""
+    counted = [each for each in gradients if not getattr(each, "_zero_padding", False)][: len(params)]
+    if not counted:
+        return []
+    dtype = torch.float32 if counted[0].is_cuda else torch.float64  # the CPU adds up each tensor in one chain
+    return [torch.stack(torch._foreach_norm(counted, norm_type, dtype=dtype))]
+
+
+class LeanZero12(DeepSpeedZeroOptimizer):
+    """ZeRO 1 and 2."""
+
+    def check_overflow(self, partition_gradients: bool = True) -> None:
+        """Nothing: ``step`` goes on to the norm, and sets ``overflow`` if that is not finite."""
+        self.overflow = False
+
+    def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
+        """The norm of some gradients over all ranks, or -1 if it is not finite."""
+        return super().get_grad_norm_direct(norm_of_each(gradients, params, norm_type), params, norm_type)
+
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
+        """Add a gradient to the bucket that is reduced next, and reduce that first if it is full."""
+        gradient = self.get_gradient_for_reduction(param)
+        alone = param.numel() > self.reduce_bucket_size or not getattr(param, "ds_grad_is_ready", True)
+        if gradient is None or not param.numel() or alone or self.overlap_comm:
+            super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
+            return
+        comm_dtype = self.get_param_comm_dtype(param)
+        bucket = self.ipg_buckets[comm_dtype]
+        if bucket.elements + param.numel() > self.reduce_bucket_size:
+            self.reduce_ipg_grads(comm_dtype=comm_dtype)
+        param_id = self.get_param_id(param)
+        if self.params_already_reduced[param_id]:
+            raise AssertionError(f"parameter {param_id}: its gradient has been reduced before in this backward pass")
+        place = bucket.buffer[bucket.index].narrow(0, bucket.elements, param.numel())
+        self._later(gradient, place)
+        bucket.elements += param.numel()
+        bucket.grads.append(gradient)
+        bucket.params.append((i, param.param_idx_in_group, param_id))
+        bucket.has_moe_params = bucket.has_moe_params or is_moe_param(param)
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Reduce the gradients of a bucket (None: of all), and keep those of this rank's partition."""
+        self._move()
+        super().reduce_ipg_grads(comm_dtype=comm_dtype)
+        self._move()
+
+    def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
+        """Keep a reduced gradient elsewhere than in the bucket, which is about to be used again."""
+        if self._use_compact_grad_partition_buffer(
+            self._get_param_group_idx(param) if group_idx is None else group_idx
+        ):
+            super().copy_grads_in_partition(param, group_idx)
+            return
+        gradient = self.get_gradient_for_reduction(param)
+        if self.grads_in_partition is None:  # type: ignore[has-type]
+            self.grads_in_partition_offset = 0
+            size = sum(each.numel() for group in self.params_in_partition for each in group)
+            self.grads_in_partition = torch.empty(size, dtype=self.dtype, device=gradient.device)
+        place = self.grads_in_partition.narrow(0, self.grads_in_partition_offset, param.numel())
+        self._later(gradient, place)
+        self.grads_in_partition_offset += param.numel()
+
+    def _later(self, gradient: Tensor, place: Tensor) -> None:
+        self.__dict__.setdefault("_moves", []).append((gradient, place))
+
+    def _move(self) -> None:
+        """Copy the gradients to their places, and let them lie there."""
+        moves = self.__dict__.pop("_moves", [])
+        if moves:
+            torch._foreach_copy_([place for _, place in moves], [gradient.view(-1) for gradient, _ in moves])
+        for gradient, place in moves:
+            gradient.data = place.view_as(gradient)

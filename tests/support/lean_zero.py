@@ -1,0 +1,121 @@
+"""What a rank does for tests/multirank/test_lean_zero.py: steps with a gradient that is not finite, and launches."""
+
+from __future__ import annotations
+
+import collections
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.matrix import optimizer_config
+from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
+
+ROWS = 8
+# Operations that start nothing on a device: they allocate memory, or look at it in another way.
+SILENT = frozenset(
+    "view _unsafe_view t transpose expand slice select unbind split split_with_sizes detach alias as_strided permute "
+    "unsqueeze squeeze narrow _reshape_alias empty empty_like new_empty empty_strided lift_fresh set_".split()
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that run within, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.names[name] += name not in SILENT
+        return function(*args, **(kwargs or {}))
+
+
+def engine_of(stage: int, precision: str, clipping: bool, changes: dict[str, Any], **model: Any) -> Any:
+    """A DeepSpeed engine over a tiny task, its experts shared by all ranks."""
+    from eve_ds.config_sections import EngineConfig
+    from eve_ds.engine.deepspeed_config import load_deepspeed_config
+    from eve_ds.engine.initialize import initialize
+    from eve_ds.engine.moe_deepspeed import DeepSpeedMoE
+    from eve_ds.engine.optim import build_optimizer
+
+    world = dist.get_world_size()
+    task = masked_task(expert_parallel(DeepSpeedMoE, world, dist.get_rank()), **model)
+    config = EngineConfig(global_batch_size=ROWS, expert_parallel_size=world, precision=precision)  # type: ignore[arg-type]
+    options = optimizer_config(clipping)
+    settings = load_deepspeed_config(f"ds_configs/zero{stage}.json", config, options, world)
+    settings["zero_optimization"] |= changes
+    return initialize(task, build_optimizer(task, options), settings)
+
+
+def prepare() -> None:
+    from eve_ds.engine.distributed import disable_shm_operation
+    from eve_ds.environment import prepare_environment
+
+    prepare_environment()
+    import deepspeed
+
+    disable_shm_operation()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def masters(engine: Any) -> list[torch.Tensor]:
+    """This rank's part of the fp32 weights."""
+    optimizer = engine.optimizer
+    found = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
+    return [each.detach().clone() for each in found]
+
+
+def steps_without_moving(cases: list[tuple[int, str, bool, str, float, dict[str, Any]]]) -> None:
+    """For each case the middle of three steps has one value in one gradient of the last rank that is not finite."""
+    prepare()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = ROWS // world
+    for stage, precision, clipping, name, value, changes in cases:
+        engine = engine_of(stage, precision, clipping, changes)
+        parameter = dict(engine.module.named_parameters())[name]
+        for step in range(3):
+            before = masters(engine)
+            output = engine(rows_of(caption_batch(ROWS, seed=step), rank * share, (rank + 1) * share))
+            handle = None
+            if step == 1 and rank == world - 1:
+                handle = parameter.register_hook(lambda gradient, bad=value: spoil(gradient, bad))
+            engine.backward(output.loss * world)
+            if handle is not None:
+                handle.remove()
+            engine.step()
+            moved = any(not torch.equal(old, new) for old, new in zip(before, masters(engine), strict=True))
+            where = f"{stage, precision, clipping, name, value, changes}, step {step}, rank {rank}"
+            assert moved == (step != 1), f"{where}: the weights {'moved' if moved else 'did not move'}"
+            assert engine.was_step_applied() == (step != 1), where
+            assert math.isfinite(float(engine.get_global_grad_norm())) == (step != 1), where
+            assert all(torch.isfinite(each).all() for each in masters(engine)), where
+        engine.destroy()
+
+
+def spoil(gradient: torch.Tensor, value: float) -> torch.Tensor:
+    spoiled = gradient.clone()
+    spoiled.view(-1)[-1] = value
+    return spoiled
+
+
+def launches_of_a_step(stage: int, changes: dict[str, Any], most: int) -> None:
+    """Beyond those of the model's own forward and backward pass, a step launches at most ``most`` operations."""
+    prepare()
+    shape = {"depth": 12, "soft_layers": [10, 11]}
+    engine, plain = engine_of(stage, "bf16", True, changes, **shape), masked_task(**shape).bfloat16()
+    batch = caption_batch(ROWS)
+    for _ in range(3):  # the first makes the optimizer's states; ZeRO 3 learns the order of the weights in two
+        with Launches() as whole:
+            engine.backward(engine(batch).loss)
+            engine.step()
+        plain.zero_grad()
+        with Launches() as model:
+            plain(batch).loss.backward()
+    beyond = whole.names - model.names
+    assert beyond.total() <= most, f"{beyond.total()} launches: {beyond.most_common()}"
+    gradients = len(list(plain.parameters()))
+    assert gradients > 250  # so that one launch a gradient would show
