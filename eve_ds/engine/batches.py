@@ -12,6 +12,7 @@ from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.data.data_config import DataConfig
 from eve_ds.data.loader import Loader, build_loader, check_readers
 from eve_ds.data.samples import Samples
+from eve_ds.engine.compilation import TEXT_MULTIPLE
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import RankError
@@ -133,6 +134,7 @@ def _loader(config: Config, samples: Samples, train: bool = True, **options: Any
     size = batch_shape(config.engine, world_size)[0] if train else evaluation_batch_size(config)
     workers, timeout = config.data.num_workers, loader_seconds(config)
     shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
+    shared["pad_to_multiple"] = TEXT_MULTIPLE if train and config.engine.compile == "on" else 1
     return build_loader(samples, micro_batch_size=size, train=train, **(shared | options))
 
 

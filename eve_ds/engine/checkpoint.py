@@ -293,14 +293,14 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) 
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # from a killed resume: perhaps incomplete
         folder.mkdir(parents=True)
-    dist.barrier()
+    distributed.barrier()
     state = ShardedState(path, manifest)
     mark(f"the conversion of {path}")
     with disk_full_as_rank_error(folder):
         write_parameters(state, folder, state.split(world_size)[rank])
         if rank == 0:
             write_common(state, folder)
-    dist.barrier()
+    distributed.barrier()
     distributed.same_view(lambda: file_sizes(folder, file_names(folder)), str(folder))
     engine._config.load_universal_checkpoint = True
     mark(f"the load of {folder}")
@@ -308,7 +308,7 @@ def _load_universal(engine: Any, path: Path, manifest: Manifest, scratch: Path) 
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     finally:
         engine._config.load_universal_checkpoint = False
-    dist.barrier()
+    distributed.barrier()
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # `prune` tries again
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
-from eve_ds.config_sections import EngineConfig, OptimizerConfig
+from eve_ds.config_sections import EngineConfig, LoggingConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_keys import RULES, refuse_keys, refuse_unknown
 from eve_ds.engine.distributed import decide, gather
 from eve_ds.engine.run_folder import holds_run
@@ -166,6 +166,20 @@ def load_deepspeed_config(
     _try(filled, path)
     refuse_unknown(filled, path)  # after DeepSpeed's own messages on keys of older versions
     return filled
+
+
+def offloads_optimizer(settings: dict[str, Any], logging: LoggingConfig) -> bool:
+    """Whether a file that has been read keeps the optimizer's states in host memory.
+
+    Raises:
+        UserError: it does, and gradient norms by kind are asked for.
+    """
+    offloads = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    if offloads and logging.grad_norms_every:
+        raise UserError(
+            "logging.grad_norms_every: with offload_optimizer gradients are not at hand by parameter; set it to 0"
+        )
+    return offloads
 
 
 def _deeper(value: Any, most: int) -> bool:

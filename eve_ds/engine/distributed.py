@@ -111,8 +111,14 @@ def start(timeout_seconds: float = 600) -> torch.device:
         )
     except dist.DistError as error:
         raise RankError(f"rank {rank} on {socket.gethostname()}: {_unreachable(error)}") from error
-    dist.barrier()
+    barrier()
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for all ranks. On GPUs on the rank's own: a process group of one rank has no device bound to it, and torch
+    warns that it guesses one."""
+    dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def disable_shm_operation() -> None:
@@ -134,7 +140,7 @@ def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
     device = start(timeout_seconds)
     try:
         yield device
-        dist.barrier()  # not after an error: the other ranks may never come
+        barrier()  # not after an error: the other ranks may never come
     finally:
         watchdog.stop()
         dist.destroy_process_group()

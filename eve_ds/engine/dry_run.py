@@ -103,7 +103,7 @@ def _trial(config: Config, trainer: Trainer, training: Samples, step: int) -> li
     batches = TrainingBatches(config, training, step)
     records = []
     try:
-        for _ in range(TRIAL_STEPS):
+        for _ in range(TRIAL_STEPS + (config.engine.compile == "on")):  # the second one compiles
             trainer.step = step
             records.append(trainer._train_step(batches))
     except RuntimeError as error:

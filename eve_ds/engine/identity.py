@@ -33,6 +33,7 @@ MUTABLE_ON_RESUME = (  # sections and keys that do not change what is learned, a
     "engine.expert_parallel_size",
     "engine.micro_batch_size",
     "engine.eval_batch_size",
+    "engine.compile",
     "model.checkpoint_activations",
     "data.num_workers",
     "data.max_corrupt",

@@ -20,7 +20,8 @@ from eve_ds.engine import checkpoint, first_weights, resume, schedule
 from eve_ds.engine.batches import TrainingBatches, to_device
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
-from eve_ds.engine.deepspeed_config import load_deepspeed_config
+from eve_ds.engine.compilation import compile_task
+from eve_ds.engine.deepspeed_config import load_deepspeed_config, offloads_optimizer
 from eve_ds.engine.distributed import gather
 from eve_ds.engine.divergence import NOT_FINITE, LossRange, add_suspect, not_finite
 from eve_ds.engine.evaluation import stop_agreed
@@ -106,13 +107,10 @@ class Trainer:
                 config.engine.global_batch_size,
                 config.engine.global_batch_size // self.world_size,
             )
-        zero = settings["zero_optimization"]
-        self.topology = Topology(self.world_size, config.engine.expert_parallel_size, zero["stage"])
-        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-        if offload and config.logging.grad_norms_every:
-            raise UserError(
-                "logging.grad_norms_every: with offload_optimizer gradients are not at hand by parameter; set it to 0"
-            )
+        stage = settings["zero_optimization"]["stage"]
+        self.topology = Topology(self.world_size, config.engine.expert_parallel_size, stage)
+        offload = offloads_optimizer(settings, config.logging)
+        compile_task(task, config, stage, device, total_steps * self.accumulation_steps)
         optimizer = build_optimizer(task, config.optimizer, offload, device)
         mark("the set-up of DeepSpeed")
         self.engine = initialize(task, optimizer, settings)

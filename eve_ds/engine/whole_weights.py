@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from eve_ds import config as config_tree
 from eve_ds.engine.checkpoint_record import COMPLETE, DamagedError, Manifest, load_file, model_file, optimizer_files
+from eve_ds.engine.distributed import barrier
 from eve_ds.engine.watchdog import mark, mark_again
 from eve_ds.model.moe import MoE
 from eve_ds.weights.model_card import write_card
@@ -288,4 +289,4 @@ def export_model(
         write_atomic(folder / "model.safetensors", safetensors_bytes(state, metadata=metadata(step)))
         write_card(folder, step)
         write_hashes(folder, HASHED)
-    dist.barrier()
+    barrier()

@@ -70,9 +70,8 @@ class Backbone(nn.Module):
 
     def _block(self, index: int, moe_layer: Callable[..., MoE], published_routing: bool) -> Block:
         config = self.config
-        drop_path = config.drop_path * index / max(1, config.depth - 1)
         if index not in config.soft_layers:
-            return (SharedBlock if index in config.shared_layers else HardBlock)(config, drop_path)
+            return (SharedBlock if index in config.shared_layers else HardBlock)(config)
         moe = moe_layer(
             dim=config.dim,
             hidden=config.mlp_hidden,
@@ -88,7 +87,7 @@ class Backbone(nn.Module):
             z_loss=config.router_z_loss_weight > 0,
             jitter=config.router_jitter,
         )
-        return SoftBlock(config, drop_path, moe)
+        return SoftBlock(config, moe)
 
     @torch.no_grad()
     def _initialize(self, std: float, position_std: float) -> None:
@@ -152,14 +151,13 @@ class Backbone(nn.Module):
         self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int, draws: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         bias = None if valid is None else key_bias(valid, x.dtype)
+        kept = self._kept(x, draws)
         aux = []
         for number, block in enumerate(self.blocks):
             soft = isinstance(block, SoftBlock)
-            own = draws
-            if draws is not None:
-                jitter = 2 * self.config.depth + number
-                own = torch.cat([draws[2 * number : 2 * number + 2], draws[jitter : jitter + 1]])
-            args = (x, bias, modality, valid, own) if soft else (x, bias, num_image_tokens, own)
+            own = None if kept is None else kept[2 * number : 2 * number + 2]
+            draw = draws[2 * self.config.depth + number] if draws is not None and self.config.router_jitter else None
+            args = (x, bias, modality, valid, own, draw) if soft else (x, bias, num_image_tokens, own)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 out = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -168,6 +166,20 @@ class Backbone(nn.Module):
             if soft:
                 aux.append(out[1])
         return x, aux
+
+    def _kept(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
+        """Factors of all branches, [2 depth, B] in x's dtype: in training 0 where a sample's draw is below the block's
+        rate of drop path, else 1 / (1 - rate). For all blocks at once, and no number of a block's own: so all of them
+        run the same compiled code."""
+        config = self.config
+        if not (self.training and config.drop_path):
+            return None
+        draws = (
+            torch.rand(2 * config.depth, x.shape[0], device=x.device) if draws is None else draws[: 2 * config.depth]
+        )
+        rates = torch.arange(config.depth, dtype=torch.float64, device=x.device) * config.drop_path
+        rates = (rates / max(1, config.depth - 1)).repeat_interleave(2)[:, None]
+        return ((draws >= rates.float()) / (1 - rates).float()).to(x.dtype)
 
 
 def _valid(x: Tensor, num_image_tokens: int, text_mask: Tensor | None) -> Tensor | None:

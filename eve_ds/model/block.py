@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.kernels.mlp import mlp
+from eve_ds.model.compiled import compilable
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 
 # Finite, so that a row whose keys are all masked does not become NaN; its exponential relative to any score is 0.
 MASKED = -1e30  # fp16 has no such number: there it is half of its largest
-ATTENTION, FEED_FORWARD, JITTER = 0, 1, 2
-# [2, B] in [0, 1), a row per branch: a sample's branch is dropped where its draw is below drop_path. With router jitter
-# a third one, from which a soft block's router takes the sample's jitter. None: drawn here.
-Draws = Tensor | None
+# Of drop path, [2, B] in the dtype of the block, a row per branch (attention, then feed-forward): the factor of each
+# sample's branch, 0 where it is dropped. None: all are 1.
+Kept = Tensor | None
 
 
 def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,85 +100,106 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Base of both kinds of block: pre-LayerNorm attention, LayerScale, drop path.
+    """Base of the kinds of block: pre-LayerNorm attention, LayerScale, drop path.
 
     Args:
         config: the model's shape.
-        drop_path: probability of dropping a sample's residual branch in training.
     """
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.drop_path = drop_path
         self.attention_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config.dim, config.num_heads)
         self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def attend(self, x: Tensor, bias: Tensor | None, draws: Draws) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None, kept: Kept) -> Tensor:
         """x [B, N, D] after the attention branch."""
-        return self.add(x, self.attention(self.attention_norm(x), bias), self.attention_scale, draws, ATTENTION)
+        branch = self.attention(self.attention_norm(x), bias)
+        return self.add(x, branch, self.attention_scale, None if kept is None else kept[0])
 
-    def add(self, x: Tensor, branch: Tensor, scale: Tensor, draws: Draws, which: int) -> Tensor:
-        """x + scale * branch; in training with drop path per sample, kept branches divided by 1 - drop_path."""
-        if self.training and self.drop_path > 0:
-            draw = torch.rand(x.shape[0], device=x.device) if draws is None else draws[which]
-            kept = (draw >= self.drop_path)[:, None, None]
-            branch = branch * (kept / (1 - self.drop_path)).to(branch.dtype)
-        return torch.addcmul(x, branch, scale)
+    def add(self, x: Tensor, branch: Tensor, scale: Tensor, kept: Tensor | None) -> Tensor:
+        """x + scale * branch, the branch of each sample times its factor in kept [B]."""
+        return torch.addcmul(x, branch if kept is None else branch * kept[:, None, None], scale)
 
 
 class HardBlock(Block):
     """Hard routing: image tokens to an image MLP, text tokens to a text MLP, each after its own LayerNorm."""
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
-        super().__init__(config, drop_path)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         self.image_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.text_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.image_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
         self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, draws: Draws = None) -> Tensor:
+    @compilable
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, kept: Kept = None) -> Tensor:
         """x [B, N, D], its first ``num_image_tokens`` tokens from the image -> [B, N, D]."""
-        x = self.attend(x, bias, draws)
+        x = self.attend(x, bias, kept)
         parts = []
         if num_image_tokens:
             parts.append(self.image_mlp(self.image_norm(x[:, :num_image_tokens])))
         if num_image_tokens < x.shape[1]:
             parts.append(self.text_mlp(self.text_norm(x[:, num_image_tokens:])))
         branch = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD)
+        return self.add(x, branch, self.mlp_scale, None if kept is None else kept[1])
 
 
 class SharedBlock(Block):
     """No routing: image and text tokens to the same MLP, after the same LayerNorm."""
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
-        super().__init__(config, drop_path)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
         self.shared_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.shared_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, draws: Draws = None) -> Tensor:
+    @compilable
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, kept: Kept = None) -> Tensor:
         """As ``HardBlock.forward``."""
-        x = self.attend(x, bias, draws)
-        return self.add(x, self.shared_mlp(self.shared_norm(x)), self.mlp_scale, draws, FEED_FORWARD)
+        x = self.attend(x, bias, kept)
+        branch = self.shared_mlp(self.shared_norm(x))
+        return self.add(x, branch, self.mlp_scale, None if kept is None else kept[1])
 
 
 class SoftBlock(Block):
     """Soft routing: all tokens, after one LayerNorm, to a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, drop_path: float, moe: MoE) -> None:
-        super().__init__(config, drop_path)
+    def __init__(self, config: ModelConfig, moe: MoE) -> None:
+        super().__init__(config)
         self.moe_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.moe = moe
         self.jitters = config.router_jitter > 0
 
+    @compilable
+    def before_experts(self, x: Tensor, bias: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
+        """x [B, N, D] after the attention branch, and normalized for the experts."""
+        x = self.attend(x, bias, kept)
+        return x, self.moe_norm(x)
+
     def forward(
-        self, x: Tensor, bias: Tensor | None, modality: Tensor, valid: Tensor | None, draws: Draws = None
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        modality: Tensor,
+        valid: Tensor | None,
+        kept: Kept = None,
+        draw: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, N, D], modality [N], valid [B, N] bool or None -> ([B, N, D], shares of losses as from ``MoE``)."""
-        x = self.attend(x, bias, draws)
+        """One block.
+
+        Args:
+            x: [B, N, D].
+            bias: from ``key_bias``, or None.
+            modality: [N] int64.
+            valid: [B, N] bool, or None.
+            kept: factors of the branches.
+            draw: [B] in [0, 1), from which the router takes each sample's jitter. None: from torch's generator.
+        Returns:
+            [B, N, D], and shares of losses as from ``MoE``.
+        """
+        x, tokens = self.before_experts(x, bias, kept)
         # By name, and only where it is needed: layers of other classes take three arguments, as hooks do.
-        drawn = {"draw": draws[JITTER]} if self.jitters and draws is not None else {}
-        branch, aux = self.moe(self.moe_norm(x), modality, valid, **drawn)
-        return self.add(x, branch, self.mlp_scale, draws, FEED_FORWARD), aux
+        drawn = {"draw": draw} if self.jitters and draw is not None else {}
+        branch, aux = self.moe(tokens, modality, valid, **drawn)
+        return self.add(x, branch, self.mlp_scale, None if kept is None else kept[1]), aux

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.model.block import MLP, Attention
+from eve_ds.model.compiled import compilable
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
@@ -54,6 +55,7 @@ class DecoderBlock(nn.Module):
         self.mlp_norm = LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, 4 * dim, "gelu")
 
+    @compilable
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, d] -> [B, N, d]."""
         x = x + self.attention(self.attention_norm(x), None)

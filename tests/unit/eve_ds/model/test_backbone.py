@@ -94,14 +94,13 @@ def test_no_switch_leaves_a_parameter_unused(changes: dict[str, object]) -> None
 def test_a_shared_block_is_a_hard_one_with_twice_the_same_network(num_image_tokens: int) -> None:
     block = make(shared_layers=[0]).blocks[0]
     assert isinstance(block, SharedBlock)
-    hard, state = HardBlock(CONFIG, 0.5), block.state_dict()
-    block.drop_path = 0.5
+    hard, state = HardBlock(CONFIG), block.state_dict()
     copies = {name.replace("shared", kind): value for name, value in state.items() for kind in ("image", "text")}
     hard.load_state_dict(copies)
     x = torch.randn(2, 5, 16)
     # Attention is dropped of one sample, the feed-forward part of the other, and a key is masked.
-    draws, bias = torch.tensor([[0.1, 0.9], [0.9, 0.1]]), torch.tensor([0.0, 0, -9, 0, 0])
-    given = (bias.view(1, 1, 1, 5).expand(2, 1, 1, 5), num_image_tokens, draws)
+    kept, bias = torch.tensor([[0.0, 2.0], [2.0, 0.0]]), torch.tensor([0.0, 0, -9, 0, 0])
+    given = (bias.view(1, 1, 1, 5).expand(2, 1, 1, 5), num_image_tokens, kept)
     torch.testing.assert_close(block(x, *given), hard(x, *given))
 
 
@@ -170,16 +169,18 @@ def test_training_repeats_exactly_with_the_same_seed(checkpointed: bool) -> None
 
 def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
     backbone = make(drop_path=0.4)
-    assert [block.drop_path for block in backbone.blocks] == pytest.approx([0.0, 0.2, 0.4])
-    block, x = backbone.blocks[2].train(), torch.zeros(4000, 1, 16)
+    x, draws = torch.zeros(4000, 1, 16), torch.linspace(0, 0.999, 4000).repeat(6, 1)
     torch.manual_seed(0)
-    added = block.add(x, torch.ones_like(x), torch.ones(16), None, 0)[:, 0, 0]
-    assert sorted(set(added.tolist())) == pytest.approx([0.0, 1 / 0.6])
-    assert (added > 0).float().mean() == pytest.approx(0.6, abs=0.03)
-    draws = torch.linspace(0, 0.999, 4000).repeat(2, 1)
-    given = block.add(x, torch.ones_like(x), torch.ones(16), draws, 1)[:, 0, 0]
-    assert torch.equal(given > 0, draws[1] >= 0.4)
-    assert torch.equal(block.eval().add(x, torch.ones_like(x), torch.ones(16), draws, 0), torch.ones_like(x))
+    drawn, given = backbone.train()._kept(x, None), backbone._kept(x, draws)
+    assert drawn is not None and given is not None
+    for branch, rate in enumerate([0.0, 0.0, 0.2, 0.2, 0.4, 0.4]):  # attention and feed-forward of three blocks
+        assert sorted(set(given[branch].tolist())) == pytest.approx([*([0.0] if rate else []), 1 / (1 - rate)])
+        assert torch.equal(given[branch] > 0, draws[branch] >= rate)
+        assert (drawn[branch] > 0).float().mean() == pytest.approx(1 - rate, abs=0.03)
+    block, branch = backbone.blocks[2], torch.ones_like(x)
+    assert torch.equal(block.add(x, branch, torch.ones(16), given[5])[:, 0, 0], given[5])
+    assert backbone.eval()._kept(x, draws) is None
+    assert torch.equal(block.add(x, branch, torch.ones(16), None), branch)
 
 
 def test_first_values() -> None:

@@ -73,13 +73,13 @@ def backbone(images: bool = True, texts: bool = True, keep: bool = False, **chan
 
 
 def soft_block(valid: bool) -> Built:
-    block = SoftBlock(CONFIG, 0.5, MoE(D, H, E))
+    block = SoftBlock(CONFIG, MoE(D, H, E))
     some = mask(2, 5) if valid else None
     return block, (floats(2, 5, D), None if some is None else key_bias(some, torch.float32), ids(5), some)
 
 
 def hard_block(num_image_tokens: int, kind: type[Block] = HardBlock) -> Built:
-    return kind(CONFIG, 0.5), (floats(2, 5, D), key_bias(mask(2, 5), torch.float32), num_image_tokens)
+    return kind(CONFIG), (floats(2, 5, D), key_bias(mask(2, 5), torch.float32), num_image_tokens)
 
 
 def task(build: Callable[[Backbone], Task], **columns: Tensor) -> Built:

@@ -1,0 +1,75 @@
+"""torch.compile for the parts of a model that take most launches, in training alone.
+
+A method marked with ``compilable`` runs as it stands until ``compile_parts`` is called for a module; then, in training,
+it runs compiled. All blocks of a kind share one function, and weights are its inputs: it is compiled once for each
+set of shapes, whatever the number of blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+MOST_SHAPES = 8  # of one method: what comes after runs as it stands, so that odd batches never compile without end
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class _Compiled:
+    """A method compiled, and the shapes it was compiled for."""
+
+    def __init__(self, method: Callable[..., Any], backend: str) -> None:
+        self._run = torch.compile(method, fullgraph=True, dynamic=False, backend=backend)
+        self._shapes: set[tuple[Any, ...]] = set()
+
+    def __call__(self, method: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
+        shapes = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in args)
+        if shapes in self._shapes:
+            return self._run(module, *args)
+        if len(self._shapes) == MOST_SHAPES or 0 in args[0].shape:
+            return method(module, *args)
+        self._shapes.add(shapes)
+        # A product's input is computed again in the backward pass where that takes no product (an activation), as our
+        # own ``kernels.mlp`` does; left to itself, the compiler keeps it (tests/unit/eve_ds/model/test_compiled.py).
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+            return self._run(module, *args)
+
+
+@functools.cache
+def _compiled(method: Callable[..., Any], backend: str) -> _Compiled:
+    return _Compiled(method, backend)
+
+
+def compilable(method: Method) -> Method:
+    """Mark a module's method that takes tensors, numbers and None by position."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        backend = self.__dict__.get("_compile_backend")
+        trains = self.training and torch.is_grad_enabled()
+        # A mode that sees each operation, as the FLOP counter of a run's first step, cannot see into compiled code.
+        if backend is None or kwargs or not trains or _get_current_dispatch_mode() is not None:
+            return method(self, *args, **kwargs)
+        return _compiled(method, backend)(method, self, *args)
+
+    run.is_compilable = True  # type: ignore[attr-defined]
+    return cast(Method, run)
+
+
+def compile_parts(module: nn.Module, backend: str = "inductor") -> int:
+    """Let the marked methods of all modules within ``module`` run compiled in training. Returns the modules found.
+
+    Args:
+        module: whole.
+        backend: of ``torch.compile``.
+    """
+    found = 0
+    for part in module.modules():
+        if any(getattr(getattr(type(part), name, None), "is_compilable", False) for name in dir(type(part))):
+            part.__dict__["_compile_backend"] = backend
+            found += 1
+    return found

@@ -1,0 +1,40 @@
+"""``engine.compile: on`` in whole runs: the losses of a run without it, few graphs, resume, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import ranks
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_run: list[str]) -> list[str]:
+    return [*tiny_run, "--engine.precision=fp32", "--engine.micro_batch_size=4", "--data.augmentation=none"]
+
+
+def losses(output: Path) -> list[float]:
+    """By step; of a step that was taken twice, the last."""
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return list({record["step"]: record["loss"] for record in found if "lr" in record}.values())
+
+
+def test_a_compiled_run_learns_as_the_plain_one_and_goes_on(arguments: list[str], tmp_path: Path) -> None:
+    ranks.run("eve_ds.pretrain", [*arguments, f"--output_dir={tmp_path / 'plain'}"])
+    compiled = [*arguments, f"--output_dir={tmp_path / 'compiled'}"]
+    said = ranks.run("tests.support.compiled_run", [*compiled, "--engine.compile=on"])
+    # One hard and one soft block, each with some and with all patches, and the decoder's: five, whatever the steps.
+    assert re.findall(r"^GRAPHS (\d+) BREAKS (\d+)$", said, re.MULTILINE) == [("5", "0")]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    ranks.run("eve_ds.pretrain", [*compiled, "--engine.compile=off", "--optimizer.total_steps=8"])
+    assert len(losses(tmp_path / "compiled")) == 8
+
+
+def test_zero_3_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    options = ["--engine.compile=on", "--deepspeed_config=ds_configs/zero3.json", f"--output_dir={tmp_path / 'run'}"]
+    codes, said = ranks.finish(ranks.start("eve_ds.pretrain", [*arguments, *options], 2))
+    assert codes[0] == 2
+    assert "engine.compile=on: ZeRO 3" in said and "Traceback" not in said

@@ -1,0 +1,54 @@
+"""``engine.compile: auto`` by run; ``on`` and ``off`` as they are said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from eve_ds.config import PretrainConfig
+from eve_ds.data.data_config import DataSource
+from eve_ds.engine.compilation import LEAST_MICRO_BATCHES, compile_task
+from eve_ds.kernels.choices import triton_state
+from preprocessing.errors import UserError
+from tests.support.tiny import masked_task
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")  # names alone: nothing is computed
+PAYS = "on" if triton_state()[0] else "off"  # what the GPU's code is generated in
+
+
+def settled(choice: str, stage: int, device: torch.device, micro_batches: int, **data: Any) -> tuple[str, bool]:
+    """(what the config says then, whether the blocks of a task run compiled)."""
+    config, task = PretrainConfig(), masked_task()
+    config.engine.compile = choice  # type: ignore[assignment]
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    compile_task(task, config, stage, device, micro_batches)
+    return config.engine.compile, any("_compile_backend" in part.__dict__ for part in task.modules())
+
+
+@pytest.mark.parametrize(
+    ("stage", "device", "micro_batches", "expected"),
+    [
+        (1, GPU, LEAST_MICRO_BATCHES, PAYS),
+        (2, GPU, LEAST_MICRO_BATCHES, PAYS),
+        (1, GPU, LEAST_MICRO_BATCHES - 1, "off"),
+        (3, GPU, LEAST_MICRO_BATCHES, "off"),
+        (1, CPU, LEAST_MICRO_BATCHES, "off"),
+    ],
+)
+def test_auto(stage: int, device: torch.device, micro_batches: int, expected: str) -> None:
+    assert settled("auto", stage, device, micro_batches) == (expected, expected == "on")
+
+
+def test_auto_is_off_where_the_rows_of_a_pass_vary() -> None:
+    sources = [DataSource("pairs"), DataSource("texts", modality="text")]
+    assert settled("auto", 1, GPU, LEAST_MICRO_BATCHES, sources=sources) == ("off", False)
+
+
+def test_as_it_is_said() -> None:
+    assert settled("on", 1, CPU, 1) == ("on", True)
+    assert settled("off", 1, GPU, LEAST_MICRO_BATCHES) == ("off", False)
+    with pytest.raises(UserError, match="engine.compile=on: ZeRO 3"):
+        settled("on", 3, GPU, LEAST_MICRO_BATCHES)

@@ -1,0 +1,121 @@
+"""Blocks under torch.compile: one graph a kind and shape, no graph break, the numbers of the plain ones, no more kept.
+
+"aot_eager" traces, splits forward from backward and runs torch's own operations: what is generated for a device is
+checked where there is one (tests/gpu), and for the CPU by the long test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eve_ds.model import compiled
+from eve_ds.model.block import HardBlock, key_bias
+from eve_ds.model.compiled import MOST_SHAPES, compile_parts
+from eve_ds.model.decoders import DecoderBlock
+from tests.support.tiny import caption_batch, masked_task, model_config
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    from torch._dynamo.utils import counters
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled._compiled.cache_clear()
+        counters.clear()
+        if _ == 0:
+            yield
+
+
+def stats() -> tuple[int, int]:
+    """(graphs compiled, graph breaks)."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def pair(backend: str) -> tuple[nn.Module, nn.Module]:
+    """The same task twice, the second with compiled blocks: three hard ones, two soft ones, one of the decoder."""
+    shape: dict[str, Any] = {"depth": 5, "soft_layers": [3, 4], "drop_path": 0.3}
+    plain, other = (masked_task(**shape).train() for _ in range(2))
+    assert compile_parts(other, backend) == 6
+    return plain, other
+
+
+def compare(plain: nn.Module, other: nn.Module, steps: int) -> None:
+    for step in range(steps):
+        batch = caption_batch(4, seed=step)
+        losses = [task(batch).loss for task in (plain, other)]
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    for (name, mine), theirs in zip(other.named_parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=lambda text, at=name: f"{at}: {text}"
+        )
+
+
+def test_five_graphs_serve_all_blocks_and_both_passes() -> None:
+    plain, other = pair("aot_eager")
+    compare(plain, other, steps=2)
+    assert stats() == (5, 0)  # hard and soft blocks with some and with all patches, and the decoder's
+    with torch.no_grad():
+        other(caption_batch(3))
+        other.eval()(caption_batch(4))
+    with FlopCounterMode(display=False) as counter:  # as in a run's first step
+        other.train()(caption_batch(4))
+    assert counter.get_total_flops() > 0
+    assert stats() == (5, 0)  # all these run as they stand, whatever their batches
+
+
+def test_odd_shapes_do_not_compile_without_end() -> None:
+    block = HardBlock(model_config()).train()
+    compile_parts(block, "aot_eager")
+    for rows in range(MOST_SHAPES + 3):  # without a row it runs as it stands
+        out = block(torch.randn(rows, 5, 32), None, 3)
+        assert out.shape == (rows, 5, 32)
+    assert stats() == (MOST_SHAPES, 0)
+
+
+@pytest.mark.parametrize("kind", ["hard", "decoder"])
+def test_no_more_is_kept_than_without_the_compiler(kind: str) -> None:
+    """Activations are computed again in the backward pass, as ``kernels.mlp`` does."""
+    x = torch.randn(4, 20, 32, requires_grad=True)
+    bias = key_bias(torch.ones(4, 20, dtype=torch.bool), x.dtype)
+    inputs: tuple[Any, ...] = (x, bias, 12, torch.ones(2, 4)) if kind == "hard" else (x,)
+    block = HardBlock(model_config(mlp_hidden=512)) if kind == "hard" else DecoderBlock(32, 4)
+    plain = kept_bytes(block.train(), inputs)
+    compile_parts(block, "aot_eager_decomp_partition")  # the split of forward and backward that inductor has
+    assert kept_bytes(block, inputs) <= plain
+
+
+def kept_bytes(block: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Of all that the backward pass needs, weights aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # else a later tensor could take the place of an earlier one
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(*inputs)
+    out.sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_code_generated_for_the_cpu() -> None:
+    compare(*pair("inductor"), steps=1)
