@@ -50,5 +50,5 @@ def test_auto_is_off_where_the_rows_of_a_pass_vary() -> None:
 def test_as_it_is_said() -> None:
     assert settled("on", 1, CPU, 1) == ("on", True)
     assert settled("off", 1, GPU, LEAST_MICRO_BATCHES) == ("off", False)
-    with pytest.raises(UserError, match="engine.compile=on: ZeRO 3"):
+    with pytest.raises(UserError, match=r"engine\.compile=on: ZeRO 3"):
         settled("on", 3, GPU, LEAST_MICRO_BATCHES)
