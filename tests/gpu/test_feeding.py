@@ -40,7 +40,7 @@ def test_normalizing_is_one_kernel_with_the_same_bits() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_the_cpu(tmp_path: Path, workers: int) -> None:
-    """With few slots, workers that are ready, and a device that lags: memory that is reused too early shows."""
+    """With few slots, workers that are ready, copies and a device that lag: memory that is reused too early shows."""
     data = CaptionSamples(
         make_caption_set(tmp_path, rows=40, image_size=64),
         tiny_tokenizer(),
@@ -51,8 +51,11 @@ def test_batches_are_those_of_the_cpu(tmp_path: Path, workers: int) -> None:
     pin = workers > 0
     loader: Any = build_loader(data, 8, seed=1, num_workers=workers, prefetch=1, raw=True, pin=pin)
     feed, kept = DeviceFeed(iter(loader), CUDA), []
+    assert feed._copies is not None
     for _ in expected:
         batch = next(feed)
+        with torch.cuda.stream(feed._copies._stream):
+            torch.cuda._sleep(LONG // 50)  # the next copy waits for it
         torch.cuda._sleep(LONG // 20)
         kept.append({name: value * 1 for name, value in batch.items()})  # read on the device, after the sleep
         del batch
