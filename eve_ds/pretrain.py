@@ -65,14 +65,14 @@ def run(stop: StopRequest) -> int:
 
         def evaluate(trainer: Trainer, limit: int | None = None) -> dict[str, float]:
             limit = limit or config.logging.eval_samples
-            found = batches.evaluation_batches(config, held_out, limit) if held_out else iter(())
+            found = batches.evaluation_batches(config, held_out, limit, device=device) if held_out else iter(())
             return held_out_metrics(trainer, found)
 
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate if held_out else None, stop)
         if config.dry_run:
             return dry_run.describe_training(config, trainer, training, gauge)
         start = trainer.resume()
-        trainer.fit(batches.TrainingBatches(config, training, start))
+        trainer.fit(batches.TrainingBatches(config, training, start, device))
         if trainer.stopped_early:
             return second.finish(STOPPED)
         if config.checkpoint.export:

@@ -67,6 +67,7 @@ class Ours:
             self._settings.batch_size,
             num_workers=self._settings.processes,
             prefetch=self._settings.prefetch,
+            raw=True,  # as a run on a GPU takes them
         )
         batches: Any = iter(loader)
         with closing(batches):  # it is endless

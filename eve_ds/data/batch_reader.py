@@ -9,9 +9,11 @@ machine fetches what it does not use. The page cache must hold two windows of im
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +33,8 @@ Batch = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
 # The number of following samples that are tried after a corrupt one; more corrupt rows than this mean a broken shard.
 MAX_NEIGHBORS = 100
+
+log = logging.getLogger(__name__)
 
 
 class ReadAhead:
@@ -111,10 +115,10 @@ def stack(samples: Sequence[Sample], pad_id: int, max_text_length: int, pad_to_m
     return arrays
 
 
-def to_batch(arrays: Arrays) -> Batch:
-    """Convert the output of ``stack`` to tensors and normalize the images."""
+def to_batch(arrays: Arrays, raw: bool = False) -> Batch:
+    """Convert the output of ``stack`` to tensors, which share its memory, and normalize the images unless ``raw``."""
     return {
-        name: normalize(value) if name.startswith("images") else torch.from_numpy(value)
+        name: normalize(value) if name.startswith("images") and not raw else torch.from_numpy(value)
         for name, value in arrays.items()
     }
 
@@ -201,6 +205,27 @@ class SharedImages:
     def view(self, slot: int, count: int) -> Arrays:
         """Views of the first ``count`` images of a slot, [count, H, W, 3] uint8 each; a later batch overwrites them."""
         return {name: self._pixels[slot, number, :count] for number, name in enumerate(self._names)}
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """While open, the memory is pinned for CUDA: copies to a GPU are asynchronous and need no other buffer.
+
+        Open it when the workers are forked. Where the driver refuses, the memory stays as it is, and that is logged.
+        """
+        cudart = torch.cuda.cudart()
+        address, size = self._pixels.ctypes.data, self._pixels.nbytes
+        error = int(cudart.cudaHostRegister(address, size, 0))
+        if error:
+            log.warning(
+                "CUDA cannot pin the loader's %d MiB (error %d); each batch takes one more copy", size >> 20, error
+            )
+            with suppress(RuntimeError):  # CUDA keeps the error, and torch would raise it at the next launch
+                torch.ones(1, device="cuda")
+        try:
+            yield
+        finally:
+            if not error:
+                cudart.cudaHostUnregister(address)
 
 
 @dataclass(frozen=True)

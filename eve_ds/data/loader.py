@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,8 @@ class Loader:
         reader: BatchReader,
         max_corrupt: float,
         timeout: float,
+        raw: bool = False,
+        pin: bool = False,
     ) -> None:
         self.dataset = dataset
         self.order = order
@@ -63,6 +66,7 @@ class Loader:
         self._reader = reader
         self._max_corrupt = max_corrupt
         self._timeout = timeout
+        self._raw, self._pin = raw, pin
         self._corrupt_rows: set[str] = set()
 
     def samples_at(self, start: int, count: int) -> list[int]:
@@ -82,14 +86,15 @@ class Loader:
         images = self._shared_images() if self._num_workers else None
         source = self._read_in_workers(images) if self._num_workers else self._read_in_thread()
         try:
-            while (batch := self._next(source)) is not None:
-                if batch.failure is not None:
-                    raise UserError(batch.failure)
-                self._count(batch)
-                arrays = batch.arrays
-                if images is not None and batch.slot is not None:
-                    arrays = arrays | images.view(batch.slot, len(batch.indices.samples))
-                yield to_batch(arrays)
+            with images.pinned() if images is not None and self._pin else nullcontext():
+                while (batch := self._next(source)) is not None:
+                    if batch.failure is not None:
+                        raise UserError(batch.failure)
+                    self._count(batch)
+                    arrays = batch.arrays
+                    if images is not None and batch.slot is not None:
+                        arrays = arrays | images.view(batch.slot, len(batch.indices.samples))
+                    yield to_batch(arrays, self._raw)
         finally:
             # Ends the workers immediately. The garbage collector (a traceback keeps this frame alive) would free the
             # queues of torch before its workers, and torch would wait five seconds for each worker in vain.
@@ -132,7 +137,8 @@ class Loader:
             )
 
     def _shared_images(self) -> SharedImages:
-        # One slot more than prefetched batches: torch requests the next batch before this one has become a tensor.
+        # One slot more than prefetched batches: torch requests the next batch before it returns this one, whose slot
+        # stays untouched until the batch after it is asked for.
         slots = self._num_workers * self._prefetch + 1
         dataset = self.dataset
         size = self.order.micro_batch_size
@@ -210,6 +216,8 @@ def build_loader(
     weights: tuple[float, ...] | None = None,
     max_corrupt: float = 0.0,
     timeout: float = 300,
+    raw: bool = False,
+    pin: bool = False,
 ) -> Loader:
     """Build the loader of one rank: endless and shuffled for training, one pass in order for evaluation.
 
@@ -232,27 +240,36 @@ def build_loader(
         max_corrupt: fraction of corrupt rows, of the samples seen, above which training stops; up to it the next sample
             replaces a corrupt one. 0 stops at the first corrupt row, as evaluation always does.
         timeout: maximum seconds to wait for a batch.
+        raw: images* as decoded, [B, H, W, 3] uint8, in memory that may be overwritten when the next batch is asked for.
+        pin: pin the memory that worker processes share, for copies to a GPU.
     Raises:
         UserError: more ranks x workers than rows. While iterating: a shard or row that cannot be read (named in the
             message), a worker that died, or no batch within ``timeout``.
         ValueError: an argument is outside its range.
     """
+    _check_arguments(micro_batch_size, world_size, rank, num_workers, prefetch, pad_to_multiple)
+    order: TrainOrder | EvalOrder
+    if train:
+        check_readers(dataset.split.name, dataset.rows, world_size, num_workers)
+        order = TrainOrder(_stream(dataset, seed, window, weights), micro_batch_size, world_size, rank)
+        read_ahead = ReadAhead(dataset.split, order, window) if window else None
+        reader = BatchReader(dataset, pad_to_multiple, replace=max_corrupt > 0, read_ahead=read_ahead)
+    else:
+        size = len(dataset) if limit is None else min(limit, len(dataset))
+        order, start_sample = EvalOrder(size, micro_batch_size, world_size, rank), 0
+        reader = BatchReader(dataset, pad_to_multiple, replace=False)
+    return Loader(dataset, order, start_sample, num_workers, prefetch, reader, max_corrupt, timeout, raw, pin)
+
+
+def _check_arguments(
+    micro_batch_size: int, world_size: int, rank: int, num_workers: int, prefetch: int, pad_to_multiple: int
+) -> None:
     least = min(micro_batch_size, world_size, prefetch, pad_to_multiple)
     if least < 1 or num_workers < 0 or not 0 <= rank < world_size:
         raise ValueError(
             f"micro_batch_size={micro_batch_size}, world_size={world_size}, prefetch={prefetch}, pad_to_multiple="
             f"{pad_to_multiple} must be at least 1, num_workers={num_workers} at least 0, rank={rank} below world_size"
         )
-    if not train:
-        size = len(dataset) if limit is None else min(limit, len(dataset))
-        reader = BatchReader(dataset, pad_to_multiple, replace=False)
-        evaluation = EvalOrder(size, micro_batch_size, world_size, rank)
-        return Loader(dataset, evaluation, 0, num_workers, prefetch, reader, max_corrupt, timeout)
-    check_readers(dataset.split.name, dataset.rows, world_size, num_workers)
-    order = TrainOrder(_stream(dataset, seed, window, weights), micro_batch_size, world_size, rank)
-    read_ahead = ReadAhead(dataset.split, order, window) if window else None
-    reader = BatchReader(dataset, pad_to_multiple, replace=max_corrupt > 0, read_ahead=read_ahead)
-    return Loader(dataset, order, start_sample, num_workers, prefetch, reader, max_corrupt, timeout)
 
 
 def check_readers(name: str, rows: int, world_size: int, num_workers: int) -> None:

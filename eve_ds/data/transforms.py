@@ -7,6 +7,7 @@ torchvision's, which cannot be installed with this version of torch; this module
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import random
@@ -365,6 +366,21 @@ def normalize(images: np.ndarray) -> Tensor:
     values /= 127.5  # doubling is exact, so the result is bitwise that of the formula
     values -= 1
     return torch.from_numpy(values)
+
+
+def normalize_on_device(images: Tensor) -> Tensor:
+    """``normalize`` of a tensor, where it is: [B, H, W, 3] uint8 to [B, 3, H, W] float32, the same bits."""
+    planes = images.permute(0, 3, 1, 2)
+    minus_one, deviation = _mean_and_deviation(images.device)
+    out = torch.empty(planes.shape, device=images.device)
+    # One kernel reads the bytes, computes, and writes channels first. The divisor is a tensor, since on a GPU torch
+    # multiplies by the reciprocal of a number, which rounds differently.
+    return torch.addcdiv(minus_one, planes, deviation, out=out)
+
+
+@functools.cache
+def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.full((), -1.0, device=device), torch.full((), 127.5, device=device)
 
 
 def _uniform(rng: random.Random, low: float, high: float) -> float:

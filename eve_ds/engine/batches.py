@@ -14,12 +14,14 @@ from eve_ds.data.loader import Loader, build_loader, check_readers
 from eve_ds.data.samples import Samples
 from eve_ds.engine.compilation import TEXT_MULTIPLE
 from eve_ds.engine.deepspeed_config import batch_shape
+from eve_ds.engine.device_feed import DeviceFeed
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import RankError
 from preprocessing.errors import UserError
 
 Config = PretrainConfig | FinetuneConfig
 Batch = dict[str, torch.Tensor]
+_CPU = torch.device("cpu")
 
 
 def check_batch(config: Config, rows: int) -> None:
@@ -55,11 +57,14 @@ class TrainingBatches(Iterator[Batch]):
         config: the resolved tree.
         samples: of the training split of all sources.
         start_step: optimizer steps done before.
+        device: where the batches go.
+    Attributes:
+        wait_seconds: total time spent waiting for data, see ``DeviceFeed``.
     Raises:
         RankError: while iterating, for data that perhaps only this rank cannot read.
     """
 
-    def __init__(self, config: Config, samples: Samples, start_step: int) -> None:
+    def __init__(self, config: Config, samples: Samples, start_step: int, device: torch.device = _CPU) -> None:
         data = config.data
         self._loader = _loader(
             config,
@@ -69,25 +74,40 @@ class TrainingBatches(Iterator[Batch]):
             window=data.shuffle_window,
             weights=_weights(data),
             max_corrupt=data.max_corrupt,
+            pin=device.type == "cuda",
         )
-        self._batches = _told_by_rank(self._loader)
+        self._feed = DeviceFeed(_told_by_rank(self._loader), device)
+        self._counts: dict[str, float] = {}  # from before the batch that is read ahead
         self._names = source_names(data)
         self.samples_per_epoch = len(samples)
         self._per_step = config.engine.global_batch_size
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        return next(self._feed)
+
+    def look_ahead(self) -> None:
+        """Read the next batch and begin to copy it to the device; for all else it is not read until ``next``."""
+        if not self._feed.is_ahead:
+            self._counts = self._read_counts()
+            self._feed.look_ahead()
+
+    @property
+    def wait_seconds(self) -> float:
+        return self._feed.wait_seconds
 
     def close(self) -> None:
         """Stop the loader's workers at once."""
-        self._batches.close()
+        self._feed.close()
 
     def samples_of(self, step: int) -> list[int]:
         """Indices, in the training split, of the samples of all ranks in an optimizer step. Steps count from 1."""
         return self._loader.samples_at((step - 1) * self._per_step, self._per_step)
 
     def counts(self) -> dict[str, float]:
-        """What this rank has read so far: replaced corrupt samples and, with several sources, the samples of each."""
+        """Counts of what ``next`` has returned: replaced corrupt samples and, with several sources, samples of each."""
+        return self._counts if self._feed.is_ahead else self._read_counts()
+
+    def _read_counts(self) -> dict[str, float]:
         counts = {"data/replaced": float(self._loader.replaced)}
         if len(self._names) > 1:
             drawn = zip(self._names, self._loader.drawn.tolist(), strict=True)
@@ -96,15 +116,20 @@ class TrainingBatches(Iterator[Batch]):
 
 
 def evaluation_batches(
-    config: Config, samples: Samples, limit: int | None = None, alone: bool = False
+    config: Config,
+    samples: Samples,
+    limit: int | None = None,
+    alone: bool = False,
+    device: torch.device = _CPU,
 ) -> Iterator[Batch]:
     """This rank's part of a split in order, each sample once, in batches of ``evaluation_batch_size``. Samples repeated
     as a filler have ``valid`` False.
 
-    ``alone``: all of ``samples`` are this rank's.
+    ``alone``: all of ``samples`` are this rank's. ``device``: where the batches go.
     """
     place = {"rank": 0, "world_size": 1} if alone else {}
-    return _told_by_rank(_loader(config, samples, train=False, limit=limit, **place))
+    # Not pinned: that takes longer than it saves in a short pass.
+    return DeviceFeed(_told_by_rank(_loader(config, samples, train=False, limit=limit, **place)), device)
 
 
 def evaluation_batch_size(config: Config) -> int:
@@ -135,7 +160,7 @@ def _loader(config: Config, samples: Samples, train: bool = True, **options: Any
     workers, timeout = config.data.num_workers, loader_seconds(config)
     shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
     shared["pad_to_multiple"] = TEXT_MULTIPLE if train and config.engine.compile == "on" else 1
-    return build_loader(samples, micro_batch_size=size, train=train, **(shared | options))
+    return build_loader(samples, micro_batch_size=size, train=train, raw=True, **(shared | options))
 
 
 def _told_by_rank(loader: Loader) -> Any:

@@ -100,7 +100,7 @@ def parameters(task: Task) -> int:
 
 def _trial(config: Config, trainer: Trainer, training: Samples, step: int) -> list[str]:
     """Take the trial steps, each as the one after ``step``. Returns lines on time."""
-    batches = TrainingBatches(config, training, step)
+    batches = TrainingBatches(config, training, step, trainer.device)
     records = []
     try:
         for _ in range(TRIAL_STEPS + (config.engine.compile == "on")):  # the second one compiles

@@ -83,10 +83,10 @@ class EvaluationFeed(Feed):
         self.batch_size = evaluation_batch_size(config)
 
     def shared(self, samples: Samples, limit: int | None = None) -> Iterator[Batch]:
-        return self.together(evaluation_batches(self.config, samples, limit))
+        return self.together(evaluation_batches(self.config, samples, limit, device=self.device))
 
     def own(self, samples: Samples) -> Iterator[Batch]:
-        return evaluation_batches(self.config, samples, alone=True)
+        return evaluation_batches(self.config, samples, alone=True, device=self.device)
 
     def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in batches:

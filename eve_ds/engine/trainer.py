@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import checkpoint, first_weights, resume, schedule
-from eve_ds.engine.batches import TrainingBatches, to_device
+from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
 from eve_ds.engine.compilation import compile_task
@@ -232,7 +232,9 @@ class Trainer:
         torch.manual_seed(seed % 2**63)  # dropout (only NLVR's head has it) repeats in a run resumed on as many ranks
         self.engine.train()
         scale, may_overflow = scale_of(self.engine), can_fall(self.engine)
-        totals, waited = self._accumulate(batches)
+        waited = -batches.wait_seconds
+        totals = self._accumulate(batches)
+        waited += batches.wait_seconds
         counts = batches.counts()
         # The mean over ranks: one rank's slow disk shows on the others as a slow collective only.
         for name, number in {"waited": waited / self.world_size, **counts}.items():
@@ -262,20 +264,18 @@ class Trainer:
             **({"skipped_steps": self.skipped_steps} if self.skipped_steps else {}),
         }
 
-    def _accumulate(self, batches: TrainingBatches) -> tuple[dict[str, Tensor], float]:
-        """Forward and backward passes of one step. Returns {metric: [sum, count] of this rank, float64}, and the
-        seconds spent waiting for data."""
+    def _accumulate(self, batches: TrainingBatches) -> dict[str, Tensor]:
+        """Forward and backward passes of one step. Returns {metric: [sum, count] of this rank, float64}."""
         totals: dict[str, Tensor] = {}
-        waited = 0.0
         for _ in range(self.accumulation_steps):
-            asked = time.perf_counter()
             mark(f"step {self.step + 1}, reading a batch")
-            batch = to_device(next(batches), self.device)
-            waited += time.perf_counter() - asked
+            batch = next(batches)
             mark(f"step {self.step + 1}, computing")
             output = self.engine(batch)
             self.engine.backward(output.loss * self.world_size)
             self._call_hooks("backward_end")
+            if self.device.type == "cuda" and not self.stop.requested:
+                batches.look_ahead()  # while the device computes what was launched
             self.engine.step()
             share = torch.stack(
                 [output.loss.detach().double(), torch.ones((), dtype=torch.float64, device=self.device)]
@@ -286,7 +286,7 @@ class Trainer:
                     [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair]
                 )
                 totals[name] = totals[name] + value if name in totals else value
-        return totals, waited
+        return totals
 
     def _record_finiteness(self, loss: float, may_overflow: bool) -> float:
         """Update ``skipped_steps`` and ``nonfinite_streak``. Returns the gradient norm. The same on every rank.

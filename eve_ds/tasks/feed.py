@@ -39,7 +39,7 @@ class Feed(ABC):
 
     @abstractmethod
     def own(self, samples: Samples) -> Iterator[Batch]:
-        """All of ``samples``, on the CPU, for this rank alone: other ranks may have other samples, more or none."""
+        """All of ``samples``, on the device, for this rank alone: other ranks may have other samples, more or none."""
 
     @abstractmethod
     def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
