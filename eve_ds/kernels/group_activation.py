@@ -21,14 +21,14 @@ def bias_activation_(x_RH: Tensor, bias_EH: Tensor, groups: Groups, activation: 
     """x becomes h = x + bias[e] in the rows of group e, in place.
 
     Args:
-        x_RH: contiguous.
+        x_RH: contiguous where the Triton kernel is to serve.
         bias_EH: in x's dtype; rows may be strided.
         groups: where the groups' rows are.
         activation: of ``ACTIVATIONS``.
     Returns:
         activation(h), [R, H] in x's dtype; as h unspecified in rows of no group.
     """
-    if triton_serves(x_RH):
+    if triton_serves(x_RH) and x_RH.is_contiguous():
         from eve_ds.kernels import triton_groups  # imports triton, which need not be installed
 
         return triton_groups.bias_activation_(x_RH, bias_EH, groups.offsets, activation.name)
@@ -36,12 +36,12 @@ def bias_activation_(x_RH: Tensor, bias_EH: Tensor, groups: Groups, activation: 
 
 
 def activation_gradient_(da_RH: Tensor, h_RH: Tensor, activation: Activation) -> Tensor:
-    """da becomes dh, in place; both contiguous and of one dtype.
+    """da becomes dh, in place; both of one dtype, contiguous where the Triton kernel is to serve.
 
     Returns:
         activation(h), computed again: cheaper than keeping it.
     """
-    if triton_serves(da_RH):
+    if triton_serves(da_RH) and da_RH.is_contiguous() and h_RH.is_contiguous():
         from eve_ds.kernels import triton_groups
 
         return triton_groups.activation_gradient_(da_RH, h_RH, activation.name)

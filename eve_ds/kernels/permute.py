@@ -58,24 +58,24 @@ class Layout:
         return self.tokens_per_expert if self.rows is None else self.rows
 
 
-def sort_by_expert(expert_R: Tensor, counts_E: Tensor) -> Layout:
+def sort_by_expert(expert_R: Tensor, counts: list[int] | Tensor) -> Layout:
     """The layout of choices sorted by expert. On the CPU, each expert's rows are padded (``padded_count``); on other
     devices nothing is read back.
 
     Args:
         expert_R: [R] int64, the expert of each choice; E stands for none.
-        counts_E: [E] int64, how often each expert occurs in ``expert_R``.
+        counts: how often each expert occurs in ``expert_R``: numbers, or [E] int64 on its device.
     """
     order = expert_R.argsort(stable=True)
     row = torch.arange(order.numel(), device=order.device)
     inverse = torch.empty_like(order)
     if order.device.type != "cpu":
-        return Layout(order, inverse.scatter_(0, order, row), counts_E)
-    tokens: list[int] = counts_E.tolist()
+        return Layout(order, inverse.scatter_(0, order, row), counts)
+    tokens: list[int] = counts.tolist() if isinstance(counts, Tensor) else counts
     padded = [padded_count(count) for count in tokens]
-    counts = torch.tensor([*tokens, order.numel() - sum(tokens)])
+    parts = torch.tensor([*tokens, order.numel() - sum(tokens)])
     added = torch.tensor([0, *(p - c for p, c in zip(padded, tokens, strict=True))]).cumsum(0)
-    row += added.repeat_interleave(counts, output_size=order.numel())
+    row += added.repeat_interleave(parts, output_size=order.numel())
     order_P = order.new_full((order.numel() + int(added[-1]),), order.numel()).scatter_(0, row, order)
     return Layout(order_P, inverse.scatter_(0, order, row), tokens, padded)
 

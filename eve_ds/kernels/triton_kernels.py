@@ -56,7 +56,7 @@ def weighted_gradients(
     """The gradients [P, D] (zeros in padding rows) and [T, k] of y and the weights of weighted ``sum_rows``."""
     dout_TD, y_PD, weights_Tk = dout_TD.contiguous(), y_PD.contiguous(), weights_Tk.contiguous()
     (rows, dim), top_k = y_PD.shape, weights_Tk.shape[1]
-    dy_PD, dweights_Tk = torch.empty_like(y_PD), torch.zeros_like(weights_Tk)
+    dy_PD, dweights_Tk = torch.empty_like(y_PD), torch.empty_like(weights_Tk)  # each choice has a row
     if y_PD.numel():
         launch(
             _gradients_kernel, (rows,),

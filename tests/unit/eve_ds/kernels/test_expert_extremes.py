@@ -19,7 +19,7 @@ from eve_ds.kernels.expert_mlp import expert_mlp, reference
 from eve_ds.kernels.mlp import ACTIVATIONS
 from eve_ds.kernels.permute import Layout, sort_by_expert
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *["cuda", "cuda:1"][: torch.cuda.device_count()]]  # the second is never the current one
 EXPERTS, DIM, HIDDEN = 4, 16, 24
 CHOSEN = {  # the expert of each choice; 4 stands for none
     "no token": [],
