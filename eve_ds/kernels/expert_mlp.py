@@ -218,7 +218,7 @@ class _GroupedExpertMLP(torch.autograd.Function):
         dfc1_weight_EHD = grouped_weight_gradient(dh_PH, x_PD, groups)
         del x_PD
         dfc1_bias_EH = grouped_sum(dh_PH, groups)
-        # What sums read must be zeros in the rows of choices of no expert; no other tensor's are ever read.
+        # The sum also reads the rows of choices of no expert: zeros, as in y_PD. No product reads them.
         dx_PD = zero_rest_(grouped_mm(dh_PH, fc1_weight_EHD, groups), groups)
         dx_TD = operations.sum_rows(dx_PD, None, inverse, top_k)
         return dx_TD, dweights_Tk, dfc1_weight_EHD, dfc1_bias_EH, dfc2_weight_EDH, dfc2_bias_ED, None, None
