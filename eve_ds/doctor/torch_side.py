@@ -58,11 +58,12 @@ def build() -> dict[str, Any]:
 
 def operations(device: torch.device) -> Iterator[dict[str, Any]]:
     """For each operation of ``eve_ds.kernels`` {"operations.NAME": its alternatives and which one is used}."""
-    from eve_ds.kernels import adam, grouped_mm, layer_norm, permute
+    from eve_ds.kernels import adam, group_activation, grouped_mm, layer_norm, permute
 
     asked: dict[str, Callable[[], Any]] = {
         "permute": lambda: permute.choice(device),
         "grouped_mm": lambda: grouped_mm.choice(device),
+        "group_activation": lambda: group_activation.choice(device),
         "layer_norm": lambda: layer_norm.choice(device),
         "adam": lambda: adam.choice(device, offload=False),
         "adam_offload": lambda: adam.choice(device, offload=True),

@@ -8,6 +8,9 @@ import os
 import shutil
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Alternative:
@@ -57,3 +60,18 @@ def triton_state() -> tuple[bool, str, str]:
 def triton_is_interpreted() -> bool:
     """Whether Triton runs kernels in Python on any device (it reads the variable when a kernel is defined)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_serves(tensor: Tensor) -> bool:
+    """Whether Triton kernels run on this tensor's device."""
+    return (tensor.is_cuda or (tensor.device.type == "cpu" and triton_is_interpreted())) and triton_state()[0]
+
+
+def triton_choice(operation: str, device: torch.device) -> Choice:
+    """An operation that a Triton kernel serves on CUDA, plain PyTorch elsewhere."""
+    available, reason, how = triton_state()
+    if available and device.type != "cuda" and not triton_is_interpreted():
+        available, reason, how = False, "for CUDA tensors", ""
+    return Choice(
+        operation, (Alternative("Triton", available, reason, how), Alternative("plain torch", True, "always runs"))
+    )

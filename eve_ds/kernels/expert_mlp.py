@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eve_ds.kernels import permute
+from eve_ds.kernels.group_activation import activation_gradient_, bias_activation_
 from eve_ds.kernels.grouped_mm import (
-    Groups,
     add_group_bias_,
     grouped_mm,
     grouped_sum,
     grouped_weight_gradient,
     has_grouped_kernel,
 )
+from eve_ds.kernels.groups import Groups, zero_rest_
 from eve_ds.kernels.mlp import ACTIVATIONS, Activation, reused_empty_like
 from eve_ds.kernels.permute import Layout
 
@@ -173,7 +174,7 @@ class _LoopedExpertMLP(torch.autograd.Function):
 
 class _GroupedExpertMLP(torch.autograd.Function):
     """Each product of all experts at once. Keeps h (all P rows); with weights, y too: <dout, y> takes less time from a
-    kept [P, D] than from passes over [P, H]."""
+    kept [P, D] than from passes over [P, H]. Never waits for the device where grouped kernels and Triton serve."""
 
     @staticmethod
     def forward(
@@ -188,16 +189,12 @@ class _GroupedExpertMLP(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         order, inverse, top_k = layout.order, layout.inverse, _top_k(weights_Tk)
-        operations, groups = permute.operations(x_TD), Groups(layout.padded_tokens_per_expert, x_TD.device)
+        operations, groups = permute.operations(x_TD), layout.groups
         x_PD = operations.gather_rows(x_TD, order, inverse.numel(), top_k)
-        h_PH = add_group_bias_(grouped_mm(x_PD, fc1_weight_EHD.mT, groups), fc1_bias_EH, groups)
+        h_PH = grouped_mm(x_PD, fc1_weight_EHD.mT, groups)
         del x_PD
-        if activation.scale != 1:
-            h_PH *= activation.scale
-        y_PD = grouped_mm(activation.forward(h_PH, out=torch.empty_like(h_PH)), fc2_weight_EDH.mT, groups)
-        if activation.scale != 1:
-            y_PD /= activation.scale
-        add_group_bias_(y_PD, fc2_bias_ED, groups)
+        a_PH = bias_activation_(h_PH, fc1_bias_EH, groups, activation)
+        y_PD = add_group_bias_(grouped_mm(a_PH, fc2_weight_EDH.mT, groups), fc2_bias_ED, groups)
         kept = (h_PH,) if weights_Tk is None else (h_PH, y_PD)
         ctx.save_for_backward(order, inverse, x_TD, weights_Tk, fc1_weight_EHD, fc2_weight_EDH, *kept)
         ctx.groups, ctx.activation = groups, activation
@@ -213,17 +210,17 @@ class _GroupedExpertMLP(torch.autograd.Function):
             dy_PD = operations.sum_gradient(dout_TD, order, num_choices, 1)
         else:
             dy_PD, dweights_Tk = operations.weighted_gradients(dout_TD, kept.pop(), weights_Tk, order, inverse)
-        a_PH = activation.forward(h_PH, out=torch.empty_like(h_PH))
-        scaled_PD = dy_PD if activation.scale == 1 else dy_PD / activation.scale
-        dfc2_weight_EDH = grouped_weight_gradient(scaled_PD, a_PH, groups)
-        del a_PH, scaled_PD
         dh_PH = grouped_mm(dy_PD, fc2_weight_EDH, groups)
-        dh_PH = activation.backward(dh_PH, h_PH, grad_input=dh_PH)
+        a_PH = activation_gradient_(dh_PH, h_PH, activation)
+        dfc2_weight_EDH, dfc2_bias_ED = grouped_weight_gradient(dy_PD, a_PH, groups), grouped_sum(dy_PD, groups)
+        del a_PH, dy_PD
         x_PD = operations.gather_rows(x_TD, order, num_choices, top_k)
         dfc1_weight_EHD = grouped_weight_gradient(dh_PH, x_PD, groups)
         del x_PD
-        dfc1_bias_EH, dfc2_bias_ED = grouped_sum(dh_PH, groups), grouped_sum(dy_PD, groups)
-        dx_TD = operations.sum_rows(grouped_mm(dh_PH, fc1_weight_EHD, groups), None, inverse, top_k)
+        dfc1_bias_EH = grouped_sum(dh_PH, groups)
+        # The sum also reads the rows of choices of no expert: zeros, as in y_PD. No product reads them.
+        dx_PD = zero_rest_(grouped_mm(dh_PH, fc1_weight_EHD, groups), groups)
+        dx_TD = operations.sum_rows(dx_PD, None, inverse, top_k)
         return dx_TD, dweights_Tk, dfc1_weight_EHD, dfc1_bias_EH, dfc2_weight_EDH, dfc2_bias_ED, None, None
 
 

@@ -6,7 +6,8 @@ Shapes: R rows sorted by group, E groups, K and N the widths of a product. Rows 
 ``torch.nn.functional.grouped_mm`` has its one-launch kernel for bf16 on CUDA devices of compute capability 9 and 10. It
 accepts other devices and dtypes, the CPU too, but runs a loop of ``mm`` there after copying the offsets to the host
 (PyTorch's aten/src/ATen/native/GroupedMMUtils.h, ``_grouped_mm_fallback``), which is no better than the loop here. It
-leaves rows of no group unset, refuses strides and addresses that are no multiples of 16 bytes, and has no bias.
+leaves rows of no group unset, and on capability 10 the weight gradients of groups without rows
+(pytorch/pytorch#172439); it refuses strides and addresses that are no multiples of 16 bytes, and has no bias.
 
 These functions take no part in autograd: they are the pieces of an ``autograd.Function`` (``kernels/expert_mlp.py``).
 The grouped kernel itself could not be run here (no GPU); the code around it is tested through torch's CPU fallback.
@@ -14,58 +15,15 @@ The grouped kernel itself could not be run here (no GPU); the code around it is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eve_ds.kernels.choices import Alternative, Choice, triton_is_interpreted, triton_state
+from eve_ds.kernels.choices import Alternative, Choice, triton_serves
+from eve_ds.kernels.groups import Groups, zero_empty_groups_, zero_rest_
 
 CAPABILITIES = (9, 10)  # compute capability, major: where torch's grouped kernel exists
 ALIGNMENT_BYTES = 16
-
-
-class Groups:
-    """Which rows belong to which group; shared by all products of a layer.
-
-    Args:
-        counts: rows of each group, on the host; or an int64 tensor [E] on the device. With the latter the grouped
-            kernel needs no synchronisation; the loop reads it back once.
-        device: where the rows are.
-    """
-
-    def __init__(self, counts: Sequence[int] | Tensor, device: torch.device) -> None:
-        self._counts = counts
-        self._device = device
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Rows of each group, on the host."""
-        return self._counts.tolist() if isinstance(self._counts, Tensor) else list(self._counts)
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """[E] int32 on the device: where each group ends."""
-        counts = torch.as_tensor(self._counts, device=self._device)
-        return counts.cumsum(0, dtype=torch.int32)
-
-    def slices(self) -> Iterator[tuple[int, slice]]:
-        """(group, its rows) of every group that has rows."""
-        start = 0
-        for group, count in enumerate(self.counts):
-            if count:
-                yield group, slice(start, start + count)
-            start += count
-
-    def zero_rest(self, rows: Tensor) -> Tensor:
-        """Set rows of no group to zero, in place."""
-        if isinstance(self._counts, Tensor) and "counts" not in self.__dict__:
-            place = torch.arange(rows.shape[0], device=rows.device)
-            return rows.masked_fill_((place >= self.offsets[-1]).unsqueeze(1), 0)
-        rows[sum(self.counts) :] = 0
-        return rows
 
 
 def grouped_mm(x_RK: Tensor, weights_EKN: Tensor, groups: Groups) -> Tensor:
@@ -76,14 +34,14 @@ def grouped_mm(x_RK: Tensor, weights_EKN: Tensor, groups: Groups) -> Tensor:
         weights_EKN: [E, K, N] in x's dtype.
         groups: where the groups' rows are.
     Returns:
-        [R, N] in x's dtype, products summed in float32; zeros in rows of no group.
+        [R, N] in x's dtype, products summed in float32; unspecified values in rows of no group.
     """
     if _grouped_kernel_takes(x_RK, weights_EKN):
-        return groups.zero_rest(F.grouped_mm(x_RK, weights_EKN, offs=groups.offsets))
+        return F.grouped_mm(x_RK, weights_EKN, offs=groups.offsets)
     out_RN = x_RK.new_empty(x_RK.shape[0], weights_EKN.shape[2])
     for group, rows in groups.slices():
         torch.mm(x_RK[rows], weights_EKN[group], out=out_RN[rows])
-    return groups.zero_rest(out_RN)
+    return out_RN
 
 
 def grouped_weight_gradient(dy_RN: Tensor, x_RK: Tensor, groups: Groups) -> Tensor:
@@ -97,8 +55,8 @@ def grouped_weight_gradient(dy_RN: Tensor, x_RK: Tensor, groups: Groups) -> Tens
         [E, N, K] in dy's dtype, summed in float32; zeros for a group without rows.
     """
     if _grouped_kernel_takes(dy_RN, x_RK):
-        return F.grouped_mm(dy_RN.t(), x_RK, offs=groups.offsets)
-    dw_ENK = dy_RN.new_zeros(len(groups.counts), dy_RN.shape[1], x_RK.shape[1])
+        return zero_empty_groups_(F.grouped_mm(dy_RN.t(), x_RK, offs=groups.offsets), groups)
+    dw_ENK = dy_RN.new_zeros(len(groups), dy_RN.shape[1], x_RK.shape[1])
     for group, rows in groups.slices():
         torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_ENK[group])
     return dw_ENK
@@ -114,13 +72,21 @@ def add_group_bias_(y_RN: Tensor, bias_EN: Tensor, groups: Groups) -> Tensor:
     Returns:
         ``y_RN``.
     """
-    if (y_RN.is_cuda or (triton_is_interpreted() and not y_RN.is_meta)) and triton_state()[0] and y_RN.is_contiguous():
-        from eve_ds.kernels import triton_kernels  # imports triton, which need not be installed
+    if triton_serves(y_RN) and y_RN.is_contiguous():
+        from eve_ds.kernels import triton_groups  # imports triton, which need not be installed
 
-        return triton_kernels.add_group_bias_(y_RN, bias_EN, groups.offsets)
-    for group, rows in groups.slices():
-        y_RN[rows] += bias_EN[group]
-    return groups.zero_rest(y_RN)
+        return triton_groups.add_group_bias_(y_RN, bias_EN, groups.offsets)
+    return zero_rest_(plainly_add_group_bias_(y_RN, bias_EN, groups), groups)
+
+
+def plainly_add_group_bias_(y_RN: Tensor, bias_EN: Tensor, groups: Groups) -> Tensor:
+    """``add_group_bias_`` in plain PyTorch, which leaves rows of no group unspecified."""
+    if groups.on_host:
+        for group, rows in groups.slices():
+            y_RN[rows] += bias_EN[group]
+        return y_RN
+    last = len(groups) - 1
+    return y_RN.add_(bias_EN.index_select(0, groups.group_of_row(y_RN.shape[0]).clamp(max=last)))
 
 
 def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
@@ -132,8 +98,8 @@ def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
     if _grouped_kernel_takes(y_RN):
         # One launch: a product with eight columns of ones (8 x 2 bytes meet the kernel's alignment).
         ones_R8 = y_RN.new_ones(y_RN.shape[0], ALIGNMENT_BYTES // y_RN.element_size())
-        return F.grouped_mm(ones_R8.t(), y_RN, offs=groups.offsets)[:, 0]
-    sums_EN = y_RN.new_zeros(len(groups.counts), y_RN.shape[1])
+        return zero_empty_groups_(F.grouped_mm(ones_R8.t(), y_RN, offs=groups.offsets), groups)[:, 0]
+    sums_EN = y_RN.new_zeros(len(groups), y_RN.shape[1])
     for group, rows in groups.slices():
         torch.sum(y_RN[rows], dim=0, out=sums_EN[group])
     return sums_EN

@@ -30,12 +30,14 @@ class Activation:
     """f(x) = plain(scale x) / scale; the matrix products before and after it apply both factors.
 
     Attributes:
+        name: in ``ACTIVATIONS``.
         plain: the function without scale.
         scale: e.g. 1.702 for x sigmoid(1.702 x), which is silu(1.702 x) / 1.702.
         forward: (x, out=) writes plain(x).
         backward: (gradient, x, grad_input=) writes gradient * plain'(x); may be in place.
     """
 
+    name: str
     plain: Callable[[Tensor], Tensor]
     scale: float
     forward: Callable[..., Tensor]
@@ -47,8 +49,11 @@ class Activation:
 
 
 ACTIVATIONS = {
-    "gelu": Activation(F.gelu, 1.0, aten.gelu.out, aten.gelu_backward.grad_input),
-    "quick_gelu": Activation(F.silu, 1.702, aten.silu.out, aten.silu_backward.grad_input),
+    activation.name: activation
+    for activation in (
+        Activation("gelu", F.gelu, 1.0, aten.gelu.out, aten.gelu_backward.grad_input),
+        Activation("quick_gelu", F.silu, 1.702, aten.silu.out, aten.silu_backward.grad_input),
+    )
 }
 
 

@@ -11,52 +11,73 @@ The Triton kernels were run under TRITON_INTERPRET=1 and compiled for sm_80 and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eve_ds.kernels.choices import Alternative, Choice, triton_is_interpreted, triton_state
+from eve_ds.kernels.choices import Choice, triton_choice, triton_serves
+from eve_ds.kernels.groups import Groups, to_host
 
 CHUNK = 2048  # rows whose products fit in the cache
 
 
-class Layout(NamedTuple):
+@dataclass
+class Layout:
     """Where each choice lies in a tensor [P, D] sorted by expert.
 
     Attributes:
         order: [P] int64, the choice in each row; R in a padding row.
         inverse: [R] int64, the row of each choice.
-        tokens_per_expert: tokens of each expert, without padding.
-        padded_tokens_per_expert: rows of each expert: its tokens, then padding rows. The rows behind those of the last
-            expert hold the choices of no expert.
+        tokens: tokens of each expert, without padding: numbers, or an int64 tensor [E] on the device.
+        rows: rows of each expert: its tokens, then padding rows. None: there is no padding. The rows behind those of
+            the last expert hold the choices of no expert.
     """
 
     order: Tensor
     inverse: Tensor
-    tokens_per_expert: list[int]
-    padded_tokens_per_expert: list[int]
+    tokens: list[int] | Tensor
+    rows: list[int] | None = None
+
+    @property
+    def groups(self) -> Groups:
+        """Whose rows are which, for grouped products; reads nothing back from the device."""
+        return Groups(self.tokens if self.rows is None else self.rows, self.order.device, self.order.numel())
+
+    @cached_property
+    def tokens_per_expert(self) -> list[int]:
+        """Tokens of each expert on the host: waits once for the device."""
+        return to_host(self.tokens, self.order.numel()) if isinstance(self.tokens, Tensor) else self.tokens
+
+    @property
+    def padded_tokens_per_expert(self) -> list[int]:
+        """Rows of each expert, on the host likewise."""
+        return self.tokens_per_expert if self.rows is None else self.rows
 
 
-def sort_by_expert(expert_R: Tensor, tokens_per_expert: list[int]) -> Layout:
-    """The layout of choices sorted by expert. On the CPU, each expert's rows are padded (``padded_count``).
+def sort_by_expert(expert_R: Tensor, counts: list[int] | Tensor) -> Layout:
+    """The layout of choices sorted by expert. On the CPU, each expert's rows are padded (``padded_count``); on other
+    devices nothing is read back.
 
     Args:
-        expert_R: [R] int64, the expert of each choice; E = len(tokens_per_expert) stands for none.
-        tokens_per_expert: how often each expert occurs in ``expert_R``.
+        expert_R: [R] int64, the expert of each choice; E stands for none.
+        counts: how often each expert occurs in ``expert_R``: numbers, or [E] int64 on its device.
     """
     order = expert_R.argsort(stable=True)
     row = torch.arange(order.numel(), device=order.device)
     inverse = torch.empty_like(order)
     if order.device.type != "cpu":
-        return Layout(order, inverse.scatter_(0, order, row), tokens_per_expert, tokens_per_expert)
-    padded = [padded_count(count) for count in tokens_per_expert]
-    counts = torch.tensor([*tokens_per_expert, order.numel() - sum(tokens_per_expert)])
-    added = torch.tensor([0, *(p - c for p, c in zip(padded, tokens_per_expert, strict=True))]).cumsum(0)
-    row += added.repeat_interleave(counts, output_size=order.numel())
+        return Layout(order, inverse.scatter_(0, order, row), counts)
+    tokens: list[int] = counts.tolist() if isinstance(counts, Tensor) else counts
+    padded = [padded_count(count) for count in tokens]
+    parts = torch.tensor([*tokens, order.numel() - sum(tokens)])
+    added = torch.tensor([0, *(p - c for p, c in zip(padded, tokens, strict=True))]).cumsum(0)
+    row += added.repeat_interleave(parts, output_size=order.numel())
     order_P = order.new_full((order.numel() + int(added[-1]),), order.numel()).scatter_(0, row, order)
-    return Layout(order_P, inverse.scatter_(0, order, row), tokens_per_expert, padded)
+    return Layout(order_P, inverse.scatter_(0, order, row), tokens, padded)
 
 
 def padded_count(count: int) -> int:
@@ -138,7 +159,7 @@ class RowOperations(NamedTuple):
 
 def operations(rows: Tensor) -> RowOperations:
     """Those that run on this tensor's device; autograd does not record them."""
-    if (rows.is_cuda or (rows.device.type == "cpu" and triton_is_interpreted())) and triton_state()[0]:
+    if triton_serves(rows):
         from eve_ds.kernels import triton_kernels  # imports triton, which need not be installed
 
         return RowOperations(
@@ -203,10 +224,4 @@ def _zero_padding(rows_PD: Tensor, order_P: Tensor, num_choices: int) -> Tensor:
 
 def choice(device: torch.device) -> Choice:
     """The implementation for tensors on ``device``."""
-    available, reason, how = triton_state()
-    if available and device.type != "cuda" and not triton_is_interpreted():
-        available, reason, how = False, "for CUDA tensors", ""
-    return Choice(
-        "permute (tokens sent to other ranks; all tokens where experts use grouped_mm)",
-        (Alternative("Triton", available, reason, how), Alternative("plain torch", True, "always runs")),
-    )
+    return triton_choice("permute (tokens sent to other ranks; all tokens where experts use grouped_mm)", device)

@@ -1,11 +1,14 @@
-"""Triton kernels: the four row operations of ``permute``, and ``grouped_mm.add_group_bias_`` (a launch for all groups).
+"""Triton kernels: the four row operations of ``permute``.
 
-Each reads and writes its rows once and sums in float32. Shapes as in ``permute`` and ``grouped_mm``. A row operation's
-program serves one row (or token) in blocks of columns; a warp reads 256 bf16 values as 16 bytes a thread, and 768 and
-1024 are multiples of 256. Run under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90, but not timed.
+Each reads and writes its rows once and sums in float32. Shapes as in ``permute``. A program serves one row (or token)
+in blocks of columns; a warp reads 256 bf16 values as 16 bytes a thread, and 768 and 1024 are multiples of 256. Places
+in tensors are computed in int64: a tensor may have more than 2^31 elements. Run under TRITON_INTERPRET=1 and compiled
+for sm_80 and sm_90, but not timed.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 256, 1  # columns a step of a row operation
-BIAS_BLOCK, BIAS_WARPS = 512, 2  # columns a program
 
 
 def gather_rows(x_TD: Tensor, order_P: Tensor, num_choices: int, top_k: int) -> Tensor:
@@ -22,7 +24,10 @@ def gather_rows(x_TD: Tensor, order_P: Tensor, num_choices: int, top_k: int) -> 
     rows, dim = order_P.numel(), x_TD.shape[1]
     y_PD = x_TD.new_empty(rows, dim)
     if y_PD.numel():
-        _gather_kernel[(rows,)](x_TD, order_P, y_PD, dim, num_choices, TOP_K=top_k, BLOCK=BLOCK, num_warps=WARPS)
+        launch(
+            _gather_kernel, (rows,), x_TD, order_P, y_PD, dim, num_choices,
+            TOP_K=top_k, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return y_PD
 
 
@@ -33,9 +38,9 @@ def sum_rows(y_PD: Tensor, weights_Tk: Tensor | None, inverse_R: Tensor, top_k: 
     out_TD = y_PD.new_empty(tokens, dim)
     if out_TD.numel():
         weights = y_PD if weights_Tk is None else weights_Tk.contiguous()  # without weights, a pointer that is not read
-        _sum_kernel[(tokens,)](
-            y_PD, weights, inverse_R, out_TD, dim,
-            TOP_K=top_k, WEIGH=weights_Tk is not None, SUM_IN=_sum_dtype(y_PD), BLOCK=BLOCK, num_warps=WARPS,
+        launch(
+            _sum_kernel, (tokens,), y_PD, weights, inverse_R, out_TD, dim,
+            TOP_K=top_k, WEIGH=weights_Tk is not None, SUM_IN=sum_dtype(y_PD), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return out_TD
 
@@ -51,16 +56,24 @@ def weighted_gradients(
     """The gradients [P, D] (zeros in padding rows) and [T, k] of y and the weights of weighted ``sum_rows``."""
     dout_TD, y_PD, weights_Tk = dout_TD.contiguous(), y_PD.contiguous(), weights_Tk.contiguous()
     (rows, dim), top_k = y_PD.shape, weights_Tk.shape[1]
-    dy_PD, dweights_Tk = torch.empty_like(y_PD), torch.zeros_like(weights_Tk)
+    dy_PD, dweights_Tk = torch.empty_like(y_PD), torch.empty_like(weights_Tk)  # each choice has a row
     if y_PD.numel():
-        _gradients_kernel[(rows,)](
+        launch(
+            _gradients_kernel, (rows,),
             dout_TD, y_PD, weights_Tk, order_P.contiguous(), dy_PD, dweights_Tk, dim, inverse_R.numel(),
-            TOP_K=top_k, SUM_IN=_sum_dtype(y_PD), BLOCK=BLOCK, num_warps=WARPS,
+            TOP_K=top_k, SUM_IN=sum_dtype(y_PD), BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return dy_PD, dweights_Tk
 
 
-def _sum_dtype(rows: Tensor) -> tl.dtype:
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of its first tensor, whichever the current one is."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *arguments, **options)
+
+
+def sum_dtype(rows: Tensor) -> tl.dtype:
+    """What values of these rows are added in."""
     return tl.float64 if rows.dtype == torch.float64 else tl.float32
 
 
@@ -116,40 +129,3 @@ def _gradients_kernel(  # type: ignore[no-untyped-def]
         products += gradient * tl.load(y + row * dim + column, mask=inside & taken, other=0).to(SUM_IN)
         tl.store(dy + row * dim + column, (gradient * weight).to(dy.dtype.element_ty), mask=inside)
     tl.store(dweights + choice, tl.sum(products, axis=0).to(dweights.dtype.element_ty), mask=taken)
-
-
-def add_group_bias_(y_RN: Tensor, bias_EN: Tensor, offsets_E: Tensor) -> Tensor:
-    """Add ``bias[e]`` to the rows before ``offsets[e]`` that are in no earlier group; zero the rows after the last.
-
-    Args:
-        y_RN: [R, N] contiguous.
-        bias_EN: [E, N], dense rows.
-        offsets_E: [E] int32, where each group ends.
-    """
-    rows, width = y_RN.shape
-    groups = offsets_E.numel()
-    if y_RN.numel():
-        _bias_kernel[(rows, triton.cdiv(width, BIAS_BLOCK))](
-            y_RN, bias_EN, offsets_E, width, bias_EN.stride(0), groups,
-            GROUPS=triton.next_power_of_2(groups), BLOCK=BIAS_BLOCK, num_warps=BIAS_WARPS,
-        )  # fmt: skip
-    return y_RN
-
-
-@triton.jit
-def _bias_kernel(  # type: ignore[no-untyped-def]
-    y, bias, offsets, width, bias_stride, groups,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    place = tl.arange(0, GROUPS)
-    ends = tl.load(offsets + place, mask=place < groups, other=2147483647)
-    group = tl.sum((ends <= row).to(tl.int32), axis=0)  # groups that end before this row
-    if group < groups:
-        values = tl.load(y + row * width + column, mask=inside, other=0).to(tl.float32)
-        values += tl.load(bias + group.to(tl.int64) * bias_stride + column, mask=inside, other=0).to(tl.float32)
-    else:
-        values = tl.zeros([BLOCK], dtype=tl.float32)
-    tl.store(y + row * width + column, values.to(y.dtype.element_ty), mask=inside)

@@ -35,7 +35,7 @@ def mix(x: Tensor) -> Tensor:
 
 def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
     """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast."""
-    start = torch.tensor(_signed(seed), dtype=torch.int64, device=first.device)
+    start = torch.full((), _signed(seed), dtype=torch.int64, device=first.device)  # a copy would wait for the device
     return mix(mix(mix(mix(start) ^ stream) ^ first) ^ second)
 
 

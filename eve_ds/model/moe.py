@@ -23,7 +23,8 @@ With expert parallelism (``ep_size`` > 1), ``_through_ranks`` takes the place of
 the rows of its choices (``permute``), sends the rows to the ranks that hold their experts, applies these as above,
 sends the results back and sums them (``combine``). Backward takes the same way in reverse.
 
-No shape depends on the routing but those of the CPU's padding, of the loop and of what is sent to other ranks.
+No shape depends on the routing but those of the CPU's padding, of the loop and of what is sent to other ranks: with
+grouped products at ``ep_size`` 1 the host never waits for the device (tests/unit/eve_ds/tasks/test_host_syncs.py).
 """
 
 from __future__ import annotations
@@ -155,8 +156,7 @@ class MoE(nn.Module):
         if self.ep_size > 1:
             y = self._through_ranks(tokens, chosen.flatten(), weights, counts)
         else:
-            layout = sort_by_expert(chosen.flatten(), _to_host(counts, chosen.numel()))
-            y = self.experts(tokens, weights, layout)
+            y = self.experts(tokens, weights, sort_by_expert(chosen.flatten(), counts))
         return y.view_as(x), aux
 
     def _with_modality(self, x: Tensor, modality: Tensor) -> Tensor:
@@ -188,12 +188,12 @@ class MoE(nn.Module):
         rows = permute(tokens, order, inverse, self.top_k)  # by expert, so by rank; choices of no expert come last
         sent = counts.view(self.ep_size, -1)  # [rank, expert there]
         received = parallel.exchange_counts(sent, self.ep_group)  # [rank, expert here]
-        send, receive = sent.sum(dim=1).tolist(), received.sum(dim=1).tolist()
+        send, receive = torch.stack([sent, received]).sum(dim=2).tolist()  # at once: the host waits for the device
         arrived = parallel.all_to_all_uneven(rows[: sum(send)], send, receive, self.ep_group)
         # Rows arrive sorted by rank, then by expert; the experts need them by expert.
         local = torch.arange(received.shape[1], device=rows.device).repeat(self.ep_size)
         expert = local.repeat_interleave(received.reshape(-1), output_size=sum(receive))
-        done = self.experts(arrived, None, sort_by_expert(expert, received.sum(dim=0).tolist()))
+        done = self.experts(arrived, None, sort_by_expert(expert, received.sum(dim=0)))
         back = parallel.all_to_all_uneven(done, receive, send, self.ep_group)
         if sum(send) < len(rows):
             back = torch.cat([back, back.new_zeros(len(rows) - sum(send), back.shape[1])])
@@ -208,11 +208,3 @@ class MoE(nn.Module):
         load = load.scatter_add_(0, cell, torch.ones_like(cell)).view(2, columns)[:, :-1]
         self.last_load = load.double()
         return load.sum(dim=0)
-
-
-def _to_host(counts: Tensor, choices: int) -> list[int]:
-    """Choices per expert as numbers; an even split on the meta device, where no number is known."""
-    if counts.is_meta:
-        even, rest = divmod(choices, counts.numel())
-        return [even + (expert < rest) for expert in range(counts.numel())]
-    return counts.tolist()

@@ -30,6 +30,8 @@ class WithoutValues(TorchDispatchMode):
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
             return self.scalar
+        if packet is aten.nonzero:
+            return args[0].new_empty(self.selected, args[0].ndim, dtype=torch.int64)
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
             mask = args[1][0]
             if mask is not None and mask.dtype == torch.bool:

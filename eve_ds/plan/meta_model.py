@@ -107,12 +107,12 @@ class _EvenExperts(nn.Module):
         self.experts = experts
 
     def forward(self, tokens: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-        order, inverse, *_ = layout
+        order, inverse = layout.order, layout.inverse
         count = len(next(self.experts.parameters()))
         even = [inverse.numel() // count] * count
         sent = permute(tokens, order, inverse, weights.shape[1])
         arrived = sent.clone()  # an exchange has two ends
-        done = self.experts(arrived, None, Layout(order, inverse, even, even))
+        done = self.experts(arrived, None, Layout(order, inverse, even))
         return combine(done.clone(), weights, order, inverse)
 
 

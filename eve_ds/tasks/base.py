@@ -136,7 +136,7 @@ class Task(nn.Module):
         The router z-loss is among them if its weight is above 0.
         """
         aux = torch.stack([output.aux_loss.float() for output in passes]).mean()
-        one = torch.tensor(1.0 / world_size(), device=aux.device)
+        one = torch.full((), 1.0 / world_size(), device=aux.device)
         loss, metrics = self.config.aux_loss_weight * aux, {"aux_loss": (aux.detach(), one)}
         if (weight := self.config.router_z_loss_weight) > 0:
             z = torch.stack([output.router_z_loss.float() for output in passes]).mean()
@@ -153,8 +153,8 @@ def valid_rows(batch: Batch) -> Batch:
     """The batch without the rows that an evaluation loader repeated only to make the ranks even (``valid`` False)."""
     if "valid" not in batch:
         return batch
-    valid = batch["valid"].bool()
-    return {name: value[valid] for name, value in batch.items() if name != "valid"}
+    rows = batch["valid"].nonzero().squeeze(1)  # once for all columns: the host waits for it
+    return {name: value[rows] for name, value in batch.items() if name != "valid"}
 
 
 @contextmanager

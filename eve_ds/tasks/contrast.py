@@ -66,7 +66,7 @@ class ContrastOutput:
 
     def metrics(self) -> Metrics:
         """Cross entropy (nats; with its gradient), mean of both directions, summed over pairs."""
-        return {"itc_loss": (self.loss_sum, torch.tensor(float(self.same.shape[0]), device=self.same.device))}
+        return {"itc_loss": (self.loss_sum, torch.full((), float(self.same.shape[0]), device=self.same.device))}
 
 
 @dataclass

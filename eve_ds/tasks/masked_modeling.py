@@ -207,11 +207,10 @@ class MaskedModeling(Task):
 
         Only these rows go through the projection to the vocabulary; after them those of texts ``alone``, from theirs.
         """
-        rows, truth = _states_at(output, mask), text_ids[mask]
+        rows, truth = _states_and_ids(output, text_ids, mask)
         if alone is not None:
-            others, texts = alone[0], alone[1].batch["text_ids"]
-            rows = torch.cat([rows, _states_at(others, alone[1].masks.words)])
-            truth = torch.cat([truth, texts[alone[1].masks.words]])
+            others = _states_and_ids(alone[0], alone[1].batch["text_ids"], alone[1].masks.words)
+            rows, truth = torch.cat([rows, others[0]]), torch.cat([truth, others[1]])
         # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
         tied = [self.backbone.text_embedding.words.weight] if self.objective.word_head == "tied" else []
@@ -219,9 +218,13 @@ class MaskedModeling(Task):
         return WordOutput(scores[: rows.shape[0]].float(), truth, mask)
 
 
-def _states_at(output: BackboneOutput, mask: Tensor) -> Tensor:
-    """[n, D] the text tokens of a pass at the True places of ``mask`` [B, L]."""
-    return output.hidden[:, output.num_image_tokens :][:, : mask.shape[1]][mask]
+def _states_and_ids(output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, D] the text tokens of a pass, and [n] their ids, at the True places of ``mask`` [B, L].
+
+    By places, not by the mask: the host waits for their number once, and not again in the backward pass.
+    """
+    row, place = mask.nonzero(as_tuple=True)
+    return output.hidden[row, output.num_image_tokens + place], text_ids[row, place]
 
 
 def another_image(image_index: Tensor) -> tuple[Tensor, Tensor]:

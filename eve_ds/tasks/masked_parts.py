@@ -124,7 +124,7 @@ class PixelOutput:
     def metrics(self, suffix: str = "") -> Metrics:
         """Squared error, mean over a patch's values, summed over patches; with its gradient."""
         error = F.mse_loss(self.predicted, self.target, reduction="sum") / self.target.shape[-1]
-        count = torch.tensor(float(self.masked.numel()), device=error.device)
+        count = torch.full((), float(self.masked.numel()), device=error.device)
         return {f"mim_loss{suffix}": (error, count)}
 
     def of_rows(self, rows: Tensor) -> PixelOutput:
@@ -149,7 +149,7 @@ class WordOutput:
 def classified(scores: Tensor, truth: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(sum, count) of the cross entropy (nats; with its gradient) and of right ones; scores [n, V], truth [n]."""
     entropy = F.cross_entropy(scores, truth, reduction="sum")
-    count = torch.tensor(float(truth.numel()), device=entropy.device)
+    count = torch.full((), float(truth.numel()), device=entropy.device)
     right = (scores.argmax(dim=1) == truth).sum().float()
     return (entropy, count), (right, count)
 

@@ -67,7 +67,7 @@ class VQA(Task):
         )
         targets = batch["answer_targets"].float()
         loss_sum = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
-        rows = torch.tensor(float(targets.shape[0]), device=targets.device)
+        rows = torch.full((), float(targets.shape[0]), device=targets.device)
         (count,) = global_counts(rows)
         aux, metrics = self.aux_share(output)
         score = targets.gather(1, logits.argmax(dim=1, keepdim=True)).sum()

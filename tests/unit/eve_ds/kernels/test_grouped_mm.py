@@ -1,6 +1,7 @@
 """Grouped products against one group at a time in float64; torch's own kernel through its CPU implementation.
 
-tests/e2e/test_triton.py runs the bias tests again with TRITON_INTERPRET=1, where the Triton kernel serves CPU tensors.
+tests/e2e/test_triton.py runs those of biases, activations and zeros again with TRITON_INTERPRET=1, where the Triton
+kernels serve CPU tensors.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 from torch import Tensor
 
 from eve_ds.kernels import grouped_mm as module
-from eve_ds.kernels.grouped_mm import Groups, add_group_bias_, grouped_mm, grouped_sum, grouped_weight_gradient
+from eve_ds.kernels.group_activation import activation_gradient_, bias_activation_
+from eve_ds.kernels.grouped_mm import add_group_bias_, grouped_mm, grouped_sum, grouped_weight_gradient
+from eve_ds.kernels.groups import Groups, zero_empty_groups_, zero_rest_
+from eve_ds.kernels.mlp import ACTIVATIONS, Activation
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *["cuda", "cuda:1"][: torch.cuda.device_count()]]  # the second is never the current one
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 0], [0, 4, 0, 0], [9]]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 MakeGroups = Callable[[list[int], str], Groups]
@@ -59,14 +63,14 @@ def test_all_products(
     groups = make_groups(counts, device)
     rest = torch.zeros(surplus, outer, dtype=torch.float64)
 
-    y = grouped_mm(x, w.mT, groups)
+    y = zero_rest_(grouped_mm(x, w.mT, groups), groups)
     expected = torch.cat([part @ wide(weight).t() for part, weight in zip(parts(x, counts), w, strict=True)] + [rest])
     torch.testing.assert_close(wide(y), expected, **close)
     assert not y[sum(counts) :].any()  # exactly zero
 
     dx = grouped_mm(dy, w, groups)
     expected = torch.cat([part @ wide(weight) for part, weight in zip(parts(dy, counts), w, strict=True)])
-    torch.testing.assert_close(wide(dx)[: sum(counts)], expected, **close)
+    torch.testing.assert_close(wide(dx)[: sum(counts)], expected, **close)  # its other rows hold anything
 
     dw = grouped_weight_gradient(dy, x, groups)
     pairs = zip(parts(dy, counts), parts(x, counts), strict=True)
@@ -77,16 +81,59 @@ def test_all_products(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make_groups", [on_host, on_device])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_bias(counts: list[int], dtype: torch.dtype, device: str) -> None:
+def test_bias(counts: list[int], dtype: torch.dtype, make_groups: MakeGroups, device: str) -> None:
     width, close = 520, {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     rows = torch.randn(sum(counts) + 2, width, device=device, dtype=dtype)
     bias = torch.randn(len(counts), width + 3, device=device, dtype=dtype)[:, :width]
     shifted = [part + wide(b) for part, b in zip(parts(rows, counts), bias, strict=True)]
     expected = torch.cat([*shifted, torch.zeros(2, width, dtype=torch.float64)])
-    assert add_group_bias_(rows, bias, on_device(counts, device)) is rows
+    rows[sum(counts) :] = torch.nan
+    assert add_group_bias_(rows, bias, make_groups(counts, device)) is rows
     torch.testing.assert_close(wide(rows), expected, **close)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make_groups", [on_host, on_device])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS.values()), ids=list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_bias_with_activation_and_its_gradient(
+    dtype: torch.dtype, activation: Activation, counts: list[int], make_groups: MakeGroups, device: str
+) -> None:
+    width, close, served = 520, {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}, sum(counts)
+    torch.manual_seed(0)
+    x = 3 * torch.randn(served + 2, width, device=device, dtype=dtype)
+    bias = torch.randn(len(counts), width + 3, device=device, dtype=dtype)[:, :width]
+    da = torch.randn_like(x)
+    h = torch.cat([part + wide(b) for part, b in zip(parts(x, counts), bias, strict=True)]).requires_grad_()
+    a = activation(h)
+    (dh,) = torch.autograd.grad(a, h, wide(da[:served]))
+    x[served:] = torch.nan  # as torch's grouped kernel may leave them
+    found = bias_activation_(x, bias, make_groups(counts, device), activation)
+    torch.testing.assert_close(wide(x[:served]), h.detach(), **close)
+    torch.testing.assert_close(wide(found[:served]), a.detach(), **close)
+    again = activation_gradient_(da, x, activation)
+    assert torch.equal(again[:served], found[:served])
+    torch.testing.assert_close(wide(da[:served]), dh, **close)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("make_groups", [on_host, on_device])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("width", [24, 520, 20_000])  # the last one is more than a program's share
+def test_zeros(width: int, counts: list[int], make_groups: MakeGroups, device: str) -> None:
+    """Only where no group writes; a NaN does not survive."""
+    groups, nan = make_groups(counts, device), torch.full((1,), torch.nan, device=device)
+    rows = nan.repeat(sum(counts) + 35, width)
+    assert zero_rest_(rows, groups) is rows
+    assert rows[: sum(counts)].isnan().all() and not rows[sum(counts) :].any()
+    matrices = nan.repeat(len(counts), 2, width)
+    assert zero_empty_groups_(matrices, groups) is matrices
+    for matrix, count in zip(matrices, counts, strict=True):
+        assert matrix.isnan().all() if count else not matrix.any()
 
 
 def test_the_grouped_kernel_is_reached_and_shunned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +168,14 @@ def test_experts_in_a_few_calls(grouped_kernel: bool) -> None:
     dy = torch.randn(9, dim, dtype=torch.bfloat16)
 
     groups = on_host(counts, "cpu")
-    h = add_group_bias_(grouped_mm(x, w1.mT, groups), b1, groups)
-    a = torch.nn.functional.gelu(h)
+    h = grouped_mm(x, w1.mT, groups)
+    a = bias_activation_(h, b1, groups, ACTIVATIONS["gelu"])
     y = add_group_bias_(grouped_mm(a, w2.mT, groups), b2, groups)
-    dh = torch.ops.aten.gelu_backward(grouped_mm(dy, w2, groups), h)
+    dh = grouped_mm(dy, w2, groups)
+    activation_gradient_(dh, h, ACTIVATIONS["gelu"])
     found = [
-        y, grouped_mm(dh, w1, groups), grouped_weight_gradient(dh, x, groups), grouped_sum(dh, groups),
+        y, zero_rest_(grouped_mm(dh, w1, groups), groups),
+        grouped_weight_gradient(dh, x, groups), grouped_sum(dh, groups),
         grouped_weight_gradient(dy, a, groups), grouped_sum(dy, groups),
     ]  # fmt: skip
 

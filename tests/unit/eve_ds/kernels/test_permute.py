@@ -12,7 +12,7 @@ from torch import Tensor
 from eve_ds.kernels import permute
 from eve_ds.kernels.choices import triton_is_interpreted
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *["cuda", "cuda:1"][: torch.cuda.device_count()]]  # the second is never the current one
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-12}
 SHAPES = [(5, 2, 40, 3), (0, 2, 8, 0), (3, 1, 300, 0), (3, 3, 257, 0), (1, 1, 1, 2)]  # tokens, k, dim, padding rows
 
@@ -104,7 +104,7 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.parametrize("device", [*DEVICES, "meta"])
 def test_what_serves(device: str) -> None:
-    fused = device == "cuda" or (device == "cpu" and triton_is_interpreted())
+    fused = device.startswith("cuda") or (device == "cpu" and triton_is_interpreted())
     plain = permute.operations(torch.empty(1, device=device)).gather_rows is permute.gather_rows
     assert plain != fused
     if device != "meta":
@@ -118,3 +118,23 @@ def test_on_the_meta_device() -> None:
     out = permute.combine(permute.permute(x, order, inverse, 2), weights, order, inverse)
     out.sum().backward()
     assert out.shape == x.grad.shape == (3, 4) and x.grad.is_meta
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_beyond_2_31_elements(device: str) -> None:
+    """Of a tensor of 4 GiB only the last rows are ever touched, so that on the CPU it has no memory."""
+    tokens, dim, last = 2**21 + 8, 1024, 6
+    huge = torch.empty(tokens, dim, dtype=torch.bfloat16, device=device)
+    assert (tokens - last) * dim > 2**31
+    part = huge[-last:].copy_(torch.randn(last, dim))
+    place = torch.arange(tokens - last, tokens, device=device)
+    operations = permute.operations(huge)
+    assert torch.equal(operations.gather_rows(huge, 2 * place + 1, 2 * tokens, 2), part)
+    assert torch.equal(operations.sum_rows(huge, None, place, 1), part)
+    y, weights = torch.randn_like(part), torch.ones(tokens, 1, dtype=torch.bfloat16, device=device)
+    inverse = torch.zeros(tokens, dtype=torch.int64, device=device)
+    inverse[place] = torch.arange(last, device=device)
+    dy, dweights = operations.weighted_gradients(huge, y, weights, place, inverse)
+    assert torch.equal(dy, part)
+    expected = (part.double() * y.double()).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(dweights[place].double(), expected, rtol=3e-2, atol=1)

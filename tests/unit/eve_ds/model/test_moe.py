@@ -78,7 +78,7 @@ def test_modality_may_differ_by_sample() -> None:
     both, _ = moe(x, rows)
     for sample in range(2):
         alone, _ = moe(x[sample : sample + 1], rows[sample])
-        torch.testing.assert_close(both[sample], alone[0])
+        torch.testing.assert_close(both[sample], alone[0], atol=1e-5, rtol=1e-5)  # the gates are float32
 
 
 def test_padding_changes_nothing_else() -> None:
