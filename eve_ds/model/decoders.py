@@ -136,9 +136,18 @@ class WordDecoder(nn.Module):
         nn.init.normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)
 
+    def states(self, tokens: Tensor) -> Tensor:
+        """tokens [n, D] -> [n, D], what the projection takes."""
+        states: Tensor = self.norm(F.gelu(self.dense(tokens)))
+        return states
+
+    def projection_of(self, word_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """word_embedding [V, D] (the backbone's own table) -> weight [V, D] and bias [V] of the projection."""
+        return word_embedding, self.bias
+
     def forward(self, tokens: Tensor, word_embedding: Tensor) -> Tensor:
-        """tokens [n, D], word_embedding [V, D] (the backbone's own table) -> scores [n, V]."""
-        return F.linear(self.norm(F.gelu(self.dense(tokens))), word_embedding, self.bias)
+        """tokens [n, D], word_embedding as above -> scores [n, V]."""
+        return F.linear(self.states(tokens), *self.projection_of(word_embedding))
 
 
 class WordMLP(nn.Module):
@@ -159,7 +168,14 @@ class WordMLP(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
+    def states(self, tokens: Tensor) -> Tensor:
+        """As ``WordDecoder.states``."""
+        return F.gelu(self.dense(tokens))
+
+    def projection_of(self) -> tuple[Tensor, Tensor]:
+        """As ``WordDecoder.projection_of``."""
+        return self.projection.weight, self.projection.bias
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [n, D] -> scores [n, V]."""
-        scores: Tensor = self.projection(F.gelu(self.dense(tokens)))
-        return scores
+        return F.linear(self.states(tokens), *self.projection_of())

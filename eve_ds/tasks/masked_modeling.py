@@ -214,8 +214,8 @@ class MaskedModeling(Task):
         # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
         tied = [self.backbone.text_embedding.words.weight] if self.objective.word_head == "tied" else []
-        scores = self.word_decoder(F.pad(rows, (0, 0, 0, missing)), *tied)
-        return WordOutput(scores[: rows.shape[0]].float(), truth, mask)
+        states = self.word_decoder.states(F.pad(rows, (0, 0, 0, missing)))
+        return WordOutput(states, *self.word_decoder.projection_of(*tied), truth, mask)
 
 
 def _states_and_ids(output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

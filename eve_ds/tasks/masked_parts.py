@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eve_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from eve_ds.model.model_config import MOST
 from eve_ds.tasks.base import Metrics
 from eve_ds.tasks.spec import Objective
@@ -134,16 +135,26 @@ class PixelOutput:
 
 @dataclass
 class WordOutput:
-    """Predicted words: scores [n, V] float32 and truth [n] at the n True places of mask [B, L]."""
+    """Predicted words at the n True places of mask [B, L]: their states [n and some more, D], the projection to the
+    vocabulary (weight [V, D], bias [V]), and the truth [n]."""
 
-    scores: Tensor
+    states: Tensor
+    weight: Tensor
+    bias: Tensor
     truth: Tensor
     mask: Tensor
 
+    @property
+    def scores(self) -> Tensor:
+        """[n, V] float32, with their gradient."""
+        return F.linear(self.states, self.weight, self.bias)[: len(self.truth)].float()
+
     def metrics(self, suffix: str = "") -> Metrics:
         """Cross entropy (nats; with its gradient) and right predictions, summed over masked words."""
-        loss, accuracy = classified(self.scores, self.truth)
-        return {f"mlm_loss{suffix}": loss, f"mlm_accuracy{suffix}": accuracy}
+        entropy, best = linear_cross_entropy(self.states, self.weight, self.bias, self.truth)
+        count = torch.full((), float(len(self.truth)), device=entropy.device)
+        right = (best == self.truth).sum().float()
+        return {f"mlm_loss{suffix}": (entropy, count), f"mlm_accuracy{suffix}": (right, count)}
 
 
 def classified(scores: Tensor, truth: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

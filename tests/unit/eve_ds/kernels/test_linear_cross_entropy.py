@@ -1,0 +1,69 @@
+"""The cross entropy by chunks of rows against the plain one: values, gradients, and what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eve_ds.kernels import linear_cross_entropy as module
+from eve_ds.kernels.linear_cross_entropy import linear_cross_entropy, reference
+
+DIM, VOCABULARY = 12, 50
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def inputs(rows: int, more: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    shapes = ((rows + more, DIM), (VOCABULARY, DIM), (VOCABULARY,))
+    x, weight, bias = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
+    return x, weight, bias, torch.randint(VOCABULARY, (rows,), generator=generator).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("rows", "more"), [(0, 0), (0, 4), (1, 3), (7, 0), (8, 0), (8, 5), (9, 7), (29, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients(
+    dtype: torch.dtype, rows: int, more: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 8)
+    given = inputs(rows, more, dtype, device)
+    exact = [each.detach().double().requires_grad_() for each in given[:3]]
+    entropy, best = linear_cross_entropy(*given)
+    expected, expected_best = reference(*exact, given[3])
+    assert entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    found = torch.autograd.grad(entropy * 0.3, given[:3])
+    wanted = torch.autograd.grad(expected * 0.3, exact)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(entropy.double(), expected, rtol=tolerance, atol=tolerance)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == dtype
+        scale = float(theirs.abs().max()) if theirs.numel() else 0.0
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance * (scale + 1e-9))
+    if dtype != torch.bfloat16:  # whose scores may tie
+        assert torch.equal(best, expected_best)
+    with torch.no_grad():
+        again, best_again = linear_cross_entropy(*given)
+    assert torch.equal(again, entropy) and torch.equal(best_again, best)
+
+
+def test_frozen_weights_get_no_gradient_and_states_do() -> None:
+    x, weight, bias, truth = inputs(5, 3, torch.float32, "cpu")
+    entropy, best = linear_cross_entropy(x, weight.detach(), bias.detach(), truth)
+    entropy.backward()
+    assert x.grad is not None and x.grad[:5].any() and not x.grad[5:].any()
+    assert weight.grad is None and not best.requires_grad
+
+
+def test_no_float32_scores_are_kept() -> None:
+    x, weight, bias, truth = inputs(40, 8, torch.bfloat16, "cpu")
+    kept: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear_cross_entropy(x, weight, bias, truth)
+    shapes = [(48, DIM), (48, VOCABULARY), (VOCABULARY, DIM)]
+    assert sorted(kept, key=str) == sorted([(shape, torch.bfloat16) for shape in shapes], key=str)
