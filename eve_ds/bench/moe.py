@@ -23,7 +23,11 @@ from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.moe import IMAGE, TEXT, MoE
 from preprocessing.errors import UserError
 
-RIVALS: dict[str, Callable[[MoE], nn.Module]] = {"einsum": einsum_moe, "deepspeed": DeepSpeedMoE}
+RIVALS: dict[str, Callable[[MoE], nn.Module]] = {
+    "einsum": einsum_moe,
+    "deepspeed": DeepSpeedMoE,
+    "deepspeed_dropless": functools.partial(DeepSpeedMoE, drop_tokens=False),
+}
 PAIR_TOKENS, IMAGE_TOKENS = 237, 197  # of an EVE-Base pair: class token and 196 patches, then 40 of text
 
 
@@ -66,6 +70,9 @@ def _row(
     best, measured = find_peak(options, products, dtype, device)
     inputs = _inputs(tokens, options.dim, dtype, device)
     candidates = {name: _candidate(layer, *inputs) for name, layer in layers.items()}
+    too_large = [name for name, candidate in candidates.items() if name != "ours" and not _fits(candidate, device)]
+    layers = {name: layer for name, layer in layers.items() if name not in too_large}
+    candidates = {name: candidates[name] for name in layers}
     taken = in_turn(candidates, device, options.repeats, options.warmup)
     ms = medians(taken)
     extra = {
@@ -76,7 +83,7 @@ def _row(
         candidate.prepare()  # leaves no gradients behind
     flops = sum(one.flops for one in expert_products(tokens, 1, options.top_k, options.dim, options.hidden))
     reached = {name: flops / (ms[name] / 1000) for name in layers}
-    row: Row = {"tokens": tokens, "dtype": options.dtype}
+    row: Row = {"tokens": tokens, "dtype": options.dtype, "out_of_memory": too_large}
     for name in ("ours", *RIVALS):
         row[f"{name}_ms"] = ms.get(name)
     row |= {
@@ -96,6 +103,21 @@ def _row(
     row["products"] = [{"product": str(one.product), "tflops": one.flops_per_second / 1e12} for one in measured]
     row["all_ms"] = taken
     return row
+
+
+def _fits(candidate: Candidate, device: torch.device) -> bool:
+    """Whether a run fits in a GPU's memory: masks of tokens x experts x capacity grow with the tokens' square."""
+    if device.type != "cuda":
+        return True
+    candidate.prepare()
+    try:
+        candidate.run()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        candidate.prepare()
+        torch.cuda.empty_cache()
 
 
 def _inputs(tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,22 +149,26 @@ def _gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 BENCHMARK = Benchmark(
-    "A mixture-of-experts layer, forward and backward, against two others.\n\n"
+    "A mixture-of-experts layer, forward and backward, against three others.\n\n"
     "deepspeed: deepspeed.moe.layer.MoE; einsum: dispatch masks, as GShard's. Both have a capacity factor of 1 and\n"
-    "drop what is beyond; ours drops nothing. Shares are of the best matrix product measured just before; the work is\n"
-    "what experts multiply, k rows a token. Memory is beyond weights, gradients and input.",
+    "drop what is beyond. deepspeed_dropless: the same layer with drop_tokens=False, which drops nothing, as ours.\n"
+    "Shares are of the best matrix product measured just before; the work is what experts multiply, k rows a token.\n"
+    "Memory is beyond weights, gradients and input.",
     [
         Column("tokens", "tokens"),
         Column("ours_ms", "ours ms", show_ms),
         Column("einsum_ms", "einsum ms", show_ms),
         Column("deepspeed_ms", "deepspeed ms", show_ms),
+        Column("deepspeed_dropless_ms", "dropless ms", show_ms),
         Column("einsum_over_ours", "einsum/ours", times),
         Column("deepspeed_over_ours", "deepspeed/ours", times),
+        Column("deepspeed_dropless_over_ours", "dropless/ours", times),
         Column("share_of_peak", "of peak", share),
         Column("peak_tflops", "peak TFLOP/s", lambda value: f"{value:.3f}"),
         Column("ours_extra_bytes", "ours MB", show_mb),
         Column("einsum_extra_bytes", "einsum MB", show_mb),
         Column("deepspeed_extra_bytes", "deepspeed MB", show_mb),
+        Column("deepspeed_dropless_extra_bytes", "dropless MB", show_mb),
     ],
     _add_options,
     _rows,
