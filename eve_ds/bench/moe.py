@@ -18,7 +18,7 @@ from eve_ds.bench.benchmark import Benchmark, Column, Row, share, show_mb, show_
 from eve_ds.bench.gemm import AUTO, DTYPES, add_model_options, add_peak_options, expert_products, find_peak
 from eve_ds.bench.machine import choose_device
 from eve_ds.bench.references import DeepSpeedMoE, einsum_moe
-from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
+from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, fits, in_turn, medians
 from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.moe import IMAGE, TEXT, MoE
 from preprocessing.errors import UserError
@@ -70,7 +70,7 @@ def _row(
     best, measured = find_peak(options, products, dtype, device)
     inputs = _inputs(tokens, options.dim, dtype, device)
     candidates = {name: _candidate(layer, *inputs) for name, layer in layers.items()}
-    too_large = [name for name, candidate in candidates.items() if name != "ours" and not _fits(candidate, device)]
+    too_large = [name for name, candidate in candidates.items() if name != "ours" and not fits(candidate, device)]
     layers = {name: layer for name, layer in layers.items() if name not in too_large}
     candidates = {name: candidates[name] for name in layers}
     taken = in_turn(candidates, device, options.repeats, options.warmup)
@@ -103,21 +103,6 @@ def _row(
     row["products"] = [{"product": str(one.product), "tflops": one.flops_per_second / 1e12} for one in measured]
     row["all_ms"] = taken
     return row
-
-
-def _fits(candidate: Candidate, device: torch.device) -> bool:
-    """Whether a run fits in a GPU's memory: masks of tokens x experts x capacity grow with the tokens' square."""
-    if device.type != "cuda":
-        return True
-    candidate.prepare()
-    try:
-        candidate.run()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        candidate.prepare()
-        torch.cuda.empty_cache()
 
 
 def _inputs(tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

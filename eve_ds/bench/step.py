@@ -27,7 +27,7 @@ from eve_ds.bench.gemm import (
 )
 from eve_ds.bench.machine import choose_device, copy_candidate
 from eve_ds.bench.references import DeepSpeedMoE, ReferenceAttention, einsum_moe, plain_core, replace
-from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
+from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, fits, in_turn, medians
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.backbone import Backbone
@@ -108,6 +108,9 @@ def _forward_backward(
     best = peak_of_step(options, config, pairs, device)
     batch = make_batch(config, pairs, device)
     candidates = {name: _candidate(task, batch) for name, task in tasks.items()}
+    too_large = [name for name, candidate in candidates.items() if name != "ours" and not fits(candidate, device)]
+    tasks = {name: task for name, task in tasks.items() if name not in too_large}
+    candidates = {name: candidates[name] for name in tasks}
     taken = in_turn(candidates, device, options.repeats, options.warmup)
     ms = medians(taken)
     extra = {
@@ -122,6 +125,7 @@ def _forward_backward(
         "pairs": pairs,
         "config": options.config,
         "dtype": config.engine.precision,
+        "out_of_memory": too_large,
         "ours_ms": ms["ours"],
         "plain_ms": plain,
         "plain_over_ours": plain / ms["ours"] if plain is not None else None,

@@ -35,7 +35,7 @@ def test_a_dry_run_of_a_few_sections(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = report_of(tmp_path / "out")
     found = report["sections"]
-    assert report["device"] == "cpu" and report["machine"]["torch"] and len(report["commit"].rstrip("+")) in (7, 40)
+    assert report["device"] == "cpu" and report["machine"]["torch"] and report["commit"]
     assert list(found) == ["attention", "tasks", "launches", "ceilings"]  # in the kit's order
     assert {one["state"] for one in found.values()} == {"ok"}
     assert found["ceilings"]["figures"]["product_tflops"] > 0

@@ -28,7 +28,7 @@ from eve_ds.engine.initialize import initialize  # noqa: E402
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE  # noqa: E402
 from eve_ds.engine.optim import build_optimizer  # noqa: E402
 from eve_ds.model.backbone import Backbone  # noqa: E402
-from eve_ds.tasks.base import Batch  # noqa: E402
+from eve_ds.tasks.base import Batch, Task  # noqa: E402
 from tests.gpu.device_trace import trace  # noqa: E402
 from tests.gpu.kit_sizes import kit_device, pretrain_options, sizes_of  # noqa: E402
 
@@ -45,14 +45,30 @@ def main() -> dict[str, Any]:
     if config.engine.precision == "auto":
         config.engine.precision = "bf16"
     batch = make_batch(config, pairs, device)
-    step = engine_step(config, batch, device)
-    return {"pairs": pairs, "forward_backward": forward_backward(config, batch, device), "engine_step": step}
-
-
-def forward_backward(config: PretrainConfig, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """Of the task alone, in the run's precision."""
+    join_group(device)
     torch.manual_seed(0)
-    task = build_task(config, Backbone(config.model)).to(device, DTYPES[config.engine.precision]).train()
+    task = build_task(config, Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=1, ep_rank=0)))
+    task = task.to(device, DTYPES[config.engine.precision]).train()
+    found = {"pairs": pairs, "forward_backward": forward_backward(task, batch, device)}
+    task.zero_grad(set_to_none=True)
+    found["engine_step"] = engine_step(config, task, batch, device)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def join_group(device: torch.device) -> None:
+    """A process group of this one rank."""
+    import deepspeed
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    disable_shm_operation()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def forward_backward(task: Task, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Of the task alone, in the run's precision."""
 
     def run() -> None:
         task(batch).loss.backward()
@@ -63,19 +79,10 @@ def forward_backward(config: PretrainConfig, batch: Batch, device: torch.device)
     return trace(run, device)
 
 
-def engine_step(config: PretrainConfig, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """Of DeepSpeed's engine, ZeRO 1, in a process group of this one rank."""
-    import deepspeed
-
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    disable_shm_operation()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    torch.manual_seed(0)
-    task = build_task(config, Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=1, ep_rank=0)))
+def engine_step(config: PretrainConfig, task: Task, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """Of DeepSpeed's engine: forward, backward, reduction, clipping and optimizer."""
     settings = load_deepspeed_config("ds_configs/zero1.json", config.engine, config.optimizer, 1)
-    engine = initialize(task.to(device), build_optimizer(task, config.optimizer), settings)
+    engine = initialize(task, build_optimizer(task, config.optimizer), settings)
 
     def run() -> None:
         engine.backward(engine(batch).loss)
@@ -83,10 +90,7 @@ def engine_step(config: PretrainConfig, batch: Batch, device: torch.device) -> d
 
     for _ in range(WARMUP):
         run()
-    found = trace(run, device)
-    engine.destroy()
-    torch.distributed.destroy_process_group()
-    return found
+    return trace(run, device)
 
 
 if __name__ == "__main__":

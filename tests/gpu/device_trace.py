@@ -11,8 +11,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# Calls in which the host waits for the device; on the CPU, where there are none, the reads of a value that make them.
-SYNCS = {"cuda": ("cudaStreamSynchronize", "cudaEventSynchronize"), "cpu": ("aten::_local_scalar_dense",)}
+VALUE_READ = "aten::_local_scalar_dense"  # for which the host waits; the CPU has these as well
+SYNCS = ("cudaStreamSynchronize", "cudaEventSynchronize")  # of value reads, and of copies from and to pageable memory
 # Parts of the names of kernels (and of operations, on the CPU); the first kind that fits counts.
 KINDS = {
     "attention": ("flash", "fmha", "attention", "cudnn", "mha"),
@@ -35,9 +35,13 @@ def kind_of(name: str) -> str:
 
 
 def trace(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Figures of one run: ``launches`` on the device (on the CPU: operations of torch), ``host_syncs``,
-    ``wall_ms``, ``busy_ms`` (device time, in which copies beside kernels count twice), ``ms_by_kind``, and ``top``, the
-    names that take longest as [ms, times, name]."""
+    """Figures of one run, by name.
+
+    - launches: operations on the device; on the CPU, operations of torch.
+    - value_reads, host_syncs: for which the host waits; the latter are all, copies from pageable memory too.
+    - wall_ms, busy_ms: of the host, and of the operations; copies beside kernels count twice.
+    - ms_by_kind, and top: the names that take longest, as [ms, times, name].
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
@@ -46,13 +50,12 @@ def trace(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
         run()
         _synchronize(device)
         wall = 1000 * (time.perf_counter() - began)
-    syncs: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
     spent: collections.Counter[str] = collections.Counter()
     count: collections.Counter[str] = collections.Counter()
     for event in profiler.events():
-        if event.name in SYNCS[device.type]:
-            syncs[event.name] += 1
-        if on_gpu and event.device_type == DeviceType.CUDA:
+        calls[event.name] += 1
+        if on_gpu and event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             spent[event.name] += event.self_device_time_total / 1000
             count[event.name] += 1
         elif not on_gpu and event.name.startswith("aten::"):
@@ -63,7 +66,8 @@ def trace(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
         kinds[kind_of(name)] += ms
     return {
         "launches": sum(count.values()),
-        "host_syncs": sum(syncs.values()),
+        "value_reads": calls[VALUE_READ],
+        "host_syncs": sum(calls[name] for name in SYNCS),
         "wall_ms": wall,
         "busy_ms": sum(spent.values()),
         "ms_by_kind": {kind: round(ms, 2) for kind, ms in kinds.most_common()},

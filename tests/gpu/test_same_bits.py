@@ -66,14 +66,20 @@ def stop_midway(process: subprocess.Popen[bytes], output: Path, steps: int) -> N
 def test_the_same_bits_twice_and_after_sigterm(
     command: list[str], sizes: Sizes, tmp_path: Path, repository: Path
 ) -> None:
-    for name in ("straight", "again"):
-        finish(start(command, tmp_path / name, repository), tmp_path / name, 0)
-    stopped = tmp_path / "stopped"
-    stop_midway(start(command, stopped, repository), stopped, sizes.steps // 3)
-    assert not (stopped / "model").exists() and lines(stopped / "metrics.jsonl") < sizes.steps
-    finish(start(command, stopped, repository), stopped, 0)
+    names = ("stopped", "straight", "again")
+    running = {name: start(command, tmp_path / name, repository) for name in names}  # side by side: most is start-up
+    try:
+        stopped = tmp_path / "stopped"
+        stop_midway(running["stopped"], stopped, sizes.steps // 3)
+        assert not (stopped / "model").exists() and lines(stopped / "metrics.jsonl") < sizes.steps
+        running["stopped"] = start(command, stopped, repository)
+        for name in names:
+            finish(running[name], tmp_path / name, 0)
+    finally:
+        for process in running.values():
+            process.kill()
     digests = {
         name: hashlib.sha256((tmp_path / name / "model" / "model.safetensors").read_bytes()).hexdigest()
-        for name in ("straight", "again", "stopped")
+        for name in names
     }
     assert len(set(digests.values())) == 1, digests
