@@ -20,7 +20,7 @@ def _checks(device: str) -> list[Section]:
     unit = ["tests/unit/eve_ds/kernels", "tests/unit/eve_ds/model", *(["-n", "4"] if device == "cuda" else [])]
     return [
         _pytest("kernels", "kernels at Base sizes against float64", 90, "tests/gpu/test_kernels_at_size.py"),
-        _pytest("attention", "attention over lengths and scores", 60, "tests/gpu/test_attention_at_size.py"),
+        _pytest("attention", "attention over lengths and scores", 90, "tests/gpu/test_attention_at_size.py"),
         _pytest("tasks", "each task against float64 on the CPU", 60, "tests/gpu/test_tasks_on_device.py"),
         _pytest("zero", "ZeRO 1, 2, 3 against a plain loop", 90, "tests/gpu/test_zero_on_one_device.py"),
         _pytest("launches", "launches, waits, time by kind", 120, "tests/gpu/test_launches.py"),
@@ -43,8 +43,8 @@ def _runs(device: str, work: Path) -> list[Section]:
     demo = ["-m", "eve_ds.demo", "--out", str(work / "demo")]
     return [
         Section("ceilings", "products and copies at this device's best", ["-m", "tests.gpu.ceilings"], 60),
-        _bench("moe", "experts beside einsum's and DeepSpeed's", 60, "moe", *layer, *where, *tokens),
-        _bench("step", "forward and backward", 90, "step", *model, *where, *pairs, "--no_plain", "--no_optimizer"),
+        _bench("moe", "experts beside einsum's and DeepSpeed's", 90, "moe", *layer, *where, *tokens),
+        _bench("step", "forward and backward", 120, "step", *model, *where, *pairs, "--no_plain", "--no_optimizer"),
         Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 150),
         _pytest("same-bits", bits, 150, "tests/gpu/test_same_bits.py"),
         _bench("attention-speed", "attention beside torch's own", 60, "attention", *heads, *where),

@@ -1,7 +1,7 @@
 """Loss and gradients of each task on the device against float64 on the CPU.
 
 Each token goes to all experts: which of two nearly equal gates is larger is for the rounding to say, and would tell
-nothing.
+nothing. All statements of NLVR are true: of true and false ones the gradients almost cancel, down to the rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.support.tiny_tasks import TASKS, tiny_batch, tiny_task
 
 ROWS = 16
 LOSS, GRADIENT, TENSOR = 1e-5, 1e-4, 1e-3  # in float32, relative; of a tensor's gradient beside 1 % of the whole norm
-COSINE, COSINE_NLVR = 0.999, 0.99  # in bf16; NLVR's gradient is a small difference between two images
+COSINE = 0.999  # in bf16
 
 
 def outcome(name: str, dtype: torch.dtype, device: torch.device | str) -> tuple[float, dict[str, Tensor]]:
@@ -27,7 +27,7 @@ def outcome(name: str, dtype: torch.dtype, device: torch.device | str) -> tuple[
     task = task.to(device, dtype).train()
     batch = {
         key: value.to(device, dtype if value.is_floating_point() else value.dtype)
-        for key, value in tiny_batch(ROWS).items()
+        for key, value in (tiny_batch(ROWS) | {"label": torch.ones(ROWS, dtype=torch.int64)}).items()
     }
     loss = task(batch).loss
     loss.backward()
@@ -54,4 +54,4 @@ def test_a_task_in_fp32_and_bf16(name: str, device: torch.device, figures: dict[
     cosine = float(torch.cosine_similarity(flat(gradients), whole, dim=0))
     figures[f"bf16 cosine, {name}"] = round(cosine, 5)
     assert loss == pytest.approx(exact_loss, rel=1e-2)
-    assert cosine > (COSINE_NLVR if name.startswith("nlvr") else COSINE)
+    assert cosine > COSINE
