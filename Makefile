@@ -21,7 +21,7 @@ VENV = base=$$($(PYTHON) -c 'import sys; print(sys._base_executable)'); [ ! -L $
 PIP_SHOW := sed -un 's/^\(Collecting [^ ]*\).*/   \1/p; s/^\(Installing\).*/   \1/p; /^ERROR/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-all test-packages lint bench-env clean
+.PHONY: help setup demo test test-unit test-all test-gpu test-packages lint bench-env clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -32,7 +32,7 @@ demo: setup ## the whole pipeline on a small embedded data set; ends with runs/d
 	@.venv/bin/python -m eve_ds.demo --seed $(SEED)
 
 test: $(DEV_READY) test-packages test-unit ## what CI runs: the unit tests, whole runs a file per process, clusters one by one
-	$(PYTEST) $(SHARED) --dist loadfile -m "not long" tests/e2e tests/multirank
+	$(PYTEST) $(SHARED) --dist loadfile -m "not long" tests/e2e tests/multirank tests/gpu
 	$(PYTEST) -m "not long" tests/cluster
 
 test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
@@ -40,6 +40,9 @@ test-unit: $(DEV_READY) ## unit tests alone, shared among processes (at most 8)
 
 test-all: $(DEV_READY) test-packages ## the long tests too
 	$(PYTEST) tests
+
+test-gpu: $(DEV_READY) ## all checks and figures of a machine with one GPU, in 9 minutes: runs/gpu_kit/table.txt
+	.venv/bin/python -m tests.gpu.kit --out runs/gpu_kit --budget 540
 
 test-packages: # root gets Slurm, MPI, pdsh, sshd and Chromium; others are told by the tests of those what to install
 	@if [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then launch/install_test_packages.sh; fi

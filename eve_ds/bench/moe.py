@@ -18,12 +18,16 @@ from eve_ds.bench.benchmark import Benchmark, Column, Row, share, show_mb, show_
 from eve_ds.bench.gemm import AUTO, DTYPES, add_model_options, add_peak_options, expert_products, find_peak
 from eve_ds.bench.machine import choose_device
 from eve_ds.bench.references import DeepSpeedMoE, einsum_moe
-from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
+from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, fits, in_turn, medians
 from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.moe import IMAGE, TEXT, MoE
 from preprocessing.errors import UserError
 
-RIVALS: dict[str, Callable[[MoE], nn.Module]] = {"einsum": einsum_moe, "deepspeed": DeepSpeedMoE}
+RIVALS: dict[str, Callable[[MoE], nn.Module]] = {
+    "einsum": einsum_moe,
+    "deepspeed": DeepSpeedMoE,
+    "deepspeed_dropless": functools.partial(DeepSpeedMoE, drop_tokens=False),
+}
 PAIR_TOKENS, IMAGE_TOKENS = 237, 197  # of an EVE-Base pair: class token and 196 patches, then 40 of text
 
 
@@ -66,6 +70,9 @@ def _row(
     best, measured = find_peak(options, products, dtype, device)
     inputs = _inputs(tokens, options.dim, dtype, device)
     candidates = {name: _candidate(layer, *inputs) for name, layer in layers.items()}
+    too_large = [name for name, candidate in candidates.items() if name != "ours" and not fits(candidate, device)]
+    layers = {name: layer for name, layer in layers.items() if name not in too_large}
+    candidates = {name: candidates[name] for name in layers}
     taken = in_turn(candidates, device, options.repeats, options.warmup)
     ms = medians(taken)
     extra = {
@@ -76,7 +83,7 @@ def _row(
         candidate.prepare()  # leaves no gradients behind
     flops = sum(one.flops for one in expert_products(tokens, 1, options.top_k, options.dim, options.hidden))
     reached = {name: flops / (ms[name] / 1000) for name in layers}
-    row: Row = {"tokens": tokens, "dtype": options.dtype}
+    row: Row = {"tokens": tokens, "dtype": options.dtype, "out_of_memory": too_large}
     for name in ("ours", *RIVALS):
         row[f"{name}_ms"] = ms.get(name)
     row |= {
@@ -127,22 +134,26 @@ def _gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 BENCHMARK = Benchmark(
-    "A mixture-of-experts layer, forward and backward, against two others.\n\n"
+    "A mixture-of-experts layer, forward and backward, against three others.\n\n"
     "deepspeed: deepspeed.moe.layer.MoE; einsum: dispatch masks, as GShard's. Both have a capacity factor of 1 and\n"
-    "drop what is beyond; ours drops nothing. Shares are of the best matrix product measured just before; the work is\n"
-    "what experts multiply, k rows a token. Memory is beyond weights, gradients and input.",
+    "drop what is beyond. deepspeed_dropless: the same layer with drop_tokens=False, which drops nothing, as ours.\n"
+    "Shares are of the best matrix product measured just before; the work is what experts multiply, k rows a token.\n"
+    "Memory is beyond weights, gradients and input.",
     [
         Column("tokens", "tokens"),
         Column("ours_ms", "ours ms", show_ms),
         Column("einsum_ms", "einsum ms", show_ms),
         Column("deepspeed_ms", "deepspeed ms", show_ms),
+        Column("deepspeed_dropless_ms", "dropless ms", show_ms),
         Column("einsum_over_ours", "einsum/ours", times),
         Column("deepspeed_over_ours", "deepspeed/ours", times),
+        Column("deepspeed_dropless_over_ours", "dropless/ours", times),
         Column("share_of_peak", "of peak", share),
         Column("peak_tflops", "peak TFLOP/s", lambda value: f"{value:.3f}"),
         Column("ours_extra_bytes", "ours MB", show_mb),
         Column("einsum_extra_bytes", "einsum MB", show_mb),
         Column("deepspeed_extra_bytes", "deepspeed MB", show_mb),
+        Column("deepspeed_dropless_extra_bytes", "dropless MB", show_mb),
     ],
     _add_options,
     _rows,

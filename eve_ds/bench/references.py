@@ -53,23 +53,29 @@ class ExpertMLP(nn.Module):
 
 
 class DeepSpeedMoE(nn.Module):
-    """``deepspeed.moe.layer.MoE`` with a copy of the weights of ``layer``; drops tokens beyond the capacity.
+    """``deepspeed.moe.layer.MoE`` with a copy of the weights of ``layer``.
 
-    No noise on the second choice and no random order in the queue, as in evaluation. It knows nothing of modality.
+    No noise on the second choice and no random order in the queue, as in evaluation. It knows nothing of modality and
+    padding.
 
     Args:
         layer: all of its experts must live here.
-        capacity_factor: as ours, on top of the factor k.
+        capacity_factor: as ours, on top of the factor k; tokens beyond the capacity are dropped.
+        drop_tokens: False: the capacity is what the fullest expert needs (``capacity_factor`` is not used), and every
+            token is served, as in ours.
     Raises:
         UserError: DeepSpeed is not installed.
     """
 
-    def __init__(self, layer: MoE, capacity_factor: float = 1.0) -> None:
+    def __init__(self, layer: MoE, capacity_factor: float = 1.0, drop_tokens: bool = True) -> None:
         super().__init__()
         try:
             from deepspeed.moe.layer import MoE as Layer
         except ImportError as error:
-            raise UserError(f"{error}: pip install -r requirements.txt, or leave it out (--rivals einsum)") from error
+            raise UserError(
+                f"{error}: pip install -r requirements.txt, or leave it out (bench moe: --rivals einsum; bench step: "
+                "--no_deepspeed)"
+            ) from error
         experts = layer.experts
         hidden, dim = experts.fc1_weight.shape[1:]
         expert = ExpertMLP(dim, hidden, experts.activation)
@@ -79,6 +85,7 @@ class DeepSpeedMoE(nn.Module):
             num_experts=layer.num_experts,
             k=layer.top_k,
             capacity_factor=capacity_factor,
+            drop_tokens=drop_tokens,
             use_rts=False,
             top2_2nd_expert_sampling=False,
         )
@@ -91,8 +98,8 @@ class DeepSpeedMoE(nn.Module):
                 copied.fc2.weight.copy_(experts.fc2_weight[index])
                 copied.fc2.bias.copy_(experts.fc2_bias[index])
 
-    def forward(self, x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, N, D] -> y [B, N, D] and its load-balancing loss. ``modality`` is not used."""
+    def forward(self, x: Tensor, modality: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, N, D] -> y [B, N, D] and its load-balancing loss. ``modality`` and ``valid`` are not used."""
         y, aux, _ = self.moe(x)
         return y, aux
 

@@ -26,8 +26,8 @@ from eve_ds.bench.gemm import (
     linear_products,
 )
 from eve_ds.bench.machine import choose_device, copy_candidate
-from eve_ds.bench.references import ReferenceAttention, einsum_moe, plain_core, replace
-from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, in_turn, medians
+from eve_ds.bench.references import DeepSpeedMoE, ReferenceAttention, einsum_moe, plain_core, replace
+from eve_ds.bench.timing import Candidate, add_timing_options, extra_bytes, fits, in_turn, medians
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.backbone import Backbone
@@ -61,6 +61,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--config", default=str(RECIPE), help="pre-training recipe: model, objective, precision")
     parser.add_argument("--pairs", nargs="+", type=PositiveInt, default=[16], help="pairs in a batch; a row each")
     parser.add_argument("--no_plain", action="store_true", help="leave out the model with plain attention and experts")
+    parser.add_argument("--no_deepspeed", action="store_true", help="leave out the model with DeepSpeed's experts")
     parser.add_argument("--copy_bytes", type=PositiveInt, default=2**28, help="of each array copied for the bandwidth")
     parser.add_argument("--no_optimizer", action="store_true", help="leave out the optimizer (16 bytes a parameter)")
 
@@ -76,8 +77,10 @@ def _rows(options: Namespace) -> Iterator[Row]:
     tasks = {"ours": task}
     if not options.no_plain:
         tasks["plain"] = plain_version(task)
+    if not options.no_deepspeed:
+        tasks["deepspeed"] = deepspeed_version(task)
     found = [_forward_backward(options, config, tasks, pairs, device) for pairs in options.pairs]
-    tasks.pop("plain", None)
+    tasks = {}  # the memory of the others
     gc.collect()
     optimizer = {} if options.no_optimizer else _optimizer(options, config, task, device)
     for row in found:
@@ -92,12 +95,22 @@ def plain_version(task: MaskedModeling, capacity_factor: float = 1.0) -> MaskedM
     return plain
 
 
+def deepspeed_version(task: MaskedModeling) -> MaskedModeling:
+    """A copy with the same weights, whose experts are DeepSpeed's layer, which drops no token either."""
+    other = copy.deepcopy(task)
+    replace(other, MoE, functools.partial(DeepSpeedMoE, drop_tokens=False))
+    return other
+
+
 def _forward_backward(
     options: Namespace, config: PretrainConfig, tasks: dict[str, MaskedModeling], pairs: int, device: torch.device
 ) -> Row:
     best = peak_of_step(options, config, pairs, device)
     batch = make_batch(config, pairs, device)
     candidates = {name: _candidate(task, batch) for name, task in tasks.items()}
+    too_large = [name for name, candidate in candidates.items() if name != "ours" and not fits(candidate, device)]
+    tasks = {name: task for name, task in tasks.items() if name not in too_large}
+    candidates = {name: candidates[name] for name in tasks}
     taken = in_turn(candidates, device, options.repeats, options.warmup)
     ms = medians(taken)
     extra = {
@@ -107,14 +120,17 @@ def _forward_backward(
     for candidate in candidates.values():
         candidate.prepare()  # leaves no gradients behind
     flops = flops_of(config, pairs)
-    plain = ms.get("plain")
+    plain, deepspeed = ms.get("plain"), ms.get("deepspeed")
     return {
         "pairs": pairs,
         "config": options.config,
         "dtype": config.engine.precision,
+        "out_of_memory": too_large,
         "ours_ms": ms["ours"],
         "plain_ms": plain,
         "plain_over_ours": plain / ms["ours"] if plain is not None else None,
+        "deepspeed_ms": deepspeed,
+        "deepspeed_over_ours": deepspeed / ms["ours"] if deepspeed is not None else None,
         "share_of_peak": flops / (ms["ours"] / 1000) / best.flops_per_second,
         "plain_share_of_peak": flops / (plain / 1000) / best.flops_per_second if plain is not None else None,
         "peak_tflops": best.flops_per_second / 1e12,
@@ -123,6 +139,7 @@ def _forward_backward(
         "parameters": sum(parameter.numel() for parameter in tasks["ours"].parameters()),
         "ours_extra_bytes": extra["ours"],
         "plain_extra_bytes": extra.get("plain"),
+        "deepspeed_extra_bytes": extra.get("deepspeed"),
         "all_ms": taken,
     }
 
@@ -210,17 +227,21 @@ def _optimizer(options: Namespace, config: PretrainConfig, task: nn.Module, devi
 BENCHMARK = Benchmark(
     "A step of EVE pre-training: both passes, decoders, loss, optimizer.\n\n"
     "Forward and backward are timed against the same model with attention as the formula stands and einsum dispatch\n"
-    "masks; PyTorch counts the operations for the share of the matrix-product peak. The optimizer's step stands\n"
-    "beside it as a share of the bandwidth of a memory copy that is timed in turn with it.",
+    "masks (plain), and against it with DeepSpeed's expert layer in ours' place, which drops no token either; PyTorch\n"
+    "counts the operations for the share of the matrix-product peak. The optimizer's step stands beside it as a share\n"
+    "of the bandwidth of a memory copy that is timed in turn with it.",
     [
         Column("pairs", "pairs"),
         Column("ours_ms", "ours ms", show_ms),
         Column("plain_ms", "plain ms", show_ms),
+        Column("deepspeed_ms", "deepspeed ms", show_ms),
         Column("plain_over_ours", "plain/ours", times),
+        Column("deepspeed_over_ours", "deepspeed/ours", times),
         Column("share_of_peak", "of peak", share),
         Column("peak_tflops", "peak TFLOP/s", lambda value: f"{value:.3f}"),
         Column("ours_extra_bytes", "ours MB", show_mb),
         Column("plain_extra_bytes", "plain MB", show_mb),
+        Column("deepspeed_extra_bytes", "deepspeed MB", show_mb),
         Column("optimizer_ms", "optimizer ms", show_ms),
         Column("copy_bytes_per_second", "copy GB/s", show_gb),
         Column("optimizer_share_of_bandwidth", "of bandwidth", share),

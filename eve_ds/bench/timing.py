@@ -60,6 +60,22 @@ def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+def fits(candidate: Candidate, device: torch.device) -> bool:
+    """Whether a run fits in a GPU's memory; on the CPU it is taken to. Masks of tokens x experts x capacity, as
+    DeepSpeed's and einsum's layers have, grow with the square of the tokens."""
+    if device.type != "cuda":
+        return True
+    candidate.prepare()
+    fitted = True
+    try:
+        candidate.run()
+    except torch.OutOfMemoryError:
+        fitted = False
+    candidate.prepare()
+    torch.cuda.empty_cache()
+    return fitted
+
+
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of one run."""
     if device.type != "cuda":

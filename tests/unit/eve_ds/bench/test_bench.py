@@ -87,14 +87,24 @@ def test_the_einsum_reference_equals_our_layer(top_k: int, capacity_factor: floa
         torch.testing.assert_close(einsum.get_parameter(name).grad, gradients[our_name], rtol=1e-4, atol=1e-4)
 
 
-def test_deepspeed_computes_the_same_on_our_weights() -> None:
-    ours = moe_layer(capacity_factor=1.0)
+def without_modality(layers: list[MoE]) -> None:
+    """DeepSpeed's layer has no vectors for it."""
     with torch.no_grad():
-        ours.image_vector.zero_()  # DeepSpeed's layer has none
-        ours.text_vector.zero_()
+        for layer in layers:
+            layer.image_vector.zero_()
+            layer.text_vector.zero_()
+
+
+@pytest.mark.parametrize("drop_tokens", [True, False])
+def test_deepspeed_computes_the_same_on_our_weights(drop_tokens: bool) -> None:
+    ours = moe_layer(capacity_factor=1.0 if drop_tokens else None)
+    without_modality([ours])
     x, modality = torch.randn(3, 20, 16), torch.zeros(20, dtype=torch.int64)
-    expected, found = outcome(ours, x, modality), outcome(DeepSpeedMoE(ours), x, modality)
+    expected, found = (outcome(layer, x, modality) for layer in (ours, DeepSpeedMoE(ours, drop_tokens=drop_tokens)))
+    assert (ours.last_load.sum() < 120) == drop_tokens
     torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
+    if not drop_tokens:
+        torch.testing.assert_close(found["dx"], expected["dx"], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("core", [plain_core, sdpa_core])
@@ -115,6 +125,19 @@ def test_the_plain_model_computes_the_same(recipe: str) -> None:
     kinds = [type(part) for part in plain.modules()]
     assert Attention not in kinds and MoE not in kinds and kinds.count(ReferenceAttention) == 3
     torch.testing.assert_close(plain(batch).loss, task(batch).loss)
+
+
+def test_the_model_with_deepspeeds_experts_computes_the_same(recipe: str) -> None:
+    config = parse(PretrainConfig, ["--config", recipe], "test")
+    torch.manual_seed(0)
+    task = MaskedModeling(Backbone(config.model), config.objective, step.MASK_ID)
+    without_modality(task.backbone.moe_layers())
+    other = step.deepspeed_version(task)
+    assert MoE not in [type(part) for part in other.modules()]
+    batch = step.make_batch(config, 2, CPU)
+    found, expected = other(batch).metrics, task(batch).metrics
+    for name in ("mlm_loss", "mim_loss"):
+        torch.testing.assert_close(found[name][0], expected[name][0])
 
 
 def test_masked_words_are_as_many_as_the_flops_count(recipe: str) -> None:
@@ -178,12 +201,13 @@ def test_moe_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, large = bench_rows(tmp_path, "moe", *options)
     assert (small["tokens"], large["tokens"]) == (64, 474)
     assert small["flops"] == 6 * 2 * 128 * 32 * 64
-    for name in ("ours", "einsum", "deepspeed"):
+    for name in ("ours", "einsum", "deepspeed", "deepspeed_dropless"):
         assert small[f"{name}_ms"] == statistics.median(small["all_ms"][name])
         assert len(small["all_ms"][name]) == 3
         assert small[f"{name}_extra_bytes"] > 64 * 32 * 2  # the output at the least
     assert small["einsum_over_ours"] == pytest.approx(small["einsum_ms"] / small["ours_ms"])
-    assert small["deepspeed_over_ours"] == pytest.approx(small["deepspeed_ms"] / small["ours_ms"])
+    for name in ("deepspeed", "deepspeed_dropless"):
+        assert small[f"{name}_over_ours"] == pytest.approx(small[f"{name}_ms"] / small["ours_ms"])
     reached = small["flops"] / small["ours_ms"] * 1000 / 1e12
     assert small["share_of_peak"] == pytest.approx(reached / small["peak_tflops"])
     assert small["peak_tflops"] >= max(one["tflops"] for one in small["products"])
@@ -206,7 +230,9 @@ def test_attention_rows(tmp_path: Path) -> None:
 def test_step_rows(tmp_path: Path, recipe: str) -> None:
     (row,) = bench_rows(tmp_path, "step", "--config", recipe, "--pairs", "2", "--squares", "64", "--copy_bytes", "4096")
     assert row["pairs"] == 2 and row["dtype"] == "fp32"
-    assert row["plain_over_ours"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
+    for rival in ("plain", "deepspeed"):
+        assert row[f"{rival}_over_ours"] == pytest.approx(row[f"{rival}_ms"] / row["ours_ms"])
+        assert row[f"{rival}_extra_bytes"] > 0
     assert 2e6 < row["flops"] / 2 < 2e7
     assert row["optimizer_bytes"] == 28 * row["parameters"]
     reached = row["optimizer_bytes"] / row["optimizer_ms"] * 1000
@@ -214,9 +240,9 @@ def test_step_rows(tmp_path: Path, recipe: str) -> None:
 
 
 def test_step_alone(tmp_path: Path, recipe: str) -> None:
-    options = ["--config", recipe, "--pairs", "1", "--squares", "64", "--no_plain", "--no_optimizer"]
+    options = ["--config", recipe, "--pairs", "1", "--squares", "64", "--no_plain", "--no_deepspeed", "--no_optimizer"]
     (row,) = bench_rows(tmp_path, "step", *options)
-    assert row["ours_ms"] > 0 and row["plain_ms"] is None and row["optimizer_ms"] is None
+    assert row["ours_ms"] > 0 and row["plain_ms"] is row["deepspeed_ms"] is row["optimizer_ms"] is None
 
 
 def test_gemm_rows(tmp_path: Path) -> None:
