@@ -32,6 +32,7 @@ from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.block import Attention
+from eve_ds.model.compiled import compile_parts
 from eve_ds.model.flops import count_flops
 from eve_ds.model.moe import MoE
 from eve_ds.plan.live_bytes import WithoutValues
@@ -62,6 +63,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--pairs", nargs="+", type=PositiveInt, default=[16], help="pairs in a batch; a row each")
     parser.add_argument("--no_plain", action="store_true", help="leave out the model with plain attention and experts")
     parser.add_argument("--no_deepspeed", action="store_true", help="leave out the model with DeepSpeed's experts")
+    parser.add_argument("--compile", action="store_true", help="also the model with compiled blocks (a minute more)")
     parser.add_argument("--copy_bytes", type=PositiveInt, default=2**28, help="of each array copied for the bandwidth")
     parser.add_argument("--no_optimizer", action="store_true", help="leave out the optimizer (16 bytes a parameter)")
 
@@ -79,6 +81,9 @@ def _rows(options: Namespace) -> Iterator[Row]:
         tasks["plain"] = plain_version(task)
     if not options.no_deepspeed:
         tasks["deepspeed"] = deepspeed_version(task)
+    if options.compile:
+        tasks["compiled"] = copy.deepcopy(task)
+        compile_parts(tasks["compiled"])
     found = [_forward_backward(options, config, tasks, pairs, device) for pairs in options.pairs]
     tasks = {}  # the memory of the others
     gc.collect()
@@ -120,7 +125,7 @@ def _forward_backward(
     for candidate in candidates.values():
         candidate.prepare()  # leaves no gradients behind
     flops = flops_of(config, pairs)
-    plain, deepspeed = ms.get("plain"), ms.get("deepspeed")
+    plain, deepspeed, compiled = ms.get("plain"), ms.get("deepspeed"), ms.get("compiled")
     return {
         "pairs": pairs,
         "config": options.config,
@@ -131,6 +136,8 @@ def _forward_backward(
         "plain_over_ours": plain / ms["ours"] if plain is not None else None,
         "deepspeed_ms": deepspeed,
         "deepspeed_over_ours": deepspeed / ms["ours"] if deepspeed is not None else None,
+        "compiled_ms": compiled,
+        "ours_over_compiled": ms["ours"] / compiled if compiled is not None else None,
         "share_of_peak": flops / (ms["ours"] / 1000) / best.flops_per_second,
         "plain_share_of_peak": flops / (plain / 1000) / best.flops_per_second if plain is not None else None,
         "peak_tflops": best.flops_per_second / 1e12,
@@ -140,6 +147,7 @@ def _forward_backward(
         "ours_extra_bytes": extra["ours"],
         "plain_extra_bytes": extra.get("plain"),
         "deepspeed_extra_bytes": extra.get("deepspeed"),
+        "compiled_extra_bytes": extra.get("compiled"),
         "all_ms": taken,
     }
 
@@ -227,7 +235,8 @@ def _optimizer(options: Namespace, config: PretrainConfig, task: nn.Module, devi
 BENCHMARK = Benchmark(
     "A step of EVE pre-training: both passes, decoders, loss, optimizer.\n\n"
     "Forward and backward are timed against the same model with attention as the formula stands and einsum dispatch\n"
-    "masks (plain), and against it with DeepSpeed's expert layer in ours' place, which drops no token either; PyTorch\n"
+    "masks (plain), against it with DeepSpeed's expert layer in ours' place, which drops no token either, and with\n"
+    "--compile against it with its blocks compiled as engine.compile has them; PyTorch\n"
     "counts the operations for the share of the matrix-product peak. The optimizer's step stands beside it as a share\n"
     "of the bandwidth of a memory copy that is timed in turn with it.",
     [
@@ -235,6 +244,7 @@ BENCHMARK = Benchmark(
         Column("ours_ms", "ours ms", show_ms),
         Column("plain_ms", "plain ms", show_ms),
         Column("deepspeed_ms", "deepspeed ms", show_ms),
+        Column("compiled_ms", "compiled ms", show_ms),
         Column("plain_over_ours", "plain/ours", times),
         Column("deepspeed_over_ours", "deepspeed/ours", times),
         Column("share_of_peak", "of peak", share),
@@ -242,6 +252,7 @@ BENCHMARK = Benchmark(
         Column("ours_extra_bytes", "ours MB", show_mb),
         Column("plain_extra_bytes", "plain MB", show_mb),
         Column("deepspeed_extra_bytes", "deepspeed MB", show_mb),
+        Column("compiled_extra_bytes", "compiled MB", show_mb),
         Column("optimizer_ms", "optimizer ms", show_ms),
         Column("copy_bytes_per_second", "copy GB/s", show_gb),
         Column("optimizer_share_of_bandwidth", "of bandwidth", share),

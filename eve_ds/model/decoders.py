@@ -5,11 +5,14 @@ Legend: B samples, P patches, K visible, M masked, p side of a patch, D width of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.kernels.layer_norm import LayerNorm
+from eve_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from eve_ds.model.block import MLP, Attention
 from eve_ds.model.compiled import compilable
 
@@ -136,18 +139,17 @@ class WordDecoder(nn.Module):
         nn.init.normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)
 
-    def states(self, tokens: Tensor) -> Tensor:
-        """tokens [n, D] -> [n, D], what the projection takes."""
-        states: Tensor = self.norm(F.gelu(self.dense(tokens)))
-        return states
+    def forward(self, tokens: Tensor, word_embedding: Tensor, truth: Tensor | None = None) -> Any:
+        """Score each token's words, or compare them with the truth.
 
-    def projection_of(self, word_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """word_embedding [V, D] (the backbone's own table) -> weight [V, D] and bias [V] of the projection."""
-        return word_embedding, self.bias
-
-    def forward(self, tokens: Tensor, word_embedding: Tensor) -> Tensor:
-        """tokens [n, D], word_embedding as above -> scores [n, V]."""
-        return F.linear(self.states(tokens), *self.projection_of(word_embedding))
+        Args:
+            tokens: [n, D].
+            word_embedding: [V, D], the backbone's own table.
+            truth: [m] int64, m <= n. None: the scores are asked for.
+        Returns:
+            scores [n, V]; with a truth what ``linear_cross_entropy`` returns for the first m tokens.
+        """
+        return _projected(self.norm(F.gelu(self.dense(tokens))), word_embedding, self.bias, truth)
 
 
 class WordMLP(nn.Module):
@@ -168,14 +170,12 @@ class WordMLP(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def states(self, tokens: Tensor) -> Tensor:
-        """As ``WordDecoder.states``."""
-        return F.gelu(self.dense(tokens))
+    def forward(self, tokens: Tensor, truth: Tensor | None = None) -> Any:
+        """As ``WordDecoder.forward``."""
+        return _projected(F.gelu(self.dense(tokens)), self.projection.weight, self.projection.bias, truth)
 
-    def projection_of(self) -> tuple[Tensor, Tensor]:
-        """As ``WordDecoder.projection_of``."""
-        return self.projection.weight, self.projection.bias
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [n, D] -> scores [n, V]."""
-        return F.linear(self.states(tokens), *self.projection_of())
+def _projected(states: Tensor, weight: Tensor, bias: Tensor, truth: Tensor | None) -> Any:
+    if truth is None:
+        return F.linear(states, weight, bias)
+    return linear_cross_entropy(states, weight, bias, truth)

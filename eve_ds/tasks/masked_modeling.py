@@ -7,6 +7,7 @@ Legend: B samples, P patches, K kept, M masked, L text length, p side of a patch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -214,8 +215,8 @@ class MaskedModeling(Task):
         # As in the experts: few distinct shapes, or each step waits for new CPU kernels.
         missing = -rows.shape[0] % WORD_ROW_MULTIPLE
         tied = [self.backbone.text_embedding.words.weight] if self.objective.word_head == "tied" else []
-        states = self.word_decoder.states(F.pad(rows, (0, 0, 0, missing)))
-        return WordOutput(states, *self.word_decoder.projection_of(*tied), truth, mask)
+        # Within the decoder's own forward: ZeRO 3 gathers its weights for that, and for its backward pass.
+        return WordOutput(functools.partial(self.word_decoder, F.pad(rows, (0, 0, 0, missing)), *tied), truth, mask)
 
 
 def _states_and_ids(output: BackboneOutput, text_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

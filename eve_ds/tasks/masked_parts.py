@@ -5,14 +5,14 @@ Legend: B samples, P patches, K kept, M masked, L text length, V vocabulary, p s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eve_ds.kernels.linear_cross_entropy import linear_cross_entropy
 from eve_ds.model.model_config import MOST
 from eve_ds.tasks.base import Metrics
 from eve_ds.tasks.spec import Objective
@@ -135,23 +135,24 @@ class PixelOutput:
 
 @dataclass
 class WordOutput:
-    """Predicted words at the n True places of mask [B, L]: their states [n and some more, D], the projection to the
-    vocabulary (weight [V, D], bias [V]), and the truth [n]."""
+    """Predicted words at the n True places of mask [B, L]; truth [n].
 
-    states: Tensor
-    weight: Tensor
-    bias: Tensor
+    ``decode``: the word decoder with the tokens at these places, to which a truth may be given.
+    """
+
+    decode: Callable[..., Any]
     truth: Tensor
     mask: Tensor
 
     @property
     def scores(self) -> Tensor:
         """[n, V] float32, with their gradient."""
-        return F.linear(self.states, self.weight, self.bias)[: len(self.truth)].float()
+        scores: Tensor = self.decode()
+        return scores[: len(self.truth)].float()
 
     def metrics(self, suffix: str = "") -> Metrics:
         """Cross entropy (nats; with its gradient) and right predictions, summed over masked words."""
-        entropy, best = linear_cross_entropy(self.states, self.weight, self.bias, self.truth)
+        entropy, best = self.decode(truth=self.truth)
         count = torch.full((), float(len(self.truth)), device=entropy.device)
         right = (best == self.truth).sum().float()
         return {f"mlm_loss{suffix}": (entropy, count), f"mlm_accuracy{suffix}": (right, count)}

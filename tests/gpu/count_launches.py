@@ -1,4 +1,5 @@
-"""Launches, host synchronizations and device time by kind: of a forward and backward pass, and of an engine's step.
+"""Launches, waits of the host and device time by kind: of forward and backward, plain and compiled, and of an engine's
+step, compiled.
 
     python -m tests.gpu.count_launches [--pairs N]
 
@@ -28,6 +29,7 @@ from eve_ds.engine.initialize import initialize  # noqa: E402
 from eve_ds.engine.moe_deepspeed import DeepSpeedMoE  # noqa: E402
 from eve_ds.engine.optim import build_optimizer  # noqa: E402
 from eve_ds.model.backbone import Backbone  # noqa: E402
+from eve_ds.model.compiled import compile_parts  # noqa: E402
 from eve_ds.tasks.base import Batch, Task  # noqa: E402
 from tests.gpu.device_trace import trace  # noqa: E402
 from tests.gpu.kit_sizes import kit_device, pretrain_options, sizes_of  # noqa: E402
@@ -50,6 +52,9 @@ def main() -> dict[str, Any]:
     task = build_task(config, Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=1, ep_rank=0)))
     task = task.to(device, DTYPES[config.engine.precision]).train()
     found = {"pairs": pairs, "forward_backward": forward_backward(task, batch, device)}
+    task.zero_grad(set_to_none=True)
+    compile_parts(task, "inductor" if device.type == "cuda" else "aot_eager")
+    found["forward_backward_compiled"] = forward_backward(task, batch, device)
     task.zero_grad(set_to_none=True)
     found["engine_step"] = engine_step(config, task, batch, device)
     torch.distributed.destroy_process_group()

@@ -23,6 +23,8 @@ def _checks(device: str) -> list[Section]:
         _pytest("attention", "attention over lengths and scores", 90, "tests/gpu/test_attention_at_size.py"),
         _pytest("tasks", "each task against float64 on the CPU", 60, "tests/gpu/test_tasks_on_device.py"),
         _pytest("zero", "ZeRO 1, 2, 3 against a plain loop", 90, "tests/gpu/test_zero_on_one_device.py"),
+        _pytest("not-finite", "no step by such gradients", 60, "tests/gpu/test_not_finite_on_device.py"),
+        _pytest("compiled", "compiled blocks against plain ones", 120, "tests/gpu/test_compiled_on_device.py"),
         _pytest("launches", "launches, waits, time by kind", 120, "tests/gpu/test_launches.py"),
         _pytest("unit", "unit tests of kernels and model", 120, *unit),
     ]
@@ -35,6 +37,7 @@ def _runs(device: str, work: Path) -> list[Section]:
     heads = [] if on_gpu else ["--dim", "32", "--heads", "4", "--batch", "2", "--tokens", "50", "--squares", "64"]
     pairs = ["--pairs", "32", "64", "128", "256"] if on_gpu else ["--pairs", "1"]
     model = [] if on_gpu else ["--config", "tests/e2e/tiny.yaml", "--squares", "64"]
+    step = [*model, *where, *pairs, "--no_plain", "--no_optimizer", *(["--compile"] if on_gpu else [])]
     images = ["--images", "1024", "--processes", "14", "--batch_size", "64", "--repeats", "5"]
     few_images = ["--images", "16", "--processes", "1", "--batch_size", "2", "--repeats", "2"]
     loader = [*(images if on_gpu else few_images), "--packing_copies", "1", "--shards", "2"]
@@ -44,8 +47,8 @@ def _runs(device: str, work: Path) -> list[Section]:
     return [
         Section("ceilings", "products and copies at this device's best", ["-m", "tests.gpu.ceilings"], 60),
         _bench("moe", "experts beside einsum's and DeepSpeed's", 90, "moe", *layer, *where, *tokens),
-        _bench("step", "forward and backward", 120, "step", *model, *where, *pairs, "--no_plain", "--no_optimizer"),
-        Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 150),
+        _bench("step", "forward and backward, plain and compiled", 180, "step", *step),
+        Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 240),
         _pytest("same-bits", bits, 150, "tests/gpu/test_same_bits.py"),
         _bench("attention-speed", "attention beside torch's own", 60, "attention", *heads, *where),
         _bench("loader", "the loader with 14 processes", 90, "loader", *loader, "--work", str(work / "loader")),

@@ -2,9 +2,10 @@
 
     python -m tests.gpu.real_loop --work DIR [--micro_batches 256 32]
 
-For each micro-batch: pairs a second (of the median step after the first ones), the share of its time that the loop
-waits for data, the seconds to the first step, and the memory beside what ``eve_ds.plan`` says. Prints a JSON line.
-The run is ended after its last measured step: its checkpoint and export are not measured here.
+For each micro-batch, on a GPU plain and compiled: pairs a second (of the median step after the first ones), the share
+of its time that the loop waits for data, the seconds to the first step, and the memory beside what ``eve_ds.plan``
+says. Prints a JSON line. The run is ended after its last measured step: its checkpoint and export are not measured
+here.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ def main() -> dict[str, Any]:
     for size in options.micro_batches or ([256, 32] if on_gpu else [4]):
         shape = [f"--engine.micro_batch_size={size}", f"--engine.global_batch_size={size}"]
         common = [*pretrain_options(device), *shape, "--deepspeed_config=ds_configs/zero1.json", *data]
-        found[f"micro-batch {size}"] = measured(common, work / f"run{size}", workers, on_gpu)
+        for choice in ("off", "on") if on_gpu else ("off",):
+            run = [*common, f"--engine.compile={choice}"]
+            name = f"micro-batch {size}" + (", compiled" if choice == "on" else "")
+            found[name] = measured(run, work / f"run{size}{choice}", workers, on_gpu)
     return found
 
 

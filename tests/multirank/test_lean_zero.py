@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.distributed import run_distributed_test
-from tests.support.lean_zero import launches_of_a_step, steps_without_moving
+from tests.support.lean_zero import Case, launches_of_a_step, steps_without_moving
 
 DENSE, EXPERT = "backbone.blocks.0.attention.qkv.weight", "backbone.blocks.2.moe.experts.w2"
 SMALL_BUCKETS = {"reduce_bucket_size": 20_000}  # several reductions a backward pass
@@ -21,7 +21,7 @@ ON_HOST = {"offload_optimizer": {"device": "cpu"}}
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_that_is_not_finite_moves_no_weight(stage: int) -> None:
-    cases: list[tuple[int, str, bool, str, float, dict[str, Any]]] = [
+    cases: list[Case] = [
         (stage, "bf16", True, DENSE, math.nan, {}),
         (stage, "bf16", False, EXPERT, math.inf, SMALL_BUCKETS),
         (stage, "bf16", True, EXPERT, math.nan, ALONE),

@@ -14,6 +14,9 @@ from tests.support.matrix import optimizer_config
 from tests.support.tiny import caption_batch, expert_parallel, masked_task, rows_of
 
 ROWS = 8
+Case = tuple[
+    int, str, bool, str, float, dict[str, Any]
+]  # stage, precision, clipping, parameter, value, changed settings
 # Operations that start nothing on a device: they allocate memory, or look at it in another way.
 SILENT = frozenset(
     "view _unsafe_view t transpose expand slice select unbind split split_with_sizes detach alias as_strided permute "
@@ -34,8 +37,10 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def engine_of(stage: int, precision: str, clipping: bool, changes: dict[str, Any], **model: Any) -> Any:
-    """A DeepSpeed engine over a tiny task, its experts shared by all ranks."""
+def engine_of(
+    stage: int, precision: str, clipping: bool, changes: dict[str, Any], kind: str = "cpu", **model: Any
+) -> Any:
+    """A DeepSpeed engine over a tiny task on a kind of device, its experts shared by all ranks."""
     from eve_ds.config_sections import EngineConfig
     from eve_ds.engine.deepspeed_config import load_deepspeed_config
     from eve_ds.engine.initialize import initialize
@@ -48,18 +53,22 @@ def engine_of(stage: int, precision: str, clipping: bool, changes: dict[str, Any
     options = optimizer_config(clipping)
     settings = load_deepspeed_config(f"ds_configs/zero{stage}.json", config, options, world)
     settings["zero_optimization"] |= changes
-    return initialize(task, build_optimizer(task, options), settings)
+    return initialize(task.to(kind), build_optimizer(task, options), settings)
 
 
-def prepare() -> None:
+def prepare(kind: str = "cpu") -> None:
+    """Join the process group for a kind of device; of GPUs there is one."""
     from eve_ds.engine.distributed import disable_shm_operation
     from eve_ds.environment import prepare_environment
 
     prepare_environment()
     import deepspeed
 
+    if kind == "cuda":
+        torch.cuda.set_device(0)
     disable_shm_operation()
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def masters(engine: Any) -> list[torch.Tensor]:
@@ -69,17 +78,18 @@ def masters(engine: Any) -> list[torch.Tensor]:
     return [each.detach().clone() for each in found]
 
 
-def steps_without_moving(cases: list[tuple[int, str, bool, str, float, dict[str, Any]]]) -> None:
+def steps_without_moving(cases: list[Case], kind: str = "cpu") -> None:
     """For each case the middle of three steps has one value in one gradient of the last rank that is not finite."""
-    prepare()
+    prepare(kind)
     rank, world = dist.get_rank(), dist.get_world_size()
     share = ROWS // world
     for stage, precision, clipping, name, value, changes in cases:
-        engine = engine_of(stage, precision, clipping, changes)
+        engine = engine_of(stage, precision, clipping, changes, kind)
         parameter = dict(engine.module.named_parameters())[name]
         for step in range(3):
             before = masters(engine)
-            output = engine(rows_of(caption_batch(ROWS, seed=step), rank * share, (rank + 1) * share))
+            batch = rows_of(caption_batch(ROWS, seed=step), rank * share, (rank + 1) * share)
+            output = engine({key: value.to(kind) for key, value in batch.items()})
             handle = None
             if step == 1 and rank == world - 1:
                 handle = parameter.register_hook(lambda gradient, bad=value: spoil(gradient, bad))
