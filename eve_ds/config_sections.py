@@ -124,6 +124,7 @@ class EngineConfig:
         compile: on: the model's blocks run compiled by torch.compile in training: fewer and larger operations, other
             roundings, a minute more to the first step; auto: on GPUs at ZeRO 1 and 2, in runs of 2,000 micro-batches
             and more over pairs; off.
+        deterministic: on GPUs too, the same run gives the same bits, also after a resume; slower, and not compiled.
         timeout_seconds: after so long without progress a rank says whom it waits for, writes its stacks, and ends.
         seed: of initial weights, sample order, masks, augmentation, drop path.
     """
@@ -134,6 +135,7 @@ class EngineConfig:
     expert_parallel_size: int = 1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False
     timeout_seconds: int = 600
     seed: int = 0
 
@@ -146,6 +148,11 @@ class EngineConfig:
                 raise UserError(f"engine.{name}={getattr(self, name)} must be at most {most}")
         if self.seed >= 2**63:
             raise UserError(f"engine.seed={self.seed} must be below 2**63")
+        if self.deterministic and self.compile == "on":
+            raise UserError(
+                "engine.compile=on: the first micro-batch of a process is not compiled, so a resumed run has other "
+                "bits; set engine.compile=off, or engine.deterministic=false"
+            )
 
 
 @dataclass

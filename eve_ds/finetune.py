@@ -47,7 +47,7 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
     settle_head(config, argv, scored[config.split].num_classes)
-    with distributed.joined(config.engine.timeout_seconds) as device, second:
+    with distributed.joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
         settle_precision(config, distributed.launched_world()[0])
         steps = setup.total_steps(config, len(training)) if training is not None else None
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]), steps)

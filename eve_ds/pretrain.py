@@ -46,7 +46,7 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, {} if held_out is None else {str(val_split): held_out})
     setup.check_classes(training, held_out)
 
-    with distributed.joined(config.engine.timeout_seconds) as device, second:
+    with distributed.joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
         settle_precision(config, distributed.launched_world()[0])
         identity = run_folder.claim(config, setup.identity(config, training), steps)
         if not config.dry_run:

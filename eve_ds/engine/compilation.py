@@ -42,6 +42,7 @@ def compile_task(
     if config.engine.compile == "auto":
         mixed = any(source.modality != PAIRS for source in config.data.sources or ())  # rows of a pass vary
         pays = device.type == "cuda" and zero_stage < 3 and micro_batches >= LEAST_MICRO_BATCHES and not mixed
+        pays = pays and not config.engine.deterministic  # the first micro-batch of each process runs as it stands
         config.engine.compile = "on" if pays and triton_state()[0] else "off"
     if config.engine.compile == "on":
         parts = compile_parts(task)

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from eve_ds import environment
 from eve_ds.engine import watchdog
+from eve_ds.engine.determinism import be_deterministic
 from eve_ds.environment import launched_rank, launcher_values, prepare_environment
 from eve_ds.errors import RankError, finish_together
 from preprocessing.errors import UserError
@@ -68,8 +69,10 @@ def collective_seconds(timeout_seconds: float) -> float:
     return max(1.5 * timeout_seconds, timeout_seconds + BACKSTOP_SECONDS)
 
 
-def start(timeout_seconds: float = 600) -> torch.device:
+def start(timeout_seconds: float = 600, deterministic: bool = False) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo elsewhere) and return this rank's device.
+
+    ``deterministic``: see ``be_deterministic``, which must be called before CUDA starts.
 
     Raises:
         UserError: several ranks were launched without MASTER_ADDR and MASTER_PORT, MASTER_PORT is no port, or the
@@ -77,6 +80,8 @@ def start(timeout_seconds: float = 600) -> torch.device:
     """
     rank, world_size, local_rank = launched_world()
     prepare_environment()
+    if deterministic:
+        be_deterministic()
     _quiet()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
@@ -135,9 +140,9 @@ def disable_shm_operation() -> None:
 
 
 @contextlib.contextmanager
-def joined(timeout_seconds: float = 600) -> Iterator[torch.device]:
+def joined(timeout_seconds: float = 600, deterministic: bool = False) -> Iterator[torch.device]:
     """``start``, and leave the process group at the end."""
-    device = start(timeout_seconds)
+    device = start(timeout_seconds, deterministic)
     try:
         yield device
         barrier()  # not after an error: the other ranks may never come

@@ -34,6 +34,7 @@ MUTABLE_ON_RESUME = (  # sections and keys that do not change what is learned, a
     "engine.micro_batch_size",
     "engine.eval_batch_size",
     "engine.compile",
+    "engine.deterministic",
     "model.checkpoint_activations",
     "data.num_workers",
     "data.max_corrupt",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.engine import checkpoint, first_weights, resume, schedule
+from eve_ds.engine.attention_guard import guard_attention
 from eve_ds.engine.batches import TrainingBatches
 from eve_ds.engine.callback import HOOKS, Callback, collect_states, overridden, restore_states
 from eve_ds.engine.checkpoint_record import Manifest, Topology
@@ -110,6 +111,7 @@ class Trainer:
         stage = settings["zero_optimization"]["stage"]
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, stage)
         offload = offloads_optimizer(settings, config.logging)
+        guard_attention(task, device)
         compile_task(task, config, stage, device, total_steps * self.accumulation_steps)
         optimizer = build_optimizer(task, config.optimizer, offload, device)
         mark("the set-up of DeepSpeed")

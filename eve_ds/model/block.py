@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve_ds.kernels.attention import attention
 from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.kernels.mlp import mlp
 from eve_ds.model.compiled import compilable
@@ -27,21 +28,6 @@ def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
     masked = max(MASKED, torch.finfo(dtype).min / 2)
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, masked)
     return bias[:, None, None, :]
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(d) + bias) v for [B, h, N, d]; torch's softmax of bf16 computes in float32 by itself.
-
-    On the CPU in bf16 this is faster than torch's fused attention, in the backward pass above all.
-    """
-    batch, heads, tokens, width = q.shape
-    q, k, v = (part.reshape(batch * heads, tokens, width) for part in (q, k, v))
-    if bias is None:
-        scores = torch.bmm(q * width**-0.5, k.transpose(1, 2))
-    else:
-        bias = bias.expand(batch, heads, 1, tokens).reshape(batch * heads, 1, tokens)
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, tokens, width)
 
 
 class QKV(nn.Linear):
@@ -76,11 +62,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if x.is_cuda and batch:  # fused kernels may refuse a pass without a row
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        else:
-            out = plain_attention(q, k, v, bias)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return self.proj(attention(q, k, v, bias).transpose(1, 2).reshape(batch, tokens, dim))
 
 
 class MLP(nn.Module):

@@ -63,7 +63,7 @@ def attention_maps(eve: EVE, image: ImageInput, text: str, name: str | None) -> 
 def attention_weights(task: Task, pixels: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
     """Attention in a joint pass of one image and one text, averaged over heads: [S, N, N] float32 on the CPU.
 
-    Row i of a block tells how token i distributes its attention, and adds up to 1. As in ``block.plain_attention``:
+    Row i of a block tells how token i distributes its attention, and adds up to 1. As in ``plain_attention``:
     softmax(q k' / sqrt(d) + bias), from what each attention layer is given in the pass.
 
     Args:

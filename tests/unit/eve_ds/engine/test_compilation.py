@@ -18,12 +18,12 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")  # names alone: nothing is 
 PAYS = "on" if triton_state()[0] else "off"  # what the GPU's code is generated in
 
 
-def settled(choice: str, stage: int, device: torch.device, micro_batches: int, **data: Any) -> tuple[str, bool]:
+def settled(choice: str, stage: int, device: torch.device, micro_batches: int, **settings: Any) -> tuple[str, bool]:
     """(what the config says then, whether the blocks of a task run compiled)."""
     config, task = PretrainConfig(), masked_task()
     config.engine.compile = choice  # type: ignore[assignment]
-    for name, value in data.items():
-        setattr(config.data, name, value)
+    for name, value in settings.items():
+        setattr(config.data if hasattr(config.data, name) else config.engine, name, value)
     compile_task(task, config, stage, device, micro_batches)
     return config.engine.compile, any("_compile_backend" in part.__dict__ for part in task.modules())
 
@@ -45,6 +45,10 @@ def test_auto(stage: int, device: torch.device, micro_batches: int, expected: st
 def test_auto_is_off_where_the_rows_of_a_pass_vary() -> None:
     sources = [DataSource("pairs"), DataSource("texts", modality="text")]
     assert settled("auto", 1, GPU, LEAST_MICRO_BATCHES, sources=sources) == ("off", False)
+
+
+def test_auto_is_off_where_the_bits_must_repeat() -> None:
+    assert settled("auto", 1, GPU, LEAST_MICRO_BATCHES, deterministic=True) == ("off", False)
 
 
 def test_as_it_is_said() -> None:

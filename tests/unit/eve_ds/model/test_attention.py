@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eve_ds.model.block import Attention, key_bias, plain_attention
+from eve_ds.kernels.attention import plain_attention
+from eve_ds.model.block import Attention, key_bias
 
 
 @pytest.mark.parametrize("masked", [False, True])
