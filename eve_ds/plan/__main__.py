@@ -62,7 +62,7 @@ class PlanOptions:
 
     world_size: int = 8
     expert_parallel_size: int | None = None
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     zero: int | None = None
     device: Literal["gpu", "cpu"] = "gpu"
     device_memory: str = "80GiB"

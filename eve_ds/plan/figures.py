@@ -10,6 +10,7 @@ from typing import Any
 from eve_ds.engine.checkpoint import checkpoint_bytes
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config
 from eve_ds.engine.distributed import check_world
+from eve_ds.plan.auto import OF_GPU, OF_HOST, largest_micro_batch
 from eve_ds.plan.fit import largest
 from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import Config, build, count_parameters
@@ -68,12 +69,16 @@ def _prepared(options: Any) -> tuple[Config, Zero, Batch, int]:
     config = _config(options)
     _check(options)
     check_world(config.engine.expert_parallel_size, config.model.num_experts, options.world_size)
-    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
     on_gpu = options.device == "gpu"
+    limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
+    if config.engine.micro_batch_size == "auto":
+        may_take = int((OF_GPU if on_gpu else OF_HOST) * limit)
+        rows, _ = largest_micro_batch(config, options.num_answers, options.world_size, on_gpu, may_take)
+        config.engine = dataclasses.replace(config.engine, micro_batch_size=rows)
+    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
     zero = Zero.of_run(config, settings, options.world_size, on_gpu)
     length = options.text_length or config.model.max_text_length
     batch = Batch(settings["train_micro_batch_size_per_gpu"], length)
-    limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
     return config, zero, batch, limit
 
 
@@ -138,6 +143,7 @@ def _run(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, An
         "device": options.device,
         "global_batch_size": config.engine.global_batch_size,
         "micro_batch_size": batch.rows,
+        "micro_batch_size_is_auto": "auto" in (options.micro_batch_size, options.engine.micro_batch_size),
         "gradient_accumulation_steps": zero.accumulation,
         "text_length": batch.text_length,
     }

@@ -24,7 +24,8 @@ def as_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{run['task']}: {run['world_size']} ranks, ZeRO {run['zero_stage']}, experts over "
         f"{run['expert_parallel_size']}, {run['precision']}, {run['device']}",
-        f"{run['global_batch_size']} samples a step: {run['micro_batch_size']} a rank at once x "
+        f"{run['global_batch_size']} samples a step: {run['micro_batch_size']}"
+        f"{' (auto)' if run['micro_batch_size_is_auto'] else ''} a rank at once x "
         f"{run['gradient_accumulation_steps']} accumulated; texts of {run['text_length']} tokens",
         *_parameters(plan["parameters"]),
         *_memory(plan),
