@@ -20,6 +20,7 @@ from eve_ds.engine.memory_gauge import host_memory
 from eve_ds.plan import auto, figures
 from eve_ds.plan.__main__ import PretrainPlan
 from eve_ds.plan.forecast import memory_forecast
+from eve_ds.plan.memory import Rehearsal
 from eve_ds.tasks.masked_modeling import ObjectiveConfig
 from preprocessing.errors import UserError
 from tests.support.tiny import model_config
@@ -135,3 +136,13 @@ def test_the_plan_takes_what_a_run_on_such_a_device_would(repository: Path) -> N
         assert figures._run(config, figures._prepared(options)[1], batch, options)["micro_batch_size_is_auto"]
         taken[memory] = rows
     assert 1 < taken["48MiB"] < taken["64GiB"] == 64
+
+
+@pytest.mark.parametrize(("recipe", "rows"), [("pretrain_base", 256), ("pretrain_large", 128)])
+def test_recipes_fit_80_gib_and_any_number_of_nodes(recipe: str, rows: int) -> None:
+    config = parse(PretrainPlan, ["--config", recipe], "plan")
+    for world in (8, 16, 32, 64, 128, 256):
+        assert batch_shape(config.engine, world)[0] == min(rows, 2048 // world)
+    resolved, zero, batch, limit = figures._prepared(config)
+    assert (batch.rows, zero.stage, zero.ep_size, limit) == (rows, 1, 1, 76 * 2**30)
+    assert Rehearsal(resolved, zero, ANSWERS, on_gpu=True).memory(batch).peak < auto.OF_GPU * limit
