@@ -22,9 +22,9 @@ from eve_ds.plan.meta_model import Config
 from eve_ds.plan.zero_states import Zero
 from preprocessing.errors import UserError
 
-# Share of what is free when the run begins. On one H100, EVE-Base held 2 % less than its forecast (docs/benchmarks.md).
-# The rest is for what is not forecast: NCCL's and cuBLAS's buffers, which come later, the allocator's unused remains,
-# unevenly loaded experts. The forecast is for texts that are all ``model.max_text_length`` long.
+# Share of what is free when the run begins. On one H100 the forecast was 2 to 4 % above what EVE-Base held
+# (docs/benchmarks.md). The rest is for what is not forecast: NCCL's and cuBLAS's buffers, which come later, the
+# allocator's unused remains, unevenly loaded experts. All texts are taken to be ``model.max_text_length`` long.
 OF_GPU = 0.9
 # On a CPU, malloc keeps freed memory, up to 56 % beyond the forecast (docs/benchmarks.md), and loaders take theirs.
 OF_HOST = 0.5

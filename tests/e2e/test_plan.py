@@ -32,7 +32,10 @@ def test_the_command(tmp_path: Path, repository: Path) -> None:
     out = tmp_path / "plan.json"
     recipe = str(repository / "eve_ds/configs/tiny_shapes.yaml")
     averaging = ("--optimizer.ema", "0.9", "--engine.precision", "fp32")
-    done = command("--config", recipe, *CHOSEN, *averaging, "--zero", "3", "--pairs", "16e6", "--json", str(out))
+    speed = ("--mfu", "0.4", "--peak_tflops", "989")
+    done = command(
+        "--config", recipe, *CHOSEN, *averaging, "--zero", "3", "--pairs", "16e6", *speed, "--json", str(out)
+    )
     assert done.returncode == 0, done.stderr
     assert "largest micro-batch that fits" in done.stdout
     plan = json.loads(out.read_text(encoding="utf-8"))
