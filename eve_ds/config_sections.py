@@ -20,7 +20,7 @@ def _check_least(section: str, settings: Any, least: dict[str, int]) -> None:
     """Raise UserError naming the first of ``settings`` that is below its least value."""
     for name, lowest in least.items():
         value = getattr(settings, name)
-        if value is not None and value < lowest:
+        if isinstance(value, int) and value < lowest:
             null = " or null" if getattr(type(settings), name) is None else ""
             raise UserError(f"{section}.{name}={value} must be at least {lowest}{null}; see --help")
 
@@ -112,8 +112,9 @@ class EngineConfig:
 
     Args:
         global_batch_size: samples per optimizer step, over all ranks and accumulation steps.
-        micro_batch_size: most samples per rank and forward pass; null takes the whole share at once. What is missing
-            to the global batch is accumulated.
+        micro_batch_size: most samples per rank and forward pass; null takes the whole share at once, auto as much of it
+            as the plan forecasts to fit (docs/planning.md); a resumed run keeps what auto came to. What is missing to
+            the global batch is accumulated.
         eval_batch_size: samples per rank and forward pass in evaluations and scoring, which keep no gradients; null
             takes the micro-batch. Predictions do not depend on it.
         expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
@@ -130,7 +131,7 @@ class EngineConfig:
     """
 
     global_batch_size: int = 256
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     eval_batch_size: int | None = None
     expert_parallel_size: int = 1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

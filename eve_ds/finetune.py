@@ -30,11 +30,11 @@ def run(stop: StopRequest) -> int:
     prepare_environment()  # DeepSpeed reads it, and takes seconds to import: after --help and bad options, too
     from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
-    from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.loaded_head import settle_head
     from eve_ds.engine.scoring import Scorer
     from eve_ds.engine.trainer import Trainer
     from eve_ds.engine.whole_weights import export_model
+    from eve_ds.plan.auto import settle
     from eve_ds.plan.forecast import memory_gauge
     from eve_ds.weights.model_folder import MODEL
 
@@ -48,7 +48,7 @@ def run(stop: StopRequest) -> int:
     batches.check_batch(config, (training or scored[config.split]).rows)
     settle_head(config, argv, scored[config.split].num_classes)
     with distributed.joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
-        settle_precision(config, distributed.launched_world()[0])
+        settle(config, scored[config.split].num_classes, device)
         steps = setup.total_steps(config, len(training)) if training is not None else None
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]), steps)
         if not config.dry_run:

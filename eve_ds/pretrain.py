@@ -28,10 +28,10 @@ def run(stop: StopRequest) -> int:
     from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
     from eve_ds.callbacks.pretrain_examples import PretrainExamples
     from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
-    from eve_ds.engine.deepspeed_config import settle_precision
     from eve_ds.engine.evaluation import held_out_metrics
     from eve_ds.engine.trainer import Trainer
     from eve_ds.engine.whole_weights import export_model
+    from eve_ds.plan.auto import settle
     from eve_ds.plan.forecast import memory_gauge
     from eve_ds.weights.model_folder import MODEL
 
@@ -47,7 +47,7 @@ def run(stop: StopRequest) -> int:
     setup.check_classes(training, held_out)
 
     with distributed.joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
-        settle_precision(config, distributed.launched_world()[0])
+        settle(config, training.num_classes, device)
         identity = run_folder.claim(config, setup.identity(config, training), steps)
         if not config.dry_run:
             watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)

@@ -13,7 +13,7 @@ from eve_ds.data.data_config import DataConfig
 from eve_ds.data.loader import Loader, build_loader, check_readers
 from eve_ds.data.samples import Samples
 from eve_ds.engine.compilation import TEXT_MULTIPLE
-from eve_ds.engine.deepspeed_config import batch_shape
+from eve_ds.engine.deepspeed_config import batch_shape, share_of_rank
 from eve_ds.engine.device_feed import DeviceFeed
 from eve_ds.engine.distributed import launched_world
 from eve_ds.errors import RankError
@@ -35,7 +35,10 @@ def check_batch(config: Config, rows: int) -> None:
         UserError: the split has too few rows for the ranks and their loader workers.
     """
     world_size = launched_world()[1]
-    batch_shape(config.engine, world_size)
+    if config.engine.micro_batch_size == "auto":
+        share_of_rank(config.engine, world_size)
+    else:
+        batch_shape(config.engine, world_size)
     if world_size > 1 and loader_seconds(config) > config.engine.timeout_seconds:
         raise UserError(  # the ranks that wait would end the run first, without knowing of the loader
             f"data.timeout_seconds={config.data.timeout_seconds} is above engine.timeout_seconds="

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,9 +69,7 @@ def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None
         UserError: fp16, and a rank's device does not compute in it.
     """
     if config.engine.precision == "auto":
-        run = Path(config.resume_from or "")
-        folders = [Path(config.output_dir or "."), *([run_of(run) or run] if config.resume_from else [])]
-        stored: Precision | None = decide(lambda: next(filter(None, map(_stored, folders)), None))
+        stored = stored_in_run(config, "precision", lambda value: value in ("bf16", "fp16", "fp32"))
         config.engine.precision = stored or _best_of_all_ranks()
     if config.engine.precision == "fp16" and not all(gather(_takes_fp16())):
         raise UserError(
@@ -96,28 +94,46 @@ def _takes_fp16() -> bool:
     return bool(get_accelerator().is_fp16_supported())
 
 
-def _stored(folder: Path) -> Precision | None:
-    if not holds_run(folder):
-        return None
-    stored = stored_setting(folder, "engine", "precision")  # of a config that cannot be read run_folder.claim tells
-    return stored if stored in ("bf16", "fp16", "fp32") else None
+def stored_in_run(config: PretrainConfig | FinetuneConfig, key: str, valid: Callable[[Any], bool]) -> Any:
+    """What the run in ``output_dir``, or else the one that this run branches from, has stored as ``engine.KEY``; None
+    if neither is a run that stored a valid value. Called by all ranks, with one result."""
+    run = Path(config.resume_from or "")
+    folders = [Path(config.output_dir or "."), *([run_of(run) or run] if config.resume_from else [])]
+
+    def read() -> Any:
+        # Of a config that cannot be read run_folder.claim tells.
+        found = (stored_setting(folder, "engine", key) for folder in folders if holds_run(folder))
+        return next((value for value in found if valid(value)), None)
+
+    return decide(read)
 
 
-def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
-    """(micro batch size, gradient accumulation steps) of each rank.
+def share_of_rank(engine: EngineConfig, world_size: int) -> int:
+    """Samples of a rank in an optimizer step.
 
     Raises:
-        UserError: the global batch cannot be made of equal micro-batches on all ranks.
+        UserError: the global batch is not equal on all ranks.
     """
     total = engine.global_batch_size
     if total < 1 or total % world_size:
         raise UserError(f"engine.global_batch_size={total} is not a positive multiple of the world size {world_size}")
-    share = total // world_size
-    micro = min(share, engine.micro_batch_size) if engine.micro_batch_size is not None else share
+    return total // world_size
+
+
+def batch_shape(engine: EngineConfig, world_size: int) -> tuple[int, int]:
+    """(micro batch size, gradient accumulation steps) of each rank. Of ``auto``, ``plan.auto`` makes a number before.
+
+    Raises:
+        UserError: the global batch cannot be made of equal micro-batches on all ranks.
+    """
+    share, micro = share_of_rank(engine, world_size), engine.micro_batch_size
+    if micro == "auto":
+        raise ValueError("engine.micro_batch_size: auto is not settled yet")
+    micro = share if micro is None else min(share, micro)
     if micro < 1 or share % micro:
         raise UserError(
-            f"engine.micro_batch_size={micro} does not divide a rank's share {share} of global_batch_size={total} "
-            f"over {world_size} ranks"
+            f"engine.micro_batch_size={micro} does not divide a rank's share {share} of global_batch_size="
+            f"{engine.global_batch_size} over {world_size} ranks"
         )
     return micro, share // micro
 

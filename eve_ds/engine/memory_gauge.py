@@ -64,9 +64,7 @@ class Gauge:
             peak, reserved = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
             return Held(peak, reserved, free, total)
         whole = _read(_PROCESS / "status", "VmHWM")
-        host = Path("/proc/meminfo")
-        limits = [(_read(host, "MemAvailable"), _read(host, "MemTotal")), *control_groups()]
-        return Held(max(whole - self._before, 0), whole, *min(limits))
+        return Held(max(whole - self._before, 0), whole, *host_memory())
 
     def report(self, plenty: float = 1.0) -> tuple[str, list[str]] | None:
         """(a line, warnings) on rank 0, None elsewhere. Called by all ranks.
@@ -88,6 +86,12 @@ class Gauge:
         except Exception as error:  # noqa: BLE001  code of others runs in it
             _log.warning("no forecast of the memory: %s: %s", type(error).__name__, error)
             return None
+
+
+def host_memory() -> tuple[int, int]:
+    """(free, total) bytes of the host's memory, or of the control group above this process that leaves less free."""
+    host = Path("/proc/meminfo")
+    return min([(_read(host, "MemAvailable"), _read(host, "MemTotal")), *control_groups()])
 
 
 def _read(file: Path, name: str) -> int:

@@ -1,6 +1,6 @@
-"""What a run will need, before any machine is asked for: parameters, memory, traffic, operations, days.
+"""What a run will need, before any machine is asked for: parameters, memory, traffic, speed and what limits it.
 
-    python -m eve_ds.plan --config eve_ds/configs/pretrain_base.yaml --world_size 256 --expert_parallel_size 8 --zero 2
+    python -m eve_ds.plan --config eve_ds/configs/pretrain_base.yaml --world_size 8
 
 Nothing is trained and no process group is joined: a rank's step is acted out on tensors without values. What a run
 would refuse at its start is refused here, in the same words.
@@ -31,6 +31,7 @@ from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
 from eve_ds.finetune_options import expand_options
 from eve_ds.options import values_of
+from eve_ds.plan.devices import CardName
 from eve_ds.recipes import read_yaml, split_options
 from eve_ds.tasks.mlm_mim_codes import BEIT_V2_CODES
 from eve_ds.tasks.registry import PRETRAIN, find_spec
@@ -50,27 +51,30 @@ class PlanOptions:
         micro_batch_size: in place of engine.micro_batch_size.
         zero: in place of deepspeed_config: ds_configs/zero1.json, zero2.json or zero3.json.
         device: gpu (fused attention, all reserved memory counts) or cpu (what is resident).
-        device_memory: of one device, as in 80GiB or 24e9.
+        card: h100, h200, a100 or a100_40gb: the GPU whose memory, peak and links count.
+        device_memory: of one device, as in 80GiB or 24e9; null takes the card's, on the CPU 80GiB.
         text_length: tokens of a text; null takes the longest, model.max_text_length.
         num_answers: classes of the head where the data tell them: VQA's answers; the codes of --task mlm_mim_codes
             (8192 in pre-training).
         pairs: samples that the whole run sees (pairs, questions or statements), for the days; null: those of its steps.
-        mfu: share of the devices' peak that the model's operations reach.
-        peak_tflops: of one device, dense, for the run's precision; 989 is an H100's in bf16.
+        mfu: share of the devices' peak that the model's operations reach; null takes what was measured
+            (eve_ds/plan/devices.py).
+        peak_tflops: of one device, dense, for the run's precision; null takes the card's in bf16, on the CPU none.
         json: file to write all figures to, in bytes and operations.
     """
 
     world_size: int = 8
     expert_parallel_size: int | None = None
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
     zero: int | None = None
     device: Literal["gpu", "cpu"] = "gpu"
-    device_memory: str = "80GiB"
+    card: CardName = "h100"
+    device_memory: str | None = None
     text_length: int | None = None
     num_answers: int = 3128
     pairs: float | None = None
-    mfu: float = 0.4
-    peak_tflops: float = 989.0
+    mfu: float | None = None
+    peak_tflops: float | None = None
     json: str | None = None
 
 

@@ -10,10 +10,13 @@ from typing import Any
 from eve_ds.engine.checkpoint import checkpoint_bytes
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config
 from eve_ds.engine.distributed import check_world
+from eve_ds.plan.auto import OF_GPU, OF_HOST, largest_micro_batch
+from eve_ds.plan.devices import CARDS
 from eve_ds.plan.fit import largest
 from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import Config, build, count_parameters
-from eve_ds.plan.work import days, flops_per_sample, traffic
+from eve_ds.plan.speed import Device, expected, step_of
+from eve_ds.plan.work import days, flops_per_sample
 from eve_ds.plan.zero_states import Zero
 from eve_ds.tasks import Task
 from preprocessing.errors import UserError
@@ -21,6 +24,7 @@ from preprocessing.errors import UserError
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Not worked out: CUDA context, NCCL's channels, cuBLAS workspaces, the allocator's unused remains. A guess.
 GPU_RESERVE = 4 * 2**30
+CPU_MEMORY = 80 * 2**30  # where none is named
 MOST_ROWS = 2**16
 
 
@@ -44,13 +48,12 @@ def make_plan(options: Any) -> dict[str, Any]:
             "without_checkpointing": _memory(plain, batch, limit),
             "with_checkpointing": _memory(recomputed, batch, limit),
         },
-        "device_memory": parse_bytes(options.device_memory),
+        "device_memory": _device_memory(options),
         "reserve": GPU_RESERVE if on_gpu else 0,
         "checkpoint": checkpoint_bytes(
             count_parameters(whole).total, config.engine.precision, zero.stage, zero.averages
         ),
-        "sent_per_step": traffic(config, zero, plain.groups, batch),
-        **_work(config, zero, whole, batch, options),
+        **_work(config, zero, plain.task, batch, options),
     }
 
 
@@ -68,12 +71,16 @@ def _prepared(options: Any) -> tuple[Config, Zero, Batch, int]:
     config = _config(options)
     _check(options)
     check_world(config.engine.expert_parallel_size, config.model.num_experts, options.world_size)
-    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
     on_gpu = options.device == "gpu"
+    limit = _device_memory(options) - (GPU_RESERVE if on_gpu else 0)
+    if config.engine.micro_batch_size == "auto":
+        may_take = int((OF_GPU if on_gpu else OF_HOST) * limit)
+        rows, _ = largest_micro_batch(config, options.num_answers, options.world_size, on_gpu, may_take)
+        config.engine = dataclasses.replace(config.engine, micro_batch_size=rows)
+    settings = load_deepspeed_config(config.deepspeed_config, config.engine, config.optimizer, options.world_size)
     zero = Zero.of_run(config, settings, options.world_size, on_gpu)
     length = options.text_length or config.model.max_text_length
     batch = Batch(settings["train_micro_batch_size_per_gpu"], length)
-    limit = parse_bytes(options.device_memory) - (GPU_RESERVE if on_gpu else 0)
     return config, zero, batch, limit
 
 
@@ -98,8 +105,8 @@ def _check(options: Any) -> None:
     config = options.model
     fits = {
         "world_size": options.world_size >= 1,
-        "mfu": 0 < options.mfu <= 1,
-        "peak_tflops": options.peak_tflops > 0,
+        "mfu": options.mfu is None or 0 < options.mfu <= 1,
+        "peak_tflops": options.peak_tflops is None or options.peak_tflops > 0,
         "pairs": options.pairs is None or options.pairs > 0,
         "num_answers": options.num_answers >= 1,
     }
@@ -110,6 +117,12 @@ def _check(options: Any) -> None:
         raise UserError(
             f"--text_length={options.text_length} must lie between 3 and model.max_text_length={config.max_text_length}"
         )
+
+
+def _device_memory(options: Any) -> int:
+    if options.device_memory is not None:
+        return parse_bytes(options.device_memory)
+    return CARDS[options.card].memory if options.device == "gpu" else CPU_MEMORY
 
 
 def parse_bytes(text: str) -> int:
@@ -138,6 +151,7 @@ def _run(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, An
         "device": options.device,
         "global_batch_size": config.engine.global_batch_size,
         "micro_batch_size": batch.rows,
+        "micro_batch_size_is_auto": "auto" in (options.micro_batch_size, options.engine.micro_batch_size),
         "gradient_accumulation_steps": zero.accumulation,
         "text_length": batch.text_length,
     }
@@ -158,18 +172,33 @@ def _memory(rehearsal: Rehearsal, batch: Batch, limit: int) -> dict[str, int]:
     return dataclasses.asdict(memory) | {"peak": memory.peak, "largest_micro_batch_size": most}
 
 
-def _work(config: Config, zero: Zero, whole: Task, batch: Batch, options: Any) -> dict[str, Any]:
+def _work(config: Config, zero: Zero, task: Task, batch: Batch, options: Any) -> dict[str, Any]:
+    """Operations, traffic and time.
+
+    Args:
+        config: the run.
+        zero: how it is spread.
+        task: from ``meta_model.build`` with a rank's experts.
+        batch: a rank's micro-batch.
+        options: of the plan.
+    """
+    whole = build(with_checkpointing(config, on=False), options.num_answers)
     per_sample = flops_per_sample(config, whole, batch.text_length, options.num_answers)
     samples = options.pairs
     if samples is None and config.optimizer.total_steps is not None:
         samples = float(config.optimizer.total_steps * config.engine.global_batch_size)
-    needed = None
-    if samples is not None:
-        needed = days(samples, per_sample, zero.world_size, options.peak_tflops, options.mfu)
+    on_gpu, peak = options.device == "gpu", options.peak_tflops
+    if on_gpu and peak is None:
+        peak = CARDS[options.card].peak_tflops
+    step = step_of(config, zero, batch, task, per_sample, options.num_answers)
+    speed = expected(step, zero, Device(options.card if on_gpu else None, peak), options.mfu)
     return {
+        "sent_per_step": step.exchange,
         "flops_per_sample": per_sample,
         "pairs": samples,
-        "mfu": options.mfu,
-        "peak_tflops": options.peak_tflops,
-        "days": needed,
+        "mfu": speed.mfu,
+        "peak_tflops": peak,
+        "days": days(samples, per_sample, zero.world_size, peak, speed.mfu) if samples and speed.mfu else None,
+        "speed": dataclasses.asdict(speed),
+        "samples_per_second": config.engine.global_batch_size / speed.step_seconds if speed.step_seconds else None,
     }

@@ -16,6 +16,12 @@ MEMORY = {
     "step": "optimizer step, in place of the last three",
     "host": "on the host",
 }
+PARTS = {
+    "data": "data: images, decoded by the loaders",
+    "host": "host: launches",
+    "exchange": "exchange: what is sent, at full link speed",
+    "arithmetic": "arithmetic: the device busy",
+}
 
 
 def as_text(plan: dict[str, Any]) -> str:
@@ -24,7 +30,8 @@ def as_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{run['task']}: {run['world_size']} ranks, ZeRO {run['zero_stage']}, experts over "
         f"{run['expert_parallel_size']}, {run['precision']}, {run['device']}",
-        f"{run['global_batch_size']} samples a step: {run['micro_batch_size']} a rank at once x "
+        f"{run['global_batch_size']} samples a step: {run['micro_batch_size']}"
+        f"{' (auto)' if run['micro_batch_size_is_auto'] else ''} a rank at once x "
         f"{run['gradient_accumulation_steps']} accumulated; texts of {run['text_length']} tokens",
         *_parameters(plan["parameters"]),
         *_memory(plan),
@@ -67,10 +74,26 @@ def _memory(plan: dict[str, Any]) -> list[str]:
 
 
 def _work(plan: dict[str, Any]) -> list[str]:
+    speed, ranks, rate = plan["speed"], plan["run"]["world_size"], plan["samples_per_second"]
     lines = ["", "Work", _line("operations per sample", f"{plan['flops_per_sample'] / 1e9:.1f} GFLOP")]
+    lines += ["", "Seconds of a step by what takes them, if nothing overlaps"]
+    for name, seconds in speed["seconds"].items():
+        most = ["<- bottleneck"] if name == speed["bottleneck"] else []
+        lines.append(_line(PARTS[name], f"{seconds:.3g}", *most))
+    lines += ["", "Expected"]
+    if rate is None:
+        return [*lines, "  --peak_tflops is not given: eve_ds.bench step measures that of a CPU"]
+    lines += [
+        _line(f"share of {plan['peak_tflops']:g} TFLOP/s", f"{plan['mfu']:.1%}"),
+        _line("seconds a step", f"{speed['step_seconds']:.3g}"),
+        _line("samples/s: all ranks, one", *(f"{r:,.0f}" if r >= 100 else f"{r:.3g}" for r in (rate, rate / ranks))),
+        _line("loader processes that feed a rank", f"{speed['loader_processes']:.1f}"),
+    ]
     if plan["days"] is not None:
         lines.append(_line(f"days for {plan['pairs'] / 1e6:.4g} M samples", f"{plan['days']:.3g}"))
-        lines.append(f"  at {plan['mfu']:.0%} of {plan['peak_tflops']:g} TFLOP/s a device")
+    lines.append(f"  {speed['source']}")
+    if (alone := speed["mfu_forward_backward"]) is not None:
+        lines.append(f"  forward and backward alone: {alone:.1%}")
     return lines
 
 

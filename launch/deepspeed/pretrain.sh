@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-trains over the hosts of a hostfile: DeepSpeed's launcher starts the ranks through pdsh and ssh.
 #   HOSTFILE=hosts launch/deepspeed/pretrain.sh --config eve_ds/configs/pretrain_base.yaml \
-#       --deepspeed_config ds_configs/zero2.json --data.path DATA --output_dir RUN
+#       --deepspeed_config ds_configs/zero1.json --data.path DATA --output_dir RUN
 # All arguments go to eve_ds.pretrain as they are. Type it in the checkout, which all hosts see at the same path.
 #
 # HOSTFILE         one host a line, "NAME slots=RANKS" (default: hostfile)

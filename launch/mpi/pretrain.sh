@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-trains under Open MPI:
 #   RANKS=16 MPIRUN_ARGS="--hostfile hosts" launch/mpi/pretrain.sh --config eve_ds/configs/pretrain_base.yaml \
-#       --deepspeed_config ds_configs/zero2.json --data.path DATA --output_dir RUN
+#       --deepspeed_config ds_configs/zero1.json --data.path DATA --output_dir RUN
 # All arguments go to eve_ds.pretrain as they are. Type it in the checkout, which all hosts see at the same path.
 #
 # RANKS            number of ranks (required)

@@ -53,6 +53,7 @@ def eve_large() -> list[Any]:
     from eve_ds.config import PretrainConfig, parse
 
     options = ["--config=pretrain_large", "--config=sources_16m", "--engine.micro_batch_size=4"]
+    options += ["--engine.expert_parallel_size=8", "--deepspeed_config=zero2"]
     return [parse(PretrainConfig, [*options, "--engine.precision=bf16"], "test")]
 
 

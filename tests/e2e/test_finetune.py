@@ -83,8 +83,10 @@ def test_a_rival_is_evaluated_shown_and_exported(pretrained: Path) -> None:
 
 def test_memory_is_forecast_where_negatives_come_from_all_ranks(data: Path, pretrained: Path, tmp_path: Path) -> None:
     """The forecast is made on one rank alone, where a collective would wait for ever or fail."""
-    printed = finetune("itr_coco", data, pretrained, tmp_path / "unused", "--dry_run=true")
+    dry = ("--dry_run=true", "--engine.micro_batch_size=auto")
+    printed = finetune("itr_coco", data, pretrained, tmp_path / "unused", *dry)
     assert "; the plan forecasts " in printed and "no forecast" not in printed, printed
+    assert "engine.micro_batch_size auto: 4 of a rank's 4 samples a step; forecast " in printed
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eve_ds.plan.work import days
 from tests.support import ranks
@@ -31,7 +32,10 @@ def test_the_command(tmp_path: Path, repository: Path) -> None:
     out = tmp_path / "plan.json"
     recipe = str(repository / "eve_ds/configs/tiny_shapes.yaml")
     averaging = ("--optimizer.ema", "0.9", "--engine.precision", "fp32")
-    done = command("--config", recipe, *CHOSEN, *averaging, "--zero", "3", "--pairs", "16e6", "--json", str(out))
+    speed = ("--mfu", "0.4", "--peak_tflops", "989")
+    done = command(
+        "--config", recipe, *CHOSEN, *averaging, "--zero", "3", "--pairs", "16e6", *speed, "--json", str(out)
+    )
     assert done.returncode == 0, done.stderr
     assert "largest micro-batch that fits" in done.stdout
     plan = json.loads(out.read_text(encoding="utf-8"))
@@ -45,3 +49,18 @@ def test_the_command(tmp_path: Path, repository: Path) -> None:
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.count("\n") == 1
     assert "engine.global_batch_size=128 is not a positive multiple of the world size 100" in bad.stderr
+
+
+def test_a_run_that_takes_what_fits_keeps_it_on_fewer_ranks(tiny_run: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = [*tiny_run, "--engine.micro_batch_size=auto", f"--output_dir={output}", "--checkpoint.export=false"]
+    log = ranks.run("eve_ds.pretrain", [*arguments, "--optimizer.total_steps=1"])
+    assert "engine.micro_batch_size auto: 4 of a rank's 4 samples a step; forecast" in log
+
+    def stored() -> int:
+        return int(yaml.safe_load((output / "config.yaml").read_text())["engine"]["micro_batch_size"])
+
+    assert stored() == 4
+    alone = ["--engine.expert_parallel_size=1", "--optimizer.total_steps=2"]
+    assert "micro_batch_size auto" not in ranks.run("eve_ds.pretrain", [*arguments, *alone], 1)
+    assert stored() == 4, "though all 8 samples would fit"
