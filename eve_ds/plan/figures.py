@@ -11,7 +11,7 @@ from eve_ds.engine.checkpoint import checkpoint_bytes
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config
 from eve_ds.engine.distributed import check_world
 from eve_ds.plan.fit import largest
-from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
+from eve_ds.plan.memory import GPU_RESERVE, Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import Config, build, count_parameters
 from eve_ds.plan.work import days, flops_per_sample, traffic
 from eve_ds.plan.zero_states import Zero
@@ -19,8 +19,6 @@ from eve_ds.tasks import Task
 from preprocessing.errors import UserError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Not worked out: CUDA context, NCCL's channels, cuBLAS workspaces, the allocator's unused remains. A guess.
-GPU_RESERVE = 4 * 2**30
 MOST_ROWS = 2**16
 
 
