@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import ipaddress
 import logging
+import math
 import os
 import random
 import re
@@ -95,6 +96,29 @@ def prepare_environment() -> None:
     programs = str(Path(sys.prefix) / "bin")
     path = [entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if entry != programs]
     os.environ["PATH"] = os.pathsep.join([programs, *path])
+
+
+def prepare_nccl(seconds: float) -> None:
+    """Set what torch's NCCL group reads, so that it leaves the end of a run to us. What is set already is kept. Call it
+    before the group is made.
+
+    A thread of torch's checks NCCL's collectives, and another one that thread; both end the process by SIGABRT, after
+    pages of output.
+
+    - TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC: of the second thread, 480 by default, which is before our watchdog's line. It
+      stays as the last resort.
+    - TORCH_NCCL_RETHROW_CUDA_ERRORS=0: the first thread, which meets an error of CUDA within 0.1 s, does not end the
+      process; the main thread meets the same error at its next call and says it in a line.
+    - TORCH_NCCL_DUMP_ON_TIMEOUT=0: no file in /tmp of each rank's last collectives, and no question each second to rank
+      0's store, which fails with a page each once rank 0 has ended.
+    - TORCH_NCCL_LOG_CPP_STACK_ON_UNCLEAN_SHUTDOWN=0: no stacks of C++ from the last resort.
+
+    Args:
+        seconds: timeout of collectives, above that of the watchdog.
+    """
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(math.ceil(seconds)))
+    for name in ("RETHROW_CUDA_ERRORS", "DUMP_ON_TIMEOUT", "LOG_CPP_STACK_ON_UNCLEAN_SHUTDOWN"):
+        os.environ.setdefault(f"TORCH_NCCL_{name}", "0")
 
 
 def compute_threads(cores: int, world_size: int, environment: Mapping[str, str]) -> int:

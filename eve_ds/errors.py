@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -21,28 +20,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from evaluation.common import ended, flush_or_drop, mend_streams
-from eve_ds.data.worker import explain_worker_death
 from eve_ds.environment import launched_rank
+from eve_ds.rank_failure import is_late_rank, is_lost_rank, own_failure
 from preprocessing.errors import UserError, printable
 
 OUTPUT = "eve_ds.output"  # the logger of what a command reports as its result: it goes to stdout
 _LIBRARY_FORMAT = warnings.formatwarning
-# What gloo raises in a collective when a rank has left (gloo/transport/tcp/pair.cc).
-_LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Gloo connectFullMesh failed")
 # Launchers end all ranks as soon as one exits, so ranks with less to report exit later.
 RANK_0_SECONDS = 30.0  # for rank 0 to report a mistake of all ranks: it may import torch later than others
-# What gloo and the rendezvous store raise when a collective times out.
-_LATE_RANK = re.compile(r"Timed out waiting \d+ms|wait timeout after \d+ms|Timed out after \d+ seconds")
-# What torch, CUDA and the system raise when memory runs out, or for an impossible size.
-_NO_MEMORY = re.compile(
-    r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
-    r"Cannot allocate memory|Storage size calculation overflowed"
-)
-_LESS_MEMORY = (
-    "of a run, make the model, the batch or a rank's share smaller: lower engine.micro_batch_size, or set "
-    "--model.checkpoint_activations true, ZeRO stage 3 or offload (--deepspeed_config zero3, zero2_offload); python -m "
-    "eve_ds.plan tells what fits; of eve_ds.predict, lower --batch_size or --image_size"
-)
 LOST_RANK_SECONDS = 3.0  # how long a rank waits that found another one gone
 RANKS = "EVE_DS_RANKS"  # environment variable: the folder in which ranks register with eve_ds.launching
 STOPPED = 75  # exit code: stopped on request, and the same command goes on (EX_TEMPFAIL of sysexits.h)
@@ -129,11 +114,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Set up logging, run an entry point, and end the process with its `exit_code`.
 
     ``atexit`` functions run, but the interpreter is not finalized: a gloo thread that frees a tensor during that aborts
-    the process (pytorch issue 190489), whether the run succeeded or not.
+    the process (pytorch issue 190489), whether the run succeeded or not; and NCCL's group waits there for other ranks.
     """
     mend_streams()
     setup_logging(launched_rank())
-    code = exit_code(main)
+    try:
+        code = exit_code(main)
+    except Exception as bug:  # noqa: BLE001  the interpreter's own end, without its finalization
+        sys.excepthook(type(bug), bug, bug.__traceback__)
+        code = 1
     notify_launching(str(code if code >= 0 else 128 - code))
     if code < 0:  # before the exit functions, which may wait for other ranks
         signal.signal(-code, signal.SIG_DFL)
@@ -182,14 +171,11 @@ def exit_code(main: Callable[[], int | None]) -> int:
 
 
 def _failed_rank(error: Exception) -> int | None:
-    """Report why this rank cannot go on: memory, its data loader or another rank. Returns None for other errors."""
-    if message := _memory_error(error):
-        _report(f"error: rank {launched_rank()}: {message}; {_LESS_MEMORY}")
+    """Report why this rank cannot go on: memory, its data loader, its GPU or another rank. None for other errors."""
+    if failure := own_failure(error):
+        _report(f"error: {failure}")
         return 2
-    if death := explain_worker_death(error):
-        _report(f"error: rank {launched_rank()}: {death}")
-        return 2
-    if _LATE_RANK.search(str(error)):
+    if is_late_rank(error):
         _report(f"rank {launched_rank()}: another rank does not answer, and nobody knew which")
         return 3
     if not is_lost_rank(error):
@@ -202,22 +188,9 @@ def _failed_rank(error: Exception) -> int | None:
     return 3
 
 
-def is_lost_rank(error: Exception) -> bool:
-    """Whether a collective failed because another rank has left."""
-    return bool(_LOST_RANK.search(str(error)))
-
-
 def _report(line: str) -> None:
     """Write the last line of a command to stderr, even if logging is not set up."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _memory_error(error: Exception) -> str:
-    """The part of an error's message that says that memory ran out; "" for other errors."""
-    if isinstance(error, MemoryError):
-        return printable(" ".join(str(error).split())) or "no memory is left"
-    line = next((line for line in str(error).splitlines() if _NO_MEMORY.search(line)), "")
-    return printable(line.partition(". GPU ")[0].rpartition("Allocator: ")[2])
 
 
 def notify_launching(exit_code: str) -> None:

@@ -1,4 +1,4 @@
-"""The memory of a run's first step beside the plan's forecast, and a snapshot of a GPU's memory when it runs out."""
+"""The memory of a run's first step beside the plan's forecast, and what held a GPU's memory when it ran out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from eve_ds import rank_failure
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.memory_gauge import Gauge
 from eve_ds.engine.watchdog import mark
@@ -26,8 +27,9 @@ class MemoryCheck(Callback):
     plan's forecast or nearly all that there is. The forecast takes rank 0 seconds, once; on a CPU with plenty of free
     memory it is not made.
 
-    With ``logging.memory_snapshot`` a GPU's allocations are recorded, and written when a rank runs out of memory. That
-    part has not been run on a GPU.
+    When a GPU runs out of memory, what held it is written into ``output_dir/profile``: torch's summary, or with
+    ``logging.memory_snapshot`` a record of all allocations. That part has not been run on a GPU. The line by which the
+    rank ends then has the forecast, too (``rank_failure.tell_memory``).
 
     Args:
         gauge: made before the model was built.
@@ -35,6 +37,7 @@ class MemoryCheck(Callback):
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge, self._recording = gauge, False
+        rank_failure.tell_memory = lambda error: gauge.shortage(error)
 
     def fit_start(self, trainer: Trainer) -> None:
         if trainer.config.logging.memory_snapshot and trainer.device.type == "cuda":
@@ -52,15 +55,18 @@ class MemoryCheck(Callback):
                 _log.warning("%s", warning)
 
     def close(self, trainer: Trainer) -> None:
-        if not self._recording:
-            return
-        if isinstance(sys.exc_info()[1], torch.cuda.OutOfMemoryError):  # the one that ends the training
-            path = trainer.output_dir / FOLDER / f"memory_rank_{trainer.rank}.pickle"
+        without = isinstance(sys.exc_info()[1], torch.cuda.OutOfMemoryError)  # the error that ends the training
+        if without and trainer.device.type == "cuda":
+            path = trainer.output_dir / FOLDER / f"memory_rank_{trainer.rank}{'.pickle' if self._recording else '.txt'}"
             try:
                 path.parent.mkdir(exist_ok=True)
-                torch.cuda.memory._dump_snapshot(str(path))
-                _log.warning("what held the memory is in %s; https://pytorch.org/memory_viz shows it", path)
+                if self._recording:
+                    torch.cuda.memory._dump_snapshot(str(path))
+                else:
+                    path.write_text(torch.cuda.memory_summary(trainer.device), encoding="utf-8")
+                self._gauge.snapshot = path
             except OSError as error:
-                _log.warning("%s: no snapshot of the memory: %s", path, error.strerror)
-        torch.cuda.memory._record_memory_history(enabled=None)
-        self._recording = False
+                _log.warning("%s: what held the memory could not be written: %s", path, error.strerror)
+        if self._recording:
+            torch.cuda.memory._record_memory_history(enabled=None)
+            self._recording = False

@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from eve_ds import environment
+from eve_ds import environment, rank_failure
 from eve_ds.engine import watchdog
 from eve_ds.engine.determinism import be_deterministic
 from eve_ds.environment import launched_rank, launcher_values, prepare_environment
@@ -107,6 +107,8 @@ def start(timeout_seconds: float = 600, deterministic: bool = False) -> torch.de
         local_rank = environment.device_ordinal(local_rank, torch.cuda.device_count(), os.environ)
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local_rank)
+        environment.prepare_nccl(collective_seconds(timeout_seconds))
+    rank_failure.set_place(_place(local_rank if on_gpu else None))
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
@@ -141,14 +143,40 @@ def disable_shm_operation() -> None:
 
 @contextlib.contextmanager
 def joined(timeout_seconds: float = 600, deterministic: bool = False) -> Iterator[torch.device]:
-    """``start``, and leave the process group at the end."""
-    device = start(timeout_seconds, deterministic)
+    """``start``, and leave the process group at the end.
+
+    Raises:
+        RankError: this rank alone cannot go on: it ran out of memory, or its GPU or NCCL failed.
+    """
+    device, failed = start(timeout_seconds, deterministic), True
     try:
         yield device
         barrier()  # not after an error: the other ranks may never come
+        failed = False
+    except (RuntimeError, MemoryError) as error:
+        if failure := rank_failure.own_failure(error):
+            # Found out while the others still wait: once this rank has left, they end, and launchers then end all.
+            raise RankError(str(_with_details(failure, error))) from error
+        raise
     finally:
         watchdog.stop()
-        dist.destroy_process_group()
+        if not failed or dist.get_backend() != "nccl":  # NCCL's waits for what the others have launched, or for ever
+            dist.destroy_process_group()
+
+
+def _with_details(failure: rank_failure.Failure, error: Exception) -> rank_failure.Failure:
+    if failure.memory:
+        return failure._replace(known=rank_failure.tell_memory(error) if rank_failure.tell_memory else "")
+    path = watchdog.keep_traceback(error)
+    return failure._replace(known=f"where: {path}" if path else "")
+
+
+def _place(gpu: int | None) -> str:
+    """Where this rank runs. Asked at the start: CUDA answers no more once the GPU has failed."""
+    if gpu is None:
+        return socket.gethostname()
+    uuid = getattr(torch.cuda.get_device_properties(gpu), "uuid", None)
+    return f"{socket.gethostname()}, GPU {gpu}" + (f", GPU-{uuid}" if uuid else "")
 
 
 def _check_port(text: str) -> None:

@@ -15,7 +15,8 @@ from eve_ds.engine.distributed import decide, launched_world, rank_and_world
 from eve_ds.engine.memory_gauge import Gauge, size
 from eve_ds.engine.schedule import Cooldown, cooldown_of
 from eve_ds.engine.trainer import Trainer
-from eve_ds.errors import OUTPUT, RankError, is_lost_rank
+from eve_ds.errors import OUTPUT, RankError
+from eve_ds.rank_failure import is_lost_rank
 from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import checkpoints, step_of
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from eve_ds.engine.distributed import gather, rank_and_world
+from eve_ds.rank_failure import capacity
 
 Forecast = Callable[[], int]  # bytes of a rank; plan.forecast makes it, which this layer may not import
+Fitting = Callable[[int], tuple[int, int]]
 ABOVE = 1.1  # times the forecast: more is worth a warning
 # Bytes above the forecast that mean nothing: kernels and workspaces of libraries, which are no tensors of the step.
 SLACK = 256 * 2**20
@@ -45,11 +47,17 @@ class Gauge:
 
     Args:
         device: this rank's.
-        forecast: returns the bytes that a rank should hold at most. It is called on rank 0 alone.
+        forecast: returns the bytes that a rank should hold at most. It is called on rank 0 alone, or on a rank that
+            runs out of memory.
+        fitting: bytes of a GPU -> (micro-batch of the run, the largest one up to it that fits, by the forecast).
+
+    Attributes:
+        snapshot: file that tells what held the memory when it ran out; None where none was written.
     """
 
-    def __init__(self, device: torch.device, forecast: Forecast) -> None:
-        self.device, self.forecast = device, forecast
+    def __init__(self, device: torch.device, forecast: Forecast, fitting: Fitting | None = None) -> None:
+        self.device, self.forecast, self.fitting = device, forecast, fitting
+        self.snapshot: Path | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
@@ -77,6 +85,20 @@ class Gauge:
             return None
         scarce = any(each.free <= plenty * each.total for each in held)
         return told(held, self.device.type == "cuda", self._forecast_or_none() if scarce else None)
+
+    def shortage(self, error: Exception) -> str:
+        """What is known of ``error``, by which this rank ran out of memory: forecast, what fits, and the snapshot."""
+        said = []
+        try:
+            said.append(f"the plan forecasts {size(self.forecast())}")
+            total = capacity(error) or (self.read().total if self.device.type == "cuda" else None)
+            if self.fitting and total:
+                said.append(_room(*self.fitting(total)))
+        except Exception as failure:  # noqa: BLE001  code of others runs in it, and the host may lack memory for it, too
+            _log.debug("no forecast of the memory: %s: %s", type(failure).__name__, failure)
+        if self.snapshot:
+            said.append(f"what held the memory is in {self.snapshot}")
+        return "; ".join(said)
 
     def _forecast_or_none(self) -> int | None:
         """None, with a warning, where there is no forecast: a task of the user's own may lack what the plan asks of it,
@@ -142,6 +164,15 @@ def told(found: Sequence[Held], on_gpu: bool, forecast: int | None) -> tuple[str
     if free < LEAST_FREE:
         warnings.append(f"memory: {free:.1%} of the {'GPU' if on_gpu else 'host'}'s memory is free; {LOWER}")
     return f"{line}; {free:.0%} of {size(tightest.total)} free", warnings
+
+
+def _room(rows: int, most: int) -> str:
+    if most == rows:
+        return (
+            f"by it engine.micro_batch_size={rows} fits: experts that are loaded unevenly, other processes on the GPU, "
+            "fragments (PYTORCH_ALLOC_CONF=expandable_segments:True) or an error of the plan"
+        )
+    return f"of engine.micro_batch_size={rows} " + (f"{most} fits" if most else "not even 1 fits")
 
 
 def size(count: int) -> str:

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,18 @@ def start(run_folder: Path, rank: int, world_size: int, seconds: float) -> None:
     global _watchdog
     _watchdog = Watchdog(run_folder / FOLDER, rank, world_size, seconds)
     _watchdog.start()
+
+
+def keep_traceback(error: BaseException) -> Path | None:
+    """Write where ``error`` was raised beside the stacks. Returns the file; None without a run folder."""
+    if _watchdog is None:
+        return None
+    path = _watchdog.folder / f"rank_{_watchdog.rank}.traceback"
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return None
+    return path
 
 
 def mark(doing: str) -> None:

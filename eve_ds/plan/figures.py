@@ -13,7 +13,7 @@ from eve_ds.engine.distributed import check_world
 from eve_ds.plan.auto import OF_GPU, OF_HOST, largest_micro_batch
 from eve_ds.plan.devices import CARDS
 from eve_ds.plan.fit import largest
-from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
+from eve_ds.plan.memory import GPU_RESERVE, Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import Config, build, count_parameters
 from eve_ds.plan.speed import Device, expected, step_of
 from eve_ds.plan.work import days, flops_per_sample
@@ -22,8 +22,6 @@ from eve_ds.tasks import Task
 from preprocessing.errors import UserError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# Not worked out: CUDA context, NCCL's channels, cuBLAS workspaces, the allocator's unused remains. A guess.
-GPU_RESERVE = 4 * 2**30
 CPU_MEMORY = 80 * 2**30  # where none is named
 MOST_ROWS = 2**16
 

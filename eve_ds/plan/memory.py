@@ -13,6 +13,9 @@ from eve_ds.plan.live_bytes import LiveBytes
 from eve_ds.plan.meta_model import Config, build, even_batch, prepare
 from eve_ds.plan.zero_states import GradientBuckets, Zero, groups_of, steady, step_peak
 
+# Of a GPU, not worked out: CUDA context, NCCL's channels, cuBLAS workspaces, the allocator's unused remains. A guess.
+GPU_RESERVE = 4 * 2**30
+
 
 @dataclass(frozen=True)
 class Batch:

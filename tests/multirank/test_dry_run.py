@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_a_rank_without_memory_says_what_to_lower(tmp_path: Path, monkeypatch: p
     assert [rank.returncode for rank in started] == [2, 2], outputs
     assert outputs[0] == "error: rank 0: another rank has ended in a trial step; its message says why"
     assert outputs[1].startswith("error: rank 1: can't allocate memory") and outputs[1].count("\n") == 0, outputs[1]
+    assert f"(on {socket.gethostname()}); the plan forecasts " in outputs[1]
     lower = ("engine.micro_batch_size", "model.checkpoint_activations", "zero3", "zero2_offload", "eve_ds.plan")
     assert all(word in outputs[1] for word in lower)
     assert not (tmp_path / "run").exists()

@@ -1,9 +1,9 @@
 """``eve_ds.pretrain`` with an incident: rank 1's loss of step 2 is infinite, or it is asked to stop in that step, too
 (unsound); or ranks are asked to stop at once, or in the first evaluation; or, from the second step on, they take each
 other for stuck after six seconds (impatient); or, in a run in fp16, the gradient of rank 1's experts alone overflows in
-step 20 (fp16).
+step 20 (fp16); or rank 1 meets in step 2 what torch raises of a GPU without memory (memory) or with a fault (fault).
 
-python -m tests.support.spike [--spike=stop|evaluation|unsound|impatient|fp16] OPTIONS
+python -m tests.support.spike [--spike=stop|evaluation|unsound|impatient|fp16|memory|fault] OPTIONS
 """
 
 from __future__ import annotations
@@ -15,6 +15,22 @@ from typing import Any
 
 from eve_ds.environment import prepare_environment
 from eve_ds.errors import run_command
+
+# As torch 2.11 words them.
+NO_MEMORY = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 4.00 GiB of which 14.31 MiB is "
+    "free. Including non-PyTorch memory, this process has 3.98 GiB memory in use. Of the allocated memory 3.10 GiB is "
+    "allocated by PyTorch, and 511.48 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory "
+    "is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for "
+    "Memory Management  (https://pytorch.org/docs/stable/notes/cuda.html#environment-variables)"
+)
+FAULT = (
+    "CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECCUncorrectable' in "
+    "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\nCUDA kernel errors "
+    "might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor "
+    "debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side "
+    "assertions.\n"
+)
 
 
 def main() -> int:
@@ -36,6 +52,10 @@ def main() -> int:
         output = forward(task, batch)
         calls["training"] += task.training
         if task.training and calls["training"] == 3 and os.environ["RANK"] == "1":  # two micro-batches a step
+            if incident == "memory":
+                raise torch.OutOfMemoryError(NO_MEMORY)
+            if incident == "fault":
+                raise torch.AcceleratorError(FAULT)
             output.loss = output.loss * float("inf")
             if incident == "unsound":
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -155,27 +155,13 @@ def test_a_model_beyond_the_memory_is_told_in_a_line() -> None:
         assert ended.stderr.startswith("error: rank 0: ") and said in ended.stderr and "eve_ds.plan" in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which …",
-            "CUDA out of memory. Tried to allocate 20.00 MiB; ",
-        ),
-        (
-            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
-            "CUDA error: out of memory; ",
-        ),
-        ("NCCL error\nLast error:\nCuda failure 2 'out of memory'", "Cuda failure 2 'out of memory'; "),
-        (
-            "unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)",
-            "unable to mmap 99 bytes from file <x>: C",
-        ),
-    ],
-)
-def test_memory_of_a_gpu(capsys: pytest.CaptureFixture[str], words: str, said: str) -> None:
-    assert raising(RuntimeError(words)) == 2
-    assert capsys.readouterr().err.startswith(f"error: rank 0: {said}")
+def test_a_bug_ends_with_its_traceback_and_the_interpreter_left_standing() -> None:
+    script = SCRIPT.replace("UserError(sys.argv[1])", "KeyError(sys.argv[1])")
+    ended = subprocess.run([sys.executable, "-c", script, "a bug"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "said at the exit\n")
+    assert ended.stderr.startswith("Traceback (most recent call last):") and ended.stderr.endswith(
+        "KeyError: 'a bug'\n"
+    )
 
 
 def test_control_characters_of_a_message_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:

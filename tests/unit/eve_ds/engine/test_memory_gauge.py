@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from eve_ds import rank_failure
 from eve_ds.callbacks.memory_check import MOST_EVENTS, MemoryCheck
 from eve_ds.engine import memory_gauge
 from eve_ds.engine.memory_gauge import SLACK, Gauge, Held, size, told
@@ -156,20 +157,26 @@ def test_the_first_step_of_a_process_is_compared_and_no_other(
 @pytest.mark.parametrize(
     ("device", "snapshot", "error", "written"),
     [
-        ("cuda", True, torch.cuda.OutOfMemoryError("out of memory"), True),
-        ("cuda", True, ValueError("another error"), False),
-        ("cuda", True, None, False),
-        ("cuda", False, torch.cuda.OutOfMemoryError("out of memory"), False),
-        ("cpu", True, torch.cuda.OutOfMemoryError("out of memory"), False),
+        ("cuda", True, torch.cuda.OutOfMemoryError("out of memory"), "memory_rank_1.pickle"),
+        ("cuda", True, ValueError("another error"), None),
+        ("cuda", True, None, None),
+        ("cuda", False, torch.cuda.OutOfMemoryError("out of memory"), "memory_rank_1.txt"),
+        ("cpu", True, torch.cuda.OutOfMemoryError("out of memory"), None),
     ],
 )
-def test_allocations_are_recorded_where_asked_and_written_when_memory_runs_out(
-    device: str, snapshot: bool, error: Exception | None, written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_allocations_are_recorded_where_asked_and_what_held_the_memory_is_written_when_it_runs_out(
+    device: str,
+    snapshot: bool,
+    error: Exception | None,
+    written: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **given: calls.append(given))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_text("it"))
-    check = MemoryCheck(SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "memory_summary", lambda device: "a table")
+    check = MemoryCheck(Gauge(CPU, lambda: 5 * GIB))
     check.fit_start(made := trainer(tmp_path, device, snapshot))
     with contextlib.suppress(ValueError, torch.cuda.OutOfMemoryError):
         try:
@@ -180,4 +187,34 @@ def test_allocations_are_recorded_where_asked_and_written_when_memory_runs_out(
     check.close(made)
     recorded = device == "cuda" and snapshot
     assert calls == ([{"max_entries": MOST_EVENTS}, {"enabled": None}] if recorded else [])
-    assert [path.name for path in tmp_path.rglob("*.pickle")] == (["memory_rank_1.pickle"] if written else [])
+    assert [path.name for path in tmp_path.rglob("memory*")] == ([written] if written else [])
+    where = f"; what held the memory is in {tmp_path}/profile/{written}" if written else ""
+    assert tell_memory(MemoryError()) == f"the plan forecasts 5.00 GiB{where}"
+
+
+def tell_memory(error: Exception) -> str:
+    assert rank_failure.tell_memory is not None
+    return rank_failure.tell_memory(error)
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        (24, "of engine.micro_batch_size=32 24 fits"),
+        (0, "of engine.micro_batch_size=32 not even 1 fits"),
+        (32, "by it engine.micro_batch_size=32 fits: experts that are loaded unevenly"),
+    ],
+)
+def test_a_rank_without_memory_tells_the_micro_batch_that_fits(fits: int, said: str) -> None:
+    asked: list[int] = []
+    gauge = Gauge(CPU, lambda: 90 * GIB, lambda total: (asked.append(total) or 32, fits))  # type: ignore[func-returns-value]
+    words = (
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 3 has a total capacity of {} of which 0 bytes is free."
+    )
+    told = gauge.shortage(torch.OutOfMemoryError(words.format("79.25 GiB")))
+    assert told.startswith(f"the plan forecasts 90.0 GiB; {said}") and asked == [int(79.25 * GIB)]
+    assert gauge.shortage(MemoryError()) == "the plan forecasts 90.0 GiB"  # how large its memory is nobody said
+
+
+def test_a_rank_without_memory_ends_in_its_line_where_a_forecast_fails() -> None:
+    assert Gauge(CPU, lambda: 1 // 0).shortage(MemoryError()) == ""
