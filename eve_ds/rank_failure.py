@@ -65,7 +65,7 @@ _MORE_OF_NCCL = (
 )
 
 # Says more of a rank that runs out of memory, for its line: the forecast. Set where a run is trained.
-tell_memory: Callable[[Exception], str] | None = None
+tell_memory: Callable[[BaseException], str] | None = None
 _place = ""
 
 
@@ -95,8 +95,10 @@ def set_place(text: str) -> None:
     _place = text
 
 
-def own_failure(error: Exception) -> Failure | None:
+def own_failure(error: BaseException) -> Failure | None:
     """What went wrong on this rank: memory, its data loader, its GPU, NCCL. None for other errors and other ranks'."""
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
     text = str(error)
     if message := _memory_error(error):
         return Failure(message, _LESS_MEMORY, memory=True)
@@ -112,23 +114,23 @@ def own_failure(error: Exception) -> Failure | None:
     return None
 
 
-def is_lost_rank(error: Exception) -> bool:
+def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another rank has left."""
     return bool(_LOST_RANK.search(str(error)))
 
 
-def is_late_rank(error: Exception) -> bool:
+def is_late_rank(error: BaseException) -> bool:
     """Whether a collective failed because another rank did not come."""
     return bool(_LATE_RANK.search(str(error)))
 
 
-def capacity(error: Exception) -> int | None:
+def capacity(error: BaseException) -> int | None:
     """Bytes of the GPU whose memory ran out, if the error tells."""
     found = _CAPACITY.search(str(error))
     return int(float(found[2]) * _UNITS[found[3]]) if found and found[3] in _UNITS else None
 
 
-def _memory_error(error: Exception) -> str:
+def _memory_error(error: BaseException) -> str:
     """The part of an error's message that says that memory ran out; "" for other errors."""
     if isinstance(error, MemoryError):
         return printable(" ".join(str(error).split())) or "no memory is left"

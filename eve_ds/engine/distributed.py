@@ -28,7 +28,7 @@ from eve_ds import environment, rank_failure
 from eve_ds.engine import watchdog
 from eve_ds.engine.determinism import be_deterministic
 from eve_ds.environment import launched_rank, launcher_values, prepare_environment
-from eve_ds.errors import RankError, finish_together
+from eve_ds.errors import RankError, StopError, finish_together
 from preprocessing.errors import UserError
 from preprocessing.local_files import write_text
 
@@ -148,23 +148,32 @@ def joined(timeout_seconds: float = 600, deterministic: bool = False) -> Iterato
     Raises:
         RankError: this rank alone cannot go on: it ran out of memory, or its GPU or NCCL failed.
     """
-    device, failed = start(timeout_seconds, deterministic), True
+    device = start(timeout_seconds, deterministic)
     try:
         yield device
         barrier()  # not after an error: the other ranks may never come
-        failed = False
-    except (RuntimeError, MemoryError) as error:
-        if failure := rank_failure.own_failure(error):
-            # Found out while the others still wait: once this rank has left, they end, and launchers then end all.
-            raise RankError(str(_with_details(failure, error))) from error
+    except BaseException as error:
+        failure = rank_failure.own_failure(error)
+        # Found out while the others still wait: once this rank has left, they end, and launchers then end all.
+        line = str(_with_details(failure, error)) if failure else ""
+        _leave_group(error)
+        if failure:
+            raise RankError(line) from error
         raise
-    finally:
-        watchdog.stop()
-        if not failed or dist.get_backend() != "nccl":  # NCCL's waits for what the others have launched, or for ever
-            dist.destroy_process_group()
+    _leave_group()
 
 
-def _with_details(failure: rank_failure.Failure, error: Exception) -> rank_failure.Failure:
+def _leave_group(error: BaseException | None = None) -> None:
+    """Stop watching, and leave the group. After an error not NCCL's: that waits for collectives that the other ranks
+    have launched. They do not notice, as those of gloo do, so they are told."""
+    on_nccl = dist.get_backend() == "nccl"
+    everywhere = isinstance(error, UserError | StopError) and not isinstance(error, RankError)
+    watchdog.stop(leaves=error is not None and on_nccl and not everywhere)
+    if error is None or not on_nccl:
+        dist.destroy_process_group()
+
+
+def _with_details(failure: rank_failure.Failure, error: BaseException) -> rank_failure.Failure:
     if failure.memory:
         return failure._replace(known=rank_failure.tell_memory(error) if rank_failure.tell_memory else "")
     path = watchdog.keep_traceback(error)

@@ -86,7 +86,7 @@ class Gauge:
         scarce = any(each.free <= plenty * each.total for each in held)
         return told(held, self.device.type == "cuda", self._forecast_or_none() if scarce else None)
 
-    def shortage(self, error: Exception) -> str:
+    def shortage(self, error: BaseException) -> str:
         """What is known of ``error``, by which this rank ran out of memory: forecast, what fits, and the snapshot."""
         said = []
         try:

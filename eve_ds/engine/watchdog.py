@@ -3,7 +3,8 @@
 A thread of each rank writes its state into RUN/ranks/rank_N.json: each minute, and more often once it waits. A rank
 without progress for ``engine.timeout_seconds`` writes its stacks (rank_N.stacks), asks the other ranks for theirs,
 compares two states of each, names those that are stopped or behind, and ends with exit code 3. (A single rank reports,
-and continues to wait.) A collective alone would wait for half an hour or for ever, and would name no rank.
+and continues to wait.) A collective alone would wait for half an hour or for ever, and would name no rank. A rank that
+ends by an error leaves word, because NCCL's collectives do not tell the others: they end soon after, with exit code 3.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 from eve_ds.engine.signals import end, say
 
 FOLDER = "ranks"  # of the run folder
-ASKED = "stacks_wanted"  # a file in it; touched to ask all ranks for their stacks
+ASKED = "stacks_wanted"  # a file in it; touched to ask all ranks for their stacks; holds a line for each that left
 SLOWEST_LOOK = 8.0  # seconds between two checks, at most
 PATIENCE = 6  # intervals to wait for the run folder's file system; _find_culprit takes four
+LOST_PATIENCE = 3  # intervals without progress after which a rank ends if another one has left
 HEALTHY_BEAT = 60.0  # seconds between two writes of a rank that makes progress
 
 
@@ -44,6 +46,8 @@ class Watchdog:
         self.doing, self._since, self._marks, self._beats = "the set-up", time.monotonic(), 0, 0
         self._asked_at: float | None = None  # when stacks were last asked for
         self._wanted = False  # whether they were, since this start
+        self._left: list[str] = []  # the ranks that left, also in earlier starts
+        self._left_before = 0  # how many of these
         self._beaten = -HEALTHY_BEAT  # when it last wrote
         self._ended = threading.Event()
         self._files: threading.Thread | None = None  # works on the run folder
@@ -64,6 +68,16 @@ class Watchdog:
         """Stop watching."""
         self._ended.set()
 
+    def leave(self) -> None:
+        """Tell the other ranks that this one ends by an error. Waits an interval at most for the storage."""
+        writing = threading.Thread(target=self._leave_word, name="watchdog-leaves", daemon=True)
+        writing.start()
+        writing.join(self.interval)
+
+    def _leave_word(self) -> None:
+        with contextlib.suppress(OSError), open(self.folder / ASKED, "a", encoding="utf-8") as file:
+            file.write(f"rank {self.rank} on {socket.gethostname()} (process {os.getpid()})\n")
+
     def _watch(self) -> None:
         self._in_folder(self._begin)
         looked = time.monotonic()
@@ -73,6 +87,10 @@ class Watchdog:
                 self._since += now - looked
             beats = self._wanted or now - self._since > self.seconds / 4 or now - self._beaten > HEALTHY_BEAT
             self._in_folder(lambda beats=beats: self._look(beats))  # type: ignore[misc]
+            left = self._left[self._left_before :]
+            if left and now - self._since > LOST_PATIENCE * self.interval and not self._ended.is_set():
+                say(f"{left[0]} has ended; its message says why")
+                end(3)
             if now - self._since > self.seconds:
                 since, found = self._since, [""]
                 self._in_folder(lambda found=found: found.insert(0, self._find_culprit()))  # type: ignore[misc]
@@ -98,7 +116,7 @@ class Watchdog:
             # Made now, because NFS clients remember for a minute that a file is missing.
             os.close(os.open(self.folder / ASKED, os.O_CREAT, 0o666))
         self._others_ask()
-        self._wanted = False
+        self._wanted, self._left_before = False, len(self._left)
         self._beat()
 
     def _look(self, beats: bool) -> None:
@@ -118,8 +136,10 @@ class Watchdog:
 
     def _others_ask(self) -> bool:
         with contextlib.suppress(OSError):
-            with open(self.folder / ASKED) as file:  # an NFS client asks the server at open, not at stat
+            # An NFS client asks the server at open, not at stat.
+            with open(self.folder / ASKED, encoding="utf-8", errors="replace") as file:
                 asked_at = os.fstat(file.fileno()).st_mtime
+                self._left = file.read().splitlines()
             if asked_at != self._asked_at:
                 self._asked_at, self._wanted = asked_at, True
                 return True
@@ -224,9 +244,11 @@ def mark_again() -> None:
         _watchdog.go_on()
 
 
-def stop() -> None:
-    """Stop watching, if ``start`` was called."""
+def stop(leaves: bool = False) -> None:
+    """Stop watching, if ``start`` was called. ``leaves``: this rank ends by an error that the others do not meet."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.close()
+        if leaves:
+            _watchdog.leave()
     _watchdog = None

@@ -33,10 +33,18 @@ FAULT = (
 )
 
 
-def main() -> int:
-    prepare_environment()
+def raise_gpu_error(incident: str) -> None:
+    """If that is the incident."""
     import torch
 
+    if incident == "memory":
+        raise torch.OutOfMemoryError(NO_MEMORY)
+    if incident == "fault":
+        raise torch.AcceleratorError(FAULT)
+
+
+def main() -> int:
+    prepare_environment()
     from eve_ds import pretrain
     from eve_ds.engine import watchdog
     from eve_ds.engine.trainer import Trainer
@@ -52,10 +60,7 @@ def main() -> int:
         output = forward(task, batch)
         calls["training"] += task.training
         if task.training and calls["training"] == 3 and os.environ["RANK"] == "1":  # two micro-batches a step
-            if incident == "memory":
-                raise torch.OutOfMemoryError(NO_MEMORY)
-            if incident == "fault":
-                raise torch.AcceleratorError(FAULT)
+            raise_gpu_error(incident)
             output.loss = output.loss * float("inf")
             if incident == "unsound":
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +85,7 @@ def main() -> int:
         handles = []
         if trainer.step == 19 and os.environ["RANK"] == "1":
             for layer in trainer.task.backbone.moe_layers():
-                handles += [part.register_hook(lambda gradient: gradient * torch.inf) for part in [layer.experts.w1]]
+                handles += [part.register_hook(lambda gradient: gradient * float("inf")) for part in [layer.experts.w1]]
         record = train_step(trainer, *arguments)
         for handle in handles:
             handle.remove()

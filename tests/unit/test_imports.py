@@ -23,17 +23,18 @@ LAYERS = {
     "eve_ds.model": 2,
     "eve_ds.data": 2,
     "eve_ds.weights": 3,
-    "eve_ds.errors": 3,
-    "eve_ds.intervals": 4,
-    "eve_ds.recipes": 4,
-    "eve_ds.options": 5,
-    "eve_ds.tasks": 6,
-    "eve_ds.config_sections": 6,
-    "eve_ds.config": 7,
-    "eve_ds.engine": 8,
-    "eve_ds.callbacks": 9,
+    "eve_ds.rank_failure": 3,
+    "eve_ds.errors": 4,
+    "eve_ds.intervals": 5,
+    "eve_ds.recipes": 5,
+    "eve_ds.options": 6,
+    "eve_ds.tasks": 7,
+    "eve_ds.config_sections": 7,
+    "eve_ds.config": 8,
+    "eve_ds.engine": 9,
+    "eve_ds.callbacks": 10,
 }
-ENTRY_POINTS = 10
+ENTRY_POINTS = 11
 LEAVES = (
     "preprocessing.errors",
     "preprocessing.local_files",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,23 +178,39 @@ def test_the_capacity_of_a_gpu() -> None:
 
 LEAVES = """
 import sys
+from pathlib import Path
 import torch.distributed as dist
-from eve_ds.engine import distributed
+from eve_ds.engine import distributed, watchdog
+from eve_ds.errors import RankError
+from preprocessing.errors import UserError
+run, backend, error = sys.argv[1:]
 try:
     with distributed.joined():
-        dist.get_backend = lambda *_: sys.argv[1]
-        raise RuntimeError("a failure")
-except RuntimeError:
-    print(dist.is_initialized())
+        watchdog.start(Path(run), 0, 1, 60)
+        dist.get_backend = lambda *_: backend
+        raise {"alone": RankError, "everywhere": UserError, "bug": KeyError}[error]("a failure")
+except (UserError, KeyError):
+    word = Path(run, watchdog.FOLDER, watchdog.ASKED)
+    print(dist.is_initialized(), word.is_file() and "rank 0 on" in word.read_text())
 """
 
 
-@pytest.mark.parametrize(("backend", "stays"), [("nccl", True), ("gloo", False)])
-def test_a_rank_that_fails_does_not_wait_for_the_others_to_leave_nccls_group(backend: str, stays: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "error", "stays", "word"),
+    [
+        ("nccl", "alone", True, True),
+        ("nccl", "bug", True, True),
+        ("nccl", "everywhere", True, False),  # the others know, and may have more to do
+        ("gloo", "alone", False, False),
+    ],
+)
+def test_a_rank_that_fails_does_not_wait_in_nccls_group_and_leaves_word(
+    backend: str, error: str, stays: bool, word: bool, tmp_path: Path
+) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    command = [sys.executable, "-c", LEAVES, backend]
+    command = [sys.executable, "-c", LEAVES, str(tmp_path), backend, error]
     left = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert left.stdout == f"{stays}\n", left.stderr
+    assert left.stdout == f"{stays} {word}\n", left.stderr
 
 
 def test_nccl_leaves_the_end_of_a_run_to_us_and_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,31 @@ def test_stacks_are_written_when_another_rank_asks(tmp_path: Path) -> None:
     assert "step 7, computing" in text.splitlines()[0] and "test_watchdog.py" in text
 
 
+def test_a_rank_ends_soon_if_another_one_leaves_word_of_its_end(tmp_path: Path) -> None:
+    """Word from an earlier start counts for nothing, nor does any as long as the rank makes progress."""
+    script = (
+        "import sys, time; from pathlib import Path; from eve_ds.engine import watchdog\n"
+        "watchdog.start(Path(sys.argv[1]), 0, 2, 10.0)\n"
+        "print('watches', flush=True)\n"
+        "for _ in range(25):\n    time.sleep(0.2)\n    watchdog.mark('a step')\n"
+        "print('stands', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    Watchdog(folder, 3, 4, 10.0).leave()
+    waits = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=-1, stderr=-1, text=True)
+    assert waits.stdout is not None
+    while not (folder / "rank_0.json").exists():
+        time.sleep(0.02)
+    Watchdog(folder, 1, 4, 10.0).leave()
+    assert [waits.stdout.readline(), waits.stdout.readline()] == ["watches\n", "stands\n"]
+    began = time.monotonic()
+    told = waits.communicate()[1]
+    line = f"rank 0: rank 1 on {HOST} (process {os.getpid()}) has ended; its message says why\n"
+    assert (told, waits.returncode) == (line, 3) and 2 < time.monotonic() - began < 10
+
+
 def test_a_folder_that_does_not_answer_silences_nobody(tmp_path: Path) -> None:
     """From the start on, or later. A pipe that nobody reads stands for it: who opens that to write waits for ever."""
     script = (
