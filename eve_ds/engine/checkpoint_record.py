@@ -37,6 +37,8 @@ _READ_AGAIN = "nothing says that it is damaged: see to its permissions and its f
 _OWN_FILES = "its files are not all of one save: put back those that are, or go on from an older checkpoint"
 # The only classes in DeepSpeed's files that torch.load does not allow by itself.
 torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+# Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle a member of an enum by ``getattr``, which cannot be allowed.
+ZeroStageEnum.__reduce_ex__ = lambda self, _: (ZeroStageEnum, (self.value,))
 
 Sizes = dict[str, int | str]  # file below the checkpoint: bytes, or why it cannot be opened
 Hashes = dict[str, tuple[int, str]]  # file below the checkpoint: bytes, SHA-256

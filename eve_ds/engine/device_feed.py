@@ -1,7 +1,8 @@
 """The loader's batches on this rank's device, their images normalized there.
 
 On a GPU the main process touches no pixel: images lie as bytes in memory that the loader's processes write and CUDA has
-pinned, and are copied from there, a quarter of the size of float32, while the device computes.
+pinned, and are copied from there, a quarter of the size of float32, while the device computes. (Without such processes,
+or if CUDA refuses to pin their memory, each batch is copied into pinned memory first.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class DeviceFeed(Iterator[Batch]):
         source: raw batches of ``build_loader``; closed with the feed.
         device: where they go.
     Attributes:
-        wait_seconds: total time in which ``source`` gave no batch and the device had nothing to do. Waiting for the
-            device itself does not count.
+        wait_seconds: total of those waits for ``source`` at whose end the device had nothing left to do: at least the
+            time that it stood idle for want of data. Waiting for the device itself does not count.
     """
 
     def __init__(self, source: Generator[Batch, None, None], device: torch.device) -> None:
@@ -71,8 +72,8 @@ class DeviceFeed(Iterator[Batch]):
 
     def _read(self) -> Batch:
         if self._copies:
-            # Asked for its next batch, torch's DataLoader lets a worker overwrite the slot of the one before. So the
-            # host waits here until that one is copied; its copy began a step ago.
+            # ``next(source)`` lets a worker overwrite the slot of the batch before, so its copy must be over. It began
+            # when that batch was read: with ``look_ahead`` a micro-batch ago, and the host hardly waits.
             self._copies.wait()
         work = self._copies.launched_work() if self._copies else None
         began = time.perf_counter()
@@ -118,7 +119,7 @@ class _Copies:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
         for value in batch.values():
-            value.record_stream(current)  # its memory belongs to the other stream, which must not reuse it before
+            value.record_stream(current)  # it is the copies' stream's memory: not to be reused before this has read it
         return {name: normalize_on_device(value) if _is_raw(name, value) else value for name, value in batch.items()}
 
 

@@ -1,15 +1,16 @@
 """DeepSpeed's ZeRO optimizers with few operations per gradient: what a GPU waits for is the launches, not the work.
 
-DeepSpeed 0.19.8 looks at each gradient four times between a backward pass and the optimizer's step. With EVE-Base's 322
-gradients these were 6,000 of the 10,020 launches of a step (one H100; docs/benchmarks.md). Here
+Of the 10,020 operations that a step of EVE-Base launched, DeepSpeed 0.19.8 launched 6,000; 4,186 of them searched its
+322 gradients for NaN and infinity (one H100; docs/benchmarks.md). Here
 
-- the search for NaN and infinity (stages 1 and 2: 13 launches a gradient) is left out: the gradients' norm is not
-  finite either then, it is reduced over all ranks, and DeepSpeed leaves the step out for that, too;
+- that search is left out (stages 1 and 2): a gradient that is not finite makes the norm, which is reduced over all
+  ranks, not finite, and DeepSpeed skips such a step. It does so with ``compute_grad_norm`` and ``check_grad_overflow``,
+  which ``deepspeed_keys`` insists on, as it does on ``contiguous_gradients``;
 - the norm is taken of all gradients of a group by one ``foreach`` operation;
-- gradients are copied into the buffer of a reduction, and out of it, together (stages 1 and 2, without
-  ``overlap_comm``).
+- gradients are copied into the buffer of a reduction, and out of it, together (stages 1 and 2). Not with
+  ``overlap_comm``: there the copies belong to the stream of the reduction.
 
-DeepSpeed does not allow fewer hooks: each gradient has one, which notes what is to be reduced.
+One Python hook per gradient remains, which DeepSpeed needs.
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ def make_lean(optimizer: Any) -> None:
         optimizer.__class__ = LeanZero3
 
 
-def norm_of_each(gradients: Any, params: Any, norm_type: float) -> list[Tensor]:
-    """A vector of the norms of some gradients, which DeepSpeed gets in their place: it has the same norm as they have
-    together. Arguments as of its ``get_grad_norm_direct``."""
+def stacked_norms(gradients: Any, params: Any, norm_type: float) -> list[Tensor]:
+    """[a vector of the gradients' norms], which DeepSpeed gets in place of the gradients: it has the same norm as they
+    have together; [] if there are none.
+
+    Arguments as of its ``get_grad_norm_direct``, which pairs them by ``zip`` and skips parameters that model
+    parallelism or pipelines replicate: there are none here.
+    """
     counted = [each for each in gradients if not getattr(each, "_zero_padding", False)][: len(params)]
     if not counted:
         return []
-    dtype = torch.float32 if counted[0].is_cuda else torch.float64  # the CPU adds up each tensor in one chain
+    dtype = torch.float32 if counted[0].is_cuda else torch.float64  # on the CPU a float32 sum loses digits
     return [torch.stack(torch._foreach_norm(counted, norm_type, dtype=dtype))]
 
 
@@ -55,10 +60,14 @@ class LeanZero12(DeepSpeedZeroOptimizer):
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
         """The norm of some gradients over all ranks, or -1 if it is not finite."""
-        return super().get_grad_norm_direct(norm_of_each(gradients, params, norm_type), params, norm_type)
+        return super().get_grad_norm_direct(stacked_norms(gradients, params, norm_type), params, norm_type)
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
-        """Add a gradient to the bucket that is reduced next, and reduce that first if it is full."""
+        """Add a gradient to the bucket that is reduced next, and reduce that first if it is full.
+
+        DeepSpeed 0.19.8's own, but that the copy into the bucket comes later, and without what our settings never
+        reach: zenflow, folded expert parallelism, and the events of offloading and overlap.
+        """
         gradient = self.get_gradient_for_reduction(param)
         alone = param.numel() > self.reduce_bucket_size or not getattr(param, "ds_grad_is_ready", True)
         if gradient is None or not param.numel() or alone or self.overlap_comm:
@@ -72,7 +81,7 @@ class LeanZero12(DeepSpeedZeroOptimizer):
         if self.params_already_reduced[param_id]:
             raise AssertionError(f"parameter {param_id}: its gradient has been reduced before in this backward pass")
         place = bucket.buffer[bucket.index].narrow(0, bucket.elements, param.numel())
-        self._later(gradient, place)
+        self._queue_copy(gradient, place)
         bucket.elements += param.numel()
         bucket.grads.append(gradient)
         bucket.params.append((i, param.param_idx_in_group, param_id))
@@ -80,15 +89,14 @@ class LeanZero12(DeepSpeedZeroOptimizer):
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
         """Reduce the gradients of a bucket (None: of all), and keep those of this rank's partition."""
-        self._move()
+        self._flush_copies()
         super().reduce_ipg_grads(comm_dtype=comm_dtype)
-        self._move()
+        self._flush_copies()
 
     def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
         """Keep a reduced gradient elsewhere than in the bucket, which is about to be used again."""
-        if self._use_compact_grad_partition_buffer(
-            self._get_param_group_idx(param) if group_idx is None else group_idx
-        ):
+        group_idx = self._get_param_group_idx(param) if group_idx is None else group_idx
+        if self.overlap_comm or self._use_compact_grad_partition_buffer(group_idx):
             super().copy_grads_in_partition(param, group_idx)
             return
         gradient = self.get_gradient_for_reduction(param)
@@ -97,16 +105,17 @@ class LeanZero12(DeepSpeedZeroOptimizer):
             size = sum(each.numel() for group in self.params_in_partition for each in group)
             self.grads_in_partition = torch.empty(size, dtype=self.dtype, device=gradient.device)
         place = self.grads_in_partition.narrow(0, self.grads_in_partition_offset, param.numel())
-        self._later(gradient, place)
+        self._queue_copy(gradient, place)
         self.grads_in_partition_offset += param.numel()
 
-    def _later(self, gradient: Tensor, place: Tensor) -> None:
-        self.__dict__.setdefault("_moves", []).append((gradient, place))
+    def _queue_copy(self, gradient: Tensor, place: Tensor) -> None:
+        # No __init__ of this class has run: it was put in the place of DeepSpeed's.
+        self.__dict__.setdefault("_copies", []).append((gradient, place))
 
-    def _move(self) -> None:
-        """Copy the gradients to their places, and let them lie there."""
-        moves = self.__dict__.pop("_moves", [])
-        if moves:
-            torch._foreach_copy_([place for _, place in moves], [gradient.view(-1) for gradient, _ in moves])
-        for gradient, place in moves:
+    def _flush_copies(self) -> None:
+        """Copy each queued gradient to its place, and make it a view of that."""
+        copies = self.__dict__.pop("_copies", [])
+        if copies:
+            torch._foreach_copy_([place for _, place in copies], [gradient.view(-1) for gradient, _ in copies])
+        for gradient, place in copies:
             gradient.data = place.view_as(gradient)

@@ -7,7 +7,7 @@ from typing import Any
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from eve_ds.engine.lean_zero import norm_of_each
+from eve_ds.engine.lean_zero import stacked_norms
 
 
 class LeanZero3(DeepSpeedZeroOptimizer_Stage3):
@@ -15,5 +15,5 @@ class LeanZero3(DeepSpeedZeroOptimizer_Stage3):
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: float = 2) -> Tensor:
         """The norm of some gradients over all ranks, or -1 if it is not finite."""
-        norms = norm_of_each(gradients, params, norm_type)
+        norms = stacked_norms(gradients, params, norm_type)
         return super().get_grad_norm_direct(norms or gradients, params, norm_type)

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1024  # rows: 256 MB of float32 scores over 64,000 entries
+CHUNK = 1024  # rows: 256 MB of float32 scores over 64,000 entries, twice at a time
 
 
 def linear_cross_entropy(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, truth_N: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of softmax(x weight' + bias), and the entries with the highest scores.
 
     Args:
-        x_RD: rows; those from N on make their number even (few shapes of products on the CPU), and count nowhere.
+        x_RD: rows; those from N on are padding (for few distinct shapes of products) and count nowhere.
         weight_VD: in x's dtype.
         bias_V: in x's dtype.
         truth_N: int64, the right entry of each of the first N rows.
     Returns:
-        Sum over N rows in nats, float32 (float64 for float64), once differentiable by x, weight and bias; and [N]
-        int64.
+        The sum over N rows in nats, float32 (float64 for float64), once differentiable by x, weight and bias; and the
+        entry with the highest score of each of the N rows, [N] int64.
     """
     if torch.is_grad_enabled() and any(each.requires_grad for each in (x_RD, weight_VD, bias_V)):
         found: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(x_RD, weight_VD, bias_V, truth_N)
@@ -46,7 +46,9 @@ def reference(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, truth_N: Tensor) 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, truth_N: Tensor) -> tuple[Tensor, Tensor]:
-        dscores_RV = x_RD.new_empty(len(x_RD), len(weight_VD))
+        # In fp16 most of it is too small before the loss scale is applied, in the backward pass.
+        kept_in = torch.float32 if x_RD.dtype == torch.float16 else x_RD.dtype
+        dscores_RV = x_RD.new_empty(len(x_RD), len(weight_VD), dtype=kept_in)
         entropy, best_N = _by_chunks(x_RD, weight_VD, bias_V, truth_N, dscores_RV)
         ctx.save_for_backward(x_RD, weight_VD, dscores_RV)
         ctx.mark_non_differentiable(best_N)
@@ -56,8 +58,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dentropy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x_RD, weight_VD, dscores_RV = ctx.saved_tensors
-        gradients = dscores_RV @ weight_VD, dscores_RV.t() @ x_RD, dscores_RV.sum(dim=0)
-        return *(gradient * dentropy for gradient in gradients), None
+        scale: Tensor | int = dentropy
+        if dscores_RV.dtype != x_RD.dtype:
+            dscores_RV, scale = (dscores_RV * dentropy).to(x_RD.dtype), 1
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        return (
+            (dscores_RV @ weight_VD) * scale if needs_x else None,
+            (dscores_RV.t() @ x_RD) * scale if needs_weight else None,
+            dscores_RV.sum(dim=0) * scale if needs_bias else None,
+            None,
+        )
 
 
 def _by_chunks(
@@ -68,16 +78,14 @@ def _by_chunks(
     for start in range(0, len(truth_N), CHUNK):
         truth_C = truth_N[start : start + CHUNK]
         rows = slice(start, start + len(truth_C))
-        x_CD = (
-            x_RD[start : start + CHUNK] if start + CHUNK < len(truth_N) else x_RD[start:]
-        )  # the last with what is even
-        log_CV = _wide(F.linear(x_CD, weight_VD, bias_V)[: len(truth_C)]).log_softmax(dim=1)
+        stop = rows.stop if rows.stop < len(truth_N) else len(x_RD)  # the last chunk takes the padding along
+        log_CV = _wide(F.linear(x_RD[start:stop], weight_VD, bias_V)[: len(truth_C)]).log_softmax(dim=1)
         best_N[rows] = log_CV.argmax(dim=1)
         entropy = entropy - log_CV.gather(1, truth_C[:, None]).sum()
         if dscores_RV is not None:
-            softmax_CV = log_CV.exp_()
-            softmax_CV.scatter_add_(1, truth_C[:, None], softmax_CV.new_full((len(truth_C), 1), -1.0))
-            dscores_RV[rows] = softmax_CV
+            dscores_CV = log_CV.exp_()  # softmax - 1 at the truth; in the memory of log_CV
+            dscores_CV.scatter_add_(1, truth_C[:, None], dscores_CV.new_full((len(truth_C), 1), -1.0))
+            dscores_RV[rows] = dscores_CV
     if dscores_RV is not None:
         dscores_RV[len(truth_N) :] = 0
     return entropy, best_N

@@ -151,11 +151,11 @@ class Backbone(nn.Module):
         self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int, draws: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         bias = None if valid is None else key_bias(valid, x.dtype)
-        kept = self._kept(x, draws)
+        factors = self._branch_factors(x, draws)
         aux = []
         for number, block in enumerate(self.blocks):
             soft = isinstance(block, SoftBlock)
-            own = None if kept is None else kept[2 * number : 2 * number + 2]
+            own = None if factors is None else factors[2 * number : 2 * number + 2]
             draw = draws[2 * self.config.depth + number] if draws is not None and self.config.router_jitter else None
             args = (x, bias, modality, valid, own, draw) if soft else (x, bias, num_image_tokens, own)
             if self.config.checkpoint_activations and torch.is_grad_enabled():
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
                 aux.append(out[1])
         return x, aux
 
-    def _kept(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
+    def _branch_factors(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
         """Factors of all branches, [2 depth, B] in x's dtype: in training 0 where a sample's draw is below the block's
         rate of drop path, else 1 / (1 - rate). For all blocks at once, and no number of a block's own: so all of them
         run the same compiled code."""

@@ -16,15 +16,15 @@ from eve_ds.model.compiled import compilable
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import MoE
 
-# Finite, so that a row whose keys are all masked does not become NaN; its exponential relative to any score is 0.
-MASKED = -1e30  # fp16 has no such number: there it is half of its largest
-# Of drop path, [2, B] in the dtype of the block, a row per branch (attention, then feed-forward): the factor of each
-# sample's branch, 0 where it is dropped. None: all are 1.
-Kept = Tensor | None
+# Finite, so that a row whose keys are all masked does not become NaN; the exponential of it less any score is 0.
+MASKED = -1e30  # in fp16, which has no such number, half of the lowest that it has
+# Factors of drop path, [2, B] in the block's dtype: of the attention branch (row 0) and the feed-forward branch (row 1)
+# of each sample; 0 drops it. None: no drop path.
+BranchFactors = Tensor | None
 
 
 def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [B, 1, 1, N] from valid [B, N] bool: 0 where a token may be attended to, else MASKED."""
+    """Additive attention mask [B, 1, 1, N] from valid [B, N] bool: 0 where a token may be attended to, else low."""
     masked = max(MASKED, torch.finfo(dtype).min / 2)
     bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill_(~valid, masked)
     return bias[:, None, None, :]
@@ -95,14 +95,14 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
 
-    def attend(self, x: Tensor, bias: Tensor | None, kept: Kept) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None, factors: BranchFactors) -> Tensor:
         """x [B, N, D] after the attention branch."""
         branch = self.attention(self.attention_norm(x), bias)
-        return self.add(x, branch, self.attention_scale, None if kept is None else kept[0])
+        return self.add(x, branch, self.attention_scale, None if factors is None else factors[0])
 
-    def add(self, x: Tensor, branch: Tensor, scale: Tensor, kept: Tensor | None) -> Tensor:
-        """x + scale * branch, the branch of each sample times its factor in kept [B]."""
-        return torch.addcmul(x, branch if kept is None else branch * kept[:, None, None], scale)
+    def add(self, x: Tensor, branch: Tensor, scale: Tensor, factor: Tensor | None) -> Tensor:
+        """x + scale * branch, the branch of each sample times its factor [B]."""
+        return torch.addcmul(x, branch if factor is None else branch * factor[:, None, None], scale)
 
 
 class HardBlock(Block):
@@ -116,16 +116,16 @@ class HardBlock(Block):
         self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
     @compilable
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, kept: Kept = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, factors: BranchFactors = None) -> Tensor:
         """x [B, N, D], its first ``num_image_tokens`` tokens from the image -> [B, N, D]."""
-        x = self.attend(x, bias, kept)
+        x = self.attend(x, bias, factors)
         parts = []
         if num_image_tokens:
             parts.append(self.image_mlp(self.image_norm(x[:, :num_image_tokens])))
         if num_image_tokens < x.shape[1]:
             parts.append(self.text_mlp(self.text_norm(x[:, num_image_tokens:])))
         branch = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self.add(x, branch, self.mlp_scale, None if kept is None else kept[1])
+        return self.add(x, branch, self.mlp_scale, None if factors is None else factors[1])
 
 
 class SharedBlock(Block):
@@ -137,11 +137,11 @@ class SharedBlock(Block):
         self.shared_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
     @compilable
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, kept: Kept = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, factors: BranchFactors = None) -> Tensor:
         """As ``HardBlock.forward``."""
-        x = self.attend(x, bias, kept)
+        x = self.attend(x, bias, factors)
         branch = self.shared_mlp(self.shared_norm(x))
-        return self.add(x, branch, self.mlp_scale, None if kept is None else kept[1])
+        return self.add(x, branch, self.mlp_scale, None if factors is None else factors[1])
 
 
 class SoftBlock(Block):
@@ -154,9 +154,10 @@ class SoftBlock(Block):
         self.jitters = config.router_jitter > 0
 
     @compilable
-    def before_experts(self, x: Tensor, bias: Tensor | None, kept: Kept) -> tuple[Tensor, Tensor]:
-        """x [B, N, D] after the attention branch, and normalized for the experts."""
-        x = self.attend(x, bias, kept)
+    def before_experts(self, x: Tensor, bias: Tensor | None, factors: BranchFactors) -> tuple[Tensor, Tensor]:
+        """x [B, N, D] after the attention branch, and normalized for the experts. Compiled alone of this block: the
+        experts bring their own kernels, and after them there is one addition."""
+        x = self.attend(x, bias, factors)
         return x, self.moe_norm(x)
 
     def forward(
@@ -165,7 +166,7 @@ class SoftBlock(Block):
         bias: Tensor | None,
         modality: Tensor,
         valid: Tensor | None,
-        kept: Kept = None,
+        factors: BranchFactors = None,
         draw: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block.
@@ -175,13 +176,13 @@ class SoftBlock(Block):
             bias: from ``key_bias``, or None.
             modality: [N] int64.
             valid: [B, N] bool, or None.
-            kept: factors of the branches.
+            factors: of the branches.
             draw: [B] in [0, 1), from which the router takes each sample's jitter. None: from torch's generator.
         Returns:
             [B, N, D], and shares of losses as from ``MoE``.
         """
-        x, tokens = self.before_experts(x, bias, kept)
-        # By name, and only where it is needed: layers of other classes take three arguments, as hooks do.
+        x, tokens = self.before_experts(x, bias, factors)
+        # By name, and only with router jitter: MoE layers of other classes, and hooks on them, take three arguments.
         drawn = {"draw": draw} if self.jitters and draw is not None else {}
         branch, aux = self.moe(tokens, modality, valid, **drawn)
-        return self.add(x, branch, self.mlp_scale, None if kept is None else kept[1]), aux
+        return self.add(x, branch, self.mlp_scale, None if factors is None else factors[1]), aux

@@ -15,28 +15,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-MOST_SHAPES = 8  # of one method: what comes after runs as it stands, so that odd batches never compile without end
+MOST_SHAPES = 8  # of one method: with others it runs plainly, so that batches of odd sizes do not compile without end
+# torch compiles anew for less than a shape, too (strides, who needs a gradient), and ends the run at its limit, 8.
+RECOMPILE_LIMIT = 8 * MOST_SHAPES
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class _Compiled:
-    """A method compiled, and the shapes it was compiled for."""
+    """A method compiled, and the shapes of its arguments that it runs for."""
 
     def __init__(self, method: Callable[..., Any], backend: str) -> None:
+        self._plain = method
         self._run = torch.compile(method, fullgraph=True, dynamic=False, backend=backend)
         self._shapes: set[tuple[Any, ...]] = set()
 
-    def __call__(self, method: Callable[..., Any], module: nn.Module, *args: Any) -> Any:
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
         shapes = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in args)
-        if shapes in self._shapes:
-            return self._run(module, *args)
-        if len(self._shapes) == MOST_SHAPES or 0 in args[0].shape:
-            return method(module, *args)
-        self._shapes.add(shapes)
-        # A product's input is computed again in the backward pass where that takes no product (an activation), as our
-        # own ``kernels.mlp`` does; left to itself, the compiler keeps it (tests/unit/eve_ds/model/test_compiled.py).
-        with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
-            return self._run(module, *args)
+        if shapes not in self._shapes:
+            if len(self._shapes) == MOST_SHAPES or 0 in args[0].shape:  # without rows there is nothing to gain
+                return self._plain(module, *args)
+            self._shapes.add(shapes)
+        return self._run(module, *args)
 
 
 @functools.cache
@@ -45,31 +44,39 @@ def _compiled(method: Callable[..., Any], backend: str) -> _Compiled:
 
 
 def compilable(method: Method) -> Method:
-    """Mark a module's method that takes tensors, numbers and None by position."""
+    """Mark a module's method that may be compiled. It takes a tensor first, then tensors, numbers and None, all by
+    position: a call with keywords runs plainly."""
 
     @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        backend = self.__dict__.get("_compile_backend")
+        backend = getattr(self, "_compile_backend", None)
         trains = self.training and torch.is_grad_enabled()
         # A mode that sees each operation, as the FLOP counter of a run's first step, cannot see into compiled code.
         if backend is None or kwargs or not trains or _get_current_dispatch_mode() is not None:
             return method(self, *args, **kwargs)
-        return _compiled(method, backend)(method, self, *args)
+        return _compiled(method, backend)(self, *args)
 
     run.is_compilable = True  # type: ignore[attr-defined]
     return cast(Method, run)
 
 
 def compile_parts(module: nn.Module, backend: str = "inductor") -> int:
-    """Let the marked methods of all modules within ``module`` run compiled in training. Returns the modules found.
+    """Let the marked methods of all modules within ``module`` run compiled in training, and set torch's compiler up for
+    them, for the whole process.
 
     Args:
-        module: whole.
+        module: any.
         backend: of ``torch.compile``.
+    Returns:
+        how many modules have such a method.
     """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    # Inputs of products are computed again in the backward pass where that takes no product (activations), as our own
+    # ``kernels.mlp`` does; left to itself, the compiler keeps them (tests/unit/eve_ds/model/test_compiled.py).
+    torch._functorch.config.ban_recompute_materialized_backward = False
     found = 0
     for part in module.modules():
         if any(getattr(getattr(type(part), name, None), "is_compilable", False) for name in dir(type(part))):
-            part.__dict__["_compile_backend"] = backend
+            part._compile_backend = backend  # type: ignore[assignment]
             found += 1
     return found

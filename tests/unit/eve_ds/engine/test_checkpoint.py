@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import pickle
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from eve_ds.engine.checkpoint import disk_full_as_rank_error
 from eve_ds.errors import RankError
@@ -36,3 +38,9 @@ def test_a_checkpoint_that_was_read_wrongly_is_not_called_a_full_disk(tmp_path: 
         with disk_full_as_rank_error(tmp_path):
             raise UserError("a has 10 values of fp32, not 12")
     assert not isinstance(error.value, RankError) and tmp_path.exists()
+
+
+def test_a_zero_stage_is_stored_without_getattr() -> None:
+    """Which Python 3.11.0 to 3.11.3 would put into the file, and no careful reader allows."""
+    stored = pickle.dumps(ZeroStageEnum.gradients, protocol=2)
+    assert b"getattr" not in stored and pickle.loads(stored) is ZeroStageEnum.gradients  # noqa: S301 - our own bytes

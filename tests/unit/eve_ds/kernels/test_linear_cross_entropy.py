@@ -47,6 +47,21 @@ def test_values_and_gradients(
     assert torch.equal(again, entropy) and torch.equal(best_again, best)
 
 
+def test_a_loss_scale_reaches_small_gradients_in_fp16() -> None:
+    """Of most entries of a large vocabulary the softmax is below what fp16 holds; times the scale it is not."""
+    generator = torch.Generator().manual_seed(0)
+    entries, scale = 60_000, 2.0**14
+    x, weight = (torch.randn(shape, generator=generator) * 0.1 for shape in ((3, DIM), (entries, DIM)))
+    bias = torch.full((entries,), -6.0)
+    bias[:2] = 6.0  # others have 2e-11 each
+    truth = torch.zeros(3, dtype=torch.int64)
+    given = [each.half().requires_grad_() for each in (x, weight, bias)]
+    exact = [each.detach().double().requires_grad_() for each in given]
+    found = torch.autograd.grad(linear_cross_entropy(*given, truth)[0] * scale, given[2])[0]
+    wanted = torch.autograd.grad(reference(*exact, truth)[0] * scale, exact[2])[0]
+    assert found[2:].double().sum() == pytest.approx(float(wanted[2:].sum()), rel=0.05)
+
+
 def test_frozen_weights_get_no_gradient_and_states_do() -> None:
     x, weight, bias, truth = inputs(5, 3, torch.float32, "cpu")
     entropy, best = linear_cross_entropy(x, weight.detach(), bias.detach(), truth)

@@ -171,7 +171,7 @@ def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
     backbone = make(drop_path=0.4)
     x, draws = torch.zeros(4000, 1, 16), torch.linspace(0, 0.999, 4000).repeat(6, 1)
     torch.manual_seed(0)
-    drawn, given = backbone.train()._kept(x, None), backbone._kept(x, draws)
+    drawn, given = backbone.train()._branch_factors(x, None), backbone._branch_factors(x, draws)
     assert drawn is not None and given is not None
     for branch, rate in enumerate([0.0, 0.0, 0.2, 0.2, 0.4, 0.4]):  # attention and feed-forward of three blocks
         assert sorted(set(given[branch].tolist())) == pytest.approx([*([0.0] if rate else []), 1 / (1 - rate)])
@@ -179,7 +179,7 @@ def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
         assert (drawn[branch] > 0).float().mean() == pytest.approx(1 - rate, abs=0.03)
     block, branch = backbone.blocks[2], torch.ones_like(x)
     assert torch.equal(block.add(x, branch, torch.ones(16), given[5])[:, 0, 0], given[5])
-    assert backbone.eval()._kept(x, draws) is None
+    assert backbone.eval()._branch_factors(x, draws) is None
     assert torch.equal(block.add(x, branch, torch.ones(16), None), branch)
 
 
