@@ -1,14 +1,15 @@
 """Devices that the plan knows, and how fast EVE-Base was on one of them.
 
 What is called measured was, on one H100 SXM with torch 2.11, at commit 0e234b1 (docs/benchmarks.md, "On one H100"). All
-else is scaled from it: by operations per block, and by the devices' peaks.
+else is scaled from it: by operations per block, and by the devices' peaks. That was before engine/lean_zero.py,
+engine/device_feed.py and compiled blocks: today's code should be faster, by how much is not measured.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 CardName = Literal["h100", "h200", "a100", "a100_40gb"]
@@ -19,10 +20,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU, by NVIDIA's data sheets.
+    """A GPU. All but ``memory`` is from NVIDIA's data sheets.
 
     Attributes:
-        memory: bytes.
+        memory: bytes. Of h100, a100 and a100_40gb the 80 and 40 GB of their names, taken as GiB: a little more than
+            torch shows. Of h200 what torch shows; its data sheet says 141 GB.
         peak_tflops: dense, bf16, as callbacks/performance.py has it (which imports DeepSpeed).
         nvlink: bytes/s from one GPU of a node to the others.
         network: bytes/s of the adapter that each GPU of a DGX node has: 400 Gb/s, with the A100 200 Gb/s.
@@ -40,11 +42,12 @@ CARDS: dict[str, Card] = {
     "a100": Card(80 * GIB, 312.0, 300e9, 25e9),
     "a100_40gb": Card(40 * GIB, 312.0, 300e9, 25e9),
 }
+MEASURED_PEAK = CARDS[MEASURED_CARD].peak_tflops * 1e12  # operations/s
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a micro-batch of EVE-Base, whose pairs take so many operations each."""
+    """Seconds of a micro-batch of EVE-Base, with ``flops_per_pair`` operations for each of its ``pairs``."""
 
     pairs: int
     flops_per_pair: float
@@ -63,37 +66,43 @@ FORWARD_BACKWARD = (
     Timing(128, 215e9, 0.138),
     Timing(256, 215e9, 0.2475),  # 240 to 255 ms
 )
-# The training loop: JPEGs, 14 workers, ZeRO 1, texts of 13 to 17 tokens; 142 and 634 pairs/s.
+# A step of the training loop, of one micro-batch: JPEGs, 14 workers, ZeRO 1, texts of 13 to 17 tokens; 142 and 634
+# pairs/s.
 LOOP = (Timing(32, 184e9, 32 / 142), Timing(256, 184e9, 256 / 634))
-BLOCKS = 2 * 12  # that a micro-batch of these goes through: two passes
-GRADIENTS = 322  # parameters of theirs
+BLOCKS = 2 * 12  # that a micro-batch of LOOP and FORWARD_BACKWARD goes through: two passes
+GRADIENTS = 322  # parameter tensors of EVE-Base
 
 # For 256 pairs the device was busy for 227 ms (forward and backward).
-DEVICE_SHARE = 256 * 215e9 / 0.227 / (CARDS["h100"].peak_tflops * 1e12)
-# With 32 pairs the host's launches take the time, in the forward and backward passes and in DeepSpeed's step.
+DEVICE_SHARE = 256 * 215e9 / 0.227 / MEASURED_PEAK
+# The host's launches are taken to be what 32 pairs wait for: twice as many take 14 % longer, and at the rate of 256
+# pairs the device would be busy for 28 of the 83 ms.
 LAUNCH_SECONDS = FORWARD_BACKWARD[0].seconds / BLOCKS  # for each block that a micro-batch goes through
-ENGINE_SECONDS = (LOOP[0].seconds - FORWARD_BACKWARD[0].seconds) / GRADIENTS  # for each gradient of a step
+# All that a step of 32 pairs takes beyond forward and backward: DeepSpeed's part, but also waits for data, images
+# normalized by the main process, and logging (and the two were measured with texts of different length). Most is
+# thought to be DeepSpeed's, so it is taken to come once in a step and to grow with the number of gradients.
+FIXED_SECONDS = LOOP[0].seconds - FORWARD_BACKWARD[0].seconds
+# What is left of LOOP for each micro-batch: forward and backward, and what grows with the pairs beside them.
+LOOP_MICRO_BATCH = tuple(replace(timing, seconds=timing.seconds - FIXED_SECONDS) for timing in LOOP)
 IMAGES_PER_WORKER = 2435 / 14  # a second; decoding 640 x 480 JPEGs, by the machine's 14 loader processes
 # Of a CPU's own peak (`bench step` measures it): EVE-Base, 16 pairs, bf16, on a CPU with AVX-512 (docs/benchmarks.md).
 CPU_SHARE = 0.6
 
 
-def share_of_peak(curve: Curve, flops: float, blocks: int, peak: float) -> float:
-    """The share of its peak that a device reaches with a micro-batch of ``flops`` operations.
+def micro_batch_seconds(curve: Curve, flops: float, blocks: int, peak: float) -> float:
+    """Seconds of a micro-batch of ``flops`` operations.
 
     The time is that of EVE-Base with as many operations in each block. Below the smallest micro-batch that was measured
-    it stays, as it is that of launches; beyond the largest it grows as between the last two. A device of half the peak
-    takes for its operations what the H100 takes for twice as many.
+    the time stays constant (launch-bound); beyond the largest it grows as between the last two. A device of half the
+    peak takes for its operations what the H100 takes for twice as many.
 
     Args:
-        curve: ``LOOP`` or ``FORWARD_BACKWARD``.
-        flops: of a micro-batch, forward and backward.
+        curve: ``LOOP_MICRO_BATCH`` or ``FORWARD_BACKWARD``.
+        flops: of the micro-batch, forward and backward.
         blocks: that it goes through.
         peak: of the device, operations/s.
     """
-    measured = CARDS[MEASURED_CARD].peak_tflops * 1e12
-    work = flops / blocks * BLOCKS * measured / peak
-    return work / (_seconds(curve, work) * measured)
+    deeper = blocks / BLOCKS
+    return _seconds(curve, flops / deeper * MEASURED_PEAK / peak) * deeper
 
 
 def _seconds(curve: Curve, flops: float) -> float:
@@ -105,12 +114,13 @@ def _seconds(curve: Curve, flops: float) -> float:
     return low.seconds + (flops - low.flops) / (high.flops - low.flops) * (high.seconds - low.seconds)
 
 
-def link_speed(card: Card, ranks_on_node: int, nodes: bool) -> float:
-    """Bytes/s at which a rank sends in a ring. Rings between nodes use the adapters of all its ranks on a node at once.
+def link_speed(card: Card, ranks_on_node: int, crosses_nodes: bool) -> float:
+    """Bytes/s at which a rank sends in a ring. A ring that crosses nodes uses the adapters of all ranks that the group
+    has on a node at once.
 
     Args:
         card: of all ranks.
-        ranks_on_node: how many ranks of a group are on one node.
-        nodes: whether the group reaches beyond one.
+        ranks_on_node: how many ranks of the group are on one node.
+        crosses_nodes: whether the group reaches beyond one node.
     """
-    return min(card.nvlink, card.network * ranks_on_node) if nodes else card.nvlink
+    return min(card.nvlink, card.network * ranks_on_node) if crosses_nodes else card.nvlink

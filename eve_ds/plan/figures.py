@@ -191,7 +191,7 @@ def _work(config: Config, zero: Zero, task: Task, batch: Batch, options: Any) ->
     step = step_of(config, zero, batch, task, per_sample, options.num_answers)
     speed = expected(step, zero, Device(options.card if on_gpu else None, peak), options.mfu)
     return {
-        "sent_per_step": step.exchange,
+        "sent_per_step": {sent.label: sent.size for sent in step.exchange},
         "flops_per_sample": per_sample,
         "pairs": samples,
         "mfu": speed.mfu,

@@ -8,7 +8,7 @@ from eve_ds.plan import devices
 from eve_ds.plan.devices import CARDS, MEASURED_CARD, RANKS_PER_NODE, Card
 from eve_ds.plan.memory import Batch
 from eve_ds.plan.meta_model import Config, even_batch
-from eve_ds.plan.work import passes, traffic
+from eve_ds.plan.work import Sent, passes, traffic
 from eve_ds.plan.zero_states import Zero, groups_of
 from eve_ds.tasks.base import Task
 
@@ -33,13 +33,15 @@ class Speed:
     """Of a run.
 
     Attributes:
-        mfu: share of the devices' peak that the model's operations reach; None without a peak, as what follows from it.
-        source: where ``mfu`` comes from.
-        mfu_forward_backward: that of the forward and backward passes alone; None where ``mfu`` was given.
+        mfu: share of the devices' peak that the model's operations reach; None without a peak, as are the fields
+            computed from it: ``step_seconds``, ``bottleneck`` and ``loader_processes``.
+        source: where ``mfu`` comes from; "; " stands between its lines.
+        mfu_forward_backward: that of the forward and backward passes alone; None without a peak, on a CPU, and where
+            ``mfu`` was given.
         step_seconds: of an optimizer step.
         seconds: of a step, by what takes them: data, host, exchange, arithmetic, as far as they are known.
-        bottleneck: the one that takes longest; None if that of arithmetic is not known.
-        loader_processes: that feed a rank at that speed.
+        bottleneck: the one that takes longest.
+        loader_processes: as many as a rank needs so that it does not wait for data.
     """
 
     mfu: float | None
@@ -56,24 +58,24 @@ class Step:
     """What a rank has to do in an optimizer step.
 
     Attributes:
-        flops: operations of the model, forward and backward.
-        recomputed: operations that are done over these, with activation checkpointing.
+        flops: operations of the model, forward and backward; what is recomputed does not count.
+        recompute_factor: operations that are done over ``flops``: 1, or with activation checkpointing 4/3.
         micro_batches: accumulated.
         blocks: that a micro-batch goes through.
-        gradients: parameters of the task.
+        gradients: number of the task's parameter tensors.
         images: to decode.
         loaders: processes of the rank that decode them.
-        exchange: bytes that it sends, by collective.
+        exchange: what it sends.
     """
 
     flops: float
-    recomputed: float
+    recompute_factor: float
     micro_batches: int
     blocks: int
     gradients: int
     images: int
     loaders: int
-    exchange: dict[str, int]
+    exchange: list[Sent]
 
 
 def step_of(config: Config, zero: Zero, batch: Batch, task: Task, per_sample: float, num_answers: int) -> Step:
@@ -90,7 +92,7 @@ def step_of(config: Config, zero: Zero, batch: Batch, task: Task, per_sample: fl
     inputs = even_batch(config, batch.rows, batch.text_length, num_answers).values()
     return Step(
         flops=per_sample * batch.rows * zero.accumulation,
-        recomputed=RECOMPUTED if config.model.checkpoint_activations else 1.0,
+        recompute_factor=RECOMPUTED if config.model.checkpoint_activations else 1.0,
         micro_batches=zero.accumulation,
         blocks=len(passes(config, batch)) * config.model.depth,
         gradients=len(list(task.parameters())),
@@ -103,72 +105,82 @@ def step_of(config: Config, zero: Zero, batch: Batch, task: Task, per_sample: fl
 def expected(step: Step, zero: Zero, device: Device, mfu: float | None) -> Speed:
     """How fast the step is. ``mfu`` counts in place of what was measured, if it is given."""
     seconds = step_parts(step, zero, device)
-    taken = alone = None
-    source = "--peak_tflops is not given"
-    if device.peak_tflops is not None:
-        peak = device.peak_tflops * 1e12
-        source = "--mfu" if mfu is not None else _source(device)
-        if mfu is None:
-            alone = _share(devices.FORWARD_BACKWARD, step, device, peak) if device.card else None
-            taken = step.flops / (_share(devices.LOOP, step, device, peak) * peak) + seconds.get("exchange", 0.0)
-            taken = max(taken, seconds["data"])
-            mfu = step.flops / (taken * peak)
-        taken = step.flops / (mfu * peak)
+    if device.peak_tflops is None:
+        return Speed(None, "--peak_tflops is not given", None, None, seconds, None, None)
+    peak = device.peak_tflops * 1e12
+    alone = None
+    if mfu is not None:
+        source = "--mfu"
+        fed = taken = step.flops / (mfu * peak)
+    else:
+        source = _source(device)
+        fed = seconds["arithmetic"]  # the time of a step that never waits for data
+        if device.card:
+            fed = _passes_seconds(devices.LOOP_MICRO_BATCH, step, peak) + _fixed_seconds(step) + seconds["exchange"]
+            alone = step.flops / (_passes_seconds(devices.FORWARD_BACKWARD, step, peak) * peak)
+        taken = max(fed, seconds["data"])
+        mfu = step.flops / (taken * peak)
     return Speed(
-        mfu=mfu if taken else None,
+        mfu=mfu,
         source=source,
         mfu_forward_backward=alone,
         step_seconds=taken,
         seconds=seconds,
-        bottleneck=max(seconds, key=lambda name: seconds[name]) if "arithmetic" in seconds else None,
-        loader_processes=step.images / taken / devices.IMAGES_PER_WORKER if taken else None,
+        bottleneck=max(seconds, key=lambda name: seconds[name]),
+        loader_processes=step.images / fed / devices.IMAGES_PER_WORKER,
     )
 
 
 def step_parts(step: Step, zero: Zero, device: Device) -> dict[str, float]:
     """Seconds of a step by what takes them, as far as they are known."""
-    card = CARDS.get(device.card or "")
+    card = CARDS[device.card] if device.card else None
     seconds = {"data": step.images / (step.loaders * devices.IMAGES_PER_WORKER)}
     if card:
-        launches = devices.LAUNCH_SECONDS * step.blocks * step.recomputed * step.micro_batches
-        seconds["host"] = launches + devices.ENGINE_SECONDS * step.gradients
+        launches = devices.LAUNCH_SECONDS * step.blocks * step.recompute_factor * step.micro_batches
+        seconds["host"] = launches + _fixed_seconds(step)
         seconds["exchange"] = exchange_seconds(step.exchange, zero, card)
     if device.peak_tflops is not None:
         share = devices.DEVICE_SHARE if card else devices.CPU_SHARE
-        seconds["arithmetic"] = step.flops * step.recomputed / (share * device.peak_tflops * 1e12)
+        seconds["arithmetic"] = step.flops * step.recompute_factor / (share * device.peak_tflops * 1e12)
     return seconds
 
 
-def _share(curve: devices.Curve, step: Step, device: Device, peak: float) -> float:
-    """The share of the peak that the model's operations reach, those that are done again not counted."""
-    share = devices.CPU_SHARE
-    if device.card:
-        share = devices.share_of_peak(curve, step.flops / step.micro_batches, step.blocks, peak)
-    return share / step.recomputed
+def _passes_seconds(curve: devices.Curve, step: Step, peak: float) -> float:
+    """Of all micro-batches of a step."""
+    one = devices.micro_batch_seconds(curve, step.flops / step.micro_batches, step.blocks, peak)
+    return one * step.recompute_factor * step.micro_batches
+
+
+def _fixed_seconds(step: Step) -> float:
+    """What a step takes once, however many micro-batches it accumulates."""
+    return devices.FIXED_SECONDS / devices.GRADIENTS * step.gradients
 
 
 def _source(device: Device) -> str:
     if device.card is None:
         return "from EVE-Base, forward and backward, on a CPU with AVX-512 (docs/benchmarks.md)"
-    base = "from EVE-Base in the training loop on one H100, by operations a block (docs/benchmarks.md)"
+    lines = [
+        "from EVE-Base in the training loop on one H100 at commit 0e234b1 (docs/benchmarks.md), by operations a block",
+        "today's code should be faster, by how much is not measured",
+    ]
     measured = CARDS[MEASURED_CARD].peak_tflops
-    if (device.card, device.peak_tflops) == (MEASURED_CARD, measured):
-        return base
-    return f"{base}; scaled by the peak, {device.peak_tflops:g} to {measured:g} TFLOP/s"
+    if (device.card, device.peak_tflops) != (MEASURED_CARD, measured):
+        lines.append(f"scaled by the peak, {device.peak_tflops:g} to {measured:g} TFLOP/s")
+    return "; ".join(lines)
 
 
-def exchange_seconds(sent: dict[str, int], zero: Zero, card: Card) -> float:
+def exchange_seconds(exchange: list[Sent], zero: Zero, card: Card) -> float:
     """Seconds that a rank sends in a step, one collective after the other, at the links' full speed.
 
     Ranks that share experts are neighbors, and those with the same ones ``ep_size`` apart.
     """
-    beyond = zero.world_size > RANKS_PER_NODE
+    crosses_nodes = zero.world_size > RANKS_PER_NODE
     total = 0.0
-    for name, size in sent.items():
-        if name.startswith("tokens"):
+    for sent in exchange:
+        if sent.among == "expert_parallel":
             speed = card.network if zero.ep_size > RANKS_PER_NODE else card.nvlink
         else:
-            apart = zero.ep_size if name.startswith("expert") else 1
-            speed = devices.link_speed(card, max(RANKS_PER_NODE // apart, 1), beyond)
-        total += size / speed
+            apart = zero.ep_size if sent.among == "same_experts" else 1
+            speed = devices.link_speed(card, max(RANKS_PER_NODE // apart, 1), crosses_nodes)
+        total += sent.size / speed
     return total

@@ -18,7 +18,7 @@ MEMORY = {
 }
 PARTS = {
     "data": "data: images, decoded by the loaders",
-    "host": "host: launches",
+    "host": "host: launches, and a step's fixed cost",
     "exchange": "exchange: what is sent, at full link speed",
     "arithmetic": "arithmetic: the device busy",
 }
@@ -91,7 +91,7 @@ def _work(plan: dict[str, Any]) -> list[str]:
     ]
     if plan["days"] is not None:
         lines.append(_line(f"days for {plan['pairs'] / 1e6:.4g} M samples", f"{plan['days']:.3g}"))
-    lines.append(f"  {speed['source']}")
+    lines += [f"  {line}" for line in speed["source"].split("; ")]
     if (alone := speed["mfu_forward_backward"]) is not None:
         lines.append(f"  forward and backward alone: {alone:.1%}")
     return lines

@@ -7,6 +7,9 @@ all-reduce (use_multi_rank_bucket_allreduce), ZeRO 3 by reduce-scatter.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from eve_ds.model.flops import count_flops
@@ -18,6 +21,24 @@ from eve_ds.plan.zero_states import Group, Zero
 from eve_ds.tasks.base import Task
 from eve_ds.tasks.masked_modeling import WORD_ROW_MULTIPLE
 from eve_ds.tasks.spec import Pass
+
+Among = Literal["all", "expert_parallel", "same_experts"]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a rank sends in an optimizer step by one kind of collective.
+
+    Attributes:
+        label: as it is printed.
+        size: bytes.
+        among: the ranks that take part: "all", "expert_parallel" (those that share experts' tokens) or
+            "same_experts" (those that hold the same ones).
+    """
+
+    label: str
+    size: int
+    among: Among = "all"
 
 
 def passes(config: Config, batch: Batch) -> list[Pass]:
@@ -52,21 +73,23 @@ def flops_per_sample(config: Config, task: Task, text_length: int, num_answers: 
     return count_flops(run) / rows
 
 
-def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> dict[str, int]:
-    """Bytes that one rank sends in an optimizer step, by collective."""
-    sent = {"tokens to experts and back (all-to-all)": _token_bytes(config, zero, batch)}
+def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> list[Sent]:
+    """What one rank sends in an optimizer step."""
+    sent = [Sent("tokens to experts and back (all-to-all)", _token_bytes(config, zero, batch), "expert_parallel")]
     kind = "reduce-scatter" if zero.stage == 3 else "all-reduce"
     for name, experts in (("dense", False), ("expert", True)):
+        among: Among = "same_experts" if experts else "all"
         gradients = weights = 0.0
         for group in groups:
             if group.experts == experts:
                 share = group.elements * zero.itemsize * (group.ranks - 1) / group.ranks
                 gradients += share * _reductions(zero)
                 weights += share * _gathers(zero, groups)
-        sent[f"{name} gradients ({kind})"] = round(gradients)
-        sent[f"{name} weights (all-gather)"] = round(weights)
+        sent.append(Sent(f"{name} gradients ({kind})", round(gradients), among))
+        sent.append(Sent(f"{name} weights (all-gather)", round(weights), among))
     for name, values in config.spec.gathered_values(config.model, batch.rows).items():
-        sent[f"{name} (all-gather)"] = (zero.world_size - 1) * values * zero.itemsize * zero.accumulation
+        size = (zero.world_size - 1) * values * zero.itemsize * zero.accumulation
+        sent.append(Sent(f"{name} (all-gather)", size))
     return sent
 
 

@@ -193,7 +193,7 @@ def test_traffic_by_hand() -> None:
     parameters = count_parameters(build(config, ANSWERS))
     for stage, reduced, gathered in ((1, 2, 1), (2, 2 * 3, 1), (3, 3, 3)):
         settings = zero(stage, accumulation=3)
-        sent = list(traffic(config, settings, groups_of(task, config.optimizer, settings), batch).values())
+        sent = [one.size for one in traffic(config, settings, groups_of(task, config.optimizer, settings), batch)]
         dense = parameters.dense * 2 * 7 / 8
         experts = parameters.experts / 2 * 2 * 3 / 4
         expected = [reduced * dense, gathered * dense, reduced * experts, gathered * experts]

@@ -11,12 +11,22 @@ from eve_ds.callbacks.performance import PEAK_TFLOPS
 from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.plan import devices
 from eve_ds.plan.__main__ import FinetunePlan, PretrainPlan
-from eve_ds.plan.devices import BLOCKS, CARDS, FORWARD_BACKWARD, GIB, GRADIENTS, LOOP, CardName, share_of_peak
+from eve_ds.plan.devices import (
+    BLOCKS,
+    CARDS,
+    FORWARD_BACKWARD,
+    GIB,
+    GRADIENTS,
+    LOOP_MICRO_BATCH,
+    CardName,
+    micro_batch_seconds,
+)
 from eve_ds.plan.figures import make_plan
 from eve_ds.plan.memory import Batch
 from eve_ds.plan.meta_model import build
 from eve_ds.plan.speed import Device, Step, exchange_seconds, expected, step_of
 from eve_ds.plan.table import as_text
+from eve_ds.plan.work import Sent
 from eve_ds.plan.zero_states import Zero
 from tests.support.tiny import model_config
 
@@ -29,13 +39,15 @@ def zero(world: int = 1, ep: int = 1) -> Zero:
 
 def step(pairs: int, flops_per_pair: float = 184e9, **changes: Any) -> Step:
     """Of EVE-Base, on one rank."""
-    base = Step(pairs * flops_per_pair, 1.0, 1, BLOCKS, GRADIENTS, images=pairs, loaders=14, exchange={})
+    base = Step(pairs * flops_per_pair, 1.0, 1, BLOCKS, GRADIENTS, images=pairs, loaders=14, exchange=[])
     return dataclasses.replace(base, **changes)
 
 
 @pytest.mark.parametrize(("pairs", "share"), [(32, 0.084), (64, 0.146), (128, 0.202), (256, 0.225)])
 def test_forward_and_backward_as_measured(pairs: int, share: float) -> None:
-    assert share_of_peak(FORWARD_BACKWARD, pairs * 215e9, BLOCKS, PEAK) == pytest.approx(share, abs=0.002)
+    seconds = micro_batch_seconds(FORWARD_BACKWARD, pairs * 215e9, BLOCKS, PEAK)
+    assert pairs * 215e9 / (seconds * PEAK) == pytest.approx(share, abs=0.002)
+    assert expected(step(pairs, 215e9), zero(), H100, None).mfu_forward_backward == pytest.approx(share, abs=0.002)
 
 
 @pytest.mark.parametrize(("pairs", "rate", "share"), [(32, 142, 0.026), (256, 634, 0.118)])
@@ -48,7 +60,7 @@ def test_the_loop_as_measured(pairs: int, rate: float, share: float) -> None:
 
 def test_between_and_beyond() -> None:
     def seconds(pairs: float, blocks: int = BLOCKS, peak: float = PEAK) -> float:
-        return pairs * 184e9 / (share_of_peak(LOOP, pairs * 184e9, blocks, peak) * peak)
+        return micro_batch_seconds(LOOP_MICRO_BATCH, pairs * 184e9, blocks, peak)
 
     low, high = seconds(32), seconds(256)
     assert seconds(1) == seconds(16) == low, "launches"
@@ -84,31 +96,44 @@ def test_images_of_a_sample(task: str, images: int) -> None:
 
 
 def test_parts_by_hand() -> None:
-    sent = {"dense gradients (all-reduce)": 10**9, "tokens to experts and back (all-to-all)": 10**9}
+    sent = [Sent("one", 10**9), Sent("other", 10**9, "expert_parallel")]
     found = expected(step(256, 215e9, loaders=1, exchange=sent), zero(8, 8), H100, None)
     assert found.seconds == pytest.approx(
         {"data": 256 / (2435 / 14), "host": 32 / 142, "exchange": 2 / 450, "arithmetic": 0.227}
     )
     assert found.bottleneck == "data" and found.step_seconds == found.seconds["data"], "the others wait for it"
-    assert found.loader_processes == pytest.approx(1)
-    more = expected(step(256, 215e9, micro_batches=2, recomputed=4 / 3), zero(), H100, None).seconds
+    fed = expected(step(256, 215e9, loaders=14, exchange=sent), zero(8, 8), H100, None)
+    assert fed.step_seconds and fed.step_seconds > fed.seconds["data"]
+    assert found.loader_processes == fed.loader_processes == pytest.approx(256 / fed.step_seconds / (2435 / 14))
+    more = expected(step(256, 215e9, micro_batches=2, recompute_factor=4 / 3), zero(), H100, None).seconds
     assert more["host"] == pytest.approx(0.083 * 2 * 4 / 3 + 32 / 142 - 0.083)
     assert more["arithmetic"] == pytest.approx(0.227 * 4 / 3)
 
 
+def test_an_accumulating_step_has_its_fixed_cost_once() -> None:
+    fixed = 32 / 142 - 0.083
+    small = expected(step(8 * 32, micro_batches=8), zero(), H100, None)
+    assert small.step_seconds == pytest.approx(8 * 0.083 + fixed), "launch-bound"
+    assert small.step_seconds == pytest.approx(small.seconds["host"])
+    large = expected(step(2 * 256, micro_batches=2), zero(), H100, None)
+    assert large.step_seconds == pytest.approx(2 * (256 / 634 - fixed) + fixed)
+    recomputed = expected(step(8 * 32, micro_batches=8, recompute_factor=4 / 3), zero(), H100, None)
+    assert recomputed.step_seconds == pytest.approx(8 * 0.083 * 4 / 3 + fixed), "forward is repeated, nothing else"
+
+
 def test_links() -> None:
     """GB over GB/s: within a node of 8, between nodes over its 8 adapters, and experts with fewer ranks on a node."""
-    card, sent = CARDS["h100"], {"dense weights (all-gather)": 36 * 10**9}
+    card, sent = CARDS["h100"], [Sent("expert, by its label only", 36 * 10**9)]
     assert exchange_seconds(sent, zero(8), card) == pytest.approx(36 / 450)
     assert exchange_seconds(sent, zero(16), card) == pytest.approx(36 / 400)
     assert exchange_seconds(sent, zero(16, ep=8), card) == pytest.approx(36 / 400)
-    experts = {"expert gradients (all-reduce)": 36 * 10**9}
+    experts = [Sent("gradients", 36 * 10**9, "same_experts")]
     assert exchange_seconds(experts, zero(16, ep=1), card) == pytest.approx(36 / 400)
     assert exchange_seconds(experts, zero(16, ep=8), card) == pytest.approx(36 / 50)
-    tokens = {"tokens to experts and back (all-to-all)": 36 * 10**9}
+    tokens = [Sent("values", 36 * 10**9, "expert_parallel")]
     assert exchange_seconds(tokens, zero(16, ep=8), card) == pytest.approx(36 / 450)
     assert exchange_seconds(tokens, zero(16, ep=16), card) == pytest.approx(36 / 50)
-    slow = expected(step(256, exchange={"dense weights (all-gather)": 10**12}), zero(16), H100, None)
+    slow = expected(step(256, exchange=[Sent("weights", 10**12)]), zero(16), H100, None)
     fast = expected(step(256), zero(16), H100, None)
     assert slow.bottleneck == "exchange"
     assert slow.step_seconds == pytest.approx((fast.step_seconds or 0) + 2.5)
