@@ -72,7 +72,7 @@ def run(stop: StopRequest) -> int:
         trainer = Trainer(config, task, steps, device, identity, callbacks, evaluate, stop)
         if config.dry_run:
             return dry_run.describe_training(config, trainer, training, gauge)
-        trainer.fit(batches.TrainingBatches(config, training, trainer.resume(), device))
+        trainer.fit(batches.TrainingBatches(config, training, trainer.resume(), device, trainer.compiled))
         if trainer.stopped_early:
             return second.finish(STOPPED)
         if config.checkpoint.export:

@@ -72,7 +72,7 @@ def run(stop: StopRequest) -> int:
         if config.dry_run:
             return dry_run.describe_training(config, trainer, training, gauge)
         start = trainer.resume()
-        trainer.fit(batches.TrainingBatches(config, training, start, device))
+        trainer.fit(batches.TrainingBatches(config, training, start, device, trainer.compiled))
         if trainer.stopped_early:
             return second.finish(STOPPED)
         if config.checkpoint.export:

@@ -25,7 +25,8 @@ _LATE_RANK = re.compile(
 )
 # What torch, CUDA and the system raise when memory runs out, or for an impossible size.
 _NO_MEMORY = re.compile(
-    r"DefaultCPUAllocator: |(CUDA|HIP)( error:)? out of memory|Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
+    r"DefaultCPUAllocator: |(CUDA|HIP)( driver)?( error:)? out of memory|Triton Error \[CUDA\]: out of memory|"
+    r"Cuda failure 2 |CUBLAS_STATUS_ALLOC_FAILED|"
     r"Cannot allocate memory|Storage size calculation overflowed"
 )
 _LESS_MEMORY = (
@@ -57,7 +58,7 @@ _GPU_FAULTS = (
     (r"device-side assert|invalid program counter|hardware stack error|launch timed out", _KERNEL),
 )
 _OF_CUDA = r"(?:(?:CUDA|HIP)(?: driver)?(?: error)?|Triton Error \[CUDA\]|Cuda failure|cuDNN error)\W[^\n]*?"
-_FAULTS = [(re.compile(f"(?:{_OF_CUDA}|^)(?:{words})[^\n]*"), advice) for words, advice in _GPU_FAULTS]
+_FAULTS = [(re.compile(rf"{_OF_CUDA}(?:{words})[^\n]*|\A(?:{words})\Z"), advice) for words, advice in _GPU_FAULTS]
 # "ncclSystemError: System call ... failed\nLast error:\n..." (torch/csrc/distributed/c10d/NCCLUtils.cpp).
 _NCCL = re.compile(r"(nccl[A-Z]\w+): [^\n]*(?:\n+Last error:\n([^\n]+))?")
 _MORE_OF_NCCL = (

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eve_ds.engine.callback import Callback
 from eve_ds.engine.distributed import gather
 from eve_ds.model.backbone import BackboneOutput
+from eve_ds.model.compiled import run_plainly
 from eve_ds.model.flops import flop_counter
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Performance(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        run_plainly(False)
 
     def _clear(self, trainer: Trainer) -> None:
         self._steps: list[float] = []
@@ -139,6 +141,7 @@ class Performance(Callback):
         if not task.training:
             return
         self._began = self._now()
+        run_plainly(self._flops is None)  # also in this micro-batch's backward pass
         if self._flops is None:
             self._counter = flop_counter()
             self._counter.__enter__()

@@ -61,13 +61,21 @@ class TrainingBatches(Iterator[Batch]):
         samples: of the training split of all sources.
         start_step: optimizer steps done before.
         device: where the batches go.
+        compiled: whether the model's blocks run compiled: texts are padded to few lengths then.
     Attributes:
         wait_seconds: total time spent waiting for data, see ``DeviceFeed``.
     Raises:
         RankError: while iterating, for data that perhaps only this rank cannot read.
     """
 
-    def __init__(self, config: Config, samples: Samples, start_step: int, device: torch.device = _CPU) -> None:
+    def __init__(
+        self,
+        config: Config,
+        samples: Samples,
+        start_step: int,
+        device: torch.device = _CPU,
+        compiled: bool = False,
+    ) -> None:
         data = config.data
         self._loader = _loader(
             config,
@@ -78,6 +86,7 @@ class TrainingBatches(Iterator[Batch]):
             weights=_weights(data),
             max_corrupt=data.max_corrupt,
             pin=device.type == "cuda",
+            pad_to_multiple=TEXT_MULTIPLE if compiled else 1,
         )
         self._feed = DeviceFeed(_told_by_rank(self._loader), device)
         self._counts: dict[str, float] = {}  # from before the batch that is read ahead
@@ -162,7 +171,6 @@ def _loader(config: Config, samples: Samples, train: bool = True, **options: Any
     size = batch_shape(config.engine, world_size)[0] if train else evaluation_batch_size(config)
     workers, timeout = config.data.num_workers, loader_seconds(config)
     shared: dict[str, Any] = {"world_size": world_size, "rank": rank, "num_workers": workers, "timeout": timeout}
-    shared["pad_to_multiple"] = TEXT_MULTIPLE if train and config.engine.compile == "on" else 1
     return build_loader(samples, micro_batch_size=size, train=train, raw=True, **(shared | options))
 
 

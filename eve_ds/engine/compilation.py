@@ -21,9 +21,8 @@ _log = logging.getLogger(__name__)
 
 def compile_task(
     task: Task, config: PretrainConfig | FinetuneConfig, zero_stage: int, device: torch.device, micro_batches: int
-) -> None:
-    """Let the task's blocks run compiled, if that is asked for or pays; put on or off in the place of
-    ``engine.compile: auto``.
+) -> bool:
+    """Let the task's blocks run compiled, if that is asked for or pays. Returns whether they do.
 
     Args:
         task: before DeepSpeed has it.
@@ -39,12 +38,15 @@ def compile_task(
             "engine.compile=on: ZeRO 3 gathers weights between the operations of a block, which cannot be compiled "
             "then; use ZeRO 1 or 2, or set engine.compile=off"
         )
-    if config.engine.compile == "auto":
+    choice = config.engine.compile
+    if choice == "auto":
         mixed = any(source.modality != PAIRS for source in config.data.sources or ())  # rows of a pass vary
         pays = device.type == "cuda" and zero_stage < 3 and micro_batches >= LEAST_MICRO_BATCHES and not mixed
         pays = pays and not config.engine.deterministic  # the first micro-batch of each process runs as it stands
-        config.engine.compile = "on" if pays and triton_state()[0] else "off"
-    if config.engine.compile == "on":
-        parts = compile_parts(task)
-        if launched_world()[0] == 0:
-            _log.info("%d blocks run compiled (engine.compile); the first steps take a minute more", parts)
+        choice = "on" if pays and triton_state()[0] else "off"
+    if choice == "off":
+        return False
+    parts = compile_parts(task)
+    if launched_world()[0] == 0:
+        _log.info("%d blocks run compiled (engine.compile); the first steps take a minute more", parts)
+    return True

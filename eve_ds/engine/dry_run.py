@@ -101,10 +101,10 @@ def parameters(task: Task) -> int:
 
 def _trial(config: Config, trainer: Trainer, training: Samples, step: int) -> list[str]:
     """Take the trial steps, each as the one after ``step``. Returns lines on time."""
-    batches = TrainingBatches(config, training, step, trainer.device)
+    batches = TrainingBatches(config, training, step, trainer.device, trainer.compiled)
     records = []
     try:
-        for _ in range(TRIAL_STEPS + (config.engine.compile == "on")):  # the second one compiles
+        for _ in range(TRIAL_STEPS + trainer.compiled):  # the second one compiles
             trainer.step = step
             records.append(trainer._train_step(batches))
     except RuntimeError as error:

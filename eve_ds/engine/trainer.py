@@ -112,7 +112,7 @@ class Trainer:
         self.topology = Topology(self.world_size, config.engine.expert_parallel_size, stage)
         offload = offloads_optimizer(settings, config.logging)
         guard_attention(task, device)
-        compile_task(task, config, stage, device, total_steps * self.accumulation_steps)
+        self.compiled = compile_task(task, config, stage, device, total_steps * self.accumulation_steps)
         optimizer = build_optimizer(task, config.optimizer, offload, device)
         mark("the set-up of DeepSpeed")
         self.engine = initialize(task, optimizer, settings)
@@ -277,13 +277,12 @@ class Trainer:
             self.engine.backward(output.loss * self.world_size)
             self._call_hooks("backward_end")
             if self.device.type == "cuda" and not self.stop.requested:
+                mark(f"step {self.step + 1}, reading the next batch")
                 batches.look_ahead()  # while the device computes what was launched
+                mark(f"step {self.step + 1}, computing")
             self.engine.step()
-            share = torch.stack(
-                [output.loss.detach().double(), torch.ones((), dtype=torch.float64, device=self.device)]
-            )
-            share[1] /= self.world_size
-            for name, pair in {"loss": share, **output.metrics}.items():
+            one = torch.full((), 1 / self.world_size, dtype=torch.float64, device=self.device)
+            for name, pair in {"loss": (output.loss, one), **output.metrics}.items():
                 value = torch.stack(
                     [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in pair]
                 )

@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 MOST_SHAPES = 8  # of one method: with others it runs plainly, so that batches of odd sizes do not compile without end
 # torch compiles anew for less than a shape, too (strides, who needs a gradient), and ends the run at its limit, 8.
@@ -38,6 +37,16 @@ class _Compiled:
         return self._run(module, *args)
 
 
+_plainly = False
+
+
+def run_plainly(on: bool) -> None:
+    """Let all marked methods run plainly, or no longer: a mode that sees each operation, as a FLOP counter, cannot see
+    into compiled code. From a forward pass on until after its backward pass, in which blocks may be computed again."""
+    global _plainly
+    _plainly = on
+
+
 @functools.cache
 def _compiled(method: Callable[..., Any], backend: str) -> _Compiled:
     return _Compiled(method, backend)
@@ -51,8 +60,7 @@ def compilable(method: Method) -> Method:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         backend = getattr(self, "_compile_backend", None)
         trains = self.training and torch.is_grad_enabled()
-        # A mode that sees each operation, as the FLOP counter of a run's first step, cannot see into compiled code.
-        if backend is None or kwargs or not trains or _get_current_dispatch_mode() is not None:
+        if backend is None or kwargs or not trains or _plainly:
             return method(self, *args, **kwargs)
         return _compiled(method, backend)(self, *args)
 

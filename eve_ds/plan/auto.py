@@ -96,8 +96,9 @@ def largest_micro_batch(config: Config, num_classes: int, world_size: int, on_gp
 
     try:
         rehearsal = Rehearsal(config, zero, num_classes, on_gpu)
-        rows = last_that_fits(divisors(share), peak, limit)
-        found = peak(rows or 1)
+        found = peak(share)  # first, as it may be less than that of smaller ones, which keep accumulated gradients
+        rows = share if found <= limit else last_that_fits(divisors(share)[:-1], peak, limit)
+        found = found if rows == share else peak(rows) if rows else min(found, peak(1))
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(
@@ -105,8 +106,8 @@ def largest_micro_batch(config: Config, num_classes: int, world_size: int, on_gp
         ) from error
     if not rows:
         raise UserError(
-            f"engine.micro_batch_size=auto: one sample takes {size(found)} by the forecast, and a rank may take "
-            f"{size(limit)}; set --model.checkpoint_activations true, --deepspeed_config zero3 or a greater "
+            f"engine.micro_batch_size=auto: the least takes {size(found)} by the forecast, and a rank may take "
+            f"{size(max(limit, 0))}; set --model.checkpoint_activations true, --deepspeed_config zero3 or a greater "
             "engine.expert_parallel_size, or start more ranks"
         )
     return rows, found
@@ -118,6 +119,7 @@ def divisors(number: int) -> list[int]:
 
 
 def last_that_fits(sizes: list[int], peak: Callable[[int], int], limit: int) -> int:
-    """The last of ``sizes`` whose ``peak``, which grows with them, is at most ``limit``; 0 if none is."""
+    """The last of ``sizes`` whose ``peak``, which grows with them, is at most ``limit``; 0 if none is, or there are
+    none."""
     place = bisect_right(sizes, limit, key=peak)
     return sizes[place - 1] if place else 0

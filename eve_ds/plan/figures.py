@@ -134,7 +134,7 @@ def parse_bytes(text: str) -> int:
         value = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
     except (ValueError, KeyError):
         value = 0.0
-    if value < 2**20:
+    if not 2**20 <= value < 2**63:
         raise UserError(f"--device_memory={text}: give a number of bytes, at least a MiB, as in 80GiB, 24GB or 24e9")
     return int(value)
 
@@ -149,7 +149,7 @@ def _run(config: Config, zero: Zero, batch: Batch, options: Any) -> dict[str, An
         "device": options.device,
         "global_batch_size": config.engine.global_batch_size,
         "micro_batch_size": batch.rows,
-        "micro_batch_size_is_auto": "auto" in (options.micro_batch_size, options.engine.micro_batch_size),
+        "micro_batch_size_is_auto": (options.micro_batch_size or options.engine.micro_batch_size) == "auto",
         "gradient_accumulation_steps": zero.accumulation,
         "text_length": batch.text_length,
     }

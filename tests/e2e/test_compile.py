@@ -33,6 +33,16 @@ def test_a_compiled_run_learns_as_the_plain_one_and_goes_on(arguments: list[str]
     assert len(losses(tmp_path / "compiled")) == 8
 
 
+def test_blocks_that_are_computed_again(arguments: list[str], tmp_path: Path) -> None:
+    """Operations are counted in the first forward pass; its backward pass computes blocks again as they ran then."""
+    again = [*arguments, "--model.checkpoint_activations=true", "--optimizer.total_steps=3"]
+    ranks.run("eve_ds.pretrain", [*again, f"--output_dir={tmp_path / 'plain'}"])
+    compiled = [*again, f"--output_dir={tmp_path / 'compiled'}", "--engine.compile=on"]
+    said = ranks.run("tests.support.compiled_run", compiled)
+    assert re.findall(r"^GRAPHS (\d+) BREAKS (\d+)$", said, re.MULTILINE) == [("5", "0")]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
 def test_zero_3_is_refused(arguments: list[str], tmp_path: Path) -> None:
     options = ["--engine.compile=on", "--deepspeed_config=ds_configs/zero3.json", f"--output_dir={tmp_path / 'run'}"]
     codes, said = ranks.finish(ranks.start("eve_ds.pretrain", [*arguments, *options], 2))

@@ -47,7 +47,8 @@ def test_a_whole_run(whole_run: tuple[subprocess.CompletedProcess[str], dict[str
     assert len(done.stdout.splitlines()) < 50
     assert found["versions"]["deepspeed"] == "0.19.8"
     assert all(found["speeds"][name] > 1e6 for name in SPEEDS)
-    assert set(found["operations"]) == {"permute", "grouped_mm", "layer_norm", "adam", "adam_offload"}
+    kernels = {"permute", "grouped_mm", "group_activation", "layer_norm", "adam", "adam_offload"}
+    assert set(found["operations"]) == kernels
     for operation in found["operations"].values():
         assert operation["operation"] in done.stdout and operation["live"] in done.stdout
         assert operation["live"] in [a["name"] for a in operation["alternatives"] if a["available"]]

@@ -143,12 +143,12 @@ class Kit:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the section that runs, and the kit after a last report."""
+        """SIGTERM, SIGINT and SIGHUP (a lost terminal) end the section that runs, and the kit after a last report."""
 
         def note(number: int, _: object) -> None:
             self._signal = signal.Signals(number)
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
             yield
         finally:

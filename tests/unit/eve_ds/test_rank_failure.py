@@ -61,6 +61,8 @@ def ended(error: Exception, capsys: pytest.CaptureFixture[str]) -> tuple[int, st
             "lower engine.micro_batch_size",
         ),
         (torch.AcceleratorError(f"CUDA error: out of memory{MORE}"), "CUDA error: out of memory", "eve_ds.plan"),
+        (RuntimeError("CUDA driver error: out of memory"), "CUDA driver error: out of memory", "eve_ds.plan"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "Triton Error [CUDA]: out of memory", "eve_ds.plan"),
         (
             BACKEND(NCCL.format("unhandled cuda error", UNHANDLED, "Cuda failure 2 'out of memory'")),
             "Cuda failure 2 'out of memory'",
@@ -162,6 +164,7 @@ def test_another_rank_that_is_gone_or_late_is_told_in_a_line(
         RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx(...)`"),
         RuntimeError("CUDA error: invalid configuration argument"),
         RuntimeError("an unknown error of ours"),
+        RuntimeError("unknown error in a parser"),
         BACKEND("Default process group is not initialized"),
     ],
 )

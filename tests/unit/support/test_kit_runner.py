@@ -102,7 +102,7 @@ sys.exit(Kit(Path(sys.argv[1]), sections, time.monotonic() + 60, {}, {}).run())
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_section_and_leaves_a_whole_report(
     number: signal.Signals, tmp_path: Path, repository: Path
 ) -> None:

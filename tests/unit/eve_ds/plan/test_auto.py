@@ -55,13 +55,26 @@ def test_the_largest_that_fits_is_taken_and_told(
     monkeypatch.setattr(auto, "_free", lambda device: with_rows(rows) - 1)
     config = run_config()
     if rows == 1:
-        with pytest.raises(
-            UserError, match=r"one sample takes .* by the forecast, and a rank may take .*; set --model"
-        ):
+        with pytest.raises(UserError, match=r"the least takes .* by the forecast, and a rank may take .*; set --model"):
             auto.settle_micro_batch_size(config, ANSWERS, CPU)
     else:
         auto.settle_micro_batch_size(config, ANSWERS, CPU)
         assert config.engine.micro_batch_size == {6: 4, 24: 12}[rows]
+
+
+def test_a_whole_share_may_fit_where_a_part_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of one micro-batch keeps no accumulated gradients; of a large model these are more than activations."""
+    shape = model_config(dim=256, mlp_hidden=1024, num_experts=8)
+    large = run_config(model=shape, deepspeed_config="ds_configs/zero1.json")
+    large.engine.global_batch_size = 4
+    peaks = []
+    for rows in (1, 2, 4):
+        given_rows = dataclasses.replace(large, engine=dataclasses.replace(large.engine, micro_batch_size=rows))
+        peaks.append(memory_forecast(given_rows, ANSWERS, CPU))
+    assert peaks[2] < peaks[0] < peaks[1]
+    monkeypatch.setattr(auto, "_free", lambda device: peaks[2])
+    auto.settle_micro_batch_size(large, ANSWERS, CPU)
+    assert large.engine.micro_batch_size == 4
 
 
 def test_the_longest_text_counts(monkeypatch: pytest.MonkeyPatch) -> None:
