@@ -75,8 +75,10 @@ class Watchdog:
         writing.join(self.interval)
 
     def _leave_word(self) -> None:
-        with contextlib.suppress(OSError), open(self.folder / ASKED, "a", encoding="utf-8") as file:
-            file.write(f"rank {self.rank} on {socket.gethostname()} (process {os.getpid()})\n")
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(exist_ok=True)  # an error may come before ``_begin``
+            with open(self.folder / ASKED, "a", encoding="utf-8") as file:
+                file.write(f"rank {self.rank} on {socket.gethostname()} (process {os.getpid()})\n")
 
     def _watch(self) -> None:
         self._in_folder(self._begin)
