@@ -213,7 +213,7 @@ def test_a_rank_that_fails_does_not_wait_in_nccls_group_and_leaves_word(
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     command = [sys.executable, "-c", LEAVES, str(tmp_path), backend, error]
     left = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert left.stdout == f"{stays} {word}\n", left.stderr
+    assert left.stdout.splitlines()[-1] == f"{stays} {word}", left.stderr  # DeepSpeed may say something before
 
 
 def test_nccl_leaves_the_end_of_a_run_to_us_and_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_sound_attention_stays(tokens: int, dtype: torch.dtype, masked: bool) ->
     """Far from the limit: also where a row has one key or none, and its gradients vanish."""
     x, bias = inputs(tokens, dtype, masked)
     trial = make_trial(x, HEADS, bias)
-    assert worst_error(sound, trial) < tolerance(dtype) / 4
+    assert worst_error(sound, trial) < tolerance(dtype) / 2
     AttentionGuard(sound, choice).check(x, HEADS, bias)
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
