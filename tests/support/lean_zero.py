@@ -112,8 +112,11 @@ def spoil(gradient: torch.Tensor, value: float) -> torch.Tensor:
     return spoiled
 
 
-def launches_of_a_step(stage: int, changes: dict[str, Any], most: int) -> None:
-    """Beyond those of the model's own forward and backward pass, a step launches at most ``most`` operations."""
+def launches_of_a_step(stage: int, changes: dict[str, Any], most: int, together: bool = True) -> None:
+    """Beyond those of the model's own forward and backward pass, a step launches at most ``most`` operations.
+
+    ``together``: gradients are copied together; else each is copied into and out of what is reduced by itself.
+    """
     prepare()
     shape = {"depth": 12, "soft_layers": [10, 11]}
     engine, plain = engine_of(stage, "bf16", True, changes, **shape), masked_task(**shape).bfloat16()
@@ -129,3 +132,4 @@ def launches_of_a_step(stage: int, changes: dict[str, Any], most: int) -> None:
     assert beyond.total() <= most, f"{beyond.total()} launches: {beyond.most_common()}"
     gradients = len(list(plain.parameters()))
     assert gradients > 250  # so that one launch a gradient would show
+    assert (beyond["copy_"] < 2 * gradients) == together, f"{beyond['copy_']} copies of {gradients} gradients"
