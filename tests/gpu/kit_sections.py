@@ -42,6 +42,7 @@ def _runs(device: str, work: Path) -> list[Section]:
     few_images = ["--images", "16", "--processes", "1", "--batch_size", "2", "--repeats", "2"]
     loader = [*(images if on_gpu else few_images), "--packing_copies", "1", "--shards", "2"]
     loop = ["-m", "tests.gpu.real_loop", "--work", str(work / "loop")]
+    small = ["-m", "tests.gpu.small_model", "--work", str(work / "small")]
     bits = "a training whole: the same bits twice, and after SIGTERM and resume"
     demo = ["-m", "eve_ds.demo", "--out", str(work / "demo")]
     return [
@@ -50,6 +51,7 @@ def _runs(device: str, work: Path) -> list[Section]:
         _bench("step", "forward and backward, plain and compiled", 180, "step", *step),
         Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 240),
         _pytest("same-bits", bits, 150, "tests/gpu/test_same_bits.py"),
+        Section("small", "the demo's pre-training: its start, its steps, CUDA graphs", small, 150),
         _bench("attention-speed", "attention beside torch's own", 60, "attention", *heads, *where),
         _bench("loader", "the loader with 14 processes", 90, "loader", *loader, "--work", str(work / "loader")),
         Section("demo", "what make demo runs", demo, 400, least=180, on_cpu=False),

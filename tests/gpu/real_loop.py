@@ -88,11 +88,13 @@ def measured(options: list[str], output: Path, workers: int, on_gpu: bool) -> di
         run.wait()
     used = records[skipped:steps]
     batch = records[1]["samples"] - records[0]["samples"]
-    pairs = batch / statistics.median(record["step_seconds"] for record in used)
+    seconds = statistics.median(record["step_seconds"] for record in used)
+    pairs = batch / seconds
     memory = {key: value for record in records for key, value in record.items() if key.endswith("_gib")}
     peak = memory.get("perf/gpu_allocated_gib", memory["perf/cpu_rss_gib"])
     forecast = planned(options, output.parent / "plan.json", on_gpu)
     return {
+        "step_ms": seconds * 1000,
         "pairs_per_second": pairs,
         "wait_fraction": statistics.fmean(record["data/wait_fraction"] for record in used),
         "seconds_to_first_step": first,
