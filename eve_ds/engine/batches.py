@@ -48,11 +48,6 @@ def check_batch(config: Config, rows: int) -> None:
     check_readers(config.data.home, rows, world_size, config.data.num_workers)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
 class TrainingBatches(Iterator[Batch]):
     """Training batches from optimizer step `start_step` on.
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from eve_ds.config import FinetuneConfig
+from eve_ds.data.batch_reader import collate, stack, to_batch
 from eve_ds.data.data_config import DataSource
 from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples
@@ -21,7 +22,7 @@ from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform, normalize, normalize_on_device
 from eve_ds.engine.batches import TrainingBatches
-from eve_ds.engine.device_feed import DeviceFeed
+from eve_ds.engine.device_feed import DeviceFeed, on_device
 from eve_ds.errors import RankError
 from tests.support.shards import image_of, tiny_tokenizer, write_split
 
@@ -83,6 +84,14 @@ def test_it_gives_what_the_loader_gives_normalized(tmp_path: Path, workers: int)
     fed = list(itertools.islice(feed, 12))
     feed.close()
     assert all(_equal(one, other) for one, other in zip(normalized, fed, strict=True))
+
+
+def test_one_batch_alone_is_as_the_loader_would_give_it(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, corrupt=())
+    rows = [samples[index, 0] for index in (3, 0, 7)]
+    found = on_device(to_batch(stack(rows, samples.pad_id, 12), raw=True), CPU)
+    assert found["images"].shape == (3, 3, 16, 16) and found["images"].dtype == torch.float32
+    assert _equal(found, collate(rows, samples.pad_id, 12))
 
 
 def test_raw_images_stay_until_the_next_batch_is_asked_for(tmp_path: Path) -> None:
