@@ -58,6 +58,7 @@ class TrainingBatches(Iterator[Batch]):
         device: where the batches go.
         compiled: whether the model's blocks run compiled: texts are padded to few lengths then.
     Attributes:
+        reads_ahead: whether ``look_ahead`` pays: the device computes while the host reads.
         wait_seconds: total time spent waiting for data, see ``DeviceFeed``.
     Raises:
         RankError: while iterating, for data that perhaps only this rank cannot read.
@@ -72,6 +73,7 @@ class TrainingBatches(Iterator[Batch]):
         compiled: bool = False,
     ) -> None:
         data = config.data
+        self.reads_ahead = device.type == "cuda"
         self._loader = _loader(
             config,
             samples,
