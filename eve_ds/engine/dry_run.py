@@ -21,7 +21,7 @@ from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import checkpoints, step_of
 
 Config = PretrainConfig | FinetuneConfig
-TRIAL_STEPS = 2  # the first one starts loader processes, loads kernels and makes the optimizer's states
+TRIAL_STEPS = 2  # the first one starts loader processes, loads or compiles kernels, makes the optimizer's states
 _output = logging.getLogger(OUTPUT)
 _log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _trial(config: Config, trainer: Trainer, training: Samples, step: int) -> li
     batches = TrainingBatches(config, training, step, trainer.device, trainer.compiled)
     records = []
     try:
-        for _ in range(TRIAL_STEPS + trainer.compiled):  # the second one compiles
+        for _ in range(TRIAL_STEPS):
             trainer.step = step
             records.append(trainer._train_step(batches))
     except RuntimeError as error:
