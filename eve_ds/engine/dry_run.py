@@ -81,7 +81,7 @@ def describe_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int
     """Print what ``--evaluate`` would score. Returns the exit code, 0."""
     _say(
         "all is in order",
-        f"score {config.task} on {rank_and_world()[1]} rank(s), {config.engine.precision}",
+        f"score {config.task} on {rank_and_world()[1]} rank(s), fp32",
         f"data    {scored.split.name}: {scored.rows} rows, {len(scored)} samples",
         f"model   {parameters(task):,} parameters, from {config.init_from}",
         f"output  {config.output_dir}",
