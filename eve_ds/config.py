@@ -54,6 +54,11 @@ class _Common:
     dry_run: bool = False
     deepspeed_config: str = "ds_configs/zero2.json"
 
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains; else it scores alone."""
+        return True
+
 
 @dataclass
 class PretrainConfig(_Common):
@@ -117,6 +122,10 @@ class FinetuneConfig(_Common):
     split: str = "test"
 
     @property
+    def trains(self) -> bool:
+        return not (self.evaluate or self.zeroshot)
+
+    @property
     def spec(self) -> FinetuneSpec:
         return finetune_spec(self.task)
 
@@ -173,7 +182,7 @@ def parse(
         raise UserError(
             "optimizer.schedule cooldown goes on from a checkpoint; name it: --resume_from RUN/checkpoints/step_N"
         )
-    config.engine.check()
+    config.engine.check(config.trains)
     config.checkpoint.check()
     config.logging.check()
     config.objective.check()

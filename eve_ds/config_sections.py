@@ -119,9 +119,10 @@ class EngineConfig:
             takes the micro-batch. Predictions do not depend on it.
         expert_parallel_size: ranks over which the experts of a block are spread; divides the world size and
             ``model.num_experts``.
-        precision: bf16 (weights bf16, master copy and Adam fp32), fp16 (likewise, with dynamic loss scaling: for V100
-            and T4, which have no bf16), fp32, or auto: bf16 where the device multiplies such matrices by itself, else
-            fp32; a resumed run keeps what it began with.
+        precision: of a run that trains, its scores included (``evaluate`` alone computes in fp32): bf16 (weights bf16,
+            master copy and Adam fp32), fp16 (likewise, with dynamic loss scaling: for V100 and T4, which have no bf16),
+            fp32, or auto: bf16 where the device multiplies such matrices by itself, else fp32; a resumed run keeps what
+            it began with.
         compile: on: the model's blocks run compiled by torch.compile in training: fewer and larger operations, other
             roundings, a minute more to the first step; auto: on GPUs at ZeRO 1 and 2, in runs of 2,000 micro-batches
             and more over pairs; off.
@@ -140,8 +141,8 @@ class EngineConfig:
     timeout_seconds: int = 600
     seed: int = 0
 
-    def check(self) -> None:
-        """Raise UserError naming the first setting that spreads no work."""
+    def check(self, trains: bool = True) -> None:
+        """Raise UserError naming the first setting that spreads no work, or that a run that ``trains`` cannot keep."""
         sizes = ("global_batch_size", "micro_batch_size", "eval_batch_size", "expert_parallel_size")
         _check_least("engine", self, dict.fromkeys((*sizes, "timeout_seconds"), 1) | {"seed": 0})
         for name, most in {"global_batch_size": MOST, "timeout_seconds": MOST_SECONDS}.items():
@@ -149,7 +150,7 @@ class EngineConfig:
                 raise UserError(f"engine.{name}={getattr(self, name)} must be at most {most}")
         if self.seed >= 2**63:
             raise UserError(f"engine.seed={self.seed} must be below 2**63")
-        if self.deterministic and self.compile == "on":
+        if trains and self.deterministic and self.compile == "on":
             raise UserError(
                 "engine.compile=on: the first micro-batch of a process is not compiled, so a resumed run has other "
                 "bits; set engine.compile=off, or engine.deterministic=false"

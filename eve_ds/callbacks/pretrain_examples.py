@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from eve_ds.data.batch_reader import collate
+from eve_ds.data.batch_reader import stack, to_batch
 from eve_ds.data.samples import Samples
-from eve_ds.engine.batches import to_device
 from eve_ds.engine.callback import Callback
+from eve_ds.engine.device_feed import on_device
 from eve_ds.engine.distributed import decide
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.spec import HeldOutExamples, PretrainSpec
@@ -81,7 +81,8 @@ class PretrainExamples(Callback):
     def _examples(self, trainer: Trainer) -> HeldOutExamples:
         """A collective: with experts spread over ranks, all ranks predict the same pairs."""
         samples = [self.held_out[index, 0] for index in self.chosen]
-        batch = to_device(collate(samples, self.held_out.pad_id, self.held_out.max_text_length), trainer.device)
+        arrays = stack(samples, self.held_out.pad_id, self.held_out.max_text_length)
+        batch = on_device(to_batch(arrays, raw=True), trainer.device)
         with trainer.whole_weights():
             return self.spec.held_out_examples(trainer.task, batch, self.held_out, self.chosen)
 

@@ -48,11 +48,6 @@ def check_batch(config: Config, rows: int) -> None:
     check_readers(config.data.home, rows, world_size, config.data.num_workers)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on ``device``."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
 class TrainingBatches(Iterator[Batch]):
     """Training batches from optimizer step `start_step` on.
 
@@ -63,6 +58,7 @@ class TrainingBatches(Iterator[Batch]):
         device: where the batches go.
         compiled: whether the model's blocks run compiled: texts are padded to few lengths then.
     Attributes:
+        reads_ahead: whether ``look_ahead`` pays: the device computes while the host reads.
         wait_seconds: total time spent waiting for data, see ``DeviceFeed``.
     Raises:
         RankError: while iterating, for data that perhaps only this rank cannot read.
@@ -77,6 +73,7 @@ class TrainingBatches(Iterator[Batch]):
         compiled: bool = False,
     ) -> None:
         data = config.data
+        self.reads_ahead = device.type == "cuda"
         self._loader = _loader(
             config,
             samples,

@@ -65,12 +65,16 @@ def settle_precision(config: PretrainConfig | FinetuneConfig, rank: int) -> None
     A run goes on in the numbers that it began with, whatever machine it is moved to. A new one takes bf16 if it is
     quick on the devices of all ranks. Rank 0 warns of bf16 that was asked for where it is slow. Called by all ranks.
 
+    A run that scores alone computes in fp32 whatever is asked for: nothing is refused there, and nothing warned of.
+
     Raises:
         UserError: fp16, and a rank's device does not compute in it.
     """
     if config.engine.precision == "auto":
         stored = stored_in_run(config, "precision", lambda value: value in ("bf16", "fp16", "fp32"))
         config.engine.precision = stored or _best_of_all_ranks()
+    if not config.trains:
+        return
     if config.engine.precision == "fp16" and not all(gather(_takes_fp16())):
         raise UserError(
             "engine.precision=fp16: needs GPUs from the V100 on, or CPUs with AVX512-FP16, on all ranks; set "

@@ -87,6 +87,11 @@ class DeviceFeed(Iterator[Batch]):
         return {name: normalize(value.numpy()) if _is_raw(name, value) else value for name, value in batch.items()}
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A raw batch as a ``DeviceFeed`` gives it."""
+    return next(DeviceFeed((each for each in (batch,)), device))
+
+
 class _Copies:
     """Copies of batches to a CUDA device, on a stream of their own."""
 

@@ -21,7 +21,7 @@ from eve_ds.tasks.base import Task
 from eve_ds.weights.model_folder import checkpoints, step_of
 
 Config = PretrainConfig | FinetuneConfig
-TRIAL_STEPS = 2  # the first one starts loader processes, loads kernels and makes the optimizer's states
+TRIAL_STEPS = 2  # the first one starts loader processes, loads or compiles kernels, makes the optimizer's states
 _output = logging.getLogger(OUTPUT)
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def describe_scoring(config: FinetuneConfig, task: Task, scored: Samples) -> int
     """Print what ``--evaluate`` would score. Returns the exit code, 0."""
     _say(
         "all is in order",
-        f"score {config.task} on {rank_and_world()[1]} rank(s), {config.engine.precision}",
+        f"score {config.task} on {rank_and_world()[1]} rank(s), fp32",
         f"data    {scored.split.name}: {scored.rows} rows, {len(scored)} samples",
         f"model   {parameters(task):,} parameters, from {config.init_from}",
         f"output  {config.output_dir}",
@@ -104,7 +104,7 @@ def _trial(config: Config, trainer: Trainer, training: Samples, step: int) -> li
     batches = TrainingBatches(config, training, step, trainer.device, trainer.compiled)
     records = []
     try:
-        for _ in range(TRIAL_STEPS + trainer.compiled):  # the second one compiles
+        for _ in range(TRIAL_STEPS):
             trainer.step = step
             records.append(trainer._train_step(batches))
     except RuntimeError as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eve_ds.config import FinetuneConfig
 from eve_ds.data.samples import Samples
-from eve_ds.engine.batches import evaluation_batch_size, evaluation_batches, to_device
+from eve_ds.engine.batches import evaluation_batch_size, evaluation_batches
 from eve_ds.engine.signals import StopRequest
 from eve_ds.engine.watchdog import mark_again
 from eve_ds.errors import StopError
@@ -37,7 +37,8 @@ def stop_agreed(stop: StopRequest, device: torch.device) -> bool:
 
 @torch.no_grad()
 def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "val") -> dict[str, float]:
-    """Means of the task's metrics, and of the sum of its losses, over ``batches``; the same on every rank.
+    """Means of the task's metrics, and of the sum of its losses, over ``batches``, which are on the trainer's device;
+    the same on every rank.
 
     Nothing is random: masks depend on the sample. Rows that only make the ranks even (``valid`` False) do not count.
     A metric for which no row counts is left out. Raises StopError, on all ranks, where one was asked to stop.
@@ -47,7 +48,7 @@ def held_out_metrics(trainer: Trainer, batches: Iterable[Batch], prefix: str = "
         for batch in batches:
             if stop_agreed(trainer.stop, trainer.device):
                 raise StopError
-            output = trainer.engine(to_device(batch, trainer.device))
+            output = trainer.engine(batch)
             for name, pair in output.metrics.items():
                 total = totals.setdefault(name, [0.0, 0.0])
                 total[0] += float(pair[0])
@@ -92,4 +93,4 @@ class EvaluationFeed(Feed):
         for batch in batches:
             if stop_agreed(self.stop, self.device):
                 raise StopError
-            yield to_device(batch, self.device)
+            yield batch

@@ -276,7 +276,7 @@ class Trainer:
             output = self.engine(batch)
             self.engine.backward(output.loss * self.world_size)
             self._call_hooks("backward_end")
-            if self.device.type == "cuda" and not self.stop.requested:
+            if batches.reads_ahead and not self.stop.requested:
                 mark(f"step {self.step + 1}, reading the next batch")
                 batches.look_ahead()  # while the device computes what was launched
                 mark(f"step {self.step + 1}, computing")

@@ -43,7 +43,7 @@ class Feed(ABC):
 
     @abstractmethod
     def together(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """``batches`` on the device. As for ``shared``, all ranks need equally many."""
+        """``batches``, which are on the device. As for ``shared``, all ranks need equally many."""
 
 
 def joined(parts: Iterable[Arrays]) -> Arrays | None:

@@ -111,12 +111,12 @@ class PairBatches:
 
         Args:
             loaded: ``self.images`` in their order, up to ``size`` at a time.
-            device: where the images are put.
+            device: where they are.
             image_size: H = W.
         """
         done = 0
         for part, batch in zip(self._parts(self.images), loaded, strict=False):
-            images = valid_rows(batch)["images"].to(device)
+            images = valid_rows(batch)["images"]
             pairs = np.concatenate([self._starts[one] + np.arange(self._counts[one]) for one in part])
             places = np.repeat(np.arange(len(part)), self._counts[part])
             for start in range(0, len(pairs), self.size):
@@ -128,11 +128,13 @@ class PairBatches:
             yield self._batch(nothing, np.empty(0, dtype=np.int64))
 
     def _batch(self, images: Tensor, pairs: np.ndarray) -> Batch:
-        text = torch.from_numpy(self._text[pairs]).to(self.encoded.text_ids.device)
+        device = self.encoded.text_ids.device
+        text = torch.from_numpy(self._text[pairs]).to(device)
         mask = self.encoded.text_mask[text]
         longest = max(int(mask.any(dim=0).sum()), 1)
         ids = self.encoded.text_ids[text][:, :longest]
-        return {"images": images, "text_ids": ids, "text_mask": mask[:, :longest], "pair": torch.from_numpy(pairs)}
+        pair = torch.from_numpy(pairs).to(device)
+        return {"images": images, "text_ids": ids, "text_mask": mask[:, :longest], "pair": pair}
 
 
 def rerank(task: Contrast, dataset: CaptionSamples, feed: Feed, encoded: Encoded, k: int, rule: str) -> Arrays:

@@ -43,6 +43,14 @@ def test_blocks_that_are_computed_again(arguments: list[str], tmp_path: Path) ->
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
+def test_a_dry_run_tells_the_time_of_a_step_that_compiles_nothing(arguments: list[str], tmp_path: Path) -> None:
+    """Its last. No operations are counted in a dry run, so that its first step compiles all."""
+    dry = [*arguments, "--engine.compile=on", "--dry_run", f"--output_dir={tmp_path / 'run'}"]
+    said = ranks.run("tests.support.compiled_run", dry)
+    assert re.findall(r"^STEPS (.*)$", said, re.MULTILINE) == ["5 5"]
+    assert "all is in order, nothing was written" in said and not (tmp_path / "run").exists()
+
+
 def test_zero_3_is_refused(arguments: list[str], tmp_path: Path) -> None:
     options = ["--engine.compile=on", "--deepspeed_config=ds_configs/zero3.json", f"--output_dir={tmp_path / 'run'}"]
     codes, said = ranks.finish(ranks.start("eve_ds.pretrain", [*arguments, *options], 2))

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from eve_ds.data.batch_reader import collate, stack, to_batch
 from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.transforms import build_transform, normalize, normalize_on_device
-from eve_ds.engine.device_feed import DeviceFeed
+from eve_ds.engine.device_feed import DeviceFeed, on_device
+from tests.support.retrieval_passes import arrays_of, retrieval_task, uneven_split
 from tests.support.shards import make_caption_set, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -74,6 +76,27 @@ def test_the_slots_of_the_loader_are_pinned(tmp_path: Path) -> None:
     assert images.is_pinned()
     batches.close()
     assert not images.is_pinned()
+
+
+def test_one_batch_alone_is_that_of_the_cpu(tmp_path: Path) -> None:
+    data = CaptionSamples(make_caption_set(tmp_path, rows=8), tiny_tokenizer(), build_transform(32, train=False), 12)
+    rows = [data[index, 0] for index in range(5)]
+    found = on_device(to_batch(stack(rows, data.pad_id, 12), raw=True), CUDA)
+    for name, value in collate(rows, data.pad_id, 12).items():
+        assert found[name].device.type == "cuda" and torch.equal(found[name].cpu(), value), name
+
+
+def test_reranking_finds_what_the_cpu_finds(tmp_path: Path) -> None:
+    """With all candidates of each query, so that no tie leaves one out. Batches of pairs are made on the device."""
+    folder, task = uneven_split(tmp_path), retrieval_task(rerank=True, k_test=100)
+    expected, found = arrays_of(task, folder), arrays_of(task.to(CUDA), folder, device="cuda")
+    assert expected is not None and found is not None
+    for name in ("text", "image"):
+        scores = []
+        for arrays in (expected, found):
+            order = arrays[f"{name}_candidates"].argsort(axis=1)
+            scores.append(np.take_along_axis(arrays[f"{name}_scores"], order, axis=1))
+        np.testing.assert_allclose(scores[1], scores[0], atol=1e-4, rtol=0)
 
 
 def _slow(seconds: float) -> Generator[dict[str, torch.Tensor], None, None]:

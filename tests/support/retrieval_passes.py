@@ -49,13 +49,18 @@ def caption_samples(folder: Path) -> CaptionSamples:
 
 
 def arrays_of(
-    task: Retrieval, folder: Path, batch_size: int = 4, limit: int | None = None, workers: int = 0
+    task: Retrieval,
+    folder: Path,
+    batch_size: int = 4,
+    limit: int | None = None,
+    workers: int = 0,
+    device: str = "cpu",
 ) -> Arrays | None:
     """What scoring makes of a split, over all ranks; ``batch_size`` is that of the ranks together."""
     config = FinetuneConfig()
     config.data.num_workers = workers
     config.engine.global_batch_size = batch_size
-    feed = EvaluationFeed(config, torch.device("cpu"), StopRequest())
+    feed = EvaluationFeed(config, torch.device(device), StopRequest())
     return SPEC.predict(task, caption_samples(folder), feed, limit)
 
 

@@ -55,7 +55,7 @@ def made(folder: Path, pictures: bool = True, is_main: bool = True, images_every
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain_examples, "collate", lambda samples, *_: {"samples": torch.tensor(samples)})
+    monkeypatch.setattr(pretrain_examples, "stack", lambda samples, *_: {"samples": np.array(samples)})
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda load: load.mul_(2))  # two ranks alike
 
 

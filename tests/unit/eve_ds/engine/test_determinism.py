@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eve_ds.config import FinetuneConfig, PretrainConfig, parse
 from eve_ds.config_sections import EngineConfig
 from eve_ds.engine.determinism import be_deterministic
 from preprocessing.errors import UserError
@@ -58,6 +59,12 @@ def test_compiled_blocks_are_refused() -> None:
     EngineConfig(deterministic=True).check()
     with pytest.raises(UserError, match=r"engine\.compile=on: the first micro-batch .* engine\.deterministic=false"):
         EngineConfig(deterministic=True, compile="on").check()
+    both = ["--engine.deterministic=true", "--engine.compile=on"]
+    for scores in ("--evaluate=true", "--zeroshot=true"):  # nothing is compiled there
+        assert parse(FinetuneConfig, [*both, scores], "finetune").engine.compile == "on"
+    for trains in (FinetuneConfig, PretrainConfig):
+        with pytest.raises(UserError, match=r"engine\.compile=on"):
+            parse(trains, both, "")
 
 
 # Of torch.use_deterministic_algorithms: what raises on a GPU (2.13), and on floating point alone.

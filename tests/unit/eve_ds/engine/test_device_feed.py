@@ -7,6 +7,7 @@ import multiprocessing
 import time
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,19 @@ import pytest
 import torch
 
 from eve_ds.config import FinetuneConfig
+from eve_ds.data.batch_reader import collate, stack, to_batch
 from eve_ds.data.data_config import DataSource
 from eve_ds.data.loader import build_loader
 from eve_ds.data.samples import CaptionSamples
 from eve_ds.data.shards import Split
 from eve_ds.data.sources import JoinedSplit
 from eve_ds.data.transforms import build_transform, normalize, normalize_on_device
+from eve_ds.engine import batches as engine_batches
+from eve_ds.engine import watchdog
 from eve_ds.engine.batches import TrainingBatches
-from eve_ds.engine.device_feed import DeviceFeed
+from eve_ds.engine.device_feed import DeviceFeed, on_device
+from eve_ds.engine.signals import StopRequest
+from eve_ds.engine.trainer import Trainer
 from eve_ds.errors import RankError
 from tests.support.shards import image_of, tiny_tokenizer, write_split
 
@@ -83,6 +89,14 @@ def test_it_gives_what_the_loader_gives_normalized(tmp_path: Path, workers: int)
     fed = list(itertools.islice(feed, 12))
     feed.close()
     assert all(_equal(one, other) for one, other in zip(normalized, fed, strict=True))
+
+
+def test_one_batch_alone_is_as_the_loader_would_give_it(tmp_path: Path) -> None:
+    samples = _samples(tmp_path, corrupt=())
+    rows = [samples[index, 0] for index in (3, 0, 7)]
+    found = on_device(to_batch(stack(rows, samples.pad_id, 12), raw=True), CPU)
+    assert found["images"].shape == (3, 3, 16, 16) and found["images"].dtype == torch.float32
+    assert _equal(found, collate(rows, samples.pad_id, 12))
 
 
 def test_raw_images_stay_until_the_next_batch_is_asked_for(tmp_path: Path) -> None:
@@ -169,3 +183,49 @@ def test_waiting_is_for_the_source_alone() -> None:
     time.sleep(0.1)
     assert next(feed)["images"].shape == (1, 3, 4, 4)
     assert feed.wait_seconds == before
+
+
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_the_watchdog_knows_when_a_rank_waits_for_data(
+    reads_ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that hangs is told of by the last mark: it must be of data while the source is asked, and only then."""
+    dog = watchdog.Watchdog(tmp_path, 0, 1, 600)
+    monkeypatch.setattr(watchdog, "_watchdog", dog)
+    seen: list[tuple[str, str]] = []
+    told = engine_batches._told_by_rank
+
+    def source(loader: Any) -> Generator[Any, None, None]:
+        batches = told(loader)
+        while True:
+            seen.append(("source", dog.doing))
+            yield next(batches)
+
+    class Engine:
+        def __call__(self, batch: Any) -> Any:
+            seen.append(("forward", dog.doing))
+            return SimpleNamespace(loss=torch.zeros(()), metrics={})
+
+        def backward(self, loss: Any) -> None:
+            seen.append(("backward", dog.doing))
+
+        def step(self) -> None:
+            seen.append(("step", dog.doing))
+
+    monkeypatch.setattr(engine_batches, "_told_by_rank", source)
+    batches = TrainingBatches(_config(), _samples(tmp_path), 0)
+    assert not batches.reads_ahead  # on the CPU, where it would gain nothing
+    batches.reads_ahead = reads_ahead
+    trainer = Trainer.__new__(Trainer)
+    trainer.engine, trainer.device, trainer.stop, trainer._hooks = Engine(), CPU, StopRequest(), {"backward_end": []}
+    trainer.step, trainer.world_size, trainer.accumulation_steps = 6, 1, 2
+    trainer._accumulate(batches)
+    reading, computing = ("source", "step 7, reading a batch"), "step 7, computing"
+    ahead = [("source", "step 7, reading the next batch")] * reads_ahead
+    passes = [("forward", computing), ("backward", computing), *ahead, ("step", computing)]
+    assert seen == [reading, *passes, *[reading] * (not reads_ahead), *passes]
+    trainer.stop.requested = True  # a batch that no step will take is not waited for
+    seen.clear()
+    trainer._accumulate(batches)
+    assert [each for each in seen if each[0] == "source"] == [reading] * (2 - reads_ahead)
+    batches.close()

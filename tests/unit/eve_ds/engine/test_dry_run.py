@@ -58,7 +58,7 @@ def test_a_dry_run_of_scoring_says_what_is_scored(
     said = [record.getMessage() for record in caplog.records]
     assert said == [
         "dry run: all is in order, nothing was written",
-        f"  score nlvr on 1 rank(s), {config.engine.precision}",
+        "  score nlvr on 1 rank(s), fp32",
         "  data    test: 7 rows, 21 samples",
         f"  model   {dry_run.parameters(task):,} parameters, from /runs/b",
         "  output  /runs/a",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eve_ds import config as config_tree
-from eve_ds.config import PretrainConfig
+from eve_ds.config import FinetuneConfig, PretrainConfig
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine import deepspeed_config
 from eve_ds.engine.deepspeed_config import best_precision, load_deepspeed_config, precision_of, settle_precision
@@ -97,3 +97,15 @@ def test_fp16_goes_on_where_it_can_and_is_refused_elsewhere(tmp_path: Path, monk
     monkeypatch.setattr(deepspeed_config, "_takes_fp16", lambda: False)
     with pytest.raises(UserError, match=r"engine\.precision=fp16: needs GPUs from the V100 on"):
         settle_precision(begun, rank=0)
+
+
+@pytest.mark.parametrize("how", ["evaluate", "zeroshot"])
+def test_a_run_that_scores_alone_is_neither_refused_nor_warned(
+    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It computes in fp32: a recipe for GPUs may be scored anywhere."""
+    monkeypatch.setattr(deepspeed_config, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(deepspeed_config, "_takes_fp16", lambda: False)
+    for named in ("bf16", "fp16"):
+        settle_precision(FinetuneConfig(engine=EngineConfig(precision=named), **{how: True}), rank=0)  # type: ignore[arg-type]
+    assert not caplog.messages
