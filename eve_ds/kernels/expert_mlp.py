@@ -211,13 +211,12 @@ class _GroupedExpertMLP(torch.autograd.Function):
         else:
             dy_PD, dweights_Tk = operations.weighted_gradients(dout_TD, kept.pop(), weights_Tk, order, inverse)
         dh_PH = grouped_mm(dy_PD, fc2_weight_EDH, groups)
-        a_PH = activation_gradient_(dh_PH, h_PH, activation)
+        a_PH, dfc1_bias_EH = activation_gradient_(dh_PH, h_PH, groups, activation)
         dfc2_weight_EDH, dfc2_bias_ED = grouped_weight_gradient(dy_PD, a_PH, groups), grouped_sum(dy_PD, groups)
         del a_PH, dy_PD
         x_PD = operations.gather_rows(x_TD, order, num_choices, top_k)
         dfc1_weight_EHD = grouped_weight_gradient(dh_PH, x_PD, groups)
         del x_PD
-        dfc1_bias_EH = grouped_sum(dh_PH, groups)
         # The sum also reads the rows of choices of no expert: zeros, as in y_PD. No product reads them.
         dx_PD = zero_rest_(grouped_mm(dh_PH, fc1_weight_EHD, groups), groups)
         dx_TD = operations.sum_rows(dx_PD, None, inverse, top_k)

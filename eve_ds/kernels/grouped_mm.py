@@ -92,9 +92,21 @@ def plainly_add_group_bias_(y_RN: Tensor, bias_EN: Tensor, groups: Groups) -> Te
 def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
     """The sum of each group's rows: the gradient of its bias.
 
+    Args:
+        y_RN: [R, N], contiguous where the Triton kernel serves (CUDA).
+        groups: where the groups' rows are.
     Returns:
         [E, N] in y's dtype, summed in float32; zeros for a group without rows.
     """
+    if triton_serves(y_RN) and y_RN.is_contiguous():
+        from eve_ds.kernels import triton_groups
+
+        return triton_groups.grouped_sum(y_RN, groups.offsets)
+    return plainly_grouped_sum(y_RN, groups)
+
+
+def plainly_grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
+    """``grouped_sum`` without Triton."""
     if _grouped_kernel_takes(y_RN):
         # One launch: a product with eight columns of ones (8 x 2 bytes meet the kernel's alignment).
         ones_R8 = y_RN.new_ones(y_RN.shape[0], ALIGNMENT_BYTES // y_RN.element_size())

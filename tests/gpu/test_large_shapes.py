@@ -13,7 +13,7 @@ from torch import Tensor
 from eve_ds.kernels import permute
 from eve_ds.kernels.expert_mlp import expert_mlp, reference
 from eve_ds.kernels.group_activation import activation_gradient_, bias_activation_
-from eve_ds.kernels.grouped_mm import add_group_bias_
+from eve_ds.kernels.grouped_mm import add_group_bias_, grouped_sum
 from eve_ds.kernels.groups import Groups, zero_empty_groups_, zero_rest_
 from eve_ds.kernels.mlp import ACTIVATIONS
 from eve_ds.kernels.permute import sort_by_expert
@@ -57,11 +57,16 @@ def test_groups() -> None:
     del of_row
     y = add_group_bias_(x.clone(), bias, groups)
     assert torch.equal(y[:served], expected[:served]) and not y[served:].any()
+    by_group = [expected[:5], expected[:0], expected[5:served], expected[:0]]
+    assert torch.equal(
+        grouped_sum(y, groups), torch.stack([part.sum(0, dtype=torch.float32) for part in by_group]).bfloat16()
+    )
     for activation in ACTIVATIONS.values():
         h = x.clone()
         a = bias_activation_(h, bias, groups, activation)
         da = torch.ones_like(h)
-        again = activation_gradient_(da, h, activation)
+        again, sums = activation_gradient_(da, h, groups, activation)
+        torch.testing.assert_close(sums[2].float(), da[5:served].sum(0, dtype=torch.float32), rtol=2e-2, atol=0)
         assert torch.equal(h[:served], expected[:served]) and torch.equal(again[:served], a[:served])
         exact = ends(expected[:served]).double().requires_grad_()
         right = activation(exact)

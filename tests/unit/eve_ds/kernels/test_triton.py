@@ -19,6 +19,7 @@ INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}
 CONSTANTS: dict[str, Any] = {
     "TOP_K": 2, "WEIGH": True, "SUM_IN": tl.float32, "COMPUTE_IN": tl.float32, "BLOCK": 256, "GROUPS": 32,
     "ROWS": 16, "STEPS": 16,
+    "STEP": 4, "TILES": 16,
 }  # fmt: skip
 KERNELS = [
     (triton_kernels._gather_kernel, ""),
@@ -27,8 +28,10 @@ KERNELS = [
     (triton_groups._bias_kernel, ""),
     (triton_groups._bias_kernel, "gelu"),
     (triton_groups._bias_kernel, "quick_gelu"),
-    (triton_groups._gradient_kernel, "gelu"),
-    (triton_groups._gradient_kernel, "quick_gelu"),
+    (triton_groups._sum_rows_kernel, ""),
+    (triton_groups._sum_rows_kernel, "gelu"),
+    (triton_groups._sum_rows_kernel, "quick_gelu"),
+    (triton_groups._sum_tiles_kernel, ""),
     (triton_groups._zero_rest_kernel, ""),
     (triton_groups._zero_empty_kernel, ""),
 ]
