@@ -7,8 +7,10 @@ Of the 10,020 operations that a step of EVE-Base launched, DeepSpeed 0.19.8 laun
   ranks, not finite, and DeepSpeed skips such a step. It does so with ``compute_grad_norm`` and ``check_grad_overflow``,
   which ``deepspeed_keys`` insists on, as it does on ``contiguous_gradients``;
 - the norm is taken of all gradients of a group by one ``foreach`` operation;
-- gradients are copied into the buffer of a reduction, and out of it, together (stages 1 and 2). Not with
-  ``overlap_comm``: there the copies belong to the stream of the reduction.
+- gradients are copied into the buffer of a reduction, and out of it, together (stages 1 and 2). Each copy runs on the
+  stream on which DeepSpeed makes it (with ``overlap_comm``: out of the buffer, on that of the reduction), later there
+  than DeepSpeed's, but before any other stream is made to wait for it;
+- at stage 3 they are not copied into a buffer: ``lean_zero3``.
 
 One Python hook per gradient remains, which DeepSpeed needs.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -35,6 +38,7 @@ def make_lean(optimizer: Any) -> None:
         from eve_ds.engine.lean_zero3 import LeanZero3  # only here: it imports torch's compiler
 
         optimizer.__class__ = LeanZero3
+        optimizer.drop_buckets()
 
 
 def stacked_norms(gradients: Any, params: Any, norm_type: float) -> list[Tensor]:
@@ -66,22 +70,25 @@ class LeanZero12(DeepSpeedZeroOptimizer):
         """Add a gradient to the bucket that is reduced next, and reduce that first if it is full.
 
         DeepSpeed 0.19.8's own, but that the copy into the bucket comes later, and without what our settings never
-        reach: zenflow, folded expert parallelism, and the events of offloading and overlap.
+        reach: zenflow, folded expert parallelism, and the events of offloading.
         """
         gradient = self.get_gradient_for_reduction(param)
         alone = param.numel() > self.reduce_bucket_size or not getattr(param, "ds_grad_is_ready", True)
-        if gradient is None or not param.numel() or alone or self.overlap_comm:
+        if gradient is None or not param.numel() or alone:
             super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
             return
         comm_dtype = self.get_param_comm_dtype(param)
         bucket = self.ipg_buckets[comm_dtype]
         if bucket.elements + param.numel() > self.reduce_bucket_size:
             self.reduce_ipg_grads(comm_dtype=comm_dtype)
+            if self.overlap_comm:
+                bucket.index = 1 - bucket.index  # of two buffers: the other is being reduced
         param_id = self.get_param_id(param)
         if self.params_already_reduced[param_id]:
             raise AssertionError(f"parameter {param_id}: its gradient has been reduced before in this backward pass")
         place = bucket.buffer[bucket.index].narrow(0, bucket.elements, param.numel())
         self._queue_copy(gradient, place)
+        bucket.copy_streams.add(get_accelerator().current_stream())  # that of the reduction waits for these
         bucket.elements += param.numel()
         bucket.grads.append(gradient)
         bucket.params.append((i, param.param_idx_in_group, param_id))
@@ -96,7 +103,7 @@ class LeanZero12(DeepSpeedZeroOptimizer):
     def copy_grads_in_partition(self, param: Tensor, group_idx: int | None = None) -> None:
         """Keep a reduced gradient elsewhere than in the bucket, which is about to be used again."""
         group_idx = self._get_param_group_idx(param) if group_idx is None else group_idx
-        if self.overlap_comm or self._use_compact_grad_partition_buffer(group_idx):
+        if self._use_compact_grad_partition_buffer(group_idx):
             super().copy_grads_in_partition(param, group_idx)
             return
         gradient = self.get_gradient_for_reduction(param)
@@ -109,13 +116,14 @@ class LeanZero12(DeepSpeedZeroOptimizer):
         self.grads_in_partition_offset += param.numel()
 
     def _queue_copy(self, gradient: Tensor, place: Tensor) -> None:
-        # No __init__ of this class has run: it was put in the place of DeepSpeed's.
-        self.__dict__.setdefault("_copies", []).append((gradient, place))
+        # By stream. No __init__ of this class has run: it was put in the place of DeepSpeed's.
+        copies = self.__dict__.setdefault("_copies", {})
+        copies.setdefault(get_accelerator().current_stream(), []).append((gradient, place))
 
     def _flush_copies(self) -> None:
-        """Copy each queued gradient to its place, and make it a view of that."""
-        copies = self.__dict__.pop("_copies", [])
-        if copies:
-            torch._foreach_copy_([place for _, place in copies], [gradient.view(-1) for gradient, _ in copies])
-        for gradient, place in copies:
-            gradient.data = place.view_as(gradient)
+        """Copy each queued gradient to its place, on the stream on which it was queued, and make it a view of that."""
+        for stream, copies in self.__dict__.pop("_copies", {}).items():
+            with get_accelerator().stream(stream):
+                torch._foreach_copy_([place for _, place in copies], [gradient.view(-1) for gradient, _ in copies])
+            for gradient, place in copies:
+                gradient.data = place.view_as(gradient)

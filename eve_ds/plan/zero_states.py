@@ -136,7 +136,7 @@ def groups_of(task: nn.Module, optimizer: OptimizerConfig, zero: Zero) -> list[G
 def steady(groups: list[Group], zero: Zero) -> dict[str, int]:
     """Bytes held from the first step to the last: weights, optimizer, gradients, communication; host if ZeRO offloads.
 
-    ZeRO 3 alone keeps gradients' parts and its bucket from step to step.
+    ZeRO 3 alone keeps gradients' parts from step to step, and a bucket where it offloads.
     """
     whole = sum(group.elements for group in groups)
     part = sum(group.partition for group in groups)
@@ -147,7 +147,7 @@ def steady(groups: list[Group], zero: Zero) -> dict[str, int]:
         live = min(whole, zero.setting("stage3_max_live_parameters"), zero.setting("stage3_max_reuse_distance"))
         # Small models stay gathered from the forward pass to the backward: nothing is beyond the reuse distance.
         weights, gradients = part + max(live, kept), part
-        bucket = zero.setting("reduce_bucket_size")
+        bucket = zero.setting("reduce_bucket_size") if zero.offload else 0
         bucket = bucket if zero.whole_buffers else min(bucket, whole)
         master = part * FP32 if zero.itemsize != FP32 else 0  # fp32 weights are their own master copy
     optimizer = master + (2 + zero.averages) * part * FP32
@@ -176,9 +176,11 @@ def step_peak(groups: list[Group], zero: Zero) -> int:
 class GradientBuckets:
     """What becomes of each gradient once autograd has made it, acted out on a ``LiveBytes``.
 
-    It is copied into a bucket; a full bucket is copied flat, reduced, and what belongs to this rank's part is kept.
-    ZeRO 1 that does not overlap does this only when the last micro-batch's backward pass has ended. Gradients have the
-    dtype of the weights: a DeepSpeed file's ``data_types`` and ``communication_data_type`` do not count.
+    It waits until those that wait fill a bucket. Then they are copied into that and freed (by ZeRO 3: not copied, and
+    freed after the reduction), what is reduced is copied flat, and what belongs to this rank's part is kept. Where ZeRO
+    offloads, none waits. ZeRO 1 that does not overlap does this only when the last micro-batch's backward pass has
+    ended. Gradients have the dtype of the weights: a DeepSpeed file's ``data_types`` and ``communication_data_type`` do
+    not count.
 
     Args:
         groups: of the task.
@@ -249,15 +251,22 @@ class GradientBuckets:
             if fresh and self.filled > self.written[self.index]:
                 self._hold(self.filled - self.written[self.index], "communication")
                 self.written[self.index] = self.filled
-            self._free(parameter)
+            if self.zero.offload:
+                self._free(parameter)
+
+    def _goes_into_bucket(self, parameter: Tensor) -> bool:
+        return parameter.numel() <= self.capacity and (self.zero.stage < 3 or self.zero.offload)
 
     def _free(self, parameter: Tensor) -> None:
-        """A gradient that is in the bucket, or reduced as it is too large for one."""
+        """A gradient that is in the bucket, or has been reduced where it lay."""
         if self.late:
             self._hold(-parameter.numel(), "gradients")
         parameter.grad = None
 
     def _reduce(self) -> None:
+        for parameter in self.waiting:
+            if self._goes_into_bucket(parameter) and not self.zero.offload:
+                self._free(parameter)
         self.meter.spike(self.filled * self.zero.itemsize)
         for parameter in self.waiting:
             kept = self.own.pop(id(parameter), 0)
@@ -265,6 +274,6 @@ class GradientBuckets:
                 kept += sum(self.own.values())
                 self.own.clear()
             self._hold(kept, "gradients")
-            if parameter.numel() > self.capacity:
+            if not self._goes_into_bucket(parameter):
                 self._free(parameter)
         self.waiting, self.filled = [], 0

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from tests.support.distributed import run_distributed_test
-from tests.support.lean_zero import Case, launches_of_a_step, steps_without_moving
+from tests.support.lean_zero import (
+    Case,
+    launches_of_a_step,
+    races_that_are_found,
+    same_weights_and_no_race,
+    steps_without_moving,
+)
 
 DENSE, EXPERT = "backbone.blocks.0.attention.qkv.weight", "backbone.blocks.2.moe.experts.w2"
 SMALL_BUCKETS = {"reduce_bucket_size": 20_000}  # several reductions a backward pass
@@ -33,11 +39,32 @@ def test_a_gradient_that_is_not_finite_moves_no_weight(stage: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "most", "together"),
-    # DeepSpeed's own: 4,990 at stages 1 and 2. Left at stage 3 are two copies a gradient, as with ``overlap_comm``.
-    [(1, {}, 250, True), (2, {"overlap_comm": False}, 250, True), (2, {}, 850, False), (3, {}, 850, False)],
+    ("stage", "changes", "most"),
+    # DeepSpeed's own: 4,990 at stages 1 and 2, 1,275 at stage 3.
+    [(1, {}, 230), (2, {"overlap_comm": False}, 230), (2, {}, 230), (3, {}, 200)],
 )
-def test_launches_of_a_step(stage: int, changes: dict[str, Any], most: int, together: bool) -> None:
-    """With ``overlap_comm`` (stage 2 by default) the copies belong to the reduction's stream: queued, they would leave
-    it, and take gradients on several GPUs before they are reduced, which no CPU and no single GPU shows."""
-    run_distributed_test(launches_of_a_step, 1, args=(stage, changes, most, together))
+def test_launches_of_a_step(stage: int, changes: dict[str, Any], most: int) -> None:
+    run_distributed_test(launches_of_a_step, 1, args=(stage, changes, most))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_deepspeeds_own_and_streams_do_not_race(ranks: int) -> None:
+    overlap = {"overlap_comm": True}
+    cases: list[tuple[int, str, int, dict[str, Any]]] = [
+        (1, "bf16", 2, SMALL_BUCKETS),
+        (1, "fp32", 1, SMALL_BUCKETS | overlap),
+        (2, "bf16", 2, SMALL_BUCKETS),
+        (2, "fp32", 1, {}),
+        (2, "bf16", 1, ALONE),
+        (2, "bf16", 1, SMALL_BUCKETS | {"overlap_comm": False}),
+        (3, "bf16", 2, SMALL_BUCKETS),
+        (3, "fp32", 1, {}),
+        (3, "bf16", 1, ALONE),
+        (3, "bf16", 2, SMALL_BUCKETS | {"overlap_comm": False}),
+    ]
+    run_distributed_test(same_weights_and_no_race, ranks, args=(cases,))
+
+
+def test_races_are_found() -> None:
+    """What the test above relies on."""
+    run_distributed_test(races_that_are_found, 1)

@@ -15,6 +15,7 @@ from eve_ds.plan.live_bytes import LiveBytes
 from eve_ds.plan.zero_states import GradientBuckets, Group, Zero
 
 FP32 = 4
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 class Meter(LiveBytes):
@@ -55,7 +56,7 @@ def backward(stage: int, accumulation: int, whole_buffers: bool, **settings: Any
         (2, 1, True, {}, [0, 32, 32]),  # one buffer, made when the second gradient is reduced
         (2, 1, False, {}, [0, 16, 32]),  # and written one by one
         (2, 2, True, {}, [32, 64, 64]),  # the sum, and what is added to it
-        (2, 2, True, {"offload_optimizer": {"device": "cpu"}}, [0, 0, 0]),
+        (2, 2, True, OFFLOAD, [0, 0, 0]),
         (3, 2, True, {}, [0, 0, 0]),  # a part of fixed size: `steady`
     ],
 )
@@ -75,6 +76,24 @@ def test_a_gradient_is_let_go_before_it_is_held_and_one_that_is_not_made_does_no
         assert meter.peak // FP32 < 2.1 * 64 * 64  # autograd copies it, since the meter looks at it
         buckets.end()
     assert meter.held("gradients") == 64 * 64  # the part of the one that was made
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "live"), [(2, {}, [4, 4]), (3, {}, [4, 6]), (2, OFFLOAD, [2, 4]), (3, OFFLOAD, [2, 4])]
+)
+def test_gradients_wait_for_their_bucket(stage: int, settings: Any, live: list[int]) -> None:
+    """Two weights, two gradients that wait: at stage 2 freed before they are copied flat, at 3 after. None waits where
+    ZeRO offloads."""
+    layers = nn.ModuleList(nn.Linear(64, 64, bias=False, device="meta") for _ in range(2))
+    group = Group([64 * 64] * 2, [id(parameter) for parameter in layers.parameters()], ranks=2, experts=False)
+    meter = Meter()
+    buckets = GradientBuckets([group], Zero(stage, 2, 1, FP32, 1, settings, whole_buffers=True), meter)
+    with meter, buckets.attached(layers):
+        for layer in layers:
+            layer(torch.empty(1, 64, device="meta")).sum().backward()
+        found = [meter.live]
+        buckets.end()
+    assert [size // (64 * 64 * FP32) for size in (*found, meter.peak)] == live
 
 
 @pytest.mark.parametrize(
