@@ -4,6 +4,7 @@ of a rank. Imports the standard library and preprocessing.errors only."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import ipaddress
 import logging
@@ -13,7 +14,7 @@ import random
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def prepare_environment() -> None:
     programs = str(Path(sys.prefix) / "bin")
     path = [entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if entry != programs]
     os.environ["PATH"] = os.pathsep.join([programs, *path])
+
+
+@contextlib.contextmanager
+def late_imports() -> Iterator[None]:
+    """Context for the imports of a training: ``prepare_environment``, and no garbage collection.
+
+    Imports make 400,000 objects, and most of them stay. The collector goes through them again and again: measured, 0.22
+    of the 0.7 s that DeepSpeed and our own modules take after torch. Later collections leave them out (``gc.freeze``).
+    """
+    prepare_environment()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def prepare_nccl(seconds: float) -> None:
