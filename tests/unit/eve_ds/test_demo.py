@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,22 @@ def test_commands_are_told_as_a_shell_takes_them() -> None:
     runner = demo.StageRunner([demo.Stage("Nothing", 1, [words])])
     runner.run()
     assert shlex.split(runner.done[0]["command"]) == ["python", *words]
+
+
+def test_one_rank_runs_without_a_launcher_and_several_below_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And alone, whatever group of processes the shell names."""
+    for name in demo.OF_LAUNCHERS:
+        monkeypatch.setenv(name, "7")
+    stage = demo.Stage("One", 1, [["sysconfig"]], ranks=1)
+    assert demo.launched(stage, ["sysconfig"]) == [sys.executable, "-m", "sysconfig"]
+    runner = demo.StageRunner([stage, demo.Stage("None", 1, [["-c", "import os; print(sorted(os.environ))"]])])
+    runner.run()
+    assert runner.done[0]["command"] == "python -m sysconfig"
+    printed = capfd.readouterr().out
+    assert "Python version:" in printed and not [name for name in demo.OF_LAUNCHERS if f"'{name}'" in printed]
+    assert demo.launched(demo.Stage("Two", 1, [], ranks=2), ["m"])[1:3] == ["-m", "deepspeed.launcher.runner"]
 
 
 # Fails unless the other command, which writes that file, runs at the same time.
