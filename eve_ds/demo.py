@@ -35,7 +35,7 @@ from eve_ds.demo_results import (
     scores_file,
     table,
 )
-from eve_ds.environment import free_port, prepare_environment
+from eve_ds.environment import free_port, prepare_environment, version
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
 from eve_ds.recipes import read_yaml
@@ -302,6 +302,15 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def visible_gpus() -> int:
+    """GPUs of this machine. A torch for the CPU has none, and takes a second to import."""
+    if version("torch").endswith("+cpu"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def world_size(gpus: int) -> int:
     """Ranks of pre-training: one per GPU, or two on the CPU."""
     return min(16, 1 << (gpus.bit_length() - 1)) if gpus else 2  # a power of two that divides the recipes' batches
@@ -325,9 +334,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     prepare_environment()
-    import torch
-
-    gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
     check_secrets(f"{options.out}", "--out")  # its commands are stored
     claim(options.out, options.seed)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size(gpus))))

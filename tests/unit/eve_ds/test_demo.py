@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from eve_ds import demo, demo_results
@@ -123,6 +125,13 @@ def test_experts_are_spread_over_ranks_where_there_are_two(gpus: int, ranks: lis
     for stage in plan:
         spread = {options(command)["--engine.expert_parallel_size"] for command in stage.commands}
         assert spread == {"1" if stage.ranks == 1 else "2"}
+
+
+def test_gpus_are_looked_for_where_torch_could_use_them() -> None:
+    code = "import sys; from eve_ds.demo import visible_gpus as gpus; print(gpus(), 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    for_cpu = torch.__version__.endswith("+cpu")
+    assert found == (["0", "False"] if for_cpu else [str(torch.cuda.device_count()), "True"])
 
 
 def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
