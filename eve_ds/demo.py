@@ -35,7 +35,7 @@ from eve_ds.demo_results import (
     scores_file,
     table,
 )
-from eve_ds.environment import free_port, prepare_environment
+from eve_ds.environment import free_port, prepare_environment, version
 from eve_ds.errors import run_command
 from eve_ds.options import check_secrets
 from eve_ds.recipes import read_yaml
@@ -46,6 +46,7 @@ CONFIGS = Path(__file__).parent / "configs"
 PRETRAIN = CONFIGS / "tiny_shapes.yaml"
 MARKER = "demo.json"
 POLL_SECONDS = 0.2
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # some containers set them for all
 TAKING_TURNS = 1.8  # times as long as two runs at once, for two runs one after the other
 
 
@@ -57,7 +58,7 @@ class Stage:
         title: printed.
         expected: seconds on two cores of 2024, for the estimate of the time left.
         commands: arguments after ``python``; with ``ranks``, a module and its arguments.
-        ranks: processes of each command, started through the deepspeed launcher; 0: one, without it.
+        ranks: processes of each command, several of them started through the deepspeed launcher.
         second_log: None: one command after the other. A file: two commands, both started at once; the second one's
             output goes to the file.
     """
@@ -200,6 +201,8 @@ class StageRunner:
         self.pace = 1.0  # this machine's time divided by the expected time
 
     def run(self) -> None:
+        for name in OF_LAUNCHERS:
+            os.environ.pop(name, None)
         began = time.monotonic()
         for number, stage in enumerate(self.plan):
             self._announce(number, stage)
@@ -236,9 +239,8 @@ class StageRunner:
         Each runs under eve_ds.launching, which passes a signal on to its ranks and returns when they have ended.
         """
         print(f"      beside it, without pre-training; its output: {log}", flush=True)
-        start, port = time.monotonic(), free_port()
-        own, baseline = stage.commands
-        commands = [launched(stage, own, free_port(other_than=port)), launched(stage, baseline, port)]
+        start = time.monotonic()
+        commands = [launched(stage, arguments) for arguments in stage.commands]
         guard = [sys.executable, "-m", "eve_ds.launching"]
         with (
             log.open("wb") as file,
@@ -269,30 +271,44 @@ class StageRunner:
 
     def _command(self, stage: Stage, arguments: list[str], stdout: int | None = None) -> str:
         start = time.monotonic()
-        command = launched(stage, arguments, free_port() if stage.ranks else None)
-        ended = subprocess.run(command, stdout=stdout, text=True)
+        ended = subprocess.run(launched(stage, arguments), stdout=stdout, text=True)
         if status := ended.returncode:
             raise UserError(f"stage {stage.title!r} ended with exit code {status}; its own message stands above")
         self._record(stage, arguments, time.monotonic() - start)
         return ended.stdout or ""
 
     def _record(self, stage: Stage, arguments: list[str], seconds: float, beside: bool = False) -> None:
-        shown = ["deepspeed", "--num_gpus", str(stage.ranks), "--module"] if stage.ranks else ["python"]
-        command = shlex.join([*shown, *arguments])
+        command = shlex.join([*typed(stage), *arguments])
         self.done.append({"title": stage.title, "command": command, "seconds": seconds, "beside": beside})
 
 
-def launched(stage: Stage, arguments: list[str], port: int | None) -> list[str]:
-    """The command line of one of the stage's commands; ``port`` is where its ranks meet."""
-    if not stage.ranks:
-        return [sys.executable, *arguments]
+def typed(stage: Stage) -> list[str]:
+    """What a user types before the arguments of the stage's commands."""
+    if stage.ranks > 1:
+        return ["deepspeed", "--num_gpus", str(stage.ranks), "--module"]
+    return ["python", "-m"] if stage.ranks else ["python"]  # one rank needs no launcher, which takes 4 s
+
+
+def launched(stage: Stage, arguments: list[str]) -> list[str]:
+    """The command line of one of the stage's commands."""
+    if stage.ranks <= 1:
+        return [sys.executable, *typed(stage)[1:], *arguments]
     # Not the deepspeed script, which may be missing beside the interpreter.
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(stage.ranks), "--master_port", str(port)]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(stage.ranks), "--master_port", str(free_port())]
     return [sys.executable, *launcher, "--log_level", "warning", "--module", *arguments]
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def visible_gpus() -> int:
+    """GPUs of this machine. A torch for the CPU has none, and takes a second to import."""
+    if version("torch").endswith("+cpu"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def world_size(gpus: int) -> int:
@@ -318,9 +334,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     prepare_environment()
-    import torch
-
-    gpus = torch.cuda.device_count()
+    gpus = visible_gpus()
     check_secrets(f"{options.out}", "--out")  # its commands are stored
     claim(options.out, options.seed)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // world_size(gpus))))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from eve_ds.config import FinetuneConfig, parse
 from eve_ds.engine.signals import StopRequest
-from eve_ds.environment import prepare_environment
+from eve_ds.environment import late_imports
 from eve_ds.errors import STOPPED, run_command
 from eve_ds.finetune_options import expand_options, help_text
+from eve_ds.weights.model_folder import MODEL
 from preprocessing.errors import UserError
 
 
@@ -27,18 +28,18 @@ def run(stop: StopRequest) -> int:
     config = parse(FinetuneConfig, argv, "python -m eve_ds.finetune", defaults, help_text())
     _check_evaluate(config)
     stop.saves = not config.dry_run
-    prepare_environment()  # DeepSpeed reads it, and takes seconds to import: after --help and bad options, too
-    from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
-    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
-    from eve_ds.engine.loaded_head import settle_head
-    from eve_ds.engine.scoring import Scorer
-    from eve_ds.engine.trainer import Trainer
-    from eve_ds.engine.whole_weights import export_model
-    from eve_ds.plan.auto import settle
-    from eve_ds.plan.forecast import memory_gauge
-    from eve_ds.weights.model_folder import MODEL
+    with late_imports():  # DeepSpeed takes seconds to import: after --help and bad options
+        from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
+        from eve_ds.engine import batches, dry_run, first_weights, run_folder, setup, verification, watchdog
+        from eve_ds.engine.distributed import check_world, joined, launched_world
+        from eve_ds.engine.loaded_head import settle_head
+        from eve_ds.engine.scoring import Scorer
+        from eve_ds.engine.trainer import Trainer
+        from eve_ds.engine.whole_weights import export_model
+        from eve_ds.plan.auto import settle
+        from eve_ds.plan.forecast import memory_gauge
 
-    distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
+    check_world(config.engine.expert_parallel_size, config.model.num_experts)
     callbacks, second = standard_callbacks(config), SecondCopy(config, stop)
     tokenizer = setup.build_tokenizer(config)
     splits = [config.split] if config.evaluate or not config.data.val_split else [config.split, config.data.val_split]
@@ -47,12 +48,12 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, scored)
     batches.check_batch(config, (training or scored[config.split]).rows)
     settle_head(config, argv, scored[config.split].num_classes)
-    with distributed.joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
+    with joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
         settle(config, scored[config.split].num_classes, device)
         steps = setup.total_steps(config, len(training)) if training is not None else None
         identity = run_folder.claim(config, setup.identity(config, training or scored[config.split]), steps)
         if not config.dry_run:
-            watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
+            watchdog.start(Path(config.output_dir), *launched_world()[:2], config.engine.timeout_seconds)
             setup.store_companions(config, tokenizer)
             second.begin(identity, steps)
         shards = [shard for samples in (training, *scored.values()) if samples for shard in samples.split.hashed_shards]

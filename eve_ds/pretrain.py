@@ -10,8 +10,9 @@ from pathlib import Path
 
 from eve_ds.config import PretrainConfig, parse
 from eve_ds.engine.signals import StopRequest
-from eve_ds.environment import prepare_environment
+from eve_ds.environment import late_imports
 from eve_ds.errors import STOPPED, run_command
+from eve_ds.weights.model_folder import MODEL
 
 
 def main() -> int:
@@ -23,19 +24,18 @@ def run(stop: StopRequest) -> int:
     """Train, while ``stop`` collects stop requests. Returns the exit code."""
     config = parse(PretrainConfig, sys.argv[1:], "python -m eve_ds.pretrain")
     stop.saves = not config.dry_run
-    prepare_environment()
-    # Imported late: DeepSpeed takes seconds to import, and it reads the environment that was just prepared.
-    from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
-    from eve_ds.callbacks.pretrain_examples import PretrainExamples
-    from eve_ds.engine import batches, distributed, dry_run, first_weights, run_folder, setup, verification, watchdog
-    from eve_ds.engine.evaluation import held_out_metrics
-    from eve_ds.engine.trainer import Trainer
-    from eve_ds.engine.whole_weights import export_model
-    from eve_ds.plan.auto import settle
-    from eve_ds.plan.forecast import memory_gauge
-    from eve_ds.weights.model_folder import MODEL
+    with late_imports():  # DeepSpeed takes seconds to import: after --help and bad options
+        from eve_ds.callbacks import MemoryCheck, SecondCopy, standard_callbacks
+        from eve_ds.callbacks.pretrain_examples import PretrainExamples
+        from eve_ds.engine import batches, dry_run, first_weights, run_folder, setup, verification, watchdog
+        from eve_ds.engine.distributed import check_world, joined, launched_world
+        from eve_ds.engine.evaluation import held_out_metrics
+        from eve_ds.engine.trainer import Trainer
+        from eve_ds.engine.whole_weights import export_model
+        from eve_ds.plan.auto import settle
+        from eve_ds.plan.forecast import memory_gauge
 
-    distributed.check_world(config.engine.expert_parallel_size, config.model.num_experts)
+    check_world(config.engine.expert_parallel_size, config.model.num_experts)
     callbacks, second = standard_callbacks(config), SecondCopy(config, stop)
     tokenizer = setup.build_tokenizer(config)
     training = setup.build_dataset(config, config.data.train_split, tokenizer, train=True)
@@ -46,11 +46,11 @@ def run(stop: StopRequest) -> int:
     setup.check_apart(config, training, {} if held_out is None else {str(val_split): held_out})
     setup.check_classes(training, held_out)
 
-    with distributed.joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
+    with joined(config.engine.timeout_seconds, config.engine.deterministic) as device, second:
         settle(config, training.num_classes, device)
         identity = run_folder.claim(config, setup.identity(config, training), steps)
         if not config.dry_run:
-            watchdog.start(Path(config.output_dir), *distributed.launched_world()[:2], config.engine.timeout_seconds)
+            watchdog.start(Path(config.output_dir), *launched_world()[:2], config.engine.timeout_seconds)
             setup.store_companions(config, tokenizer)
             second.begin(identity, steps)
         shards = [shard for samples in (training, held_out) if samples for shard in samples.split.hashed_shards]

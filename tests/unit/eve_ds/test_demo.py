@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from eve_ds import demo, demo_results
@@ -124,6 +127,13 @@ def test_experts_are_spread_over_ranks_where_there_are_two(gpus: int, ranks: lis
         assert spread == {"1" if stage.ranks == 1 else "2"}
 
 
+def test_gpus_are_looked_for_where_torch_could_use_them() -> None:
+    code = "import sys; from eve_ds.demo import visible_gpus as gpus; print(gpus(), 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    for_cpu = torch.__version__.endswith("+cpu")
+    assert found == (["0", "False"] if for_cpu else [str(torch.cuda.device_count()), "True"])
+
+
 def test_what_is_scored_is_what_the_runs_predict(tmp_path: Path) -> None:
     runs = {options(command)["--output_dir"] for pair in finetunings(tmp_path) for command in pair}
     commands = demo.scoring_stage(tmp_path).commands
@@ -139,6 +149,22 @@ def test_commands_are_told_as_a_shell_takes_them() -> None:
     runner = demo.StageRunner([demo.Stage("Nothing", 1, [words])])
     runner.run()
     assert shlex.split(runner.done[0]["command"]) == ["python", *words]
+
+
+def test_one_rank_runs_without_a_launcher_and_several_below_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And alone, whatever group of processes the shell names."""
+    for name in demo.OF_LAUNCHERS:
+        monkeypatch.setenv(name, "7")
+    stage = demo.Stage("One", 1, [["sysconfig"]], ranks=1)
+    assert demo.launched(stage, ["sysconfig"]) == [sys.executable, "-m", "sysconfig"]
+    runner = demo.StageRunner([stage, demo.Stage("None", 1, [["-c", "import os; print(sorted(os.environ))"]])])
+    runner.run()
+    assert runner.done[0]["command"] == "python -m sysconfig"
+    printed = capfd.readouterr().out
+    assert "Python version:" in printed and not [name for name in demo.OF_LAUNCHERS if f"'{name}'" in printed]
+    assert demo.launched(demo.Stage("Two", 1, [], ranks=2), ["m"])[1:3] == ["-m", "deepspeed.launcher.runner"]
 
 
 # Fails unless the other command, which writes that file, runs at the same time.

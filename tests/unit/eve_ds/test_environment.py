@@ -1,7 +1,8 @@
-"""prepare_environment."""
+"""prepare_environment and late_imports."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -48,3 +49,13 @@ def test_own_programs_come_first_on_path_and_once(monkeypatch: pytest.MonkeyPatc
     environment.prepare_environment()
     environment.prepare_environment()
     assert os.environ["PATH"] == f"{own}:/usr/bin:/bin"
+
+
+def test_what_is_imported_late_is_left_out_of_collections() -> None:
+    with pytest.raises(KeyboardInterrupt), environment.late_imports():
+        assert not gc.isenabled()
+        raise KeyboardInterrupt
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()

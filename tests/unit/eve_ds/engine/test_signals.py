@@ -105,7 +105,7 @@ def test_a_dry_run_speaks_of_no_checkpoint(module: Any, dry: bool, monkeypatch: 
         stop._on_signal(TERM, None)
 
     stop = signals.StopRequest()
-    monkeypatch.setattr(module, "prepare_environment", signal_comes)
+    monkeypatch.setattr(module, "late_imports", signal_comes)
     monkeypatch.setattr(sys, "argv", ["train", *(["--dry_run"] if dry else [])])
     after = "a dry run saves nothing" if dry else "the same command goes on from the last checkpoint"
     with pytest.raises(StopError, match=f"^SIGTERM: stopped on request; {after}$") as caught:
