@@ -120,7 +120,6 @@ class WandbLog(Callback):
 
         # Its telemetry takes every process for one that is online, and imports what sends, unless it is told before.
         wandb.setup(wandb.Settings(mode=mode))
-        _leave_out_launch()
         return wandb.init(
             project=self._settings.wandb_project,
             entity=self._settings.wandb_entity,
@@ -200,14 +199,6 @@ class WandbLog(Callback):
         self._run = None
         reason = " ".join(str(error).split()) or type(error).__name__
         _log.warning("Weights & Biases logs no more of this run: %s", reason)
-
-
-def _leave_out_launch() -> None:
-    """Keep ``wandb.init`` from importing W&B Launch, which takes 0.2 s, to ask it for inputs that nobody has staged."""
-    if "wandb.sdk.launch" not in sys.modules:
-        from wandb.sdk.wandb_run import Run
-
-        Run._detect_and_apply_job_inputs = lambda self: None  # type: ignore[method-assign]
 
 
 def mode() -> Any:
