@@ -96,7 +96,7 @@ def _rows(parts: list[Tensor]) -> Tensor:
 def _split(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
     """The inverse of ``_rows``, for rows of another width."""
     sizes = [part.shape[0] * part.shape[1] for part in parts]
-    return [each.view(*part.shape[:2], -1) for each, part in zip(rows.split(sizes), parts, strict=True)]
+    return [each.view(*part.shape[:2], rows.shape[1]) for each, part in zip(rows.split(sizes), parts, strict=True)]
 
 
 class Block(nn.Module):

@@ -31,7 +31,8 @@ class _Compiled:
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         shapes = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in args)
         if shapes not in self._shapes:
-            if len(self._shapes) == MOST_SHAPES or 0 in args[0].shape:  # without rows there is nothing to gain
+            empty = any(0 in each.shape for each in args if isinstance(each, Tensor))  # there is nothing to gain
+            if len(self._shapes) == MOST_SHAPES or empty:
                 return self._plain(module, *args)
             self._shapes.add(shapes)
         return self._run(module, *args)

@@ -18,7 +18,7 @@ from eve_ds.model import compiled
 from eve_ds.model.block import HardBlock, key_bias
 from eve_ds.model.compiled import MOST_SHAPES, compile_parts
 from eve_ds.model.decoders import DecoderBlock
-from tests.support.tiny import caption_batch, masked_task, model_config
+from tests.support.tiny import caption_batch, masked_task, mixed, model_config
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +48,10 @@ def pair(backend: str, **changes: Any) -> tuple[nn.Module, nn.Module]:
     return plain, other
 
 
-def compare(plain: nn.Module, other: nn.Module, steps: int) -> None:
+def compare(plain: nn.Module, other: nn.Module, steps: int, kinds: str = "") -> None:
     for step in range(steps):
         batch = caption_batch(4, seed=step)
+        batch = mixed(batch, kinds) if kinds else batch
         losses = [task(batch).loss for task in (plain, other)]
         for loss in losses:
             loss.backward()
@@ -88,6 +89,13 @@ def test_three_graphs_serve_all_blocks_and_both_passes() -> None:
 def test_other_models(changes: dict[str, Any], graphs: int) -> None:
     compare(*pair("aot_eager", **changes), steps=1)
     assert stats() == (graphs, 0)
+
+
+@pytest.mark.parametrize("kinds", ["ppit", "iiit"])
+def test_rows_of_one_modality(kinds: str) -> None:
+    """The passes have rows of their own, or none: then they run as they stand."""
+    compare(*pair("aot_eager"), steps=1, kinds=kinds)
+    assert stats()[1] == 0
 
 
 def test_hooks_see_all_passes() -> None:
