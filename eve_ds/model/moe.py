@@ -224,7 +224,7 @@ class MoE(nn.Module):
             squares = zip(kept, routing.log_z.square().split(sizes), strict=True)
             z = torch.stack([(keep * each).sum() for keep, each in squares])
         kind_T = torch.cat([modality.expand(x.shape[:2]).flatten() for x, modality, _, _ in passes])
-        known = (routing.gates, kind_T, keep_T)
+        known = (routing.gates.detach(), kind_T, keep_T)  # looked at alone
         return Routed(tokens, routing.weights, chosen.flatten(), counts.sum(dim=2), *known, gate_sums, firsts, z)
 
     def _of_routed(self, routed: Routed) -> tuple[Tensor, Sequence[Tensor]]:
