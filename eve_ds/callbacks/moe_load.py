@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eve_ds.callbacks.metrics import lines_until
 from eve_ds.engine.callback import Callback
-from eve_ds.model.moe import MoE
+from eve_ds.model.moe import MoE, Routed
 from eve_ds.model.router import Routing
 from eve_ds.parallel import all_reduce_sum
 from preprocessing.local_files import write_text
@@ -113,16 +113,21 @@ class MoELoad(Callback):
         self._gates = routing.gates.detach() if self._counting and self._with_entropy else None
 
     @torch.no_grad()
-    def _count(self, number: int, layer: MoE, inputs: tuple[Tensor, Tensor, Tensor | None], output: Any) -> None:
+    def _count(self, number: int, layer: MoE, inputs: tuple[Any, ...], output: Any) -> None:
         """After a forward of a layer: its choices by expert, and the entropy of its tokens but padding."""
         gates, self._gates = self._gates, None
         if not self._counting:
             return
         self._choices[number] += layer.last_load
+        if isinstance(inputs[0], Routed):  # compiled, the router has no hook
+            gates = inputs[0].gates if self._with_entropy else None
         if gates is None:
             return
-        x, modality, valid = inputs
-        kind = modality.expand(x.shape[:2]).flatten()
+        if isinstance(inputs[0], Routed):
+            kind, valid = inputs[0].kinds, inputs[0].counted
+        else:
+            x, modality, valid = inputs
+            kind = modality.expand(x.shape[:2]).flatten()
         entropy = torch.special.entr(gates).sum(dim=1, dtype=torch.float64)
         counted = torch.ones_like(entropy) if valid is None else valid.flatten().double()
         for values, total in ((entropy * counted, self._entropy), (counted, self._tokens)):

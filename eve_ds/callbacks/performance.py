@@ -168,16 +168,21 @@ class Performance(Callback):
 
     @torch.no_grad()
     def _count_tokens(
-        self, backbone: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: BackboneOutput
+        self,
+        backbone: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: BackboneOutput | list[BackboneOutput],
     ) -> None:
         if not backbone.training:
             return
-        text_mask = args[2] if len(args) > 2 else kwargs.get("text_mask")
-        rows, tokens = output.hidden.shape[:2]
-        self._tokens[0] += rows * tokens
-        if text_mask is not None:
-            padding = (text_mask == 0).sum()
-            self._tokens += torch.stack([-padding, padding])
+        masks = args[2::5] if len(args) > 2 else [kwargs.get("text_mask")]  # of several passes, each has five arguments
+        for text_mask, one in zip(masks, output if isinstance(output, list) else [output], strict=True):
+            rows, tokens = one.hidden.shape[:2]
+            self._tokens[0] += rows * tokens
+            if text_mask is not None:
+                padding = (text_mask == 0).sum()
+                self._tokens += torch.stack([-padding, padding])
 
 
 def peak_of(name: str) -> float | None:

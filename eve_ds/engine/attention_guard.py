@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from eve_ds.engine.distributed import launched_world
 from eve_ds.kernels.attention import AttentionFunction, Trial, attention, make_trial, tolerance, worst_error
-from eve_ds.model.block import Attention
+from eve_ds.model.block import Attention, Block
 from eve_ds.tasks.base import Task
 
 SWITCHES = {
@@ -59,7 +59,12 @@ class AttentionGuard:
                 part.register_forward_pre_hook(self._before_block)
 
     def _before_block(self, block: Any, args: tuple[Any, ...]) -> None:
-        x, bias, heads = args[0], args[1] if len(args) > 1 else None, block.attention.num_heads
+        passes = block.passes(*args) if isinstance(block, Block) else [(args[0], None)]
+        for x, bias, *_ in passes:
+            self._look_at(block, x, bias)
+
+    def _look_at(self, block: Any, x: Tensor, bias: Tensor | None) -> None:
+        heads = block.attention.num_heads
         shape = (x.shape, x.dtype, heads, bias is None)
         if shape in self._seen or 0 in x.shape or not (block.training and torch.is_grad_enabled()):
             return

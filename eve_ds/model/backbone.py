@@ -5,8 +5,10 @@ Shapes: B samples, P patches, K kept patches, L text tokens, N = all tokens (cla
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.model.block import Block, HardBlock, SharedBlock, SoftBlock, key_bias
+from eve_ds.model.compiled import runs_compiled
 from eve_ds.model.embeddings import ImageEmbedding, TextEmbedding
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.model.moe import IMAGE, TEXT, MoE
@@ -38,6 +41,20 @@ class BackboneOutput(NamedTuple):
     aux_loss: Tensor
     num_image_tokens: int
     router_z_loss: Tensor
+
+
+@dataclass
+class _Stream:
+    """A pass on its way through the blocks."""
+
+    x: Tensor
+    bias: Tensor | None
+    valid: Tensor | None
+    modality: Tensor
+    num_image_tokens: int
+    factors: Tensor | None
+    draws: Tensor | None
+    aux: list[Tensor]
 
 
 class Backbone(nn.Module):
@@ -115,8 +132,10 @@ class Backbone(nn.Module):
         text_mask: Tensor | None = None,
         patch_keep: Tensor | None = None,
         draws: Tensor | None = None,
-    ) -> BackboneOutput:
-        """Encode images, texts, or pairs. With a process group a collective of all ranks (see ``MoE.forward``).
+        *others: Tensor | None,
+    ) -> Any:
+        """Encode images, texts, or pairs, in one pass or in several. With a process group a collective of all ranks
+        (see ``MoE.forward``).
 
         Args:
             images: [B, 3, H, W] float.
@@ -126,9 +145,32 @@ class Backbone(nn.Module):
             draws: [2 depth, B] float between 0 and 1, which decide on drop path in training: of each block's attention,
                 then of its feed-forward part. With ``router_jitter`` another row for each block, [3 depth, B]: its
                 router's jitter comes from it. None: from torch's generator.
+            others: these five of a second pass, and so on. All go through a block before the next one, and together:
+                compiled, a weight has one product and one gradient for all passes, and a block one graph.
+        Returns:
+            ``BackboneOutput``; with others a list of one for each pass.
         Raises:
             ValueError: neither images nor texts, or sizes that do not fit the model.
         """
+        streams = [self._embed(images, text_ids, text_mask, patch_keep, draws)]
+        streams += [self._embed(*others[start : start + 5]) for start in range(0, len(others), 5)]
+        self._through_blocks(streams)
+        outputs = [self._output(each) for each in streams]
+        return outputs if others else outputs[0]
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether several passes are better off together: where blocks run compiled."""
+        return runs_compiled(self.blocks[0])
+
+    def _embed(
+        self,
+        images: Tensor | None,
+        text_ids: Tensor | None,
+        text_mask: Tensor | None,
+        patch_keep: Tensor | None,
+        draws: Tensor | None,
+    ) -> _Stream:
         if images is None and text_ids is None:
             raise ValueError("the backbone needs images, text_ids or both")
         parts = []
@@ -141,31 +183,37 @@ class Backbone(nn.Module):
         valid = _valid(x, num_image_tokens, text_mask if text_ids is not None else None)
         modality = torch.full((x.shape[1],), TEXT, device=x.device)
         modality[:num_image_tokens] = IMAGE
-        x, aux = self._through_blocks(x, valid, modality, num_image_tokens, draws)
+        bias = None if valid is None else key_bias(valid, x.dtype)
+        return _Stream(x, bias, valid, modality, num_image_tokens, self._branch_factors(x, draws), draws, [])
+
+    def _output(self, stream: _Stream) -> BackboneOutput:
+        x, aux = stream.x, stream.aux
         shares = torch.stack(aux) if aux else torch.zeros(0, device=x.device)
         aux_per_layer, z_per_layer = shares.unbind(1) if shares.ndim == 2 else (shares, torch.zeros_like(shares))
         aux_loss, z_loss = (share.sum() / max(1, len(aux)) for share in (aux_per_layer, z_per_layer))
-        return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, num_image_tokens, z_loss)
+        return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, stream.num_image_tokens, z_loss)
 
-    def _through_blocks(
-        self, x: Tensor, valid: Tensor | None, modality: Tensor, num_image_tokens: int, draws: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        bias = None if valid is None else key_bias(valid, x.dtype)
-        factors = self._branch_factors(x, draws)
-        aux = []
+    def _through_blocks(self, streams: Sequence[_Stream]) -> None:
+        """All passes through all blocks, one block after the other."""
         for number, block in enumerate(self.blocks):
             soft = isinstance(block, SoftBlock)
-            own = None if factors is None else factors[2 * number : 2 * number + 2]
-            draw = draws[2 * self.config.depth + number] if draws is not None and self.config.router_jitter else None
-            args = (x, bias, modality, valid, own, draw) if soft else (x, bias, num_image_tokens, own)
+            args = itertools.chain(*(self._args(each, number, soft) for each in streams))
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 out = checkpoint(block, *args, use_reentrant=False)
             else:
                 out = block(*args)
-            x = out[0] if soft else out
-            if soft:
-                aux.append(out[1])
-        return x, aux
+            for each, own in zip(streams, out if len(streams) > 1 else [out], strict=True):
+                each.x = own[0] if soft else own
+                each.aux += [own[1]] if soft else []
+
+    def _args(self, stream: _Stream, number: int, soft: bool) -> tuple[Any, ...]:
+        """What a block takes of a pass."""
+        factors, draws, depth = stream.factors, stream.draws, self.config.depth
+        own = None if factors is None else factors[2 * number : 2 * number + 2]
+        if not soft:
+            return stream.x, stream.bias, stream.num_image_tokens, own
+        draw = draws[2 * depth + number] if draws is not None and self.config.router_jitter else None
+        return stream.x, stream.bias, stream.modality, stream.valid, own, draw
 
     def _branch_factors(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
         """Factors of all branches, [2 depth, B] in x's dtype: in training 0 where a sample's draw is below the block's

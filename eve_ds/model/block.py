@@ -5,6 +5,9 @@ Shapes: B samples, N tokens (image tokens first, then text), D dim, h heads, d =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,9 +15,9 @@ from torch import Tensor, nn
 from eve_ds.kernels.attention import attention
 from eve_ds.kernels.layer_norm import LayerNorm
 from eve_ds.kernels.mlp import mlp
-from eve_ds.model.compiled import compilable
+from eve_ds.model.compiled import compilable, runs_compiled
 from eve_ds.model.model_config import ModelConfig
-from eve_ds.model.moe import MoE
+from eve_ds.model.moe import MoE, Routed
 
 # Finite, so that a row whose keys are all masked does not become NaN; the exponential of it less any score is 0.
 MASKED = -1e30  # in fp16, which has no such number, half of the lowest that it has
@@ -59,10 +62,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [B, N, D], bias from ``key_bias`` (None: attend to all) -> [B, N, D]."""
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attention(q, k, v, bias).transpose(1, 2).reshape(batch, tokens, dim))
+        return self.proj(self.heads(self.qkv(x), bias))
+
+    def heads(self, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """From ``qkv`` [B, N, 3 D] to what ``proj`` takes, [B, N, D]."""
+        batch, tokens, width = qkv.shape
+        dim = width // 3
+        q, k, v = qkv.view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return attention(q, k, v, bias).transpose(1, 2).reshape(batch, tokens, dim)
 
 
 class MLP(nn.Module):
@@ -81,6 +88,17 @@ class MLP(nn.Module):
         return y.view_as(x)
 
 
+def _rows(parts: list[Tensor]) -> Tensor:
+    """[B, N, D], each of its own B and N, to all their rows [R, D]."""
+    return torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _split(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    """The inverse of ``_rows``, for rows of another width."""
+    sizes = [part.shape[0] * part.shape[1] for part in parts]
+    return [each.view(*part.shape[:2], rows.shape[1]) for each, part in zip(rows.split(sizes), parts, strict=True)]
+
+
 class Block(nn.Module):
     """Base of the kinds of block: pre-LayerNorm attention, LayerScale, drop path.
 
@@ -88,12 +106,32 @@ class Block(nn.Module):
         config: the model's shape.
     """
 
+    Pass: ClassVar[type[Any]]  # a named tuple: what ``forward`` takes of each pass
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config.dim, config.num_heads)
         self.attention_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
         self.mlp_scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def passes(self, *args: Any) -> list[Any]:
+        """What ``forward`` takes, by pass."""
+        size = len(self.Pass._fields)
+        return [self.Pass(*args[start : start + size]) for start in range(0, len(args), size)]
+
+    def attend_together(self, passes: Sequence[Any]) -> list[Tensor]:
+        """x of each pass after the attention branch; compiled, each product is one for all passes."""
+        if len(passes) == 1 or not torch.compiler.is_compiling():
+            return [self.attend(each.x, each.bias, each.factors) for each in passes]
+        xs = [each.x for each in passes]
+        qkvs = _split(self.attention.qkv(self.attention_norm(_rows(xs))), xs)
+        heads = [self.attention.heads(qkv, each.bias) for qkv, each in zip(qkvs, passes, strict=True)]
+        branches = _split(self.attention.proj(_rows(heads)), heads)
+        return [
+            self.add(each.x, branch, self.attention_scale, None if each.factors is None else each.factors[0])
+            for each, branch in zip(passes, branches, strict=True)
+        ]
 
     def attend(self, x: Tensor, bias: Tensor | None, factors: BranchFactors) -> Tensor:
         """x [B, N, D] after the attention branch."""
@@ -105,7 +143,48 @@ class Block(nn.Module):
         return torch.addcmul(x, branch if factor is None else branch * factor[:, None, None], scale)
 
 
-class HardBlock(Block):
+class DensePass(NamedTuple):
+    """What a block without experts takes of one pass of the backbone."""
+
+    x: Tensor
+    bias: Tensor | None
+    num_image_tokens: int
+    factors: BranchFactors = None
+
+
+class DenseBlock(Block):
+    """A block without experts."""
+
+    Pass = DensePass
+
+    @compilable
+    def forward(
+        self, x: Tensor, bias: Tensor | None, num_image_tokens: int, factors: BranchFactors = None, *others: Any
+    ) -> Any:
+        """One pass, or several.
+
+        Args:
+            x: [B, N, D], its first ``num_image_tokens`` tokens from the image.
+            bias: from ``key_bias``, or None.
+            num_image_tokens: of x.
+            factors: of the branches.
+            others: these four of a second pass, and so on. Compiled, each product is one for all passes.
+        Returns:
+            [B, N, D]; with others a tuple of one for each pass.
+        """
+        outs = self.several(self.passes(x, bias, num_image_tokens, factors, *others))
+        return outs if others else outs[0]
+
+    def one(self, given: DensePass) -> Tensor:
+        """A pass by itself."""
+        raise NotImplementedError
+
+    def several(self, passes: Sequence[DensePass]) -> tuple[Tensor, ...]:
+        """Several passes."""
+        return tuple(self.one(each) for each in passes)
+
+
+class HardBlock(DenseBlock):
     """Hard routing: image tokens to an image MLP, text tokens to a text MLP, each after its own LayerNorm."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -115,9 +194,8 @@ class HardBlock(Block):
         self.image_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
         self.text_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
-    @compilable
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, factors: BranchFactors = None) -> Tensor:
-        """x [B, N, D], its first ``num_image_tokens`` tokens from the image -> [B, N, D]."""
+    def one(self, given: DensePass) -> Tensor:
+        x, bias, num_image_tokens, factors = given
         x = self.attend(x, bias, factors)
         parts = []
         if num_image_tokens:
@@ -127,8 +205,26 @@ class HardBlock(Block):
         branch = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self.add(x, branch, self.mlp_scale, None if factors is None else factors[1])
 
+    def several(self, passes: Sequence[DensePass]) -> tuple[Tensor, ...]:
+        """All rows of all passes through each layer at once, so that a weight has one product, and one gradient. Only
+        the compiler does without copies for that: it writes and reads rows where they are to lie."""
+        if len(passes) == 1 or not torch.compiler.is_compiling():
+            return super().several(passes)
+        xs = self.attend_together(passes)
+        starts = [each.num_image_tokens for each in passes]
+        images = self._fed(self.image_mlp, self.image_norm, [x[:, :start] for x, start in zip(xs, starts, strict=True)])
+        texts = self._fed(self.text_mlp, self.text_norm, [x[:, start:] for x, start in zip(xs, starts, strict=True)])
+        return tuple(
+            self.add(x, torch.cat(branch, dim=1), self.mlp_scale, None if each.factors is None else each.factors[1])
+            for x, *branch, each in zip(xs, images, texts, passes, strict=True)
+        )
 
-class SharedBlock(Block):
+    def _fed(self, feed: MLP, norm: LayerNorm, parts: list[Tensor]) -> list[Tensor]:
+        rows = _rows(parts)
+        return _split(feed(norm(rows)), parts) if len(rows) else parts
+
+
+class SharedBlock(DenseBlock):
     """No routing: image and text tokens to the same MLP, after the same LayerNorm."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -136,29 +232,35 @@ class SharedBlock(Block):
         self.shared_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.shared_mlp = MLP(config.dim, config.mlp_hidden, config.activation)
 
-    @compilable
-    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, factors: BranchFactors = None) -> Tensor:
-        """As ``HardBlock.forward``."""
-        x = self.attend(x, bias, factors)
+    def one(self, given: DensePass) -> Tensor:
+        x = self.attend(given.x, given.bias, given.factors)
         branch = self.shared_mlp(self.shared_norm(x))
-        return self.add(x, branch, self.mlp_scale, None if factors is None else factors[1])
+        return self.add(x, branch, self.mlp_scale, None if given.factors is None else given.factors[1])
+
+
+class SoftPass(NamedTuple):
+    """What a softly routing block takes of one pass of the backbone."""
+
+    x: Tensor
+    bias: Tensor | None
+    modality: Tensor
+    valid: Tensor | None
+    factors: BranchFactors = None
+    draw: Tensor | None = None
 
 
 class SoftBlock(Block):
     """Soft routing: all tokens, after one LayerNorm, to a mixture of experts."""
+
+    Pass = SoftPass
 
     def __init__(self, config: ModelConfig, moe: MoE) -> None:
         super().__init__(config)
         self.moe_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.moe = moe
         self.jitters = config.router_jitter > 0
-
-    @compilable
-    def before_experts(self, x: Tensor, bias: Tensor | None, factors: BranchFactors) -> tuple[Tensor, Tensor]:
-        """x [B, N, D] after the attention branch, and normalized for the experts. Compiled alone of this block: the
-        experts bring their own kernels, and after them there is one addition."""
-        x = self.attend(x, bias, factors)
-        return x, self.moe_norm(x)
+        own = getattr(type(moe), "forward", None)  # a layer of another class has its own way
+        self.routes_passes_together = own is MoE.forward and config.capacity_factor is None
 
     def forward(
         self,
@@ -168,8 +270,9 @@ class SoftBlock(Block):
         valid: Tensor | None,
         factors: BranchFactors = None,
         draw: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One block.
+        *others: Any,
+    ) -> Any:
+        """One pass, or several.
 
         Args:
             x: [B, N, D].
@@ -178,11 +281,41 @@ class SoftBlock(Block):
             valid: [B, N] bool, or None.
             factors: of the branches.
             draw: [B] in [0, 1), from which the router takes each sample's jitter. None: from torch's generator.
+            others: these six of a second pass, and so on.
         Returns:
-            [B, N, D], and shares of losses as from ``MoE``.
+            [B, N, D], and shares of losses as from ``MoE``; with others a tuple of such pairs.
         """
-        x, tokens = self.before_experts(x, bias, factors)
+        args = (x, bias, modality, valid, factors, draw, *others)
+        passes = self.passes(*args)
+        if self.routes_passes_together and runs_compiled(self):
+            outs = self._after(*self.before_experts(*args))
+        else:
+            outs = tuple(self._one(each) for each in passes)
+        return outs if others else outs[0]
+
+    def _one(self, given: SoftPass) -> tuple[Tensor, Tensor]:
+        x = self.attend(given.x, given.bias, given.factors)
         # By name, and only with router jitter: MoE layers of other classes, and hooks on them, take three arguments.
-        drawn = {"draw": draw} if self.jitters and draw is not None else {}
-        branch, aux = self.moe(tokens, modality, valid, **drawn)
-        return self.add(x, branch, self.mlp_scale, None if factors is None else factors[1]), aux
+        drawn = {"draw": given.draw} if self.jitters and given.draw is not None else {}
+        branch, aux = self.moe(self.moe_norm(x), given.modality, given.valid, **drawn)
+        return self.add(x, branch, self.mlp_scale, None if given.factors is None else given.factors[1]), aux
+
+    @compilable
+    def before_experts(self, *args: Any) -> tuple[list[Tensor], Routed]:
+        """What ``forward`` takes -> of each pass x [B, N, D] after the attention branch, and where the tokens go.
+        Compiled alone of this block: the experts bring their own kernels, and after them there is one addition."""
+        passes = self.passes(*args)
+        xs = self.attend_together(passes)
+        routed = self.moe.route([(self.moe_norm(x), *each[2:4], each.draw) for x, each in zip(xs, passes, strict=True)])
+        weights = routed.weights
+        if passes[0].factors is not None:  # the factor of the branch is that of all its choices
+            factors = [each.factors[1].float()[:, None].expand(each.x.shape[:2]) for each in passes]
+            weights = weights * torch.cat([each.flatten() for each in factors])[:, None]
+        return xs, routed._replace(weights=weights.to(routed.tokens.dtype))
+
+    def _after(self, xs: list[Tensor], routed: Routed) -> tuple[tuple[Tensor, Tensor], ...]:
+        branches, shares = self.moe(routed)
+        return tuple(
+            (self.add(x, branch, self.mlp_scale, None), aux)
+            for x, branch, aux in zip(xs, _split(branches, xs), shares, strict=True)
+        )

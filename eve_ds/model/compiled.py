@@ -31,7 +31,8 @@ class _Compiled:
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         shapes = tuple((each.shape, each.dtype) if isinstance(each, Tensor) else each for each in args)
         if shapes not in self._shapes:
-            if len(self._shapes) == MOST_SHAPES or 0 in args[0].shape:  # without rows there is nothing to gain
+            empty = any(0 in each.shape for each in args if isinstance(each, Tensor))  # there is nothing to gain
+            if len(self._shapes) == MOST_SHAPES or empty:
                 return self._plain(module, *args)
             self._shapes.add(shapes)
         return self._run(module, *args)
@@ -52,17 +53,21 @@ def _compiled(method: Callable[..., Any], backend: str) -> _Compiled:
     return _Compiled(method, backend)
 
 
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether a module's marked methods run compiled if they are called now."""
+    trains = module.training and torch.is_grad_enabled()
+    return trains and not _plainly and getattr(module, "_compile_backend", None) is not None
+
+
 def compilable(method: Method) -> Method:
     """Mark a module's method that may be compiled. It takes a tensor first, then tensors, numbers and None, all by
     position: a call with keywords runs plainly."""
 
     @functools.wraps(method)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        backend = getattr(self, "_compile_backend", None)
-        trains = self.training and torch.is_grad_enabled()
-        if backend is None or kwargs or not trains or _plainly:
+        if kwargs or not runs_compiled(self):
             return method(self, *args, **kwargs)
-        return _compiled(method, backend)(self, *args)
+        return _compiled(method, self._compile_backend)(self, *args)
 
     run.is_compilable = True  # type: ignore[attr-defined]
     return cast(Method, run)

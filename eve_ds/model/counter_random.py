@@ -35,8 +35,15 @@ def mix(x: Tensor) -> Tensor:
 
 def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
     """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast."""
-    start = torch.full((), _signed(seed), dtype=torch.int64, device=first.device)  # a copy would wait for the device
-    return mix(mix(mix(mix(start) ^ stream) ^ first) ^ second)
+    return mix(mix(_mixed(_mixed(seed) ^ stream) ^ first) ^ second)
+
+
+def _mixed(value: int) -> int:
+    """``mix`` of a number, without an operation on the device."""
+    value = (value + _GOLDEN) % 2**64
+    value = (value ^ value >> 30) * _MIX_1 % 2**64
+    value = (value ^ value >> 27) * _MIX_2 % 2**64
+    return _signed(value ^ value >> 31)
 
 
 def uniform(bits: Tensor) -> Tensor:

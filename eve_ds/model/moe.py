@@ -29,8 +29,8 @@ grouped products at ``ep_size`` 1 the host never waits for the device (tests/uni
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,34 @@ from eve_ds.model.experts import Experts
 from eve_ds.model.router import Router, balance_share, jitter_noise, renormalize, within_capacity, z_share
 
 IMAGE, TEXT = 0, 1  # modality ids
+
+
+class Routed(NamedTuple):
+    """Where the T tokens of n passes go.
+
+    Attributes:
+        tokens: [T, D], as the experts see them, of one pass after the other.
+        weights: [T, k] float32, of each choice; differentiable.
+        chosen: [R] int64, the expert of each choice; E: none.
+        loads: [n, 2, E] int64, choices of a pass by modality.
+        gates: [T, E] float32, softmax over the experts.
+        kinds: [T] int64, modalities.
+        counted: [T] bool, False on padding.
+        gate_sums: [n, E] float32, of the tokens that count; differentiable.
+        firsts: [n, E + 1] int64, first choices of the tokens that count, and how many these are.
+        z: [n] float32, of these tokens the sum of squared logsumexps of their scores, or None; differentiable.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    chosen: Tensor
+    loads: Tensor
+    gates: Tensor
+    kinds: Tensor
+    counted: Tensor
+    gate_sums: Tensor
+    firsts: Tensor
+    z: Tensor | None
 
 
 class MoE(nn.Module):
@@ -69,7 +97,7 @@ class MoE(nn.Module):
     Attributes:
         ep_group: the expert-parallel process group; None is all ranks. Set it before the first forward if ep_size > 1.
         last_load: [2, E] float64; how many choices of this rank's image (0) and text (1) tokens went to each expert in
-            the last forward.
+            the last forward, of all its passes.
 
     Raises:
         ValueError: ep_size does not divide num_experts, or top_k is not in 1..num_experts.
@@ -124,19 +152,26 @@ class MoE(nn.Module):
         self.last_load = torch.zeros(2, num_experts, dtype=torch.float64)
 
     def forward(
-        self, x: Tensor, modality: Tensor, valid: Tensor | None = None, draw: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor | Routed,
+        modality: Tensor | None = None,
+        valid: Tensor | None = None,
+        draw: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
         """Route and transform tokens. A collective: of all ranks for the loss, of ``ep_group`` if ep_size > 1.
 
         Args:
-            x: [B, N, D].
+            x: [B, N, D]; or what ``route`` has made of the tokens of several passes, then alone.
             modality: [N] or [B, N] int64, IMAGE or TEXT.
             valid: [B, N] bool, False on padding, which is routed to no expert and gives zeros. None: no padding.
             draw: [B] float32 between 0 and 1, from which a sample's jitter comes. None: from torch's generator.
         Returns:
             y [B, N, D] in x's dtype, and this rank's share (float32 scalar) of the load-balancing loss; with ``z_loss``
-            [2], the shares of that and of the router z-loss.
+            [2], the shares of that and of the router z-loss. Of ``Routed`` y is [T, D], and there is a share a pass.
         """
+        if isinstance(x, Routed):
+            return self._of_routed(x)
+        assert modality is not None
         seen = self._with_modality(x, modality)
         tokens = (seen if self.modality_to_experts else x).flatten(0, 1)
         valid = None if valid is None or self.published_routing else valid.flatten()
@@ -158,6 +193,51 @@ class MoE(nn.Module):
         else:
             y = self.experts(tokens, weights, sort_by_expert(chosen.flatten(), counts))
         return y.view_as(x), aux
+
+    def route(self, passes: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> Routed:
+        """The first half of ``forward`` for several passes, each given by its arguments, and without a capacity: what
+        can be compiled of it. No hook of the router runs."""
+        seen = [self._with_modality(x, modality) for x, modality, _, _ in passes]
+        given = seen if self.modality_to_experts else [each[0] for each in passes]
+        tokens = torch.cat([each.flatten(0, 1) for each in given])
+        jittered = [self._jittered(each, draws).flatten(0, 1) for each, (*_, draws) in zip(seen, passes, strict=True)]
+        routing = self.router.forward(torch.cat(jittered))
+        whole = self.published_routing
+        counted = [torch.ones_like(x[..., 0], dtype=torch.bool) if whole or v is None else v for x, _, v, _ in passes]
+        sizes = [each.numel() for each in counted]
+        keep_T = torch.cat([each.flatten() for each in counted])
+        chosen = routing.experts.masked_fill(~keep_T[:, None], self.num_experts)
+        # One count for all: by pass, modality, whether it is a token's first choice, and expert.
+        kinds = [2 * number + modality.expand(x.shape[:2]) for number, (x, modality, _, _) in enumerate(passes)]
+        first = (torch.arange(self.top_k, device=chosen.device) > 0).long()
+        cell = (2 * torch.cat([each.flatten() for each in kinds])[:, None] + first) * (self.num_experts + 1) + chosen
+        cells = torch.zeros(4 * len(passes) * (self.num_experts + 1), dtype=torch.int64, device=chosen.device)
+        cells = cells.scatter_add(0, cell.flatten(), torch.ones_like(cell).flatten())
+        counts = cells.view(len(passes), 2, 2, -1)[..., :-1]
+        firsts = counts[:, :, 0].sum(dim=1)
+        firsts = torch.cat([firsts, firsts.sum(dim=1, keepdim=True)], dim=1)
+        kept = [each.to(routing.gates.dtype) for each in keep_T.split(sizes)]
+        gates = zip(kept, routing.gates.split(sizes), strict=True)
+        gate_sums = torch.stack([(keep[:, None] * each).sum(dim=0) for keep, each in gates])
+        z = None
+        if routing.log_z is not None:
+            squares = zip(kept, routing.log_z.square().split(sizes), strict=True)
+            z = torch.stack([(keep * each).sum() for keep, each in squares])
+        kind_T = torch.cat([modality.expand(x.shape[:2]).flatten() for x, modality, _, _ in passes])
+        known = (routing.gates.detach(), kind_T, keep_T)  # looked at alone
+        return Routed(tokens, routing.weights, chosen.flatten(), counts.sum(dim=2), *known, gate_sums, firsts, z)
+
+    def _of_routed(self, routed: Routed) -> tuple[Tensor, Sequence[Tensor]]:
+        self.last_load = routed.loads.sum(dim=0).double()
+        counts = routed.loads.sum(dim=(0, 1))
+        sums = parallel.all_reduce_sum(routed.firsts).to(routed.gate_sums.dtype)
+        total = sums[:, -1:].clamp_min(1)
+        shares = self.num_experts * (routed.gate_sums / total * (sums[:, :-1] / total)).sum(dim=1)
+        if routed.z is not None:
+            shares = torch.stack([shares, routed.z / total[:, 0]], dim=1)
+        if self.ep_size > 1:
+            return self._through_ranks(routed.tokens, routed.chosen, routed.weights, counts), shares.unbind()
+        return self.experts(routed.tokens, routed.weights, sort_by_expert(routed.chosen, counts)), shares.unbind()
 
     def _with_modality(self, x: Tensor, modality: Tensor) -> Tensor:
         """Each token + the vector of its modality, if the layer has these."""

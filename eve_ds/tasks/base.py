@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -102,10 +103,22 @@ class Task(nn.Module):
         noise: Tensor | None = None,
     ) -> BackboneOutput:
         """The backbone's forward, with texts padded if ``pad_text_to`` asks for it."""
+        output: BackboneOutput = self.backbone(images, *self._padded(text_ids, text_mask), patch_keep, noise)
+        return output
+
+    def encode_several(self, passes: Sequence[tuple[Tensor | None, ...]]) -> list[BackboneOutput]:
+        """``encode`` for each pass, given by its five arguments; together where that is better."""
+        if len(passes) == 1 or not self.backbone.takes_several:
+            return [self.encode(*each) for each in passes]
+        given = [(images, *self._padded(ids, mask), keep, noise) for images, ids, mask, keep, noise in passes]
+        outputs: list[BackboneOutput] = self.backbone(*itertools.chain(*given))
+        return outputs
+
+    def _padded(self, text_ids: Tensor | None, text_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if text_ids is not None and text_mask is not None and self.pad_text_to is not None:
             missing = max(self.pad_text_to - text_ids.shape[1], 0)
             text_ids, text_mask = F.pad(text_ids, (0, missing)), F.pad(text_mask, (0, missing))
-        return self.backbone(images, text_ids, text_mask, patch_keep, noise)
+        return text_ids, text_mask
 
     def drop_path_noise(self, sample_id: Tensor, *uses: int) -> Tensor | None:
         """Random numbers for drop path and router jitter: a function of the sample alone, whatever rank it lies on.
@@ -122,13 +135,13 @@ class Task(nn.Module):
         if not self.training or (self.config.drop_path == 0 and not jitters):
             return None
         branches = 2 * self.config.depth
-        places = torch.arange(branches, device=sample_id.device)[:, None]
-        parts = [random_bits(self.seed, DROP_PATH, sample_id, use * branches + places) for use in uses]
+        places = torch.arange(branches, device=sample_id.device)
+        second = torch.stack([use * branches + places for use in uses], dim=1)[:, :, None]
+        bits = random_bits(self.seed, DROP_PATH, sample_id, second)
         if jitters:
-            blocks = places[: self.config.depth]
-            more = [random_bits(self.seed, ROUTER_JITTER, sample_id, use * branches + blocks) for use in uses]
-            return uniform(torch.cat([torch.cat(parts, dim=1), torch.cat(more, dim=1)]))
-        return uniform(torch.cat(parts, dim=1))
+            more = random_bits(self.seed, ROUTER_JITTER, sample_id, second[: self.config.depth])
+            bits = torch.cat([bits, more])
+        return uniform(bits.flatten(1))
 
     def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, Metrics]:
         """Weighted shares of the routers' losses (means over the step's passes, as in EVE's code), and their metrics.

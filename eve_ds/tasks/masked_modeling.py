@@ -133,24 +133,32 @@ class MaskedModeling(Task):
         objective = self.objective
         with_image, pairs, texts = parts_of(batch, self.draw_masks(batch))
         image = words = None
-        passes = []
+        noises = self._noises(with_image.batch, pairs.batch)
+        asked: list[tuple[Tensor | None, ...]] = []
         if objective.predicts_pixels:
             part, masks = with_image.batch, with_image.masks
             seen = masks.text_ids if objective.mode == "joint" else part["text_ids"]
-            noise = self.drop_path_noise(part["sample_id"], 0)
-            passes.append(self.encode(part["images"], seen, part["text_mask"], masks.kept, noise))
+            asked.append((part["images"], seen, part["text_mask"], masks.kept, noises[0]))
         if objective.predicts_words and objective.mode != "joint":
             part, masks = pairs.batch, pairs.masks
-            noise = self.drop_path_noise(part["sample_id"], 1)
-            passes.append(self.encode(part["images"], masks.text_ids, part["text_mask"], noise=noise))
+            asked.append((part["images"], masks.text_ids, part["text_mask"], None, noises[-1]))
+        passes = self.encode_several(asked)
         if objective.predicts_pixels:
             image = self.rebuild(passes[0], with_image.batch, with_image.masks)
         if objective.predicts_words:
-            asked = with_image if objective.mode == "joint" else pairs
+            whose = with_image if objective.mode == "joint" else pairs
             alone = None if texts is None else (self._encode_texts(texts), texts)
-            words = self.score_words(passes[-1], asked.batch["text_ids"], asked.masks.words, alone)
+            words = self.score_words(passes[-1], whose.batch["text_ids"], whose.masks.words, alone)
             passes += [] if alone is None else [alone[0]]
         return image, words, passes
+
+    def _noises(self, with_image: Batch, pairs: Batch) -> list[Tensor | None]:
+        """``drop_path_noise`` of the pass with masked patches and of that with masked words, as far as there are."""
+        uses = {"separate": (0, 1), "mlm": (1,)}.get(self.objective.mode, (0,))
+        if len(uses) == 2 and pairs is with_image:  # at once: few operations
+            both = self.drop_path_noise(pairs["sample_id"], 0, 1)
+            return [None, None] if both is None else list(both.chunk(2, dim=1))
+        return [self.drop_path_noise((with_image, pairs)[use]["sample_id"], use) for use in uses]
 
     def _encode_texts(self, texts: Part) -> BackboneOutput:
         """A pass of texts alone, with words masked."""

@@ -18,7 +18,7 @@ from eve_ds.model import compiled
 from eve_ds.model.block import HardBlock, key_bias
 from eve_ds.model.compiled import MOST_SHAPES, compile_parts
 from eve_ds.model.decoders import DecoderBlock
-from tests.support.tiny import caption_batch, masked_task, model_config
+from tests.support.tiny import caption_batch, masked_task, mixed, model_config
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +40,18 @@ def stats() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
-def pair(backend: str) -> tuple[nn.Module, nn.Module]:
-    """The same task twice, the second with compiled blocks: three hard ones, two soft ones, one of the decoder."""
-    shape: dict[str, Any] = {"depth": 5, "soft_layers": [3, 4], "drop_path": 0.3}
+def pair(backend: str, **changes: Any) -> tuple[nn.Module, nn.Module]:
+    """The same task twice, the second with compiled blocks: three without experts, two soft, one of the decoder."""
+    shape: dict[str, Any] = {"depth": 5, "soft_layers": [3, 4], "drop_path": 0.3, **changes}
     plain, other = (masked_task(**shape).train() for _ in range(2))
     assert compile_parts(other, backend) == 6
     return plain, other
 
 
-def compare(plain: nn.Module, other: nn.Module, steps: int) -> None:
+def compare(plain: nn.Module, other: nn.Module, steps: int, kinds: str = "") -> None:
     for step in range(steps):
         batch = caption_batch(4, seed=step)
+        batch = mixed(batch, kinds) if kinds else batch
         losses = [task(batch).loss for task in (plain, other)]
         for loss in losses:
             loss.backward()
@@ -62,10 +63,10 @@ def compare(plain: nn.Module, other: nn.Module, steps: int) -> None:
         )
 
 
-def test_five_graphs_serve_all_blocks_and_both_passes() -> None:
+def test_three_graphs_serve_all_blocks_and_both_passes() -> None:
     plain, other = pair("aot_eager")
     compare(plain, other, steps=2)
-    assert stats() == (5, 0)  # hard and soft blocks with some and with all patches, and the decoder's
+    assert stats() == (3, 0)  # hard blocks, soft ones, each with both passes, and the decoder's
     with torch.no_grad():
         other(caption_batch(3))
         other.eval()(caption_batch(4))
@@ -74,7 +75,47 @@ def test_five_graphs_serve_all_blocks_and_both_passes() -> None:
         other.train()(caption_batch(4))
     compiled.run_plainly(False)
     assert counter.get_total_flops() > 0
-    assert stats() == (5, 0)  # all these run as they stand, whatever their batches
+    assert stats() == (3, 0)  # all these run as they stand, whatever their batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [
+        ({"router_jitter": 0.1, "router_z_loss_weight": 0.1, "modality_to_experts": False}, 3),
+        ({"drop_path": 0.0, "modality_routing": False, "shared_layers": [0, 1]}, 4),
+        ({"capacity_factor": 0.5}, 2),  # soft blocks run plainly
+    ],
+)
+def test_other_models(changes: dict[str, Any], graphs: int) -> None:
+    compare(*pair("aot_eager", **changes), steps=1)
+    assert stats() == (graphs, 0)
+
+
+@pytest.mark.parametrize("kinds", ["ppit", "iiit"])
+def test_rows_of_one_modality(kinds: str) -> None:
+    """The passes have rows of their own, or none: then they run as they stand."""
+    compare(*pair("aot_eager"), steps=1, kinds=kinds)
+    assert stats()[1] == 0
+
+
+def test_hooks_see_all_passes() -> None:
+    """What callbacks count: choices of a layer by modality and expert, tokens of the backbone."""
+    found = []
+    for task in pair("aot_eager"):
+        loads = torch.zeros(2, 4, dtype=torch.float64)
+        tokens: list[int] = []
+
+        def count_load(layer: Any, *_: Any, sums: Tensor = loads) -> None:
+            sums.add_(layer.last_load)
+
+        def count_tokens(_: Any, args: Any, output: Any, seen: list[int] = tokens) -> None:
+            seen += [one.hidden.shape[1] for one in (output if isinstance(output, list) else [output])]
+
+        task.backbone.moe_layers()[0].register_forward_hook(count_load)
+        task.backbone.register_forward_hook(count_tokens)
+        task(caption_batch(4))
+        found.append((loads.tolist(), tokens))
+    assert found[0] == found[1] and found[0][1] == [17, 29]
 
 
 def test_odd_shapes_do_not_compile_without_end() -> None:
@@ -96,13 +137,15 @@ def test_other_reasons_to_compile_anew_do_not_end_a_run() -> None:
     assert stats()[0] > MOST_SHAPES
 
 
-@pytest.mark.parametrize("kind", ["hard", "decoder"])
+@pytest.mark.parametrize("kind", ["hard", "both passes", "decoder"])
 def test_no_more_is_kept_than_without_the_compiler(kind: str) -> None:
     """Activations are computed again in the backward pass, as ``kernels.mlp`` does."""
-    x = torch.randn(4, 20, 32, requires_grad=True)
-    bias = key_bias(torch.ones(4, 20, dtype=torch.bool), x.dtype)
-    inputs: tuple[Any, ...] = (x, bias, 12, torch.ones(2, 4)) if kind == "hard" else (x,)
-    block = HardBlock(model_config(mlp_hidden=512)) if kind == "hard" else DecoderBlock(32, 4)
+    inputs: tuple[Any, ...] = ()
+    for tokens in (20, 40) if kind == "both passes" else (20,):
+        bias = key_bias(torch.ones(4, tokens, dtype=torch.bool), torch.float32)
+        inputs += (torch.randn(4, tokens, 32, requires_grad=True), bias, tokens - 8, torch.ones(2, 4))
+    block = DecoderBlock(32, 4) if kind == "decoder" else HardBlock(model_config(mlp_hidden=512))
+    inputs = inputs[:1] if kind == "decoder" else inputs
     plain = kept_bytes(block.train(), inputs)
     compile_parts(block, "aot_eager_decomp_partition")  # the split of forward and backward that inductor has
     assert kept_bytes(block, inputs) <= plain
@@ -122,8 +165,8 @@ def kept_bytes(block: nn.Module, inputs: tuple[Any, ...]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = block(*inputs)
-    out.sum().backward()
+        outs = block(*inputs)
+    torch.cat([each.flatten() for each in (outs if isinstance(outs, tuple) else [outs])]).sum().backward()
     return sum(kept.values())
 
 

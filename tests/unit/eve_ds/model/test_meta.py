@@ -22,7 +22,7 @@ import eve_ds.model
 import eve_ds.tasks
 from eve_ds.kernels.permute import Layout
 from eve_ds.model.backbone import Backbone
-from eve_ds.model.block import MLP, QKV, Attention, Block, HardBlock, SharedBlock, SoftBlock, key_bias
+from eve_ds.model.block import MLP, QKV, Attention, Block, DenseBlock, HardBlock, SharedBlock, SoftBlock, key_bias
 from eve_ds.model.decoders import DecoderBlock, PixelDecoder, WordDecoder, WordMLP
 from eve_ds.model.embeddings import ImageEmbedding, PatchProjection, TextEmbedding
 from eve_ds.model.experts import Experts
@@ -42,7 +42,7 @@ from eve_ds.tasks.rivals import Rival
 from eve_ds.tasks.vqa import VQA
 from tests.support.tiny_tasks import JOINT, MASK, NUM_ANSWERS, OBJECTIVE, TASKS, tiny_batch, tiny_config
 
-BASES = {Block, Task, Contrast, Rival}  # have no forward of their own
+BASES = {Block, DenseBlock, Task, Contrast, Rival}  # others are what runs
 D, H, E, IMAGE_TOKENS = 32, 64, 4, 17  # as in tiny_config
 CONFIG = replace(tiny_config(), drop_path=0.5)
 

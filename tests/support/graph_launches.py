@@ -1,0 +1,101 @@
+"""What a graph of torch.compile launches, counted where the compiler decides it, without compiling C++ for it.
+
+A launch is a loop nest that inductor fused, or an operation that it leaves to torch (products). On the CPU inductor
+fuses nearly as it does for a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._inductor import compile_fx, graph, ir, scheduler
+from torch.utils._python_dispatch import _disable_current_modes
+
+from eve_ds.model import compiled
+
+
+class Graphs:
+    """A backend of ``torch.compile``: inductor up to its generated code; what runs are the traced operations.
+
+    Attributes:
+        launches: of each graph, a forward or a backward one, in the order of compilation.
+        calls: how often each has run.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[Counter[str]] = []
+        self.calls: Counter[int] = Counter()
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Any:
+        return compile_fx.compile_fx(module, inputs, inner_compile=self._inner)
+
+    def launched(self) -> int:
+        """By all calls since ``calls`` was cleared."""
+        return sum(self.launches[number].total() * calls for number, calls in self.calls.items())
+
+    def _inner(self, module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+        plain, number = copy.deepcopy(module), len(self.launches)
+        self.launches.append(_launches(module, inputs, options))
+
+        def run(arguments: list[Any]) -> Any:
+            self.calls[number] += 1
+            values = list(arguments)
+            arguments.clear()
+            with _disable_current_modes():
+                return plain(*values)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+def _launches(module: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Counter[str]:
+    """Of inductor's schedule for a graph; no code is generated from it."""
+    found: Counter[str] = Counter()
+
+    def codegen(lowering: Any) -> None:
+        lowering.init_wrapper_code()
+        lowering._update_scheduler()
+        found.update(kind for node in lowering.scheduler.nodes for kind in _kinds(node))
+        raise _Counted
+
+    patched = mock.patch.object(graph.GraphLowering, "codegen", codegen)
+    with patched, torch._inductor.config.patch(fx_graph_cache=False):
+        try:
+            compile_fx.compile_fx_inner(module, inputs, **options)
+        except Exception:  # raised on as an error of the compiler's own
+            if not found:
+                raise
+    return found
+
+
+class _Counted(Exception):
+    """The schedule is there."""
+
+
+def _kinds(node: Any) -> Iterator[str]:
+    """A name for each launch of a node of inductor's schedule."""
+    if isinstance(node, scheduler.NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
+        return
+    if isinstance(node, scheduler.ExternKernelSchedulerNode):
+        yield str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)
+    else:
+        yield "loops"
+
+
+@contextlib.contextmanager
+def counting_outside(launches: torch.utils._python_dispatch.TorchDispatchMode) -> Iterator[None]:
+    """Count with ``launches`` what runs outside of compiled methods, which the compiler would not compile under it."""
+    call = compiled._Compiled.__call__
+
+    def without(self: Any, *args: Any) -> Any:
+        with _disable_current_modes():
+            return call(self, *args)
+
+    with mock.patch.object(compiled._Compiled, "__call__", without), launches:
+        yield
