@@ -160,8 +160,9 @@ class Backbone(nn.Module):
 
     @property
     def takes_several(self) -> bool:
-        """Whether several passes are better off together: where blocks run compiled."""
-        return runs_compiled(self.blocks[0])
+        """Whether several passes are better off together: where all blocks run compiled. One of a user's own class, put
+        in place of ours, may take a single pass."""
+        return all(map(runs_compiled, self.blocks))
 
     def _embed(
         self,

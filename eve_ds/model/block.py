@@ -259,8 +259,11 @@ class SoftBlock(Block):
         self.moe_norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.moe = moe
         self.jitters = config.router_jitter > 0
-        own = getattr(type(moe), "forward", None)  # a layer of another class has its own way
-        self.routes_passes_together = own is MoE.forward and config.capacity_factor is None
+
+    @property
+    def routes_passes_together(self) -> bool:
+        """Whether the layer does; one of another class has its own way."""
+        return getattr(type(self.moe), "forward", None) is MoE.forward and self.moe.capacity_factor is None
 
     def forward(
         self,

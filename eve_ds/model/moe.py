@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds import parallel
@@ -198,10 +197,12 @@ class MoE(nn.Module):
         """The first half of ``forward`` for several passes, each given by its arguments, and without a capacity: what
         can be compiled of it. No hook of the router runs."""
         seen = [self._with_modality(x, modality) for x, modality, _, _ in passes]
+        jittered = [self._jittered(each, draws) for each, (*_, draws) in zip(seen, passes, strict=True)]
         given = seen if self.modality_to_experts else [each[0] for each in passes]
         tokens = torch.cat([each.flatten(0, 1) for each in given])
-        jittered = [self._jittered(each, draws).flatten(0, 1) for each, (*_, draws) in zip(seen, passes, strict=True)]
-        routing = self.router.forward(torch.cat(jittered))
+        # Of the same parts a second tensor would be kept for the backward pass, too: the compiler does not see it.
+        same = all(one is other for one, other in zip(jittered, given, strict=True))
+        routing = self.router.forward(tokens if same else torch.cat([each.flatten(0, 1) for each in jittered]))
         whole = self.published_routing
         counted = [torch.ones_like(x[..., 0], dtype=torch.bool) if whole or v is None else v for x, _, v, _ in passes]
         sizes = [each.numel() for each in counted]
@@ -245,7 +246,7 @@ class MoE(nn.Module):
             return x
         # Both vectors take part whatever the batch holds, so both always have a gradient (ZeRO reduces all parameters).
         # A product with 0 and 1, not an index: the backward pass of an index adds row by row on the CPU.
-        kind = F.one_hot(modality, 2).to(x.dtype)
+        kind = (modality[..., None] == torch.arange(2, device=x.device)).to(x.dtype)  # one_hot asserts on the device
         return x + kind @ torch.stack([self.image_vector, self.text_vector]).to(x.dtype)
 
     def _jittered(self, seen: Tensor, draw: Tensor | None) -> Tensor:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from eve_ds.model import compiled
-from eve_ds.model.block import HardBlock, key_bias
+from eve_ds.model.block import HardBlock, SoftBlock, key_bias
 from eve_ds.model.compiled import MOST_SHAPES, compile_parts
 from eve_ds.model.decoders import DecoderBlock
+from eve_ds.model.moe import MoE
 from tests.support.tiny import caption_batch, masked_task, mixed, model_config
 
 
@@ -118,6 +120,42 @@ def test_hooks_see_all_passes() -> None:
     assert found[0] == found[1] and found[0][1] == [17, 29]
 
 
+class OwnBlock(nn.Module):
+    """Takes one pass, and is not compiled."""
+
+    def __init__(self, block: HardBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, bias: Tensor | None, num_image_tokens: int, factors: Tensor | None) -> Tensor:
+        out: Tensor = self.block(x, bias, num_image_tokens, factors)
+        return out
+
+
+class OwnLayer(nn.Module):
+    """Takes one pass: a mixture around another."""
+
+    def __init__(self, moe: nn.Module) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x: Tensor, modality: Tensor, valid: Tensor | None) -> Any:
+        return self.moe(x, modality, valid)
+
+
+@pytest.mark.parametrize("what", ["block", "layer"])
+def test_own_parts_in_place_of_ours(what: str) -> None:
+    tasks = [masked_task(depth=4, soft_layers=[2, 3]).train() for _ in range(2)]
+    for task in tasks:
+        blocks = task.backbone.blocks
+        if what == "block":
+            blocks[1] = OwnBlock(blocks[1])
+        else:
+            blocks[3].moe = OwnLayer(blocks[3].moe)
+    assert compile_parts(tasks[1], "aot_eager") == 5
+    compare(*tasks, steps=1)
+
+
 def test_odd_shapes_do_not_compile_without_end() -> None:
     block = HardBlock(model_config()).train()
     compile_parts(block, "aot_eager")
@@ -137,18 +175,22 @@ def test_other_reasons_to_compile_anew_do_not_end_a_run() -> None:
     assert stats()[0] > MOST_SHAPES
 
 
-@pytest.mark.parametrize("kind", ["hard", "both passes", "decoder"])
+@pytest.mark.parametrize("kind", ["hard", "both passes", "both passes, soft", "decoder"])
 def test_no_more_is_kept_than_without_the_compiler(kind: str) -> None:
     """Activations are computed again in the backward pass, as ``kernels.mlp`` does."""
     inputs: tuple[Any, ...] = ()
-    for tokens in (20, 40) if kind == "both passes" else (20,):
-        bias = key_bias(torch.ones(4, tokens, dtype=torch.bool), torch.float32)
-        inputs += (torch.randn(4, tokens, 32, requires_grad=True), bias, tokens - 8, torch.ones(2, 4))
-    block = DecoderBlock(32, 4) if kind == "decoder" else HardBlock(model_config(mlp_hidden=512))
+    for tokens in (20, 40) if kind.startswith("both passes") else (20,):
+        valid = torch.ones(4, tokens, dtype=torch.bool)
+        inputs += (torch.randn(4, tokens, 32, requires_grad=True), key_bias(valid, torch.float32))
+        modality = (torch.arange(tokens) >= tokens - 8).long()
+        inputs += (modality, valid, torch.ones(2, 4), None) if "soft" in kind else (tokens - 8, torch.ones(2, 4))
+    block: nn.Module = DecoderBlock(32, 4) if kind == "decoder" else HardBlock(model_config(mlp_hidden=512))
+    block = SoftBlock(model_config(), MoE(32, 64, 4)) if "soft" in kind else block
     inputs = inputs[:1] if kind == "decoder" else inputs
     plain = kept_bytes(block.train(), inputs)
     compile_parts(block, "aot_eager_decomp_partition")  # the split of forward and backward that inductor has
-    assert kept_bytes(block, inputs) <= plain
+    joined = 4 * (20 + 40) * 32 * 4 if "soft" in kind else 0  # bytes: the tokens of both passes, not kept twice
+    assert kept_bytes(block, inputs) <= plain - joined
 
 
 def kept_bytes(block: nn.Module, inputs: tuple[Any, ...]) -> int:
@@ -166,7 +208,7 @@ def kept_bytes(block: nn.Module, inputs: tuple[Any, ...]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outs = block(*inputs)
-    torch.cat([each.flatten() for each in (outs if isinstance(outs, tuple) else [outs])]).sum().backward()
+    torch.cat([each.flatten() for each in tree_leaves(outs)]).sum().backward()
     return sum(kept.values())
 
 
