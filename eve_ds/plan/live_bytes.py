@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 aten = torch.ops.aten
 
@@ -70,8 +70,11 @@ class WithoutValues(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Call ``func``, or make anew what it made for arguments of the same form.
 
-        A model repeats its layers, and torch works out most shapes in Python, in 0.1 ms an operation.
+        A model repeats its layers, and torch works out most shapes in Python, in 0.1 ms an operation. A mode outside
+        of this one, which may count operations, is shown each.
         """
+        if _get_current_dispatch_mode() is not None:
+            return func(*args, **kwargs)
         key = func, _form(args), _form(tuple(kwargs.items()))
         known = self._results.get(key)
         if known is not None:

@@ -16,6 +16,7 @@ from eve_ds.config import FinetuneConfig, FinetuneObjective, PretrainConfig, par
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import check_world
+from eve_ds.model.flops import count_flops
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.plan import figures
 from eve_ds.plan.__main__ import PretrainPlan, main
@@ -150,6 +151,16 @@ def test_results_of_the_same_form_are_not_worked_out_again(fused: bool, monkeypa
             assert (values.shape, places.dtype) == ((4, 2), torch.int64) and meter.live == 96 + 32 + 64
             del first, values, places
             assert meter.live == 0
+        square = torch.empty(4, 4)
+        assert [count_flops(lambda: (square @ square) @ square) for _ in range(2)] == [256, 256], "within"
+    with torch.device("meta"):
+
+        def products() -> None:
+            with WithoutValues(selected=3, scalar=7):
+                for _ in range(2):
+                    square @ square
+
+        assert count_flops(products) == 256, "outside"
     config = PretrainConfig(model=model_config(checkpoint_activations=True))
 
     def of(rows: int) -> Memory:
