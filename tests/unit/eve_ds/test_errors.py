@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from eve_ds import rank_failure
 from eve_ds.errors import RANK_0_SECONDS, RankError, exit_code
 from preprocessing.errors import UserError
 
@@ -160,9 +161,11 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     ],
 )
 def test_a_model_beyond_the_memory_is_told_in_a_line(
-    make: Callable[[], Any], said: str, capfd: pytest.CaptureFixture[str]
+    make: Callable[[], Any], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's own words for a processor's memory and for sizes beyond any."""
+    monkeypatch.setattr(rank_failure, "_place", "")  # of a process that joined no group
+    monkeypatch.delenv("RANK", raising=False)
     assert exit_code(lambda: len(make())) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: rank 0: ") and said in line and "eve_ds.plan" in line
