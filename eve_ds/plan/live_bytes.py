@@ -19,16 +19,17 @@ class _Form(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
+    device: torch.device
 
     def empty(self) -> Tensor:
-        made: Tensor = aten.empty_strided.default(self.shape, self.stride, dtype=self.dtype, device="meta")
+        made: Tensor = aten.empty_strided.default(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return made
 
 
 def _form(value: Any) -> Any:
     """Of an argument, hashable."""
     if isinstance(value, Tensor):
-        return _Form(value.dtype, value.shape, value.stride())
+        return _Form(value.dtype, value.shape, value.stride(), value.device)
     if isinstance(value, (tuple, list)):
         return tuple(map(_form, value))
     return type(value), value  # 1 and 1.0 are equal, and the results' dtypes are not
@@ -80,9 +81,11 @@ class WithoutValues(TorchDispatchMode):
         if known is not None:
             return known.empty() if isinstance(known, _Form) else tuple(form.empty() for form in known)
         out = func(*args, **kwargs)
-        tensors = isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(each, Tensor) for each in out))
-        if tensors and not func._schema.is_mutable and _storages(out).isdisjoint(_storages((*args, *kwargs.values()))):
-            self._results[key] = _form(out)
+        made = (out,) if isinstance(out, Tensor) else out
+        if isinstance(made, tuple) and all(isinstance(each, Tensor) and each.is_meta for each in made):
+            own = _storages(made) - _storages((*args, *kwargs.values()))
+            if len(own) == len(made) and not func._schema.is_mutable:  # no view, and without values
+                self._results[key] = _form(out)
         return out
 
 

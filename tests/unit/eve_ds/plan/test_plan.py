@@ -151,6 +151,7 @@ def test_results_of_the_same_form_are_not_worked_out_again(fused: bool, monkeypa
             assert (values.shape, places.dtype) == ((4, 2), torch.int64) and meter.live == 96 + 32 + 64
             del first, values, places
             assert meter.live == 0
+            assert (torch.ones(2, 2, device="cpu") * 3).tolist() == [[3, 3], [3, 3]], "elsewhere there are values"
         square = torch.empty(4, 4)
         assert [count_flops(lambda: (square @ square) @ square) for _ in range(2)] == [256, 256], "within"
     with torch.device("meta"):
