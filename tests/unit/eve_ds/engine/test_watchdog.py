@@ -72,32 +72,32 @@ def test_a_rank_ends_soon_if_another_one_leaves_word_of_its_end(tmp_path: Path) 
     """Word from an earlier start counts for nothing, nor does any as long as the rank makes progress."""
     script = (
         "import sys, time; from pathlib import Path; from eve_ds.engine import watchdog\n"
-        "watchdog.start(Path(sys.argv[1]), 0, 2, 6.0)\n"
+        "watchdog.start(Path(sys.argv[1]), 0, 2, 10.0)\n"
         "print('watches', flush=True)\n"
-        "for _ in range(15):\n    time.sleep(0.2)\n    watchdog.mark('a step')\n"
+        "for _ in range(25):\n    time.sleep(0.2)\n    watchdog.mark('a step')\n"
         "print('stands', flush=True)\n"
         "time.sleep(60)\n"
     )
     folder = tmp_path / FOLDER
     folder.mkdir()
-    Watchdog(folder, 3, 4, 6.0).leave()
+    Watchdog(folder, 3, 4, 10.0).leave()
     waits = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=-1, stderr=-1, text=True)
     assert waits.stdout is not None
     while not (folder / "rank_0.json").exists():
         time.sleep(0.02)
-    Watchdog(folder, 1, 4, 6.0).leave()
+    Watchdog(folder, 1, 4, 10.0).leave()
     assert [waits.stdout.readline(), waits.stdout.readline()] == ["watches\n", "stands\n"]
     began = time.monotonic()
     told = waits.communicate()[1]
     line = f"rank 0: rank 1 on {HOST} (process {os.getpid()}) has ended; its message says why\n"
-    assert (told, waits.returncode) == (line, 3) and 1 < time.monotonic() - began < 10
+    assert (told, waits.returncode) == (line, 3) and 2 < time.monotonic() - began < 10
 
 
 def test_a_folder_that_does_not_answer_silences_nobody(tmp_path: Path) -> None:
     """From the start on, or later. A pipe that nobody reads stands for it: who opens that to write waits for ever."""
     script = (
         "import os, sys, time; from pathlib import Path; from eve_ds.engine.watchdog import Watchdog\n"
-        "dog, folder = Watchdog(Path(sys.argv[1]), 0, 2, 2.0), Path(sys.argv[1])\nsince = dog._since\n"
+        "dog, folder = Watchdog(Path(sys.argv[1]), 0, 2, 4.0), Path(sys.argv[1])\nsince = dog._since\n"
         "if folder.name == 'start':\n    os.mkfifo(folder / 'rank_0.new')\ndog.start()\n"
         "while folder.name == 'later' and not (folder / 'rank_0.json').exists():\n    time.sleep(0.01)\n"
         "if folder.name == 'later':\n    os.mkfifo(folder / 'rank_0.new')\n"
