@@ -159,7 +159,7 @@ class Backbone(nn.Module):
         return outputs if others else outputs[0]
 
     @property
-    def takes_several(self) -> bool:
+    def better_together(self) -> bool:
         """Whether several passes are better off together: where blocks run compiled."""
         return runs_compiled(self.blocks[0])
 
