@@ -77,6 +77,9 @@ class LeanZero12(DeepSpeedZeroOptimizer):
         gradient = self.get_gradient_for_reduction(param)
         alone = param.numel() > self.reduce_bucket_size or not getattr(param, "ds_grad_is_ready", True)
         if gradient is None or not param.numel() or alone:
+            if gradient is not None and self.overlap_comm and not get_accelerator().resolves_data_dependency():
+                # It is reduced where it lies. DeepSpeed lets go of it while that stream may still read and write it.
+                gradient.record_stream(self.reduction_stream)
             super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
             return
         comm_dtype = self.get_param_comm_dtype(param)
