@@ -10,6 +10,9 @@ BENCH_READY := .venv-bench/.ready-$(call hash,requirements-bench.txt)
 PYTEST := .venv/bin/python -m pytest
 SHARED := -n auto --maxprocesses 8
 
+# Images often set it; then each process compiles all sources anew, and pytest rewrites all tests: 6 s a process.
+export PYTHONDONTWRITEBYTECODE :=
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 # Names the packages as they come; warnings and all else are in .venv/pip.log.

@@ -7,6 +7,7 @@ stored beside the run. Keys that do not exist and values of the wrong type are e
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -153,14 +154,8 @@ def parse(
     recipes: list[str]
     options: list[str]
     root, recipes, options = _checked(root, argv)
-    description = (root.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog=program, exit_on_error=False, description=description, epilog=epilog)
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML recipe: a file, or the name of one that comes with EVE-DS, as tiny_shapes",
-    )
-    parser.add_class_arguments(root)
+    make_parser: Any = _parser.__wrapped__ if defaults else _parser
+    parser: ArgumentParser = make_parser(root, program, epilog)
     parser.set_defaults(defaults or {})
     try:
         # The last one wins: recipes come first, wherever they stood.
@@ -236,9 +231,27 @@ def _for_task(root: type[ConfigType], trees: list[tuple[str, Any]], options: lis
     objective = find(task, where).objective
     if objective is type(root().objective):
         return root
+    return _with_objective(cast(Any, root), cast(Any, objective))  # hashable, as all classes are
+
+
+@functools.lru_cache(maxsize=8)
+def _with_objective(root: type, objective: type) -> Any:
     own = field(default_factory=objective)
     body = {"__annotations__": {"objective": objective}, "objective": own, "__module__": root.__module__}
-    return cast("type[ConfigType]", dataclass(type(root.__name__, (root,), body | {"__doc__": root.__doc__})))
+    return dataclass(type(root.__name__, (root,), body | {"__doc__": root.__doc__}))
+
+
+@functools.lru_cache(maxsize=8)  # made in 25 ms, and a sweep parses each of its runs
+def _parser(root: type, program: str, epilog: str) -> ArgumentParser:
+    description = (root.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=program, exit_on_error=False, description=description, epilog=epilog)
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML recipe: a file, or the name of one that comes with EVE-DS, as tiny_shapes",
+    )
+    parser.add_class_arguments(root)
+    return parser
 
 
 def _as_option(recipe: str) -> str:

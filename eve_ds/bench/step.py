@@ -164,14 +164,11 @@ def flops_of(config: PretrainConfig, pairs: int) -> float:
     model = dataclasses.replace(config.model, checkpoint_activations=False)
     meta = torch.device("meta")
 
-    def run() -> None:
-        with meta, WithoutValues(selected, scalar=0):
-            task(batch).loss.backward()
-
     with meta:
         task = build_task(config, Backbone(model))
     batch = make_batch(config, rows, meta)
-    return count_flops(run) / rows * pairs
+    with meta, WithoutValues(selected, scalar=0):
+        return count_flops(lambda: task(batch).loss.backward()) / rows * pairs
 
 
 def make_batch(config: PretrainConfig, pairs: int, device: torch.device) -> Batch:

@@ -124,7 +124,7 @@ class MoELoad(Callback):
         if gates is None:
             return
         if isinstance(inputs[0], Routed):
-            kind, valid = inputs[0].kinds, inputs[0].counted
+            kind, valid = inputs[0].modality, inputs[0].counted
         else:
             x, modality, valid = inputs
             kind = modality.expand(x.shape[:2]).flatten()

@@ -9,12 +9,14 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # end or warn a whole job
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _FREED_BYTES = 64 << 20
+_SECONDS_WITHOUT_PARENT = 2  # at most
 
 
 def initialize_worker(worker: int) -> None:
@@ -39,12 +41,18 @@ def ignore_job_signals(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS[1:])
     # Threads inherit the mask, so SIGTERM stays blocked in all of them and is left to the thread that waits for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_exit_on_parents_sigterm, name=f"reader-{worker}-signals", daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name=f"reader-{worker}-signals", daemon=True).start()
 
 
-def _exit_on_parents_sigterm() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _exit_with_parent() -> None:
+    """On the parent's SIGTERM, or once it has been killed: torch's own workers then wait for one another without end if
+    the pipe of their batches is full, and keep the parent's memory, and that of its GPU."""
+    process = parent_process()
+    parent = process.pid if process is not None else os.getppid()
+    while os.getppid() == parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_WITHOUT_PARENT)
+        if sent is not None and sent.si_pid == parent:
+            break
     os._exit(0)
 
 

@@ -6,10 +6,12 @@ Of the 10,020 operations that a step of EVE-Base launched, DeepSpeed 0.19.8 laun
 - that search is left out (stages 1 and 2): a gradient that is not finite makes the norm, which is reduced over all
   ranks, not finite, and DeepSpeed skips such a step. It does so with ``compute_grad_norm`` and ``check_grad_overflow``,
   which ``deepspeed_keys`` insists on, as it does on ``contiguous_gradients``;
-- the norm is taken of all gradients of a group by one ``foreach`` operation;
+- the norm is taken of all gradients of a group by one ``foreach`` operation, on a GPU in float32 (DeepSpeed: float64),
+  so that one beyond 1e19 counts as not finite;
 - gradients are copied into the buffer of a reduction, and out of it, together (stages 1 and 2). Each copy runs on the
   stream on which DeepSpeed makes it (with ``overlap_comm``: out of the buffer, on that of the reduction), later there
-  than DeepSpeed's, but before any other stream is made to wait for it;
+  than DeepSpeed's, but before any other stream is made to wait for it. Until then a gradient keeps its own memory: at
+  most a buffer's size more;
 - at stage 3 they are not copied into a buffer: ``lean_zero3``.
 
 One Python hook per gradient remains, which DeepSpeed needs.
@@ -75,6 +77,9 @@ class LeanZero12(DeepSpeedZeroOptimizer):
         gradient = self.get_gradient_for_reduction(param)
         alone = param.numel() > self.reduce_bucket_size or not getattr(param, "ds_grad_is_ready", True)
         if gradient is None or not param.numel() or alone:
+            if gradient is not None and self.overlap_comm and not get_accelerator().resolves_data_dependency():
+                # It is reduced where it lies. DeepSpeed lets go of it while that stream may still read and write it.
+                gradient.record_stream(self.reduction_stream)
             super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
             return
         comm_dtype = self.get_param_comm_dtype(param)

@@ -37,7 +37,7 @@ class LeanZero3(DeepSpeedZeroOptimizer_Stage3):
         Returns:
             The parts kept: views of the optimizer's buffer of gradients.
         """
-        places_of = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        places_of = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition  # private: it gives no other way
         found = [(places_of[param.ds_id], part) for param, part in zip(params_to_release, grad_partitions, strict=True)]
         parts = [part for _, part in found if part.numel()]
         places = [place.narrow(0, 0, part.numel()) for place, part in found if part.numel()]

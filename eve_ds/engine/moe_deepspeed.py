@@ -77,4 +77,4 @@ class DeepSpeedMoE(MoE, AutoEPMoELayer):
             }
             setattr(parameter, DS_AUTOEP_UC_META, description)
 
-    forward: Any = MoE.forward  # itself: ``block.SoftBlock`` asks
+    forward: Any = MoE.forward

@@ -77,7 +77,8 @@ def grouped_sum(y_RN: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _sum_columns(y_RN: Tensor, h_RN: Tensor, a_RN: Tensor, offsets_E: Tensor, activation: str) -> Tensor:
-    """[E, N]: the sums of y's rows by group; with an activation, after the gradient through it."""
+    """[E, N]: the sums of y's rows by group. With an activation y first becomes, in place, its product with the
+    activation's derivative at h, which is summed before it is rounded; and a the activation of h."""
     (rows, width), groups = y_RN.shape, offsets_E.numel()
     tiles = rows // TILE_ROWS + groups
     partial_tN = y_RN.new_empty(tiles, width, dtype=torch.promote_types(y_RN.dtype, torch.float32))

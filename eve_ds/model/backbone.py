@@ -159,7 +159,7 @@ class Backbone(nn.Module):
         return outputs if others else outputs[0]
 
     @property
-    def takes_several(self) -> bool:
+    def better_together(self) -> bool:
         """Whether several passes are better off together: where all blocks run compiled. One of a user's own class, put
         in place of ours, may take a single pass."""
         return all(map(runs_compiled, self.blocks))

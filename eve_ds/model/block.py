@@ -168,7 +168,8 @@ class DenseBlock(Block):
             bias: from ``key_bias``, or None.
             num_image_tokens: of x.
             factors: of the branches.
-            others: these four of a second pass, and so on. Compiled, each product is one for all passes.
+            others: these four of a second pass, and so on, flat as ``compilable`` takes arguments. Compiled, each
+                product of a hard block is one for all passes.
         Returns:
             [B, N, D]; with others a tuple of one for each pass.
         """
@@ -260,11 +261,6 @@ class SoftBlock(Block):
         self.moe = moe
         self.jitters = config.router_jitter > 0
 
-    @property
-    def routes_passes_together(self) -> bool:
-        """Whether the layer does; one of another class has its own way."""
-        return getattr(type(self.moe), "forward", None) is MoE.forward and self.moe.capacity_factor is None
-
     def forward(
         self,
         x: Tensor,
@@ -290,7 +286,7 @@ class SoftBlock(Block):
         """
         args = (x, bias, modality, valid, factors, draw, *others)
         passes = self.passes(*args)
-        if self.routes_passes_together and runs_compiled(self):
+        if getattr(self.moe, "routes_together", False) and runs_compiled(self):  # a layer of another class does not
             outs = self._after(*self.before_experts(*args))
         else:
             outs = tuple(self._one(each) for each in passes)
@@ -309,7 +305,8 @@ class SoftBlock(Block):
         Compiled alone of this block: the experts bring their own kernels, and after them there is one addition."""
         passes = self.passes(*args)
         xs = self.attend_together(passes)
-        routed = self.moe.route([(self.moe_norm(x), *each[2:4], each.draw) for x, each in zip(xs, passes, strict=True)])
+        normed = [self.moe_norm(x) for x in xs]
+        routed = self.moe.route([(x, p.modality, p.valid, p.draw) for x, p in zip(normed, passes, strict=True)])
         weights = routed.weights
         if passes[0].factors is not None:  # the factor of the branch is that of all its choices
             factors = [each.factors[1].float()[:, None].expand(each.x.shape[:2]) for each in passes]

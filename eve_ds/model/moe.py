@@ -7,7 +7,8 @@ Forward, from a block (``block.SoftBlock``) to the matrix products:
 
 1. ``MoE.forward`` adds the modality's vector to each token, [T, D]. ``Router`` turns the sums into gates [T, E], the
    indices of the k best experts and the weights of these choices, [T, k]. ``balance_share`` makes the auxiliary loss.
-   A choice of padding, or beyond an expert's capacity, gets the index E: no expert.
+   A choice of padding, or beyond an expert's capacity, gets the index E: no expert. Where blocks run compiled,
+   ``MoE.route`` has done all this, within the block's graph, for all passes of a micro-batch (``Routed``).
 2. ``kernels.permute.sort_by_expert`` sorts the R choices by expert: a ``Layout``, indices only.
 3. ``Experts.forward`` hands the tokens and its weights to ``kernels.expert_mlp``, which for each expert gathers its
    tokens [rows, D], computes h = fc1(x) [rows, H], a = activation(h) and y = fc2(a) [rows, D], and adds weight x y to
@@ -49,14 +50,14 @@ class Routed(NamedTuple):
 
     Attributes:
         tokens: [T, D], as the experts see them, of one pass after the other.
-        weights: [T, k] float32, of each choice; differentiable.
+        weights: [T, k] of each choice; differentiable. ``block.SoftBlock`` multiplies them by drop path's factors.
         chosen: [R] int64, the expert of each choice; E: none.
         loads: [n, 2, E] int64, choices of a pass by modality.
-        gates: [T, E] float32, softmax over the experts.
-        kinds: [T] int64, modalities.
+        gates: [T, E] float32, softmax over the experts, detached; as the next two for callbacks alone.
+        modality: [T] int64.
         counted: [T] bool, False on padding.
         gate_sums: [n, E] float32, of the tokens that count; differentiable.
-        firsts: [n, E + 1] int64, first choices of the tokens that count, and how many these are.
+        firsts: [n, E] int64, first choices of these tokens.
         z: [n] float32, of these tokens the sum of squared logsumexps of their scores, or None; differentiable.
     """
 
@@ -65,7 +66,7 @@ class Routed(NamedTuple):
     chosen: Tensor
     loads: Tensor
     gates: Tensor
-    kinds: Tensor
+    modality: Tensor
     counted: Tensor
     gate_sums: Tensor
     firsts: Tensor
@@ -186,59 +187,74 @@ class MoE(nn.Module):
         if keep is not None:
             chosen = chosen.masked_fill(~keep, self.num_experts)
         counts = self._count(chosen, modality.expand(x.shape[:2]).reshape(-1, 1))
-        weights = weights.to(tokens.dtype)
-        if self.ep_size > 1:
-            y = self._through_ranks(tokens, chosen.flatten(), weights, counts)
-        else:
-            y = self.experts(tokens, weights, sort_by_expert(chosen.flatten(), counts))
+        y = self._through_experts(tokens, chosen.flatten(), weights.to(tokens.dtype), counts)
         return y.view_as(x), aux
 
+    @property
+    def routes_together(self) -> bool:
+        """Whether ``route`` stands for the first half of ``forward``: a class of its own may do otherwise there, and a
+        capacity takes choices away from tokens in their order."""
+        return type(self).forward is MoE.forward and self.capacity_factor is None
+
     def route(self, passes: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> Routed:
-        """The first half of ``forward`` for several passes, each given by its arguments, and without a capacity: what
-        can be compiled of it. No hook of the router runs."""
+        """The first half of ``forward`` for several passes, each given by its arguments: what can be compiled of it.
+        Only where ``routes_together``. No hook of the router runs."""
         seen = [self._with_modality(x, modality) for x, modality, _, _ in passes]
-        jittered = [self._jittered(each, draws) for each, (*_, draws) in zip(seen, passes, strict=True)]
-        given = seen if self.modality_to_experts else [each[0] for each in passes]
+        jittered = [self._jittered(each, draw) for each, (*_, draw) in zip(seen, passes, strict=True)]
+        given = seen if self.modality_to_experts else [x for x, *_ in passes]
         tokens = torch.cat([each.flatten(0, 1) for each in given])
         # Of the same parts a second tensor would be kept for the backward pass, too: the compiler does not see it.
         same = all(one is other for one, other in zip(jittered, given, strict=True))
         routing = self.router.forward(tokens if same else torch.cat([each.flatten(0, 1) for each in jittered]))
         whole = self.published_routing
         counted = [torch.ones_like(x[..., 0], dtype=torch.bool) if whole or v is None else v for x, _, v, _ in passes]
+        counted_T = torch.cat([each.flatten() for each in counted])
+        modality_T = torch.cat([modality.expand(x.shape[:2]).flatten() for x, modality, _, _ in passes])
+        chosen = routing.experts.masked_fill(~counted_T[:, None], self.num_experts)
+        # One count for all: by pass, modality, whether it is a later choice than a token's first, and expert.
+        later = (torch.arange(self.top_k, device=chosen.device) > 0).long()
         sizes = [each.numel() for each in counted]
-        keep_T = torch.cat([each.flatten() for each in counted])
-        chosen = routing.experts.masked_fill(~keep_T[:, None], self.num_experts)
-        # One count for all: by pass, modality, whether it is a token's first choice, and expert.
-        kinds = [2 * number + modality.expand(x.shape[:2]) for number, (x, modality, _, _) in enumerate(passes)]
-        first = (torch.arange(self.top_k, device=chosen.device) > 0).long()
-        cell = (2 * torch.cat([each.flatten() for each in kinds])[:, None] + first) * (self.num_experts + 1) + chosen
+        pass_T = torch.cat([chosen.new_full((size,), number) for number, size in enumerate(sizes)])
+        cell = ((2 * pass_T + modality_T)[:, None] * 2 + later) * (self.num_experts + 1) + chosen
         cells = torch.zeros(4 * len(passes) * (self.num_experts + 1), dtype=torch.int64, device=chosen.device)
         cells = cells.scatter_add(0, cell.flatten(), torch.ones_like(cell).flatten())
         counts = cells.view(len(passes), 2, 2, -1)[..., :-1]
-        firsts = counts[:, :, 0].sum(dim=1)
-        firsts = torch.cat([firsts, firsts.sum(dim=1, keepdim=True)], dim=1)
-        kept = [each.to(routing.gates.dtype) for each in keep_T.split(sizes)]
-        gates = zip(kept, routing.gates.split(sizes), strict=True)
-        gate_sums = torch.stack([(keep[:, None] * each).sum(dim=0) for keep, each in gates])
+        counts_as_1 = [each.to(routing.gates.dtype) for each in counted_T.split(sizes)]
+        gates = zip(counts_as_1, routing.gates.split(sizes), strict=True)
         z = None
         if routing.log_z is not None:
-            squares = zip(kept, routing.log_z.square().split(sizes), strict=True)
-            z = torch.stack([(keep * each).sum() for keep, each in squares])
-        kind_T = torch.cat([modality.expand(x.shape[:2]).flatten() for x, modality, _, _ in passes])
-        known = (routing.gates.detach(), kind_T, keep_T)  # looked at alone
-        return Routed(tokens, routing.weights, chosen.flatten(), counts.sum(dim=2), *known, gate_sums, firsts, z)
+            squares = zip(counts_as_1, routing.log_z.square().split(sizes), strict=True)
+            z = torch.stack([(one * each).sum() for one, each in squares])
+        return Routed(
+            tokens=tokens,
+            weights=routing.weights,
+            chosen=chosen.flatten(),
+            loads=counts.sum(dim=2),
+            gates=routing.gates.detach(),
+            modality=modality_T,
+            counted=counted_T,
+            gate_sums=torch.stack([(one[:, None] * each).sum(dim=0) for one, each in gates]),
+            firsts=counts[:, :, 0].sum(dim=1),
+            z=z,
+        )
 
     def _of_routed(self, routed: Routed) -> tuple[Tensor, Sequence[Tensor]]:
         self.last_load = routed.loads.sum(dim=0).double()
-        counts = routed.loads.sum(dim=(0, 1))
-        sums = parallel.all_reduce_sum(routed.firsts).to(routed.gate_sums.dtype)
-        total = sums[:, -1:].clamp_min(1)
-        shares = self.num_experts * (routed.gate_sums / total * (sums[:, :-1] / total)).sum(dim=1)
+        firsts = parallel.all_reduce_sum(routed.firsts).to(routed.gate_sums.dtype)
+        total = firsts.sum(dim=1, keepdim=True).clamp_min(1)
+        shares = self.num_experts * (routed.gate_sums / total * (firsts / total)).sum(dim=1)  # as balance_share's
         if routed.z is not None:
             shares = torch.stack([shares, routed.z / total[:, 0]], dim=1)
+        weights = routed.weights.to(routed.tokens.dtype)
+        y = self._through_experts(routed.tokens, routed.chosen, weights, routed.loads.sum(dim=(0, 1)))
+        return y, shares.unbind()
+
+    def _through_experts(self, tokens: Tensor, chosen: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+        """As ``_through_ranks``, wherever the experts live."""
         if self.ep_size > 1:
-            return self._through_ranks(routed.tokens, routed.chosen, routed.weights, counts), shares.unbind()
-        return self.experts(routed.tokens, routed.weights, sort_by_expert(routed.chosen, counts)), shares.unbind()
+            return self._through_ranks(tokens, chosen, weights, counts)
+        y: Tensor = self.experts(tokens, weights, sort_by_expert(chosen, counts))
+        return y
 
     def _with_modality(self, x: Tensor, modality: Tensor) -> Tensor:
         """Each token + the vector of its modality, if the layer has these."""

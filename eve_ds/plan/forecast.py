@@ -1,4 +1,4 @@
-"""The memory of one rank alone, for a run that has its settings: seconds, where a whole plan searches for a minute."""
+"""The memory of one rank alone, for a run that has its settings: no search, as in a whole plan."""
 
 from __future__ import annotations
 

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 aten = torch.ops.aten
+
+
+class _Form(NamedTuple):
+    """All of a tensor without values that an operation's results depend on."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        made: Tensor = aten.empty_strided.default(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return made
+
+
+def _form(value: Any) -> Any:
+    """Of an argument, hashable."""
+    if isinstance(value, Tensor):
+        return _Form(value.dtype, value.shape, value.stride(), value.device)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_form, value))
+    return type(value), value  # 1 and 1.0 are equal, and the results' dtypes are not
+
+
+def _storages(values: Any) -> set[int]:
+    if isinstance(values, (tuple, list)):
+        return set().union(*map(_storages, values))
+    return {values.untyped_storage()._cdata} if isinstance(values, Tensor) else set()
 
 
 class WithoutValues(TorchDispatchMode):
@@ -25,6 +52,7 @@ class WithoutValues(TorchDispatchMode):
     def __init__(self, selected: int, scalar: int) -> None:
         super().__init__()
         self.selected, self.scalar = selected, scalar
+        self._results: dict[Any, _Form | tuple[_Form, ...]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
@@ -38,7 +66,27 @@ class WithoutValues(TorchDispatchMode):
                 if packet is aten.index:
                     return args[0].new_empty(self.selected, *args[0].shape[mask.ndim :])
                 return torch.empty_like(args[0]) if packet is aten.index_put else args[0]
-        return func(*args, **(kwargs or {}))
+        return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call ``func``, or make anew what it made for arguments of the same form.
+
+        A model repeats its layers, and torch works out most shapes in Python, in 0.1 ms an operation. A mode outside
+        of this one, which may count operations, is shown each.
+        """
+        if _get_current_dispatch_mode() is not None:
+            return func(*args, **kwargs)
+        key = func, _form(args), _form(tuple(kwargs.items()))
+        known = self._results.get(key)
+        if known is not None:
+            return known.empty() if isinstance(known, _Form) else tuple(form.empty() for form in known)
+        out = func(*args, **kwargs)
+        made = (out,) if isinstance(out, Tensor) else out
+        if isinstance(made, tuple) and all(isinstance(each, Tensor) and each.is_meta for each in made):
+            own = _storages(made) - _storages((*args, *kwargs.values()))
+            if len(own) == len(made) and not func._schema.is_mutable:  # no view, and without values
+                self._results[key] = _form(out)
+        return out
 
 
 class LiveBytes(WithoutValues):
@@ -81,7 +129,9 @@ class LiveBytes(WithoutValues):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        tree_map_only(Tensor, self._count, out)
+        for each in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(each, Tensor):
+                self._count(each)
         return out
 
     def _count(self, tensor: Tensor) -> None:

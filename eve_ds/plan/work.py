@@ -66,11 +66,8 @@ def flops_per_sample(config: Config, task: Task, text_length: int, num_answers: 
     inputs = even_batch(config, rows, text_length, num_answers)
     selected = config.spec.selected_rows(config.objective, rows, text_length)
 
-    def run() -> None:
-        with torch.device("meta"), WithoutValues(selected, scalar=text_length):
-            task(inputs).loss.backward()
-
-    return count_flops(run) / rows
+    with torch.device("meta"), WithoutValues(selected, scalar=text_length):
+        return count_flops(lambda: task(inputs).loss.backward()) / rows
 
 
 def traffic(config: Config, zero: Zero, groups: list[Group], batch: Batch) -> list[Sent]:

@@ -108,7 +108,7 @@ class Task(nn.Module):
 
     def encode_several(self, passes: Sequence[tuple[Tensor | None, ...]]) -> list[BackboneOutput]:
         """``encode`` for each pass, given by its five arguments; together where that is better."""
-        if len(passes) == 1 or not self.backbone.takes_several:
+        if len(passes) == 1 or not self.backbone.better_together:
             return [self.encode(*each) for each in passes]
         given = [(images, *self._padded(ids, mask), keep, noise) for images, ids, mask, keep, noise in passes]
         outputs: list[BackboneOutput] = self.backbone(*itertools.chain(*given))

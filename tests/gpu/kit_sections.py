@@ -52,7 +52,7 @@ def _runs(device: str, work: Path) -> list[Section]:
         _bench("step", "forward and backward, plain and compiled", 180, "step", *step),
         Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 240),
         _pytest("same-bits", bits, 150, "tests/gpu/test_same_bits.py"),
-        Section("small", "the demo's pre-training: its start, its steps, CUDA graphs", small, 150),
+        Section("small", "the demo's pre-training: its start, its steps, CUDA graphs", small, 240),
         _bench("attention-speed", "attention beside torch's own", 60, "attention", *heads, *where),
         _bench("loader", "the loader with 14 processes", 90, "loader", *loader, "--work", str(work / "loader")),
         Section("demo", "what make demo runs", demo, 400, least=180, on_cpu=False),

@@ -65,6 +65,11 @@ def test_weights_are_deepspeeds_own_and_streams_do_not_race(ranks: int) -> None:
     run_distributed_test(same_weights_and_no_race, ranks, args=(cases,))
 
 
+def test_a_gradient_reduced_where_it_lies_is_kept_until_then() -> None:
+    """On four ranks most have no part of it, and let go of it at once. DeepSpeed's own optimizer races here."""
+    run_distributed_test(same_weights_and_no_race, 4, args=([(2, "bf16", 1, ALONE | {"overlap_comm": True})],))
+
+
 def test_races_are_found() -> None:
-    """What the test above relies on."""
+    """What the tests above rely on."""
     run_distributed_test(races_that_are_found, 1)

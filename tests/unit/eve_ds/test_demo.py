@@ -24,6 +24,7 @@ from tests.support.made_run import dump
 
 SEED = 7
 START = {"--checkpoint", "--init_from", "--model", "--data.tokenizer"}  # options that say where a fine-tuning starts
+FEW = ["--val", "3", "--test", "4", "--nlvr-train", "8", "--nlvr-dev", "8", "--nlvr-test", "8"]
 SHAPE = read_yaml(str(demo.PRETRAIN), "--config")["model"]
 
 
@@ -239,7 +240,7 @@ def test_ranks_below_a_launcher_save_when_the_other_run_fails(tmp_path: Path) ->
 
 def test_a_test_image_is_asked_about_in_words_of_the_raw_files(tmp_path: Path) -> None:
     """The first image with a question that neither yes nor a number answers; its own caption, then the next one's."""
-    assert prepare(["shapes", "--out", str(tmp_path / "raw"), "--train", "6", "--val", "3", "--test", "4"]) == 0
+    assert prepare(["shapes", "--out", str(tmp_path / "raw"), *FEW, "--train", "6"]) == 0
     (answer, right), (match, _) = demo.requests(tmp_path)
     questions, annotations = (
         json.loads(Path(demo.vqa_file(tmp_path / "raw", "test", kind)).read_text())[kind]
@@ -343,7 +344,7 @@ def test_metrics_hold_both_roads(root: Path) -> None:
 
 
 def test_scores_are_kept_if_a_model_cannot_be_asked(root: Path) -> None:
-    assert prepare(["shapes", "--out", str(root / "raw"), "--train", "2", "--val", "2", "--test", "4"]) == 0
+    assert prepare(["shapes", "--out", str(root / "raw"), *FEW, "--train", "2"]) == 0
     with pytest.raises(UserError, match="stage 'Asking about a test image' ended with exit code 2"):
         demo.conclude(demo.StageRunner([]), root, 0)  # there is no checkpoint
     assert json.loads((root / "metrics.json").read_text()) == demo.metrics(root, 2)

@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
+import torch
 
+from eve_ds import rank_failure
 from eve_ds.errors import RANK_0_SECONDS, RankError, exit_code
 from preprocessing.errors import UserError
 
@@ -72,7 +76,10 @@ def test_our_warnings_are_a_line_each_and_those_of_libraries_stay(rank: str, nam
 
 @pytest.mark.parametrize(
     "command",
-    [["eve_ds.plan", "--config", "tiny_shapes"], pytest.param(["eve_ds.doctor"], marks=pytest.mark.long)],
+    [
+        ["eve_ds.plan", "--config", "tiny_shapes", "--device_memory", "6GiB"],
+        pytest.param(["eve_ds.doctor"], marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_who_reads_the_first_lines_alone_meets_no_traceback(command: list[str]) -> None:
@@ -139,20 +146,29 @@ def test_other_ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             raising(defect)
 
 
-def test_a_model_beyond_the_memory_is_told_in_a_line() -> None:
-    """torch's own words for a processor's memory and for sizes beyond any."""
-    for make, said in (
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
         (
-            "torch.empty(1 << 56, dtype=torch.uint8)",
+            lambda: torch.empty(1 << 56, dtype=torch.uint8),
             "can't allocate memory: you tried to allocate 72057594037927936 bytes",
         ),
-        ("torch.empty((1 << 40, 1 << 40))", "Storage size calculation overflowed with sizes=[1099511627776, 1099"),
-        ("bytearray(1 << 60)", "no memory is left; of a run, make the model"),
-    ):
-        script = f"import torch\nfrom eve_ds.errors import run_command\nrun_command(lambda: bool({make}) and 0)"
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-        assert ended.stderr.startswith("error: rank 0: ") and said in ended.stderr and "eve_ds.plan" in ended.stderr
+        (
+            lambda: torch.empty((1 << 40, 1 << 40)),
+            "Storage size calculation overflowed with sizes=[1099511627776, 1099",
+        ),
+        (lambda: bytearray(1 << 60), "no memory is left; of a run, make the model"),
+    ],
+)
+def test_a_model_beyond_the_memory_is_told_in_a_line(
+    make: Callable[[], Any], said: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own words for a processor's memory and for sizes beyond any."""
+    monkeypatch.setattr(rank_failure, "_place", "")  # of a process that joined no group
+    monkeypatch.delenv("RANK", raising=False)
+    assert exit_code(lambda: len(make())) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: rank 0: ") and said in line and "eve_ds.plan" in line
 
 
 def test_a_bug_ends_with_its_traceback_and_the_interpreter_left_standing() -> None:

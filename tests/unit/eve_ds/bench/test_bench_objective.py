@@ -83,9 +83,9 @@ def test_between_steps_there_are_no_gradients() -> None:
 
 
 def test_the_largest_micro_batch_is_the_planners(recipe: str) -> None:
-    options = Namespace(config=recipe, world_size=8, memory="9GiB")
+    options = Namespace(config=recipe, world_size=8, memory="4.5GiB")
     separate, rival = (objective.largest_micro_batch(options, objective.OBJECTIVES[x]) for x in ("separate", "itc_itm"))
-    plan = parse(PretrainPlan, ["--config", recipe, "--task", "itc_itm", "--device_memory", "9GiB"], "test")
+    plan = parse(PretrainPlan, ["--config", recipe, "--task", "itc_itm", "--device_memory", "4.5GiB"], "test")
     assert make_plan(plan)["memory"]["without_checkpointing"]["largest_micro_batch_size"] == rival > 0
     assert separate > rival
 

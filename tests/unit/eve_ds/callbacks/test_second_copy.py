@@ -147,7 +147,7 @@ from eve_ds.engine.signals import StopRequest
 from eve_ds.errors import run_command
 
 def main():
-    second_copy.STOP_PATIENCE, second_copy._TOLD = 0.2, 0.0
+    second_copy.STOP_PATIENCE, second_copy._TOLD, second_copy._EVERY = 0.2, 0.0, 0.1
     config = PretrainConfig(output_dir=sys.argv[1])
     config.checkpoint.second_place = "file://" + sys.argv[2]
     with StopRequest().handling() as stop, second_copy.SecondCopy(config, stop) as second:

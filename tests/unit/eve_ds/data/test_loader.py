@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +210,34 @@ def test_workers_end_with_the_iterator(tmp_path: Path, workers: int) -> None:
     batches.close()  # type: ignore[attr-defined]
     _wait_for(lambda: not any(thread.is_alive() for thread in new))
     assert set(multiprocessing.active_children()) <= children
+
+
+def _read_and_die(data: Path, workers: Connection) -> None:
+    """By SIGKILL, as for lack of memory, while the workers have more to send than a pipe holds."""
+    batches = iter(build_loader(_captions(data), micro_batch_size=1500, num_workers=2))
+    next(batches)
+    time.sleep(0.5)
+    workers.send([process.pid for process in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_end_with_a_killed_process(tmp_path: Path) -> None:
+    """Else they would keep its memory, and on a GPU the device's."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_read_and_die, args=(tmp_path, there))
+    process.start()
+    workers = here.recv()
+    process.join()
+    assert len(workers) == 2
+    _wait_for(lambda: not any(_runs(worker) for worker in workers))
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _two_sources(root: Path) -> CaptionSamples:

@@ -16,12 +16,13 @@ from eve_ds.config import FinetuneConfig, FinetuneObjective, PretrainConfig, par
 from eve_ds.config_sections import EngineConfig, OptimizerConfig
 from eve_ds.engine.deepspeed_config import batch_shape
 from eve_ds.engine.distributed import check_world
+from eve_ds.model.flops import count_flops
 from eve_ds.model.model_config import ModelConfig
 from eve_ds.plan import figures
 from eve_ds.plan.__main__ import PretrainPlan, main
 from eve_ds.plan.figures import make_plan, parse_bytes
 from eve_ds.plan.fit import largest
-from eve_ds.plan.live_bytes import LiveBytes
+from eve_ds.plan.live_bytes import LiveBytes, WithoutValues
 from eve_ds.plan.memory import Batch, Memory, Rehearsal, with_checkpointing
 from eve_ds.plan.meta_model import build, count_parameters
 from eve_ds.plan.work import days, flops_per_sample, traffic
@@ -132,6 +133,43 @@ def test_live_bytes_follow_tensors() -> None:
             meter.hold(50, "kept")
             meter.spike(10_000)
             assert (meter.live, meter.peak, meter.held_at_peak) == (450, 10_450, {"kept": 50})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_results_of_the_same_form_are_not_worked_out_again(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views keep their storage, results have their own, and integers divided are not what floats are."""
+    with torch.device("meta"), LiveBytes([], selected=3, scalar=7) as meter:
+        for _ in range(2):
+            first = torch.empty(4, 6)
+            assert first.t().stride() == (1, 6) and (first.t() * 2).stride() == (1, 6)
+            assert meter.live == 96
+            assert [(torch.empty(5, dtype=torch.int64) * each).dtype for each in (1, 1.0)] == [
+                torch.int64,
+                torch.float32,
+            ]
+            values, places = first.topk(2)
+            assert (values.shape, places.dtype) == ((4, 2), torch.int64) and meter.live == 96 + 32 + 64
+            del first, values, places
+            assert meter.live == 0
+            assert (torch.ones(2, 2, device="cpu") * 3).tolist() == [[3, 3], [3, 3]], "elsewhere there are values"
+        square = torch.empty(4, 4)
+        assert [count_flops(lambda: (square @ square) @ square) for _ in range(2)] == [256, 256], "within"
+    with torch.device("meta"):
+
+        def products() -> None:
+            with WithoutValues(selected=3, scalar=7):
+                for _ in range(2):
+                    square @ square
+
+        assert count_flops(products) == 256, "outside"
+    config = PretrainConfig(model=model_config(checkpoint_activations=True))
+
+    def of(rows: int) -> Memory:
+        return Rehearsal(config, zero(ep=2), ANSWERS, fused).memory(Batch(rows, text_length=12))
+
+    remembered = of(5)
+    monkeypatch.setattr(WithoutValues, "_run", lambda _, func, args, kwargs: func(*args, **kwargs))
+    assert of(5) == remembered
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**5), st.integers(1, 5000), st.integers(1, 300), st.integers(1, 600))

@@ -155,15 +155,16 @@ def test_a_share_that_is_given_and_devices_that_were_not_measured() -> None:
 
 
 TINY = ("--config", "tiny_shapes", "--world_size", "2")
+SMALL = ("--device_memory", "6GiB")  # few micro-batches are tried
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), ["share of 989 TFLOP/s", "<- bottleneck", "from EVE-Base in the training loop", "backward alone"]),
+        (SMALL, ["share of 989 TFLOP/s", "<- bottleneck", "from EVE-Base in the training loop", "backward alone"]),
         (("--card", "a100_40gb", "--micro_batch_size", "auto"), ["scaled by the peak, 312", "(auto) a rank", "40.0"]),
-        (("--mfu", "0.4", "--pairs", "1e9"), ["40.0%", "days for 1000 M samples", "  --mfu"]),
-        (("--device", "cpu"), ["--peak_tflops is not given"]),
+        (("--mfu", "0.4", "--pairs", "1e9", *SMALL), ["40.0%", "days for 1000 M samples", "  --mfu"]),
+        (("--device", "cpu", *SMALL), ["--peak_tflops is not given"]),
     ],
 )  # fmt: skip
 def test_what_is_printed(options: tuple[str, ...], words: list[str]) -> None:
