@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from eve_ds.data.batch_reader import Batch, BatchReader, LoadedBatch, ReadAhead, SharedImages, to_batch
 from eve_ds.data.sampler import WINDOW_BLOCKS, EvalOrder, Mixture, Shuffle, TrainOrder
 from eve_ds.data.samples import Samples
-from eve_ds.data.worker import JOB_SIGNALS, explain_timeout, explain_worker_death, initialize_worker
+from eve_ds.data.worker import JOB_SIGNALS, check_alive, explain_timeout, explain_worker_death, initialize_worker
 from preprocessing.errors import UserError, printable
 
 # Up to this number of corrupt rows never stop a run that tolerates any: a fraction of few samples means little.
@@ -68,6 +69,7 @@ class Loader:
         self._timeout = timeout
         self._raw, self._pin = raw, pin
         self._corrupt_rows: set[str] = set()
+        self._workers: list[BaseProcess] = []
 
     def samples_at(self, start: int, count: int) -> list[int]:
         """Sample indices, over all ranks, at positions ``start`` to ``start + count - 1`` of a training loader."""
@@ -102,6 +104,7 @@ class Loader:
 
     def _next(self, source: Iterator[LoadedBatch]) -> LoadedBatch | None:
         began = time.perf_counter()
+        check_alive(self._workers)
         try:
             return next(source, None)
         except RuntimeError as error:
@@ -157,7 +160,8 @@ class Loader:
             # one line; inside a half-constructed iterator of torch's it would end in a page of traceback.
             queues = [context.Queue() for _ in range(2 * self._num_workers + 1)]
             del queues
-            return iter(
+            others = multiprocessing.active_children()
+            source = iter(
                 DataLoader(
                     reader,
                     batch_size=None,  # an item is a batch already
@@ -172,6 +176,8 @@ class Loader:
                     generator=torch.Generator(),
                 )
             )
+            self._workers = [each for each in multiprocessing.active_children() if each not in others]
+            return source
         except OSError as error:  # semaphores lie in /dev/shm; processes and descriptors may be limited
             raise UserError(
                 f"data.num_workers={self._num_workers}: the processes cannot be started ({error.strerror}); free or "

@@ -13,6 +13,8 @@ from multiprocessing import parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from preprocessing.errors import UserError
+
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # end or warn a whole job
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _FREED_BYTES = 64 << 20
@@ -81,7 +83,22 @@ def explain_worker_death(error: BaseException) -> str | None:
     )
     if not isinstance(error, RuntimeError) or found is None:
         return None
-    pid, name = found.group(1), found.group(2)
+    return _death(found.group(1), found.group(2))
+
+
+def check_alive(workers: Sequence[BaseProcess]) -> None:
+    """Raise UserError with the same line if one of ``workers`` has died.
+
+    torch tells of it once, by an exception wherever the main thread is: code of others may catch it there. Who then
+    waits for the next batch would wait until the time-out.
+    """
+    for worker in workers:
+        if code := worker.exitcode:
+            raise UserError(_death(f"{worker.pid}", signal.strsignal(-code) if code < 0 else None))
+
+
+def _death(pid: str, name: str | None) -> str:
+    """Of a process that was ended by a signal of that name; None: by itself."""
     if name == "Bus error":
         cause, advice = "by a bus error: a shard was truncated while it was read, or memory ran out", "check both"
     elif name is None or name == "Killed":

@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,17 @@ def test_a_killed_worker_is_one_line(one_worker: tuple[Iterator[Any], int]) -> N
             next(batches)
     line = str(error.value) if isinstance(error.value, UserError) else explain_worker_death(error.value)
     assert line is not None and f"data loader process {process} ended by SIGKILL" in line and "\n" not in line
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_found_if_other_code_has_caught_torchs_error(one_worker: tuple[Iterator[Any], int]) -> None:
+    """Else the next batch is waited for until the time-out, five minutes."""
+    batches, process = one_worker
+    with pytest.raises(RuntimeError, match="is killed by signal"):
+        os.kill(process, signal.SIGKILL)
+        time.sleep(30)
+    with pytest.raises(UserError, match=f"^data loader process {process} ended by SIGKILL: most often for lack of mem"):
+        next(batches)
 
 
 def test_workers_ignore_a_signal_to_the_whole_job(one_worker: tuple[Iterator[Any], int]) -> None:
