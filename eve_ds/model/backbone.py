@@ -5,6 +5,7 @@ Shapes: B samples, P patches, K kept patches, L text tokens, N = all tokens (cla
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ class Backbone(nn.Module):
     """Embeddings, blocks and final norm.
 
     Initial values: normal with standard deviation ``init_std``, biases 0 (BEiT), LayerScale constant, drawn from
-    torch's global generator. Each MoE layer draws a seed for its experts from it, so that they have the same values at
-    any expert-parallel size.
+    torch's global generator; routers and modality vectors with 0.02 whatever ``init_std`` is. Each MoE layer draws a
+    seed for its experts from it, so that they have the same values at any expert-parallel size.
 
     Args:
         config: the shape.
@@ -226,9 +227,17 @@ class Backbone(nn.Module):
         draws = (
             torch.rand(2 * config.depth, x.shape[0], device=x.device) if draws is None else draws[: 2 * config.depth]
         )
-        rates = torch.arange(config.depth, dtype=torch.float64, device=x.device) * config.drop_path
-        rates = (rates / max(1, config.depth - 1)).repeat_interleave(2)[:, None]
-        return ((draws >= rates.float()) / (1 - rates).float()).to(x.dtype)
+        rates, kept = _drop_path_rates(config.depth, config.drop_path, x.device)
+        return ((draws >= rates) / kept).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _drop_path_rates(depth: int, last: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each branch the rate of drop path, from 0 in the first block to ``last`` in the last one, and 1 minus it, both
+    [2 depth, 1] float32: made once, not in each pass."""
+    rates = torch.arange(depth, dtype=torch.float64, device=device) * last
+    rates = (rates / max(1, depth - 1)).repeat_interleave(2)[:, None]
+    return rates.float(), (1 - rates).float()
 
 
 def _valid(x: Tensor, num_image_tokens: int, text_mask: Tensor | None) -> Tensor | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eve_ds.kernels.choices import triton_serves
+
 
 def _signed(value: int) -> int:
     """The int64 with the same bits as an unsigned 64-bit number."""
@@ -35,7 +37,31 @@ def mix(x: Tensor) -> Tensor:
 
 def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
     """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast."""
-    return mix(mix(_mixed(_mixed(seed) ^ stream) ^ first) ^ second)
+    return _numbers(_key(seed, stream), first, second, False)
+
+
+def random_uniform(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
+    """``uniform`` of ``random_bits``."""
+    return _numbers(_key(seed, stream), first, second, True)
+
+
+def _numbers(key: int, first: Tensor, second: Tensor, as_uniform: bool) -> Tensor:
+    # The compiler fuses the formula by itself.
+    if triton_serves(first) and not torch.compiler.is_compiling():
+        from eve_ds.kernels import triton_random  # imports triton, which need not be installed
+
+        return triton_random.random_numbers(key, first, second, as_uniform)
+    return plain_numbers(key, first, second, as_uniform)
+
+
+def plain_numbers(key: int, first: Tensor, second: Tensor, as_uniform: bool) -> Tensor:
+    """``triton_random.random_numbers`` by torch's operations."""
+    bits = mix(mix(key ^ first) ^ second)
+    return uniform(bits) if as_uniform else bits
+
+
+def _key(seed: int, stream: int) -> int:
+    return _mixed(_mixed(seed) ^ stream)
 
 
 def _mixed(value: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from eve_ds import parallel
-from eve_ds.model.counter_random import random_bits, uniform
+from eve_ds.model.counter_random import random_uniform
 
 MIN_CAPACITY = 4  # of an expert, tokens; EVE's published code
 
@@ -169,5 +169,5 @@ def jitter_noise(draw: Tensor, tokens: int, dim: int, size: float) -> Tensor:
         [B, N, D] float32.
     """
     place = torch.arange(tokens * dim, device=draw.device).view(tokens, dim)
-    bits = random_bits(0, 0, draw.float().view(torch.int32).long()[:, None, None], place)
-    return 1 + size * (2 * uniform(bits) - 1)
+    first = draw.float().view(torch.int32).long()[:, None, None]
+    return 1 + size * (2 * random_uniform(0, 0, first, place) - 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone, BackboneOutput
 from eve_ds.parallel import all_reduce_sum, world_size
-from eve_ds.tasks.masking import DROP_PATH, ROUTER_JITTER, random_bits, uniform
+from eve_ds.tasks.masking import DROP_PATH, ROUTER_JITTER, random_uniform
 from preprocessing.text.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
@@ -137,11 +137,11 @@ class Task(nn.Module):
         branches = 2 * self.config.depth
         places = torch.arange(branches, device=sample_id.device)
         second = torch.stack([use * branches + places for use in uses], dim=1)[:, :, None]
-        bits = random_bits(self.seed, DROP_PATH, sample_id, second)
+        noise = random_uniform(self.seed, DROP_PATH, sample_id, second)
         if jitters:
-            more = random_bits(self.seed, ROUTER_JITTER, sample_id, second[: self.config.depth])
-            bits = torch.cat([bits, more])
-        return uniform(bits.flatten(1))
+            more = random_uniform(self.seed, ROUTER_JITTER, sample_id, second[: self.config.depth])
+            noise = torch.cat([noise, more])
+        return noise.flatten(1)
 
     def aux_share(self, *passes: BackboneOutput) -> tuple[Tensor, Metrics]:
         """Weighted shares of the routers' losses (means over the step's passes, as in EVE's code), and their metrics.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eve_ds.model.counter_random import mix as mix
 from eve_ds.model.counter_random import random_bits as random_bits
+from eve_ds.model.counter_random import random_uniform as random_uniform
 from eve_ds.model.counter_random import shift_right
 from eve_ds.model.counter_random import uniform as uniform
 
@@ -70,7 +71,7 @@ def split_blocks(seed: int, sample_id: Tensor, num_patches: int, ratio: float) -
     device, batch = sample_id.device, sample_id.shape[0]
     numbers = torch.arange(4 * RECTANGLES + 1, device=device)
     # float64 and roots, which all devices round alike: the rectangles are the same on each.
-    draws = uniform(random_bits(seed, BLOCKS, sample_id[:, None], numbers)).double()
+    draws = random_uniform(seed, BLOCKS, sample_id[:, None], numbers).double()
     size, aspect, *corner = draws[:, :-1].reshape(batch, RECTANGLES, 4).unbind(2)
     aspect = SMALLEST_ASPECT + aspect * (1 / SMALLEST_ASPECT - SMALLEST_ASPECT)
     aspects, places = torch.stack([aspect, 1 / aspect], dim=2), torch.stack(corner, dim=2)
@@ -151,7 +152,7 @@ def hide_words(
         [B, L], ``text_ids`` with the masked ones replaced. Which are replaced, and by what, does not depend on them.
     """
     position = torch.arange(text_ids.shape[1], device=text_ids.device)
-    draw = uniform(random_bits(seed, REPLACEMENT, sample_id[:, None], position))
+    draw = random_uniform(seed, REPLACEMENT, sample_id[:, None], position)
     number = shift_right(random_bits(seed, RANDOM_WORD, sample_id[:, None], position), 1) % others.shape[0]
     swapped = words & (draw >= shares[0]) & (draw < shares[0] + shares[1])
     return torch.where(swapped, others[number], text_ids.masked_fill(words & (draw < shares[0]), mask_id))

@@ -1,5 +1,5 @@
-"""The hand-written Triton kernels of the experts' layer beside torch's own operations, and the compiler's where these
-are elementwise.
+"""The hand-written Triton kernels beside torch's own operations, and the compiler's where these are elementwise (but
+random numbers: compiled, each shape would be one of a run's few graphs).
 
     python -m tests.gpu.triton_rivals
 
@@ -24,6 +24,7 @@ from eve_ds.kernels.choices import triton_serves
 from eve_ds.kernels.group_activation import activation_gradient_, bias_activation_
 from eve_ds.kernels.grouped_mm import add_group_bias_, grouped_sum, plainly_add_group_bias_, plainly_grouped_sum
 from eve_ds.kernels.mlp import ACTIVATIONS
+from eve_ds.model import counter_random
 from tests.gpu.device_trace import trace
 from tests.gpu.kit_sizes import kit_device, sizes_of
 
@@ -35,10 +36,11 @@ Rivals = dict[str, Callable[[], object]]  # "ours" first
 def main() -> dict[str, Any]:
     device = kit_device() or torch.device("cpu")
     found: dict[str, Any] = {}
-    for load in ("even", "all to one"):
-        for kernel, rivals in kernels(device, load).items():
-            ms = {f"{name}_ms": device_ms(run, device) for name, run in rivals.items()}
-            found[f"{kernel}, {load}"] = ms | {"wins_by": min(list(ms.values())[1:]) / ms["ours_ms"]}
+    loads = ("even", "all to one")
+    all_rivals = {f"{kernel}, {load}": each for load in loads for kernel, each in kernels(device, load).items()}
+    for kernel, rivals in (all_rivals | {"random numbers": drawing(device)}).items():
+        ms = {f"{name}_ms": device_ms(run, device) for name, run in rivals.items()}
+        found[kernel] = ms | {"wins_by": min(list(ms.values())[1:]) / ms["ours_ms"]}
     served = triton_serves(torch.empty(0, device=device))
     return found | {"to_go": [name for name, row in found.items() if served and row["wins_by"] < LEAST]}
 
@@ -97,6 +99,15 @@ def kernels(device: torch.device, load: str) -> dict[str, Rivals]:
         found["activation's gradient"]["compiled"] = lambda: gradient(compiled)
         found["bias, activation"]["compiled"] = lambda: biased(h, bias_H, groups.group_of_row(rows))
     return found
+
+
+def drawing(device: torch.device) -> Rivals:
+    """Random numbers as EVE-Base's masks of 256 images take them."""
+    samples, places = torch.arange(256, device=device)[:, None], torch.arange(196, device=device)
+    return {
+        "ours": lambda: counter_random.random_bits(0, 1, samples, places),
+        "torch": lambda: counter_random.plain_numbers(1, samples, places, False),
+    }
 
 
 def gradient_and_value(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eve_ds.kernels import triton_groups, triton_kernels
+from eve_ds.kernels import triton_groups, triton_kernels, triton_random
 
 INTEGERS = dict.fromkeys(["dim", "num_choices", "rows", "width", "bias_stride", "groups", "values"], "i32")
-INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32"}
+INTEGERS |= dict.fromkeys(triton_random.SIZES, "i32") | {"key": "i64"}
+INDICES = {"order": "*i64", "inverse": "*i64", "offsets": "*i32", "first": "*i64", "second": "*i64"}
 CONSTANTS: dict[str, Any] = {
     "TOP_K": 2, "WEIGH": True, "SUM_IN": tl.float32, "COMPUTE_IN": tl.float32, "BLOCK": 256, "GROUPS": 32,
     "ROWS": 16, "STEPS": 16,
-    "STEP": 4, "TILES": 16,
+    "STEP": 4, "TILES": 16, "UNIFORM": True,
 }  # fmt: skip
 KERNELS = [
     (triton_kernels._gather_kernel, ""),
@@ -34,6 +35,7 @@ KERNELS = [
     (triton_groups._sum_tiles_kernel, ""),
     (triton_groups._zero_rest_kernel, ""),
     (triton_groups._zero_empty_kernel, ""),
+    (triton_random._random_kernel, ""),
 ]
 
 
