@@ -1,7 +1,7 @@
-"""What a graph of torch.compile launches, counted where the compiler decides it, without compiling C++ for it.
+"""What a graph of torch.compile would launch on an H100, counted where the compiler decides it, without generating
+code.
 
-A launch is a loop nest that inductor fused, or an operation that it leaves to torch (products). On the CPU inductor
-fuses nearly as it does for a GPU.
+A launch is a loop nest that inductor fused, or an operation that it leaves to torch (products).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from torch._inductor import compile_fx, graph, ir, scheduler
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eve_ds.model import compiled
+from tests.support.h100 import move_graph, one_h100
 
 
 class Graphs:
-    """A backend of ``torch.compile``: inductor up to its generated code; what runs are the traced operations.
+    """A backend of ``torch.compile``: inductor for an H100 up to its generated code; what runs are the traced
+    operations.
 
     Attributes:
         launches: of each graph, a forward or a backward one, in the order of compilation.
@@ -41,7 +43,7 @@ class Graphs:
 
     def _inner(self, module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
         plain, number = copy.deepcopy(module), len(self.launches)
-        self.launches.append(_launches(module, inputs, options))
+        self.launches.append(_launches(module, options))
 
         def run(arguments: list[Any]) -> Any:
             self.calls[number] += 1
@@ -54,7 +56,7 @@ class Graphs:
         return run
 
 
-def _launches(module: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]) -> Counter[str]:
+def _launches(module: torch.fx.GraphModule, options: dict[str, Any]) -> Counter[str]:
     """Of inductor's schedule for a graph; no code is generated from it."""
     found: Counter[str] = Counter()
 
@@ -65,9 +67,9 @@ def _launches(module: torch.fx.GraphModule, inputs: Any, options: dict[str, Any]
         raise _Counted
 
     patched = mock.patch.object(graph.GraphLowering, "codegen", codegen)
-    with patched, torch._inductor.config.patch(fx_graph_cache=False):
+    with one_h100(), patched, torch._inductor.config.patch(fx_graph_cache=False):
         try:
-            compile_fx.compile_fx_inner(module, inputs, **options)
+            compile_fx.compile_fx_inner(module, move_graph(module), **options)
         except Exception:  # raised on as an error of the compiler's own
             if not found:
                 raise
