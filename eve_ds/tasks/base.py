@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone, BackboneOutput
+from eve_ds.model.counter_random import random_uniform
 from eve_ds.parallel import all_reduce_sum, world_size
-from eve_ds.tasks.masking import DROP_PATH, ROUTER_JITTER, random_uniform
+from eve_ds.tasks.masking import DROP_PATH, ROUTER_JITTER
 from preprocessing.text.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]

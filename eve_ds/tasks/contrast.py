@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve_ds.model.backbone import BackboneOutput
+from eve_ds.model.counter_random import random_bits, uniform
 from eve_ds.parallel import gather_with_gradient
 from eve_ds.tasks.base import (
     Batch,
@@ -26,7 +27,7 @@ from eve_ds.tasks.base import (
     init_head,
     joint_first_text,
 )
-from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS, random_bits, uniform
+from eve_ds.tasks.masking import NEGATIVE_IMAGES, NEGATIVE_TEXTS
 from preprocessing.errors import UserError
 
 CONTRAST_HEADS = ("itc_temp", "itc_vision_proj_head.", "itc_text_proj_head.")

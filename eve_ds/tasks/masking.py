@@ -13,11 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eve_ds.model.counter_random import mix as mix
-from eve_ds.model.counter_random import random_bits as random_bits
-from eve_ds.model.counter_random import random_uniform as random_uniform
-from eve_ds.model.counter_random import shift_right
-from eve_ds.model.counter_random import uniform as uniform
+from eve_ds.model.counter_random import random_bits, random_uniform, shift_right
 
 # One stream of random numbers per use, so that the uses are independent of one another.
 PATCHES, WORDS, NEGATIVE_TEXTS, NEGATIVE_IMAGES, DROP_PATH = 1, 2, 3, 4, 5

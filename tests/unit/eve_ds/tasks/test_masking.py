@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eve_ds.model.counter_random import mix, random_bits, uniform
 from eve_ds.tasks.masking import (
     BLOCKS,
     RANDOM_WORD,
@@ -20,11 +21,8 @@ from eve_ds.tasks.masking import (
     hide_words,
     masked_patches,
     masked_words,
-    mix,
-    random_bits,
     split_blocks,
     split_patches,
-    uniform,
 )
 
 IDS = torch.tensor([0, 1, 2, 2**40 + 3, 2**62])

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from eve_ds.model.backbone import BackboneOutput
+from eve_ds.model.counter_random import random_bits
 from eve_ds.tasks.contrast import TEMPERATURE_RANGE, contrastive_sum, hard_negatives
-from eve_ds.tasks.masking import random_bits
 from eve_ds.tasks.retrieval import SPEC, Retrieval
 from eve_ds.tasks.spec import FinetuneObjective
 from preprocessing.errors import UserError
