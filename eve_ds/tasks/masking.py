@@ -1,7 +1,7 @@
 """Which patches and words are masked, and what else is random in a sample: pure functions of (seed, sample id).
 
 The random numbers are counter-based (splitmix64's finalizer over seed, stream, sample id and position), so a sample
-needs no state and a batch is one vectorised call on its own device.
+needs no state and a batch is one vectorized call on its own device.
 Legend: B samples, P patches, K kept, M masked, L text length.
 """
 
