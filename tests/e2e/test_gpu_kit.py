@@ -30,19 +30,20 @@ def report_of(out: Path) -> dict[str, Any]:
 
 
 def test_a_dry_run_of_a_few_sections(tmp_path: Path) -> None:
-    chosen = ["attention", "launches", "tasks", "ceilings", "triton"]
+    chosen = ["attention", "launches", "tasks", "ceilings", "triton", "varlen"]
     ended = kit("--out", str(tmp_path / "out"), "--only", *chosen)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = report_of(tmp_path / "out")
     found = report["sections"]
     assert report["device"] == "cpu" and report["machine"]["torch"] and report["commit"]
-    assert list(found) == ["attention", "tasks", "launches", "ceilings", "triton"]  # in the kit's order
+    assert list(found) == ["attention", "tasks", "launches", "ceilings", "triton", "varlen"]  # in the kit's order
     assert {one["state"] for one in found.values()} == {"ok"}
     assert found["ceilings"]["figures"]["product_tflops"] > 0
     assert found["triton"]["figures"]["sums of hidden, even"]["wins_by"] > 0
+    assert found["varlen"]["figures"]["2 pairs, texts of 40"]["wins_by"]["apart"] > 0
     assert found["launches"]["figures"]["engine_step"]["launches"] > 1000
     assert "skipped" not in found["attention"]["tail"] and "8 passed" in found["attention"]["tail"]
-    assert (tmp_path / "out" / "table.txt").read_text(encoding="utf-8").count(" ok ") == 5
+    assert (tmp_path / "out" / "table.txt").read_text(encoding="utf-8").count(" ok ") == 6
 
 
 @pytest.mark.long

@@ -48,6 +48,7 @@ def _runs(device: str, work: Path) -> list[Section]:
     return [
         Section("ceilings", "products and copies at this device's best", ["-m", "tests.gpu.ceilings"], 60),
         Section("triton", "our Triton kernels beside torch's own, 1.2 x or go", ["-m", "tests.gpu.triton_rivals"], 90),
+        Section("varlen", "attention without padding, 1.1 x or go", ["-m", "tests.gpu.varlen_rivals"], 60),
         _bench("moe", "experts beside einsum's and DeepSpeed's", 90, "moe", *layer, *where, *tokens),
         _bench("step", "forward and backward, plain and compiled", 180, "step", *step),
         Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 240),
