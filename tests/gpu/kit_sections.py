@@ -27,7 +27,7 @@ def _checks(device: str) -> list[Section]:
         _pytest("tasks", "each task against float64 on the CPU", 60, "tests/gpu/test_tasks_on_device.py"),
         _pytest("zero", "ZeRO 1, 2, 3 against a plain loop", 90, "tests/gpu/test_zero_on_one_device.py"),
         _pytest("not-finite", "no step by such gradients", 60, "tests/gpu/test_not_finite_on_device.py"),
-        _pytest("feeding", "batches and attention's guard on the device", 90, *feeding, on_cpu=False),
+        _pytest("feeding", "batches and attention's guard on the device", 120, *feeding, on_cpu=False),
         _pytest("compiled", "compiled blocks against plain ones", 180, "tests/gpu/test_compiled_on_device.py"),
         _pytest("launches", "launches, waits, time by kind", 120, "tests/gpu/test_launches.py"),
         _pytest("unit", "unit tests of kernels and model", 120, *unit),
