@@ -53,7 +53,7 @@ def _runs(device: str, work: Path) -> list[Section]:
     demo = ["-m", "eve_ds.demo", "--out", str(work / "demo")]
     return [
         Section("ceilings", "products and copies at this device's best", ["-m", "tests.gpu.ceilings"], 60),
-        Section("triton", "our Triton kernels beside torch's own, 1.2 x or go", ["-m", "tests.gpu.triton_rivals"], 90),
+        Section("triton", "our Triton kernels beside torch's own, 1.2 x or go", ["-m", "tests.gpu.triton_rivals"], 150),
         _bench("moe", "experts beside einsum's and DeepSpeed's", 90, "moe", *layer, *where, *tokens),
         _bench("step", "forward and backward, plain and compiled", 240, "step", *step),
         Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 400),
