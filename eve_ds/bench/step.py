@@ -84,12 +84,17 @@ def _rows(options: Namespace) -> Iterator[Row]:
     if options.compile:
         tasks["compiled"] = copy.deepcopy(task)
         compile_parts(tasks["compiled"])
-    found = [_forward_backward(options, config, tasks, pairs, device) for pairs in options.pairs]
-    tasks = {}  # the memory of the others
+    rows = (_forward_backward(options, config, tasks, pairs, device) for pairs in options.pairs)
+    rows = (row | dict.fromkeys(OPTIMIZER_KEYS) for row in rows)
+    if options.no_optimizer:
+        yield from rows
+        return
+    found = list(rows)
+    tasks.clear()  # the memory of the others
     gc.collect()
-    optimizer = {} if options.no_optimizer else _optimizer(options, config, task, device)
+    optimizer = _optimizer(options, config, task, device)
     for row in found:
-        yield row | dict.fromkeys(OPTIMIZER_KEYS) | optimizer
+        yield row | optimizer
 
 
 def plain_version(task: MaskedModeling, capacity_factor: float = 1.0) -> MaskedModeling:

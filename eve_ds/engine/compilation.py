@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 
@@ -46,6 +47,7 @@ def compile_task(
         choice = "on" if pays and triton_state()[0] else "off"
     if choice == "off":
         return False
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # products in float32, as the router's, stay exact
     parts = compile_parts(task)
     if launched_world()[0] == 0:
         _log.info("%d blocks run compiled (engine.compile); the first steps take a minute more", parts)

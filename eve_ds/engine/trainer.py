@@ -195,8 +195,10 @@ class Trainer:
                 mark(f"the end, after step {self.step}")
                 self._call_hooks("fit_end")
         finally:
-            batches.close()
-            self._call_hooks("close")
+            try:
+                batches.close()  # raises, too, where the GPU has failed
+            finally:
+                self._call_hooks("close")
 
     def set_lr_factor(self, factor: float) -> None:
         """Set the learning rate of the next step to ``factor * optimizer.lr``, and likewise that of the head.

@@ -132,11 +132,15 @@ def has_grouped_kernel(device: torch.device) -> bool:
 
 
 def _aligned(operand: Tensor) -> bool:
-    """Not empty, address and both widths in multiples of 16 bytes, one of the last two dimensions dense."""
+    """Not empty, address and both widths in multiples of 16 bytes, one of the last two dimensions dense: of a matrix
+    the second. A group starts at any row, and by column that is any address: torch's kernel ends the process's use of
+    the device by an assertion."""
     unit = ALIGNMENT_BYTES // operand.element_size()
     inner, outer = sorted(operand.stride()[-2:])
     widths = (outer, operand.shape[-1], *(operand.shape[-2:] if operand.dim() == 3 else ()))
     if inner != 1 or operand.numel() == 0 or operand.data_ptr() % ALIGNMENT_BYTES:
+        return False
+    if operand.dim() == 2 and operand.stride(1) != 1:
         return False
     return not any(width % unit for width in widths)
 

@@ -46,8 +46,8 @@ def random_uniform(seed: int, stream: int, first: Tensor, second: Tensor) -> Ten
 
 
 def _numbers(key: int, first: Tensor, second: Tensor, as_uniform: bool) -> Tensor:
-    # The compiler fuses the formula by itself.
-    if triton_serves(first) and not torch.compiler.is_compiling():
+    # The compiler fuses the formula by itself, and cannot trace the question whether Triton serves: so that comes last.
+    if not torch.compiler.is_compiling() and triton_serves(first):
         from eve_ds.kernels import triton_random  # imports triton, which need not be installed
 
         return triton_random.random_numbers(key, first, second, as_uniform)

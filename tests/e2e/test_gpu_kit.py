@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.kit_sections import sections
+from tests.gpu.real_loop import failed, measured
 from tests.support.ranks import REPOSITORY
 
 WITHOUT_GPU = {key: value for key, value in os.environ.items() if key != "EVE_DS_KIT_DEVICE"} | {
@@ -68,6 +69,12 @@ def test_a_mistake_is_one_line(arguments: list[str], culprit: str) -> None:
     ended = kit(*arguments)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.count("\n") == 1 and culprit in ended.stderr
+
+
+def test_a_run_that_fails_costs_no_other_runs_figures(tmp_path: Path) -> None:
+    found = {"fails": measured(["--no.such=1"], tmp_path / "run", 1, False), "ok": {"step_ms": 1.0}}
+    assert found["fails"] == {"failed": "0 of 6 steps were done, exit code 2"}
+    assert failed(found) and not failed({"ok": found["ok"]})
 
 
 def test_without_a_gpu_the_checks_are_skipped_and_say_why() -> None:

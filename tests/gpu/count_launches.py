@@ -52,9 +52,11 @@ def main() -> dict[str, Any]:
     task = build_task(config, Backbone(config.model, moe_layer=functools.partial(DeepSpeedMoE, ep_size=1, ep_rank=0)))
     task = task.to(device, DTYPES[config.engine.precision]).train()
     found = {"pairs": pairs, "forward_backward": forward_backward(task, batch, device)}
+    print(json.dumps(found), flush=True)  # before what is compiled, which may fail
     task.zero_grad(set_to_none=True)
     compile_parts(task, "inductor" if device.type == "cuda" else "aot_eager")
     found["forward_backward_compiled"] = forward_backward(task, batch, device)
+    print(json.dumps(found), flush=True)
     task.zero_grad(set_to_none=True)
     found["engine_step"] = engine_step(config, task, batch, device)
     torch.distributed.destroy_process_group()

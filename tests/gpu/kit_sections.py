@@ -12,11 +12,14 @@ def sections(device: str, work: Path) -> list[Section]:
     return [*_checks(device), *_runs(device, work)]
 
 
-def _pytest(name: str, about: str, limit: float, *arguments: str) -> Section:
-    return Section(name, about, ["-m", "pytest", "-q", "-m", "not long", "-p", "no:cacheprovider", *arguments], limit)
+def _pytest(name: str, about: str, limit: float, *arguments: str, on_cpu: bool = True) -> Section:
+    command = ["-m", "pytest", "-q", "-m", "not long", "-p", "no:cacheprovider", *arguments]
+    return Section(name, about, command, limit, on_cpu=on_cpu)
 
 
 def _checks(device: str) -> list[Section]:
+    feeding = ["tests/gpu/test_feeding.py", "tests/gpu/test_attention_guard.py"]
+    repeated, beyond = "tests/gpu/test_deterministic.py", "tests/gpu/test_large_shapes.py"
     unit = ["tests/unit/eve_ds/kernels", "tests/unit/eve_ds/model", *(["-n", "4"] if device == "cuda" else [])]
     return [
         _pytest("kernels", "kernels at Base sizes against float64", 90, "tests/gpu/test_kernels_at_size.py"),
@@ -24,9 +27,12 @@ def _checks(device: str) -> list[Section]:
         _pytest("tasks", "each task against float64 on the CPU", 60, "tests/gpu/test_tasks_on_device.py"),
         _pytest("zero", "ZeRO 1, 2, 3 against a plain loop", 90, "tests/gpu/test_zero_on_one_device.py"),
         _pytest("not-finite", "no step by such gradients", 60, "tests/gpu/test_not_finite_on_device.py"),
-        _pytest("compiled", "compiled blocks against plain ones", 120, "tests/gpu/test_compiled_on_device.py"),
+        _pytest("feeding", "batches and attention's guard on the device", 120, *feeding, on_cpu=False),
+        _pytest("compiled", "compiled blocks against plain ones", 180, "tests/gpu/test_compiled_on_device.py"),
         _pytest("launches", "launches, waits, time by kind", 120, "tests/gpu/test_launches.py"),
         _pytest("unit", "unit tests of kernels and model", 120, *unit),
+        _pytest("deterministic", "engine.deterministic: the same bits", 150, repeated, on_cpu=False),
+        _pytest("large", "tensors of more than 2^31 elements", 60, beyond, on_cpu=False),
     ]
 
 
@@ -47,11 +53,11 @@ def _runs(device: str, work: Path) -> list[Section]:
     demo = ["-m", "eve_ds.demo", "--out", str(work / "demo")]
     return [
         Section("ceilings", "products and copies at this device's best", ["-m", "tests.gpu.ceilings"], 60),
-        Section("triton", "our Triton kernels beside torch's own, 1.2 x or go", ["-m", "tests.gpu.triton_rivals"], 90),
+        Section("triton", "our Triton kernels beside torch's own, 1.2 x or go", ["-m", "tests.gpu.triton_rivals"], 150),
         Section("varlen", "attention without padding, 1.1 x or go", ["-m", "tests.gpu.varlen_rivals"], 60),
         _bench("moe", "experts beside einsum's and DeepSpeed's", 90, "moe", *layer, *where, *tokens),
-        _bench("step", "forward and backward, plain and compiled", 180, "step", *step),
-        Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 240),
+        _bench("step", "forward and backward, plain and compiled", 240, "step", *step),
+        Section("loop", "the real loop over JPEGs; memory beside the forecast", loop, 400),
         _pytest("same-bits", bits, 150, "tests/gpu/test_same_bits.py"),
         Section("small", "the demo's pre-training: its start, its steps, CUDA graphs", small, 240),
         _bench("attention-speed", "attention beside torch's own", 60, "attention", *heads, *where),

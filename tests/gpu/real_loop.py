@@ -4,8 +4,8 @@
 
 For each micro-batch, on a GPU plain and compiled: pairs a second (of the median step after the first ones), the share
 of its time that the loop waits for data, the seconds to the first step, and the memory beside what ``eve_ds.plan``
-says. Prints a JSON line. The run is ended after its last measured step: its checkpoint and export are not measured
-here.
+says. Prints a JSON line, anew after each run: a run that fails, or the section's limit, costs no other run's figures.
+Each is ended after its last measured step: its checkpoint and export are not measured here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ def main() -> dict[str, Any]:
             run = [*common, f"--engine.compile={choice}"]
             name = f"micro-batch {size}" + (", compiled" if choice == "on" else "")
             found[name] = measured(run, work / f"run{size}{choice}", workers, on_gpu)
+            print(json.dumps(found), flush=True)
     return found
+
+
+def failed(found: Any) -> bool:
+    """Whether a run of these figures failed."""
+    return isinstance(found, dict) and ("failed" in found or any(map(failed, found.values())))
 
 
 def prepared(work: Path, count: int) -> list[str]:
@@ -81,7 +87,7 @@ def measured(options: list[str], output: Path, workers: int, on_gpu: bool) -> di
             if first is None and records:
                 first = time.monotonic() - began
             if run.poll() is not None or time.monotonic() - began > SECONDS:
-                sys.exit(f"{output}: {len(records)} of {steps} steps were done, exit code {run.poll()}")
+                return {"failed": f"{len(records)} of {steps} steps were done, exit code {run.poll()}"}
             time.sleep(0.02)
     finally:
         run.kill()
@@ -119,4 +125,4 @@ def planned(options: list[str], file: Path, on_gpu: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    sys.exit(failed(main()))

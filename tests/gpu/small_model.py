@@ -17,6 +17,7 @@ import functools
 import json
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from eve_ds.engine.deepspeed_config import best_precision
 from eve_ds.model import compiled
 from eve_ds.model.backbone import Backbone
 from tests.gpu.kit_sizes import kit_device
-from tests.gpu.real_loop import measured
+from tests.gpu.real_loop import failed, measured
 from tests.support.shapes import shapes_world
 
 TINY = RECIPE.with_name("tiny_shapes.yaml")
@@ -49,7 +50,9 @@ def main() -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     options = [f"--config={TINY}", "--engine.expert_parallel_size=1", *([] if on_gpu else DRY)]
     # In this order: the passes leave kernels in the compiler's cache, which a run's start would find there.
-    return {"run": runs(options, work, on_gpu), "passes": passes(options, device)}
+    found: dict[str, Any] = {"run": runs(options, work, on_gpu)}
+    print(json.dumps(found), flush=True)  # CUDA graphs may fail
+    return found | {"passes": passes(options, device)}
 
 
 def passes(options: list[str], device: torch.device) -> dict[str, Any]:
@@ -129,4 +132,6 @@ def runs(options: list[str], work: Path, on_gpu: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main()))
+    figures = main()
+    print(json.dumps(figures))
+    sys.exit(failed(figures))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -58,3 +60,18 @@ def test_as_it_is_said() -> None:
     assert not settled("off", 1, GPU, LEAST_MICRO_BATCHES)
     with pytest.raises(UserError, match=r"engine\.compile=on: ZeRO 3"):
         settled("on", 3, GPU, LEAST_MICRO_BATCHES)
+
+
+def test_torch_does_not_warn_of_products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would on a GPU, once a process, from the compiler."""
+    from torch._inductor.compile_fx import _warn_tf32_disabled
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        inspect.unwrap(_warn_tf32_disabled)()
+        assert len(found) == 1
+        settled("on", 1, CPU, 1)
+        inspect.unwrap(_warn_tf32_disabled)()
+        assert len(found) == 1

@@ -229,3 +229,19 @@ def test_the_watchdog_knows_when_a_rank_waits_for_data(
     trainer._accumulate(batches)
     assert [each for each in seen if each[0] == "source"] == [reading] * (2 - reads_ahead)
     batches.close()
+
+
+def test_callbacks_are_closed_where_the_batches_cannot_be() -> None:
+    """As on a GPU that has failed: all that asks it for anything raises."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    closed: list[Any] = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.stop = _config(), StopRequest()
+    trainer._hooks = {"fit_start": [fails], "close": [closed.append]}
+    batches: Any = SimpleNamespace(samples_per_epoch=8, close=fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trainer.fit(batches)
+    assert closed == [trainer]

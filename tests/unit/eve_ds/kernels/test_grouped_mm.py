@@ -146,6 +146,7 @@ def test_the_grouped_kernel_is_reached_and_shunned(monkeypatch: pytest.MonkeyPat
     assert not module._grouped_kernel_takes(rows[:, :12], weights[:, :12])  # 24 bytes
     assert not module._grouped_kernel_takes(rows[:, 1:9], weights[:, :8])  # an odd address
     assert not module._grouped_kernel_takes(rows[:0], weights)
+    assert not module._grouped_kernel_takes(rows.t().contiguous().t(), weights)  # by column: a group may start anywhere
     odd = torch.randn(8, 12, dtype=torch.bfloat16)
     groups = on_host([5, 3], "cpu")
     w = torch.randn(2, 12, 7, dtype=torch.bfloat16)

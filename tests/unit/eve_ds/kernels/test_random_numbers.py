@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eve_ds.kernels.choices import triton_serves
+from eve_ds.kernels.choices import triton_serves, triton_state
 from eve_ds.model import counter_random
 from eve_ds.model.counter_random import random_bits, random_uniform
 
@@ -78,3 +78,16 @@ def test_who_draws_them(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     random_bits(1, 2, number, number)
     assert len(calls) == 1 + (not triton_serves(number))
+
+
+def plain_bits(first: Tensor, second: Tensor) -> Tensor:
+    return counter_random.plain_numbers(counter_random._key(1, 2), first, second, False)
+
+
+def test_the_compiler_traces_the_formula_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it met the search for Triton, which it cannot trace: the first step with router jitter ended the run."""
+    monkeypatch.setattr(counter_random, "triton_serves", lambda _: triton_state()[0])
+    monkeypatch.delenv("CC", raising=False)
+    torch._dynamo.reset()
+    drawn = torch.compile(lambda first, second: random_bits(1, 2, first, second), fullgraph=True, backend="eager")
+    assert torch.equal(drawn(EXTREMES[:, None], EXTREMES), plain_bits(EXTREMES[:, None], EXTREMES))
