@@ -311,8 +311,8 @@ class SoftBlock(Block):
         if passes[0].factors is not None:  # the factor of the branch is that of all its choices
             factors = [each.factors[1].float()[:, None].expand(each.x.shape[:2]) for each in passes]
             weights = weights * torch.cat([each.flatten() for each in factors])[:, None]
-        # Not by `_replace`, which torch 2.11 cannot trace.
-        return xs, Routed(routed.tokens, weights.to(routed.tokens.dtype), *routed[2:])
+        # Not _replace: what that makes the compiler of torch 2.11 cannot return.
+        return xs, Routed(**{**routed._asdict(), "weights": weights.to(routed.tokens.dtype)})
 
     def _after(self, xs: list[Tensor], routed: Routed) -> tuple[tuple[Tensor, Tensor], ...]:
         branches, shares = self.moe(routed)

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eve_ds.model.backbone import Backbone
 from eve_ds.model.model_config import ModelConfig
@@ -41,6 +41,17 @@ def masked_task(moe_layer: Any = MoE, seed: int = 0, **changes: Any) -> MaskedMo
     backbone = Backbone(model_config(**changes), moe_layer=moe_layer)
     objective = ObjectiveConfig(decoder_dim=32, decoder_depth=1, decoder_heads=4)
     return MaskedModeling(backbone, objective, MASK_ID)
+
+
+def draw_weights(module: nn.Module, seed: int = 1) -> None:
+    """Values so large that everything tells in the loss, the same with every version of torch: the values that its
+    ``trunc_normal_`` draws from a seed are others from one version to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            drawn = 0.2 * torch.randn(parameter.shape, generator=generator)
+            constant = bool((parameter == parameter.flatten()[0]).all())  # of a norm, a bias, LayerScale
+            parameter.copy_(parameter + drawn if constant else drawn)
 
 
 def expert_parallel(layer: type[MoE], ep_size: int, rank: int) -> Any:

@@ -31,7 +31,7 @@ from tests.support.paper import (
     window,
     word_scores,
 )
-from tests.support.tiny import MASK_ID, caption_batch, mixed, model_config
+from tests.support.tiny import MASK_ID, caption_batch, draw_weights, mixed, model_config
 
 AUX_WEIGHT, SEED = 0.1, 3
 ABSENT = {"has_image": "t", "has_text": "i"}  # a run without such a source has no such column
@@ -57,15 +57,10 @@ def mean(errors: list[Tensor]) -> Tensor:
 
 
 def task_of(mode: str, drop_path: float = 0.0) -> MaskedModeling:
-    """With weights so large that everything tells in the loss."""
     objective = ObjectiveConfig(mode=mode, decoder_dim=DECODER_DIM, decoder_depth=1, decoder_heads=HEADS, seed=SEED)
-    torch.manual_seed(0)
     config = model_config(aux_loss_weight=AUX_WEIGHT, drop_path=drop_path)
     task = MaskedModeling(Backbone(config), objective, MASK_ID)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    draw_weights(task)
     return task
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from eve_ds.tasks.base import measuring_held_out
 from eve_ds.tasks.masked_modeling import MaskedModeling, another_image
 from eve_ds.tasks.masking import choose_words, split_patches
+from tests.support.tiny import draw_weights
 from tests.support.tiny_tasks import CLS, MASK, SEP, Batch, rows_of, tiny_batch, tiny_task
 
 SHUFFLED = {"mlm_loss_shuffled", "mlm_accuracy_shuffled", "mim_loss_shuffled"}
@@ -20,9 +21,11 @@ ALONE = {"pretrain_mim": "mim", "pretrain_mlm": "mlm"}
 
 
 def masked_task(name: str = "pretrain") -> MaskedModeling:
-    """With LayerScale at 1 and a pixel decoder that amplifies, so that what one modality says moves the other one."""
+    """With large weights, LayerScale at 1 and a pixel decoder that amplifies, so that what one modality says moves the
+    other one."""
     task = tiny_task(name)
     assert isinstance(task, MaskedModeling)
+    draw_weights(task)
     with torch.no_grad():
         for block in task.backbone.blocks:
             block.attention_scale.fill_(1)
@@ -108,7 +111,7 @@ def test_values_are_those_of_plain_loops(name: str, image_index: list[int]) -> N
     assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
     for key in ("mlm_loss_shuffled", "mlm_loss_no_image", "mim_loss_shuffled"):
         true = found[key.removesuffix("_shuffled").removesuffix("_no_image")]
-        assert abs(found[key] - true) > 1e-4  # ten times what the comparison forgives
+        assert abs(found[key] - true) > 1e-3  # a hundred times what the comparison forgives
 
 
 @pytest.mark.parametrize("name", list(ALONE))
