@@ -50,6 +50,7 @@ def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Itera
         check_regular(path)
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else open_input(path))
+        fault = _schema_fault(reader.schema, schema)  # reads the columns' names, which may be no UTF-8
     except FileNotFoundError:
         faults.append("is missing; prepare it again")
         return
@@ -57,7 +58,7 @@ def batches_of(path: StoragePath, schema: pa.Schema, faults: list[str]) -> Itera
         faults.append(f"is no Arrow file ({_error_text(error)}); prepare it again")
         yield from _read_stream(path, schema)
         return
-    if fault := _schema_fault(reader.schema, schema):
+    if fault:
         faults.append(fault)
         return
     for index in range(reader.num_record_batches):

@@ -68,7 +68,9 @@ class Tokenizer:
             backend = reader(file)
         except UserError:
             raise
-        except Exception as error:  # the libraries raise bare Exception for any fault of the file
+        except BaseException as error:  # the libraries raise bare Exception for any fault of the file, or panic
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # pyo3's: of no module
+                raise
             raise UserError(f"{file}: is no {kind} ({' '.join(str(error).split())}); train another") from error
         return cls(backend, file)
 

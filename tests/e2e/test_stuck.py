@@ -89,7 +89,8 @@ def test_each_phase_has_a_name_that_all_ranks_give_it(tiny_run: list[str], tmp_p
         return first
 
     def steps(*numbers: int) -> list[str]:
-        return [f"step {number}, {what}" for number in numbers for what in ("reading a batch", "computing")]
+        found = [f"step {number}, {what}" for number in numbers for what in ("reading a batch", "computing")]
+        return [*found[:2], "the comparison of the first step's memory with the plan", *found[2:]]
 
     def end(step: int, output: Path = run) -> list[str]:
         saved = [f"the evaluation after step {step}", f"saving step {step}", f"the end, after step {step}"]
@@ -112,9 +113,8 @@ def test_each_phase_has_a_name_that_all_ranks_give_it(tiny_run: list[str], tmp_p
     tuning = ["--task=itr_coco", f"--checkpoint={run}", f"--data={data}", "--split=val", "--bs=8"]
     tuning += ["--optimizer.total_steps=1", "--objective.embed_dim=16", "--engine.expert_parallel_size=2"]
     found = marks("eve_ds.finetune", tmp_path / "tuned", *tuning)
-    last = end(1, tmp_path / "tuned")
-    last.insert(-1, "the scoring of val")
-    assert found == [*begun, f"the reading of {run}", set_up, *steps(1), *last]
+    trained = [*steps(1), *end(1, tmp_path / "tuned")]
+    assert found == [*begun, f"the reading of {run}", set_up, *trained, "the scoring of val"]
 
 
 @pytest.mark.long

@@ -58,6 +58,10 @@ def damage(path: Path, kind: str) -> None:
     elif kind == "batch header":
         place = 16 + int.from_bytes(shard[12:16], "little") + 8  # behind the magic word, the schema and two lengths
         path.write_bytes(shard[:place] + bytes(192) + shard[place + 192 :])
+    elif kind == "column name":
+        name = len("caption").to_bytes(4, "little") + b"caption"
+        assert name in shard
+        path.write_bytes(shard.replace(name, name[:-1] + b"\xa0"))
     elif kind == "another kind":
         write(path.parent / "other", "vqa", [_VQA | {"image": image_of(), "image_id": "1"}])
         path.write_bytes((path.parent / "other/shard-00000.arrow").read_bytes())
@@ -86,6 +90,7 @@ COMMANDS: dict[str, Callable[[Path], list[object]]] = {
         ("image offset", "record batch 0 cannot be read"),
         ("caption offset", "record batch 0 cannot be read"),
         ("batch header", "cannot be read"),
+        ("column name", "is no Arrow file ('utf-8' codec can't decode byte 0xa0"),
         ("another kind", "its columns are not those that its kind has"),
         ("cut", "is no Arrow file"),
         ("lost", "is missing"),

@@ -211,6 +211,10 @@ def test_broken_and_unsuitable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(UserError, match=r"vocab\.json: is no vocab\.json"):
         Tokenizer.load(tmp_path / "vocab.json")
+    (tmp_path / "vocab.json").write_text('{"image": 0, "s": 1}')  # tokenizers 0.23 panics at a merge that it lacks
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nimage s\n")
+    with pytest.raises(UserError, match=r"vocab\.json: is no vocab\.json \(.+\); train another"):
+        Tokenizer.load(tmp_path / "vocab.json")
 
 
 def words_of(count: int) -> list[str]:
