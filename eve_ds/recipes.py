@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import stat
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,10 +201,14 @@ def read_run_config(path: Path, *sections: str) -> dict[str, Any]:
     return tree
 
 
+# The types of a dataclass's fields, which Python evaluates from their text.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
 def known_keys(root: type, prefix: str = "") -> list[str]:
     """All dotted keys of a dataclass tree, sections included."""
     keys = []
-    hints = typing.get_type_hints(root)
+    hints = _hints(root)
     for item in dataclasses.fields(root):
         keys.append(prefix + item.name)
         if dataclasses.is_dataclass(hints[item.name]):
@@ -215,7 +220,7 @@ def hint_of(root: type, key: str) -> Any:
     """The type of a dotted key of a dataclass tree."""
     hint: Any = root
     for name in key.split("."):
-        hint = typing.get_type_hints(hint)[name]
+        hint = _hints(hint)[name]
     return hint
 
 
@@ -224,7 +229,7 @@ def check_keys(raw: Any, root: type, source: str) -> None:
     if not isinstance(raw, dict):
         raise UserError(f"{source}: a config is a YAML mapping of sections, this is {format_value(raw)}")
     known = known_keys(root)
-    sections = {key for key in known if any(other.startswith(key + ".") for other in known)}
+    sections = {key.rpartition(".")[0] for key in known}
 
     def visit(node: dict[str, Any], prefix: str) -> None:
         for key, value in node.items():
@@ -247,7 +252,7 @@ def check_keys(raw: Any, root: type, source: str) -> None:
 
 def check_values(settings: Any, prefix: str = "") -> None:
     """Raise UserError for settings (a tree of dataclasses) that lack a value or hold control characters."""
-    hints = typing.get_type_hints(type(settings))
+    hints = _hints(type(settings))
     for item in dataclasses.fields(settings):
         key, value = f"{prefix}{item.name}", getattr(settings, item.name)
         if dataclasses.is_dataclass(value):
@@ -269,7 +274,7 @@ def section_of(kind: type[Section], values: Any, source: str) -> Section:
     """
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected a mapping, this is {format_value(values)}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"{source}: unknown key {key!r}{suggest_key(str(key), list(hints))}")
@@ -319,13 +324,13 @@ def parse_quoted(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, list) and typing.get_origin(kind) is list:
             return [parse_quoted(item, typing.get_args(kind)[0], where) for item in value]
         if isinstance(value, dict) and dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind)
+            hints = _hints(kind)
             return {key: parse_quoted(item, hints[key], where) if key in hints else item for key, item in value.items()}
     return value
 
 
 def _type_errors_in_mapping(values: dict[Any, Any], kind: type, key: str) -> Iterator[tuple[str, str]]:
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for name, item in values.items():
         if name in hints:
             yield from type_errors(item, hints[name], f"{key}.{name}" if key else name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,17 @@ os.environ.setdefault("WANDB_MODE", "offline")
 prepare_environment()
 settings.register_profile("eve-ds", deadline=None)  # how long a case takes says nothing on a busy machine
 settings.load_profile("eve-ds")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What imports made stays: garbage collections while tests are collected find nothing, and later ones skip it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,16 +52,22 @@ PRIVATE_API_USER = "eve_ds.engine.moe_deepspeed"
 Import = tuple[str, bool]  # what is imported, and whether at the module's top level
 
 
-@functools.cache
-def parsed(source: str) -> ast.Module:
-    return ast.parse(source)
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """All below ``node``, in any depth; not what their expressions are made of, which is most of a tree.
+
+    Trees are not kept: those of all files are a million objects, which each garbage collection would walk.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield child
+            yield from statements(child)
 
 
 def imports(source: str) -> Iterator[Import]:
     """All absolute imports of a module: ``from a import b`` counts as a.b, which may be a module."""
-    tree = parsed(source)
+    tree = ast.parse(source)
     top_level = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, id(node) in top_level
@@ -192,7 +197,7 @@ def test_files_and_functions_are_short() -> None:
             source = path.read_text(encoding="utf-8")
             if source.count("\n") > LONGEST_FILE:
                 too_long.append(f"{path.relative_to(ROOT)}: {source.count(chr(10))} lines")
-            for node in ast.walk(parsed(source)):
+            for node in statements(ast.parse(source)):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     length = (node.end_lineno or 0) - node.lineno + 1
                     if length > LONGEST_FUNCTION:

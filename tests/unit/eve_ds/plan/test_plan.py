@@ -149,7 +149,10 @@ def test_results_of_the_same_form_are_not_worked_out_again(fused: bool, monkeypa
             ]
             values, places = first.topk(2)
             assert (values.shape, places.dtype) == ((4, 2), torch.int64) and meter.live == 96 + 32 + 64
-            del first, values, places
+            taken, grown = torch.empty(4, 6), torch.empty(0)
+            assert torch.exp(first, out=taken) is taken and first.exp_() is first and first.add_(taken) is first
+            assert torch.exp(first, out=grown) is grown and grown.shape == (4, 6), "a result that grows is made anew"
+            del first, values, places, taken, grown
             assert meter.live == 0
             assert (torch.ones(2, 2, device="cpu") * 3).tolist() == [[3, 3], [3, 3]], "elsewhere there are values"
         square = torch.empty(4, 4)
