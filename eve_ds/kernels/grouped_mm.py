@@ -1,5 +1,5 @@
-"""Grouped matrix products (rows of group e with weight e), biases and sums per group: torch's grouped kernel on Hopper
-and Blackwell, a loop of plain products elsewhere.
+"""Grouped matrix products (rows of group e with weight e): torch's grouped kernel for bf16 on Hopper and Blackwell, a
+loop of plain products elsewhere. Biases and sums per group: Triton's on CUDA.
 
 Shapes: R rows sorted by group, E groups, K and N the widths of a product. Rows beyond the last group belong to none.
 
@@ -10,7 +10,8 @@ leaves rows of no group unset, and on capability 10 the weight gradients of grou
 (pytorch/pytorch#172439); it refuses strides and addresses that are no multiples of 16 bytes, and has no bias.
 
 These functions take no part in autograd: they are the pieces of an ``autograd.Function`` (``kernels/expert_mlp.py``).
-The grouped kernel itself could not be run here (no GPU); the code around it is tested through torch's CPU fallback.
+``make test`` cannot run the grouped kernel itself without a GPU; the code around it is tested through torch's CPU
+fallback.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
 def plainly_grouped_sum(y_RN: Tensor, groups: Groups) -> Tensor:
     """``grouped_sum`` without Triton."""
     if _grouped_kernel_takes(y_RN):
-        # One launch: a product with eight columns of ones (8 x 2 bytes meet the kernel's alignment).
+        # A product with eight columns of ones (8 x 2 bytes meet the kernel's alignment).
         ones_R8 = y_RN.new_ones(y_RN.shape[0], ALIGNMENT_BYTES // y_RN.element_size())
         return zero_empty_groups_(F.grouped_mm(ones_R8.t(), y_RN, offs=groups.offsets), groups)[:, 0]
     sums_EN = y_RN.new_zeros(len(groups), y_RN.shape[1])
@@ -132,9 +133,9 @@ def has_grouped_kernel(device: torch.device) -> bool:
 
 
 def _aligned(operand: Tensor) -> bool:
-    """Not empty, address and both widths in multiples of 16 bytes, one of the last two dimensions dense: of a matrix
-    the second. A group starts at any row, and by column that is any address: torch's kernel ends the process's use of
-    the device by an assertion."""
+    """Not empty, address and both widths in multiples of 16 bytes, one of the last two dimensions dense; a matrix by
+    rows: its groups start at any of them, and in a matrix by columns that is any address, which torch's kernel asserts
+    on the device, and a process cannot use its GPU after that."""
     unit = ALIGNMENT_BYTES // operand.element_size()
     inner, outer = sorted(operand.stride()[-2:])
     widths = (outer, operand.shape[-1], *(operand.shape[-2:] if operand.dim() == 3 else ()))

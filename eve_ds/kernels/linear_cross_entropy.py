@@ -74,21 +74,25 @@ def _by_chunks(
     x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, truth_N: Tensor, dscores_RV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What ``linear_cross_entropy`` returns. Fills in the gradient of the scores, if it is asked for."""
-    best_N, entropy = torch.empty_like(truth_N), _wide(x_RD.new_zeros(()))
+    # Few operations a chunk: a GPU waits for the host to launch them.
+    wide = torch.float64 if x_RD.dtype == torch.float64 else torch.float32
+    best_N, chosen_N = torch.empty_like(truth_N), x_RD.new_empty(len(truth_N), dtype=wide)
+    minus_one = chosen_N.new_full((min(CHUNK, len(truth_N)), 1), -1.0)
     for start in range(0, len(truth_N), CHUNK):
         truth_C = truth_N[start : start + CHUNK]
         rows = slice(start, start + len(truth_C))
         stop = rows.stop if rows.stop < len(truth_N) else len(x_RD)  # the last chunk takes the padding along
-        log_CV = _wide(F.linear(x_RD[start:stop], weight_VD, bias_V)[: len(truth_C)]).log_softmax(dim=1)
-        best_N[rows] = log_CV.argmax(dim=1)
-        entropy = entropy - log_CV.gather(1, truth_C[:, None]).sum()
+        scores_CV = F.linear(x_RD[start:stop], weight_VD, bias_V)[: len(truth_C)]
+        log_CV = scores_CV.log_softmax(dim=1, dtype=wide)
+        torch.argmax(log_CV, dim=1, out=best_N[rows])
+        torch.gather(log_CV, 1, truth_C[:, None], out=chosen_N[rows, None])
         if dscores_RV is not None:
             dscores_CV = log_CV.exp_()  # softmax - 1 at the truth; in the memory of log_CV
-            dscores_CV.scatter_add_(1, truth_C[:, None], dscores_CV.new_full((len(truth_C), 1), -1.0))
+            dscores_CV.scatter_add_(1, truth_C[:, None], minus_one[: len(truth_C)])
             dscores_RV[rows] = dscores_CV
     if dscores_RV is not None:
         dscores_RV[len(truth_N) :] = 0
-    return entropy, best_N
+    return -chosen_N.sum(), best_N
 
 
 def _wide(values: Tensor) -> Tensor:

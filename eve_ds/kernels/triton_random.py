@@ -1,4 +1,4 @@
-"""A Triton kernel of ``model.counter_random``: in plain PyTorch the same takes 26 operations, or 31.
+"""A Triton kernel of ``model.counter_random``: in plain PyTorch the bits take 26 operations, ``uniform`` of them 31.
 
 Integers alone, but for the last step, which is exact, too: the same bits as there. Places are computed in int64. Run
 under TRITON_INTERPRET=1 and compiled for sm_80 and sm_90, but not timed.
@@ -15,8 +15,7 @@ from eve_ds.kernels.triton_kernels import launch
 
 BLOCK, WARPS = 1024, 4
 MOST_DIMENSIONS = 3
-STRIDES = ("first_0", "first_1", "first_2", "second_0", "second_1", "second_2")
-SIZES = ("count", "columns", "depth", *STRIDES)  # numbers that the kernel takes
+SIZES = ("count", "columns", "depth", "first_0", "first_1", "first_2", "second_0", "second_1", "second_2")
 
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -33,6 +32,8 @@ def random_numbers(key: int, first: Tensor, second: Tensor, uniform: bool) -> Te
         uniform: which of the two.
     """
     shape = torch.broadcast_shapes(first.shape, second.shape)
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"random numbers of shape {tuple(shape)}: at most {MOST_DIMENSIONS} dimensions")
     out = first.new_empty(shape, dtype=torch.float32 if uniform else torch.int64)
     if out.numel():
         _, columns, depth = sizes = (1,) * (MOST_DIMENSIONS - len(shape)) + tuple(shape)
@@ -52,7 +53,7 @@ def _mix(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> 31)
 
 
-@triton.jit(do_not_specialize=["key", *SIZES])  # or each batch size, and each seed, would be compiled for
+@triton.jit(do_not_specialize=["key", *SIZES])  # or it would be compiled for several kinds of each
 def _random_kernel(  # type: ignore[no-untyped-def]
     first, second, out, key, count, columns, depth, first_0, first_1, first_2, second_0, second_1, second_2,
     UNIFORM: tl.constexpr, BLOCK: tl.constexpr,

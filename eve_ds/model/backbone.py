@@ -191,8 +191,10 @@ class Backbone(nn.Module):
     def _output(self, stream: _Stream) -> BackboneOutput:
         x, aux = stream.x, stream.aux
         shares = torch.stack(aux) if aux else torch.zeros(0, device=x.device)
-        aux_per_layer, z_per_layer = shares.unbind(1) if shares.ndim == 2 else (shares, torch.zeros_like(shares))
-        aux_loss, z_loss = (share.sum() / max(1, len(aux)) for share in (aux_per_layer, z_per_layer))
+        with_z = shares.ndim == 2
+        aux_per_layer, *z_per_layer = shares.unbind(1) if with_z else (shares,)
+        aux_loss, *z_losses = (share.mean() if aux else share.sum() for share in (aux_per_layer, *z_per_layer))
+        z_loss = z_losses[0] if with_z else torch.zeros_like(aux_loss)
         return BackboneOutput(self.norm(x), x, aux_per_layer, aux_loss, stream.num_image_tokens, z_loss)
 
     def _through_blocks(self, streams: Sequence[_Stream]) -> None:

@@ -316,7 +316,6 @@ class SoftBlock(Block):
 
     def _after(self, xs: list[Tensor], routed: Routed) -> tuple[tuple[Tensor, Tensor], ...]:
         branches, shares = self.moe(routed)
-        return tuple(
-            (self.add(x, branch, self.mlp_scale, None), aux)
-            for x, branch, aux in zip(xs, _split(branches, xs), shares, strict=True)
-        )
+        # The scale for all passes at once, and not by addcmul, whose gradients take a product more each.
+        scaled = _split(branches * self.mlp_scale, xs)
+        return tuple((x + branch, aux) for x, branch, aux in zip(xs, scaled, shares, strict=True))

@@ -36,7 +36,8 @@ def mix(x: Tensor) -> Tensor:
 
 
 def random_bits(seed: int, stream: int, first: Tensor, second: Tensor) -> Tensor:
-    """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast."""
+    """Random int64 of (seed, stream, first, second); ``first`` and ``second`` are int64 and broadcast, to at most three
+    dimensions."""
     return _numbers(_key(seed, stream), first, second, False)
 
 

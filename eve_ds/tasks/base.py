@@ -126,8 +126,8 @@ class Task(nn.Module):
 
         Args:
             sample_id: [B] int64.
-            uses: a number for each time that a step encodes the sample. Several stand for a pass of so many times B
-                rows: the samples for the first use, then for the second, and so on.
+            uses: a number for each time that a step encodes the sample. Several, each the next number, stand for a pass
+                of so many times B rows: the samples for the first use, then for the second, and so on.
         Returns:
             [2 depth, B x uses] float32 for the backbone, with router jitter [3 depth, B x uses]; None where nothing is
             random.
@@ -136,8 +136,8 @@ class Task(nn.Module):
         if not self.training or (self.config.drop_path == 0 and not jitters):
             return None
         branches = 2 * self.config.depth
-        places = torch.arange(branches, device=sample_id.device)
-        second = torch.stack([use * branches + places for use in uses], dim=1)[:, :, None]
+        places = torch.arange(uses[0] * branches, (uses[-1] + 1) * branches, device=sample_id.device)
+        second = places.view(len(uses), branches).t()[:, :, None]
         noise = random_uniform(self.seed, DROP_PATH, sample_id, second)
         if jitters:
             more = random_uniform(self.seed, ROUTER_JITTER, sample_id, second[: self.config.depth])

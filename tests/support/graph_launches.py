@@ -42,7 +42,7 @@ class Graphs:
         return sum(self.launches[number].total() * calls for number, calls in self.calls.items())
 
     def _inner(self, module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
-        plain, number = copy.deepcopy(module), len(self.launches)
+        plain, number = copy.deepcopy(module), len(self.launches)  # the next line turns the module's into CUDA's
         self.launches.append(_launches(module, options))
 
         def run(arguments: list[Any]) -> Any:
@@ -58,12 +58,12 @@ class Graphs:
 
 def _launches(module: torch.fx.GraphModule, options: dict[str, Any]) -> Counter[str]:
     """Of inductor's schedule for a graph; no code is generated from it."""
-    found: Counter[str] = Counter()
+    found: list[Counter[str]] = []
 
     def codegen(lowering: Any) -> None:
         lowering.init_wrapper_code()
         lowering._update_scheduler()
-        found.update(kind for node in lowering.scheduler.nodes for kind in _kinds(node))
+        found.append(Counter(kind for node in lowering.scheduler.nodes for kind in _kinds(node)))
         raise _Counted
 
     patched = mock.patch.object(graph.GraphLowering, "codegen", codegen)
@@ -73,7 +73,7 @@ def _launches(module: torch.fx.GraphModule, options: dict[str, Any]) -> Counter[
         except Exception:  # raised on as an error of the compiler's own
             if not found:
                 raise
-    return found
+    return found[0]
 
 
 class _Counted(Exception):
@@ -92,7 +92,8 @@ def _kinds(node: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def counting_outside(launches: torch.utils._python_dispatch.TorchDispatchMode) -> Iterator[None]:
-    """Count with ``launches`` what runs outside of compiled methods, which the compiler would not compile under it."""
+    """Count with ``launches`` what runs outside of compiled methods. These run without the mode: torch.compile refuses
+    to compile under one."""
     call = compiled._Compiled.__call__
 
     def without(self: Any, *args: Any) -> Any:

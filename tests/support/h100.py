@@ -1,4 +1,5 @@
-"""An H100 as inductor sees it, on a machine without one: so it decides on launches as it would there."""
+"""An H100 as inductor sees it, on a machine without one: of a graph that was traced on the CPU, and whose forward and
+backward part were divided there, it schedules the launches as it would for an H100."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def one_h100() -> Iterator[None]:
         (interface.Worker, "current_device", staticmethod(lambda: 0)),
         (_triton, "has_triton", lambda: True),
         (scheduler, "has_triton", lambda: True),
-        (reinplace, "_inplace_generalized_scatter", lambda inputs, source, views: inputs),  # runs it to see that it may
+        # Called to check shapes alone, on fake tensors.
+        (reinplace, "_inplace_generalized_scatter", lambda inputs, source, views: inputs),
     ]
     torch._C._ensureCUDADeviceGuardSet()
     with contextlib.ExitStack() as stack:
