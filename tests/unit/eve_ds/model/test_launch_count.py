@@ -15,7 +15,6 @@ from eve_ds.kernels import grouped_mm
 from eve_ds.model import block, compiled, counter_random
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
-from tests.support.graph_launches import Graphs, counting_outside
 from tests.support.lean_zero import Launches
 from tests.support.tiny import MASK_ID, caption_batch, model_config
 
@@ -60,6 +59,8 @@ def base_like() -> MaskedModeling:
 
 def operations(task: MaskedModeling) -> int:
     """Outside of compiled code, of a pass after the first."""
+    from tests.support.graph_launches import counting_outside
+
     batch = caption_batch(4)
     task(batch).loss.backward()
     task.zero_grad()
@@ -70,6 +71,8 @@ def operations(task: MaskedModeling) -> int:
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_compiled_pass_launches_few_operations() -> None:
+    from tests.support.graph_launches import Graphs  # here: the compiler takes seconds to import
+
     task, graphs = base_like(), Graphs()
     plain = operations(task)
     assert plain > 2000  # so that the count sees what runs
