@@ -201,8 +201,7 @@ def read_run_config(path: Path, *sections: str) -> dict[str, Any]:
     return tree
 
 
-# The types of a dataclass's fields, which Python evaluates from their text.
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)  # of a dataclass, from their text
 
 
 def known_keys(root: type, prefix: str = "") -> list[str]:

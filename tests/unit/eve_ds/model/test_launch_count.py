@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,9 +19,11 @@ from eve_ds.model import block, compiled, counter_random, moe
 from eve_ds.model.backbone import Backbone
 from eve_ds.tasks.masked_modeling import MaskedModeling, ObjectiveConfig
 from eve_ds.tasks.masking import masked_words
-from tests.support.graph_launches import Graphs, counting_outside
 from tests.support.lean_zero import Launches
 from tests.support.tiny import MASK_ID, caption_batch, model_config
+
+if TYPE_CHECKING:  # the compiler takes seconds to import
+    from tests.support.graph_launches import Graphs
 
 # Seen with torch 2.13: 368 outside of three graphs and 1,030 within; 2,494 of a plain pass.
 MOST, MOST_GRAPHS = 1400, 4
@@ -91,6 +93,8 @@ def base_like() -> MaskedModeling:
 
 def count(task: MaskedModeling, launches: Launches, graphs: Graphs) -> tuple[int, int]:
     """Outside of compiled code and within, of a pass after the first."""
+    from tests.support.graph_launches import counting_outside
+
     batch = caption_batch(4, longest=40) | {"images": torch.randn(4, 3, 224, 224)}
     batch["text_ids"], batch["text_mask"] = torch.randint(5, 50, (4, 40)), torch.ones(4, 40, dtype=torch.bool)
     task(batch).loss.backward()
@@ -104,6 +108,8 @@ def count(task: MaskedModeling, launches: Launches, graphs: Graphs) -> tuple[int
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: tests/gpu/test_launches.py counts on it")
 def test_launches_on_an_h100(as_on_a_gpu: Launches) -> None:
+    from tests.support.graph_launches import Graphs
+
     task, graphs = base_like(), Graphs()
     plain, _ = count(task, as_on_a_gpu, graphs)
     assert plain > 2000  # so that the count sees what runs

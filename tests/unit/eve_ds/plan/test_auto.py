@@ -143,10 +143,10 @@ def test_the_plan_takes_what_a_run_on_such_a_device_would(repository: Path) -> N
     taken = {}
     for memory in ("48MiB", "64GiB"):
         options = parse(PretrainPlan, [*argv, "--device_memory", memory], "plan")
-        config, _, batch, limit = figures._prepared(options)
+        config, zero, batch, limit = figures._prepared(options)
         rows, forecast = auto.largest_micro_batch(config, ANSWERS, 2, False, int(auto.OF_HOST * limit))
         assert batch.rows == rows == config.engine.micro_batch_size and forecast <= auto.OF_HOST * limit
-        assert figures._run(config, figures._prepared(options)[1], batch, options)["micro_batch_size_is_auto"]
+        assert figures._run(config, zero, batch, options)["micro_batch_size_is_auto"]
         taken[memory] = rows
     assert 1 < taken["48MiB"] < taken["64GiB"] == 64
 
