@@ -17,7 +17,7 @@ def _pytest(name: str, about: str, limit: float, *arguments: str) -> Section:
 
 
 def _checks(device: str) -> list[Section]:
-    unit = ["tests/unit/eve_ds/kernels", "tests/unit/eve_ds/model", *(["-n", "4"] if device == "cuda" else [])]
+    unit = ["tests/unit/eve_ds/kernels", "tests/unit/eve_ds/model", "-n", "4" if device == "cuda" else "2"]
     return [
         _pytest("kernels", "kernels at Base sizes against float64", 90, "tests/gpu/test_kernels_at_size.py"),
         _pytest("attention", "attention over lengths and scores", 90, "tests/gpu/test_attention_at_size.py"),
@@ -26,7 +26,7 @@ def _checks(device: str) -> list[Section]:
         _pytest("not-finite", "no step by such gradients", 60, "tests/gpu/test_not_finite_on_device.py"),
         _pytest("compiled", "compiled blocks against plain ones", 120, "tests/gpu/test_compiled_on_device.py"),
         _pytest("launches", "launches, waits, time by kind", 120, "tests/gpu/test_launches.py"),
-        _pytest("unit", "unit tests of kernels and model", 120, *unit),
+        _pytest("unit", "unit tests of kernels and model", 180, *unit),
     ]
 
 
