@@ -114,7 +114,8 @@ def extra_bytes(candidate: Candidate, gradients: Callable[[], Iterable[Tensor]],
         torch.cuda.synchronize(device)
         gradient_bytes = sum(tensor.untyped_storage().nbytes() for tensor in gradients())
         return torch.cuda.max_memory_allocated(device) - before - gradient_bytes
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: else torch 2.11 warns.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         candidate.run()
     gradient_blocks = {tensor.untyped_storage().data_ptr() for tensor in gradients()}
     return _peak(_allocations(profiler), gradient_blocks)

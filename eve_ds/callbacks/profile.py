@@ -73,7 +73,8 @@ class Profile(Callback):
         if self._profile is None and trainer.step + 1 in self.steps:
             gpu = [ProfilerActivity.CUDA] if trainer.device.type == "cuda" else []
             self._first, self._waited, self._waits = trainer.step + 1, 0.0, 0
-            self._profile = profile(activities=[ProfilerActivity.CPU, *gpu])
+            # Of one cycle there is nothing to accumulate; but without it torch 2.11 warns that it does not.
+            self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
             self._profile.start()
             self._began = time.perf_counter()
 

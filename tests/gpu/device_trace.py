@@ -44,7 +44,7 @@ def trace(run: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # else torch 2.11 warns
         _synchronize(device)
         began = time.perf_counter()
         run()

@@ -20,7 +20,7 @@ def _pytest(name: str, about: str, limit: float, *arguments: str, on_cpu: bool =
 def _checks(device: str) -> list[Section]:
     feeding = ["tests/gpu/test_feeding.py", "tests/gpu/test_attention_guard.py"]
     repeated, beyond = "tests/gpu/test_deterministic.py", "tests/gpu/test_large_shapes.py"
-    unit = ["tests/unit/eve_ds/kernels", "tests/unit/eve_ds/model", *(["-n", "4"] if device == "cuda" else [])]
+    unit = ["tests/unit/eve_ds/kernels", "tests/unit/eve_ds/model", "-n", "4" if device == "cuda" else "2"]
     return [
         _pytest("kernels", "kernels at Base sizes against float64", 90, "tests/gpu/test_kernels_at_size.py"),
         _pytest("attention", "attention over lengths and scores", 90, "tests/gpu/test_attention_at_size.py"),
@@ -30,7 +30,7 @@ def _checks(device: str) -> list[Section]:
         _pytest("feeding", "batches and attention's guard on the device", 120, *feeding, on_cpu=False),
         _pytest("compiled", "compiled blocks against plain ones", 180, "tests/gpu/test_compiled_on_device.py"),
         _pytest("launches", "launches, waits, time by kind", 120, "tests/gpu/test_launches.py"),
-        _pytest("unit", "unit tests of kernels and model", 120, *unit),
+        _pytest("unit", "unit tests of kernels and model", 180, *unit),
         _pytest("deterministic", "engine.deterministic: the same bits", 150, repeated, on_cpu=False),
         _pytest("large", "tensors of more than 2^31 elements", 60, beyond, on_cpu=False),
     ]

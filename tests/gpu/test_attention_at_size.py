@@ -65,5 +65,6 @@ def test_attention(
         if valid is not None:  # what stands in padding changes nobody
             other = layer(torch.where(valid[:, :, None], x, 3 * x), key_bias(valid, dtype))
             assert torch.equal(other[valid], layer(x, key_bias(valid, dtype))[valid]), tokens
-    figures[f"attention {str(dtype)[6:]}, scores x {scale}, {'padded' if padded else 'whole'}"] = worst
+    case = f"{str(dtype)[6:]}, scores x {scale}, {'padded' if padded else 'whole'}"
+    figures[f"attention {case}: worst relative error, at most {limit}"] = worst
     assert not faults, faults
