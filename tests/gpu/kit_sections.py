@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tests.gpu.kit_runner import Section
@@ -9,7 +10,9 @@ from tests.gpu.kit_runner import Section
 
 def sections(device: str, work: Path) -> list[Section]:
     """All sections for ``device``, cuda or cpu; their data lie in ``work``."""
-    return [*_checks(device), *_runs(device, work)]
+    found = [*_checks(device), *_runs(device, work)]
+    # A dry run's limits are those of a hang, however slow the machine: there is no card to give back in time.
+    return found if device == "cuda" else [replace(section, limit=8 * section.limit) for section in found]
 
 
 def _pytest(name: str, about: str, limit: float, *arguments: str, on_cpu: bool = True) -> Section:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tests.support import ranks
 
-TIMED = ("samples_per_second", "step_seconds", "data/wait_fraction")
+# Beginnings of names: by the clock, or counted since the process began.
+OF_A_PROCESS = ("samples_per_second", "step_seconds", "data/wait_fraction", "perf/", "moe/")
 OPTIONS = [
     "--engine.precision=fp32",
     "--logging.wandb=false",
@@ -37,10 +38,13 @@ def undisturbed(options: list[str], output: Path, steps: int) -> Path:
 
 
 def records(output: Path) -> dict[int, dict[str, float]]:
-    """Of each training step, what does not depend on the clock; an incomplete line at the end is none."""
+    """Of each training step, what depends neither on clock nor on restarts; an incomplete line at the end is none."""
     file = output / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return {(r := json.loads(line))["step"]: {k: v for k, v in r.items() if k not in TIMED} for line in lines}
+    return {
+        (r := json.loads(line))["step"]: {k: v for k, v in r.items() if not k.startswith(OF_A_PROCESS)}
+        for line in lines
+    }
 
 
 def saved(output: Path) -> dict[int, dict[str, list[object]]]:
