@@ -229,7 +229,11 @@ class Backbone(nn.Module):
         draws = (
             torch.rand(2 * config.depth, x.shape[0], device=x.device) if draws is None else draws[: 2 * config.depth]
         )
-        rates, kept = _drop_path_rates(config.depth, config.drop_path, x.device)
+        # Without values they are no other pass's: each rehearsal counts its own, fake tensors stay in their mode; and
+        # the compiler warns of a cache.
+        keeps = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
+        make = _drop_path_rates if keeps else _drop_path_rates.__wrapped__
+        rates, kept = make(config.depth, config.drop_path, x.device)
         return ((draws >= rates) / kept).to(x.dtype)
 
 

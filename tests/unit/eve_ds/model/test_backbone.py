@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eve_ds.callbacks.pretrain_examples import expert_load
 from eve_ds.model.backbone import Backbone
@@ -181,6 +184,21 @@ def test_drop_path_rises_with_depth_and_rests_in_evaluation() -> None:
     assert torch.equal(block.add(x, branch, torch.ones(16), given[5])[:, 0, 0], given[5])
     assert backbone.eval()._branch_factors(x, draws) is None
     assert torch.equal(block.add(x, branch, torch.ones(16), None), branch)
+
+
+def test_rates_of_drop_path_without_values_are_not_kept() -> None:
+    """Fake ones made every later pass fake; and of a cache the compiler warns."""
+    backbone = make(drop_path=0.37).train()
+    x, draws = torch.zeros(50, 1, 16), torch.rand(6, 50)
+    with FakeTensorMode() as mode:
+        backbone._branch_factors(mode.from_tensor(x), mode.from_tensor(draws))
+    given = backbone._branch_factors(x, draws)
+    assert type(given) is Tensor
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*lru_cache")
+        compiled = torch.compile(backbone._branch_factors, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x, draws), given)
 
 
 def test_first_values() -> None:

@@ -175,6 +175,13 @@ def test_results_of_the_same_form_are_not_worked_out_again(fused: bool, monkeypa
     assert of(5) == remembered
 
 
+def test_memory_is_the_same_whatever_was_rehearsed_before() -> None:
+    """What the first rehearsal made and kept, the second one did not count."""
+    rehearsal = Rehearsal(PretrainConfig(model=model_config(drop_path=0.37)), zero(), ANSWERS, on_gpu=True)
+    first, second = (rehearsal.memory(Batch(5, text_length=12)) for _ in range(2))
+    assert first == second
+
+
 @given(st.integers(0, 10**6), st.integers(0, 10**5), st.integers(1, 5000), st.integers(1, 300), st.integers(1, 600))
 @settings(max_examples=60)
 def test_largest_finds_the_last_that_fits(limit: int, base: int, row: int, bend: int, start: int) -> None:
