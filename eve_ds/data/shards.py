@@ -369,8 +369,8 @@ def _kind(path: Path, schema: pa.Schema) -> str:
 
 def _check_columns(path: Path, schema: pa.Schema, kind: str) -> None:
     for name in KINDS[kind].names:
-        if name not in schema.names and name not in _OPTIONAL_COLUMNS:
-            raise UserError(f"{path}: has no column {name!r}, which a {kind} shard needs; prepare it again")
+        if (count := schema.names.count(name)) > 1 or (not count and name not in _OPTIONAL_COLUMNS):
+            raise UserError(f"{path}: a {kind} shard has one column {name!r}, this one {count}; prepare it again")
     for name in IMAGE_COLUMNS[kind]:
         if not (pa.types.is_binary(schema.field(name).type) or pa.types.is_large_binary(schema.field(name).type)):
             raise UserError(f"{path}: column {name!r} is {schema.field(name).type}, not binary; prepare it again")

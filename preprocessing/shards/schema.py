@@ -96,6 +96,8 @@ class CodeGrid:
         """That of a shard; None if it has no such column. Raises ValueError when the column is another one."""
         if CODES not in schema.names:
             return None
+        if schema.names.count(CODES) > 1:
+            raise ValueError(f"there are several columns {CODES!r}")
         field = schema.field(CODES)
         if field.type not in (pa.list_(pa.uint16()), pa.list_(pa.int32())):
             raise ValueError(f"column {CODES!r} is {field.type}, not a list of uint16 or int32")

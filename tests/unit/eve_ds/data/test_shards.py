@@ -178,9 +178,12 @@ def test_wrong_counts_in_the_manifest(tmp_path: Path) -> None:
         split.row(0)
 
 
-def test_missing_or_ill_typed_column(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no column 'image'"):
+def test_missing_doubled_or_ill_typed_column(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a caption shard has one column 'image', this one 0"):
         _single(tmp_path / "a", pa.table({"caption": ["x"]}), 1, 1).row(0)
+    twice = pa.table([[b"x"], [b"y"], ["x"]], names=["image", "image", "caption"])
+    with pytest.raises(UserError, match="a caption shard has one column 'image', this one 2"):
+        _single(tmp_path / "d", twice, 1, 1).row(0)
     with pytest.raises(UserError, match="'image' is string, not binary"):
         _single(tmp_path / "b", pa.table({"image": ["x"], "caption": ["x"]}), 1, 1).row(0)
     with pytest.raises(UserError, match="'caption' is int64"):

@@ -262,6 +262,16 @@ def test_verify_finds_shards_of_another_grid(tmp_path: Path, capsys: pytest.Capt
         assert f"shard-00001.arrow: has {own}, shard-00000.arrow has {GRID}; add them again" in capsys.readouterr().err
 
 
+def test_two_columns_of_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_code_set(tmp_path, rows=2) / "shard-00000.arrow"
+    table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
+    table = table.append_column(GRID.field, table["codes"])
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "shard-00000.arrow: there are several columns 'codes'; add its codes again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("field", "said"),
     [
