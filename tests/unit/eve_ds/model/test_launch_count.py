@@ -106,6 +106,7 @@ def count(task: MaskedModeling, launches: Launches, graphs: Graphs) -> tuple[int
     return launches.names.total(), graphs.launched()
 
 
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="asks inductor as torch 2.13 has it")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: tests/gpu/test_launches.py counts on it")
 def test_launches_on_an_h100(as_on_a_gpu: Launches) -> None:
     from tests.support.graph_launches import Graphs
