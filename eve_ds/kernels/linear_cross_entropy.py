@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1024  # rows: 256 MB of float32 scores over 64,000 entries, twice at a time
+CHUNK = 1024  # rows: 256 MB of float32 scores over 64,000 entries, three times at once
 
 
 def linear_cross_entropy(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor, truth_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +82,8 @@ def _by_chunks(
         truth_C = truth_N[start : start + CHUNK]
         rows = slice(start, start + len(truth_C))
         stop = rows.stop if rows.stop < len(truth_N) else len(x_RD)  # the last chunk takes the padding along
-        scores_CV = F.linear(x_RD[start:stop], weight_VD, bias_V)[: len(truth_C)]
-        log_CV = scores_CV.log_softmax(dim=1, dtype=wide)
+        # In this order: log_softmax with a dtype holds the scores until it is done.
+        log_CV = F.linear(x_RD[start:stop], weight_VD, bias_V)[: len(truth_C)].to(wide).log_softmax(dim=1)
         torch.argmax(log_CV, dim=1, out=best_N[rows])
         torch.gather(log_CV, 1, truth_C[:, None], out=chosen_N[rows, None])
         if dscores_RV is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eve_ds.kernels import linear_cross_entropy as module
 from eve_ds.kernels.linear_cross_entropy import linear_cross_entropy, reference
+from eve_ds.plan.live_bytes import LiveBytes
 
 DIM, VOCABULARY = 12, 50
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -82,3 +83,16 @@ def test_no_float32_scores_are_kept() -> None:
         linear_cross_entropy(x, weight, bias, truth)
     shapes = [(48, DIM), (48, VOCABULARY), (VOCABULARY, DIM)]
     assert sorted(kept, key=str) == sorted([(shape, torch.bfloat16) for shape in shapes], key=str)
+
+
+def test_no_more_than_three_chunks_of_float32_scores_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk's, the scores and their softmax, beside the gradient in x's dtype, which is kept; the bf16 scores
+    as well would be more."""
+    monkeypatch.setattr(module, "CHUNK", 64)
+    rows, vocabulary = 256, 4000
+    x, weight = (torch.empty(count, 8, dtype=torch.bfloat16, device="meta") for count in (rows, vocabulary))
+    bias, truth = weight.new_empty(vocabulary), torch.empty(rows, dtype=torch.int64, device="meta")
+    with LiveBytes([x, weight, bias, truth], selected=rows, scalar=0) as live:
+        linear_cross_entropy(x.requires_grad_(), weight, bias, truth)
+    kept, scores = 2 * rows * vocabulary, 4 * 64 * vocabulary
+    assert kept + 2 * scores <= live.peak < kept + 3.2 * scores
